@@ -1,0 +1,37 @@
+"""Expert placement for mixture-of-experts models: record routing, solve, judge on held-out steps, export."""
+
+from .placement.errors import FileFormatError, InputError, MoeplaceError, SolveError, StoreError, UnsupportedError
+from .placement.model import ModelSpec
+from .placement.objective import Objective
+from .placement.plan import Certificate, Plan, Provenance
+from .placement.problem import Problem
+from .placement.statistics import RoutingStatistics
+from .placement.steps import Steps
+from .placement.topology import Device, Node, Topology
+from .placement.trace import RoutingTrace
+from .placement.version import __version__
+from .solvers import solve, solver_names
+
+__all__ = [
+    "Certificate",
+    "Device",
+    "FileFormatError",
+    "InputError",
+    "ModelSpec",
+    "MoeplaceError",
+    "Node",
+    "Objective",
+    "Plan",
+    "Problem",
+    "Provenance",
+    "RoutingStatistics",
+    "RoutingTrace",
+    "SolveError",
+    "Steps",
+    "StoreError",
+    "Topology",
+    "UnsupportedError",
+    "__version__",
+    "solve",
+    "solver_names",
+]

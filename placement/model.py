@@ -1,0 +1,141 @@
+"""What of a mixture-of-experts model matters for placing its experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from .errors import InputError
+from .files import read_text
+from .validation import Record
+
+DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp4": 0.53125, "fp4": 0.5}
+"""Bytes a value, block scales included (mxfp4: one 8-bit scale per 32 values)."""
+
+
+class ModelSpec(Record):
+    """Shape of a model's MoE layers.
+
+    layers: L, MoE layers only. experts: E, routed experts a layer. top_k: k, experts a token and layer.
+    hidden_size, ffn_size: widths of the residual stream and of one expert. groups: expert groups of group-limited
+    routing (DeepSeek `n_group`), 1 without. expert_dtype: how expert weights are stored. moe_layers: the model's
+    absolute layer indices, 0..L-1 when not given. matrices: weight matrices an expert has (3 for SwiGLU, 2 for GELU).
+    """
+
+    layers: PositiveInt
+    experts: PositiveInt
+    top_k: PositiveInt
+    hidden_size: PositiveInt
+    ffn_size: PositiveInt
+    groups: PositiveInt = 1
+    expert_dtype: str = "bf16"
+    matrices: PositiveInt = 3
+    moe_layers: tuple[int, ...] = Field(default=(), validate_default=True)
+    name: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_layer_indices(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("moe_layers") and isinstance(data.get("layers"), int):
+            return {**data, "moe_layers": tuple(range(max(0, data["layers"])))}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k ({self.top_k}) must not exceed experts ({self.experts})")
+        if self.experts % self.groups:
+            raise ValueError(f"experts ({self.experts}) must be divisible by groups ({self.groups})")
+        if self.expert_dtype not in DTYPE_BYTES:
+            raise ValueError(f"expert_dtype ({self.expert_dtype!r}) must be one of {', '.join(DTYPE_BYTES)}")
+        if len(self.moe_layers) != self.layers:
+            raise ValueError(f"moe_layers names {len(self.moe_layers)} layers, layers is {self.layers}")
+        if any(b <= a for a, b in zip(self.moe_layers, self.moe_layers[1:], strict=False)) or self.moe_layers[0] < 0:
+            raise ValueError(f"moe_layers {self.moe_layers} must be non-negative and increasing")
+        return self
+
+    @property
+    def bytes_per_expert(self) -> float:
+        """Bytes of one expert's weights in one layer."""
+        return self.matrices * self.hidden_size * self.ffn_size * DTYPE_BYTES[self.expert_dtype]
+
+    @property
+    def flops_per_token(self) -> float:
+        """Floating-point operations of one token in one expert (a multiply-add counts two)."""
+        return 2.0 * self.matrices * self.hidden_size * self.ffn_size
+
+    @classmethod
+    def from_config(cls, config: str | Path | Mapping[str, Any] | Any) -> ModelSpec:
+        """Reads a Transformers `config.json` (a path, its folder, a dict, or a PretrainedConfig).
+
+        Knows Mixtral, OLMoE, Qwen2/3-MoE, DeepSeek-V2/V3, gpt-oss and configs that use the same field names.
+
+        Raises:
+            InputError: the file is missing or no MoE fields are found; the message names the fields looked for.
+        """
+        fields, origin = _config_fields(config)
+        return cls(**_spec_fields(fields, origin))
+
+
+def _config_fields(config: Any) -> tuple[Mapping[str, Any], str]:
+    if isinstance(config, Mapping):
+        return config, "config"
+    if hasattr(config, "to_dict"):
+        return config.to_dict(), type(config).__name__
+    path = Path(config)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(read_text(path, limit_bytes=1 << 24))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    return fields, str(path)
+
+
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k")
+_FFN = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+
+
+def _spec_fields(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    if isinstance(fields.get("text_config"), Mapping):
+        fields = fields["text_config"]
+
+    def first(names: tuple[str, ...]) -> int:
+        for name in names:
+            if isinstance(fields.get(name), int):
+                return int(fields[name])
+        raise InputError(
+            f"{origin}: none of the fields {', '.join(names)} is there; is this a mixture-of-experts model?"
+        )
+
+    quantisation = fields.get("quantization_config")
+    method = str(quantisation.get("quant_method", "")) if isinstance(quantisation, Mapping) else ""
+    moe_layers = _moe_layers(fields, first(("num_hidden_layers",)))
+    return {
+        "layers": len(moe_layers),
+        "moe_layers": moe_layers,
+        "experts": first(_EXPERTS),
+        "top_k": first(_TOP_K),
+        "hidden_size": first(("hidden_size",)),
+        "ffn_size": first(_FFN),
+        "groups": int(fields.get("n_group") or fields.get("num_expert_groups") or 1),
+        "expert_dtype": method if method in DTYPE_BYTES else "bf16",
+        "name": str(fields.get("_name_or_path") or fields.get("model_type") or ""),
+    }
+
+
+def _moe_layers(fields: Mapping[str, Any], hidden_layers: int) -> tuple[int, ...]:
+    """Absolute indices of the layers that hold experts: DeepSeek's dense head, Qwen's sparse step and dense list."""
+    dense = set(range(int(fields.get("first_k_dense_replace") or 0))) | set(fields.get("mlp_only_layers") or ())
+    step = int(fields.get("decoder_sparse_step") or fields.get("moe_layer_freq") or 1)
+    kinds = fields.get("mlp_layer_types")
+    if isinstance(kinds, list) and len(kinds) == hidden_layers:
+        return tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
+    offset = 1 if fields.get("decoder_sparse_step") else 0
+    return tuple(i for i in range(hidden_layers) if i not in dense and (i + offset) % step == 0)

@@ -1,0 +1,54 @@
+"""What a plan is to minimise."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from .model import DTYPE_BYTES
+from .validation import Record
+
+
+class Objective(Record):
+    """How the layer runs, and which figure of the step times counts.
+
+    execution: "dispatch_combine" (tokens have a home rank; DeepSpeed, Megatron, vLLM, SGLang, TensorRT-LLM) or
+    "context_coherent" (tokens stay where their expert ran; ExFlow).
+    risk: "mean", "cvar:q" (mean of the slowest 1-q of steps), "worst_workload" (largest mean of a workload), or
+    "regret" (largest loss against the best plan of each workload).
+    split: whether an expert's replicas take equal shares of its tokens or any.
+    dispatch_dtype, combine_dtype: how activations travel to experts and back.
+    node_dedup: one copy a (token, node) between nodes, fanned out inside, as DeepEP does; False sends every copy.
+    """
+
+    execution: Literal["dispatch_combine", "context_coherent"] = "dispatch_combine"
+    risk: str = "mean"
+    split: Literal["equal", "free"] = "equal"
+    dispatch_dtype: str = "bf16"
+    combine_dtype: str = "bf16"
+    node_dedup: bool = True
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for field in ("dispatch_dtype", "combine_dtype"):
+            if getattr(self, field) not in DTYPE_BYTES:
+                raise ValueError(f"{field} ({getattr(self, field)!r}) must be one of {', '.join(DTYPE_BYTES)}")
+        if self.risk not in ("mean", "worst_workload", "regret") and self._tail() is None:
+            raise ValueError(
+                f"risk ({self.risk!r}) must be mean, cvar:q with q in [0, 1) (cvar:0.99), worst_workload or regret"
+            )
+        return self
+
+    @property
+    def tail(self) -> float | None:
+        """q of a "cvar:q" risk, else None."""
+        return self._tail()
+
+    def _tail(self) -> float | None:
+        kind, _, level = self.risk.partition(":")
+        try:
+            q = float(level)
+        except ValueError:
+            return None
+        return q if kind == "cvar" and 0.0 <= q < 1.0 else None

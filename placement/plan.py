@@ -1,0 +1,231 @@
+"""A placement: which expert stands in which slot of which device, how it was made, and how good it provably is."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+from .model import ModelSpec
+from .topology import Topology
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Stop = Literal["finished", "time limit", "interrupted", "given"]
+
+RELATIVE_TOLERANCE = 1e-6
+"""A gap below this is rounding of floating-point sums and of ILP tolerances, not a gap."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the solver minimised, the value of its plan, and a value proven to be a lower bound of any plan's.
+
+    objective: the name of the minimised figure, with its unit. bound is None where nothing is proven.
+    """
+
+    objective: str
+    value: float
+    bound: float | None = None
+
+    @property
+    def gap(self) -> float | None:
+        """(value - bound) / value: 0 when proven optimal, None when nothing is proven."""
+        if self.bound is None:
+            return None
+        gap = 0.0 if self.value <= 0 else (self.value - self.bound) / self.value
+        return max(gap, 0.0)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a plan was made; with the same solver, version, seed, options and trace it can be made again.
+
+    history: (seconds, value, bound) of each better plan or bound found on the way.
+    """
+
+    solver: str
+    version: str
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    stop: Stop = "finished"
+    trace_fingerprint: str = ""
+    history: tuple[tuple[float, float, float | None], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """An immutable placement of `model` on `topology`.
+
+    physical_to_logical: [L, P] expert in each slot. slot_device: [P] device owning each slot, non-decreasing.
+    shares: [L, P] fraction of its expert's tokens each slot serves; equal among replicas when
+    left empty.
+
+    Raises:
+        InputError: on construction, naming the layer and what is wrong (an id out of range, an expert without a
+            slot, shares that do not sum to one, a device out of range).
+    """
+
+    model: ModelSpec
+    topology: Topology
+    physical_to_logical: IntArray
+    slot_device: IntArray
+    shares: FloatArray = field(default_factory=lambda: np.empty(0))
+    certificate: Certificate | None = None
+    provenance: Provenance = Provenance(solver="given", version="", stop="given")
+    predicted: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        table = _integers("physical_to_logical", self.physical_to_logical)
+        devices = _integers("slot_device", self.slot_device)
+        object.__setattr__(self, "physical_to_logical", table)
+        object.__setattr__(self, "slot_device", devices)
+        _check_table(self.model, table, devices, self.topology.num_devices)
+        if not np.size(self.shares):
+            shares = equal_shares(table, self.model.experts)
+        else:
+            shares = np.array(self.shares, dtype=np.float64)
+            _check_shares(self.model, table, shares)
+        shares.flags.writeable = False
+        object.__setattr__(self, "shares", shares)
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.physical_to_logical.shape[1])
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return self.model.moe_layers
+
+    @property
+    def bound(self) -> float | None:
+        """Proven lower bound of the solver's objective (`certificate.objective` names it)."""
+        return self.certificate.bound if self.certificate else None
+
+    @property
+    def gap(self) -> float | None:
+        """Relative distance between the plan's value and its proven bound."""
+        return self.certificate.gap if self.certificate else None
+
+    @property
+    def proven_optimal(self) -> bool:
+        """Whether the bound proves that no plan is better on the solver's objective."""
+        return self.gap is not None and self.gap <= RELATIVE_TOLERANCE
+
+    @cached_property
+    def device_share(self) -> FloatArray:
+        """[L, E, G] fraction of each expert's tokens served on each device; rows sum to 1."""
+        layers, slots = self.physical_to_logical.shape
+        result = np.zeros((layers, self.model.experts, self.topology.num_devices))
+        rows = np.repeat(np.arange(layers), slots)
+        np.add.at(
+            result, (rows, self.physical_to_logical.ravel(), np.tile(self.slot_device, layers)), self.shares.ravel()
+        )
+        result.flags.writeable = False
+        return result
+
+    @cached_property
+    def replicas(self) -> IntArray:
+        """[L, E] slots each expert has."""
+        return np.stack([np.bincount(row, minlength=self.model.experts) for row in self.physical_to_logical])
+
+    @cached_property
+    def logical_to_physical(self) -> IntArray:
+        """[L, E, R] the slots of each expert in increasing order, padded with -1."""
+        layers, slots = self.physical_to_logical.shape
+        result = np.full((layers, self.model.experts, int(self.replicas.max())), -1, dtype=np.int64)
+        filled = np.zeros((layers, self.model.experts), dtype=np.int64)
+        rows = np.arange(layers)
+        for slot in range(slots):
+            expert = self.physical_to_logical[:, slot]
+            result[rows, expert, filled[rows, expert]] = slot
+            filled[rows, expert] += 1
+        return result
+
+    @property
+    def has_equal_shares(self) -> bool:
+        return bool(np.allclose(self.shares, equal_shares(self.physical_to_logical, self.model.experts)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the placement itself (slots, devices, shares, model), not of how it was made."""
+        digest = hashlib.sha256(self.model.model_dump_json().encode())
+        for array in (self.physical_to_logical, self.slot_device, np.round(self.shares, 12)):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, whole or not at all."""
+        from .plan_file import write_plan
+
+        write_plan(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a plan written by `save`.
+
+        Raises:
+            FileFormatError: not a plan, truncated, or of a newer version; the field is named.
+        """
+        from .plan_file import read_plan
+
+        return read_plan(path)
+
+
+def equal_shares(physical_to_logical: IntArray, experts: int) -> FloatArray:
+    """[L, P] 1 / replicas of the slot's expert."""
+    counts = np.stack([np.bincount(row, minlength=experts) for row in physical_to_logical])
+    return 1.0 / np.take_along_axis(counts, physical_to_logical, axis=1)
+
+
+def _integers(name: str, values: Any) -> IntArray:
+    array = np.asarray(values)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"Plan.{name} must hold integers, given {array.dtype}")
+    array = np.array(array, dtype=np.int64)
+    array.flags.writeable = False
+    return array
+
+
+def _check_table(model: ModelSpec, table: IntArray, devices: IntArray, num_devices: int) -> None:
+    if devices.ndim != 1 or table.ndim != 2 or table.shape[1] != len(devices):
+        raise InputError(
+            f"Plan: physical_to_logical {table.shape} must be [layers, slots] and slot_device {devices.shape} [slots]"
+        )
+    if len(table) != model.layers:
+        raise InputError(
+            f"Plan: physical_to_logical has {len(table)} layers, the model has {model.layers}; "
+            f"a row for each of the MoE layers {model.moe_layers} is needed"
+        )
+    if len(devices) and (devices.min() < 0 or devices.max() >= num_devices or (np.diff(devices) < 0).any()):
+        raise InputError(
+            f"Plan: slot_device must not decrease and stay within 0..{num_devices - 1}, given {devices.tolist()}"
+        )
+    for row, name in zip(table, model.moe_layers, strict=True):
+        if len(row) and (row.min() < 0 or row.max() >= model.experts):
+            raise InputError(
+                f"Plan: layer {name} holds expert {row.min() if row.min() < 0 else row.max()}, "
+                f"experts are 0..{model.experts - 1}"
+            )
+        missing = np.setdiff1d(np.arange(model.experts), row)
+        if len(missing):
+            raise InputError(f"Plan: layer {name} has no slot for expert {missing[0]} ({len(missing)} missing in all)")
+
+
+def _check_shares(model: ModelSpec, table: IntArray, shares: FloatArray) -> None:
+    if shares.shape != table.shape:
+        raise InputError(f"Plan.shares has shape {shares.shape}, expected {table.shape}")
+    if not np.isfinite(shares).all() or (shares < 0).any():
+        raise InputError("Plan.shares must be non-negative and finite")
+    for row, share, name in zip(table, shares, model.moe_layers, strict=True):
+        sums = np.bincount(row, weights=share, minlength=model.experts)
+        wrong = np.flatnonzero(np.abs(sums - 1.0) > 1e-6)
+        if len(wrong):
+            raise InputError(f"Plan.shares: layer {name}, expert {wrong[0]}: shares sum to {sums[wrong[0]]:.6f}, not 1")

@@ -1,0 +1,218 @@
+"""Devices, the nodes they stand in, and the links between them."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import NonNegativeFloat, PositiveFloat, field_validator
+
+from .errors import FileFormatError, InputError, nearest
+from .files import read_text, write_text
+from .presets import PRESETS
+from .validation import Record
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+
+class Device(Record):
+    """One GPU. Rates are achievable, not datasheet: flop/s, bytes, bytes/s (one direction for links)."""
+
+    compute: PositiveFloat
+    memory: PositiveFloat
+    memory_bandwidth: PositiveFloat
+    intra_bandwidth: PositiveFloat
+
+
+class Node(Record):
+    """Devices that share a fast fabric, and the node's total bandwidth (bytes/s, one direction) to other nodes."""
+
+    devices: tuple[Device, ...]
+    inter_bandwidth: PositiveFloat
+
+    @field_validator("devices")
+    @classmethod
+    def _some(cls, devices: tuple[Device, ...]) -> tuple[Device, ...]:
+        return _not_empty(devices, "devices")
+
+
+class Topology(Record):
+    """A cluster. Devices are ranked node by node, so a node owns a run of ranks; nodes may differ.
+
+    intra_latency, inter_latency: seconds a message to one peer costs inside a node and between nodes.
+    """
+
+    nodes: tuple[Node, ...]
+    intra_latency: NonNegativeFloat = 3e-6
+    inter_latency: NonNegativeFloat = 10e-6
+    name: str = "custom"
+
+    @field_validator("nodes")
+    @classmethod
+    def _some(cls, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+        return _not_empty(nodes, "nodes")
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def num_devices(self) -> int:
+        return sum(len(node.devices) for node in self.nodes)
+
+    @cached_property
+    def node_size(self) -> IntArray:
+        """[N] devices in each node."""
+        return np.array([len(node.devices) for node in self.nodes], dtype=np.int64)
+
+    @cached_property
+    def node_of(self) -> IntArray:
+        """[G] node index of each device."""
+        return np.repeat(np.arange(self.num_nodes), self.node_size)
+
+    @cached_property
+    def compute(self) -> FloatArray:
+        """[G] flop/s."""
+        return self._per_device("compute")
+
+    @cached_property
+    def memory(self) -> FloatArray:
+        """[G] bytes."""
+        return self._per_device("memory")
+
+    @cached_property
+    def memory_bandwidth(self) -> FloatArray:
+        """[G] bytes/s."""
+        return self._per_device("memory_bandwidth")
+
+    @cached_property
+    def intra_bandwidth(self) -> FloatArray:
+        """[G] bytes/s of a device's links inside its node, one direction."""
+        return self._per_device("intra_bandwidth")
+
+    @cached_property
+    def inter_bandwidth(self) -> FloatArray:
+        """[N] bytes/s of a node's links to other nodes, one direction."""
+        return np.array([node.inter_bandwidth for node in self.nodes])
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether any two devices, and any two nodes, can be swapped without changing any cost."""
+        return all(node == self.nodes[0] for node in self.nodes) and all(
+            device == node.devices[0] for node in self.nodes for device in node.devices
+        )
+
+    def _per_device(self, field: str) -> FloatArray:
+        return np.array([getattr(device, field) for node in self.nodes for device in node.devices])
+
+    @classmethod
+    def preset(cls, name: str, nodes: int = 1, devices_per_node: int | None = None) -> Topology:
+        """A common box by name (see `placement/presets.py` for sources of the figures).
+
+        devices_per_node: use only so many of the box's devices, with the network cards that belong to them.
+
+        Raises:
+            InputError: unknown preset (the nearest is named), or counts the box does not have.
+        """
+        if name not in PRESETS:
+            raise InputError(f"topology preset {name!r} is unknown; {nearest(name, PRESETS)}")
+        box = PRESETS[name]
+        count = box.devices if devices_per_node is None else devices_per_node
+        if nodes < 1:
+            raise InputError(f"nodes ({nodes}) must be at least 1")
+        if not 1 <= count <= box.devices:
+            raise InputError(f"devices_per_node ({count}) must be between 1 and {box.devices}, what a {name} holds")
+        device = Device(
+            compute=box.compute,
+            memory=box.memory,
+            memory_bandwidth=box.memory_bandwidth,
+            intra_bandwidth=box.intra_bandwidth,
+        )
+        node = Node(devices=(device,) * count, inter_bandwidth=box.inter_bandwidth * count / box.devices)
+        return cls(nodes=(node,) * nodes, intra_latency=box.intra_latency, inter_latency=box.inter_latency, name=name)
+
+    @classmethod
+    def from_dict(cls, data: Any, origin: str = "topology") -> Topology:
+        """Builds from plain data. A node or device entry may carry `count: n`; a `preset: NAME` entry replaces all else.
+
+        Raises:
+            InputError: a field is missing, unknown, not positive or not a number; the message names it.
+        """
+        if not isinstance(data, dict):
+            raise InputError(f"{origin}: expected a mapping with the key 'nodes', found {type(data).__name__}")
+        if "preset" in data:
+            unknown = set(data) - {"preset", "nodes", "devices_per_node"}
+            if unknown:
+                raise InputError(f"{origin}: {sorted(unknown)} cannot stand beside 'preset'")
+            return cls.preset(data["preset"], data.get("nodes", 1), data.get("devices_per_node"))
+        nodes = [
+            {**node, "devices": _repeated(node.get("devices", []), f"{origin}: nodes.{i}.devices")}
+            for i, node in enumerate(_repeated(data.get("nodes", []), f"{origin}: nodes"))
+        ]
+        try:
+            return cls(**{**data, "nodes": nodes})
+        except InputError as error:
+            raise InputError(f"{origin}: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Topology:
+        """Reads a YAML or JSON file in the form of `from_dict`."""
+        import yaml
+
+        try:
+            data = yaml.safe_load(read_text(path, limit_bytes=1 << 24))
+        except yaml.YAMLError as error:
+            raise FileFormatError(f"{path}: neither YAML nor JSON ({error})") from None
+        return cls.from_dict(_with_numbers(data), origin=str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, or YAML when `path` ends so."""
+        data = self.model_dump(mode="json")
+        if str(path).endswith((".yaml", ".yml")):
+            import yaml
+
+            write_text(path, yaml.safe_dump(data, sort_keys=False))
+        else:
+            write_text(path, json.dumps(data, indent=2))
+
+
+def _not_empty(entries: tuple[T, ...], field: str) -> tuple[T, ...]:
+    # After the entries themselves are checked, so that a wrong entry is not also reported as an empty list.
+    if not entries:
+        raise ValueError(f"{field} is empty, expected at least one")
+    return entries
+
+
+def _repeated(entries: Any, origin: str) -> list[dict[str, Any]]:
+    if not isinstance(entries, list | tuple):
+        raise InputError(f"{origin}: expected a list, found {type(entries).__name__}")
+    result: list[dict[str, Any]] = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise InputError(f"{origin}.{i}: expected a mapping, found {entry!r}")
+        fields = dict(entry)
+        count = fields.pop("count", 1)
+        if not isinstance(count, int) or not 1 <= count <= 4096:
+            raise InputError(f"{origin}.{i}.count: {count!r} must be a whole number from 1 to 4096")
+        result.extend([fields] * count)
+    return result
+
+
+def _with_numbers(data: Any) -> Any:
+    """YAML 1.1 reads `50e9` as text; users write bandwidths so."""
+    if isinstance(data, dict):
+        return {key: _with_numbers(value) if key != "name" else value for key, value in data.items()}
+    if isinstance(data, list):
+        return [_with_numbers(value) for value in data]
+    if isinstance(data, str):
+        try:
+            return float(data)
+        except ValueError:
+            return data
+    return data

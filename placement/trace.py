@@ -1,0 +1,323 @@
+"""Token-level routing in memory: which experts every token chose in every layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+from .steps import Steps
+
+IdArray = npt.NDArray[np.unsignedinteger[Any]]
+
+
+def id_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
+    """The narrowest type that holds expert ids below `num_experts`."""
+    return np.uint8 if num_experts <= 256 else np.uint16
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """Routing of T tokens through L MoE layers, k experts each. Build it with `from_arrays`, which validates.
+
+    expert_ids: [T, L, k] logical expert ids, the highest gate weight first. gate_weights: [T, L, k] float16, or None.
+    sequence, position: [T] which sequence a token belongs to and where in it. workload: [T] index into `workloads`.
+    step: [T] forward call it was recorded in, or None. source: [T] rank it was recorded on, or None.
+    moe_layers: absolute indices of the L layers in the model.
+    """
+
+    expert_ids: IdArray
+    num_experts: int
+    moe_layers: tuple[int, ...]
+    sequence: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int64]
+    workload: npt.NDArray[np.int64]
+    workloads: tuple[str, ...] = ("",)
+    gate_weights: npt.NDArray[np.float16] | None = None
+    step: npt.NDArray[np.int64] | None = None
+    source: npt.NDArray[np.int64] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.expert_ids.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.expert_ids.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.expert_ids.shape[2])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the routing, the sequences and the workloads: what a plan was solved on."""
+        digest = hashlib.sha256(
+            repr((self.expert_ids.shape, self.num_experts, self.moe_layers, self.workloads)).encode()
+        )
+        for column in (self.expert_ids.astype(np.uint16), self.sequence, self.position, self.workload):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
+    @classmethod
+    def from_arrays(
+        cls,
+        expert_ids: npt.ArrayLike,
+        num_experts: int,
+        gate_weights: npt.ArrayLike | None = None,
+        sequence: npt.ArrayLike | None = None,
+        position: npt.ArrayLike | None = None,
+        workload: npt.ArrayLike | Sequence[str] | None = None,
+        *,
+        step: npt.ArrayLike | None = None,
+        source: npt.ArrayLike | None = None,
+        moe_layers: Sequence[int] | None = None,
+    ) -> RoutingTrace:
+        """Validates arrays and puts each token's experts in order of gate weight, highest first.
+
+        expert_ids: [T, L, k], or [T, L] for top-1. Without gate_weights the order given is taken as theirs.
+        workload: [T] tags (strings, or anything that prints). sequence defaults to one sequence, position to the
+        order within each sequence.
+
+        Raises:
+            InputError: wrong shape, an id outside 0..num_experts-1, a token with the same expert twice; the first
+                offending token and layer are named.
+        """
+        ids = np.asarray(expert_ids)
+        if ids.ndim == 2:
+            ids = ids[:, :, None]
+        if ids.ndim != 3 or 0 in ids.shape[1:] or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(
+                f"expert_ids must be integers of shape [tokens, layers, top_k], given {ids.dtype} {ids.shape}"
+            )
+        tokens, layers, _ = ids.shape
+        layer_names = tuple(range(layers)) if moe_layers is None else tuple(int(layer) for layer in moe_layers)
+        if len(layer_names) != layers:
+            raise InputError(f"moe_layers names {len(layer_names)} layers, expert_ids has {layers}")
+        _check_ids(ids, num_experts, layer_names)
+        gates = None
+        if gate_weights is not None:
+            gates = np.asarray(gate_weights, dtype=np.float16)
+            gates = gates[:, :, None] if gates.ndim == 2 else gates
+            if gates.shape != ids.shape:
+                raise InputError(f"gate_weights has shape {gates.shape}, expert_ids {ids.shape}; they must agree")
+            if np.any(gates[:, :, 1:] > gates[:, :, :-1]):
+                order = np.argsort(-gates, axis=2, kind="stable")
+                ids, gates = np.take_along_axis(ids, order, 2), np.take_along_axis(gates, order, 2)
+        names, codes = _workload_codes(workload, tokens)
+        sequences = _column("sequence", sequence, tokens)
+        sequences = np.zeros(tokens, np.int64) if sequences is None else sequences
+        positions = _column("position", position, tokens)
+        return cls(
+            expert_ids=_frozen(np.array(ids, dtype=id_dtype(num_experts))),
+            num_experts=int(num_experts),
+            moe_layers=layer_names,
+            sequence=_frozen(sequences),
+            position=_frozen(_order_within(sequences) if positions is None else positions),
+            workload=_frozen(codes),
+            workloads=names,
+            gate_weights=None if gates is None else _frozen(gates.copy()),
+            step=_frozen(_column("step", step, tokens)),
+            source=_frozen(_column("source", source, tokens)),
+        )
+
+    def select(self, tokens: npt.NDArray[Any]) -> RoutingTrace:
+        """The trace of some tokens only: a boolean mask [T], or token indices in the order wanted."""
+
+        def pick(column: Any) -> Any:
+            return None if column is None else _frozen(column[tokens])
+
+        return replace(
+            self,
+            expert_ids=pick(self.expert_ids),
+            gate_weights=pick(self.gate_weights),
+            sequence=pick(self.sequence),
+            position=pick(self.position),
+            workload=pick(self.workload),
+            step=pick(self.step),
+            source=pick(self.source),
+        )
+
+    def split(
+        self, by: Literal["sequence", "step", "time"] = "sequence", held_out: float = 0.25, seed: int = 0
+    ) -> tuple[RoutingTrace, RoutingTrace]:
+        """Parts the trace into (train, held-out) that share no sequence, no step, or no time span.
+
+        by: "sequence" and "step" draw whole ones at random, each workload keeping its share; "time" holds out the
+        last tokens recorded.
+
+        Raises:
+            InputError: held_out outside (0, 1), or fewer than two units to part.
+        """
+        if not 0.0 < held_out < 1.0:
+            raise InputError(f"held_out ({held_out}) must be between 0 and 1, both excluded")
+        if by == "time":
+            mask = np.arange(self.num_tokens) >= round(self.num_tokens * (1.0 - held_out))
+        elif by in ("sequence", "step"):
+            units = self.sequence if by == "sequence" else self.step
+            if units is None:
+                raise InputError("this trace has no step column; split by 'sequence' or by 'time'")
+            mask = np.isin(units, _held_out_units(units, self.workload, held_out, seed))
+        else:
+            raise InputError(f"split by {by!r} is unknown; known: sequence, step, time")
+        if mask.all() or not mask.any():
+            raise InputError(f"cannot hold out {held_out:.0%} by {by}: too few; split by 'time' or record more")
+        return self.select(~mask), self.select(mask)
+
+    def decode_steps(self, concurrency: int = 128, steps: int = 200, seed: int = 0) -> Steps:
+        """Steps of a decoding engine under continuous batching: one token of each of `concurrency` sequences a step.
+
+        Each batch lane starts somewhere inside a sequence and takes up another when one ends; when all have been
+        used they are drawn anew, so a small trace repeats sequences at other offsets.
+        """
+        if concurrency < 1 or steps < 1:
+            raise InputError(f"concurrency ({concurrency}) and steps ({steps}) must be at least 1")
+        self._require_tokens(1)
+        rng = np.random.default_rng(seed)
+        order, starts, lengths = self._sequences()
+        lanes = np.empty((concurrency, steps), dtype=np.int64)
+        waiting: list[int] = []
+        for lane in lanes:
+            filled = 0
+            while filled < steps:
+                if not waiting:
+                    waiting = rng.permutation(len(starts)).tolist()
+                chosen = waiting.pop()
+                skip = int(rng.integers(lengths[chosen])) if filled == 0 else 0
+                take = min(int(lengths[chosen]) - skip, steps - filled)
+                first = int(starts[chosen]) + skip
+                lane[filled : filled + take] = order[first : first + take]
+                filled += take
+        return self._steps(lanes.T.reshape(-1), np.arange(steps + 1) * concurrency)
+
+    def prefill_steps(self, tokens: int = 4096, steps: int | None = None, seed: int = 0) -> Steps:
+        """Steps of a chunked prefill: whole sequences in random order, cut into batches of `tokens` tokens.
+
+        steps: how many (default: as many as the trace fills); more than it fills draws the sequences anew.
+        """
+        if tokens < 1 or (steps is not None and steps < 1):
+            raise InputError(f"tokens ({tokens}) and steps ({steps}) must be at least 1")
+        self._require_tokens(tokens)
+        rng = np.random.default_rng(seed)
+        order, starts, lengths = self._sequences()
+        count = self.num_tokens // tokens if steps is None else steps
+        chosen: list[npt.NDArray[np.int64]] = []
+        have = 0
+        while have < count * tokens:
+            for i in rng.permutation(len(starts)):
+                chosen.append(order[starts[i] : starts[i] + lengths[i]])
+                have += int(lengths[i])
+        return self._steps(np.concatenate(chosen)[: count * tokens], np.arange(count + 1) * tokens)
+
+    def recorded_steps(self) -> Steps:
+        """The forward calls as they were recorded.
+
+        Raises:
+            InputError: the trace has no step column.
+        """
+        if self.step is None:
+            raise InputError("this trace has no step column; use decode_steps or prefill_steps")
+        self._require_tokens(1)
+        order = np.argsort(self.step, kind="stable")
+        ends = np.flatnonzero(np.diff(self.step[order])) + 1
+        return self._steps(order, np.concatenate([[0], ends, [self.num_tokens]]))
+
+    def _require_tokens(self, least: int) -> None:
+        if self.num_tokens < least:
+            raise InputError(
+                f"the trace has {self.num_tokens} tokens, a step needs {least}; record more or ask for less"
+            )
+
+    def _sequences(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Tokens ordered by sequence and position, and each sequence's start and length in that order."""
+        order = np.lexsort((self.position, self.sequence))
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(self.sequence[order])) + 1]).astype(np.int64)
+        return order, starts, np.diff(np.append(starts, self.num_tokens))
+
+    def _steps(self, tokens: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]) -> Steps:
+        return Steps(
+            expert_ids=self.expert_ids[tokens],
+            offsets=offsets,
+            num_experts=self.num_experts,
+            moe_layers=self.moe_layers,
+            source=None if self.source is None else self.source[tokens],
+            workload=self.workload[tokens],
+            workloads=self.workloads,
+        )
+
+
+def _check_ids(ids: npt.NDArray[Any], num_experts: int, moe_layers: tuple[int, ...]) -> None:
+    if not 1 <= num_experts <= 65536:
+        raise InputError(f"num_experts ({num_experts}) must be between 1 and 65536")
+    if not ids.size:
+        return
+    if int(ids.min()) < 0 or int(ids.max()) >= num_experts:
+        token, layer, rank = (int(i) for i in np.argwhere((ids < 0) | (ids >= num_experts))[0])
+        raise InputError(
+            f"expert_ids[{token}, {layer}, {rank}] (model layer {moe_layers[layer]}) is {ids[token, layer, rank]}; "
+            f"ids must be from 0 to {num_experts - 1} (num_experts is {num_experts})"
+        )
+    if ids.shape[2] > 1:
+        ordered = np.sort(ids, axis=2)
+        twice = (ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2)
+        if twice.any():
+            token, layer = (int(i) for i in np.argwhere(twice)[0])
+            raise InputError(
+                f"token {token} chose the same expert twice in model layer {moe_layers[layer]}: "
+                f"{ids[token, layer].tolist()}; a token's experts must differ"
+            )
+
+
+def _column(name: str, values: npt.ArrayLike | None, tokens: int) -> npt.NDArray[np.int64] | None:
+    if values is None:
+        return None
+    column = np.asarray(values)
+    if column.shape != (tokens,) or not np.issubdtype(column.dtype, np.integer):
+        raise InputError(f"{name} must be {tokens} integers, one a token; given {column.dtype} {column.shape}")
+    return np.array(column, dtype=np.int64)
+
+
+def _workload_codes(workload: Any, tokens: int) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    if workload is None:
+        return ("",), np.zeros(tokens, np.int64)
+    tags = np.asarray(workload)
+    if tags.shape != (tokens,):
+        raise InputError(f"workload must be {tokens} tags, one a token; given shape {tags.shape}")
+    names, codes = np.unique(tags.astype(str), return_inverse=True)
+    return tuple(str(name) for name in names) or ("",), codes.astype(np.int64)
+
+
+def _order_within(sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    order = np.argsort(sequence, kind="stable")
+    ordered = sequence[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else ordered
+    lengths = np.diff(np.append(starts, len(ordered)))
+    position = np.empty(len(ordered), dtype=np.int64)
+    position[order] = np.arange(len(ordered)) - np.repeat(starts, lengths)
+    return position
+
+
+def _held_out_units(
+    units: npt.NDArray[np.int64], workload: npt.NDArray[np.int64], held_out: float, seed: int
+) -> npt.NDArray[np.int64]:
+    """A share of the units of each workload (a unit counts under the workload of its first token)."""
+    rng = np.random.default_rng(seed)
+    names, first = np.unique(units, return_index=True)
+    kept: list[npt.NDArray[np.int64]] = []
+    for code in np.unique(workload[first]):
+        mine = names[workload[first] == code]
+        count = min(max(round(len(mine) * held_out), 1), max(len(mine) - 1, 0))
+        kept.append(rng.permutation(mine)[:count])
+    return np.concatenate(kept) if kept else names[:0]
+
+
+def _frozen(array: Any) -> Any:
+    if array is not None:
+        array.flags.writeable = False
+    return array

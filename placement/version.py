@@ -1,0 +1,3 @@
+"""The release, written into every plan."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,109 @@
+"""The contract between `solve` and the solvers: one method, and a statement of what it supports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..placement.plan import Certificate, Stop
+
+
+class Feature(Enum):
+    """What a problem may ask beyond one slot an expert, dealt evenly over equal devices."""
+
+    REPLICAS = "replicas"
+    UNEVEN_SLOTS = "devices with different numbers of slots"
+    PINNED = "pinned or forbidden devices"
+
+
+class Needs(Enum):
+    """What a solver reads beyond expert loads."""
+
+    TRANSITIONS = "transitions"
+    SAMPLE = "a token sample"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a solve is: the best value so far and the bound proven so far, both of the solver's own objective."""
+
+    seconds: float
+    value: float | None
+    bound: float | None
+    message: str = ""
+
+
+@dataclass
+class Budget:
+    """What a solve may spend, and whom it tells. Only `seconds` depends on the machine; None is no limit."""
+
+    seconds: float | None = None
+    seed: int = 0
+    progress: Callable[[Progress], None] | None = None
+    history: list[tuple[float, float, float | None]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left, at least 0, or None without a limit."""
+        return None if self.seconds is None else max(0.0, self.seconds - self.elapsed)
+
+    @property
+    def spent(self) -> bool:
+        return self.left == 0.0
+
+    def report(self, value: float | None, bound: float | None, message: str = "") -> None:
+        """Tells the listener; a value or bound that is news is kept in the history."""
+        now = self.elapsed
+        if value is not None and (not self.history or self.history[-1][1:] != (value, bound)):
+            self.history.append((now, value, bound))
+        if self.progress is not None:
+            self.progress(Progress(now, value, bound, message))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solver's answer: the slot table [L, P], shares [L, P] (None: equal), what is proven, why it stopped."""
+
+    physical_to_logical: npt.NDArray[np.int64]
+    certificate: Certificate
+    shares: npt.NDArray[np.float64] | None = None
+    stop: Stop = "finished"
+
+
+class Solver(Protocol):
+    """A placement strategy. Instances are stateless; options are keyword arguments of `solve`.
+
+    `solve(problem: Problem, budget: Budget, *, <options>) -> Solution` raises SolveError when no placement was found
+    within the budget, and UnsupportedError for an option or a size it cannot serve.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def supports(self) -> frozenset[Feature]: ...
+
+    @property
+    def needs(self) -> frozenset[Needs]: ...
+
+    @property
+    def solve(self) -> Callable[..., Solution]: ...
+
+
+def fill_slots(device_of: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[L, P] slot table from [L, E] the device of each expert (no replicas), experts in increasing order a device.
+
+    Every device must get exactly as many experts as it has slots.
+    """
+    return np.argsort(device_of, axis=1, kind="stable").astype(np.int64)

@@ -1,0 +1,112 @@
+"""The one entry point: checks a solver against a problem, runs it, and signs its answer as a plan."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..placement.errors import InputError, UnsupportedError, nearest
+from ..placement.plan import Plan, Provenance
+from ..placement.problem import Problem
+from ..placement.version import __version__
+from .base import Budget, Feature, Needs, Progress, Solver
+from .registry import SOLVERS
+
+
+def solver_named(name: str) -> Solver:
+    """The registered solver of that name.
+
+    Raises:
+        InputError: unknown name; the nearest is named.
+    """
+    for solver in SOLVERS:
+        if solver.name == name:
+            return solver
+    raise InputError(f"solver {name!r} is unknown; {nearest(name, [solver.name for solver in SOLVERS])}")
+
+
+def solve(
+    problem: Problem,
+    solver: str,
+    seconds: float | None = None,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """Solves `problem` and returns a plan with its certificate.
+
+    solver: a name of `solver_names()`. seconds: wall-clock budget, None for none. seed: decides every random choice.
+    progress: called with each news. options: the solver's own (see its `solve` method).
+
+    Raises:
+        InputError: unknown solver or option. UnsupportedError: the problem asks for what the solver cannot do; the
+            message names solvers that can. SolveError: no plan within the budget.
+    """
+    chosen = solver_named(solver)
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"seconds ({seconds}) must be positive, or None for no limit")
+    _check_options(chosen, options)
+    _check_supported(chosen, problem)
+    budget = Budget(seconds=seconds, seed=seed, progress=progress)
+    solution = chosen.solve(problem, budget, **options)
+    return Plan(
+        model=problem.model,
+        topology=problem.topology,
+        physical_to_logical=solution.physical_to_logical,
+        slot_device=problem.slot_device,
+        shares=np.empty(0) if solution.shares is None else solution.shares,
+        certificate=solution.certificate,
+        provenance=Provenance(
+            solver=chosen.name,
+            version=__version__,
+            seed=seed,
+            options=dict(options) | ({} if seconds is None else {"seconds": seconds}),
+            seconds=budget.elapsed,
+            stop=solution.stop,
+            trace_fingerprint=problem.statistics.fingerprint,
+            history=tuple(budget.history),
+        ),
+    )
+
+
+def solver_names() -> tuple[str, ...]:
+    """Names accepted by `solve`."""
+    return tuple(solver.name for solver in SOLVERS)
+
+
+def required_features(problem: Problem) -> frozenset[Feature]:
+    """What the problem asks beyond the plain case."""
+    asked = set()
+    if problem.has_replicas:
+        asked.add(Feature.REPLICAS)
+    if len(set(problem.slots_per_device.tolist())) > 1:
+        asked.add(Feature.UNEVEN_SLOTS)
+    if problem.pinned or problem.forbidden:
+        asked.add(Feature.PINNED)
+    return frozenset(asked)
+
+
+def _check_supported(solver: Solver, problem: Problem) -> None:
+    asked = required_features(problem)
+    missing = asked - solver.supports
+    if missing:
+        able = [other.name for other in SOLVERS if asked <= other.supports]
+        raise UnsupportedError(
+            f"solver {solver.name!r} does not support {' and '.join(sorted(f.value for f in missing))}; "
+            + (f"these do: {', '.join(able)}" if able else "no solver does all this problem asks")
+        )
+    if Needs.TRANSITIONS in solver.needs and problem.statistics.transitions is None:
+        _ = problem.statistics.total_transitions
+    if Needs.SAMPLE in solver.needs:
+        problem.statistics.require_sample()
+
+
+def _check_options(solver: Solver, options: dict[str, Any]) -> None:
+    known = set(inspect.signature(solver.solve).parameters) - {"problem", "budget", "options"}
+    for name in options:
+        if name not in known:
+            listed = nearest(name, known) if known else "it takes none"
+            raise InputError(f"solver {solver.name!r} has no option {name!r}; {listed}")

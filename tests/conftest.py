@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moeplace as mp
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of recorded routing of public models, beside the checkout; not part of the distribution."""
+    if not (SHARED / "gpt_oss_20b_routing.npz").is_file():
+        pytest.skip(f"recorded routing of public models is not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def gpt_oss(shared_data: Path) -> mp.RoutingTrace:
+    """Routing of gpt-oss-20b: 24 layers, 32 experts, top-4, 131,403 decode tokens of 430 sequences."""
+    arrays = np.load(shared_data / "gpt_oss_20b_routing.npz", allow_pickle=False)
+    return mp.RoutingTrace.from_arrays(
+        arrays["expert_ids"],
+        num_experts=32,
+        gate_weights=arrays["gate_probs"],
+        sequence=arrays["sequence"],
+        position=arrays["position"],
+        workload=arrays["sequence_dataset"][arrays["sequence"]],
+    )
+
+
+@pytest.fixture
+def toy_trace() -> mp.RoutingTrace:
+    """A small trace with real structure: two workloads, each with favourite experts and sticky transitions."""
+    return make_trace(seed=0)
+
+
+def make_trace(
+    seed: int, sequences: int = 12, length: int = 40, layers: int = 3, experts: int = 8, top_k: int = 2
+) -> mp.RoutingTrace:
+    """Routing drawn from a Markov chain over experts, so that transitions and co-activation are not uniform."""
+    rng = np.random.default_rng(seed)
+    follow = rng.dirichlet(np.full(experts, 0.3), size=(layers, experts))
+    tokens = sequences * length
+    ids = np.empty((tokens, layers, top_k), dtype=np.int64)
+    for t in range(tokens):
+        favourite = int(rng.integers(experts))
+        for layer in range(layers):
+            chosen = rng.choice(experts, size=top_k, replace=False, p=0.9 * follow[layer, favourite] + 0.1 / experts)
+            ids[t, layer] = chosen
+            favourite = int(chosen[0])
+    sequence = np.repeat(np.arange(sequences), length)
+    return mp.RoutingTrace.from_arrays(
+        ids, num_experts=experts, sequence=sequence, workload=np.where(sequence % 2 == 0, "chat", "code")
+    )
