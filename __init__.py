@@ -1,6 +1,7 @@
 """Expert placement for mixture-of-experts models: record routing, solve, judge on held-out steps, export."""
 
 from .placement.errors import FileFormatError, InputError, MoeplaceError, SolveError, StoreError, UnsupportedError
+from .placement.evaluate import Evaluation, evaluate
 from .placement.model import ModelSpec
 from .placement.objective import Objective
 from .placement.plan import Certificate, Plan, Provenance
@@ -15,6 +16,7 @@ from .solvers import solve, solver_names
 __all__ = [
     "Certificate",
     "Device",
+    "Evaluation",
     "FileFormatError",
     "InputError",
     "ModelSpec",
@@ -32,6 +34,7 @@ __all__ = [
     "Topology",
     "UnsupportedError",
     "__version__",
+    "evaluate",
     "solve",
     "solver_names",
 ]

@@ -1,0 +1,216 @@
+"""What a plan asks of every device when recorded steps run through it.
+
+A replica is taken by chance with its share, each token on its own, so counts are expected values; without replicas
+they are exact. Shapes: S steps, T tokens of a block of steps, L layers, k experts a token, G devices, N nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .cost import Flows
+from .flows import flows_between, flows_from_even_sources
+from .objective import Objective
+from .plan import Plan
+from .steps import Steps
+from .topology import Topology
+
+FloatArray = npt.NDArray[np.float64]
+HitArray = npt.NDArray[np.float32]
+IdArray = npt.NDArray[np.unsignedinteger[Any]]
+
+BLOCK_VALUES = 1 << 25
+"""Floats a working array of one block may hold: bounds memory to a few hundred MB whatever the number of steps."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Counts of a run of steps, each [S, L, ...].
+
+    tokens: [S, L, G] token-expert pairs computed. experts_hit: [S, L, G] experts whose weights are read.
+    reached: [S, L, G] tokens that need the device. node_reached: [S, L, N]. dispatch: copies to experts.
+    combine: copies back, None where nothing returns. crossing: [S, L] dispatch copies that leave their device;
+    node_crossing: [S, L] that leave their node. local: [S, L-1] share of a token's k x k transitions that stay on
+    their device, summed over tokens; node_local the same for nodes.
+    """
+
+    tokens: FloatArray
+    experts_hit: FloatArray
+    reached: FloatArray
+    node_reached: FloatArray
+    dispatch: Flows
+    combine: Flows | None
+    crossing: FloatArray
+    node_crossing: FloatArray
+    local: FloatArray
+    node_local: FloatArray
+
+
+def replay(plan: Plan, steps: Steps, topology: Topology, objective: Objective) -> Iterator[Demand]:
+    """Runs blocks of whole steps through the plan, in order."""
+    placement = _Placement(plan, topology)
+    per_token = steps.num_layers * max(topology.num_devices, steps.top_k, 8)
+    for first, last in _blocks(steps, max(1, BLOCK_VALUES // per_token)):
+        yield _demand(placement, steps, first, last, topology, objective)
+
+
+class _Placement:
+    """A plan's shares in the layouts that replay reads."""
+
+    def __init__(self, plan: Plan, topology: Topology) -> None:
+        self.plan = plan
+        self.device_share = plan.device_share.astype(np.float32)
+        nodes = np.eye(topology.num_nodes, dtype=np.float32)[topology.node_of]
+        self.node_share = self.device_share @ nodes
+        self.single = bool(((self.device_share == 0) | (self.device_share == 1)).all())
+        self.slot_owner = np.eye(topology.num_devices)[plan.slot_device]
+
+    def hits(self, ids: IdArray, share: HitArray) -> HitArray:
+        """[L, T, G] chance that any of the given experts [L, T, k] of a token is served there."""
+        layers = np.arange(ids.shape[0])[:, None]
+        if self.single:
+            where = share.argmax(axis=2)[layers[:, :, None], ids]
+            result = np.zeros((*ids.shape[:2], share.shape[2]), dtype=np.float32)
+            np.put_along_axis(result, where, np.float32(1.0), axis=2)
+            return result
+        missed = np.ones((*ids.shape[:2], share.shape[2]), dtype=np.float32)
+        for rank in range(ids.shape[2]):
+            missed *= 1.0 - share[layers, ids[:, :, rank]]
+        return np.subtract(np.float32(1.0), missed)
+
+
+def _blocks(steps: Steps, tokens: int) -> Iterator[tuple[int, int]]:
+    first = 0
+    while first < steps.num_steps:
+        last = int(np.searchsorted(steps.offsets, steps.offsets[first] + tokens, side="right")) - 1
+        last = min(max(last, first + 1), steps.num_steps)
+        yield first, last
+        first = last
+
+
+def _demand(
+    placement: _Placement, steps: Steps, first: int, last: int, topology: Topology, objective: Objective
+) -> Demand:
+    start, end = steps.offsets[first], steps.offsets[last]
+    bounds = steps.offsets[first : last + 1] - start
+    ids = np.ascontiguousarray(steps.expert_ids[start:end].transpose(1, 0, 2))
+    source = None if steps.source is None else steps.source[start:end]
+    tokens, experts_hit = _work(placement, ids, bounds, steps.num_experts)
+    hit, node_hit = placement.hits(ids, placement.device_share), placement.hits(ids, placement.node_share)
+    reached, node_reached = _sum_steps(hit, bounds), _sum_steps(node_hit, bounds)
+    combine: Flows | None
+    if objective.execution == "context_coherent":
+        owner = _owners(placement, ids)
+        holder = np.concatenate([_home(source, owner.shape[1:], topology), owner[:-1]])
+        pairs, node_pairs = _pairs(holder, hit, bounds), _pairs(holder, node_hit, bounds)
+        dispatch = flows_between(pairs, node_pairs, topology, objective.node_dedup)
+        combine = _back_to_owner(placement, ids, owner, bounds, topology, objective) if steps.top_k > 1 else None
+        crossing, node_crossing = _crossing(pairs, node_pairs, topology)
+    elif source is None:
+        dispatch = flows_from_even_sources(reached, node_reached, topology, objective.node_dedup)
+        combine = dispatch
+        crossing = reached.sum(axis=2) * (1.0 - 1.0 / topology.num_devices)
+        node_crossing = (node_reached * (1.0 - topology.node_size / topology.num_devices)).sum(axis=2)
+    else:
+        holder = _one_hot(source, topology.num_devices, steps.num_layers)
+        pairs, node_pairs = _pairs(holder, hit, bounds), _pairs(holder, node_hit, bounds)
+        dispatch = flows_between(pairs, node_pairs, topology, objective.node_dedup)
+        combine = dispatch
+        crossing, node_crossing = _crossing(pairs, node_pairs, topology)
+    local, node_local = (
+        _transitions_kept(ids, share, bounds) for share in (placement.device_share, placement.node_share)
+    )
+    return Demand(
+        tokens, experts_hit, reached, node_reached, dispatch, combine, crossing, node_crossing, local, node_local
+    )
+
+
+def _work(
+    placement: _Placement, ids: IdArray, bounds: npt.NDArray[np.int64], experts: int
+) -> tuple[FloatArray, FloatArray]:
+    """[S, L, G] token-expert pairs and distinct experts hit on each device."""
+    layers = ids.shape[0]
+    counts = np.empty((len(bounds) - 1, layers, experts))
+    base = np.arange(layers)[:, None, None] * experts
+    for s in range(len(bounds) - 1):
+        flat = (ids[:, bounds[s] : bounds[s + 1]] + base).ravel()
+        counts[s] = np.bincount(flat, minlength=layers * experts).reshape(layers, experts)
+    plan = placement.plan
+    at_slot = np.take_along_axis(counts, plan.physical_to_logical[None], axis=2)
+    tokens = (at_slot * plan.shares) @ placement.slot_owner
+    # A slot stays idle when none of its expert's tokens draws it: (1 - share) ** count.
+    experts_hit = (1.0 - np.power(1.0 - plan.shares, at_slot)) @ placement.slot_owner
+    return tokens, experts_hit
+
+
+def _back_to_owner(
+    placement: _Placement,
+    ids: IdArray,
+    owner: HitArray,
+    bounds: npt.NDArray[np.int64],
+    topology: Topology,
+    objective: Objective,
+) -> Flows:
+    """Outputs of all experts but the owner's own, to the owner. A link's larger direction is the same both ways."""
+    others = placement.hits(ids[:, :, 1:], placement.device_share)
+    node_others = placement.hits(ids[:, :, 1:], placement.node_share)
+    return flows_between(
+        _pairs(owner, others, bounds), _pairs(owner, node_others, bounds), topology, objective.node_dedup
+    )
+
+
+def _owners(placement: _Placement, ids: IdArray) -> HitArray:
+    """[L, T, G] who holds the residual stream after each layer: the device of the highest-weight expert."""
+    layers = np.arange(ids.shape[0])[:, None]
+    return placement.device_share[layers, ids[:, :, 0]]
+
+
+def _home(source: npt.NDArray[np.int64] | None, shape: tuple[int, ...], topology: Topology) -> HitArray:
+    """[1, T, G] who holds tokens before the first layer: their source rank, or all devices evenly."""
+    if source is None:
+        return np.full((1, *shape), 1.0 / topology.num_devices, dtype=np.float32)
+    return _one_hot(source, topology.num_devices, 1)
+
+
+def _one_hot(source: npt.NDArray[np.int64], devices: int, layers: int) -> HitArray:
+    hot = np.eye(devices, dtype=np.float32)[source]
+    return np.broadcast_to(hot, (layers, *hot.shape))
+
+
+def _pairs(holder: HitArray, hit: HitArray, bounds: npt.NDArray[np.int64]) -> FloatArray:
+    """[S, L, H, G] tokens held by h that need g, from [L, T, H] and [L, T, G]."""
+    result = np.empty((len(bounds) - 1, holder.shape[0], holder.shape[2], hit.shape[2]))
+    for s in range(len(bounds) - 1):
+        block = slice(bounds[s], bounds[s + 1])
+        result[s] = holder[:, block].transpose(0, 2, 1) @ hit[:, block]
+    return result
+
+
+def _crossing(pairs: FloatArray, node_pairs: FloatArray, topology: Topology) -> tuple[FloatArray, FloatArray]:
+    devices = np.arange(topology.num_devices)
+    stay = pairs[..., devices, devices].sum(axis=-1)
+    node_stay = node_pairs[..., devices, topology.node_of].sum(axis=-1)
+    return pairs.sum(axis=(-1, -2)) - stay, node_pairs.sum(axis=(-1, -2)) - node_stay
+
+
+def _transitions_kept(ids: IdArray, share: HitArray, bounds: npt.NDArray[np.int64]) -> FloatArray:
+    """[S, L-1] sum over tokens of the share of their k x k transitions that stay where they are."""
+    layers = np.arange(ids.shape[0])[:, None]
+    mass = share[layers, ids[:, :, 0]]
+    for rank in range(1, ids.shape[2]):
+        mass = mass + share[layers, ids[:, :, rank]]
+    kept = np.einsum("ltg,ltg->lt", mass[:-1], mass[1:]) / ids.shape[2] ** 2
+    return (
+        np.add.reduceat(kept.astype(np.float64), bounds[:-1], axis=1).T if len(kept) else np.zeros((len(bounds) - 1, 0))
+    )
+
+
+def _sum_steps(values: HitArray, bounds: npt.NDArray[np.int64]) -> FloatArray:
+    """[S, L, G] sums over each step's tokens from [L, T, G]."""
+    summed = np.add.reduceat(values, bounds[:-1], axis=1, dtype=np.float64)
+    return summed.transpose(1, 0, 2)
