@@ -4,5 +4,8 @@ from __future__ import annotations
 
 from .base import Solver
 from .contiguous import Contiguous
+from .eplb import Eplb
+from .random_placement import RandomPlacement
+from .round_robin import RoundRobin
 
-SOLVERS: tuple[Solver, ...] = (Contiguous(),)
+SOLVERS: tuple[Solver, ...] = (Contiguous(), RoundRobin(), RandomPlacement(), Eplb())

@@ -1,0 +1,135 @@
+"""DeepSeek's expert-parallel load balancer (EPLB), written from its published description.
+
+Source: github.com/deepseek-ai/EPLB. The two-step greedy: give each spare slot to the expert with the highest load a
+replica, then place replicas, heaviest first, on the least loaded device that has a free slot.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..placement.errors import UnsupportedError
+from ..placement.load_bound import device_load_certificate
+from ..placement.problem import Problem, even_slots
+from .base import Budget, Feature, Needs, Solution
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+class Eplb:
+    """Balances average load, replicas sharing equally.
+
+    Option `hierarchical`: True places expert groups on nodes first, so that group-limited routing stays in a node;
+    False is the global form; None takes the hierarchical one where groups divide over nodes, and slots and devices over
+    equal nodes, else the global one. As published, two replicas of an expert may share a device.
+    """
+
+    name = "eplb"
+    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS})
+    needs: frozenset[Needs] = frozenset()
+
+    def solve(self, problem: Problem, budget: Budget, *, hierarchical: bool | None = None) -> Solution:
+        obstacle = _obstacle(problem)
+        if hierarchical and obstacle:
+            raise UnsupportedError(f"eplb's hierarchical form needs {obstacle}; hierarchical=False balances globally")
+        load = problem.statistics.total_load
+        if obstacle or hierarchical is False:
+            table = _rebalance_globally(load, problem.slots_per_device)
+        else:
+            table = rebalance(
+                load, problem.num_slots, problem.model.groups, problem.topology.num_nodes, problem.num_devices
+            )
+        certificate = device_load_certificate(problem, table)
+        budget.report(certificate.value, certificate.bound)
+        return Solution(table, certificate)
+
+
+def rebalance(load: FloatArray, slots: int, groups: int, nodes: int, devices: int) -> IntArray:
+    """[L, P] slot table for expert loads [L, E]; slot i stands on device i // (slots / devices).
+
+    Hierarchical when groups divide over several nodes, else global, as published. In the global form slots need not
+    divide over devices: the first slots % devices devices get one more.
+
+    Raises:
+        UnsupportedError: groups divide over nodes, but slots or devices do not; groups=1, nodes=1 balances globally.
+    """
+    layers, experts = load.shape
+    if nodes == 1 or groups % nodes:
+        return _rebalance_globally(load, even_slots(slots, devices))
+    if experts % groups or slots % devices or devices % nodes:
+        raise UnsupportedError(
+            f"eplb: hierarchical placement of {experts} experts in {groups} groups and {slots} slots on {devices} "
+            f"devices of {nodes} nodes needs each to divide evenly; groups=1, nodes=1 balances globally"
+        )
+    group_size = experts // groups
+    node_of_group, rank_in_node = _pack(
+        load.reshape(layers, groups, group_size).sum(axis=2), np.full(nodes, groups // nodes)
+    )
+    # Experts in the order of their nodes: member[l, i] is the expert at place i of the concatenated nodes.
+    place = (node_of_group * (groups // nodes) + rank_in_node)[:, :, None] * group_size + np.arange(group_size)
+    member = np.argsort(place.reshape(layers, experts), axis=1)
+    in_node = np.take_along_axis(load, member, axis=1).reshape(layers * nodes, experts // nodes)
+    local = _rebalance_globally(in_node, even_slots(slots // nodes, devices // nodes)).reshape(layers, nodes, -1)
+    local = local + (np.arange(nodes) * (experts // nodes))[:, None]
+    return np.take_along_axis(member, local.reshape(layers, slots), axis=1)
+
+
+def _obstacle(problem: Problem) -> str | None:
+    """What keeps the hierarchical form from serving the problem."""
+    groups, nodes = problem.model.groups, problem.topology.num_nodes
+    if groups % nodes:
+        return f"expert groups ({groups}) to divide over nodes ({nodes})"
+    if len(set(problem.topology.node_size.tolist())) > 1:
+        return f"nodes of one size, these have {problem.topology.node_size.tolist()} devices"
+    if len(set(problem.slots_per_device.tolist())) > 1:
+        return f"equal slots a device, these have {problem.slots_per_device.tolist()}"
+    return None
+
+
+def _rebalance_globally(load: FloatArray, slots_per_device: IntArray) -> IntArray:
+    """[L, P] replicate, then pack."""
+    held = _replicate(load, int(slots_per_device.sum()))
+    counts = np.stack([np.bincount(row, minlength=load.shape[1]) for row in held])
+    slot_load = np.take_along_axis(load / counts, held, axis=1)
+    device, rank = _pack(slot_load, slots_per_device)
+    first_slot = np.cumsum(slots_per_device) - slots_per_device
+    table = np.empty_like(held)
+    np.put_along_axis(table, first_slot[device] + rank, held, axis=1)
+    return table
+
+
+def _replicate(load: FloatArray, slots: int) -> IntArray:
+    """[L, P] experts, each once, then each spare slot the expert with the highest load a replica by then."""
+    layers, experts = load.shape
+    rows = np.arange(layers)
+    held = np.tile(np.arange(slots) % experts, (layers, 1))
+    counts = np.ones((layers, experts))
+    for slot in range(experts, slots):
+        chosen = (load / counts).argmax(axis=1)
+        held[:, slot] = chosen
+        counts[rows, chosen] += 1
+    return held
+
+
+def _pack(weight: FloatArray, capacity: IntArray) -> tuple[IntArray, IntArray]:
+    """Items [L, n] to packs of given capacity [G], heaviest first to the lightest pack with room: (pack, rank in it)."""
+    layers, items = weight.shape
+    rows = np.arange(layers)
+    order = np.argsort(-weight, axis=1, kind="stable")
+    carried = np.zeros((layers, len(capacity)))
+    filled = np.zeros((layers, len(capacity)), dtype=np.int64)
+    pack = np.empty((layers, items), dtype=np.int64)
+    rank = np.empty((layers, items), dtype=np.int64)
+    # A full pack is made infinitely heavy, so that the lightest is always one with room.
+    carried[:, capacity == 0] = np.inf
+    for item in order.T:
+        lightest = carried.argmin(axis=1)
+        pack[rows, item] = lightest
+        rank[rows, item] = filled[rows, lightest]
+        filled[rows, lightest] += 1
+        carried[rows, lightest] += weight[rows, item]
+        full = filled[rows, lightest] == capacity[lightest]
+        carried[rows[full], lightest[full]] = np.inf
+    return pack, rank
