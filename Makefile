@@ -1,0 +1,44 @@
+# make demo   install, then profile -> solve -> judge -> export on recorded routing of a real model
+# make test   install what tests need, then lint, type-check and test
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test lint types unit clean
+
+# A virtual environment is up to date when it was made after the last change of its requirements.
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,test]'
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --out $(DEMO)
+
+test: lint types unit
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The repository root is the package: mypy sees it as `moeplace` through a link.
+types: $(VENV)/.test
+	mkdir -p build/types && ln -sfn ../.. build/types/moeplace
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p moeplace
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml ../../examples/*.py
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,107 @@
+"""The cost model written out token by token, for plans without replicas: the oracle beside the vectorised replay."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+import moeplace as mp
+
+VALUE_BYTES = {"bf16": 2, "fp8": 1}
+
+
+class Links:
+    """Adds up copies on device links inside nodes and on node links, as sent and as received."""
+
+    def __init__(self, topology: mp.Topology, dedup: bool) -> None:
+        self.topology, self.dedup = topology, dedup
+        self.sent: defaultdict[int, float] = defaultdict(float)
+        self.received: defaultdict[int, float] = defaultdict(float)
+        self.node_sent: defaultdict[int, float] = defaultdict(float)
+        self.node_received: defaultdict[int, float] = defaultdict(float)
+
+    def send(self, home: int, targets: set[int], weight: float, back: bool = False) -> None:
+        """One token's copies from `home` to each target device (or, when `back`, from the targets to home)."""
+        node = self.topology.node_of
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        node_sent, node_received = (
+            (self.node_received, self.node_sent) if back else (self.node_sent, self.node_received)
+        )
+        for n in {int(node[g]) for g in targets}:
+            there = {g for g in targets if node[g] == n}
+            if n == node[home]:
+                for g in there - {home}:
+                    sent[home] += weight
+                    received[g] += weight
+            elif self.dedup:
+                node_sent[int(node[home])] += weight
+                node_received[n] += weight
+                members = np.flatnonzero(node == n).tolist()
+                for entry in members:
+                    for g in there - {entry}:
+                        sent[entry] += weight / len(members)
+                        received[g] += weight / len(members)
+            else:
+                node_sent[int(node[home])] += weight * len(there)
+                node_received[n] += weight * len(there)
+
+    def seconds(self, bytes_per_copy: float) -> float:
+        topology = self.topology
+        intra = max(
+            max(self.sent[g], self.received[g]) / topology.intra_bandwidth[g] for g in range(topology.num_devices)
+        )
+        inter = max(
+            max(self.node_sent[n], self.node_received[n]) / topology.inter_bandwidth[n]
+            for n in range(topology.num_nodes)
+        )
+        remote = topology.num_nodes - 1
+        if not self.dedup:
+            remote = topology.num_devices - int(max(topology.node_size))
+        latency = topology.intra_latency * (int(max(topology.node_size)) - 1) + topology.inter_latency * remote
+        return (latency if topology.num_devices > 1 else 0.0) + bytes_per_copy * max(intra, inter)
+
+
+def step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> list[float]:
+    """Predicted seconds of each step, by the formulas of the cost model, one token at a time."""
+    model, topology, objective = problem.model, problem.topology, problem.objective
+    device_of = [{int(e): int(plan.slot_device[p]) for p, e in enumerate(row)} for row in plan.physical_to_logical]
+    out = model.hidden_size * VALUE_BYTES[objective.dispatch_dtype]
+    back = model.hidden_size * VALUE_BYTES[objective.combine_dtype]
+    everywhere = {g: 1.0 / topology.num_devices for g in range(topology.num_devices)}
+    result = []
+    for s in range(steps.num_steps):
+        block = range(int(steps.offsets[s]), int(steps.offsets[s + 1]))
+        total = 0.0
+        for layer in range(model.layers):
+            dispatch, combine = Links(topology, objective.node_dedup), Links(topology, objective.node_dedup)
+            work: defaultdict[int, int] = defaultdict(int)
+            hit: defaultdict[int, set[int]] = defaultdict(set)
+            for t in block:
+                experts = [int(e) for e in steps.expert_ids[t, layer]]
+                where = [device_of[layer][e] for e in experts]
+                for e, g in zip(experts, where, strict=True):
+                    work[g] += 1
+                    hit[g].add(e)
+                start = everywhere if steps.source is None else {int(steps.source[t]): 1.0}
+                if objective.execution == "dispatch_combine":
+                    for home, weight in start.items():
+                        dispatch.send(home, set(where), weight)
+                        combine.send(home, set(where), weight, back=True)
+                else:
+                    if layer:
+                        start = {device_of[layer - 1][int(steps.expert_ids[t, layer - 1, 0])]: 1.0}
+                    for home, weight in start.items():
+                        dispatch.send(home, set(where), weight)
+                    combine.send(where[0], set(where[1:]), 1.0, back=True)
+            compute = max(
+                max(
+                    work[g] * model.flops_per_token / topology.compute[g],
+                    len(hit[g]) * model.bytes_per_expert / topology.memory_bandwidth[g],
+                )
+                for g in range(topology.num_devices)
+            )
+            returns = objective.execution == "dispatch_combine" or model.top_k > 1
+            total += dispatch.seconds(out) + compute + (combine.seconds(back) if returns else 0.0)
+        result.append(total)
+    return result

@@ -1,0 +1,119 @@
+"""Model shapes: checks on construction, and reading Transformers configs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moeplace as mp
+
+SHAPE = {"layers": 2, "experts": 8, "top_k": 2, "hidden_size": 64, "ffn_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 9}, r"top_k \(9\) must not exceed experts \(8\)"),
+        ({"layers": 0}, r"ModelSpec.layers: .*given: 0"),
+        ({"experts": "many"}, r"ModelSpec.experts: .*given: 'many'"),
+        ({"groups": 3}, r"experts \(8\) must be divisible by groups \(3\)"),
+        ({"expert_dtype": "int3"}, "'int3'.*fp8"),
+        ({"moe_layers": (1, 2, 3)}, "names 3 layers, layers is 2"),
+        ({"moe_layers": (2, 1)}, "increasing"),
+        ({"depth": 2}, "ModelSpec.depth"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_was_given(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(mp.InputError, match=message):
+        mp.ModelSpec(**SHAPE | change)
+
+
+def test_bytes_and_flops_of_an_expert_count_its_three_matrices() -> None:
+    model = mp.ModelSpec(**SHAPE)
+    assert model.bytes_per_expert == 3 * 64 * 32 * 2
+    assert model.flops_per_token == 2 * 3 * 64 * 32
+    assert model.replace(expert_dtype="fp8").bytes_per_expert == 3 * 64 * 32
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mixtral": (
+        {"num_hidden_layers": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 14336},
+        {"layers": 32, "experts": 8, "top_k": 2, "ffn_size": 14336},
+    ),
+    "deepseek_v3": (
+        {
+            "num_hidden_layers": 61,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "intermediate_size": 18432,
+            "n_group": 8,
+            "first_k_dense_replace": 3,
+            "quantization_config": {"quant_method": "fp8"},
+        },
+        {
+            "layers": 58,
+            "experts": 256,
+            "top_k": 8,
+            "ffn_size": 2048,
+            "groups": 8,
+            "expert_dtype": "fp8",
+            "moe_layers": tuple(range(3, 61)),
+        },
+    ),
+    "qwen3_moe": (
+        {
+            "num_hidden_layers": 48,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "intermediate_size": 6144,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [0, 5],
+        },
+        {"layers": 46, "experts": 128, "ffn_size": 768, "moe_layers": tuple(i for i in range(48) if i not in (0, 5))},
+    ),
+    "qwen2_moe, every second layer": (
+        {
+            "num_hidden_layers": 4,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "decoder_sparse_step": 2,
+        },
+        {"layers": 2, "moe_layers": (1, 3)},
+    ),
+    "gpt_oss": (
+        {
+            "num_hidden_layers": 24,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "intermediate_size": 2880,
+            "quantization_config": {"quant_method": "mxfp4"},
+        },
+        {"layers": 24, "experts": 32, "top_k": 4, "expert_dtype": "mxfp4"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_published_configs_are_read(family: str, tmp_path: Path) -> None:
+    fields, expected = CONFIGS[family]
+    fields = fields | {"hidden_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for given in (fields, tmp_path, tmp_path / "config.json"):
+        model = mp.ModelSpec.from_config(given)
+        assert {name: getattr(model, name) for name in expected} == expected
+
+
+def test_a_config_without_experts_says_which_fields_were_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(mp.InputError, match="num_local_experts.*mixture-of-experts"):
+        mp.ModelSpec.from_config({"num_hidden_layers": 2, "hidden_size": 8})
+    with pytest.raises(mp.InputError, match="no such file"):
+        mp.ModelSpec.from_config(tmp_path / "nowhere.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(mp.InputError, match="not JSON"):
+        mp.ModelSpec.from_config(tmp_path)

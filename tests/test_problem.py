@@ -1,0 +1,76 @@
+"""Problems: slots dealt to devices, and everything that must agree before a solver starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeplace as mp
+
+MODEL = mp.ModelSpec(layers=2, experts=6, top_k=2, hidden_size=64, ffn_size=64)
+TOPOLOGY = mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=2)
+STATISTICS = mp.RoutingStatistics.from_counts(np.ones((2, 6)))
+
+
+def problem(**changes: Any) -> mp.Problem:
+    return mp.Problem(**{"model": MODEL, "topology": TOPOLOGY, "statistics": STATISTICS} | changes)
+
+
+def test_slots_default_to_one_an_expert_dealt_evenly() -> None:
+    assert problem().slots_per_device.tolist() == [2, 2, 1, 1]
+    assert problem().slot_device.tolist() == [0, 0, 1, 1, 2, 3]
+    assert problem(slots=8).slots_per_device.tolist() == [2, 2, 2, 2]
+    assert problem(device_slots=[3, 1, 1, 1]).slot_device.tolist() == [0, 0, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slots": 5}, r"slots \(5\) must be at least the number of experts \(6\)"),
+        ({"device_slots": [3, 3]}, "must name 4"),
+        ({"device_slots": [3, 3, -1, 1]}, "non-negative"),
+        ({"device_slots": [3, 3, 1, 1], "slots": 9}, "not the sum"),
+        ({"pinned": {(0, 6): 0}}, r"pinned\[0, 6\].*out of range"),
+        ({"forbidden": {(0, 0): [4]}}, r"forbidden\[0, 0\].*out of range"),
+        ({"model": MODEL.replace(experts=8)}, "another model: experts is 6, ModelSpec.experts is 8"),
+        ({"model": MODEL.replace(moe_layers=(3, 4))}, r"moe_layers is \(0, 1\).*same moe_layers"),
+        ({"statistics": dataclasses.replace(STATISTICS, top_k=4)}, "top_k is 4"),
+        ({"model": MODEL.replace(hidden_size=10**6, ffn_size=10**5)}, "device 0 would hold .* GB"),
+    ],
+)
+def test_what_does_not_agree_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(mp.InputError, match=message):
+        problem(**changes)
+
+
+@pytest.mark.parametrize("risk", ["median", "cvar", "cvar:1.0", "cvar:high"])
+def test_an_unknown_risk_lists_the_known_ones(risk: str) -> None:
+    with pytest.raises(mp.InputError, match=r"cvar:q.*worst_workload or regret"):
+        mp.Objective(risk=risk)
+
+
+def test_an_unknown_execution_or_dtype_is_refused() -> None:
+    with pytest.raises(mp.InputError, match="dispatch_combine"):
+        mp.Objective(execution="magic")
+    with pytest.raises(mp.InputError, match="dispatch_dtype.*fp8"):
+        mp.Objective(dispatch_dtype="fp6")
+
+
+def test_counts_are_checked_by_workload() -> None:
+    with pytest.raises(mp.InputError, match=r"workload 'prefill' has shape \(2, 5\), expected \[2, 6\]"):
+        mp.RoutingStatistics.from_counts({"decode": np.ones((2, 6)), "prefill": np.ones((2, 5))})
+    with pytest.raises(mp.InputError, match="'decode' holds negative"):
+        mp.RoutingStatistics.from_counts({"decode": -np.ones((2, 6))})
+    with pytest.raises(mp.InputError, match="names 3 layers"):
+        mp.RoutingStatistics.from_counts(np.ones((2, 6)), moe_layers=range(3))
+
+
+def test_windows_of_each_workload_are_kept_apart() -> None:
+    statistics = mp.RoutingStatistics.from_counts({"a": np.ones((3, 2, 4)), "b": 2 * np.ones((2, 4))})
+    assert statistics.load.shape == (4, 2, 4)
+    assert statistics.workload_load[:, 0, 0].tolist() == [3.0, 2.0]
+    with pytest.raises(mp.UnsupportedError, match="transitions between layers is needed"):
+        _ = statistics.total_transitions

@@ -1,0 +1,92 @@
+"""The rooms of the repository: who may import whom, and what `import moeplace` may cost."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    "placement": set(),
+    "profiler": {"placement"},
+    "solvers": {"placement"},
+    "runtime": {"placement"},
+    "db": {"placement"},
+    "cli": {"placement", "profiler", "solvers", "runtime", "db", "service"},
+    "service": {"placement", "profiler", "solvers", "runtime", "db"},
+}
+HEAVY = {"torch", "transformers", "pyarrow", "pulp", "highspy", "scipy", "sqlalchemy", "alembic", "plotly", "pandas"}
+
+
+def imports_of(path: Path) -> list[tuple[str, list[str]]]:
+    """(dotted module inside moeplace, names taken) of every import in a file, at any depth."""
+    package = ["moeplace", *path.relative_to(ROOT).parent.parts]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found.append((module, [alias.name for alias in node.names]))
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+    return [(module, names) for module, names in found if module.split(".")[0] == "moeplace"]
+
+
+def files_of(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_the_floors_below_it(room: str) -> None:
+    for path in files_of(room):
+        for module, names in imports_of(path):
+            parts = module.split(".")
+            targets = {parts[1]} if len(parts) > 1 else set(names) & set(MAY_IMPORT)
+            assert targets <= MAY_IMPORT[room] | {room}, f"{path.relative_to(ROOT)} imports {module}"
+            assert len(parts) > 1 or room == "cli", f"{path.relative_to(ROOT)} imports the package it is part of"
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_no_room_reaches_into_anothers_private_names(room: str) -> None:
+    for path in files_of(room):
+        for module, names in imports_of(path):
+            parts = module.split(".")
+            if len(parts) > 1 and parts[1] != room:
+                private = [name for name in [*parts, *names] if name.startswith("_") and not name.startswith("__")]
+                assert not private, f"{path.relative_to(ROOT)} takes {private} from {module}"
+
+
+@pytest.mark.parametrize("statement", ["import moeplace", "import moeplace.cli.app"])
+def test_importing_brings_in_no_heavy_library(statement: str) -> None:
+    script = f"import sys; {statement}; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert not loaded & HEAVY
+
+
+def test_solving_does_not_import_torch() -> None:
+    script = (
+        "import sys, numpy as np, moeplace as mp\n"
+        "model = mp.ModelSpec(layers=2, experts=4, top_k=1, hidden_size=8, ffn_size=8)\n"
+        "topology = mp.Topology.preset('h100-hgx', devices_per_node=2)\n"
+        "trace = mp.RoutingTrace.from_arrays(np.random.default_rng(0).integers(4, size=(50, 2, 1)), 4)\n"
+        "problem = mp.Problem(model, topology, mp.RoutingStatistics.from_trace(trace))\n"
+        "for solver in mp.solver_names():\n"
+        "    mp.solve(problem, solver, seconds=20)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=250)
+
+
+def test_every_module_of_a_room_is_short_enough_to_read() -> None:
+    long = {
+        str(p.relative_to(ROOT)): n
+        for room in MAY_IMPORT
+        for p in files_of(room)
+        if (n := len(p.read_text().splitlines())) > 350
+    }
+    assert not long
