@@ -107,6 +107,12 @@ class RoutingTrace:
             gates = gates[:, :, None] if gates.ndim == 2 else gates
             if gates.shape != ids.shape:
                 raise InputError(f"gate_weights has shape {gates.shape}, expert_ids {ids.shape}; they must agree")
+            if not np.isfinite(gates).all():
+                token, layer, _ = (int(i) for i in np.argwhere(~np.isfinite(gates))[0])
+                raise InputError(
+                    f"gate_weights of token {token} in model layer {layer_names[layer]} are {gates[token, layer].tolist()}; "
+                    "they must be finite and fit float16"
+                )
             if np.any(gates[:, :, 1:] > gates[:, :, :-1]):
                 order = np.argsort(-gates, axis=2, kind="stable")
                 ids, gates = np.take_along_axis(ids, order, 2), np.take_along_axis(gates, order, 2)
@@ -125,6 +131,47 @@ class RoutingTrace:
             gate_weights=None if gates is None else _frozen(gates.copy()),
             step=_frozen(_column("step", step, tokens)),
             source=_frozen(_column("source", source, tokens)),
+        )
+
+    @classmethod
+    def concatenate(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
+        """Traces of one model, one after the other; sequence numbers are taken as they are, workloads by name.
+
+        Raises:
+            InputError: none given, or traces that differ in shape or in the columns they have.
+        """
+        if not traces:
+            raise InputError("RoutingTrace.concatenate: no trace given")
+        first = traces[0]
+        for i, other in enumerate(traces):
+            for name in ("num_experts", "moe_layers", "top_k"):
+                if getattr(other, name) != getattr(first, name):
+                    raise InputError(
+                        f"RoutingTrace.concatenate: {name} is {getattr(other, name)} in trace {i}, "
+                        f"{getattr(first, name)} in trace 0; join traces of one model"
+                    )
+            for name in ("gate_weights", "step", "source"):
+                if (getattr(other, name) is None) != (getattr(first, name) is None):
+                    raise InputError(f"RoutingTrace.concatenate: only some of the traces have {name}")
+        names = tuple(sorted({name for trace in traces for name in trace.workloads}))
+        code_of = {name: code for code, name in enumerate(names)}
+
+        def joined(name: str) -> Any:
+            columns = [getattr(trace, name) for trace in traces]
+            return None if columns[0] is None else _frozen(np.concatenate(columns))
+
+        return replace(
+            first,
+            expert_ids=joined("expert_ids"),
+            gate_weights=joined("gate_weights"),
+            sequence=joined("sequence"),
+            position=joined("position"),
+            workload=_frozen(
+                np.concatenate([np.array([code_of[w] for w in t.workloads], np.int64)[t.workload] for t in traces])
+            ),
+            workloads=names,
+            step=joined("step"),
+            source=joined("source"),
         )
 
     def select(self, tokens: npt.NDArray[Any]) -> RoutingTrace:
