@@ -2,8 +2,9 @@
 
 Columns: `step` int64 (forward call), `source` int32 (rank that recorded the token), `sequence` int64, `position` int32,
 `workload` dictionary of strings, `expert_ids` fixed-size list of L*k uint8 or uint16 (layer by layer, highest gate
-weight first), `gate_weights` fixed-size list of L*k float16. `step`, `source` and `gate_weights` may be absent. One
-list column, dictionary-encoded under zstd, was both smaller and quicker to read than a column a layer.
+weight first), `gate_weights` fixed-size list of L*k float32 that hold float16 values (Spark knows no half floats; split
+into byte streams the empty bytes compress away). `step`, `source` and `gate_weights` may be absent. One list column,
+dictionary-encoded under zstd, was both smaller and quicker to read than a column a layer.
 """
 
 from __future__ import annotations
@@ -184,7 +185,11 @@ class _ShardSequence:
             if field.name == "workload":
                 arrays.append(pa.DictionaryArray.from_arrays(part.astype(np.int32), pa.array(workloads, pa.string())))
             elif part.ndim == 3:
-                arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), type=field.type))
+                arrays.append(
+                    pa.FixedSizeListArray.from_arrays(
+                        pa.array(part.reshape(-1), field.type.value_type), type=field.type
+                    )
+                )
             else:
                 arrays.append(pa.array(part, field.type))
         return pa.Table.from_arrays(arrays, schema=self._schema)

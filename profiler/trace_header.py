@@ -112,7 +112,7 @@ def trace_schema(header: TraceHeader, *, gate_weights: bool, step: bool = True, 
         pa.field("position", pa.int32(), nullable=False),
         pa.field("workload", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("expert_ids", _list_of(pa.from_numpy_dtype(id_dtype(header.num_experts)), width), nullable=False),
-        *([pa.field("gate_weights", _list_of(pa.float16(), width), nullable=False)] if gate_weights else []),
+        *([pa.field("gate_weights", _list_of(pa.float32(), width), nullable=False)] if gate_weights else []),
     ]
     return pa.schema(fields, metadata={HEADER_KEY: header.encode()})
 
