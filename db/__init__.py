@@ -1,0 +1,28 @@
+"""The database: models, topologies, statistics, plans, their evaluations and exports, kept for later.
+
+Importing this room loads SQLAlchemy, which takes a while: import it where a store is opened, not at start-up.
+"""
+
+from .records import (
+    EvaluationRecord,
+    ExportRecord,
+    ModelRecord,
+    PlanRecord,
+    PlanSummary,
+    StatisticsRecord,
+    StoreDescription,
+    TopologyRecord,
+)
+from .store import Store
+
+__all__ = [
+    "EvaluationRecord",
+    "ExportRecord",
+    "ModelRecord",
+    "PlanRecord",
+    "PlanSummary",
+    "StatisticsRecord",
+    "Store",
+    "StoreDescription",
+    "TopologyRecord",
+]

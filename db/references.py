@@ -1,0 +1,139 @@
+"""Finding a row by what people type: a name, a label, or the first digits of an id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from ..placement.errors import InputError
+from .content import ID_DIGITS, storable
+from .schema import ModelRow, Named, PlanRow, StatisticsRow, TopologyRow
+
+Kind = Literal["model", "topology", "statistics", "plan"]
+NamedRow = ModelRow | TopologyRow | StatisticsRow | PlanRow
+ROWS: dict[Kind, type[NamedRow]] = {
+    "model": ModelRow,
+    "topology": TopologyRow,
+    "statistics": StatisticsRow,
+    "plan": PlanRow,
+}
+
+NAME_LENGTH = 100
+_DIGITS = re.compile(r"[0-9a-f]{4,64}")
+_READS_AS_ID = re.compile(r"[0-9a-f]{8,64}")
+_SHOWN = 8
+
+R = TypeVar("R", ModelRow, TopologyRow, StatisticsRow, PlanRow)
+
+
+def find(session: Session, row: type[R], ref: str) -> R:
+    """The one row `ref` means: its name, else the label only it has, else at least 4 first digits of its id.
+
+    Raises:
+        InputError: no row, or several; the message names the nearest, or the candidates.
+    """
+    found = matches(session, row, ref)
+    if len(found) > 1:
+        # Enough digits to tell the candidates apart, whatever was typed.
+        digits = max(ID_DIGITS, len(ref) + 4)
+        listed = ", ".join(_title(candidate, digits) for candidate in found[:_SHOWN])
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise InputError(f"{ref!r} could be {len(found)} {_plural(row)}: {listed}{more}; give more digits, or the name")
+    return found[0]
+
+
+def matches(session: Session, row: type[R], ref: str) -> Sequence[R]:
+    """Every row `ref` may mean, by the first rule of `find` that gives any.
+
+    Raises:
+        InputError: none; the nearest name is given.
+    """
+    storable(f"{kind_of(row)} reference", ref)
+    rules: list[Any] = [row.name == ref]
+    if issubclass(row, ModelRow | TopologyRow) and ref:
+        rules.append(row.label == ref)
+    if _DIGITS.fullmatch(ref.lower()):
+        rules.append(row.fingerprint.startswith(ref.lower()))
+    for rule in rules:
+        found = session.scalars(select(row).where(rule).order_by(row.key)).all()
+        if found:
+            return found
+    raise InputError(_missing(session, row, ref))
+
+
+def claim_name(session: Session, row: NamedRow, name: str | None) -> None:
+    """Gives `row` a name that no other row of its kind has; None changes nothing.
+
+    Raises:
+        InputError: the name cannot be one, is taken, or the row has another already.
+    """
+    if name is None or row.name == name:
+        return
+    check_name(name)
+    kind = kind_of(type(row))
+    if row.name is not None:
+        raise InputError(
+            f"this {kind} is stored already, as {row.name!r} ({row.fingerprint[:ID_DIGITS]}); "
+            f"leave the name out, or rename it with Store.rename({kind!r}, {row.name!r}, {name!r})"
+        )
+    set_name(session, row, name)
+
+
+def set_name(session: Session, row: NamedRow, name: str) -> None:
+    """Renames `row`.
+
+    Raises:
+        InputError: the name cannot be one, or is taken.
+    """
+    check_name(name)
+    table = type(row)
+    owner = session.scalar(select(table.fingerprint).where(table.name == name, table.fingerprint != row.fingerprint))
+    if owner is not None:
+        raise InputError(
+            f"the name {name!r} is taken by {kind_of(table)} {owner[:ID_DIGITS]}; choose another, or rename or delete that one"
+        )
+    row.name = name
+
+
+def check_name(name: str) -> None:
+    """Raises InputError when `name` would be hard to type, or could be mistaken for an id."""
+    storable("name", name, NAME_LENGTH)
+    if not name or not name.isprintable() or name != name.strip():
+        raise InputError(f"name {name!r} must be printable, without blanks at its ends, and not empty")
+    if _READS_AS_ID.fullmatch(name):
+        raise InputError(f"name {name!r} reads as an id (8 or more hexadecimal digits only); add a word to it")
+
+
+def kind_of(row: type[Named]) -> Kind:
+    """How messages call rows of this table."""
+    return next(kind for kind, known in ROWS.items() if known is row)
+
+
+def _plural(row: type[Named]) -> str:
+    return {"model": "models", "topology": "topologies", "statistics": "statistics", "plan": "plans"}[kind_of(row)]
+
+
+def _title(row: Named, digits: int) -> str:
+    return row.fingerprint[:digits] + (f" ({row.name})" if row.name else "")
+
+
+def _missing(session: Session, row: type[NamedRow], ref: str) -> str:
+    known: list[str] = [name for name in session.scalars(select(row.name).where(row.name.is_not(None))) if name]
+    if issubclass(row, ModelRow | TopologyRow):
+        known += [label for label in session.scalars(select(row.label).distinct()) if label]
+    ids = [
+        digits[:ID_DIGITS] for digits in session.scalars(select(row.fingerprint).order_by(row.key.desc()).limit(500))
+    ]
+    close = get_close_matches(ref, [*sorted(set(known)), *ids], n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    if not ids:
+        return f"no {kind_of(row)} {ref!r} is stored; this database has no {_plural(row)} yet"
+    listed = sorted(set(known))[:_SHOWN] or ids[:_SHOWN]
+    return f"no {kind_of(row)} {ref!r} is stored; {hint}known: {', '.join(listed)}" + (
+        ", ..." if len(listed) == _SHOWN else ""
+    )

@@ -1,0 +1,285 @@
+"""The store: what was recorded, solved, judged and exported, in an SQLite file or a PostgreSQL database."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from ..placement.errors import InputError, StoreError
+from ..placement.model import ModelSpec
+from ..placement.objective import Objective
+from ..placement.plan import Plan
+from ..placement.statistics import RoutingStatistics
+from ..placement.topology import Topology
+from . import convert, upkeep
+from .address import resolve, shown
+from .content import storable
+from .keep import (
+    keep_evaluation,
+    keep_export,
+    keep_model,
+    keep_plan,
+    keep_statistics,
+    keep_topology,
+    statistics_content,
+)
+from .records import (
+    EvaluationRecord,
+    ExportRecord,
+    ModelRecord,
+    PlanRecord,
+    PlanSummary,
+    StatisticsRecord,
+    StoreDescription,
+    TopologyRecord,
+)
+from .references import Kind, find, matches, set_name
+from .schema import EvaluationRow, ExportRow, ModelRow, PlanRow, StatisticsRow, TopologyRow
+from .session import Sessions
+
+
+class Store:
+    """Models, topologies, statistics, plans, evaluations and exports, kept by content.
+
+    Adding what is stored already returns the record that is there, so a caller that is not sure whether it succeeded
+    adds again. Plans never change. References (`ref`) are a name, at least 4 first digits of an id, or for models and
+    topologies the label they carry (`ModelSpec.name`, `Topology.name`).
+
+    Threads and processes: one Store may be used from many threads, and by processes forked after it was opened; any
+    number of Stores, in any processes, may be open on one database. Every method is one transaction: all of it is
+    stored or nothing, also when the process is killed or the disk is full. Writers take turns, so none is lost or
+    doubled; one that waits longer than `lock_seconds` raises StoreError. Readers see the last committed state and do
+    not wait.
+
+    Every method raises StoreError when the database is locked, full, damaged, unreachable or refuses, and InputError
+    for a reference that means nothing or several things.
+    """
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str] | None = None, *, lock_seconds: float = 30.0) -> Self:
+        """Opens a database, creating or upgrading its tables on first use.
+
+        url: a file path, `sqlite:///file`, or `postgresql://user@host/database`; by default the environment's
+        MOEPLACE_DB, else a file in the user's data folder. lock_seconds: how long to wait for other writers.
+
+        Raises:
+            StoreError: no such folder, no permission, not a database, another program's, migrated by a newer release,
+                or the server cannot be reached; passwords are not shown.
+        """
+        if not 0 <= lock_seconds <= 86400:
+            raise InputError(f"lock_seconds ({lock_seconds}) must be between 0 and 86400")
+        return cls(Sessions(resolve(url), lock_seconds))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes idle connections. The store opens new ones when it is used again."""
+        self._sessions.close()
+
+    @property
+    def url(self) -> str:
+        """The database, without its password."""
+        return shown(self._sessions.url)
+
+    def add_model(self, spec: ModelSpec, *, name: str | None = None) -> ModelRecord:
+        """Keeps a model. Raises InputError when the name is taken or the model is stored under another."""
+        with self._sessions.writing() as session:
+            return convert.model_record(keep_model(session, spec, name))
+
+    def model(self, ref: str) -> ModelRecord:
+        """The model `ref` means."""
+        with self._sessions.reading() as session:
+            return convert.model_record(find(session, ModelRow, ref))
+
+    def models(self) -> list[ModelRecord]:
+        """All models, newest first."""
+        with self._sessions.reading() as session:
+            return [
+                convert.model_record(row) for row in session.scalars(select(ModelRow).order_by(ModelRow.key.desc()))
+            ]
+
+    def add_topology(self, topology: Topology, *, name: str | None = None) -> TopologyRecord:
+        """Keeps a topology. Raises InputError when the name is taken or the topology is stored under another."""
+        with self._sessions.writing() as session:
+            return convert.topology_record(keep_topology(session, topology, name))
+
+    def topology(self, ref: str) -> TopologyRecord:
+        """The topology `ref` means."""
+        with self._sessions.reading() as session:
+            return convert.topology_record(find(session, TopologyRow, ref))
+
+    def topologies(self) -> list[TopologyRecord]:
+        """All topologies, newest first."""
+        with self._sessions.reading() as session:
+            rows = session.scalars(select(TopologyRow).order_by(TopologyRow.key.desc()))
+            return [convert.topology_record(row) for row in rows]
+
+    def add_statistics(
+        self, statistics: RoutingStatistics, content: bytes, *, name: str | None = None
+    ) -> StatisticsRecord:
+        """Keeps statistics: `content` is their file (`.npz`), whose format belongs to those who write and read it.
+
+        Raises:
+            InputError: the content is empty or larger than 1 GiB; the name is taken, or the statistics are stored
+                under another.
+        """
+        with self._sessions.writing() as session:
+            return convert.statistics_record(keep_statistics(session, statistics, content, name))
+
+    def statistics(self, ref: str) -> StatisticsRecord:
+        """What the statistics `ref` means hold."""
+        with self._sessions.reading() as session:
+            return convert.statistics_record(find(session, StatisticsRow, ref))
+
+    def statistics_content(self, ref: str) -> bytes:
+        """The file of the statistics `ref` means.
+
+        Raises:
+            StoreError: it is not what was stored.
+        """
+        with self._sessions.reading() as session:
+            row = find(session, StatisticsRow, ref)
+            content = statistics_content(session, row)
+        if hashlib.sha256(content).hexdigest() != row.content_sha256:
+            raise StoreError(f"database {self.url}: statistics {ref!r} were changed or damaged after they were stored")
+        return content
+
+    def statistics_records(self) -> list[StatisticsRecord]:
+        """What all stored statistics hold, newest first."""
+        with self._sessions.reading() as session:
+            rows = session.scalars(select(StatisticsRow).order_by(StatisticsRow.key.desc()))
+            return [convert.statistics_record(row) for row in rows]
+
+    def add_plan(self, plan: Plan, *, statistics: str | None = None, name: str | None = None) -> PlanRecord:
+        """Keeps a plan, with its model and topology.
+
+        Two plans are the same when all but the solver's running time is: placement, topology, certificate, solver,
+        seed, options and trace. The first is kept. statistics: the stored ones it was solved on; once given they stay.
+
+        Raises:
+            InputError: the name is taken or the plan is stored under another; its options are not plain data; the
+                statistics are of another trace than the plan's.
+        """
+        with self._sessions.writing() as session:
+            return self._plan(session, keep_plan(session, plan, statistics, name))
+
+    def plan(self, ref: str) -> PlanRecord:
+        """The plan `ref` means, with its tables.
+
+        Raises:
+            StoreError: it is not what was stored. FileFormatError: it is of a version this release does not read.
+        """
+        with self._sessions.reading() as session:
+            return self._plan(session, find(session, PlanRow, ref))
+
+    def plans(
+        self,
+        *,
+        model: str | None = None,
+        solver: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> list[PlanSummary]:
+        """Plans without their tables, newest first.
+
+        model: only those of the models this may mean (a label may stand for several). solver: only those it made.
+        """
+        if offset < 0 or (limit is not None and limit < 0):
+            raise InputError(f"limit ({limit}) and offset ({offset}) must not be negative")
+        query = convert.select_plans().order_by(PlanRow.key.desc()).limit(limit).offset(offset)
+        with self._sessions.reading() as session:
+            if model is not None:
+                query = query.where(PlanRow.model_key.in_([row.key for row in matches(session, ModelRow, model)]))
+            if solver is not None:
+                query = query.where(PlanRow.solver == storable("solver", solver))
+            return [convert.plan_summary(found) for found in session.execute(query)]
+
+    def add_evaluation(
+        self,
+        plan: str,
+        *,
+        summary: Mapping[str, float],
+        steps: str,
+        steps_fingerprint: str,
+        objective: Objective | None = None,
+    ) -> EvaluationRecord:
+        """Keeps what a plan costs on steps. plan: a reference. summary: figures by name (`Evaluation.summary()`).
+
+        steps: how they were made, in words. steps_fingerprint: SHA-256 of them, empty when unknown.
+
+        Raises:
+            InputError: no such plan, a figure that is not a finite number, no figures, or not a fingerprint.
+        """
+        with self._sessions.writing() as session:
+            owner = find(session, PlanRow, plan)
+            row = keep_evaluation(session, owner, summary, steps, steps_fingerprint, objective)
+            return convert.evaluation_record(row, owner.fingerprint)
+
+    def evaluations(self, plan: str) -> list[EvaluationRecord]:
+        """All evaluations of a plan, oldest first."""
+        with self._sessions.reading() as session:
+            owner = find(session, PlanRow, plan)
+            query = select(EvaluationRow).where(EvaluationRow.plan_key == owner.key).order_by(EvaluationRow.key)
+            return [convert.evaluation_record(row, owner.fingerprint) for row in session.scalars(query)]
+
+    def add_export(self, plan: str, *, format: str, path: str | os.PathLike[str], sha256: str = "") -> ExportRecord:  # noqa: A002
+        """Notes that a plan was written for an engine; each call is one event.
+
+        plan: a reference. format: the engine's. path: where it was written. sha256: of the file, empty for a folder.
+
+        Raises:
+            InputError: no such plan, or not a SHA-256.
+        """
+        with self._sessions.writing() as session:
+            owner = find(session, PlanRow, plan)
+            row = keep_export(session, owner, format, os.fspath(path), sha256)
+            return convert.export_record(row, owner.fingerprint)
+
+    def exports(self, plan: str) -> list[ExportRecord]:
+        """All exports of a plan, oldest first."""
+        with self._sessions.reading() as session:
+            owner = find(session, PlanRow, plan)
+            query = select(ExportRow).where(ExportRow.plan_key == owner.key).order_by(ExportRow.key)
+            return [convert.export_record(row, owner.fingerprint) for row in session.scalars(query)]
+
+    def rename(self, kind: Kind, ref: str, name: str) -> None:
+        """Gives what `ref` means another name.
+
+        Raises:
+            InputError: unknown kind; the name is taken, or cannot be one.
+        """
+        with self._sessions.writing() as session:
+            set_name(session, find(session, upkeep.table(kind), ref), name)
+
+    def delete(self, kind: Kind, ref: str, *, dependants: bool = False) -> None:
+        """Removes what `ref` means.
+
+        dependants: also remove what belongs to it: a plan's evaluations and exports; the plans of a model, of a
+        topology or solved on statistics, with theirs.
+
+        Raises:
+            InputError: unknown kind, or it has dependants and `dependants` is False; they are counted.
+        """
+        with self._sessions.writing() as session:
+            upkeep.delete(session, kind, ref, dependants)
+
+    def describe(self) -> StoreDescription:
+        """Where the store is, the revision of its tables, how many of each kind it holds, and their size."""
+        with self._sessions.reading() as session:
+            return upkeep.describe(session, self.url)
+
+    def _plan(self, session: Session, row: PlanRow) -> PlanRecord:
+        found = session.execute(convert.select_plans().where(PlanRow.key == row.key)).one()
+        return convert.plan_record(found, row.document, f"database {self.url}: plan {row.fingerprint[:12]}")
