@@ -1,7 +1,161 @@
-"""Exact placement of models with few placements a layer."""
+"""Exact placement of models with few placements a layer: the optimum is the cheapest path through all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..placement.errors import InputError, UnsupportedError, nearest
+from ..placement.evaluate import evaluate_on
+from ..placement.plan import Certificate, Plan
+from ..placement.problem import Problem
+from ..placement.steps import Steps
+from .base import Budget, Feature, Needs, Solution, fill_slots
+from .layer_chain import allowed_states, cheapest_placements, check_time
+from .placements import PlacementSpace, device_sets
+from .step_costs import StepCosts
 from .viterbi import cheapest_path
 
-__all__ = ["cheapest_path"]
+__all__ = ["Chain", "cheapest_path"]
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Minimise = Literal["transitions", "step"]
+
+TRANSITIONS_OBJECTIVE = "cross-device transitions, share of all"
+STEP_OBJECTIVE = "mean predicted step seconds, decode steps from the token sample"
+
+MAX_PLACEMENTS = 400_000
+"""Placements of a layer, devices told apart: 9 experts on 9 devices are 362,880."""
+MAX_PAIRS = 250_000_000
+"""Pairs of neighbouring placements compared a layer."""
+MAX_STEP_VALUES = 10_000_000_000
+"""Traffic figures computed for the step objective: near a minute and a half on one core."""
+
+
+class Chain:
+    """Proves its plan optimal, where a layer has few placements (8 experts on 2, 4 or 8 devices, not 32 on 4).
+
+    minimise: "transitions", the share of transitions between layers that change device; or "step", the mean predicted
+    step time under the problem's objective, replayed on `steps` decode steps of `step_tokens` tokens that the seed
+    draws from the statistics' token sample. By default "step" under dispatch_combine, where transitions cost nothing,
+    and "transitions" under context_coherent, where they are what costs.
+    """
+
+    name = "chain"
+    supports = frozenset({Feature.UNEVEN_SLOTS, Feature.PINNED})
+    needs = frozenset({Needs.TRANSITIONS})
+
+    def solve(
+        self,
+        problem: Problem,
+        budget: Budget,
+        *,
+        minimise: Minimise | None = None,
+        step_tokens: int = 128,
+        steps: int = 64,
+    ) -> Solution:
+        if minimise is None:
+            minimise = "transitions" if problem.objective.execution == "context_coherent" else "step"
+        if minimise == "transitions":
+            return _fewest_transitions(problem, budget)
+        if minimise != "step":
+            raise InputError(f"chain: minimise is {minimise!r}; {nearest(str(minimise), ('transitions', 'step'))}")
+        if problem.objective.risk != "mean":
+            raise UnsupportedError(
+                f"chain minimises the mean step time: risk {problem.objective.risk!r} does not add up over layers, so "
+                "the cheapest path need not be its optimum; use Objective(risk='mean') or minimise='transitions'"
+            )
+        sample = problem.statistics.require_sample()
+        return _fastest_step(problem, budget, sample.decode_steps(step_tokens, steps, seed=budget.seed))
+
+
+def _fewest_transitions(problem: Problem, budget: Budget) -> Solution:
+    transitions = problem.statistics.total_transitions
+    space = _space(problem, ["any"] * problem.num_devices)
+    _check_pairs(space)
+    sets = device_sets(space.representatives, problem.num_devices).astype(np.float64)
+
+    def crossing(layer: int, left: IntArray, right: IntArray, relabellings: IntArray) -> FloatArray:
+        expected = sets[right] @ transitions[layer].T
+        renamed = expected[:, np.argsort(relabellings, axis=1)].transpose(1, 0, 2, 3)
+        width = sets.shape[1] * sets.shape[2]
+        kept = sets[left].reshape(-1, width) @ renamed.reshape(-1, width).T
+        cost = transitions[layer].sum() - kept
+        return np.asarray(cost.reshape(len(left), len(relabellings), len(right)).transpose(1, 0, 2))
+
+    unary = np.where(allowed_states(problem, space), 0.0, np.inf)
+    device_of, _ = cheapest_placements(space, list(unary), crossing, budget)
+    crossed = sum(
+        float(matrix[here[:, None] != after].sum())
+        for matrix, here, after in zip(transitions, device_of[:-1], device_of[1:], strict=True)
+    )
+    value = crossed / float(transitions.sum()) if crossed else 0.0
+    budget.report(value, value)
+    return Solution(fill_slots(device_of), Certificate(TRANSITIONS_OBJECTIVE, value, value))
+
+
+def _fastest_step(problem: Problem, budget: Budget, steps: Steps) -> Solution:
+    topology, layers = problem.topology, problem.model.layers
+    coherent = problem.objective.execution == "context_coherent"
+    space = _space(problem, _device_kinds(problem, steps))
+    if coherent:
+        _check_pairs(space)
+    _check_step_size(problem, space, steps)
+    allowed = allowed_states(problem, space)
+    costs = StepCosts(problem, steps, space.representatives)
+    unary = np.empty(allowed.shape)
+    for layer in range(layers):
+        check_time(budget, layer, layers)
+        unary[layer] = np.where(allowed[layer], costs.unary(layer), np.inf)
+    if coherent:
+        device_of, value = cheapest_placements(space, list(unary), costs.pair, budget)
+    else:
+        device_of, value = space.representatives[unary.argmin(axis=1)], float(unary.min(axis=1).sum())
+    table = fill_slots(device_of)
+    plan = Plan(problem.model, topology, table, problem.slot_device)
+    replayed = float(evaluate_on(plan, steps, problem.model, topology, problem.objective).step_seconds.mean())
+    # The path's own sum differs from the replay by rounding alone, and no bound may lie above its value.
+    certificate = Certificate(STEP_OBJECTIVE, replayed, min(value, replayed))
+    budget.report(certificate.value, certificate.bound)
+    return Solution(table, certificate)
+
+
+def _device_kinds(problem: Problem, steps: Steps) -> list[Hashable]:
+    """What tells devices apart in a step: node and rates; and their rank, where tokens have known home ranks."""
+    if steps.source is not None:
+        return list(range(problem.num_devices))
+    return [(number, device) for number, node in enumerate(problem.topology.nodes) for device in node.devices]
+
+
+def _space(problem: Problem, kinds: Sequence[Hashable]) -> PlacementSpace:
+    """The placements of a layer; a device named by a constraint is like no other."""
+    named = set(problem.pinned.values()).union(*problem.forbidden.values())
+    kind = tuple(("named", g) if g in named else kind for g, kind in enumerate(kinds))
+    return PlacementSpace(tuple(problem.slots_per_device.tolist()), kind)
+
+
+def _check_pairs(space: PlacementSpace) -> None:
+    if space.count > MAX_PLACEMENTS or space.count * space.count_representatives > MAX_PAIRS:
+        raise UnsupportedError(
+            f"chain: {sum(space.slots)} experts fill slots {list(space.slots)} in {space.count:,} ways a layer "
+            f"({space.count_representatives:,} up to renaming devices), too many to compare all neighbours "
+            f"({MAX_PAIRS:,} pairs at most); use exflow or moetuner"
+        )
+
+
+def _check_step_size(problem: Problem, space: PlacementSpace, steps: Steps) -> None:
+    devices, layers = problem.num_devices, problem.model.layers
+    figures = space.count_representatives * steps.num_steps * devices * layers
+    if problem.objective.execution == "context_coherent":
+        figures += space.count_representatives * space.count * steps.num_steps * devices**2 * (layers - 1)
+    if figures > MAX_STEP_VALUES:
+        raise UnsupportedError(
+            f"chain: {space.count:,} placements a layer ({space.count_representatives:,} up to renaming devices) on "
+            f"{steps.num_steps} steps and {layers} layers are {figures:,} figures to compute, more than "
+            f"{MAX_STEP_VALUES:,}; ask for fewer steps (steps={max(1, steps.num_steps * MAX_STEP_VALUES // figures)} "
+            "fits), minimise='transitions', or use exflow or moetuner"
+        )

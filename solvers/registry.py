@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .base import Solver
+from .chain import Chain
 from .contiguous import Contiguous
 from .eplb import Eplb
 from .random_placement import RandomPlacement
 from .round_robin import RoundRobin
 
-SOLVERS: tuple[Solver, ...] = (Contiguous(), RoundRobin(), RandomPlacement(), Eplb())
+SOLVERS: tuple[Solver, ...] = (Contiguous(), RoundRobin(), RandomPlacement(), Eplb(), Chain())
