@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..placement.errors import FileFormatError, InputError
+from ..placement.load_windows import Stream
 from ..placement.trace import RoutingTrace
 from .trace_header import INTEGER_COLUMNS, REQUIRED_COLUMNS, TraceHeader
 
@@ -201,6 +203,23 @@ def read_row_group(
     for start in range(0, rows, max(width, 1)):
         part = slice(start, min(rows, start + width))
         yield _block(f"{where}, rows {part.start} to {part.stop - 1}", header, columns, part)
+
+
+def count_streams(shard: TraceShard, group: int) -> Counter[Stream]:
+    """Tokens of each (rank, workload) in a row group; reads those two columns alone."""
+    import pyarrow.parquet as pq
+
+    where = f"{shard.path}, row group {group}"
+    names = [name for name in ("workload", "source") if name in shard.columns]
+    with _reading(where), pq.ParquetFile(shard.path) as file:
+        table = file.read_row_group(group, columns=names, use_threads=False)
+        columns = {name: _decode(f"{where}, column {name!r}", name, table[name], shard.header) for name in names}
+    tags, codes = columns["workload"]
+    ranks, rank_codes = np.unique(columns.get("source", np.zeros(len(codes), np.int64)), return_inverse=True)
+    tally = np.bincount(rank_codes * len(tags) + codes, minlength=len(ranks) * len(tags))
+    return Counter(
+        {(int(ranks[i // len(tags)]), str(tags[i % len(tags)])): int(tally[i]) for i in np.flatnonzero(tally)}
+    )
 
 
 def _decode(where: str, name: str, column: Any, header: TraceHeader) -> Any:
