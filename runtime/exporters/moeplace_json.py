@@ -1,0 +1,46 @@
+"""This project's own plan file: the only format that keeps shares, provenance and proof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...placement.errors import InputError
+from ...placement.model import ModelSpec
+from ...placement.plan import Plan
+from ...placement.topology import Topology
+from .constraints import Constraint
+
+
+class MoeplaceJson:
+    """What `Plan.save` writes. Any plan fits."""
+
+    name = "moeplace"
+    requires = "moeplace"
+    constraints: frozenset[Constraint] = frozenset()
+
+    def write(self, plan: Plan, path: Path) -> None:
+        plan.save(path)
+
+    def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
+        """Reads a plan file, which must be for that model and topology.
+
+        Raises:
+            FileFormatError: see `Plan.load`. InputError: the plan is for another model or topology.
+        """
+        plan = Plan.load(path)
+        for field, given, stored in (("model", model, plan.model), ("topology", topology, plan.topology)):
+            if given != stored:
+                raise InputError(
+                    f"{path}: this plan is for another {field} ({_short(stored)}) than the one given "
+                    f"({_short(given)}); Plan.load reads it with its own"
+                )
+        return plan
+
+    def usage(self, plan: Plan, path: Path) -> str:
+        return f"mp.Plan.load({str(path)!r})"
+
+
+def _short(record: ModelSpec | Topology) -> str:
+    if isinstance(record, ModelSpec):
+        return f"{record.layers} layers, {record.experts} experts, top-{record.top_k}"
+    return f"{record.num_devices} devices in {record.num_nodes} nodes, {record.name}"

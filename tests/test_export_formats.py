@@ -1,0 +1,279 @@
+"""Plans as engines' files: what is written, what an engine cannot express, and what is refused when read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import moeplace as mp
+from moeplace.runtime.exporters import (
+    Constraint,
+    check_export,
+    engine_constraints,
+    engine_names,
+    engine_usage,
+    export_plan,
+    read_exported,
+)
+
+ENGINES = ("moeplace", "sglang", "vllm", "trtllm")
+
+
+def make_plan(
+    layers: tuple[int, ...] = (1, 2, 4),
+    experts: int = 6,
+    slots: int = 8,
+    nodes: int = 2,
+    devices: int = 2,
+    seed: int = 0,
+) -> mp.Plan:
+    rng = np.random.default_rng(seed)
+    spare = rng.integers(experts, size=(len(layers), slots - experts))
+    table = rng.permuted(np.hstack([np.tile(np.arange(experts), (len(layers), 1)), spare]), axis=1)
+    model = mp.ModelSpec(
+        layers=len(layers), moe_layers=layers, experts=experts, top_k=2, hidden_size=16, ffn_size=8, name="toy"
+    )
+    topology = mp.Topology.preset("h100-hgx", nodes=nodes, devices_per_node=devices)
+    counts = [len(part) for part in np.array_split(np.arange(slots), topology.num_devices)]
+    owner = np.repeat(np.arange(topology.num_devices), counts)
+    return mp.Plan(model=model, topology=topology, physical_to_logical=table, slot_device=owner)
+
+
+def same_placement(a: mp.Plan, b: mp.Plan) -> bool:
+    return (
+        a.model == b.model
+        and a.topology == b.topology
+        and np.array_equal(a.physical_to_logical, b.physical_to_logical)
+        and np.array_equal(a.slot_device, b.slot_device)
+        and np.array_equal(a.shares, b.shares)
+    )
+
+
+def test_the_engines_asked_for_are_registered() -> None:
+    assert set(ENGINES) <= set(engine_names())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_plan_an_engine_takes_reads_back_as_itself(engine: str, data: Any, tmp_path: Path) -> None:
+    layers = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True).map(sorted))
+    devices = data.draw(st.sampled_from([1, 2, 4]))
+    experts = data.draw(st.integers(2, 9))
+    slots = -(-experts // devices) * devices + devices * data.draw(st.integers(0, 2))
+    plan = make_plan(tuple(layers), experts, slots, 1, devices, seed=data.draw(st.integers(0, 99)))
+    path = export_plan(plan, engine, tmp_path / "plan.file")
+    assert same_placement(read_exported(path, engine, plan.model, plan.topology), plan)
+
+
+def test_sglang_rows_count_dense_layers_and_the_map_is_the_only_key(tmp_path: Path) -> None:
+    plan = make_plan()
+    data = json.loads(export_plan(plan, "sglang", tmp_path / "a.json", hidden_layers=6).read_text())
+    assert list(data) == ["physical_to_logical_map"]
+    rows = data["physical_to_logical_map"]
+    assert len(rows) == 6
+    for dense in (0, 3, 5):
+        assert rows[dense] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert [rows[1], rows[2], rows[4]] == plan.physical_to_logical.tolist()
+    assert len(json.loads(export_plan(plan, "sglang", tmp_path / "b.json").read_text())["physical_to_logical_map"]) == 5
+
+
+def test_vllm_rows_are_moe_layers_only(tmp_path: Path) -> None:
+    plan = make_plan()
+    assert json.loads(export_plan(plan, "vllm", tmp_path / "a.json").read_text()) == plan.physical_to_logical.tolist()
+
+
+def test_trtllm_keys_are_absolute_layers_and_extra_layers_can_be_named(tmp_path: Path) -> None:
+    plan = make_plan()
+    data = yaml.safe_load(export_plan(plan, "trtllm", tmp_path / "a.yaml", extra_layers=[5]).read_text())
+    assert data["num_slots"] == 8
+    assert data["layer_updates_per_iter"] == 0
+    assert list(data["initial_global_assignments"]) == [1, 2, 4, 5]
+    assert data["initial_global_assignments"][4] == plan.physical_to_logical[2].tolist()
+    assert data["initial_global_assignments"][5] == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert same_placement(read_exported(tmp_path / "a.yaml", "trtllm", plan.model, plan.topology), plan)
+
+
+def test_usage_names_the_file_and_the_redundant_experts(tmp_path: Path) -> None:
+    plan = make_plan()
+    assert "--ep-num-redundant-experts 2" in engine_usage(plan, "sglang", "p.json")
+    assert "redundant" not in engine_usage(make_plan(slots=6, devices=1), "sglang", "p.json")
+    for engine in ENGINES:
+        assert "p.json" in engine_usage(plan, engine, "p.json")
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm"])
+def test_uneven_slots_are_refused_with_the_slot_counts_that_work(engine: str, tmp_path: Path) -> None:
+    plan = make_plan(experts=7, slots=10)
+    with pytest.raises(mp.UnsupportedError, match=r"slots=8 or 12 and no device_slots"):
+        export_plan(plan, engine, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(mp.UnsupportedError, match=r"slots=12 and no"):
+        check_export(make_plan(experts=10, slots=10), engine)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm"])
+def test_unequal_shares_are_refused_naming_layer_and_expert(engine: str) -> None:
+    plan = make_plan(layers=(3,), experts=3, slots=4, devices=2, nodes=1)
+    table = np.array([[0, 1, 2, 1]])
+    plan = mp.Plan(plan.model, plan.topology, table, plan.slot_device, shares=np.array([[1.0, 0.25, 1.0, 0.75]]))
+    with pytest.raises(mp.UnsupportedError, match=r"expert 1 in layer 3.*0\.500.*split='equal'"):
+        check_export(plan, engine)
+    check_export(plan, "moeplace")
+
+
+def test_constraints_are_readable_without_a_plan() -> None:
+    assert engine_constraints("moeplace") == frozenset()
+    assert {Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES} <= engine_constraints("sglang")
+
+
+def test_unknown_engine_and_option_name_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(mp.InputError, match="did you mean 'sglang'"):
+        export_plan(make_plan(), "sglan", tmp_path / "x")
+    with pytest.raises(mp.InputError, match="did you mean 'hidden_layers'"):
+        export_plan(make_plan(), "sglang", tmp_path / "x", hidden_layer=3)
+    with pytest.raises(mp.InputError, match="it takes none"):
+        export_plan(make_plan(), "vllm", tmp_path / "x", pretty=True)
+    with pytest.raises(mp.InputError, match=r"hidden_layers \(4\)"):
+        export_plan(make_plan(), "sglang", tmp_path / "x", hidden_layers=4)
+    with pytest.raises(mp.InputError, match="extra_layers"):
+        export_plan(make_plan(), "trtllm", tmp_path / "x", extra_layers=[4])
+
+
+def test_a_moeplace_plan_for_another_model_or_topology_is_refused(tmp_path: Path) -> None:
+    plan = make_plan()
+    path = export_plan(plan, "moeplace", tmp_path / "p.json")
+    with pytest.raises(mp.InputError, match="another model"):
+        read_exported(path, "moeplace", plan.model.replace(hidden_size=32), plan.topology)
+    with pytest.raises(mp.InputError, match="another topology"):
+        read_exported(path, "moeplace", plan.model, mp.Topology.preset("a100-hgx"))
+
+
+ROW = [0, 1, 2, 3, 4, 5, 0, 1]
+ROWS = [ROW] * 5
+SGLANG_BAD = {
+    "an extra key": ({"physical_to_logical_map": ROWS, "note": 1}, "no other key"),
+    "another key": ({"logical_count": ROWS}, "physical_to_logical_map"),
+    "a list": (ROWS, "physical_to_logical_map"),
+    "a map that is no list": ({"physical_to_logical_map": {"1": ROW}}, "physical_to_logical_map"),
+    "no rows": ({"physical_to_logical_map": []}, "0 rows"),
+    "MoE layers only": ({"physical_to_logical_map": ROWS[:3]}, "counts dense layers"),
+    "a short row": ({"physical_to_logical_map": [*ROWS[:4], ROW[:7]]}, r"\[4\]: 7 slots, expected 8"),
+    "an id too large": ({"physical_to_logical_map": [*ROWS[:4], [0, 1, 2, 3, 4, 6, 0, 1]]}, r"\[4\]: slot 5 holds '6'"),
+    "a negative id": ({"physical_to_logical_map": [*ROWS[:4], [-1, 1, 2, 3, 4, 5, 0, 1]]}, r"slot 0 holds '-1'"),
+    "a fraction": ({"physical_to_logical_map": [*ROWS[:4], [0.0, 1, 2, 3, 4, 5, 0, 1]]}, "slot 0 holds '0.0'"),
+    "true for one": ({"physical_to_logical_map": [*ROWS[:4], [0, True, 2, 3, 4, 5, 0, 1]]}, "slot 1 holds 'True'"),
+    "a missing expert": ({"physical_to_logical_map": [*ROWS[:4], [0, 1, 2, 3, 4, 4, 0, 1]]}, "no slot for expert 5"),
+    "slots that do not divide": ({"physical_to_logical_map": [ROW[:7]] * 5}, "do not divide over 4 devices"),
+    "empty rows": ({"physical_to_logical_map": [[]] * 5}, "no slot for expert 0"),
+}
+
+
+@pytest.mark.parametrize("case", SGLANG_BAD)
+def test_a_wrong_sglang_file_is_refused(case: str, tmp_path: Path) -> None:
+    content, message = SGLANG_BAD[case]
+    plan = make_plan()
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(mp.FileFormatError, match=message):
+        read_exported(tmp_path / "x.json", "sglang", plan.model, plan.topology)
+
+
+def test_vllm_reads_one_row_for_all_layers_and_refuses_dense_rows(tmp_path: Path) -> None:
+    plan, path = make_plan(), tmp_path / "x.json"
+    path.write_text(json.dumps(ROW))
+    assert read_exported(path, "vllm", plan.model, plan.topology).physical_to_logical.tolist() == [ROW] * 3
+    for content, message in (
+        (ROWS, "does not count dense layers"),
+        ([], "expected a list"),
+        ({}, "expected a list"),
+        ([ROW, 3, ROW], "row 1: expected a list"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(mp.FileFormatError, match=message):
+            read_exported(path, "vllm", plan.model, plan.topology)
+
+
+TRTLLM_BAD = {
+    "an unknown field": ("num_slots: 8\nepsize: 4\n", "expected the fields"),
+    "a list": ("- 1\n", "expected the fields"),
+    "no slots": ("initial_global_assignments: {}\n", "num_slots is None"),
+    "slots as text": ("num_slots: '8'\n", "num_slots is '8'"),
+    "no assignments": ("num_slots: 8\n", "must map layers"),
+    "a missing layer": ("num_slots: 8\ninitial_global_assignments:\n  1: [0]\n", "no entry for MoE layer 2"),
+    "a short entry": (
+        f"num_slots: 8\ninitial_global_assignments: {{1: {ROW}, 2: [0, 1], 4: {ROW}}}\n",
+        r"\[2\]: 2 slots",
+    ),
+    "an alias": (f"num_slots: 8\ninitial_global_assignments:\n  1: &a {ROW}\n  2: *a\n  4: *a\n", "line 3: aliases"),
+    "a tag": ("num_slots: !!python/object/apply:os.getcwd []\n", "line 1: aliases and tags"),
+    "deep nesting": ("num_slots: " + "[" * 100_000, "nested deeper"),
+    "two documents": ("num_slots: 8\n---\nnum_slots: 8\n", "nested deeper|documents"),
+    "an open bracket": ("num_slots: [8\n", "not YAML"),
+    "an endless number": ("num_slots: " + "9" * 5000, "not YAML|num_slots is"),
+}
+
+
+@pytest.mark.parametrize("case", TRTLLM_BAD)
+def test_a_wrong_trtllm_file_is_refused(case: str, tmp_path: Path) -> None:
+    content, message = TRTLLM_BAD[case]
+    plan = make_plan()
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(mp.FileFormatError, match=message):
+        read_exported(tmp_path / "x.yaml", "trtllm", plan.model, plan.topology)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_truncated_file_is_refused_wherever_it_ends(engine: str, tmp_path: Path) -> None:
+    plan = make_plan()
+    whole = export_plan(plan, engine, tmp_path / "whole").read_bytes().rstrip()
+    for end in sorted({0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 2, len(whole) - 1}):
+        (tmp_path / "cut").write_bytes(whole[:end])
+        with pytest.raises(mp.FileFormatError):
+            read_exported(tmp_path / "cut", engine, plan.model, plan.topology)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_garbage_and_missing_files_are_refused(engine: str, tmp_path: Path) -> None:
+    plan = make_plan()
+    with pytest.raises(mp.InputError, match="no such file"):
+        read_exported(tmp_path / "absent", engine, plan.model, plan.topology)
+    for junk in (b"\xff\xfe\x00", b"{" * 50_000, b"[" * 50_000, b"null", b"1e999", b"NaN", b"\x00" * 64):
+        (tmp_path / "junk").write_bytes(junk)
+        with pytest.raises(mp.FileFormatError):
+            read_exported(tmp_path / "junk", engine, plan.model, plan.topology)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm"])
+def test_an_oversized_file_is_refused_unread(engine: str, tmp_path: Path) -> None:
+    plan = make_plan()
+    with (tmp_path / "huge").open("wb") as handle:
+        handle.truncate(1 << 34)
+    with pytest.raises(mp.FileFormatError, match="more than"):
+        read_exported(tmp_path / "huge", engine, plan.model, plan.topology)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_gives_a_plan_or_the_typed_error(engine: str, data: Any, tmp_path: Path) -> None:
+    plan = make_plan(layers=(0, 2), experts=3, slots=4, nodes=1, devices=2)
+    content = bytearray(export_plan(plan, engine, tmp_path / "whole").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        piece = data.draw(
+            st.binary(max_size=3) | st.sampled_from([b"[", b"]", b"{", b"-1", b"99", b"&a ", b"*a", b": "])
+        )
+        content[at : at + data.draw(st.integers(0, 3))] = piece
+    (tmp_path / "damaged").write_bytes(content)
+    try:
+        found = read_exported(tmp_path / "damaged", engine, plan.model, plan.topology)
+    except mp.InputError:
+        return
+    assert found.physical_to_logical.shape[0] == 2
