@@ -8,7 +8,7 @@ An ordinary training script: moeplace takes the three lines marked `moeplace` in
 training because early routing misleads: it still moves while the experts specialise. The `churn` in the progress lines
 says how much: the share of a fixed probe batch's tokens, averaged over layers, whose expert set changed since the last one.
 
-An hour on two idle CPU cores. On a busy machine set OMP_NUM_THREADS=1: two threads that wait for each other and for other
+About 40 minutes on two idle CPU cores. On a busy machine set OMP_NUM_THREADS=1: two threads that wait for each other and for other
 processes were seen to fall from 3,000 to 500 tokens/s, where one thread kept 1,600.
 """
 
