@@ -1,0 +1,249 @@
+"""Where a model routes: the modules that are handed expert ids and gate weights, and what they are handed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..placement.errors import InputError, UnsupportedError
+from ..placement.model import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+Routing = tuple["Tensor", "Tensor | None"]
+Extract = Callable[["Module", tuple[Any, ...], Mapping[str, Any], Any], Routing]
+"""(module, args, kwargs, output) of a call -> (expert ids [..., k], gate weights of the same shape or None)."""
+
+INDEX_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts")
+WEIGHT_ARGUMENTS = ("top_k_weights", "routing_weights")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+
+
+@dataclass(frozen=True, eq=False)
+class RouterSite:
+    """One layer's routing. layer: absolute index in the model. at_call: read before the call, from its arguments."""
+
+    name: str
+    layer: int
+    module: Module
+    num_experts: int
+    extract: Extract
+    at_call: bool
+
+
+def find_sites(
+    model: Module,
+    routers: str | Sequence[str] | None = None,
+    extract: Extract | None = None,
+    num_experts: int | None = None,
+) -> tuple[RouterSite, ...]:
+    """The router sites of `model` by increasing layer.
+
+    Without `routers`, the experts modules of Transformers 5 are looked for: any module whose forward takes
+    (hidden_states, top_k_index, top_k_weights), or the same under gpt-oss's names. They are given what the model's own
+    router chose, so group limits, correction biases and score functions need no knowledge here.
+
+    Raises:
+        InputError: no MoE layer found, a name that no module has, two routers for one layer, an unknown expert count.
+        UnsupportedError: layers with different numbers of experts.
+    """
+    if routers is None:
+        if extract is not None:
+            raise InputError("extract= reads the modules named by routers=; give routers= as well")
+        found = [(name, module) for name, module in _modules(model) if experts_arguments(module)]
+        if not found:
+            raise InputError(_nothing_found(model))
+    else:
+        found = _named(model, routers)
+    layers = _layer_indices([name for name, _ in found])
+    sites = []
+    for layer, (name, module) in zip(layers, found, strict=True):
+        names = None if routers is not None else experts_arguments(module)
+        sites.append(
+            RouterSite(
+                name=name,
+                layer=layer,
+                module=module,
+                num_experts=num_experts or _expert_count(name, module),
+                extract=_from_arguments(*names) if names else extract or routing_of_call,
+                at_call=names is not None,
+            )
+        )
+    sites.sort(key=lambda site: site.layer)
+    counts = {site.num_experts for site in sites}
+    if len(counts) > 1:
+        listed = ", ".join(f"{site.name}: {site.num_experts}" for site in sites)
+        raise UnsupportedError(f"MoE layers with different numbers of experts cannot share a trace ({listed})")
+    return tuple(sites)
+
+
+def experts_arguments(module: Module) -> tuple[str, str] | None:
+    """The names of a Transformers experts module's id and weight arguments; None for any other module."""
+    try:
+        names = list(inspect.signature(type(module).forward).parameters)
+    except (TypeError, ValueError):
+        return None
+    if len(names) < 4 or names[2] not in INDEX_ARGUMENTS or names[3] not in WEIGHT_ARGUMENTS:
+        return None
+    return names[2], names[3]
+
+
+def _from_arguments(index_name: str, weight_name: str) -> Extract:
+    def read(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
+        ids = args[1] if len(args) > 1 else kwargs[index_name]
+        weights = args[2] if len(args) > 2 else kwargs[weight_name]
+        return ids, weights
+
+    return read
+
+
+def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
+    """What a named module's call says of routing, when no `extract` is given.
+
+    The first integer tensor [..., k] that a floating-point tensor of the same shape stands beside, in the output (a
+    router) or else in the arguments (an experts module); failing that, the first integer tensor of two dimensions or
+    more in the output, without weights: its experts must then be in order of weight.
+
+    Raises:
+        InputError: none of these is there.
+    """
+    returned, given = list(_tensors(output)), list(_tensors((*args, *kwargs.values())))
+    for tensors in (returned, given):
+        for ids in tensors:
+            if _is_index(ids):
+                for weights in tensors:
+                    if weights.is_floating_point() and weights.shape == ids.shape:
+                        return ids, weights
+    for ids in returned:
+        if _is_index(ids):
+            return ids, None
+    raise InputError(
+        f"{type(module).__name__}: no expert ids in its output ({_shapes(returned)}) nor in its arguments "
+        f"({_shapes(given)}); expected an integer tensor [tokens, k]. Pass extract=lambda module, args, kwargs, output: "
+        "(ids, weights)"
+    )
+
+
+def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
+    """The spec from the Transformers config of `model` or of what it wraps, with the layers that really route.
+
+    None for a model without such a config.
+
+    Raises:
+        UnsupportedError: the modules hold another number of experts than the config, as under expert parallelism.
+    """
+    config = next((part.config for part in model.modules() if hasattr(getattr(part, "config", None), "to_dict")), None)
+    if config is None:
+        return None
+    try:
+        spec = ModelSpec.from_config(config)
+    except InputError:
+        return None
+    held = sites[0].num_experts
+    if held != spec.experts:
+        raise UnsupportedError(
+            f"{sites[0].name} has {held} experts, the model's config {spec.experts}: an expert-parallel model numbers "
+            "its experts by rank. Record the routers instead: routers=<regex of their names>, num_experts="
+            f"{spec.experts}"
+        )
+    layers = tuple(site.layer for site in sites)
+    return spec if layers == spec.moe_layers else spec.replace(layers=len(layers), moe_layers=layers)
+
+
+def _modules(model: Module) -> Iterator[tuple[str, Module]]:
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part not in WRAPPERS), module
+
+
+def _named(model: Module, routers: str | Sequence[str]) -> list[tuple[str, Module]]:
+    modules = [(name, module) for name, module in _modules(model) if name]
+    if isinstance(routers, str):
+        try:
+            pattern = re.compile(routers)
+        except re.error as error:
+            raise InputError(f"routers={routers!r} is not a regular expression: {error}") from None
+        found = [(name, module) for name, module in modules if pattern.search(name)]
+    else:
+        # A wrapper and what it wraps have one name; the later one is the module itself.
+        by_name = dict(modules)
+        for name in routers:
+            if name not in by_name:
+                raise InputError(f"routers: the model has no module {name!r}; {_suggestions(modules)}")
+        found = [(name, by_name[name]) for name in routers]
+    if not found:
+        raise InputError(f"routers={routers!r} matches no module of {type(model).__name__}; {_suggestions(modules)}")
+    return list(dict(found).items())
+
+
+def _suggestions(modules: Sequence[tuple[str, Module]]) -> str:
+    likely = [name for name, _ in modules if re.search(r"router|gate|expert|moe", name.rpartition(".")[2], re.I)]
+    names = likely or [name for name, _ in modules]
+    return "modules it has: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+
+
+def _layer_indices(names: Sequence[str]) -> list[int]:
+    """Absolute layers from module names: the first number of the names that tells all of them apart."""
+    numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
+    depth = min(len(found) for found in numbers)
+    for place in range(depth):
+        column = [found[place] for found in numbers]
+        if len(set(column)) == len(column):
+            return column
+    if depth or len(names) > 1:
+        if depth:
+            clash = next(
+                name for i, name in enumerate(names) if any(numbers[i][0] == other[0] for other in numbers[:i])
+            )
+            raise InputError(
+                f"two routers for one layer ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; {clash!r} shares "
+                "its layer number with another); name the routers of one stack: routers=[...]"
+            )
+        raise InputError(
+            f"no layer number in the module names {', '.join(names[:4])}; name modules like 'layers.3.router' in routers="
+        )
+    return [0]
+
+
+def _expert_count(name: str, module: Module) -> int:
+    for field in EXPERT_COUNTS:
+        value = getattr(module, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise InputError(f"{name} ({type(module).__name__}) does not say how many experts it has; pass num_experts=")
+
+
+def _nothing_found(model: Module) -> str:
+    return (
+        f"{type(model).__name__} has no MoE layer that is known: looked for modules whose forward takes (hidden_states, "
+        f"{' | '.join(INDEX_ARGUMENTS)}, {' | '.join(WEIGHT_ARGUMENTS)}), as Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and "
+        "gpt-oss have in Transformers 5. For any other model name its router or experts modules: routers=<regex or list "
+        f"of names>, extract=<function> if needed. {_suggestions([pair for pair in _modules(model) if pair[0]])}"
+    )
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    import torch
+
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _tensors(tuple(values.values()))
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _is_index(tensor: Tensor) -> bool:
+    import torch
+
+    return tensor.ndim >= 2 and tensor.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors) or "no tensors"
