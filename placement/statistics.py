@@ -50,6 +50,11 @@ class RoutingStatistics:
                 f"RoutingStatistics.window_workload has shape {self.window_workload.shape}, "
                 f"expected one workload for each of the {len(self.load)} windows"
             )
+        if self.window_workload.min() < 0 or self.window_workload.max() >= width:
+            raise InputError(
+                f"RoutingStatistics.window_workload runs from {self.window_workload.min()} to "
+                f"{self.window_workload.max()}, but {width} workloads are named"
+            )
         pairs = {
             "coactivation": (self.coactivation, (width, layers, self.experts, self.experts)),
             "transitions": (self.transitions, (width, layers - 1, self.experts, self.experts)),
