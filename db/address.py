@@ -53,9 +53,9 @@ _FORMS = "a file path, sqlite:///file, or postgresql://user@host:5432/database"
 
 
 def shown(url: URL) -> str:
-    """The address for messages: passwords replaced by ***."""
-    hidden = {key: "***" for key in url.query if "password" in key.lower()}
-    return url.update_query_dict(hidden).render_as_string(hide_password=True)
+    """The address for messages, without passwords."""
+    secrets = [key for key in url.query if "password" in key.lower()]
+    return url.difference_update_query(secrets).render_as_string(hide_password=True)
 
 
 def _data_folder() -> Path:
@@ -72,9 +72,14 @@ def _data_folder() -> Path:
 def _file(path: Path) -> URL:
     if str(path) in ("", ".", ":memory:"):
         raise StoreError("a database in memory is gone with its process; give a file")
-    path = path.expanduser().absolute()
-    if path.is_dir():
-        raise StoreError(f"{path}: a folder; give a file in it, such as {path / DEFAULT_FILE}")
-    if not path.parent.is_dir():
-        raise StoreError(f"{path.parent}: no such folder for the database {path.name}; create it, or name another file")
+    try:
+        path = path.expanduser().absolute()
+        if path.is_dir():
+            raise StoreError(f"{path}: a folder; give a file in it, such as {path / DEFAULT_FILE}")
+        if not path.parent.is_dir():
+            raise StoreError(
+                f"{path.parent}: no such folder for the database {path.name}; create it, or name another file"
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"{str(path)!r} cannot be used as a database file ({error}); name another file") from None
     return URL.create("sqlite", database=str(path))

@@ -31,12 +31,9 @@ _POSTGRES = {
     "55P03": "locked: another process has been writing for too long; wait for it or end it, then repeat; " + _DONE,
     "57014": "the server cancelled the statement (its statement_timeout, or an administrator); " + _DONE,
     "53100": "the server's disk is full; free some space there, then repeat; " + _DONE,
-    "53300": "the server has too many connections; close some, or raise its max_connections",
-    "3D000": "no such database on the server; create it (createdb), or name another",
     "3F000": "no schema to create tables in; create the one the search_path names",
     "42501": "this role may not do that; grant it the rights on the database and its schema",
     "40": "the server aborted this change in favour of another; repeat; " + _DONE,
-    "28": "the server refused the user or the password",
     "57": "the server is shutting down or starting up; try again later",
     "08": "the connection was lost; repeat: what was stored already is found again, not doubled",
 }
@@ -61,5 +58,5 @@ def _meaning(error: exc.SQLAlchemyError, cause: BaseException | None) -> str:
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return _POSTGRES["08"]
     if isinstance(error, exc.DBAPIError) and type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
-        return "cannot be reached; check that the server runs, its address, and the network"
+        return "cannot be reached; check that the server runs, its address, the names of database and user, and the password"
     return "the database refused"

@@ -138,7 +138,7 @@ def keep_evaluation(
     """See `Store.add_evaluation`."""
     if not summary:
         raise InputError("an evaluation needs at least one figure, summary is empty")
-    figures = plain("evaluation summary", {str(key): float(value) for key, value in summary.items()})
+    figures = plain("evaluation summary", {str(key): _figure(key, value) for key, value in summary.items()})
     settings = None if objective is None else objective.model_dump(mode="json")
     storable("steps", steps)
     sha256_digits("steps_fingerprint", steps_fingerprint)
@@ -156,6 +156,13 @@ def keep_evaluation(
         )
         session.add(row)
     return row
+
+
+def _figure(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"evaluation summary: {name!r} is {value!r}, expected a number") from None
 
 
 def keep_export(session: Session, owner: PlanRow, engine_format: str, path: str, sha256: str) -> ExportRow:
