@@ -1,0 +1,119 @@
+"""`moeplace compare`: several solvers, one table, on routing that none of them saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from ..comparison import Comparison
+from ..options import (
+    SOLVING,
+    AsJson,
+    HeldOutOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    RoutingPath,
+    Seed,
+    SolveOptions,
+    StepOptions,
+    StoreOptions,
+    TopologyOptions,
+)
+from ..output import emit, note
+from ..rows import comparison_rows, comparison_tables
+from ..running import Request, run_comparison
+
+Solvers = Annotated[
+    str | None,
+    Option(
+        "--solvers",
+        help="Comma-separated solvers, each with options where wanted: exflow:form=staged. Default: all.",
+        show_default=False,
+        rich_help_panel=SOLVING,
+    ),
+]
+Plans = Annotated[
+    str | None,
+    Option(
+        "--plans",
+        help="Comma-separated plan files or stored plans to judge beside them, such as the one in force.",
+        show_default=False,
+        rich_help_panel=SOLVING,
+    ),
+]
+
+
+def compare_command(
+    routing: RoutingPath,
+    model: ModelOptions,
+    topology: TopologyOptions,
+    objective: ObjectiveOptions,
+    held_out: HeldOutOptions,
+    steps: StepOptions,
+    solving: SolveOptions,
+    storage: StoreOptions,
+    solvers: Solvers = None,
+    plans: Plans = None,
+    seed: Seed = 0,
+    save: Annotated[
+        Path | None,
+        Option(
+            "--save",
+            metavar="DIR",
+            help="Write each solver's plan into this folder.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Solve with several solvers and judge their plans on held-out routing.
+
+    Each solver sees the training part only; all plans are replayed on the same steps made from the rest.
+    A solver that cannot serve the problem gets a line that says why.
+
+    Example:
+
+      moeplace compare trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solvers eplb,exflow,search
+    """
+    comparison = run_comparison(
+        Request(routing, model, topology, objective, held_out, steps, solving, storage, solvers, plans, seed)
+    )
+    rows = comparison_rows(comparison)
+    if save is not None:
+        save_plans(comparison, save)
+    emit(comparison_data(comparison, rows), *comparison_tables(comparison, rows), as_json=as_json)
+
+
+def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The comparison as JSON has it."""
+    problem, parted = comparison.problem, comparison.parted
+    return {
+        "model": problem.model.model_dump(mode="json"),
+        "topology": {
+            "name": problem.topology.name,
+            "nodes": problem.topology.num_nodes,
+            "devices": problem.topology.num_devices,
+        },
+        "slots": problem.num_slots,
+        "objective": problem.objective.model_dump(mode="json"),
+        "routing": {
+            "train_fingerprint": problem.statistics.fingerprint,
+            "held_out": parted.description,
+            "train_tokens": parted.train.num_tokens,
+            "judged_tokens": parted.judged.num_tokens,
+            "seed": comparison.seed,
+        },
+        "rows": rows,
+    }
+
+
+def save_plans(comparison: Comparison, folder: Path) -> None:
+    """Writes every solved plan as `<solver>.json`."""
+    for entry in comparison.entries:
+        if entry.plan is not None and not entry.given:
+            path = folder / f"{entry.name.replace(':', '-').replace('/', '-')}.json"
+            entry.plan.save(path)
+            note(f"wrote {path}")

@@ -1,0 +1,89 @@
+"""`moeplace evaluate`: what a plan costs on held-out routing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..comparison import Parted, compare, make_steps, part, solving_statistics
+from ..inputs import Routing, read_objective, read_plan, read_routing
+from ..options import (
+    JUDGING,
+    AsJson,
+    HeldOutOptions,
+    KeepOptions,
+    ObjectiveOptions,
+    PlanReference,
+    RoutingPath,
+    StepOptions,
+)
+from ..output import emit, note
+from ..progress import working
+from ..rows import comparison_rows, comparison_tables
+from ..storing import keep_evaluations
+from .compare import comparison_data
+
+if TYPE_CHECKING:
+    from ...placement.plan import Plan
+
+
+def evaluate_command(
+    plan: PlanReference,
+    routing: RoutingPath,
+    objective: ObjectiveOptions,
+    held_out: HeldOutOptions,
+    steps: StepOptions,
+    storage: KeepOptions,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            help="Decides the held-out part and the steps. Default: the seed the plan was solved with.",
+            show_default=False,
+            rich_help_panel=JUDGING,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay held-out routing through a plan, beside the contiguous placement.
+
+    With the plan's own seed and --held-out, the part judged on is the one its solver did not see.
+
+    Example:
+
+      moeplace evaluate plan.json trace --decode 128 --prefill 4096
+    """
+    import numpy as np
+
+    from ...placement.problem import Problem
+
+    judged_plan = read_plan(plan, storage.db)
+    used_seed = judged_plan.provenance.seed if seed is None else seed
+    with working("reading the routing") as update:
+        record = read_routing(routing)
+        parted = part(record, held_out, used_seed)
+        replayed = make_steps(parted.judged, steps, used_seed)
+        problem = Problem(
+            model=judged_plan.model,
+            topology=judged_plan.topology,
+            statistics=solving_statistics(record, parted),
+            objective=read_objective(objective),
+            device_slots=np.bincount(judged_plan.slot_device, minlength=judged_plan.topology.num_devices).tolist(),
+        )
+        name = Path(plan).stem if plan.endswith(".json") else plan
+        comparison = compare(problem, parted, replayed, (), [(name, judged_plan)], 30.0, used_seed, update)
+    warn_when_seen(judged_plan, record, parted, problem.statistics.fingerprint)
+    rows = comparison_rows(comparison)
+    if storage.store:
+        keep_evaluations(judged_plan, comparison.entries[-1].evaluations, replayed, storage.db)
+    emit(comparison_data(comparison, rows), *comparison_tables(comparison, rows), as_json=as_json)
+
+
+def warn_when_seen(plan: Plan, routing: Routing, parted: Parted, train_fingerprint: str) -> None:
+    """Says so when the plan was solved on what it is judged on."""
+    solved_on = plan.provenance.trace_fingerprint
+    whole = {routing.tokens.fingerprint} | ({routing.statistics.fingerprint} if routing.statistics else set())
+    if solved_on and (solved_on in whole or (solved_on == train_fingerprint and not parted.is_held_out)):
+        note("warning: the plan was solved on all of this routing, so these figures flatter it")

@@ -1,0 +1,97 @@
+"""`moeplace report`: a comparison as a page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..comparison import Comparison
+from ..options import (
+    HeldOutOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    RoutingPath,
+    Seed,
+    SolveOptions,
+    StepOptions,
+    StoreOptions,
+    TopologyOptions,
+)
+from ..output import note
+from ..running import Request, run_comparison
+from .compare import Plans, Solvers
+
+
+def report_command(
+    routing: RoutingPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.", show_default=False)],
+    model: ModelOptions,
+    topology: TopologyOptions,
+    objective: ObjectiveOptions,
+    held_out: HeldOutOptions,
+    steps: StepOptions,
+    solving: SolveOptions,
+    storage: StoreOptions,
+    solvers: Solvers = None,
+    plans: Plans = None,
+    before: Annotated[
+        str | None,
+        typer.Option(
+            "--before",
+            help="Plan to set out from: a solver or plan of this comparison. Default: the first of --plans, "
+            "else contiguous.",
+            show_default=False,
+        ),
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", help="Plan to show against it. Default: the best of the others.", show_default=False),
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Compare as `moeplace compare` does, and write one HTML page with table and plots.
+
+    The page holds everything it needs and opens without a network: load by layer and device, traffic between
+    devices, expert affinity, step times.
+
+    Example:
+
+      moeplace report trace --topology h100-hgx --nodes 2 --devices-per-node 4 -o report.html
+    """
+    from ..report.build import build_report
+    from ..report.page import write_page
+
+    comparison = run_comparison(
+        Request(routing, model, topology, objective, held_out, steps, solving, storage, solvers, plans, seed)
+    )
+    write_page(build_report(comparison, before, after, provenance(comparison, routing)), output)
+    note(f"wrote {output}")
+
+
+def provenance(comparison: Comparison, routing: Path) -> list[tuple[str, str]]:
+    """Where the figures come from, by name."""
+    from ...placement.version import __version__
+
+    problem, parted = comparison.problem, comparison.parted
+    solved = [
+        f"{entry.name} (seed {entry.plan.provenance.seed}, {entry.plan.provenance.stop})"
+        for entry in comparison.entries
+        if entry.plan is not None
+    ]
+    return [
+        ("Routing", f"{routing}: {parted.train.num_tokens:,} tokens solved on, {parted.judged.num_tokens:,} judged on"),
+        ("Solved on", f"SHA-256 {problem.statistics.fingerprint}"),
+        ("Judged on", f"SHA-256 {parted.judged.fingerprint}"),
+        ("Split", parted.description),
+        ("Steps", ", ".join(f"{steps.num_steps} of {kind}" for kind, steps in comparison.steps.items())),
+        ("Objective", ", ".join(f"{key} {value}" for key, value in problem.objective.model_dump().items())),
+        ("Plans", ", ".join(solved)),
+        ("Version", f"moeplace {__version__}, Python {sys.version.split()[0]}"),
+        ("Written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        ("Command", shlex.join(["moeplace", *sys.argv[1:]])),
+    ]

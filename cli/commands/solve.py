@@ -1,0 +1,153 @@
+"""`moeplace solve`: routing in, plan out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..inputs import SolverChoice, read_model, read_objective, read_topology
+from ..options import (
+    SOLVING,
+    STORE,
+    AsJson,
+    HeldOutOptions,
+    KeepOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    RoutingPath,
+    Seed,
+    SolveOptions,
+    TopologyOptions,
+)
+from ..output import Table, emit, note, pairs, percent, seconds
+from ..progress import solve_listener, working
+from ..storing import keep_plan
+from ..training import training_statistics
+
+if TYPE_CHECKING:
+    from ...placement.plan import Plan
+
+
+def solve_command(
+    routing: RoutingPath,
+    model: ModelOptions,
+    topology: TopologyOptions,
+    objective: ObjectiveOptions,
+    solving: SolveOptions,
+    held_out: HeldOutOptions,
+    storage: KeepOptions,
+    solver: Annotated[
+        str,
+        typer.Option(
+            "--solver",
+            "-s",
+            help="contiguous, round_robin, random, eplb, exflow, moetuner, chain or search, with options where wanted: "
+            "exflow:form=staged.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ],
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write the plan to (JSON).", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Name to keep the plan under.", show_default=False, rich_help_panel=STORE),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Solve for a placement, and say how good it provably is.
+
+    A quarter of the routing is held out, so that `moeplace evaluate` can judge the plan on what it has not seen;
+    --held-out 0 solves on everything. Statistics files are used whole.
+
+    Example:
+
+      moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solver exflow -o plan.json
+    """
+    from ...placement.problem import Problem
+    from ...solvers import solve
+
+    if output is None and not storage.store:
+        raise typer.BadParameter("the plan would go nowhere: give --output, or leave out --no-store")
+    choice = SolverChoice.parse(solver)
+    cluster, goal = read_topology(topology), read_objective(objective)
+    with working("counting the routing") as update:
+        record, statistics, used = training_statistics(routing, held_out, seed, update)
+        problem = Problem(
+            model=read_model(model, record),
+            topology=cluster,
+            statistics=statistics,
+            objective=goal,
+            slots=solving.slots,
+        )
+        plan = solve(
+            problem,
+            choice.solver,
+            seconds=solving.seconds,
+            seed=seed,
+            progress=solve_listener(update, choice.label, solving.seconds),
+            **choice.options,
+        )
+    if output is not None:
+        plan.save(output)
+    stored = keep_plan(plan, statistics, storage.db, name) if storage.store else None
+    note(used)
+    summary = {**plan_summary(plan), "file": None if output is None else str(output), "stored_as": stored}
+    emit(summary, summary_table(summary), as_json=as_json)
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """How a plan was made and how good it is on its solver's own objective, as plain values."""
+    certificate, provenance = plan.certificate, plan.provenance
+    return {
+        "solver": provenance.solver,
+        "options": provenance.options,
+        "seed": provenance.seed,
+        "model": plan.model.name or None,
+        "layers": plan.model.layers,
+        "experts": plan.model.experts,
+        "slots": plan.num_slots,
+        "devices": plan.topology.num_devices,
+        "nodes": plan.topology.num_nodes,
+        "topology": plan.topology.name,
+        "objective": None if certificate is None else certificate.objective,
+        "value": None if certificate is None else certificate.value,
+        "bound": plan.bound,
+        "gap": plan.gap,
+        "proven_optimal": plan.proven_optimal,
+        "stop": provenance.stop,
+        "seconds": provenance.seconds,
+        "version": provenance.version,
+        "trace_fingerprint": provenance.trace_fingerprint,
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The summary as lines of name and value."""
+    shown = {
+        "solver": summary["solver"]
+        + "".join(f" {key}={value}" for key, value in summary["options"].items() if key != "seconds"),
+        "placement": f"{summary['layers']} layers of {summary['experts']} experts in {summary['slots']} slots on "
+        f"{summary['devices']} devices in {summary['nodes']} nodes ({summary['topology']})",
+        "objective": summary["objective"],
+        "value": None if summary["value"] is None else f"{summary['value']:.6g}",
+        "proven bound": None if summary["bound"] is None else f"{summary['bound']:.6g}",
+        "gap": _gap(summary),
+        "stopped": f"{summary['stop']} after {seconds(summary['seconds'])} s",
+        "seed": summary["seed"],
+        "solved on": summary["trace_fingerprint"][:12] or None,
+        "file": summary.get("file"),
+        "stored as": summary.get("stored_as"),
+    }
+    return pairs(shown)
+
+
+def _gap(summary: dict[str, Any]) -> str | None:
+    if summary["gap"] is None:
+        return None
+    return f"{percent(summary['gap'])}{', proven optimal' if summary['proven_optimal'] else ''}"

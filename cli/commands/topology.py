@@ -1,0 +1,123 @@
+"""`moeplace topology`: the clusters plans can be made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..grouping import grouped
+from ..inputs import read_topology
+from ..options import AsJson, TopologyOptions
+from ..output import Column, Table, emit, note, quantity
+
+if TYPE_CHECKING:
+    from ...placement.topology import Topology
+
+topology_app = typer.Typer(
+    help="List, show and write clusters.\n\nExample:\n\n  moeplace topology write h100-hgx --nodes 2 -o cluster.yaml"
+)
+
+NameOrFile = Annotated[
+    str, typer.Argument(metavar="NAME|FILE", help="A preset's name, or a YAML or JSON file.", show_default=False)
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes of the preset. Default: 1.")]
+DevicesPerNode = Annotated[
+    int | None, typer.Option("--devices-per-node", min=1, help="Devices used in each node of the preset. Default: all.")
+]
+
+DEVICE_COLUMNS = (
+    Column("compute", "compute\na device", quantity("flop/s")),
+    Column("memory", "memory", quantity("B")),
+    Column("memory_bandwidth", "memory\nbandwidth", quantity("B/s")),
+    Column("intra_bandwidth", "in-node\nlinks", quantity("B/s")),
+    Column("inter_bandwidth", "between nodes,\na node", quantity("B/s")),
+)
+
+
+@topology_app.command("list")
+@grouped
+def list_command(as_json: AsJson = False) -> None:
+    """List the presets, with the achievable rates they stand for.
+
+    Example:
+
+      moeplace topology list
+    """
+    from ...placement.presets import PRESETS
+
+    rows = [{"name": name, **box._asdict()} for name, box in PRESETS.items()]
+    columns = [Column("name", "preset", right=False), Column("devices", "devices\na node"), *DEVICE_COLUMNS]
+    emit(rows, Table(columns, rows, footnotes=["Links are one direction."]), as_json=as_json)
+
+
+@topology_app.command("show", no_args_is_help=True)
+@grouped
+def show_command(
+    name: NameOrFile, nodes: Nodes = None, devices_per_node: DevicesPerNode = None, as_json: AsJson = False
+) -> None:
+    """Show a preset, or check and show a topology file.
+
+    Example:
+
+      moeplace topology show h100-hgx --nodes 2
+    """
+    topology = read_topology(TopologyOptions(topology=name, nodes=nodes, devices_per_node=devices_per_node))
+    columns = [Column("nodes", "nodes", right=False), Column("devices", "devices", right=False), *DEVICE_COLUMNS]
+    footnotes = [
+        f"{topology.name}: {topology.num_devices} devices in {topology.num_nodes} nodes. A message costs "
+        f"{topology.intra_latency * 1e6:g} us inside a node and {topology.inter_latency * 1e6:g} us between nodes. "
+        "Links are one direction."
+    ]
+    data = topology.model_dump(mode="json")
+    emit(data, Table(columns, _device_rows(topology), footnotes=footnotes), as_json=as_json)
+
+
+@topology_app.command("write", no_args_is_help=True)
+@grouped
+def write_command(
+    name: NameOrFile,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .yaml, .yml or .json.", show_default=False)
+    ],
+    nodes: Nodes = None,
+    devices_per_node: DevicesPerNode = None,
+) -> None:
+    """Write a preset as a file, to edit for the cluster at hand.
+
+    Example:
+
+      moeplace topology write a100-pcie --nodes 2 -o cluster.yaml
+    """
+    topology = read_topology(TopologyOptions(topology=name, nodes=nodes, devices_per_node=devices_per_node))
+    topology.save(output)
+    note(f"wrote {output}")
+
+
+def _device_rows(topology: Topology) -> list[dict[str, Any]]:
+    """A row for each run of equal devices."""
+    rows: list[dict[str, Any]] = []
+    rank = 0
+    for index, node in enumerate(topology.nodes):
+        for device in node.devices:
+            fields = {**device.model_dump(), "inter_bandwidth": node.inter_bandwidth}
+            if rows and rows[-1]["fields"] == fields:
+                rows[-1].update(last_node=index, last_device=rank)
+            else:
+                rows.append(
+                    {"fields": fields, "first_node": index, "last_node": index, "first": rank, "last_device": rank}
+                )
+            rank += 1
+    return [
+        {
+            **row["fields"],
+            "nodes": _range(row["first_node"], row["last_node"]),
+            "devices": _range(row["first"], row["last_device"]),
+        }
+        for row in rows
+    ]
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"

@@ -1,0 +1,182 @@
+"""Several plans judged on the same held-out steps: the analysis behind `compare`, `evaluate` and `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
+from .inputs import Routing, SolverChoice
+from .options import HeldOutBy, HeldOutOptions, StepOptions
+from .progress import Update, solve_listener
+
+if TYPE_CHECKING:
+    from ..placement.evaluate import Evaluation
+    from ..placement.plan import Plan
+    from ..placement.problem import Problem
+    from ..placement.statistics import RoutingStatistics
+    from ..placement.steps import Steps
+    from ..placement.trace import RoutingTrace
+
+BASELINE = "contiguous"
+DECODE_CONCURRENCY, DECODE_STEPS, PREFILL_STEPS = 128, 200, 32
+
+
+@dataclass(frozen=True)
+class Parted:
+    """Routing in the part that solvers see and the part that plans are judged on (the same when nothing is held out)."""
+
+    train: RoutingTrace
+    judged: RoutingTrace
+    description: str
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.train is not self.judged
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plan and what it costs on each kind of steps; or, without a plan, why there is none."""
+
+    name: str
+    plan: Plan | None
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    reason: str = ""
+    given: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries in the order asked for, all judged on the same steps. The first is the one others are measured against."""
+
+    problem: Problem
+    steps: dict[str, Steps]
+    parted: Parted
+    entries: tuple[Entry, ...]
+    seed: int
+
+    @property
+    def baseline(self) -> Entry:
+        return self.entries[0]
+
+    def best(self, kind: str) -> Entry:
+        """The entry with the least of what the objective asks, on one kind of steps."""
+        solved = [entry for entry in self.entries if kind in entry.evaluations]
+        return min(solved, key=lambda entry: self.risk(entry, kind))
+
+    def risk(self, entry: Entry, kind: str) -> float:
+        """The objective's figure in seconds; regret is measured against the best of these plans on each workload."""
+        evaluation = entry.evaluations[kind]
+        return evaluation.risk(self._best_by_workload(kind)) if self._regret else evaluation.risk()
+
+    @property
+    def _regret(self) -> bool:
+        return self.problem.objective.risk == "regret"
+
+    def _best_by_workload(self, kind: str) -> Any:
+        import numpy as np
+
+        evaluations = [entry.evaluations[kind] for entry in self.entries if kind in entry.evaluations]
+        best = np.zeros(len(evaluations[0].workloads))
+        codes = evaluations[0].step_workload
+        for code in np.unique(codes):
+            best[code] = min(evaluation.step_seconds[codes == code].mean() for evaluation in evaluations)
+        return best
+
+
+def part(routing: Routing, options: HeldOutOptions, seed: int) -> Parted:
+    """Parts token-level routing as asked.
+
+    Raises:
+        InputError: counts only, or too little to part.
+    """
+    trace = routing.tokens
+    if options.held_out == 0.0:
+        return Parted(trace, trace, "Nothing held out: judged on the routing that was solved on")
+    by = options.held_out_by
+    try:
+        train, judged = trace.split(by.value, options.held_out, seed)
+    except InputError as error:
+        raise InputError(f"{routing.path}: {error}; or give --held-out-by, or --held-out 0") from None
+    units = "of the tokens, the last" if by is HeldOutBy.time else f"of the {by.value}s"
+    return Parted(train, judged, f"Held out: {options.held_out:.0%} {units}, seed {seed}")
+
+
+def solving_statistics(routing: Routing, parted: Parted) -> RoutingStatistics:
+    """Statistics of the training part; whole statistics are used as they are when nothing is held out."""
+    from ..placement.statistics import RoutingStatistics
+
+    if not parted.is_held_out and routing.statistics is not None:
+        return routing.statistics
+    return RoutingStatistics.from_trace(parted.train)
+
+
+def make_steps(trace: RoutingTrace, options: StepOptions, seed: int) -> dict[str, Steps]:
+    """The steps asked for, by name, decode first."""
+    steps: dict[str, Steps] = {}
+    decode = options.decode or (None if options.prefill else DECODE_CONCURRENCY)
+    if decode is not None:
+        steps[f"decode {decode}"] = trace.decode_steps(decode, options.steps or DECODE_STEPS, seed)
+    if options.prefill is not None:
+        count = options.steps or PREFILL_STEPS
+        steps[f"prefill {options.prefill}"] = trace.prefill_steps(options.prefill, count, seed)
+    return steps
+
+
+def solve_entry(choice: SolverChoice, problem: Problem, seconds: float, seed: int, update: Update) -> Entry:
+    """A solver's plan, or why it has none."""
+    from ..solvers import solve
+
+    update(choice.label, None)
+    try:
+        plan = solve(
+            problem,
+            choice.solver,
+            seconds=seconds,
+            seed=seed,
+            progress=solve_listener(update, choice.label, seconds),
+            **choice.options,
+        )
+    except (UnsupportedError, SolveError) as error:
+        return Entry(choice.label, None, reason=str(error))
+    return Entry(choice.label, plan)
+
+
+def judge(entry: Entry, problem: Problem, steps: dict[str, Steps], update: Update) -> Entry:
+    """The entry with its evaluations."""
+    from ..placement.evaluate import evaluate
+
+    if entry.plan is None:
+        return entry
+    evaluations = {}
+    for kind, replayed in steps.items():
+        update(f"{entry.name}: {kind}", None)
+        try:
+            evaluations[kind] = evaluate(entry.plan, replayed, problem)
+        except MoeplaceError as error:
+            raise InputError(f"plan {entry.name!r}: {error}") from None
+    return Entry(entry.name, entry.plan, evaluations, given=entry.given)
+
+
+def compare(
+    problem: Problem,
+    parted: Parted,
+    steps: dict[str, Steps],
+    choices: Sequence[SolverChoice],
+    given: Sequence[tuple[str, Plan]],
+    seconds: float,
+    seed: int,
+    update: Update,
+) -> Comparison:
+    """Solves with each choice, takes plans that are given, and judges all on the same steps.
+
+    The contiguous plan always stands first: every ratio is to it.
+    """
+    wanted = [SolverChoice.parse(BASELINE), *(choice for choice in choices if choice.label != BASELINE)]
+    entries = [solve_entry(wanted[0], problem, seconds, seed, update)]
+    entries += [Entry(name, plan, given=True) for name, plan in given]
+    entries += [solve_entry(choice, problem, seconds, seed, update) for choice in wanted[1:]]
+    judged = tuple(judge(entry, problem, steps, update) for entry in entries)
+    return Comparison(problem, steps, parted, judged, seed)

@@ -1,0 +1,219 @@
+"""What a command is given, read and checked: routing, the model's shape, the cluster, plans, solvers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..placement.errors import InputError, MoeplaceError, nearest
+from .options import ModelOptions, ObjectiveOptions, TopologyOptions
+
+if TYPE_CHECKING:
+    from ..placement.model import ModelSpec
+    from ..placement.objective import Objective
+    from ..placement.plan import Plan
+    from ..placement.statistics import RoutingStatistics
+    from ..placement.topology import Topology
+    from ..placement.trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Routing as it was found: a trace, or statistics (with a token sample where they keep one).
+
+    model: the recorded model, where the record names it.
+    """
+
+    path: Path
+    trace: RoutingTrace | None
+    statistics: RoutingStatistics | None
+    model: ModelSpec | None = None
+
+    @property
+    def tokens(self) -> RoutingTrace:
+        """Token-level routing.
+
+        Raises:
+            InputError: the record holds counts only.
+        """
+        if self.trace is not None:
+            return self.trace
+        if self.statistics is not None and self.statistics.sample is not None and self.statistics.sample.num_tokens:
+            return self.statistics.sample
+        raise InputError(
+            f"{self.path} holds counts only, and plans are judged on the experts single tokens chose; "
+            "record in token mode (`moeplace profile --mode tokens`)"
+        )
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the record says of the model, in ModelSpec's terms."""
+        if self.trace is not None:
+            trace = self.trace
+            return {
+                "layers": trace.num_layers,
+                "experts": trace.num_experts,
+                "top_k": trace.top_k,
+                "moe_layers": trace.moe_layers,
+            }
+        assert self.statistics is not None
+        shape = {
+            "layers": self.statistics.num_layers,
+            "experts": self.statistics.experts,
+            "moe_layers": self.statistics.moe_layers,
+        }
+        return shape if self.statistics.top_k is None else shape | {"top_k": self.statistics.top_k}
+
+
+def read_routing(path: Path, num_experts: int | None = None) -> Routing:
+    """Reads any record of routing. num_experts: experts a layer, for records that do not say (ExFlow's .npy).
+
+    Raises:
+        InputError: no such file. FileFormatError: not a record, or damaged.
+    """
+    from ..placement.statistics import RoutingStatistics
+    from ..profiler.exflow_npy import is_exflow, read_exflow
+    from ..profiler.read import read_any
+
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if num_experts is not None and is_exflow(path):
+        return Routing(path, read_exflow(path, num_experts=num_experts), None)
+    record = read_any(path)
+    if isinstance(record, RoutingStatistics):
+        return Routing(path, None, record)
+    return Routing(path, record, None, recorded_model(path))
+
+
+def recorded_model(path: Path) -> ModelSpec | None:
+    """The model a Parquet trace says it is of; None for other records and for traces that do not know."""
+    from ..profiler.trace_files import read_header
+    from ..profiler.trace_shards import is_trace
+
+    return read_header(path).model if is_trace(path) else None
+
+
+def read_model(options: ModelOptions, routing: Routing) -> ModelSpec:
+    """The model's shape: from --model, from the record, or from the sizes given; single options override.
+
+    Raises:
+        InputError: nothing tells the model's sizes, or the model is not the recorded one.
+    """
+    from ..placement.model import ModelSpec
+
+    given = {
+        name: value
+        for name in ("hidden_size", "ffn_size", "top_k", "groups", "expert_dtype")
+        if (value := getattr(options, name)) is not None
+    }
+    if options.model is not None:
+        spec = ModelSpec.from_config(options.model).replace(**given)
+    elif routing.model is not None:
+        spec = routing.model.replace(**given)
+    else:
+        fields = {**routing.shape, **given}
+        missing = [f"--{name.replace('_', '-')}" for name in ("hidden_size", "ffn_size", "top_k") if name not in fields]
+        if missing:
+            raise InputError(
+                f"{routing.path} does not say how large the model is; give --model config.json, or {' and '.join(missing)}"
+            )
+        spec = ModelSpec(**fields)
+    recorded = routing.shape
+    if recorded["layers"] == spec.layers and recorded["moe_layers"] != spec.moe_layers:
+        raise InputError(
+            f"{routing.path} numbers its layers {_span(recorded['moe_layers'])}, the model's MoE layers are "
+            f"{_span(spec.moe_layers)}; if they are the same layers, `moeplace import {routing.path} --model CONFIG "
+            "--out DIR` writes the record with the model's numbers"
+        )
+    return spec
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    contiguous = layers == tuple(range(layers[0], layers[-1] + 1)) and len(layers) > 1
+    return f"{layers[0]}-{layers[-1]}" if contiguous else ",".join(map(str, layers))
+
+
+def read_topology(options: TopologyOptions) -> Topology:
+    """A preset's cluster, or the one a file describes.
+
+    Raises:
+        InputError: unknown preset (the nearest is named), no such file, or a count that a file does not take.
+    """
+    from ..placement.presets import PRESETS
+    from ..placement.topology import Topology
+
+    name = options.topology
+    if name in PRESETS:
+        return Topology.preset(name, options.nodes or 1, options.devices_per_node)
+    if name.endswith((".yaml", ".yml", ".json")) or Path(name).is_file():
+        if options.nodes is not None or options.devices_per_node is not None:
+            raise InputError(f"--nodes and --devices-per-node go with a preset; {name} says itself how many it has")
+        return Topology.load(name)
+    raise InputError(f"--topology {name!r} is neither a preset nor a file; {nearest(name, PRESETS)}")
+
+
+def read_objective(options: ObjectiveOptions) -> Objective:
+    from ..placement.objective import Objective
+
+    return Objective(
+        execution=options.execution.value,
+        risk=options.risk,
+        split=options.split.value,
+        dispatch_dtype=options.dispatch_dtype,
+    )
+
+
+def read_plan(reference: str, db: str | None) -> Plan:
+    """A plan from a file, or else from the database by name or id.
+
+    Raises:
+        InputError: neither; both are named.
+    """
+    from ..db import Store
+    from ..placement.plan import Plan
+
+    if Path(reference).is_file() or reference.endswith(".json"):
+        return Plan.load(reference)
+    try:
+        with Store.open(db) as store:
+            return store.plan(reference).plan
+    except MoeplaceError as error:
+        raise InputError(f"{reference!r} is not a file, and not a stored plan either: {error}") from None
+
+
+@dataclass(frozen=True)
+class SolverChoice:
+    """A solver's name with options for it, as typed: `exflow:form=staged`."""
+
+    label: str
+    solver: str
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> SolverChoice:
+        """Reads NAME or NAME:OPTION=VALUE:OPTION=VALUE; values are numbers, true, false, or text.
+
+        Raises:
+            InputError: unknown solver (the nearest is named), or not of that form.
+        """
+        from ..solvers import solver_named
+
+        name, *pairs = text.strip().split(":")
+        solver_named(name)
+        options: dict[str, Any] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not (key and equals):
+                raise InputError(f"solver {text!r}: {pair!r} is not OPTION=VALUE")
+            try:
+                options[key] = json.loads(value)
+            except json.JSONDecodeError:
+                options[key] = value
+        return cls(text.strip(), name, options)
+
+
+def split_list(text: str | None) -> list[str]:
+    """The entries of a comma-separated list."""
+    return [entry.strip() for entry in (text or "").split(",") if entry.strip()]

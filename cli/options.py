@@ -1,0 +1,300 @@
+"""Options that several commands share, in groups (see `grouping`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+MODEL, CLUSTER, OBJECTIVE = "Model", "Cluster", "Objective"
+JUDGING, SOLVING, STORE = "Held-out routing", "Solving", "Store"
+
+
+class Execution(StrEnum):
+    dispatch_combine = "dispatch_combine"
+    context_coherent = "context_coherent"
+
+
+class Split(StrEnum):
+    equal = "equal"
+    free = "free"
+
+
+class HeldOutBy(StrEnum):
+    sequence = "sequence"
+    step = "step"
+    time = "time"
+
+
+RoutingPath = Annotated[
+    Path,
+    Argument(
+        metavar="ROUTING",
+        help="Recorded routing: a trace folder or Parquet file, a statistics .npz, or any record `moeplace import` reads.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+PlanReference = Annotated[
+    str, Argument(metavar="PLAN", help="A plan file, or a stored plan's name or id.", show_default=False)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Where the model's shape comes from when the routing does not carry it."""
+
+    model: Annotated[
+        Path | None,
+        Option(
+            "--model",
+            metavar="PATH",
+            help="Transformers config.json of the model, or its folder. Default: what the trace says of itself.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    hidden_size: Annotated[
+        int | None,
+        Option(
+            "--hidden-size",
+            metavar="N",
+            min=1,
+            help="Width of the residual stream.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    ffn_size: Annotated[
+        int | None,
+        Option(
+            "--ffn-size", metavar="N", min=1, help="Width of one expert.", show_default=False, rich_help_panel=MODEL
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        Option(
+            "--top-k",
+            metavar="N",
+            min=1,
+            help="Experts a token, where the record holds counts only.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    groups: Annotated[
+        int | None,
+        Option(
+            "--groups",
+            metavar="N",
+            min=1,
+            help="Expert groups of group-limited routing.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    expert_dtype: Annotated[
+        str | None,
+        Option(
+            "--expert-dtype",
+            metavar="DTYPE",
+            help="How expert weights are stored: bf16, fp8, mxfp4, ...",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyOptions:
+    """The cluster to place experts on."""
+
+    topology: Annotated[
+        str,
+        Option(
+            "--topology",
+            "-t",
+            metavar="NAME|FILE",
+            help="A preset (see `moeplace topology list`) or a YAML or JSON file.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ]
+    nodes: Annotated[
+        int | None,
+        Option(
+            "--nodes",
+            metavar="N",
+            min=1,
+            help="Nodes of the preset. Default: 1.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None
+    devices_per_node: Annotated[
+        int | None,
+        Option(
+            "--devices-per-node",
+            metavar="N",
+            min=1,
+            help="Devices used in each node of the preset. Default: all.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """What a plan is to minimise."""
+
+    execution: Annotated[
+        Execution,
+        Option(
+            "--execution",
+            metavar="dispatch_combine|context_coherent",
+            help="How the engine runs a layer: results return to the token's rank, or the token stays (ExFlow).",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = Execution.dispatch_combine
+    risk: Annotated[
+        str,
+        Option(
+            "--risk",
+            metavar="RISK",
+            help="Which step time counts: mean, cvar:Q, worst_workload, regret.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = "mean"
+    split: Annotated[
+        Split,
+        Option(
+            "--split",
+            metavar="equal|free",
+            help="Whether replicas share tokens equally or by weights.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = Split.equal
+    dispatch_dtype: Annotated[
+        str,
+        Option(
+            "--dispatch-dtype", metavar="DTYPE", help="How activations travel to experts.", rich_help_panel=OBJECTIVE
+        ),
+    ] = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutOptions:
+    """Which part of the routing solvers never see."""
+
+    held_out: Annotated[
+        float,
+        Option(
+            "--held-out",
+            metavar="SHARE",
+            min=0.0,
+            max=0.95,
+            help="Share of the routing kept from solving and judged on; 0 uses all of it for both.",
+            rich_help_panel=JUDGING,
+        ),
+    ] = 0.25
+    held_out_by: Annotated[
+        HeldOutBy,
+        Option("--held-out-by", metavar="sequence|step|time", help="What is held out whole.", rich_help_panel=JUDGING),
+    ] = HeldOutBy.sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """The steps a plan is judged on."""
+
+    decode: Annotated[
+        int | None,
+        Option(
+            "--decode",
+            metavar="N",
+            min=1,
+            help="Judge on decode steps of this many sequences. Default: 128, or none with --prefill.",
+            show_default=False,
+            rich_help_panel=JUDGING,
+        ),
+    ] = None
+    prefill: Annotated[
+        int | None,
+        Option(
+            "--prefill",
+            metavar="N",
+            min=1,
+            help="Judge on prefill steps of this many tokens.",
+            show_default=False,
+            rich_help_panel=JUDGING,
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        Option(
+            "--steps",
+            metavar="N",
+            min=1,
+            help="Steps of each kind. Default: 200 decode, 32 prefill.",
+            show_default=False,
+            rich_help_panel=JUDGING,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions:
+    """What a solver may use."""
+
+    slots: Annotated[
+        int | None,
+        Option(
+            "--slots",
+            metavar="N",
+            min=1,
+            help="Slots a layer over all devices; more than the model's experts makes room for replicas. "
+            "Default: one an expert.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None
+    seconds: Annotated[
+        float, Option("--seconds", metavar="S", min=0.01, help="Time limit of a solve.", rich_help_panel=SOLVING)
+    ] = 30.0
+
+
+Seed = Annotated[
+    int,
+    Option("--seed", metavar="N", help="Decides the held-out part and every random choice.", rich_help_panel=SOLVING),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """Where plans are kept."""
+
+    db: Annotated[
+        str | None,
+        Option(
+            "--db",
+            metavar="URL",
+            envvar="MOEPLACE_DB",
+            help="Database URL, or a path of a SQLite file. Default: a file in the user's data folder.",
+            show_default=False,
+            rich_help_panel=STORE,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepOptions(StoreOptions):
+    """Where results are kept, and whether."""
+
+    store: Annotated[
+        bool,
+        Option("--store/--no-store", help="Keep the result in the database, as is the default.", rich_help_panel=STORE),
+    ] = True

@@ -1,0 +1,187 @@
+"""A comparison as the parts of a page: figures, table, provenance. Nothing here knows HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...placement.errors import InputError, nearest
+from ..comparison import Comparison, Entry
+from ..output import Column
+from ..rows import comparison_rows, comparison_tables
+from .affinity import affinity_figure
+from .figure import Figure
+from .load import load_figure
+from .times import breakdown_figure, distribution_figure
+from .traffic import traffic_figure
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure before and after. change: after over before, minus one."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row: a plan's name and its cells, or why there is no plan. chosen: it stands out."""
+
+    name: str
+    cells: list[str]
+    reason: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the comparison for one kind of steps."""
+
+    title: str
+    headings: list[str]
+    rows: list[Line]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows."""
+
+    title: str
+    subtitle: str
+    before: str
+    after: str
+    headlines: list[Headline]
+    sections: list[Section]
+    remarks: list[str]
+    figures: list[Figure]
+    provenance: list[tuple[str, str]]
+
+
+def build_report(
+    comparison: Comparison, before: str | None, after: str | None, provenance: list[tuple[str, str]]
+) -> Report:
+    """Chooses the two plans to set side by side and draws everything.
+
+    before: an entry's name (default: the first plan given, else contiguous). after: default: the best of the rest on
+    the objective.
+
+    Raises:
+        InputError: no such entry, or one without a plan.
+    """
+    kind = next(iter(comparison.steps))
+    old, new = _sides(comparison, before, after, kind)
+    rows = comparison_rows(comparison)
+    model, topology = comparison.problem.model, comparison.problem.topology
+    nodes = f"{topology.num_nodes} node{'s' if topology.num_nodes > 1 else ''}"
+    return Report(
+        title=model.name or "Expert placement",
+        subtitle=f"{model.layers} MoE layers of {model.experts} experts, top-{model.top_k}, "
+        f"on {topology.num_devices} devices in {nodes} ({topology.name}), "
+        f"{comparison.problem.num_slots} slots a layer, {comparison.problem.objective.execution}",
+        before=old.name,
+        after=new.name,
+        headlines=_headlines(old, new, kind),
+        sections=_sections(comparison, rows, new.name),
+        remarks=list(comparison_tables(comparison, rows)[-1].footnotes),
+        figures=_figures(comparison, old, new, kind),
+        provenance=provenance,
+    )
+
+
+def _sides(comparison: Comparison, before: str | None, after: str | None, kind: str) -> tuple[Entry, Entry]:
+    usable = {entry.name: entry for entry in comparison.entries if entry.plan is not None}
+    for name in (before, after):
+        if name is not None and name not in usable:
+            raise InputError(f"{name!r} is not among the plans of this report; {nearest(name, usable)}")
+    if before is None:
+        old = next((entry for entry in usable.values() if entry.given), comparison.baseline)
+    else:
+        old = usable[before]
+    rest = [entry for entry in usable.values() if entry is not old]
+    if after is not None:
+        return old, usable[after]
+    if not rest:
+        raise InputError("a report sets two plans side by side, and only one could be made; give more --solvers")
+    return old, min(rest, key=lambda entry: comparison.risk(entry, kind))
+
+
+def _headlines(old: Entry, new: Entry, kind: str) -> list[Headline]:
+    first, second = (entry.evaluations[kind].summary() for entry in (old, new))
+    wanted: list[tuple[str, str, float, str]] = [
+        ("Step time, mean", "step_seconds_mean", 1e3, "{:.3f} ms"),
+        ("Step time, p99", "step_seconds_p99", 1e3, "{:.3f} ms"),
+        ("Device load, max / mean", "load_max_mean", 1.0, "{:.2f}"),
+        ("Devices a token", "devices_per_token", 1.0, "{:.2f}"),
+        ("Transitions kept on a device", "local_transitions", 100.0, "{:.0f} %"),
+    ]
+    return [
+        Headline(
+            label,
+            form.format(first[key] * scale),
+            form.format(second[key] * scale),
+            _change(first[key], second[key]),
+        )
+        for label, key, scale, form in wanted
+    ]
+
+
+def _change(old: float, new: float) -> str:
+    if not old:
+        return ""
+    change = new / old - 1.0
+    written = f"{change:+.0%}" if abs(change) >= 0.095 else f"{change:+.1%}"
+    return "unchanged" if abs(change) < 0.0005 else written.replace("-", "\N{MINUS SIGN}")
+
+
+def _sections(comparison: Comparison, rows: list[dict[str, Any]], after: str) -> list[Section]:
+    return [
+        Section(
+            table.title,
+            [column.title.replace("\n", " ") for column in table.columns],
+            [_line(row, table.columns, row["solver"] == after) for row in table.rows],
+        )
+        for table in comparison_tables(comparison, rows)
+    ]
+
+
+def _line(row: Mapping[str, Any], columns: Sequence[Column], chosen: bool) -> Line:
+    values = [(row.get(column.key), column.write) for column in columns[1:]]
+    cells = ["\N{EN DASH}" if value is None else write(value) for value, write in values]
+    return Line(row["solver"], cells, row["reason"] or "", chosen)
+
+
+def _figures(comparison: Comparison, old: Entry, new: Entry, kind: str) -> list[Figure]:
+    from ...placement.traffic import device_traffic
+
+    problem, steps = comparison.problem, comparison.steps[kind]
+    assert old.plan is not None
+    assert new.plan is not None
+    names, plans = (old.name, new.name), (old.plan, new.plan)
+    evaluations = {
+        kind: {entry.name: entry.evaluations[kind] for entry in comparison.entries if kind in entry.evaluations}
+        for kind in comparison.steps
+    }
+    matrices = [
+        device_traffic(plan, steps, problem.topology, problem.objective).bytes_between(problem.model, problem.objective)
+        for plan in plans
+    ]
+    figures = [
+        distribution_figure(evaluations, *names),
+        breakdown_figure(evaluations, *names),
+        load_figure(
+            names,
+            (old.evaluations[kind], new.evaluations[kind]),
+            problem.model.moe_layers,
+            problem.topology,
+            kind,
+        ),
+    ]
+    if problem.topology.num_devices > 1:
+        figures.append(traffic_figure(names, (matrices[0], matrices[1]), problem.topology, kind))
+    if problem.statistics.transitions is not None and problem.model.layers > 1:
+        figures.append(affinity_figure(names, plans, problem.statistics.total_transitions))
+    return figures

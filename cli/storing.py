@@ -1,0 +1,71 @@
+"""Keeping results in the database."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..placement.evaluate import Evaluation
+    from ..placement.plan import Plan
+    from ..placement.statistics import RoutingStatistics
+    from ..placement.steps import Steps
+
+
+def keep_plan(plan: Plan, statistics: RoutingStatistics, db: str | None, name: str | None = None) -> str:
+    """Stores a plan with the statistics it was solved on; returns the plan's id."""
+    from ..db import Store
+
+    with Store.open(db) as store:
+        counted = store.add_statistics(statistics, statistics_bytes(statistics))
+        return store.add_plan(plan, statistics=counted.id, name=name).id
+
+
+def keep_statistics(statistics: RoutingStatistics, db: str | None, name: str | None = None) -> str:
+    """Stores statistics; returns their id."""
+    from ..db import Store
+
+    with Store.open(db) as store:
+        return store.add_statistics(statistics, statistics_bytes(statistics), name=name).id
+
+
+def keep_evaluations(
+    plan: Plan, evaluations: Mapping[str, Evaluation], steps: Mapping[str, Steps], db: str | None
+) -> None:
+    """Stores what a plan costs on each kind of steps, and the plan where it is not stored yet."""
+    from ..db import Store
+
+    with Store.open(db) as store:
+        record = store.add_plan(plan)
+        for kind, evaluation in evaluations.items():
+            store.add_evaluation(
+                record.id,
+                summary=evaluation.summary(),
+                steps=f"{kind}, {steps[kind].num_steps} steps",
+                steps_fingerprint=steps_fingerprint(steps[kind]),
+                objective=evaluation.objective,
+            )
+
+
+def steps_fingerprint(steps: Steps) -> str:
+    """SHA-256 over the routing of the steps and where they end."""
+    import hashlib
+
+    import numpy as np
+
+    digest = hashlib.sha256(repr((steps.expert_ids.shape, steps.num_experts, steps.moe_layers)).encode())
+    for array in (steps.expert_ids, steps.offsets):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def statistics_bytes(statistics: RoutingStatistics) -> bytes:
+    """The statistics as their file."""
+    from ..profiler.statistics_file import write_statistics
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "statistics.npz"
+        write_statistics(statistics, path)
+        return path.read_bytes()
