@@ -50,7 +50,7 @@ class Steps:
     @property
     def tokens(self) -> npt.NDArray[np.int64]:
         """[S] tokens in each step."""
-        return self.offsets[1:] - self.offsets[:-1]
+        return np.asarray(np.diff(self.offsets))
 
     @cached_property
     def step_of(self) -> npt.NDArray[np.int64]:

@@ -8,5 +8,6 @@ from .contiguous import Contiguous
 from .eplb import Eplb
 from .random_placement import RandomPlacement
 from .round_robin import RoundRobin
+from .search import Search
 
-SOLVERS: tuple[Solver, ...] = (Contiguous(), RoundRobin(), RandomPlacement(), Eplb(), Chain())
+SOLVERS: tuple[Solver, ...] = (Contiguous(), RoundRobin(), RandomPlacement(), Eplb(), Chain(), Search())

@@ -1,0 +1,51 @@
+"""The flagship solver: the predicted step time itself, on recorded steps, by annealing with exact increments."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ...placement.errors import InputError
+from ...placement.problem import Problem
+from ..base import Budget, Feature, Needs, Solution
+
+Batch = Literal["decode", "prefill"]
+
+
+class Search:
+    """Minimises the predicted step time, in both execution modes, under any risk, replicas and shares included.
+
+    Simulated annealing of every layer over exchanges of slots, replicas and shares, each proposal priced exactly on
+    scenario steps; layers side by side on all cores. Starts from heaviest-first balancing (context-coherent: from
+    sweeps of linear assignment). Deterministic for a seed and a number of proposals; with `seconds` the clock decides
+    how many. With counts alone it minimises load max/mean, all that counts can tell, and its certificate says so.
+    """
+
+    name = "search"
+    supports = frozenset(Feature)
+    needs: frozenset[Needs] = frozenset()
+
+    def solve(
+        self,
+        problem: Problem,
+        budget: Budget,
+        *,
+        batch: Batch = "decode",
+        step_tokens: int = 128,
+        steps: int | None = None,
+        proposals: int = 20_000,
+    ) -> Solution:
+        """batch, step_tokens, steps: the scenario, decode steps of so many sequences or prefill steps of so many
+        tokens. proposals: a layer, when no time limit is given.
+
+        Raises:
+            InputError: batch is neither "decode" nor "prefill", or a size is not positive.
+        """
+        if batch not in ("decode", "prefill"):
+            raise InputError(f"batch {batch!r} is unknown; known: decode, prefill")
+        for name, value in (("step_tokens", step_tokens), ("steps", steps), ("proposals", proposals)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} ({value}) must be at least 1")
+        # Compiled kernels: loading them takes a second, which importing the package must not.
+        from .annealing import run_search
+
+        return run_search(problem, budget, batch, step_tokens, steps, proposals)

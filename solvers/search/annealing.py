@@ -1,0 +1,186 @@
+"""The course of a search: start, references for regret, rounds of annealing, and the best placement seen."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+
+from ...placement.plan import Certificate, Stop
+from ...placement.problem import Problem
+from ..base import Budget, Solution
+from . import Batch
+from .engine import Engine
+from .judge import Judge
+from .kernel import Aim, Moves
+from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
+from .starts import balanced_layer
+from .sweeps import assignment_sweeps
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+HOT, COLD = 3e-3, 3e-6
+"""Temperatures, relative to a layer's figure: at the first one move in a few that worsens is taken, at the last none."""
+ROUNDS = 12
+"""Rounds one cooling is cut into; between rounds the clock, the keyboard and the risk weights are looked at."""
+
+
+def run_search(
+    problem: Problem, budget: Budget, batch: Batch, step_tokens: int, steps: int | None, proposals: int
+) -> Solution:
+    """Anneals every layer on scenario steps; see `Search` for the arguments."""
+    scenario = scenario_from(problem, batch, step_tokens, steps, budget.seed)
+    allowed = allowed_devices(problem)
+    moves = [Moves(mask, problem.objective.split == "free", np.ones_like(mask), 0.0) for mask in allowed]
+    engine = Engine(problem, scenario, rates_for(problem, scenario), moves, budget.seed)
+    try:
+        return _search(problem, budget, scenario, engine, allowed, proposals)
+    finally:
+        engine.close()
+
+
+def _search(
+    problem: Problem,
+    budget: Budget,
+    scenario: Scenario,
+    engine: Engine,
+    allowed: npt.NDArray[np.bool_],
+    proposals: int,
+) -> Solution:
+    tables = _start(problem, allowed)
+    shares = [_even_shares(problem, table) for table in tables]
+    stop: Stop = "finished"
+    judge = Judge(problem, scenario)
+    aims = [_first_aim(problem, scenario)] * problem.model.layers
+    engine.start(tables, shares, aims)
+    best = _answer(problem, engine, judge)
+    try:
+        if problem.objective.risk == "regret":
+            judge.reference, aims = _regret(problem, scenario, engine, judge, proposals // 4, budget)
+            engine.start(tables, shares, aims)
+            best = _answer(problem, engine, judge)
+        budget.report(best[1].value, best[1].bound, "start")
+        each = max(1, proposals // ROUNDS)
+        for round_ in itertools.count():
+            hot, cold, last = _temperatures(round_, budget)
+            before = budget.elapsed
+            engine.run(aims, each, hot, cold)
+            answer = _answer(problem, engine, judge)
+            if answer[1].value < best[1].value:
+                best = answer
+            budget.report(best[1].value, best[1].bound, f"round {round_ + 1}")
+            if last:
+                break
+            if budget.seconds is not None:
+                took = max(budget.elapsed - before, 1e-4)
+                each = max(1, round(each * 0.95 * budget.seconds / ROUNDS / took))
+            aims = _tail_aims(problem, engine, aims)
+        if budget.seconds is not None:
+            stop = "time limit"
+    except KeyboardInterrupt:
+        stop = "interrupted"
+    return Solution(best[0], best[1], shares=best[2], stop=stop)
+
+
+def _temperatures(round_: int, budget: Budget) -> tuple[float, float, bool]:
+    """(from, to, whether this is the last round): by round, or by the share of the time that is spent."""
+    done = round_ / ROUNDS if budget.seconds is None else min(1.0, budget.elapsed / budget.seconds)
+    until = min(1.0, done + 1.0 / ROUNDS)
+    ratio = COLD / HOT
+    return HOT * ratio**done, HOT * ratio**until, until >= 1.0 - 1e-9
+
+
+def allowed_devices(problem: Problem) -> npt.NDArray[np.bool_]:
+    """[L, E, G] where each expert may stand, from pinned and forbidden devices.
+
+    A pinned expert keeps its pinned device and gets no replica elsewhere.
+    """
+    mask = np.ones((problem.model.layers, problem.model.experts, problem.num_devices), dtype=bool)
+    for (layer, expert), devices in problem.forbidden.items():
+        mask[layer, expert, list(devices)] = False
+    for (layer, expert), device in problem.pinned.items():
+        mask[layer, expert] = False
+        mask[layer, expert, device] = True
+    return mask
+
+
+def _start(problem: Problem, allowed: npt.NDArray[np.bool_]) -> list[IntArray]:
+    statistics, speed = problem.statistics, problem.topology.compute / problem.topology.compute.mean()
+    load = statistics.workload_load
+    # Workloads weigh the same whatever was recorded of them, as they do under a risk that compares them.
+    if problem.objective.risk in ("worst_workload", "regret"):
+        load = load / np.maximum(load.sum(axis=2, keepdims=True), 1e-300)
+    total = load.sum(axis=0)
+    tables = [
+        balanced_layer(total[layer], problem.slots_per_device, speed, allowed[layer])
+        for layer in range(problem.model.layers)
+    ]
+    coherent = problem.objective.execution == "context_coherent"
+    if coherent and not problem.has_replicas and statistics.transitions is not None:
+        device_of = np.stack([problem.slot_device[np.argsort(table)] for table in tables])
+        swept = assignment_sweeps(statistics.total_transitions, device_of, problem.slot_device, allowed)
+        tables = list(np.argsort(swept, axis=1, kind="stable").astype(np.int64))
+    return tables
+
+
+def _even_shares(problem: Problem, table: IntArray) -> FloatArray:
+    """[E, G] equal shares of a layer's table [P]."""
+    share = np.zeros((problem.model.experts, problem.num_devices))
+    share[table, problem.slot_device] = 1.0
+    return np.asarray(share / share.sum(axis=1, keepdims=True))
+
+
+def _first_aim(problem: Problem, scenario: Scenario) -> Aim:
+    return worst_aim(scenario) if problem.objective.risk == "worst_workload" else mean_aim(scenario)
+
+
+def _tail_aims(problem: Problem, engine: Engine, aims: list[Aim]) -> list[Aim]:
+    """Under cvar, steps that are slow over all layers weigh more in the next round; other aims stay."""
+    tail = problem.objective.tail
+    if tail is None:
+        return aims
+    seconds = np.sum([state.cost for state in engine.states], axis=0)
+    count = max(1, round(len(seconds) * (1.0 - tail)))
+    slow = np.zeros(len(seconds))
+    slow[np.argsort(seconds)[-count:]] = 1.0 / count
+    # Half of the last weights stay, else two sets of steps would take turns at being slow.
+    weight = 0.5 * aims[0].weight + 0.5 * slow
+    aim = weighted_aim(weight)
+    for state in engine.states:
+        state.value = float(aim.weight @ state.cost)
+    return [aim] * len(aims)
+
+
+def _regret(
+    problem: Problem, scenario: Scenario, engine: Engine, judge: Judge, proposals: int, budget: Budget
+) -> tuple[FloatArray, list[Aim]]:
+    """Each workload solved alone first: what it loses by sharing a plan is measured against that, layer by layer."""
+    present = np.unique(scenario.workload)
+    layers = problem.model.layers
+    reference = np.zeros(len(scenario.workloads))
+    best = np.zeros((len(present), layers))
+    for w, code in enumerate(present):
+        mine = scenario.workload == code
+        aims = [weighted_aim(mine.astype(np.float64))] * layers
+        engine.start([s.slot_expert for s in engine.states], [s.share for s in engine.states], aims)
+        each = max(1, proposals)
+        if budget.seconds is not None:
+            # A first taste tells how many proposals fit into a quarter of the time, over all workloads.
+            before = budget.elapsed
+            engine.run(aims, 50, HOT, HOT)
+            took = max(budget.elapsed - before, 1e-4)
+            each = max(50, round(50 * budget.seconds / 4 / len(present) / took))
+        engine.run(aims, each, HOT, COLD)
+        best[w] = [state.value for state in engine.states]
+        table, _, shares = _answer(problem, engine, judge)
+        reference[code] = judge.figures(table, shares)[mine].mean()
+    return reference, [worst_aim(scenario, best[:, layer].copy()) for layer in range(layers)]
+
+
+def _answer(problem: Problem, engine: Engine, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
+    """(slot table [L, P], certificate, shares [L, P]) of the engine's present states."""
+    table = np.stack([state.slot_expert for state in engine.states])
+    shares = np.stack([state.share[state.slot_expert, problem.slot_device] for state in engine.states])
+    return table, judge.certificate(table, shares), shares

@@ -1,0 +1,108 @@
+"""Layers annealed side by side, in rounds of falling temperature, until the budget is spent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...placement.problem import Problem
+from .coherent import Neighbours, anneal_coherent
+from .kernel import Aim, LayerTokens, Moves, Rates, anneal
+from .scenario import Scenario
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass
+class LayerState:
+    """Best placement of a layer so far: experts of slots [P], shares [E, G], its figure and its step costs [S]."""
+
+    slot_expert: IntArray
+    share: FloatArray
+    value: float
+    cost: FloatArray
+
+
+class Engine:
+    """Holds one state a layer and improves it. Thread-safe only through `run`, which does its own threading."""
+
+    def __init__(self, problem: Problem, scenario: Scenario, rates: Rates, moves: Sequence[Moves], seed: int) -> None:
+        self._problem, self._scenario, self._rates, self._moves = problem, scenario, rates, moves
+        self._coherent = problem.objective.execution == "context_coherent" and scenario.steps is not None
+        self._tokens = [scenario.layer(layer) for layer in range(problem.model.layers)]
+        self._slot_device = problem.slot_device
+        self._seeds = np.random.SeedSequence(seed)
+        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+        self.states: list[LayerState] = []
+
+    def start(self, tables: Sequence[IntArray], shares: Sequence[FloatArray], aims: Sequence[Aim]) -> None:
+        """Takes a placement as the state and prices it."""
+        zero = np.zeros(self._scenario.num_steps)
+        self.states = [LayerState(table, share, np.inf, zero) for table, share in zip(tables, shares, strict=True)]
+        self.run(aims, proposals=0, hot=0.0, cold=0.0)
+
+    def run(self, aims: Sequence[Aim], proposals: int, hot: float, cold: float) -> None:
+        """One round: every layer gets `proposals`, from `hot` to `cold` relative to its present figure."""
+        seeds = self._seeds.spawn(1)[0].generate_state(len(self.states))
+        layers = range(len(self.states))
+        # In context-coherent execution a layer's cost depends on its neighbours: odd ones wait for even ones.
+        for group in [layers[::2], layers[1::2]] if self._coherent else [layers]:
+            tasks = [
+                self._pool.submit(self._one, layer, aims[layer], proposals, hot, cold, int(seeds[layer]) % (1 << 31))
+                for layer in group
+            ]
+            for layer, task in zip(group, tasks, strict=True):
+                self.states[layer] = task.result()
+
+    def _one(self, layer: int, aim: Aim, proposals: int, hot: float, cold: float, seed: int) -> LayerState:
+        state = self.states[layer]
+        scale = state.value if np.isfinite(state.value) else 1.0
+        common = (
+            self._rates,
+            aim,
+            self._moves[layer],
+            state.slot_expert,
+            self._slot_device,
+            state.share,
+            proposals,
+            hot * scale,
+            cold * scale,
+            seed,
+        )
+        if self._coherent:
+            value, table, share, cost = anneal_coherent(self._tokens[layer], self._around(layer), *common)
+        else:
+            value, table, share, cost = anneal(self._tokens[layer], *common)
+        return LayerState(table, share, float(value), cost)
+
+    def _around(self, layer: int) -> Neighbours:
+        ids = _ids(self._scenario)
+        last = len(self.states) - 1
+        tokens = len(ids)
+        before = np.full(tokens, -1, np.int32) if layer == 0 else ids[:, layer - 1, 0].astype(np.int32)
+        after = ids[:, layer + 1] if layer < last else ids[:, layer, :0]
+        return Neighbours(
+            before,
+            self.states[max(layer - 1, 0)].share,
+            np.ascontiguousarray(after, dtype=np.int32),
+            self.states[min(layer + 1, last)].share,
+        )
+
+    def close(self) -> None:
+        """Stops the threads; rounds already handed out end first."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def layer_tokens(self) -> list[LayerTokens]:
+        """The scenario's tokens in the kernels' layout."""
+        return self._tokens
+
+
+def _ids(scenario: Scenario) -> npt.NDArray[np.unsignedinteger]:
+    assert scenario.steps is not None
+    return scenario.steps.expert_ids

@@ -1,0 +1,76 @@
+"""Values and bounds of whole placements on the scenario, by the public cost model rather than the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ...placement.evaluate import evaluate_on
+from ...placement.load_bound import device_loads, least_device_load
+from ...placement.plan import Certificate, Plan
+from ...placement.problem import Problem
+from ...placement.risk import risk_value
+from ...placement.step_bound import step_seconds_bound
+from .scenario import Scenario
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass
+class Judge:
+    """Prices placements of a problem. reference: [W] what regret is measured against, in the figure's unit."""
+
+    problem: Problem
+    scenario: Scenario
+    reference: FloatArray | None = None
+    bound: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        steps = self.scenario.steps
+        self.bound = self._load_bound() if steps is None else step_seconds_bound(steps, self.problem)
+
+    @property
+    def figure(self) -> str:
+        """What is minimised, with its unit."""
+        risk = self.problem.objective.risk
+        if self.scenario.steps is None:
+            return f"device load max/mean of recorded windows, mean over layers, {risk}"
+        return f"predicted step seconds on {self.scenario.num_steps} scenario steps, {risk}"
+
+    def figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
+        """[S] the figure of each scenario step."""
+        problem = self.problem
+        if self.scenario.steps is None:
+            return self._load_figures(table, shares)
+        plan = Plan(problem.model, problem.topology, table, problem.slot_device, shares)
+        return evaluate_on(plan, self.scenario.steps, problem.model, problem.topology, problem.objective).step_seconds
+
+    def certificate(self, table: IntArray, shares: FloatArray) -> Certificate:
+        """The risk's value of a placement and its bound."""
+        value = self._risk(self.figures(table, shares))
+        return Certificate(self.figure, value, min(value, self._risk(self.bound)))
+
+    def _risk(self, figures: FloatArray) -> float:
+        objective = self.problem.objective
+        if objective.risk == "regret" and self.reference is None:
+            objective = objective.replace(risk="worst_workload")
+        return risk_value(figures, self.scenario.workload, objective, self.reference)
+
+    def _load_figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
+        problem, speed = self.problem, self.problem.topology.compute
+        slowness = speed.sum() / speed
+        result = np.empty(self.scenario.num_steps)
+        for s, loads in enumerate(self.scenario.loads):
+            carried = device_loads(loads, table, shares, problem.slot_device, problem.num_devices) * slowness
+            result[s] = carried.max(axis=1).mean()
+        return result
+
+    def _load_bound(self) -> FloatArray:
+        speed = self.problem.topology.compute
+        flat = self.scenario.loads.reshape(-1, self.scenario.loads.shape[2])
+        packed = least_device_load(flat, self.problem.slots_per_device) * (speed.sum() / speed.max())
+        least = np.maximum(flat.sum(axis=1), packed)
+        return np.asarray(least.reshape(self.scenario.loads.shape[:2]).mean(axis=1))

@@ -1,0 +1,79 @@
+"""A first placement of one layer: replicas where load is, heaviest first to the least loaded device."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ...placement.errors import SolveError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def balanced_layer(
+    load: FloatArray, slots_per_device: IntArray, speed: FloatArray, allowed: npt.NDArray[np.bool_]
+) -> IntArray:
+    """[P] expert of each slot (slots ordered by device), no expert twice on a device.
+
+    load: [E]. speed: [G] relative compute rates. allowed: [E, G].
+
+    Raises:
+        SolveError: the pinned and forbidden devices leave no placement that this finds.
+    """
+    devices = len(slots_per_device)
+    copies = replicate(load, int(slots_per_device.sum()), np.minimum(allowed.sum(axis=1), devices))
+    count = np.bincount(copies, minlength=len(load))
+    weight = load / count
+    free, loaded = slots_per_device.copy(), np.zeros(devices)
+    holds = np.zeros((len(load), devices), dtype=bool)
+    choices = allowed.sum(axis=1)
+    for expert in sorted(copies.tolist(), key=lambda e: (choices[e], -weight[e], e)):
+        fits = allowed[expert] & ~holds[expert] & (free > 0)
+        if not fits.any():
+            _make_room(expert, allowed, holds, free, loaded, weight, speed)
+            continue
+        device = int(np.argmin(np.where(fits, (loaded + weight[expert] / speed), np.inf)))
+        holds[expert, device] = True
+        free[device] -= 1
+        loaded[device] += weight[expert] / speed[device]
+    return np.concatenate([np.flatnonzero(holds[:, g]) for g in range(devices)]).astype(np.int64)
+
+
+def replicate(load: FloatArray, slots: int, most: IntArray) -> IntArray:
+    """[slots] experts, each at least once, spare slots to whoever has most load a replica, `most` [E] replicas each.
+
+    Raises:
+        SolveError: more slots than experts may have replicas.
+    """
+    if slots > int(most.sum()):
+        raise SolveError(
+            f"{slots} slots a layer, but only {int(most.sum())} replicas fit without standing twice on a device"
+        )
+    count = np.ones(len(load), dtype=np.int64)
+    for _ in range(slots - len(load)):
+        count[int(np.argmax(np.where(count < most, load / count, -1.0)))] += 1
+    return np.repeat(np.arange(len(load)), count)
+
+
+def _make_room(
+    expert: int,
+    allowed: npt.NDArray[np.bool_],
+    holds: npt.NDArray[np.bool_],
+    free: IntArray,
+    loaded: FloatArray,
+    weight: FloatArray,
+    speed: FloatArray,
+) -> None:
+    """Puts `expert` on a full device by moving one of its experts to a device with a free slot."""
+    for target in np.flatnonzero(free > 0):
+        for device in np.flatnonzero(allowed[expert] & ~holds[expert]):
+            movable = np.flatnonzero(holds[:, device] & ~holds[:, target] & allowed[:, target])
+            if len(movable):
+                other = int(movable[0])
+                holds[other, device], holds[other, target], holds[expert, device] = False, True, True
+                free[target] -= 1
+                loaded[target] += weight[other] / speed[target]
+                loaded[device] += (weight[expert] - weight[other]) / speed[device]
+                return
+    raise SolveError(f"no device is left for expert {expert}: too many experts are pinned or forbidden")
