@@ -12,9 +12,10 @@ import moeplace as mp
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from small_models import FAMILIES, RouterWitness, deepseek_v3, tokens  # noqa: E402
+
 from moeplace.profiler.profile import profile  # noqa: E402
 from moeplace.profiler.trace_files import read_header, read_trace  # noqa: E402
-from small_models import FAMILIES, RouterWitness, deepseek_v3, tokens  # noqa: E402
 
 torch.set_num_threads(1)
 
