@@ -103,7 +103,8 @@ class RoutingTrace:
         _check_ids(ids, num_experts, layer_names)
         gates = None
         if gate_weights is not None:
-            gates = np.asarray(gate_weights, dtype=np.float16)
+            with np.errstate(over="ignore"):
+                gates = np.asarray(gate_weights, dtype=np.float16)
             gates = gates[:, :, None] if gates.ndim == 2 else gates
             if gates.shape != ids.shape:
                 raise InputError(f"gate_weights has shape {gates.shape}, expert_ids {ids.shape}; they must agree")

@@ -140,11 +140,12 @@ class _ShardSequence:
     def add(self, block: RoutingTrace, workloads: tuple[str, ...], sequence: npt.NDArray[np.int64]) -> None:
         if self._closed:
             raise InputError("this TraceWriter is closed; open another with another folder or rank")
+        position = _narrow("position", block.position)
         start = 0
         while start < block.num_tokens:
             room = min(self._rows_per_group - self._waiting_rows, self._rows_per_shard - self._shard_rows)
             stop = min(block.num_tokens, start + room)
-            self._waiting.append(self._table(block, workloads, sequence, slice(start, stop)))
+            self._waiting.append(self._table(block, workloads, sequence, position, slice(start, stop)))
             self._waiting_rows += stop - start
             self._shard_rows += stop - start
             start = stop
@@ -164,7 +165,12 @@ class _ShardSequence:
             self._finish_shard()
 
     def _table(
-        self, block: RoutingTrace, workloads: tuple[str, ...], sequence: npt.NDArray[np.int64], rows: slice
+        self,
+        block: RoutingTrace,
+        workloads: tuple[str, ...],
+        sequence: npt.NDArray[np.int64],
+        position: npt.NDArray[np.int32],
+        rows: slice,
     ) -> Any:
         import pyarrow as pa
 
@@ -172,7 +178,7 @@ class _ShardSequence:
             "step": block.step,
             "source": block.source,
             "sequence": sequence,
-            "position": _narrow("position", block.position),
+            "position": position,
             "workload": block.workload,
             "expert_ids": block.expert_ids,
             "gate_weights": block.gate_weights,
@@ -218,6 +224,7 @@ class _ShardSequence:
                 self._schema,
                 compression="zstd",
                 compression_level=3,
+                write_page_checksum=True,
                 use_dictionary=["expert_ids.list.element", "workload"],
                 column_encoding={
                     **dict.fromkeys(("step", "source", "sequence", "position"), "DELTA_BINARY_PACKED"),

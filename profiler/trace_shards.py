@@ -191,7 +191,7 @@ def read_row_group(
     known = (*REQUIRED_COLUMNS, *INTEGER_COLUMNS, "gate_weights")
     names = [name for name in shard.columns if name in known and name not in skipped]
     columns: dict[str, Any] = {}
-    with _reading(where), pq.ParquetFile(shard.path) as file:
+    with _reading(where), pq.ParquetFile(shard.path, page_checksum_verification=True) as file:
         table = file.read_row_group(group, columns=names, use_threads=False)
     if table.num_rows != rows:
         raise FileFormatError(f"{where}: {table.num_rows:,} rows, the footer says {rows:,}")
@@ -211,7 +211,7 @@ def count_streams(shard: TraceShard, group: int) -> Counter[Stream]:
 
     where = f"{shard.path}, row group {group}"
     names = [name for name in ("workload", "source") if name in shard.columns]
-    with _reading(where), pq.ParquetFile(shard.path) as file:
+    with _reading(where), pq.ParquetFile(shard.path, page_checksum_verification=True) as file:
         table = file.read_row_group(group, columns=names, use_threads=False)
         columns = {name: _decode(f"{where}, column {name!r}", name, table[name], shard.header) for name in names}
     tags, codes = columns["workload"]
