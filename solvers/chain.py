@@ -28,11 +28,13 @@ Minimise = Literal["transitions", "step"]
 TRANSITIONS_OBJECTIVE = "cross-device transitions, share of all"
 STEP_OBJECTIVE = "mean predicted step seconds, decode steps from the token sample"
 
+MAX_STATES = 500_000
+"""Placements of a layer up to renaming devices: what memory holds."""
 MAX_PLACEMENTS = 400_000
-"""Placements of a layer, devices told apart: 9 experts on 9 devices are 362,880."""
+"""Placements of a layer where neighbours are compared: 9 experts on 9 devices are 362,880."""
 MAX_PAIRS = 250_000_000
 """Pairs of neighbouring placements compared a layer."""
-MAX_STEP_VALUES = 10_000_000_000
+MAX_STEP_FIGURES = 10_000_000_000
 """Traffic figures computed for the step objective: near a minute and a half on one core."""
 
 
@@ -76,7 +78,7 @@ class Chain:
 def _fewest_transitions(problem: Problem, budget: Budget) -> Solution:
     transitions = problem.statistics.total_transitions
     space = _space(problem, ["any"] * problem.num_devices)
-    _check_pairs(space)
+    _check_placements(space, neighbours=True)
     sets = device_sets(space.representatives, problem.num_devices).astype(np.float64)
 
     def crossing(layer: int, left: IntArray, right: IntArray, relabellings: IntArray) -> FloatArray:
@@ -102,8 +104,7 @@ def _fastest_step(problem: Problem, budget: Budget, steps: Steps) -> Solution:
     topology, layers = problem.topology, problem.model.layers
     coherent = problem.objective.execution == "context_coherent"
     space = _space(problem, _device_kinds(problem, steps))
-    if coherent:
-        _check_pairs(space)
+    _check_placements(space, neighbours=coherent)
     _check_step_size(problem, space, steps)
     allowed = allowed_states(problem, space)
     costs = StepCosts(problem, steps, space.representatives)
@@ -138,12 +139,13 @@ def _space(problem: Problem, kinds: Sequence[Hashable]) -> PlacementSpace:
     return PlacementSpace(tuple(problem.slots_per_device.tolist()), kind)
 
 
-def _check_pairs(space: PlacementSpace) -> None:
-    if space.count > MAX_PLACEMENTS or space.count * space.count_representatives > MAX_PAIRS:
+def _check_placements(space: PlacementSpace, neighbours: bool) -> None:
+    """Refuses a space with too many placements to hold, or, with `neighbours`, to compare with one another."""
+    states = space.count_representatives
+    if states > MAX_STATES or (neighbours and (space.count > MAX_PLACEMENTS or space.count * states > MAX_PAIRS)):
         raise UnsupportedError(
             f"chain: {sum(space.slots)} experts fill slots {list(space.slots)} in {space.count:,} ways a layer "
-            f"({space.count_representatives:,} up to renaming devices), too many to compare all neighbours "
-            f"({MAX_PAIRS:,} pairs at most); use exflow or moetuner"
+            f"({states:,} up to renaming devices), too many to go through; use exflow or moetuner"
         )
 
 
@@ -152,10 +154,11 @@ def _check_step_size(problem: Problem, space: PlacementSpace, steps: Steps) -> N
     figures = space.count_representatives * steps.num_steps * devices * layers
     if problem.objective.execution == "context_coherent":
         figures += space.count_representatives * space.count * steps.num_steps * devices**2 * (layers - 1)
-    if figures > MAX_STEP_VALUES:
+    if figures > MAX_STEP_FIGURES:
+        fit = steps.num_steps * MAX_STEP_FIGURES // figures
         raise UnsupportedError(
             f"chain: {space.count:,} placements a layer ({space.count_representatives:,} up to renaming devices) on "
-            f"{steps.num_steps} steps and {layers} layers are {figures:,} figures to compute, more than "
-            f"{MAX_STEP_VALUES:,}; ask for fewer steps (steps={max(1, steps.num_steps * MAX_STEP_VALUES // figures)} "
-            "fits), minimise='transitions', or use exflow or moetuner"
+            f"{steps.num_steps} steps and {layers} layers need {figures:,} figures, {MAX_STEP_FIGURES:,} at most; "
+            + (f"ask for fewer steps (steps={fit} fits), " if fit else "")
+            + "minimise='transitions', or use exflow or moetuner"
         )
