@@ -77,14 +77,24 @@ def read_routing(path: Path, num_experts: int | None = None) -> Routing:
     from ..profiler.exflow_npy import is_exflow, read_exflow
     from ..profiler.read import read_any
 
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
+    existing(path)
     if num_experts is not None and is_exflow(path):
         return Routing(path, read_exflow(path, num_experts=num_experts), None)
     record = read_any(path)
     if isinstance(record, RoutingStatistics):
         return Routing(path, None, record)
     return Routing(path, record, None, recorded_model(path))
+
+
+def existing(path: Path) -> Path:
+    """The path, when something is there.
+
+    Raises:
+        InputError: nothing is.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    return path
 
 
 def recorded_model(path: Path) -> ModelSpec | None:

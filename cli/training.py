@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .comparison import part, solving_statistics
-from .inputs import Routing, read_routing, recorded_model
+from .inputs import Routing, existing, read_routing, recorded_model
 from .options import HeldOutOptions
 from .progress import Update
 
@@ -23,7 +23,7 @@ def training_statistics(
     """
     from ..profiler.trace_shards import is_trace
 
-    if held_out.held_out == 0.0 and is_trace(path):
+    if held_out.held_out == 0.0 and is_trace(existing(path)):
         statistics = count_parquet(path, update)
         return Routing(path, None, statistics, recorded_model(path)), statistics, f"solved on all of {path}"
     routing = read_routing(path)

@@ -83,7 +83,15 @@ def evaluate_command(
 
 def warn_when_seen(plan: Plan, routing: Routing, parted: Parted, train_fingerprint: str) -> None:
     """Says so when the plan was solved on what it is judged on."""
+    from ...placement.statistics import RoutingStatistics
+
     solved_on = plan.provenance.trace_fingerprint
-    whole = {routing.tokens.fingerprint} | ({routing.statistics.fingerprint} if routing.statistics else set())
-    if solved_on and (solved_on in whole or (solved_on == train_fingerprint and not parted.is_held_out)):
+    if not solved_on:
+        return
+    if solved_on == train_fingerprint:
+        seen = not parted.is_held_out
+    else:
+        whole = routing.statistics or RoutingStatistics.from_trace(routing.tokens)
+        seen = solved_on == whole.fingerprint
+    if seen:
         note("warning: the plan was solved on all of this routing, so these figures flatter it")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..inputs import read_routing
+from ..inputs import existing, read_routing
 from ..options import AsJson, RoutingPath
 from ..output import Column, Table, count, emit, note, number, percent
 from ..progress import working
@@ -53,7 +53,7 @@ def read_statistics(path: Path, sample_tokens: int, update: Any) -> RoutingStati
     from ...placement.statistics import RoutingStatistics
     from ...profiler.trace_shards import is_trace
 
-    if is_trace(path):
+    if is_trace(existing(path)):
         return count_parquet(path, update, sample_tokens)
     record = read_routing(path)
     if record.statistics is not None:
