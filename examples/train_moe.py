@@ -8,8 +8,8 @@ An ordinary training script: moeplace takes the three lines marked `moeplace` in
 training because early routing misleads: it still moves while the experts specialise. The `churn` in the progress lines
 says how much: the share of a fixed probe batch's tokens, averaged over layers, whose expert set changed since the last one.
 
-About 40 minutes on two idle CPU cores. On a busy machine set OMP_NUM_THREADS=1: two threads that wait for each other and for other
-processes were seen to fall from 3,000 to 500 tokens/s, where one thread kept 1,600.
+About 40 minutes on two idle CPU cores. On a busy machine set OMP_NUM_THREADS=1: two threads that wait for each other
+and for other processes were seen to fall from 3,000 to 500 tokens/s, where one thread kept 800 to 1,600.
 """
 
 import argparse
@@ -284,6 +284,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.trace = args.trace or args.out / "trace"
+    if args.trace.exists():
+        parser.error(f"--trace {args.trace}: exists already; remove it or give another folder")
     return args
 
 
