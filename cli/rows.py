@@ -61,7 +61,7 @@ def _row(comparison: Comparison, entry: Entry, kind: str) -> dict[str, Any]:
         "solver": entry.name,
         "steps": kind,
         "status": "ok" if plan is not None else "failed",
-        "reason": entry.reason or None,
+        "reason": entry.reason.removeprefix(f"{entry.name}: ") or None,
         **{name: summary.get(name) for name in FIGURES},
         "risk": comparison.problem.objective.risk,
         "risk_seconds": None if evaluation is None else comparison.risk(entry, kind),
@@ -72,7 +72,7 @@ def _row(comparison: Comparison, entry: Entry, kind: str) -> dict[str, Any]:
         "gap": None if plan is None else plan.gap,
         "proven_optimal": None if plan is None else plan.proven_optimal,
         "stop": None if plan is None else plan.provenance.stop,
-        "solve_seconds": None if plan is None else plan.provenance.seconds,
+        "solve_seconds": None if plan is None or plan.provenance.stop == "given" else plan.provenance.seconds,
     }
     if evaluation is not None and base is not None:
         row["ratio"] = float(evaluation.step_seconds.mean() / base.step_seconds.mean())
@@ -89,8 +89,9 @@ def comparison_tables(comparison: Comparison, rows: list[dict[str, Any]]) -> lis
     for kind, steps in comparison.steps.items():
         mine = [row for row in rows if row["steps"] == kind]
         tables.append(Table(columns, mine, title=f"{kind}: {steps.num_steps} steps of {int(steps.tokens[0])} tokens"))
+    notes = reading_notes(comparison, rows) + failure_notes(comparison, rows)
     last = tables[-1]
-    tables[-1] = Table(last.columns, last.rows, last.title, footnotes(comparison, rows))
+    tables[-1] = Table(last.columns, last.rows, last.title, notes)
     return tables
 
 
@@ -98,19 +99,27 @@ def _several_nodes(comparison: Comparison) -> bool:
     return comparison.problem.topology.num_nodes > 1
 
 
-def footnotes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[str]:
-    """What the figures mean and where they come from, and why a solver has none."""
+def reading_notes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[str]:
+    """What the figures mean and where they come from."""
     objective = comparison.problem.objective
-    lines = [
+    solvers: dict[str, list[str]] = {}
+    for row in _once(comparison, rows):
+        if row["objective"]:
+            solvers.setdefault(row["objective"], []).append(row["solver"])
+    return [
         f"{comparison.parted.description}. {objective.execution}, replicas split {objective.split}.",
         "Step times are predicted. Value, bound and gap are of each solver's own objective on the training part:",
+        *(f"  {', '.join(names)}: {name}" for name, names in solvers.items()),
     ]
+
+
+def failure_notes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[str]:
+    """Why a solver has no plan, a line each."""
+    return [
+        f"{row['solver']}: no plan. {row['reason']}" for row in _once(comparison, rows) if row["status"] == "failed"
+    ]
+
+
+def _once(comparison: Comparison, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = next(iter(comparison.steps))
-    shown = [row for row in rows if row["steps"] == first]
-    by_objective: dict[str, list[str]] = {}
-    for row in shown:
-        if row["objective"]:
-            by_objective.setdefault(row["objective"], []).append(row["solver"])
-    lines += [f"  {', '.join(names)}: {name}" for name, names in by_objective.items()]
-    lines += [f"{row['solver']}: no plan. {row['reason']}" for row in shown if row["status"] == "failed"]
-    return lines
+    return [row for row in rows if row["steps"] == first]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .figure import Choice, Figure, make_figure
-from .panels import boundaries, paired_layout
+from .panels import paired_layout
 from .theme import Theme, colour_axis
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ IntArray = npt.NDArray[np.int64]
 
 CELLS = 600_000
 """Matrix cells on the page, both panels together: keeps it a few MB whatever the model."""
+
+LABELLED = 64
+"""Up to so many experts, each cell names its pair."""
 
 
 def owners(plan: Plan) -> IntArray:
@@ -49,60 +52,55 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
     top = float(np.percentile(np.concatenate([share.ravel() for share in shares.values()]), 99.5))
     names_of = plans[0].model.moe_layers
     for layer in chosen:
+        first = len(traces)
         for plan, suffix in zip(plans, ("", "2"), strict=True):
             owner = owners(plan)
             rows, columns = (np.argsort(owner[at], kind="stable") for at in (layer, layer + 1))
+            axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
             traces.append(
                 go.Heatmap(
                     z=shares[layer][np.ix_(rows, columns)].astype(np.float32),
-                    xaxis=f"x{suffix}",
-                    yaxis=f"y{suffix}",
                     coloraxis="coloraxis",
-                    customdata=None,
-                    text=_labels(rows, columns, owner[layer], owner[layer + 1]) if experts <= 64 else None,
-                    hovertemplate=("%{text}<br>" if experts <= 64 else "") + "%{z:.1f} %<extra></extra>",
+                    text=_labels(rows, columns, owner[layer], owner[layer + 1]) if experts <= LABELLED else None,
+                    hovertemplate=("%{text}<br>" if experts <= LABELLED else "") + "%{z:.1f}%<extra></extra>",
+                    **axes,
                 )
+            )
+            x, y = _device_lines(owner[layer], owner[layer + 1])
+            traces.append(
+                go.Scatter(x=x, y=y, mode="lines", line={"width": 0.7}, hoverinfo="skip", showlegend=False, **axes)
             )
         kept = [kept_share(transitions[layer], plan, layer) for plan in plans]
         choices.append(
             Choice(
                 f"{names_of[layer]} to {names_of[layer + 1]} (kept on a device: {kept[0]:.0%} before, {kept[1]:.0%} after)",
-                (len(traces) - 2, len(traces) - 1),
+                tuple(range(first, len(traces))),
             )
         )
-    sizes = np.bincount(owners(plans[1])[0], minlength=plans[1].topology.num_devices)
-    even = all((np.bincount(row, minlength=len(sizes)) == sizes).all() for plan in plans for row in owners(plan))
-    ends = (np.cumsum(sizes)[:-1] - 0.5).tolist() if even else []
-    centres = (np.cumsum(sizes) - (sizes + 1) / 2).tolist()
+    ticks = _device_ticks(plans)
 
     def layout(theme: Theme) -> dict[str, Any]:
-        ticks = (
-            {"tickvals": centres, "ticktext": [str(device) for device in range(len(sizes))]}
-            if even
-            else {"showticklabels": False}
-        )
-        bar = {"ticksuffix": " %"}
+        bar = {"ticksuffix": "%"}
         return paired_layout(
             theme,
             names,
             "expert in the next layer, by device",
             "expert, by device",
-            height=600,
+            height=560,
             coloraxis=colour_axis(
                 theme, theme.sequential, "share of tokens", cmin=0.0, cmax=max(top, 1e-6), colorbar=bar
             ),
             x=ticks,
             y=ticks,
             square=True,
-            shapes=boundaries(theme, ends, -0.5, experts - 0.5, both=True),
-        )
+        ) | {"colorway": [theme.muted]}
 
     return make_figure(
         "affinity",
         "Expert affinity",
         "Where an expert's tokens go in the next layer. Experts stand in the order of their devices, lines part devices: "
         "what a plan keeps on a device shows as dark blocks on the diagonal. "
-        f"Colours end at the 99.5th percentile ({top:.0f} %).",
+        f"Colours end at the 99.5th percentile ({top:.0f}%).",
         traces,
         layout,
         choices,
@@ -113,6 +111,32 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
 def _row_percent(counts: FloatArray) -> FloatArray:
     total = counts.sum(axis=1, keepdims=True)
     return np.asarray(100.0 * counts / np.where(total > 0, total, 1.0))
+
+
+def _device_lines(owner: IntArray, owner_next: IntArray) -> tuple[list[float | None], list[float | None]]:
+    """Lines of a panel between the devices' runs of experts, as one broken line."""
+    end = len(owner) - 0.5
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for at in np.flatnonzero(np.diff(np.sort(owner))) + 0.5:
+        x += [-0.5, end, None]
+        y += [at, at, None]
+    for at in np.flatnonzero(np.diff(np.sort(owner_next))) + 0.5:
+        x += [at, at, None]
+        y += [-0.5, end, None]
+    return x, y
+
+
+def _device_ticks(plans: tuple[Plan, Plan]) -> dict[str, Any]:
+    """Device numbers at the middle of their runs, where all layers of both plans have the same runs; else none."""
+    devices = plans[0].topology.num_devices
+    sizes = [np.bincount(row, minlength=devices) for plan in plans for row in owners(plan)]
+    if any((size != sizes[0]).any() for size in sizes):
+        return {"showticklabels": False}
+    return {
+        "tickvals": (np.cumsum(sizes[0]) - (sizes[0] + 1) / 2).tolist(),
+        "ticktext": [str(device) for device in range(devices)],
+    }
 
 
 def _labels(rows: IntArray, columns: IntArray, owner: IntArray, owner_next: IntArray) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from ...placement.errors import InputError, nearest
 from ..comparison import Comparison, Entry
 from ..output import Column
-from ..rows import comparison_rows, comparison_tables
+from ..rows import comparison_rows, comparison_tables, reading_notes
 from .affinity import affinity_figure
 from .figure import Figure
 from .load import load_figure
@@ -86,7 +86,7 @@ def build_report(
         after=new.name,
         headlines=_headlines(old, new, kind),
         sections=_sections(comparison, rows, new.name),
-        remarks=list(comparison_tables(comparison, rows)[-1].footnotes),
+        remarks=reading_notes(comparison, rows),
         figures=_figures(comparison, old, new, kind),
         provenance=provenance,
     )
@@ -116,7 +116,7 @@ def _headlines(old: Entry, new: Entry, kind: str) -> list[Headline]:
         ("Step time, p99", "step_seconds_p99", 1e3, "{:.3f} ms"),
         ("Device load, max / mean", "load_max_mean", 1.0, "{:.2f}"),
         ("Devices a token", "devices_per_token", 1.0, "{:.2f}"),
-        ("Transitions kept on a device", "local_transitions", 100.0, "{:.0f} %"),
+        ("Transitions kept on a device", "local_transitions", 100.0, "{:.0f}%"),
     ]
     return [
         Headline(

@@ -63,7 +63,7 @@ def load_figure(
         ticks = np.linspace(1.0 - span, 1.0 + span, 5)
         labels = [f"{tick:.2f}" for tick in ticks]
         if largest > span:
-            labels[-1] += " +"
+            labels[-1] = "\N{GREATER-THAN OR EQUAL TO} " + labels[-1]
         bar = {"tickvals": ticks.tolist(), "ticktext": labels}
         return paired_layout(
             theme,

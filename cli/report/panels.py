@@ -34,20 +34,13 @@ def paired_layout(
     }
     for number, domain in enumerate(DOMAINS):
         suffix = "" if number == 0 else "2"
-        vertical = {"scaleanchor": f"x{suffix}", "constrain": "domain", "constraintoward": "top"} if square else {}
-        result[f"xaxis{suffix}"] = axis(
-            theme, x_title, **plain, domain=domain, constrain="domain", anchor=f"y{suffix}", **(x or {})
-        )
-        result[f"yaxis{suffix}"] = axis(
-            theme,
-            y_title if number == 0 else "",
-            **plain,
-            autorange="reversed",
-            anchor=f"x{suffix}",
-            showticklabels=number == 0,
-            **vertical,
-            **(y or {}),
-        )
+        horizontal = {"domain": domain, "constrain": "domain", "anchor": f"y{suffix}"}
+        vertical = {"autorange": "reversed", "anchor": f"x{suffix}"}
+        if square:
+            vertical |= {"scaleanchor": f"x{suffix}", "constrain": "domain", "constraintoward": "top"}
+        hidden = {} if number == 0 else {"showticklabels": False}
+        result[f"xaxis{suffix}"] = axis(theme, x_title, **(plain | horizontal | (x or {})))
+        result[f"yaxis{suffix}"] = axis(theme, "" if number else y_title, **(plain | vertical | (y or {}) | hidden))
     return result
 
 

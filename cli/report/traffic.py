@@ -41,7 +41,7 @@ def traffic_figure(
                 xgap=1,
                 ygap=1,
                 hoverongaps=False,
-                texttemplate="%{z:.3~g}" if devices <= WRITTEN_DEVICES else None,
+                texttemplate="%{z:.3g}" if devices <= WRITTEN_DEVICES else None,
                 hovertemplate="device %{y} to device %{x}<br>%{z:.3g} " + unit + " a step<extra></extra>",
             )
         )
@@ -59,7 +59,7 @@ def traffic_figure(
             (headings[0], headings[1]),
             "to device",
             "from device",
-            height=600,
+            height=560,
             coloraxis=colour_axis(theme, theme.sequential, f"{unit} a step", cmin=0.0, cmax=max(largest / size, 1e-9)),
             x=ticks,
             y=ticks,
