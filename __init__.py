@@ -11,6 +11,8 @@ from .placement.steps import Steps
 from .placement.topology import Device, Node, Topology
 from .placement.trace import RoutingTrace
 from .placement.version import __version__
+from .profiler import aggregate, profile, read_any, read_statistics, read_trace, write_statistics, write_trace
+from .runtime.exporters import export_plan
 from .solvers import solve, solver_names
 
 __all__ = [
@@ -34,7 +36,15 @@ __all__ = [
     "Topology",
     "UnsupportedError",
     "__version__",
+    "aggregate",
     "evaluate",
+    "export_plan",
+    "profile",
+    "read_any",
+    "read_statistics",
+    "read_trace",
     "solve",
     "solver_names",
+    "write_statistics",
+    "write_trace",
 ]

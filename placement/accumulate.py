@@ -19,8 +19,10 @@ from .trace import RoutingTrace
 PAIR_TABLE_LIMIT = 1 << 29
 """Entries of co-activation and transition tables over all workloads (8 bytes each)."""
 
+NARROW_COUNT_LIMIT = (1 << 32) - 1
+
 Ids = npt.NDArray[np.unsignedinteger[Any]]
-Counts = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.integer[Any]]
 
 
 class StatisticsAccumulator:
@@ -109,9 +111,11 @@ class StatisticsAccumulator:
         for code, name in enumerate(names):
             counts = self._pairs[name]
             counts.count()
-            for table in (np.array([counts.tokens]), self._windows.workload_load(name), counts.together, counts.onward):
+            digest.update(repr(counts.tokens).encode())
+            for table in (*self._windows.workload_load(name), *counts.together, *counts.onward):
                 digest.update(np.ascontiguousarray(table, dtype="<i8").data)
-            np.add(counts.together, counts.together.transpose(0, 2, 1), out=coactivation[code])
+            coactivation[code] = counts.together
+            coactivation[code] += counts.together.transpose(0, 2, 1)
             np.divide(counts.onward, self._top_k, out=transitions[code])
         load, window_workload = self._windows.result(names)
         sample = self._sample.result()
@@ -146,30 +150,35 @@ class _PairCounts:
     """How often experts went together in one workload. Tokens wait until a chunk that suits the cache is full.
 
     together: [L, E, E] pairs of one layer, each in one of its two orders. onward: [L-1, E, E] pairs of a layer and the
-    next.
+    next. Four bytes a count serve until so many tokens have come that a count could pass them.
     """
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
         self._experts, self._top_k = experts, top_k
-        self.together = np.zeros((layers, experts, experts), np.int64)
-        self.onward = np.zeros((layers - 1, experts, experts), np.int64)
+        self.together: Counts = np.zeros((layers, experts, experts), np.uint32)
+        self.onward: Counts = np.zeros((layers - 1, experts, experts), np.uint32)
         self.tokens = 0
         self.chunk = min(16384, max(512, (1 << 19) // top_k**2))
         self._waiting: list[Ids] = []
         self._waiting_tokens = 0
 
     def add(self, ids: Ids) -> None:
-        self.tokens += len(ids)
+        self._expect(len(ids))
         self._waiting.append(ids)
         self._waiting_tokens += len(ids)
         if self._waiting_tokens >= self.chunk:
             self.count()
 
+    def _expect(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self.tokens > NARROW_COUNT_LIMIT and self.onward.dtype == np.uint32:
+            self.together, self.onward = self.together.astype(np.int64), self.onward.astype(np.int64)
+
     def merge(self, other: _PairCounts) -> None:
         other.count()
-        self.tokens += other.tokens
-        self.together += other.together
-        self.onward += other.onward
+        self._expect(other.tokens)
+        _increase(self.together, other.together)
+        _increase(self.onward, other.onward)
 
     def count(self) -> None:
         """Counts the waiting tokens: one histogram over E*E bins a table and layer.
@@ -193,12 +202,16 @@ class _PairCounts:
                 np.add(scaled[i], first[i + 1 :], out=half[row : row + k - 1 - i])
                 row += k - 1 - i
             if k > 1:
-                self.together[layer] += _histogram(half, experts)
+                _increase(self.together[layer], _histogram(half, experts))
             if layer + 1 < len(columns):
                 following = columns[layer + 1].astype(np.int64)
                 np.add(scaled[:, None], following[None], out=index)
-                self.onward[layer] += _histogram(index, experts)
+                _increase(self.onward[layer], _histogram(index, experts))
                 first = following
+
+
+def _increase(table: Counts, counts: Counts) -> None:
+    np.add(table, counts, out=table, casting="unsafe")
 
 
 def _histogram(index: Counts, experts: int) -> Counts:

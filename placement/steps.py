@@ -64,7 +64,7 @@ class Steps:
             return np.zeros(self.num_steps, np.int64)
         width = len(self.workloads)
         votes = np.bincount(self.step_of * width + self.workload, minlength=self.num_steps * width)
-        return votes.reshape(self.num_steps, width).argmax(axis=1)
+        return np.asarray(votes.reshape(self.num_steps, width).argmax(axis=1))
 
     def loads(self) -> npt.NDArray[np.int64]:
         """[S, L, E] tokens each expert got in each step and layer."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .errors import InputError
 from .steps import Steps
+from .trace_columns import check_ids, column, frozen, order_within, workload_codes
 
 IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -61,8 +62,8 @@ class RoutingTrace:
         digest = hashlib.sha256(
             repr((self.expert_ids.shape, self.num_experts, self.moe_layers, self.workloads)).encode()
         )
-        for column in (self.expert_ids.astype(np.uint16), self.sequence, self.position, self.workload):
-            digest.update(np.ascontiguousarray(column).data)
+        for values in (self.expert_ids.astype(np.uint16), self.sequence, self.position, self.workload):
+            digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
     @classmethod
@@ -100,7 +101,7 @@ class RoutingTrace:
         layer_names = tuple(range(layers)) if moe_layers is None else tuple(int(layer) for layer in moe_layers)
         if len(layer_names) != layers:
             raise InputError(f"moe_layers names {len(layer_names)} layers, expert_ids has {layers}")
-        _check_ids(ids, num_experts, layer_names)
+        check_ids(ids, num_experts, layer_names)
         gates = None
         if gate_weights is not None:
             with np.errstate(over="ignore"):
@@ -117,21 +118,21 @@ class RoutingTrace:
             if np.any(gates[:, :, 1:] > gates[:, :, :-1]):
                 order = np.argsort(-gates, axis=2, kind="stable")
                 ids, gates = np.take_along_axis(ids, order, 2), np.take_along_axis(gates, order, 2)
-        names, codes = _workload_codes(workload, tokens)
-        sequences = _column("sequence", sequence, tokens)
+        names, codes = workload_codes(workload, tokens)
+        sequences = column("sequence", sequence, tokens)
         sequences = np.zeros(tokens, np.int64) if sequences is None else sequences
-        positions = _column("position", position, tokens)
+        positions = column("position", position, tokens)
         return cls(
-            expert_ids=_frozen(np.array(ids, dtype=id_dtype(num_experts))),
+            expert_ids=frozen(np.array(ids, dtype=id_dtype(num_experts))),
             num_experts=int(num_experts),
             moe_layers=layer_names,
-            sequence=_frozen(sequences),
-            position=_frozen(_order_within(sequences) if positions is None else positions),
-            workload=_frozen(codes),
+            sequence=frozen(sequences),
+            position=frozen(order_within(sequences) if positions is None else positions),
+            workload=frozen(codes),
             workloads=names,
-            gate_weights=None if gates is None else _frozen(gates.copy()),
-            step=_frozen(_column("step", step, tokens)),
-            source=_frozen(_column("source", source, tokens)),
+            gate_weights=None if gates is None else frozen(gates.copy()),
+            step=frozen(column("step", step, tokens)),
+            source=frozen(column("source", source, tokens)),
         )
 
     @classmethod
@@ -159,7 +160,7 @@ class RoutingTrace:
 
         def joined(name: str) -> Any:
             columns = [getattr(trace, name) for trace in traces]
-            return None if columns[0] is None else _frozen(np.concatenate(columns))
+            return None if columns[0] is None else frozen(np.concatenate(columns))
 
         return replace(
             first,
@@ -167,7 +168,7 @@ class RoutingTrace:
             gate_weights=joined("gate_weights"),
             sequence=joined("sequence"),
             position=joined("position"),
-            workload=_frozen(
+            workload=frozen(
                 np.concatenate([np.array([code_of[w] for w in t.workloads], np.int64)[t.workload] for t in traces])
             ),
             workloads=names,
@@ -179,7 +180,7 @@ class RoutingTrace:
         """The trace of some tokens only: a boolean mask [T], or token indices in the order wanted."""
 
         def pick(column: Any) -> Any:
-            return None if column is None else _frozen(column[tokens])
+            return None if column is None else frozen(column[tokens])
 
         return replace(
             self,
@@ -300,57 +301,6 @@ class RoutingTrace:
         )
 
 
-def _check_ids(ids: npt.NDArray[Any], num_experts: int, moe_layers: tuple[int, ...]) -> None:
-    if not 1 <= num_experts <= 65536:
-        raise InputError(f"num_experts ({num_experts}) must be between 1 and 65536")
-    if not ids.size:
-        return
-    if int(ids.min()) < 0 or int(ids.max()) >= num_experts:
-        token, layer, rank = (int(i) for i in np.argwhere((ids < 0) | (ids >= num_experts))[0])
-        raise InputError(
-            f"expert_ids[{token}, {layer}, {rank}] (model layer {moe_layers[layer]}) is {ids[token, layer, rank]}; "
-            f"ids must be from 0 to {num_experts - 1} (num_experts is {num_experts})"
-        )
-    if ids.shape[2] > 1:
-        ordered = np.sort(ids, axis=2)
-        twice = (ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2)
-        if twice.any():
-            token, layer = (int(i) for i in np.argwhere(twice)[0])
-            raise InputError(
-                f"token {token} chose the same expert twice in model layer {moe_layers[layer]}: "
-                f"{ids[token, layer].tolist()}; a token's experts must differ"
-            )
-
-
-def _column(name: str, values: npt.ArrayLike | None, tokens: int) -> npt.NDArray[np.int64] | None:
-    if values is None:
-        return None
-    column = np.asarray(values)
-    if column.shape != (tokens,) or not np.issubdtype(column.dtype, np.integer):
-        raise InputError(f"{name} must be {tokens} integers, one a token; given {column.dtype} {column.shape}")
-    return np.array(column, dtype=np.int64)
-
-
-def _workload_codes(workload: Any, tokens: int) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    if workload is None:
-        return ("",), np.zeros(tokens, np.int64)
-    tags = np.asarray(workload)
-    if tags.shape != (tokens,):
-        raise InputError(f"workload must be {tokens} tags, one a token; given shape {tags.shape}")
-    names, codes = np.unique(tags.astype(str), return_inverse=True)
-    return tuple(str(name) for name in names) or ("",), codes.astype(np.int64)
-
-
-def _order_within(sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    order = np.argsort(sequence, kind="stable")
-    ordered = sequence[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else ordered
-    lengths = np.diff(np.append(starts, len(ordered)))
-    position = np.empty(len(ordered), dtype=np.int64)
-    position[order] = np.arange(len(ordered)) - np.repeat(starts, lengths)
-    return position
-
-
 def _held_out_units(
     units: npt.NDArray[np.int64], workload: npt.NDArray[np.int64], held_out: float, seed: int
 ) -> npt.NDArray[np.int64]:
@@ -363,9 +313,3 @@ def _held_out_units(
         count = min(max(round(len(mine) * held_out), 1), max(len(mine) - 1, 0))
         kept.append(rng.permutation(mine)[:count])
     return np.concatenate(kept) if kept else names[:0]
-
-
-def _frozen(array: Any) -> Any:
-    if array is not None:
-        array.flags.writeable = False
-    return array

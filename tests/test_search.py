@@ -15,7 +15,7 @@ import moeplace as mp
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.step_bound import step_seconds_bound
 from moeplace.solvers.search.engine import Engine
-from moeplace.solvers.search.kernel import Moves
+from moeplace.solvers.search.layout import Moves
 from moeplace.solvers.search.scenario import mean_aim, rates_for, scenario_from
 
 MODEL = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=256)

@@ -46,6 +46,6 @@ class Search:
             if value is not None and value < 1:
                 raise InputError(f"{name} ({value}) must be at least 1")
         # Compiled kernels: loading them takes a second, which importing the package must not.
-        from .annealing import run_search
+        from .course import run_search
 
         return run_search(problem, budget, batch, step_tokens, steps, proposals)

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...placement.problem import Problem
-from .coherent import Neighbours, anneal_coherent
-from .kernel import Aim, LayerTokens, Moves, Rates, anneal
+from .anneal import anneal
+from .anneal_coherent import anneal_coherent
+from .layout import Aim, LayerTokens, Moves, Neighbours, Rates
 from .scenario import Scenario
 
 FloatArray = npt.NDArray[np.float64]

@@ -13,7 +13,7 @@ from ...placement.statistics import RoutingStatistics
 from ...placement.steps import Steps
 from ...placement.trace import RoutingTrace
 from . import Batch
-from .kernel import Aim, LayerTokens, Rates
+from .layout import Aim, LayerTokens, Rates
 
 SCENARIO_TOKENS = 16_384
 """Tokens of a scenario when the number of steps is not given: enough that held-out steps rank plans the same."""

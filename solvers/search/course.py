@@ -13,7 +13,7 @@ from ..base import Budget, Solution
 from . import Batch
 from .engine import Engine
 from .judge import Judge
-from .kernel import Aim, Moves
+from .layout import Aim, Moves
 from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
 from .starts import balanced_layer
 from .sweeps import assignment_sweeps

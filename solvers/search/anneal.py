@@ -1,0 +1,154 @@
+"""Annealing one layer's placement with exact incremental evaluation, for tokens that live on home ranks.
+
+A proposal exchanges the experts of two slots, gives a slot to another expert, or shifts shares between two replicas;
+its effect on every step is computed from the tokens of the (at most two) experts it touches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from .costs import aim_value, idle_chance, step_cost
+from .proposals import price_change, propose
+from .reach import exchange, fill_state, node_rows, walk
+
+
+@njit(cache=True, nogil=True)
+def anneal(
+    layer: Any,
+    rates: Any,
+    aim: Any,
+    moves: Any,
+    slot_expert: Any,
+    slot_device: Any,
+    share: Any,
+    proposals: int,
+    hot: float,
+    cold: float,
+    seed: int,
+) -> tuple[float, Any, Any, Any]:
+    """Anneals from temperature `hot` to `cold` (seconds), geometrically; the start counts as the first incumbent.
+
+    slot_expert: [P]. slot_device: [P]. share: [E, G]. No expert may stand twice on one device.
+    Returns (value of the best placement, its slot_expert, its share, its step costs [S]).
+    """
+    np.random.seed(seed)
+    experts, devices = share.shape
+    nodes, steps = rates.node_size.shape[0], layer.counts.shape[0]
+    tokens = layer.experts.shape[0]
+    slot_expert, share = slot_expert.copy(), share.copy()
+    slot_at = np.full((experts, devices), -1, dtype=np.int64)
+    replicas = np.zeros(experts, dtype=np.int64)
+    for p in range(slot_expert.shape[0]):
+        slot_at[slot_expert[p], slot_device[p]] = p
+        replicas[slot_expert[p]] += 1
+    node_share = np.zeros((experts, nodes))
+    node_rows(share, rates.node_of, node_share)
+    zeros, node_zeros = np.zeros((tokens, devices), np.uint8), np.zeros((tokens, nodes), np.uint8)
+    soft, node_soft = np.ones((tokens, devices)), np.ones((tokens, nodes))
+    reach, node_reach = np.zeros((steps, devices)), np.zeros((steps, nodes))
+    fill_state(layer, share, zeros, soft, reach)
+    fill_state(layer, node_share, node_zeros, node_soft, node_reach)
+    load, hit = layer.counts @ share, np.zeros((steps, devices))
+    for s in range(steps):
+        for e in range(experts):
+            for g in range(devices):
+                if slot_at[e, g] >= 0:
+                    hit[s, g] += 1.0 - idle_chance(share[e, g], layer.counts[s, e])
+    cost = np.empty(steps)
+    for s in range(steps):
+        cost[s] = step_cost(reach[s], node_reach[s], load[s], hit[s], rates)
+    extra = 0.0
+    for p in range(slot_expert.shape[0]):
+        if not moves.home[slot_expert[p], slot_device[p]]:
+            extra += moves.price
+    value = aim_value(cost, aim) + extra
+    best, best_expert, best_share, best_cost = value, slot_expert.copy(), share.copy(), cost.copy()
+
+    old, new = np.zeros((2, devices)), np.zeros((2, devices))
+    node_old, node_new = np.zeros((2, nodes)), np.zeros((2, nodes))
+    d_reach, d_node = np.zeros((steps, devices)), np.zeros((steps, nodes))
+    d_load, d_hit = np.zeros((steps, devices)), np.zeros((steps, devices))
+    new_cost = cost.copy()
+    plain = slot_expert.shape[0] == experts
+    cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
+    temperature = hot
+    for _ in range(proposals):
+        temperature *= cooling
+        kind, p, q, a, b = propose(slot_expert, slot_device, slot_at, share, replicas, moves, new)
+        if kind == 0:
+            continue
+        old[0] = share[a]
+        old[1] = 0.0
+        if b >= 0:
+            old[1] = share[b]
+        d_reach[:] = 0.0
+        d_node[:] = 0.0
+        d_load[:] = 0.0
+        d_hit[:] = 0.0
+        g, h = slot_device[p], slot_device[max(q, 0)]
+        whole = kind == 1 and share[a, g] >= 1.0 and share[b, h] >= 1.0
+        m, n = rates.node_of[g], rates.node_of[h]
+        if whole:
+            exchange(layer, a, b, g, h, zeros, soft, plain, d_reach, False)
+            if m != n:
+                exchange(layer, a, b, m, n, node_zeros, node_soft, plain, d_node, False)
+        else:
+            node_rows(old, rates.node_of, node_old)
+            node_rows(new, rates.node_of, node_new)
+            walk(layer, a, b, old, new, zeros, soft, d_reach, False)
+            walk(layer, a, b, node_old, node_new, node_zeros, node_soft, d_node, False)
+        for r in range(2):
+            e = a if r == 0 else b
+            if e < 0:
+                continue
+            for d in range(devices):
+                if old[r, d] != new[r, d]:
+                    for s in range(steps):
+                        count = layer.counts[s, e]
+                        d_load[s, d] += count * (new[r, d] - old[r, d])
+                        d_hit[s, d] += idle_chance(old[r, d], count) - idle_chance(new[r, d], count)
+        for s in range(steps):
+            new_cost[s] = step_cost(
+                reach[s] + d_reach[s], node_reach[s] + d_node[s], load[s] + d_load[s], hit[s] + d_hit[s], rates
+            )
+        new_extra = extra + price_change(kind, p, q, a, b, slot_device, moves)
+        new_value = aim_value(new_cost, aim) + new_extra
+        if new_value > value and np.random.random() >= np.exp((value - new_value) / max(temperature, 1e-300)):
+            continue
+        if whole:
+            exchange(layer, a, b, g, h, zeros, soft, plain, d_reach, True)
+            if m != n:
+                exchange(layer, a, b, m, n, node_zeros, node_soft, plain, d_node, True)
+        else:
+            walk(layer, a, b, old, new, zeros, soft, d_reach, True)
+            walk(layer, a, b, node_old, node_new, node_zeros, node_soft, d_node, True)
+        # Applying added the same changes a second time.
+        reach += 0.5 * d_reach
+        node_reach += 0.5 * d_node
+        load += d_load
+        hit += d_hit
+        share[a] = new[0]
+        if b >= 0:
+            share[b] = new[1]
+            slot_at[a, g] = -1
+            slot_at[b, g] = p
+            slot_expert[p] = b
+            if kind == 1:
+                slot_at[b, h] = -1
+                slot_at[a, h] = q
+                slot_expert[q] = a
+            else:
+                replicas[a] -= 1
+                replicas[b] += 1
+        cost[:] = new_cost
+        value, extra = new_value, new_extra
+        if value < best:
+            best = value
+            best_expert[:] = slot_expert
+            best_share[:] = share
+            best_cost[:] = cost
+    return best, best_expert, best_share, best_cost

@@ -1,0 +1,166 @@
+"""Annealing one layer's placement for context-coherent execution, its neighbour layers fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from .costs import aim_value, idle_chance
+from .exchange_traffic import exchange_traffic, whole_devices
+from .proposals import price_change, propose
+from .traffic import account, coherent_step_cost, replace_traffic, support, supports
+
+
+@njit(cache=True, nogil=True)
+def anneal_coherent(
+    layer: Any,
+    around: Any,
+    rates: Any,
+    aim: Any,
+    moves: Any,
+    slot_expert: Any,
+    slot_device: Any,
+    share: Any,
+    proposals: int,
+    hot: float,
+    cold: float,
+    seed: int,
+) -> tuple[float, Any, Any, Any]:
+    """As `anneal`; step costs hold this layer's time and the next layer's dispatch, which it decides too."""
+    np.random.seed(seed)
+    experts, devices = share.shape
+    nodes, steps, tokens = rates.node_size.shape[0], layer.counts.shape[0], layer.experts.shape[0]
+    slot_expert, share = slot_expert.copy(), share.copy()
+    slot_at = np.full((experts, devices), -1, dtype=np.int64)
+    replicas = np.zeros(experts, dtype=np.int64)
+    extra = 0.0
+    for p in range(slot_expert.shape[0]):
+        slot_at[slot_expert[p], slot_device[p]] = p
+        replicas[slot_expert[p]] += 1
+        if not moves.home[slot_expert[p], slot_device[p]]:
+            extra += moves.price
+    here = supports(share, rates.node_of, nodes)
+    before = supports(around.before_share, rates.node_of, nodes)
+    after = supports(around.after_share, rates.node_of, nodes)
+    work = (
+        np.zeros(devices, np.int64),
+        np.zeros(devices),
+        np.zeros(devices, np.bool_),
+        np.zeros(nodes, np.int64),
+        np.zeros(nodes),
+        np.zeros(nodes, np.bool_),
+    )
+    ledgers, node_ledgers = np.zeros((steps, 3, 3, devices)), np.zeros((steps, 3, 2, nodes))
+    for t in range(tokens):
+        s = layer.step_of[t]
+        account(layer, around, t, 1.0, here, before, after, ledgers[s], node_ledgers[s], rates, work)
+    load, hit = layer.counts @ share, np.zeros((steps, devices))
+    for s in range(steps):
+        for e in range(experts):
+            for g in range(devices):
+                if slot_at[e, g] >= 0:
+                    hit[s, g] += 1.0 - idle_chance(share[e, g], layer.counts[s, e])
+    cost = np.empty(steps)
+    for s in range(steps):
+        cost[s] = coherent_step_cost(load[s], hit[s], ledgers[s], node_ledgers[s], rates)
+    value = aim_value(cost, aim) + extra
+    best, best_expert, best_share, best_cost = value, slot_expert.copy(), share.copy(), cost.copy()
+
+    plain = slot_expert.shape[0] == experts and devices <= 64
+    device_of = whole_devices(share)
+    held, onward = np.full(tokens, -1, np.int64), np.full((tokens, around.after.shape[1]), -1, np.int64)
+    if plain:
+        device_before, device_after = whole_devices(around.before_share), whole_devices(around.after_share)
+        for t in range(tokens):
+            if around.before[t] >= 0:
+                held[t] = device_before[around.before[t]]
+            for j in range(around.after.shape[1]):
+                onward[t, j] = device_after[around.after[t, j]]
+    new = np.zeros((2, devices))
+    old = np.zeros((2, devices))
+    new_load, new_hit = load.copy(), hit.copy()
+    new_ledgers, new_node_ledgers = ledgers.copy(), node_ledgers.copy()
+    new_cost = cost.copy()
+    cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
+    temperature = hot
+    for _ in range(proposals):
+        temperature *= cooling
+        kind, p, q, a, b = propose(slot_expert, slot_device, slot_at, share, replicas, moves, new)
+        if kind == 0:
+            continue
+        new_load[:] = load
+        new_hit[:] = hit
+        new_ledgers[:] = ledgers
+        new_node_ledgers[:] = node_ledgers
+        old[0] = share[a]
+        old[1] = 0.0
+        if b >= 0:
+            old[1] = share[b]
+        if plain:
+            exchange_traffic(
+                layer,
+                held,
+                onward,
+                a,
+                b,
+                slot_device[p],
+                slot_device[q],
+                device_of,
+                rates,
+                new_ledgers,
+                new_node_ledgers,
+            )
+        else:
+            replace_traffic(layer, around, a, b, new, here, before, after, new_ledgers, new_node_ledgers, rates, work)
+        for r in range(2):
+            e = a if r == 0 else b
+            if e < 0:
+                continue
+            for d in range(devices):
+                if old[r, d] != new[r, d]:
+                    for s in range(steps):
+                        count = layer.counts[s, e]
+                        new_load[s, d] += count * (new[r, d] - old[r, d])
+                        new_hit[s, d] += idle_chance(old[r, d], count) - idle_chance(new[r, d], count)
+        for s in range(steps):
+            new_cost[s] = coherent_step_cost(new_load[s], new_hit[s], new_ledgers[s], new_node_ledgers[s], rates)
+        new_extra = extra + price_change(kind, p, q, a, b, slot_device, moves)
+        new_value = aim_value(new_cost, aim) + new_extra
+        if new_value > value and np.random.random() >= np.exp((value - new_value) / max(temperature, 1e-300)):
+            if plain:
+                continue
+            support(a, old[0], rates.node_of, here[0], here[1], here[2], here[3], here[4], here[5])
+            if b >= 0:
+                support(b, old[1], rates.node_of, here[0], here[1], here[2], here[3], here[4], here[5])
+            continue
+        load[:] = new_load
+        hit[:] = new_hit
+        ledgers[:] = new_ledgers
+        node_ledgers[:] = new_node_ledgers
+        cost[:] = new_cost
+        share[a] = new[0]
+        g = slot_device[p]
+        if plain:
+            device_of[a], device_of[b] = slot_device[q], g
+        if b >= 0:
+            share[b] = new[1]
+            slot_at[a, g] = -1
+            slot_at[b, g] = p
+            slot_expert[p] = b
+            if kind == 1:
+                h = slot_device[q]
+                slot_at[b, h] = -1
+                slot_at[a, h] = q
+                slot_expert[q] = a
+            else:
+                replicas[a] -= 1
+                replicas[b] += 1
+        value, extra = new_value, new_extra
+        if value < best:
+            best = value
+            best_expert[:] = slot_expert
+            best_share[:] = share
+            best_cost[:] = cost
+    return best, best_expert, best_share, best_cost

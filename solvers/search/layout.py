@@ -1,0 +1,77 @@
+"""What the compiled kernels read. T tokens, S steps, E experts, G devices, N nodes, W workloads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
+
+
+class LayerTokens(NamedTuple):
+    """One layer of the scenario steps.
+
+    experts: [T, k] int32. step_of: [T] int32. first, tokens: CSR lists of the tokens of each expert ([E+1], [T*k]).
+    counts: [S, E] tokens each expert got.
+    """
+
+    experts: npt.NDArray[np.int32]
+    step_of: npt.NDArray[np.int32]
+    first: Ints
+    tokens: npt.NDArray[np.int32]
+    counts: Floats
+
+
+class Rates(NamedTuple):
+    """Seconds a unit costs: [G] token-expert pair, expert read, copy over the device's links; [N] copy over the node's.
+
+    back: what a returning copy costs, relative to one going out. node_of: [G]. node_size: [N]. dedup: one copy a
+    (token, node) between nodes.
+    """
+
+    per_pair: Floats
+    per_expert: Floats
+    per_copy: Floats
+    per_node_copy: Floats
+    back: float
+    node_of: Ints
+    node_size: Floats
+    dedup: bool
+
+
+class Aim(NamedTuple):
+    """What of the step times counts: (1 - worst) * weighted mean + worst * the largest group mean over its reference.
+
+    weight: [S], summing to 1. group: [S] workload of a step. group_weight: [S], summing to 1 in each group.
+    reference: [W] subtracted from each group's mean. worst: 0 for means, 1 for the worst group.
+    """
+
+    weight: Floats
+    group: Ints
+    group_weight: Floats
+    reference: Floats
+    worst: float
+
+
+class Moves(NamedTuple):
+    """What a proposal may do. allowed: [E, G]. free: shares may differ. home: [E, G] where experts stand today;
+    price: seconds charged for each slot filled with an expert that does not stand there today."""
+
+    allowed: npt.NDArray[np.bool_]
+    free: bool
+    home: npt.NDArray[np.bool_]
+    price: float
+
+
+class Neighbours(NamedTuple):
+    """The fixed layers around. before: [T] expert that owns the token before (-1: spread evenly over all devices);
+    before_share: [E, G]. after: [T, k] experts of the next layer (k = 0 for the last one); after_share: [E, G]."""
+
+    before: Ids
+    before_share: Floats
+    after: Ids
+    after_share: Floats
