@@ -139,7 +139,8 @@ class ForwardHooks:
         if compiled is None:
             # A script may compile a call of the model later; these then stay Python, at the price of a graph break.
             disable: Callable[..., Any] = torch.compiler.disable
-            first, last = disable(before), disable(after)
+            reason = "moeplace records forward calls in Python: give profile the compiled model, or drop fullgraph=True"
+            first, last = disable(before, reason=reason), disable(after, reason=reason)
             self._undo.append(root.register_forward_pre_hook(first, with_kwargs=True, prepend=True).remove)
             self._undo.append(root.register_forward_hook(last, with_kwargs=True, always_call=True).remove)
             return

@@ -185,14 +185,13 @@ class CountSink:
         if window != self._window:
             self._end_window()
             self._window = window
-        ids, width = step.expert_ids, self._counts.num_experts + 1
+        ids, width = step.expert_ids, self._counts.num_experts + 2
         self._counts.top_k = ids.shape[2]
         if self._running is None:
             self._running = torch.zeros(len(ids), width, dtype=torch.int64, device=ids.device)
-        # Ids that are no expert (masked, out of range) fall into one column too many, and are refused when it is read.
-        place = ids.to(torch.int64)
-        place = (place & 0xFFFF if ids.dtype == torch.int16 else place).clamp_(max=width - 1)
-        place += torch.arange(len(ids), device=ids.device)[:, None, None] * width
+        # Ids that are no expert (masked, out of range) fall into the columns at either end, refused when they are read.
+        place = ids.to(torch.int64).clamp_(-1, width - 2)
+        place += torch.arange(len(ids), device=ids.device)[:, None, None] * width + 1
         keep = self._kept(step)
         ones = torch.ones(1, dtype=torch.int64, device=ids.device) if keep is None else keep.to(torch.int64)[:, None]
         weights = ones.expand(ids.shape[1:])
@@ -256,14 +255,15 @@ class CountSink:
 
     def _read(self, running: Tensor) -> IntArray:
         table: IntArray = running.cpu().numpy()
-        if table[:, -1].any():
-            layer = self._counts.moe_layers[int(np.flatnonzero(table[:, -1])[0])]
+        stray = table[:, 0] + table[:, -1]
+        if stray.any():
+            layer = int(np.flatnonzero(stray)[0])
             raise UnsupportedError(
-                f"layer {layer} handed {int(table[:, -1].max())} ids on that are not from 0 to "
-                f"{self._counts.num_experts - 1}, as masked or rank-local ids of expert parallelism are; record the routers "
-                "instead with routers="
+                f"model layer {self._counts.moe_layers[layer]} handed on {stray[layer]} ids that are not from 0 to "
+                f"{self._counts.num_experts - 1}, as masked or rank-local ids of expert parallelism are; record the "
+                "routers instead with routers="
             )
-        return table[:, :-1].copy()
+        return table[:, 1:-1].copy()
 
 
 def _all_reduced(counts: WindowCounts, group: Any) -> WindowCounts:

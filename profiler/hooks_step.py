@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One whole forward call. expert_ids: [L, T, k] uint8 or int16 (low 16 bits). gate_weights: [L, T, k] or None.
+    """One whole forward call. expert_ids: [L, T, k] int16 or int32. gate_weights: [L, T, k] or None.
 
     routed: which layers routed at all.
     """
@@ -38,10 +38,10 @@ class Sink(Protocol):
 
 
 def narrow_dtype(num_experts: int) -> dtype:
-    """The narrowest type in which an id that is not an expert still shows: masked ones are -1 or num_experts."""
+    """A narrow type in which an id that is no expert (-1, num_experts) still shows as what it was."""
     import torch
 
-    return torch.uint8 if num_experts < 256 else torch.int16
+    return torch.int16 if num_experts < 1 << 15 else torch.int32
 
 
 class StepRouting:

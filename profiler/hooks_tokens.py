@@ -117,7 +117,6 @@ class TokenSink:
             chosen = sampled(sequence, self._sample, self._rank)
             index, sequence, where = index[chosen], sequence[chosen], where[chosen]
         ids = item.expert_ids.numpy()
-        ids = ids.view(np.uint16) if ids.dtype == np.int16 else ids
         weights = None if item.gate_weights is None else item.gate_weights.numpy()
         if self._writer is None:
             self._writer = TraceWriter(

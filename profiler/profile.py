@@ -213,6 +213,5 @@ class Recorder:
     def _nothing_recorded(self) -> str:
         return (
             f"no forward call of the {type(self._model).__name__} given to profile was seen in the block. Call this very "
-            "object (a wrapper around it will do); if it was passed through torch.compile before, give profile the "
-            "compiled module"
+            "object (a wrapper around it will do)"
         )

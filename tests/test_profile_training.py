@@ -70,15 +70,16 @@ def test_gradients_are_those_without_recording(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["tokens", "counts"])
 def test_an_error_inside_the_block_keeps_the_steps_before_it(mode: str, tmp_path: Path) -> None:
     model = olmoe()
-    broken = model.model.layers[1].mlp.gate
-    with (
-        pytest.raises(RuntimeError, match="the script's own"),
-        profile(model, tmp_path / "t", mode=mode) as recorder,  # type: ignore[arg-type]
-        torch.no_grad(),
-    ):
-        model(input_ids=tokens(2, 5))
-        broken.register_forward_pre_hook(_fail)
-        model(input_ids=tokens(2, 5))
+    recorder = profile(model, tmp_path / "t", mode=mode)  # type: ignore[arg-type]
+
+    def script() -> None:
+        with recorder, torch.no_grad():
+            model(input_ids=tokens(2, 5))
+            model.model.layers[1].mlp.gate.register_forward_pre_hook(_fail)
+            model(input_ids=tokens(2, 5))
+
+    with pytest.raises(RuntimeError, match="the script's own"):
+        script()
     assert (recorder.steps, recorder.tokens) == (1, 10)
     assert recorder.statistics().tokens == 10
     assert hooks_of(model) == 1  # the test's own
@@ -103,16 +104,21 @@ def _fail(*_: object) -> None:
 def test_a_disk_that_fails_ends_the_recording_and_not_the_model(tmp_path: Path) -> None:
     model = olmoe(use_cache=False)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    forwards = 0
-    with pytest.raises(OSError, match="File too large"), profile(model, tmp_path / "t"), torch.no_grad():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # what a disk that fills up looks like
-        try:
-            for _ in range(60):
+    forwards = []
+
+    def script() -> None:
+        with profile(model, tmp_path / "t"), torch.no_grad():
+            for number in range(60):
                 model(input_ids=tokens(64, 64), logits_to_keep=1)
-                forwards += 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert 16 <= forwards < 60  # a row group of 65,536 tokens, and not many more
+                forwards.append(number)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # what a disk that fills up looks like
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            script()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 16 <= len(forwards) < 60  # a row group of 65,536 tokens, and not many more
     assert hooks_of(model) == 0
     assert not list((tmp_path / "t").iterdir())
 
@@ -127,7 +133,10 @@ def test_a_copy_of_the_model_made_inside_the_block_is_not_recorded(tmp_path: Pat
 
 
 def test_a_block_without_forward_calls_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(mp.InputError, match=r"no forward call of the OlmoeForCausalLM"), profile(olmoe(), tmp_path / "t"):
+    with (
+        pytest.raises(mp.InputError, match=r"no forward call of the OlmoeForCausalLM"),
+        profile(olmoe(), tmp_path / "t"),
+    ):
         pass
     assert not (tmp_path / "t").exists()
 
