@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
@@ -23,7 +23,8 @@ from moeplace.runtime.exporters import (
     read_exported,
 )
 
-ENGINES = ("moeplace", "sglang", "vllm", "trtllm")
+ENGINES = ("moeplace", "sglang", "vllm", "vllm-ascend", "trtllm")
+DEALT = ENGINES[1:]
 
 
 def make_plan(
@@ -44,6 +45,15 @@ def make_plan(
     counts = [len(part) for part in np.array_split(np.arange(slots), topology.num_devices)]
     owner = np.repeat(np.arange(topology.num_devices), counts)
     return mp.Plan(model=model, topology=topology, physical_to_logical=table, slot_device=owner)
+
+
+def stacked(plan: mp.Plan) -> bool:
+    """Whether some device holds an expert twice, counted the slow way."""
+    return any(
+        len(set(row[plan.slot_device == device])) < (plan.slot_device == device).sum()
+        for row in plan.physical_to_logical
+        for device in range(plan.topology.num_devices)
+    )
 
 
 def same_placement(a: mp.Plan, b: mp.Plan) -> bool:
@@ -69,6 +79,8 @@ def test_any_plan_an_engine_takes_reads_back_as_itself(engine: str, data: Any, t
     experts = data.draw(st.integers(2, 9))
     slots = -(-experts // devices) * devices + devices * data.draw(st.integers(0, 2))
     plan = make_plan(tuple(layers), experts, slots, 1, devices, seed=data.draw(st.integers(0, 99)))
+    if engine == "vllm-ascend":
+        assume(not stacked(plan))
     path = export_plan(plan, engine, tmp_path / "plan.file")
     assert same_placement(read_exported(path, engine, plan.model, plan.topology), plan)
 
@@ -83,6 +95,27 @@ def test_sglang_rows_count_dense_layers_and_the_map_is_the_only_key(tmp_path: Pa
         assert rows[dense] == [0, 1, 2, 3, 4, 5, 0, 1]
     assert [rows[1], rows[2], rows[4]] == plan.physical_to_logical.tolist()
     assert len(json.loads(export_plan(plan, "sglang", tmp_path / "b.json").read_text())["physical_to_logical_map"]) == 5
+
+
+def test_vllm_ascend_lists_layers_and_devices_in_order(tmp_path: Path) -> None:
+    plan = next(plan for seed in range(99) if not stacked(plan := make_plan(seed=seed)))
+    data = json.loads(export_plan(plan, "vllm-ascend", tmp_path / "a.json").read_text())
+    assert data["moe_layer_count"] == 3
+    assert [layer["layer_id"] for layer in data["layer_list"]] == [0, 1, 2]
+    device = data["layer_list"][2]["device_list"][3]
+    assert device == {"device_id": 3, "device_expert": plan.physical_to_logical[2, 6:].tolist()}
+    assert data["layer_list"][1]["device_count"] == 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_vllm_ascend_refuses_an_expert_twice_on_a_device(seed: int) -> None:
+    plan = make_plan(seed=seed)
+    if stacked(plan):
+        with pytest.raises(mp.UnsupportedError, match=r"device \d holds expert \d 2 times in layer"):
+            check_export(plan, "vllm-ascend")
+    else:
+        check_export(plan, "vllm-ascend")
 
 
 def test_vllm_rows_are_moe_layers_only(tmp_path: Path) -> None:
@@ -109,7 +142,7 @@ def test_usage_names_the_file_and_the_redundant_experts(tmp_path: Path) -> None:
         assert "p.json" in engine_usage(plan, engine, "p.json")
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm"])
+@pytest.mark.parametrize("engine", DEALT)
 def test_uneven_slots_are_refused_with_the_slot_counts_that_work(engine: str, tmp_path: Path) -> None:
     plan = make_plan(experts=7, slots=10)
     with pytest.raises(mp.UnsupportedError, match=r"slots=8 or 12 and no device_slots"):
@@ -119,7 +152,7 @@ def test_uneven_slots_are_refused_with_the_slot_counts_that_work(engine: str, tm
         check_export(make_plan(experts=10, slots=10), engine)
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm"])
+@pytest.mark.parametrize("engine", DEALT)
 def test_unequal_shares_are_refused_naming_layer_and_expert(engine: str) -> None:
     plan = make_plan(layers=(3,), experts=3, slots=4, devices=2, nodes=1)
     table = np.array([[0, 1, 2, 1]])
@@ -229,9 +262,43 @@ def test_a_wrong_trtllm_file_is_refused(case: str, tmp_path: Path) -> None:
         read_exported(tmp_path / "x.yaml", "trtllm", plan.model, plan.topology)
 
 
+ASCEND_BAD: dict[str, tuple[Any, str]] = {
+    "no layers": (lambda d: d.pop("layer_list"), "'layer_list' must be a list of objects"),
+    "a layer too few": (lambda d: d["layer_list"].pop(), "2 entries, expected 3 MoE layers"),
+    "another layer count": (lambda d: d.update(moe_layer_count=4), "moe_layer_count is 4"),
+    "layers out of order": (lambda d: d["layer_list"].reverse(), "layer_id is 2, expected 0"),
+    "devices out of order": (
+        lambda d: d["layer_list"][1]["device_list"].reverse(),
+        r"\[1\].*device_id is 3, expected 0",
+    ),
+    "a device too many": (lambda d: d["layer_list"][0]["device_list"].append({}), "5 entries, expected 4 devices"),
+    "a device without experts": (
+        lambda d: d["layer_list"][0]["device_list"][1].pop("device_expert"),
+        r"device_list\[1\].device_expert: expected a list",
+    ),
+    "an uneven device": (
+        lambda d: d["layer_list"][0]["device_list"][1]["device_expert"].append(0),
+        "device 1 has 3 slots",
+    ),
+    "a layer that is no object": (lambda d: d["layer_list"].insert(0, 3), "must be a list of objects"),
+}
+
+
+@pytest.mark.parametrize("case", ASCEND_BAD)
+def test_a_wrong_vllm_ascend_file_is_refused(case: str, tmp_path: Path) -> None:
+    change, message = ASCEND_BAD[case]
+    plan = next(plan for seed in range(99) if not stacked(plan := make_plan(seed=seed)))
+    path = export_plan(plan, "vllm-ascend", tmp_path / "x.json")
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(mp.FileFormatError, match=message):
+        read_exported(path, "vllm-ascend", plan.model, plan.topology)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_truncated_file_is_refused_wherever_it_ends(engine: str, tmp_path: Path) -> None:
-    plan = make_plan()
+    plan = make_plan(slots=6, nodes=1)
     whole = export_plan(plan, engine, tmp_path / "whole").read_bytes().rstrip()
     for end in sorted({0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 2, len(whole) - 1}):
         (tmp_path / "cut").write_bytes(whole[:end])
@@ -250,7 +317,7 @@ def test_garbage_and_missing_files_are_refused(engine: str, tmp_path: Path) -> N
             read_exported(tmp_path / "junk", engine, plan.model, plan.topology)
 
 
-@pytest.mark.parametrize("engine", ["sglang", "vllm", "trtllm"])
+@pytest.mark.parametrize("engine", DEALT)
 def test_an_oversized_file_is_refused_unread(engine: str, tmp_path: Path) -> None:
     plan = make_plan()
     with (tmp_path / "huge").open("wb") as handle:
@@ -263,7 +330,7 @@ def test_an_oversized_file_is_refused_unread(engine: str, tmp_path: Path) -> Non
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_gives_a_plan_or_the_typed_error(engine: str, data: Any, tmp_path: Path) -> None:
-    plan = make_plan(layers=(0, 2), experts=3, slots=4, nodes=1, devices=2)
+    plan = make_plan(layers=(0, 2), experts=4, slots=4, nodes=1, devices=2)
     content = bytearray(export_plan(plan, engine, tmp_path / "whole").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))

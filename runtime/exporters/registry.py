@@ -8,8 +8,9 @@ from .moeplace_json import MoeplaceJson
 from .sglang import SGLang
 from .trtllm import TensorRTLLM
 from .vllm import VLLM
+from .vllm_ascend import VLLMAscend
 
-EXPORTERS: tuple[Exporter, ...] = (MoeplaceJson(), SGLang(), VLLM(), TensorRTLLM())
+EXPORTERS: tuple[Exporter, ...] = (MoeplaceJson(), SGLang(), VLLM(), VLLMAscend(), TensorRTLLM())
 
 
 def engine_names() -> tuple[str, ...]:

@@ -52,4 +52,8 @@ class VLLM:
 
     def usage(self, plan: Plan, path: Path) -> str:
         config = {"num_redundant_experts": plan.num_slots - plan.model.experts, "initial_expert_map_path": str(path)}
-        return f"vllm serve --enable-expert-parallel --enable-eplb --eplb-config '{json.dumps(config)}'"
+        return (
+            f"vllm serve --enable-expert-parallel --enable-eplb --eplb-config '{json.dumps(config)}'\n"
+            "No release reads initial_expert_map_path yet: without it, start vLLM with MOEPLACE_VLLM_PLAN naming the plan's "
+            "own file, and moeplace's policy serves it, or permute the checkpoint."
+        )

@@ -1,0 +1,102 @@
+"""vLLM-Ascend's static expert map, `additional_config.eplb_config.expert_map_path`.
+
+Format: `expert_file_to_tensor` in vllm_ascend/eplb/core/eplb_utils.py (read in 0.23.0 and 0.26.0rc1):
+{"moe_layer_count": n, "layer_list": [{"layer_id", "device_count", "device_list": [{"device_id", "device_expert": [ids]}]}]}.
+Layers and devices are read by their position, MoE layers only. `generate_log2phy_map` keeps one slot an expert and device,
+and counts a device's slots from device 0's distinct experts: an expert twice on a device would shift every slot id.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...placement.errors import FileFormatError
+from ...placement.files import write_text
+from ...placement.model import ModelSpec
+from ...placement.plan import Plan
+from ...placement.topology import Topology
+from .constraints import Constraint
+from .tables import expert_row, plan_of_rows, read_json
+
+
+class VLLMAscend:
+    """Layers and devices by their position."""
+
+    name = "vllm-ascend"
+    requires = "vLLM-Ascend 0.14 to 0.23"
+    constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES, Constraint.SPREAD_REPLICAS})
+
+    def write(self, plan: Plan, path: Path) -> None:
+        devices = plan.topology.num_devices
+        layers = [
+            {
+                "layer_id": index,
+                "device_count": devices,
+                "device_list": [
+                    {"device_id": device, "device_expert": experts.tolist()}
+                    for device, experts in enumerate(np.split(row, devices))
+                ],
+            }
+            for index, row in enumerate(plan.physical_to_logical)
+        ]
+        write_text(path, json.dumps({"moe_layer_count": len(layers), "layer_list": layers}))
+
+    def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
+        """Reads every MoE layer's devices.
+
+        Raises:
+            FileFormatError: a field is missing or of another kind, layers or devices other than the model's and the
+                topology's or out of order, devices with different numbers of slots, an id out of range, a layer that
+                misses an expert; layer and device are named.
+        """
+        data = read_json(path)
+        layers = _entries(data, "layer_list", str(path), model.layers, "MoE layers")
+        if data.get("moe_layer_count") != model.layers:
+            raise FileFormatError(f"{path}: moe_layer_count is {data.get('moe_layer_count')!r}, not {model.layers}")
+        rows: list[list[int]] = []
+        for index, layer in enumerate(layers):
+            origin = f"{path}: layer_list[{index}]"
+            _check_number(layer, "layer_id", index, origin)
+            devices = _entries(layer, "device_list", origin, topology.num_devices, "devices")
+            row: list[int] = []
+            for number, device in enumerate(devices):
+                _check_number(device, "device_id", number, f"{origin}.device_list[{number}]")
+                experts = expert_row(
+                    device.get("device_expert"), f"{origin}.device_list[{number}].device_expert", model
+                )
+                if number and len(experts) * number != len(row):
+                    raise FileFormatError(
+                        f"{origin}: device {number} has {len(experts)} slots, those before another number"
+                    )
+                row += experts
+            if rows and len(row) != len(rows[0]):
+                raise FileFormatError(f"{origin}: {len(row)} slots, the layers before have {len(rows[0])}")
+            rows.append(row)
+        return plan_of_rows(rows, str(path), model, topology)
+
+    def usage(self, plan: Plan, path: Path) -> str:
+        config = {"eplb_config": {"expert_map_path": str(path)}}
+        return (
+            f"vllm serve --enable-expert-parallel --additional-config '{json.dumps(config)}'\n"
+            "From 0.24.0rc1 on vLLM-Ascend loads weights in the default order whatever the map says, and means to remove "
+            "static maps: use 0.23, or a permuted checkpoint."
+        )
+
+
+def _entries(data: Any, field: str, origin: str, count: int, what: str) -> list[Any]:
+    entries = data.get(field) if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise FileFormatError(f"{origin}: field {field!r} must be a list of objects")
+    if len(entries) != count:
+        raise FileFormatError(f"{origin}: {field} has {len(entries)} entries, expected {count} {what}")
+    return entries
+
+
+def _check_number(entry: dict[str, Any], field: str, expected: int, origin: str) -> None:
+    found = entry.get(field)
+    if type(found) is not int or found != expected:
+        raise FileFormatError(f"{origin}: {field} is {str(found)[:40]}, expected {expected}: entries are read in order")
