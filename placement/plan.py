@@ -151,7 +151,8 @@ class Plan:
 
     @property
     def has_equal_shares(self) -> bool:
-        return bool(np.allclose(self.shares, equal_shares(self.physical_to_logical, self.model.experts)))
+        equal = equal_shares(self.physical_to_logical, self.model.experts)
+        return bool((np.abs(self.shares - equal) < 1e-12).all())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -115,5 +115,5 @@ def _array(data: Mapping[str, Any], name: str, dtype: type[np.int64] | type[np.f
 
 
 def _provenance(fields: dict[str, Any]) -> Provenance:
-    history = tuple(tuple(entry) for entry in fields.pop("history", []))
-    return Provenance(**fields, history=history)
+    history = tuple(tuple(entry) for entry in fields.get("history", []))
+    return Provenance(**fields | {"history": history})

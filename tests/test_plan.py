@@ -162,3 +162,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_scraps(tmp_path: Path) -> Non
     assert "File too large" in done.stderr
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_nearly_equal_shares_are_kept_as_they_are(tmp_path: Path) -> None:
+    shares = plan().shares.copy()
+    shares[0, [0, 4]] += 1e-9, -1e-9
+    made = plan(shares=shares)
+    made.save(tmp_path / "plan.json")
+    assert mp.Plan.load(tmp_path / "plan.json").fingerprint == made.fingerprint
