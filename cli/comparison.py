@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
 from .inputs import Routing, SolverChoice
-from .options import HeldOutBy, HeldOutOptions, StepOptions
+from .options import DECODE_STEPS, PREFILL_STEPS, HeldOutBy, HeldOutOptions, StepOptions
 from .progress import Update, solve_listener
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..placement.trace import RoutingTrace
 
 BASELINE = "contiguous"
-DECODE_CONCURRENCY, DECODE_STEPS, PREFILL_STEPS = 128, 200, 32
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,11 @@ def solving_statistics(routing: Routing, parted: Parted) -> RoutingStatistics:
 def make_steps(trace: RoutingTrace, options: StepOptions, seed: int) -> dict[str, Steps]:
     """The steps asked for, by name, decode first."""
     steps: dict[str, Steps] = {}
-    decode = options.decode or (None if options.prefill else DECODE_CONCURRENCY)
-    if decode is not None:
-        steps[f"decode {decode}"] = trace.decode_steps(decode, options.steps or DECODE_STEPS, seed)
-    if options.prefill is not None:
-        count = options.steps or PREFILL_STEPS
-        steps[f"prefill {options.prefill}"] = trace.prefill_steps(options.prefill, count, seed)
+    for kind, tokens in options.kinds.items():
+        if kind == "decode":
+            steps[f"decode {tokens}"] = trace.decode_steps(tokens, options.steps or DECODE_STEPS, seed)
+        else:
+            steps[f"prefill {tokens}"] = trace.prefill_steps(tokens, options.steps or PREFILL_STEPS, seed)
     return steps
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, MoeplaceError, nearest
-from .options import ModelOptions, ObjectiveOptions, TopologyOptions
+from .options import BatchOptions, ModelOptions, ObjectiveOptions, TopologyOptions
 
 if TYPE_CHECKING:
     from ..placement.model import ModelSpec
@@ -222,6 +222,17 @@ class SolverChoice:
             except json.JSONDecodeError:
                 options[key] = value
         return cls(text.strip(), name, options)
+
+    def for_steps(self, batch: BatchOptions) -> SolverChoice:
+        """The choice, with the first kind of steps wanted passed on to a solver that minimises the time of steps."""
+        from inspect import signature
+
+        from ..solvers import solver_named
+
+        kind, tokens = next(iter(batch.kinds.items()))
+        known = signature(solver_named(self.solver).solve).parameters
+        wanted = {name: value for name, value in (("batch", kind), ("step_tokens", tokens)) if name in known}
+        return replace(self, options={**wanted, **self.options})
 
 
 def split_list(text: str | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 MODEL, CLUSTER, OBJECTIVE = "Model", "Cluster", "Objective"
-JUDGING, SOLVING, STORE = "Held-out routing", "Solving", "Store"
+JUDGING, SOLVING, STORE = "Steps and held-out routing", "Solving", "Store"
 
 
 class Execution(StrEnum):
@@ -207,9 +207,12 @@ class HeldOutOptions:
     ] = HeldOutBy.sequence
 
 
+DECODE_CONCURRENCY, DECODE_STEPS, PREFILL_STEPS = 128, 200, 32
+
+
 @dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """The steps a plan is judged on."""
+class BatchOptions:
+    """The kind of steps that matter."""
 
     decode: Annotated[
         int | None,
@@ -217,7 +220,7 @@ class StepOptions:
             "--decode",
             metavar="N",
             min=1,
-            help="Judge on decode steps of this many sequences. Default: 128, or none with --prefill.",
+            help="Decode steps of this many sequences. Default: 128, or none with --prefill.",
             show_default=False,
             rich_help_panel=JUDGING,
         ),
@@ -228,11 +231,24 @@ class StepOptions:
             "--prefill",
             metavar="N",
             min=1,
-            help="Judge on prefill steps of this many tokens.",
+            help="Prefill steps of this many tokens.",
             show_default=False,
             rich_help_panel=JUDGING,
         ),
     ] = None
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Tokens a step by kind ("decode", "prefill"), decode first."""
+        decode = self.decode or (None if self.prefill else DECODE_CONCURRENCY)
+        wanted = {"decode": decode, "prefill": self.prefill}
+        return {kind: tokens for kind, tokens in wanted.items() if tokens is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(BatchOptions):
+    """The steps a plan is judged on."""
+
     steps: Annotated[
         int | None,
         Option(

@@ -79,6 +79,11 @@ def number(digits: int) -> Format:
     return lambda value: f"{value:.{digits}f}"
 
 
+def figure(value: float) -> str:
+    """Four significant digits, or whole where there are more."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:#.4g}"
+
+
 def percent(value: float) -> str:
     return f"{value:.1%}"
 

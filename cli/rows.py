@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .comparison import BASELINE, Comparison, Entry
-from .output import Column, Table, milliseconds, number, percent, seconds
+from .output import Column, Table, figure, milliseconds, number, percent, seconds
 
 FIGURES = (
     "load_max_mean",
@@ -39,8 +39,8 @@ COLUMNS = (
     Column("step_seconds_p50", "step ms\np50", milliseconds),
     Column("step_seconds_p99", "step ms\np99", milliseconds),
     Column("ratio", f"time to\n{BASELINE}", number(3)),
-    Column("value", "value", number(4)),
-    Column("bound", "bound", number(4)),
+    Column("value", "value", figure),
+    Column("bound", "bound", figure),
     Column("gap", "gap", percent),
     Column("solve_seconds", "solve s", seconds),
 )

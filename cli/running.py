@@ -43,7 +43,7 @@ def run_comparison(request: Request) -> Comparison:
 
     topology, objective = read_topology(request.topology), read_objective(request.objective)
     names = split_list(request.solvers) if request.solvers is not None else list(solver_names())
-    choices = [SolverChoice.parse(name) for name in names]
+    choices = [SolverChoice.parse(name).for_steps(request.steps) for name in names]
     given = [(_plan_name(name), read_plan(name, request.storage.db)) for name in split_list(request.plans)]
     with working("reading the routing") as update:
         routing = read_routing(request.routing)

@@ -213,3 +213,13 @@ def test_stored_plans_are_renamed_used_by_name_and_deleted(trace: Path, plan: Pa
     assert run("plans", "delete", "production").code == 0
     assert run("plans", "list", "--json").data == []
     assert "No plans" in run("plans", "list").out
+
+
+def test_solvers_of_step_times_are_told_which_steps(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    base = ("solve", trace, *CLUSTER, "-s", "search:proposals=10", "--seconds", "1", "-o", path)
+    assert run(*base, "--prefill", "32").code == 0
+    assert {"batch": "prefill", "step_tokens": 32}.items() <= mp.Plan.load(path).provenance.options.items()
+    assert run(*base, "--decode", "16").code == 0
+    assert {"batch": "decode", "step_tokens": 16}.items() <= mp.Plan.load(path).provenance.options.items()
+    assert run(*base, "--decode", "16", "--prefill", "32").code == 2

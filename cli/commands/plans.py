@@ -8,7 +8,7 @@ import typer
 
 from ..grouping import grouped
 from ..options import AsJson, StoreOptions
-from ..output import Column, Table, emit, milliseconds, note, number, percent
+from ..output import Column, Table, emit, figure, milliseconds, note, number, percent
 from .solve import plan_summary, summary_table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ LIST_COLUMNS = (
     Column("topology", "topology", right=False),
     Column("devices", "devices"),
     Column("slots", "slots"),
-    Column("value", "value", number(4)),
+    Column("value", "value", figure),
     Column("gap", "gap", percent),
 )
 EVALUATION_COLUMNS = (

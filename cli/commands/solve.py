@@ -12,6 +12,7 @@ from ..options import (
     SOLVING,
     STORE,
     AsJson,
+    BatchOptions,
     HeldOutOptions,
     KeepOptions,
     ModelOptions,
@@ -37,6 +38,7 @@ def solve_command(
     objective: ObjectiveOptions,
     solving: SolveOptions,
     held_out: HeldOutOptions,
+    batch: BatchOptions,
     storage: KeepOptions,
     solver: Annotated[
         str,
@@ -61,6 +63,7 @@ def solve_command(
 ) -> None:
     """Solve for a placement, and say how good it provably is.
 
+    Solvers that minimise step times do so for decode steps, or for those of --prefill.
     A quarter of the routing is held out, so that `moeplace evaluate` can judge the plan on what it has not seen;
     --held-out 0 solves on everything. Statistics files are used whole.
 
@@ -73,7 +76,9 @@ def solve_command(
 
     if output is None and not storage.store:
         raise typer.BadParameter("the plan would go nowhere: give --output, or leave out --no-store")
-    choice = SolverChoice.parse(solver)
+    if len(batch.kinds) > 1:
+        raise typer.BadParameter("a plan is solved for --decode or for --prefill, not for both")
+    choice = SolverChoice.parse(solver).for_steps(batch)
     cluster, goal = read_topology(topology), read_objective(objective)
     with working("counting the routing") as update:
         record, statistics, used = training_statistics(routing, held_out, seed, update)

@@ -78,6 +78,7 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
             )
         )
     ticks = _device_ticks(plans)
+    extent = [-0.5, experts - 0.5]
 
     def layout(theme: Theme) -> dict[str, Any]:
         bar = {"ticksuffix": "%"}
@@ -90,8 +91,8 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
             coloraxis=colour_axis(
                 theme, theme.sequential, "share of tokens", cmin=0.0, cmax=max(top, 1e-6), colorbar=bar
             ),
-            x=ticks,
-            y=ticks,
+            x=ticks | {"range": extent},
+            y=ticks | {"range": extent[::-1], "autorange": False},
             square=True,
         ) | {"colorway": [theme.muted]}
 
@@ -99,7 +100,7 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
         "affinity",
         "Expert affinity",
         "Where an expert's tokens go in the next layer. Experts stand in the order of their devices, lines part devices: "
-        "what a plan keeps on a device shows as dark blocks on the diagonal. "
+        "what a plan keeps on a device stands out as blocks on the diagonal. "
         f"Colours end at the 99.5th percentile ({top:.0f}%).",
         traces,
         layout,

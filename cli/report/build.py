@@ -19,7 +19,7 @@ from .traffic import traffic_figure
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure before and after. change: after over before, minus one."""
+    """A figure before and after, and the change in words."""
 
     label: str
     before: str
@@ -84,7 +84,7 @@ def build_report(
         f"{comparison.problem.num_slots} slots a layer, {comparison.problem.objective.execution}",
         before=old.name,
         after=new.name,
-        headlines=_headlines(old, new, kind),
+        headlines=_headlines(comparison, old, new, kind),
         sections=_sections(comparison, rows, new.name),
         remarks=reading_notes(comparison, rows),
         figures=_figures(comparison, old, new, kind),
@@ -109,24 +109,34 @@ def _sides(comparison: Comparison, before: str | None, after: str | None, kind: 
     return old, min(rest, key=lambda entry: comparison.risk(entry, kind))
 
 
-def _headlines(old: Entry, new: Entry, kind: str) -> list[Headline]:
+def _headlines(comparison: Comparison, old: Entry, new: Entry, kind: str) -> list[Headline]:
     first, second = (entry.evaluations[kind].summary() for entry in (old, new))
     wanted: list[tuple[str, str, float, str]] = [
         ("Step time, mean", "step_seconds_mean", 1e3, "{:.3f} ms"),
         ("Step time, p99", "step_seconds_p99", 1e3, "{:.3f} ms"),
         ("Device load, max / mean", "load_max_mean", 1.0, "{:.2f}"),
         ("Devices a token", "devices_per_token", 1.0, "{:.2f}"),
-        ("Transitions kept on a device", "local_transitions", 100.0, "{:.0f}%"),
+        _travel(comparison),
     ]
     return [
         Headline(
             label,
             form.format(first[key] * scale),
             form.format(second[key] * scale),
-            _change(first[key], second[key]),
+            _points(first[key], second[key]) if "%" in form else _change(first[key], second[key]),
         )
         for label, key, scale, form in wanted
     ]
+
+
+def _travel(comparison: Comparison) -> tuple[str, str, float, str]:
+    """What of the traffic the way of execution depends on."""
+    problem = comparison.problem
+    if problem.objective.execution == "context_coherent":
+        return "Transitions kept on a device", "local_transitions", 100.0, "{:.1f}%"
+    if problem.topology.num_nodes > 1:
+        return "Copies that leave their node", "cross_node_fraction", 100.0, "{:.1f}%"
+    return "Copies that leave their device", "cross_device_fraction", 100.0, "{:.1f}%"
 
 
 def _change(old: float, new: float) -> str:
@@ -137,11 +147,16 @@ def _change(old: float, new: float) -> str:
     return "unchanged" if abs(change) < 0.0005 else written.replace("-", "\N{MINUS SIGN}")
 
 
+def _points(old: float, new: float) -> str:
+    """The change of a share, in percentage points: a ratio of shares would read as a share."""
+    return f"{100 * (new - old):+.1f} points".replace("-", "\N{MINUS SIGN}")
+
+
 def _sections(comparison: Comparison, rows: list[dict[str, Any]], after: str) -> list[Section]:
     return [
         Section(
             table.title,
-            [column.title.replace("\n", " ") for column in table.columns],
+            [column.title for column in table.columns],
             [_line(row, table.columns, row["solver"] == after) for row in table.rows],
         )
         for table in comparison_tables(comparison, rows)

@@ -37,7 +37,7 @@ def load_figure(
 
     loads = [relative_load(evaluation) for evaluation in evaluations]
     largest = max(float(np.abs(load - 1.0).max()) for load in loads)
-    span = min(1.0, max(0.1, np.ceil(largest * 10) / 10))
+    span = next((span for span in (0.1, 0.2, 0.5) if largest <= span), 1.0)
     devices = np.arange(topology.num_devices)
     traces = [
         go.Heatmap(

@@ -32,7 +32,7 @@ def distribution_figure(evaluations: dict[str, dict[str, Evaluation]], before: s
             if name not in by_name:
                 continue
             times = np.sort(by_name[name].step_seconds) * 1e3
-            share = np.arange(1, len(times) + 1) / len(times)
+            share = np.linspace(0.0, 1.0, len(times))
             marks = np.percentile(times, [100 * q for q in QUANTILES])
             important = name in (before, after)
             traces.append(
@@ -43,7 +43,7 @@ def distribution_figure(evaluations: dict[str, dict[str, Evaluation]], before: s
                     name=name,
                     legendgroup=name,
                     legendrank=rank,
-                    line={"shape": "hv", "width": 2.5 if important else 1.2},
+                    line={"width": 2.5 if important else 1.2},
                     hovertemplate="%{x:.3f} ms<extra>" + name + "</extra>",
                 )
             )
@@ -99,7 +99,7 @@ def distribution_figure(evaluations: dict[str, dict[str, Evaluation]], before: s
         "times",
         "Step time",
         "Share of steps that take at most so long; further left is faster, steeper is steadier. "
-        "Dots are the median and the 99th percentile.",
+        "Dots are the median and the 99th percentile; the axis does not start at zero.",
         traces,
         layout,
         choices if len(choices) > 1 else (),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..output import quantity
 from .figure import Figure, make_figure
 from .panels import boundaries, paired_layout
 from .theme import Theme, colour_axis
@@ -46,9 +47,10 @@ def traffic_figure(
             )
         )
     ends = (np.cumsum(topology.node_size)[:-1] - 0.5).tolist()
+    written = quantity("B")
     headings = [
-        f"{name}: {matrix.sum() / size:.3g} {unit} a step"
-        + (f", {np.where(same, 0.0, matrix).sum() / size:.3g} {unit} between nodes" if topology.num_nodes > 1 else "")
+        f"{name}: {written(float(matrix.sum()))} a step"
+        + (f", {written(float(np.where(same, 0.0, matrix).sum()))} between nodes" if topology.num_nodes > 1 else "")
         for name, matrix in zip(names, matrices, strict=True)
     ]
 
