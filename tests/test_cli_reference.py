@@ -41,7 +41,6 @@ def test_every_option_and_argument_has_help(name: str) -> None:
 def test_every_command_that_prints_results_has_json() -> None:
     writing_only = {
         "moeplace profile",
-        "moeplace report",
         "moeplace topology write",
         "moeplace plans rename",
         "moeplace plans delete",

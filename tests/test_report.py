@@ -39,7 +39,7 @@ def page(folder: Path, trace: Path) -> Path:
     steps = ("--decode", "8", "--prefill", "32", "--steps", "12", "--slots", "12")
     done = run("report", trace, *CLUSTER, *steps, "--solvers", "eplb,chain", "--after", "eplb", "-o", path)
     assert done.code == 0, done.err
-    assert done.out == ""
+    assert "eplb" in done.out
     return path
 
 
@@ -188,7 +188,7 @@ def test_a_browser_draws_every_plot_without_errors(page: Path, folder: Path) -> 
             "--disable-background-networking",
             "--enable-logging=stderr",
             f"--user-data-dir={folder / 'browser'}",
-            "--virtual-time-budget=8000",
+            "--virtual-time-budget=2000",
             "--dump-dom",
             page.as_uri(),
         ],

@@ -26,7 +26,8 @@ def export_command(
         typer.Option(
             "--for",
             metavar="ENGINE",
-            help="sglang, vllm, trtllm, moeplace (the plan file itself), or transformers (a permuted checkpoint).",
+            help="sglang, vllm, vllm-ascend, trtllm, moeplace (the plan file itself), or transformers (a permuted "
+            "checkpoint).",
             show_default=False,
         ),
     ],

@@ -12,6 +12,7 @@ import typer
 
 from ..comparison import Comparison
 from ..options import (
+    AsJson,
     HeldOutOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -22,9 +23,10 @@ from ..options import (
     StoreOptions,
     TopologyOptions,
 )
-from ..output import note
+from ..output import emit, note
+from ..rows import comparison_rows, comparison_tables
 from ..running import Request, run_comparison
-from .compare import Plans, Solvers
+from .compare import Plans, Solvers, comparison_data
 
 
 def report_command(
@@ -53,8 +55,9 @@ def report_command(
         typer.Option("--after", help="Plan to show against it. Default: the best of the others.", show_default=False),
     ] = None,
     seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
-    """Compare as `moeplace compare` does, and write one HTML page with table and plots.
+    """Compare as `moeplace compare` does, and also write one HTML page with table and plots.
 
     The page holds everything it needs and opens without a network: load by layer and device, traffic between
     devices, expert affinity, step times.
@@ -71,6 +74,8 @@ def report_command(
     )
     write_page(build_report(comparison, before, after, provenance(comparison, routing)), output)
     note(f"wrote {output}")
+    rows = comparison_rows(comparison)
+    emit(comparison_data(comparison, rows), *comparison_tables(comparison, rows), as_json=as_json)
 
 
 def provenance(comparison: Comparison, routing: Path) -> list[tuple[str, str]]:
