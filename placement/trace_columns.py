@@ -40,6 +40,8 @@ def column(name: str, values: npt.ArrayLike | None, tokens: int) -> npt.NDArray[
     given = np.asarray(values)
     if given.shape != (tokens,) or not np.issubdtype(given.dtype, np.integer):
         raise InputError(f"{name} must be {tokens} integers, one a token; given {given.dtype} {given.shape}")
+    if given.dtype == np.uint64 and tokens and int(given.max()) >= 1 << 63:
+        raise InputError(f"{name} holds {int(given.max())}, more than a 64-bit signed integer")
     return np.array(given, dtype=np.int64)
 
 
