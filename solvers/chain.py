@@ -13,6 +13,7 @@ from ..placement.evaluate import evaluate_on
 from ..placement.plan import Certificate, Plan
 from ..placement.problem import Problem
 from ..placement.steps import Steps
+from ..placement.trace import RoutingTrace
 from .base import Budget, Feature, Needs, Solution, fill_slots
 from .layer_chain import allowed_states, cheapest_placements, check_time
 from .placements import PlacementSpace, device_sets
@@ -24,9 +25,12 @@ __all__ = ["Chain", "cheapest_path"]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Minimise = Literal["transitions", "step"]
+Batch = Literal["decode", "prefill"]
 
 TRANSITIONS_OBJECTIVE = "cross-device transitions, share of all"
-STEP_OBJECTIVE = "mean predicted step seconds, decode steps from the token sample"
+
+SAMPLE_TOKENS = 16_384
+"""Tokens replayed when the number of steps is not given."""
 
 MAX_STATES = 500_000
 """Placements of a layer up to renaming devices: what memory holds."""
@@ -42,9 +46,9 @@ class Chain:
     """Proves its plan optimal, where a layer has few placements (8 experts on 2, 4 or 8 devices, not 32 on 4).
 
     minimise: "transitions", the share of transitions between layers that change device; or "step", the mean predicted
-    step time under the problem's objective, replayed on `steps` decode steps of `step_tokens` tokens that the seed
-    draws from the statistics' token sample. By default "step" under dispatch_combine, where transitions cost nothing,
-    and "transitions" under context_coherent, where they are what costs.
+    step time under the problem's objective, replayed on `steps` steps of `step_tokens` tokens that the seed draws from
+    the statistics' token sample (batch: "decode" or "prefill"). By default "step" under dispatch_combine, where
+    transitions cost nothing, and "transitions" under context_coherent, where they are what costs.
     """
 
     name = "chain"
@@ -57,9 +61,18 @@ class Chain:
         budget: Budget,
         *,
         minimise: Minimise | None = None,
+        batch: Batch = "decode",
         step_tokens: int = 128,
-        steps: int = 64,
+        steps: int | None = None,
     ) -> Solution:
+        """steps: by default as many as 16,384 tokens make, from 4 to 64.
+
+        Raises:
+            UnsupportedError: too many placements a layer, or figures to compute; a risk other than "mean" under
+                "step"; statistics without transitions, or, for "step", without a token sample.
+            SolveError: no placement respects the constraints, or the time limit came before the end.
+            InputError: an unknown value of minimise or batch, or a size that is not positive.
+        """
         if minimise is None:
             minimise = "transitions" if problem.objective.execution == "context_coherent" else "step"
         if minimise == "transitions":
@@ -71,8 +84,20 @@ class Chain:
                 f"chain minimises the mean step time: risk {problem.objective.risk!r} does not add up over layers, so "
                 "the cheapest path need not be its optimum; use Objective(risk='mean') or minimise='transitions'"
             )
-        sample = problem.statistics.require_sample()
-        return _fastest_step(problem, budget, sample.decode_steps(step_tokens, steps, seed=budget.seed))
+        if steps is None:
+            steps = max(4, min(64, SAMPLE_TOKENS // max(1, step_tokens)))
+        drawn = _draw(problem.statistics.require_sample(), batch, step_tokens, steps, budget.seed)
+        return _fastest_step(problem, budget, drawn, f"{steps} sampled {batch} steps of {step_tokens} tokens")
+
+
+def _draw(sample: RoutingTrace, batch: Batch, step_tokens: int, steps: int, seed: int) -> Steps:
+    if batch not in ("decode", "prefill"):
+        raise InputError(f"chain: batch is {batch!r}; {nearest(str(batch), ('decode', 'prefill'))}")
+    if step_tokens < 1 or steps < 1:
+        raise InputError(f"chain: step_tokens ({step_tokens}) and steps ({steps}) must be at least 1")
+    if batch == "decode":
+        return sample.decode_steps(step_tokens, steps, seed)
+    return sample.prefill_steps(min(step_tokens, sample.num_tokens), steps, seed)
 
 
 def _fewest_transitions(problem: Problem, budget: Budget) -> Solution:
@@ -100,7 +125,7 @@ def _fewest_transitions(problem: Problem, budget: Budget) -> Solution:
     return Solution(fill_slots(device_of), Certificate(TRANSITIONS_OBJECTIVE, value, value))
 
 
-def _fastest_step(problem: Problem, budget: Budget, steps: Steps) -> Solution:
+def _fastest_step(problem: Problem, budget: Budget, steps: Steps, kind: str) -> Solution:
     topology, layers = problem.topology, problem.model.layers
     coherent = problem.objective.execution == "context_coherent"
     space = _space(problem, _device_kinds(problem, steps))
@@ -120,7 +145,7 @@ def _fastest_step(problem: Problem, budget: Budget, steps: Steps) -> Solution:
     plan = Plan(problem.model, topology, table, problem.slot_device)
     replayed = float(evaluate_on(plan, steps, problem.model, topology, problem.objective).step_seconds.mean())
     # The path's own sum differs from the replay by rounding alone, and no bound may lie above its value.
-    certificate = Certificate(STEP_OBJECTIVE, replayed, min(value, replayed))
+    certificate = Certificate(f"mean predicted step seconds, {kind}", replayed, min(value, replayed))
     budget.report(certificate.value, certificate.bound)
     return Solution(table, certificate)
 

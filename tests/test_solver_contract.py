@@ -1,0 +1,222 @@
+"""What every registered solver must do, whatever it minimises. A new solver is held to it by being registered."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeplace as mp
+from moeplace.solvers.base import Feature, Needs, Progress, Solver
+from moeplace.solvers.registry import SOLVERS
+from moeplace.solvers.solve import required_features
+
+EXPERTS, LAYERS = 6, 3
+# Budgets small enough for a test; solvers not named here run as a user would run them.
+OPTIONS: dict[str, dict[str, int]] = {"search": {"proposals": 200, "steps": 4}}
+EVERY = [pytest.param(solver, id=solver.name) for solver in SOLVERS]
+DEVICE = mp.Device(compute=1e14, memory=8e10, memory_bandwidth=2e12, intra_bandwidth=3e11)
+
+
+def topology_of(*node_sizes: int) -> mp.Topology:
+    return mp.Topology(nodes=tuple(mp.Node(devices=(DEVICE,) * size, inter_bandwidth=5e10) for size in node_sizes))
+
+
+def routing(experts: int = EXPERTS, layers: int = LAYERS, top_k: int = 2, seed: int = 0) -> mp.RoutingTrace:
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((300, layers, experts)) + 0.7 * rng.random((layers, experts)), axis=2)[:, :, :top_k]
+    return mp.RoutingTrace.from_arrays(ids, num_experts=experts, sequence=np.arange(300) // 20)
+
+
+def problem_of(
+    trace: mp.RoutingTrace | None = None, topology: mp.Topology | None = None, **fields: object
+) -> mp.Problem:
+    trace = trace or routing()
+    model = mp.ModelSpec(
+        layers=trace.num_layers, experts=trace.num_experts, top_k=trace.top_k, hidden_size=512, ffn_size=512
+    )
+    statistics = fields.pop("statistics", None) or mp.RoutingStatistics.from_trace(trace)
+    return mp.Problem(model, topology or topology_of(2), statistics, **fields)  # type: ignore[arg-type]
+
+
+def solved(problem: mp.Problem, solver: Solver, **arguments: Any) -> mp.Plan:
+    return mp.solve(problem, solver.name, **OPTIONS.get(solver.name, {}), **arguments)
+
+
+def check(plan: mp.Plan, problem: mp.Problem, solver: Solver) -> None:
+    """The plan answers the problem, and its figures are in range. Plan's constructor has checked the table itself."""
+    assert plan.physical_to_logical.shape == (problem.model.layers, problem.num_slots)
+    held = np.bincount(plan.slot_device, minlength=problem.num_devices)
+    np.testing.assert_array_equal(held, problem.slots_per_device)
+    for (layer, expert), device in problem.pinned.items():
+        assert plan.device_share[layer, expert, device] == pytest.approx(1.0)
+    for (layer, expert), devices in problem.forbidden.items():
+        assert plan.device_share[layer, expert, list(devices)].max() == 0.0
+    assert plan.certificate is not None
+    assert plan.certificate.objective
+    assert np.isfinite(plan.certificate.value)
+    if plan.bound is not None:
+        assert plan.bound <= plan.certificate.value * (1 + 1e-9) + 1e-12
+        assert plan.gap is not None
+        assert 0.0 <= plan.gap <= 1.0 + 1e-9
+    assert plan.provenance.solver == solver.name
+    assert plan.provenance.version == mp.__version__
+    assert plan.provenance.trace_fingerprint == problem.statistics.fingerprint
+
+
+def solve_or_refuse(problem: mp.Problem, solver: Solver) -> mp.Plan | None:
+    """A checked plan, or None after a refusal that names a solver which can."""
+    try:
+        plan = solved(problem, solver)
+    except mp.UnsupportedError as error:
+        refusal = str(error)
+    else:
+        check(plan, problem, solver)
+        return plan
+    named = [other.name for other in SOLVERS if other is not solver and other.name in refusal]
+    assert named, f"the refusal names no solver that can: {refusal}"
+    return None
+
+
+@pytest.mark.parametrize("solver", EVERY)
+@pytest.mark.parametrize("execution", ["dispatch_combine", "context_coherent"])
+@pytest.mark.parametrize("node_sizes", [(2,), (1, 1), (3,)], ids=str)
+def test_solves_the_plain_problem(solver: Solver, execution: str, node_sizes: tuple[int, ...]) -> None:
+    objective = mp.Objective(execution=execution)  # type: ignore[arg-type]
+    problem = problem_of(topology=topology_of(*node_sizes), objective=objective)
+    plan = solved(problem, solver, seed=3)
+    check(plan, problem, solver)
+    assert plan.provenance.seed == 3
+    assert plan.provenance.seconds > 0
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_same_seed_gives_the_same_plan(solver: Solver) -> None:
+    problem = problem_of(topology=topology_of(1, 1))
+    one, two = (solved(problem, solver, seed=5) for _ in range(2))
+    assert one.fingerprint == two.fingerprint
+    assert one.certificate == two.certificate
+
+
+FEATURES = {
+    "replicas": ({"slots": 8}, {Feature.REPLICAS}),
+    "a replica on every device": ({"slots": 12}, {Feature.REPLICAS}),
+    "uneven slots": ({"device_slots": [4, 2]}, {Feature.UNEVEN_SLOTS}),
+    "an empty device": ({"device_slots": [6, 0]}, {Feature.UNEVEN_SLOTS}),
+    "uneven replicas": ({"slots": 7}, {Feature.REPLICAS, Feature.UNEVEN_SLOTS}),
+    "pinned": ({"pinned": {(0, 0): 1, (2, 5): 0}, "forbidden": {(1, 3): [0]}}, {Feature.PINNED}),
+}
+
+
+@pytest.mark.parametrize("solver", EVERY)
+@pytest.mark.parametrize("asked", FEATURES)
+def test_features_are_honoured_or_refused_by_name(solver: Solver, asked: str) -> None:
+    fields, features = FEATURES[asked]
+    problem = problem_of(**fields)
+    assert required_features(problem) == features
+    if features <= solver.supports:
+        check(solved(problem, solver), problem, solver)
+        return
+    able = [other.name for other in SOLVERS if features <= other.supports]
+    with pytest.raises(mp.UnsupportedError, match=f"solver '{solver.name}' does not support") as refusal:
+        solved(problem, solver)
+    assert all(name in str(refusal.value) for name in able)
+    assert able or "no solver does all" in str(refusal.value)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+@pytest.mark.parametrize("experts", [7, 2])
+def test_experts_that_do_not_divide_over_devices_work_or_name_who_can(solver: Solver, experts: int) -> None:
+    problem = problem_of(routing(experts=experts), topology_of(3))
+    plan = solve_or_refuse(problem, solver)
+    assert (plan is not None) == (Feature.UNEVEN_SLOTS in solver.supports)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_layers_without_tokens_are_placed_too(solver: Solver) -> None:
+    statistics = mp.RoutingStatistics.from_trace(routing())
+    load, transitions = statistics.load.copy(), statistics.total_transitions[None].copy()
+    load[:, 1], transitions[:] = 0, 0
+    problem = problem_of(
+        statistics=replace(statistics, load=load, transitions=transitions, workloads=("",), coactivation=None)
+    )
+    check(solved(problem, solver), problem, solver)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+@pytest.mark.parametrize(
+    ("layers", "experts", "top_k", "node_sizes"), [(1, 6, 2, (2,)), (3, 6, 1, (2,)), (3, 6, 6, (2,)), (3, 6, 2, (1,))]
+)
+def test_the_smallest_and_largest_cases_are_solved(
+    solver: Solver, layers: int, experts: int, top_k: int, node_sizes: tuple[int, ...]
+) -> None:
+    problem = problem_of(routing(experts, layers, top_k), topology_of(*node_sizes))
+    check(solved(problem, solver), problem, solver)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+@pytest.mark.parametrize("node_sizes", [(2, 1), (4, 2)], ids=str)
+def test_nodes_of_unequal_size_are_solved_or_refused_by_name(solver: Solver, node_sizes: tuple[int, ...]) -> None:
+    solve_or_refuse(problem_of(topology=topology_of(*node_sizes)), solver)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_counts_alone_suffice_or_what_is_missing_is_said(solver: Solver) -> None:
+    counts = np.random.default_rng(0).integers(1, 100, size=(LAYERS, EXPERTS))
+    problem = problem_of(statistics=mp.RoutingStatistics.from_counts(counts, top_k=2))
+    if not solver.needs:
+        check(solved(problem, solver), problem, solver)
+        return
+    wanted = "transitions" if Needs.TRANSITIONS in solver.needs else "token sample"
+    with pytest.raises(mp.UnsupportedError, match=rf"loads only, .*{wanted}.* is needed"):
+        solved(problem, solver)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_an_unknown_option_is_refused_with_the_nearest_name(solver: Solver) -> None:
+    options = [name for name in inspect.signature(solver.solve).parameters if name not in ("problem", "budget")]
+    with pytest.raises(mp.InputError, match=f"solver '{solver.name}' has no option") as refusal:
+        mp.solve(problem_of(), solver.name, **{f"{options[0]}_" if options else "anything": 1})
+    assert (f"did you mean {options[0]!r}" if options else "it takes none") in str(refusal.value)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_progress_is_reported_in_order_and_in_range(solver: Solver) -> None:
+    heard: list[Progress] = []
+    plan = solved(problem_of(), solver, progress=heard.append)
+    assert [news.seconds for news in heard] == sorted(news.seconds for news in heard)
+    for news in heard:
+        if news.value is not None and news.bound is not None:
+            assert news.bound <= news.value * (1 + 1e-6) + 1e-9
+    assert len(plan.provenance.history) <= len(heard)
+
+
+@pytest.mark.parametrize("solver", EVERY)
+def test_plans_survive_their_file(solver: Solver, tmp_path: pytest.TempPathFactory) -> None:
+    plan = solved(problem_of(), solver)
+    plan.save(f"{tmp_path}/plan.json")
+    read = mp.Plan.load(f"{tmp_path}/plan.json")
+    assert read.fingerprint == plan.fingerprint
+    assert read.certificate == plan.certificate
+    assert read.provenance == plan.provenance
+
+
+def test_names_are_unique_and_listed_in_the_order_of_comparisons() -> None:
+    names = mp.solver_names()
+    assert len(set(names)) == len(names)
+    order = ["contiguous", "round_robin", "random", "eplb", "exflow", "moetuner", "chain"]
+    assert [name for name in names if name in order] == [name for name in order if name in names]
+
+
+def test_an_unknown_solver_names_the_nearest() -> None:
+    with pytest.raises(mp.InputError, match=r"solver 'elpb' is unknown; did you mean 'eplb'\?"):
+        mp.solve(problem_of(), "elpb")
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_a_time_limit_must_be_positive(seconds: float) -> None:
+    with pytest.raises(mp.InputError, match="must be positive"):
+        mp.solve(problem_of(), "contiguous", seconds=seconds)
