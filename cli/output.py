@@ -7,9 +7,12 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 Format = Callable[[Any], str]
 
@@ -114,14 +117,32 @@ def quantity(unit: str) -> Format:
 
 
 def _print(table: Table) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     terminal = sys.stdout.isatty()
     # In a pipe nothing is cut or wrapped: the reader is a file or a tool.
     console = Console(file=sys.stdout, width=None if terminal else 10_000, highlight=False, soft_wrap=not terminal)
+    if table.columns:
+        shown = _laid_out(table)
+        if any(column.title for column in table.columns):
+            wide = console.options.update(width=10_000)
+            turned = _laid_out(_turned(table))
+            width, width_turned = (console.measure(way, options=wide).maximum for way in (shown, turned))
+            if width > console.width and width_turned < width:
+                # A line a figure, a column a row. What is too wide both ways the terminal wraps.
+                shown, width = turned, width_turned
+            console.width = max(console.width, width)
+        console.print(shown)
+    for line in table.footnotes:
+        console.print(Text(line))
+
+
+def _laid_out(table: Table) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
     headed = any(column.title for column in table.columns)
     shown = RichTable(
         box=box.SIMPLE_HEAD if headed else None,
@@ -135,10 +156,19 @@ def _print(table: Table) -> None:
         shown.add_column(Text(column.title), justify=justify, vertical="bottom" if headed else "top")
     for row in table.rows:
         shown.add_row(*(Text(_cell(row.get(column.key), column.write)) for column in table.columns))
-    if table.columns:
-        console.print(shown)
-    for line in table.footnotes:
-        console.print(Text(line))
+    return shown
+
+
+def _turned(table: Table) -> Table:
+    """The table with rows and columns exchanged."""
+    first, *others = table.columns
+    heads = [Column(str(i), _cell(row.get(first.key), first.write)) for i, row in enumerate(table.rows)]
+    rows = [
+        {"": column.title.replace("\n", " ")}
+        | {str(i): _cell(row.get(column.key), column.write) for i, row in enumerate(table.rows)}
+        for column in others
+    ]
+    return Table([Column("", first.title, right=False), *heads], rows, table.title)
 
 
 def _cell(value: Any, write: Format) -> str:

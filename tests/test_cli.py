@@ -202,3 +202,20 @@ def test_tables_in_a_pipe_are_not_cut(capsys: pytest.CaptureFixture[str]) -> Non
 
     emit([], Table([Column("a", "a", right=False)], [{"a": "x" * 500}]), as_json=False)
     assert "x" * 500 in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_gets_every_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moeplace.cli.output import emit
+
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    columns = [Column("name", "plan", right=False)] + [Column(f"f{i}", f"figure\nnumber {i}") for i in range(12)]
+    rows = [{"name": name} | {f"f{i}": f"{name}{i:04}" for i in range(12)} for name in ("a", "b")]
+    emit([], Table(columns, rows), as_json=False)
+    shown = capsys.readouterr().out
+    assert all(str(value) in shown for row in rows for value in row.values())
+    assert max(map(len, shown.splitlines())) <= 60
