@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
@@ -59,11 +60,6 @@ class Comparison:
     @property
     def baseline(self) -> Entry:
         return self.entries[0]
-
-    def best(self, kind: str) -> Entry:
-        """The entry with the least of what the objective asks, on one kind of steps."""
-        solved = [entry for entry in self.entries if kind in entry.evaluations]
-        return min(solved, key=lambda entry: self.risk(entry, kind))
 
     def risk(self, entry: Entry, kind: str) -> float:
         """The objective's figure in seconds; regret is measured against the best of these plans on each workload."""
@@ -155,7 +151,7 @@ def judge(entry: Entry, problem: Problem, steps: dict[str, Steps], update: Updat
             evaluations[kind] = evaluate(entry.plan, replayed, problem)
         except MoeplaceError as error:
             raise InputError(f"plan {entry.name!r}: {error}") from None
-    return Entry(entry.name, entry.plan, evaluations, given=entry.given)
+    return replace(entry, evaluations=evaluations)
 
 
 def compare(
@@ -176,5 +172,16 @@ def compare(
     entries = [solve_entry(wanted[0], problem, seconds, seed, update)]
     entries += [Entry(name, plan, given=True) for name, plan in given]
     entries += [solve_entry(choice, problem, seconds, seed, update) for choice in wanted[1:]]
-    judged = tuple(judge(entry, problem, steps, update) for entry in entries)
+    judged = tuple(judge(entry, problem, steps, update) for entry in _told_apart(entries))
     return Comparison(problem, steps, parted, judged, seed)
+
+
+def _told_apart(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries with different names: a plan file may be called as a solver is, or as another file."""
+    seen: Counter[str] = Counter()
+    result = []
+    for entry in entries:
+        seen[entry.name] += 1
+        repeated = seen[entry.name] > 1
+        result.append(replace(entry, name=f"{entry.name} ({seen[entry.name]})") if repeated else entry)
+    return result

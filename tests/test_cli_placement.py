@@ -223,3 +223,15 @@ def test_solvers_of_step_times_are_told_which_steps(trace: Path, tmp_path: Path)
     assert run(*base, "--decode", "16").code == 0
     assert {"batch": "decode", "step_tokens": 16}.items() <= mp.Plan.load(path).provenance.options.items()
     assert run(*base, "--decode", "16", "--prefill", "32").code == 2
+
+
+def test_plans_of_one_name_are_told_apart(trace: Path, plan: Path, tmp_path: Path) -> None:
+    twin, solver = tmp_path / "other" / "plan.json", tmp_path / "round_robin.json"
+    twin.parent.mkdir()
+    for copy in (twin, solver):
+        copy.write_bytes(plan.read_bytes())
+    done = run(
+        "compare", trace, *CLUSTER, *JUDGED, "--solvers", "round_robin", "--plans", f"{plan},{twin},{solver}", "--json"
+    )
+    names = [row["solver"] for row in done.data["rows"]]
+    assert names == ["contiguous", "plan", "plan (2)", "round_robin", "round_robin (2)"]
