@@ -170,7 +170,7 @@ def _check_placements(space: PlacementSpace, neighbours: bool) -> None:
     if states > MAX_STATES or (neighbours and (space.count > MAX_PLACEMENTS or space.count * states > MAX_PAIRS)):
         raise UnsupportedError(
             f"chain: {sum(space.slots)} experts fill slots {list(space.slots)} in {space.count:,} ways a layer "
-            f"({states:,} up to renaming devices), too many to go through; use exflow or moetuner"
+            f"({states:,} up to renaming devices), too many to go through; use search, exflow or moetuner"
         )
 
 
@@ -185,5 +185,5 @@ def _check_step_size(problem: Problem, space: PlacementSpace, steps: Steps) -> N
             f"chain: {space.count:,} placements a layer ({space.count_representatives:,} up to renaming devices) on "
             f"{steps.num_steps} steps and {layers} layers need {figures:,} figures, {MAX_STEP_FIGURES:,} at most; "
             + (f"ask for fewer steps (steps={fit} fits), " if fit else "")
-            + "minimise='transitions', or use exflow or moetuner"
+            + "minimise='transitions', or use search, exflow or moetuner"
         )

@@ -95,7 +95,7 @@ def check_time(budget: Budget, layer: int, layers: int) -> None:
     if budget.spent:
         raise SolveError(
             f"chain had come to layer {layer} of {layers} when its {budget.seconds} s ran out, and has no plan before "
-            "the last; give it more time, or use a solver that stops early (exflow, moetuner)"
+            "the last; give it more time, or use a solver that stops early (search, exflow, moetuner)"
         )
     budget.report(None, None, f"layer {layer} of {layers}")
 
