@@ -1,5 +1,6 @@
 """Expert placement for mixture-of-experts models: record routing, solve, judge on held-out steps, export."""
 
+from .placement.decide import Decision, Verdict, decide
 from .placement.errors import FileFormatError, InputError, MoeplaceError, SolveError, StoreError, UnsupportedError
 from .placement.evaluate import Evaluation, evaluate
 from .placement.model import ModelSpec
@@ -17,6 +18,7 @@ from .solvers import solve, solver_names
 
 __all__ = [
     "Certificate",
+    "Decision",
     "Device",
     "Evaluation",
     "FileFormatError",
@@ -35,8 +37,10 @@ __all__ = [
     "StoreError",
     "Topology",
     "UnsupportedError",
+    "Verdict",
     "__version__",
     "aggregate",
+    "decide",
     "evaluate",
     "export_plan",
     "profile",

@@ -1,0 +1,186 @@
+"""Keep the plan in force, or apply a candidate? A paired bootstrap on held-out routing, with the migration charged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+from .evaluate import evaluate
+from .migration import Migration, migration
+from .plan import Plan
+from .problem import Problem
+from .risk import risk_value
+from .steps import Steps
+from .trace import RoutingTrace
+
+FloatArray = npt.NDArray[np.float64]
+
+RESAMPLED_STEPS = 50
+"""Steps built from each draw of sequences: beyond these, the sequences drawn and not the steps decide the figure."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One candidate against the plan in force, in seconds of the objective's figure a step.
+
+    gain: saved on all held-out routing. gain_low, gain_high: ends of its confidence interval. payback_steps: steps until
+    the gain has paid the migration's stall, and at the interval's lower end (infinite where that end is not positive).
+    """
+
+    current: float
+    candidate: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    migration: Migration
+    payback_steps: float
+    payback_steps_high: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """keep, or apply candidate number `chosen`, and why; a verdict for each candidate."""
+
+    action: Literal["keep", "apply"]
+    chosen: int | None
+    reason: str
+    verdicts: tuple[Verdict, ...]
+    confidence: float
+    horizon_steps: float
+
+
+def decide(
+    current: Plan,
+    candidates: Sequence[Plan],
+    held: RoutingTrace | Steps,
+    problem: Problem,
+    *,
+    concurrency: int = 128,
+    resamples: int = 200,
+    confidence: float = 0.95,
+    horizon_steps: float = 100_000.0,
+    bytes_per_expert: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Decision:
+    """Judges candidates on held-out routing; keeping is always one of the choices.
+
+    held: a trace, whose sequences are drawn with replacement `resamples` times, each draw made into decode steps of
+    `concurrency` tokens that all plans replay (tokens of a sequence are alike: sequences, not steps, are independent);
+    or steps, which are then taken to be independent draws themselves.
+    confidence: of the intervals, one-sided at their lower end, shared among the candidates (Bonferroni).
+    horizon_steps: for how many steps the choice is expected to stand. A candidate is applied when the lower end of its
+    gain is positive and pays the migration back within them; of several, the one that saves most.
+    bytes_per_expert: what travels an expert; default its weights. progress: called with the draws done.
+
+    Raises:
+        InputError: no candidate, a level out of range, too few resamples for it, plans of another model or cluster.
+    """
+    if not candidates:
+        raise InputError("decide needs at least one candidate plan")
+    if not 0.5 <= confidence < 1.0:
+        raise InputError(f"confidence ({confidence}) must be at least 0.5 and below 1")
+    if not horizon_steps > 0:
+        raise InputError(f"horizon_steps ({horizon_steps}) must be positive")
+    tail = (1.0 - confidence) / len(candidates)
+    if resamples * tail < 1.0:
+        raise InputError(
+            f"resamples ({resamples}) are too few for {len(candidates)} candidates at confidence {confidence}; "
+            f"at least {int(np.ceil(1.0 / tail))} are needed"
+        )
+    moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
+    figures = _figures([current, *candidates], held, problem, concurrency, resamples, seed, progress)
+    verdicts = tuple(_verdict(figures[0], figures[i + 1], moves[i], tail) for i in range(len(candidates)))
+    saved = [verdict.gain_low * horizon_steps - verdict.migration.seconds for verdict in verdicts]
+    best = int(np.argmax(saved))
+    chosen = best if saved[best] > 0 and verdicts[best].gain_low > 0 else None
+    return Decision(
+        action="keep" if chosen is None else "apply",
+        chosen=chosen,
+        reason=_reason(verdicts[best], chosen is not None, confidence, horizon_steps),
+        verdicts=verdicts,
+        confidence=confidence,
+        horizon_steps=horizon_steps,
+    )
+
+
+def _figures(
+    plans: Sequence[Plan],
+    held: RoutingTrace | Steps,
+    problem: Problem,
+    concurrency: int,
+    resamples: int,
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> FloatArray:
+    """[plans, 1 + resamples] the objective's figure of each plan, on all of `held` and then on each draw."""
+    rng = np.random.default_rng(seed)
+    steps = held if isinstance(held, Steps) else held.decode_steps(concurrency, steps=200, seed=seed)
+    whole = [evaluate(plan, steps, problem) for plan in plans]
+    # Regret compares with each workload's best plan at hand.
+    best = np.min([_workload_means(e.step_seconds, e.step_workload, len(steps.workloads)) for e in whole], axis=0)
+    result = np.empty((len(plans), resamples + 1))
+    result[:, 0] = [evaluation.risk(best) for evaluation in whole]
+    for draw in range(1, resamples + 1):
+        if isinstance(held, Steps):
+            chosen = rng.integers(held.num_steps, size=held.num_steps)
+            result[:, draw] = [
+                risk_value(e.step_seconds[chosen], e.step_workload[chosen], problem.objective, best) for e in whole
+            ]
+        else:
+            drawn = _redraw_sequences(held, rng).decode_steps(concurrency, RESAMPLED_STEPS, seed + draw)
+            result[:, draw] = [evaluate(plan, drawn, problem).risk(best) for plan in plans]
+        if progress is not None:
+            progress(draw)
+    return result
+
+
+def _workload_means(seconds: FloatArray, workload: npt.NDArray[np.int64], count: int) -> FloatArray:
+    """[W] mean step seconds of each workload, 0 where it has no step."""
+    return np.bincount(workload, weights=seconds, minlength=count) / np.maximum(
+        np.bincount(workload, minlength=count), 1
+    )
+
+
+def _redraw_sequences(trace: RoutingTrace, rng: np.random.Generator) -> RoutingTrace:
+    """As many whole sequences as the trace has, drawn with replacement; a repeated one counts as another sequence."""
+    order = np.argsort(trace.sequence, kind="stable")
+    _, starts, lengths = np.unique(trace.sequence[order], return_index=True, return_counts=True)
+    chosen = rng.integers(len(starts), size=len(starts))
+    tokens = np.concatenate([order[starts[i] : starts[i] + lengths[i]] for i in chosen])
+    return replace(trace.select(tokens), sequence=np.repeat(np.arange(len(chosen)), lengths[chosen]))
+
+
+def _verdict(current: FloatArray, candidate: FloatArray, moved: Migration, tail: float) -> Verdict:
+    gains = current - candidate
+    low, high = np.quantile(gains[1:], [tail, 1.0 - tail])
+    gain = float(gains[0])
+    # Where the draws lie above the figure on everything, believe the smaller of the two.
+    low = min(float(low), gain)
+    return Verdict(
+        current=float(current[0]),
+        candidate=float(candidate[0]),
+        gain=gain,
+        gain_low=low,
+        gain_high=max(float(high), gain),
+        migration=moved,
+        payback_steps=moved.seconds / gain if gain > 0 else float("inf"),
+        payback_steps_high=moved.seconds / low if low > 0 else float("inf"),
+    )
+
+
+def _reason(verdict: Verdict, applied: bool, confidence: float, horizon: float) -> str:
+    gain = verdict.gain / verdict.current
+    low, high = verdict.gain_low / verdict.current, verdict.gain_high / verdict.current
+    measured = f"saves {gain:.2%} of the figure ({confidence:.0%} interval {low:.2%} to {high:.2%})"
+    cost = f"moving {verdict.migration.bytes_moved / 1e9:.2f} GB takes {verdict.migration.seconds:.3g} s"
+    if applied:
+        return f"{measured}; {cost}, paid back within {verdict.payback_steps_high:,.0f} steps"
+    if verdict.gain_low <= 0:
+        return f"no candidate is proven better: the best {measured}"
+    return f"the best candidate {measured}, but {cost}, not paid back within {horizon:,.0f} steps"

@@ -1,0 +1,92 @@
+"""What it takes to go from one plan to another: which experts travel, how many bytes, for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+from .plan import Plan
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Migration:
+    """Experts that must reach a device that does not hold them yet.
+
+    layer, expert, source, target: [M] one entry a move, sources chosen inside the target's node where one holds the
+    expert, the least busy one first. bytes_moved: weights alone. seconds: on the links of the topology, all at once.
+    """
+
+    layer: IntArray
+    expert: IntArray
+    source: IntArray
+    target: IntArray
+    bytes_moved: float
+    seconds: float
+
+    @property
+    def moves(self) -> int:
+        return len(self.layer)
+
+
+def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
+    """The moves from `current` to `candidate` on the same devices.
+
+    bytes_per_expert: what travels an expert; default its weights (training adds optimizer state).
+
+    Raises:
+        InputError: the plans are for different models or numbers of devices.
+    """
+    if current.model.experts != candidate.model.experts or current.moe_layers != candidate.moe_layers:
+        raise InputError("the two plans place different models; a migration needs the same experts and layers")
+    topology = candidate.topology
+    if current.topology.num_devices != topology.num_devices:
+        raise InputError(
+            f"the plan in force is for {current.topology.num_devices} devices, the candidate for {topology.num_devices}"
+        )
+    size = candidate.model.bytes_per_expert if bytes_per_expert is None else bytes_per_expert
+    held, wanted = _holds(current), _holds(candidate)
+    layers, experts, targets = np.nonzero(wanted & ~held)
+    sources = np.empty(len(layers), dtype=np.int64)
+    sent = np.zeros(topology.num_devices)
+    for i, (layer, expert, target) in enumerate(zip(layers, experts, targets, strict=True)):
+        holders = np.flatnonzero(held[layer, expert])
+        near = holders[topology.node_of[holders] == topology.node_of[target]]
+        choice = near if len(near) else holders
+        sources[i] = choice[np.argmin(sent[choice])]
+        sent[sources[i]] += 1
+    moved = Migration(layers, experts, sources, targets, float(len(layers) * size), 0.0)
+    return Migration(layers, experts, sources, targets, moved.bytes_moved, _seconds(moved, candidate, size))
+
+
+def _holds(plan: Plan) -> npt.NDArray[np.bool_]:
+    """[L, E, G] whether a device has a slot of the expert."""
+    layers, slots = plan.physical_to_logical.shape
+    held = np.zeros((layers, plan.model.experts, plan.topology.num_devices), dtype=bool)
+    held[np.repeat(np.arange(layers), slots), plan.physical_to_logical.ravel(), np.tile(plan.slot_device, layers)] = (
+        True
+    )
+    return held
+
+
+def _seconds(moved: Migration, plan: Plan, size: float) -> float:
+    topology = plan.topology
+    node = topology.node_of
+    crossing = node[moved.source] != node[moved.target]
+    devices, nodes = topology.num_devices, topology.num_nodes
+    intra = np.maximum(
+        np.bincount(moved.source[~crossing], minlength=devices), np.bincount(moved.target[~crossing], minlength=devices)
+    )
+    inter = np.maximum(
+        np.bincount(node[moved.source[crossing]], minlength=nodes),
+        np.bincount(node[moved.target[crossing]], minlength=nodes),
+    )
+    slowest: float = max(
+        float((intra * size / topology.intra_bandwidth).max()), float((inter * size / topology.inter_bandwidth).max())
+    )
+    return slowest
