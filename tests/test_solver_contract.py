@@ -194,6 +194,21 @@ def test_progress_is_reported_in_order_and_in_range(solver: Solver) -> None:
     assert len(plan.provenance.history) <= len(heard)
 
 
+@pytest.mark.parametrize("execution", ["dispatch_combine", "context_coherent"])
+def test_what_one_solver_proves_holds_for_the_plans_of_all(execution: str) -> None:
+    problem = problem_of(topology=topology_of(3), objective=mp.Objective(execution=execution))  # type: ignore[arg-type]
+    bounds: dict[str, float] = {}
+    values: dict[str, float] = {}
+    for solver in SOLVERS:
+        certificate = solved(problem, solver).certificate
+        assert certificate is not None
+        name, value, bound = certificate.objective, certificate.value, certificate.bound
+        values[name] = min(values.get(name, np.inf), value)
+        bounds[name] = max(bounds.get(name, -np.inf), -np.inf if bound is None else bound)
+    for name, bound in bounds.items():
+        assert bound <= values[name] + 1e-9, name
+
+
 @pytest.mark.parametrize("solver", EVERY)
 def test_plans_survive_their_file(solver: Solver, tmp_path: pytest.TempPathFactory) -> None:
     plan = solved(problem_of(), solver)
