@@ -54,8 +54,11 @@ app = typer.Typer(
     "  moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solver search -o plan.json\n"
     "  moeplace export plan.json --for sglang -o init_expert_location.json",
 )
+# What follows the script's name is the script's own, options included.
+app.command("profile", no_args_is_help=True, context_settings={"allow_interspersed_args": False})(
+    grouped(profile_command)
+)
 for name, command in (
-    ("profile", profile_command),
     ("import", import_command),
     ("stats", stats_command),
     ("solve", solve_command),
