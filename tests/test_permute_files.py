@@ -291,28 +291,31 @@ def test_an_order_exists_exactly_when_some_exchange_inside_devices_keeps_groups(
 
 
 STREAM = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 import numpy as np
 import moeplace as mp
 from moeplace.runtime.permute import permute_checkpoint
+def peak():  # kilobytes; unlike ru_maxrss it does not inherit the parent's peak
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 spec = mp.ModelSpec.from_config(folder)
 table = np.stack([np.random.default_rng(layer).permutation(spec.experts) for layer in range(spec.layers)])
 plan = mp.Plan(spec, mp.Topology.preset("h100-hgx"), table, np.repeat(np.arange(8), spec.experts // 8))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 permute_checkpoint(folder, plan, out)
-print(json.dumps({"before": before, "after": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+print(json.dumps({"before": before, "after": peak()}))
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory of a process is read from /proc")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """Sparse files of 256 MB and tensors of 32 MB go through in less memory than one tensor."""
+    """Files of 134 MB in all, with tensors of 17 MB, go through in less memory than one tensor takes."""
     folder = tmp_path / "model"
     folder.mkdir()
     shapes = {
-        "experts.gate_up_proj": [32, 512, 512],
-        "experts.down_proj": [32, 512, 512],
+        "experts.gate_up_proj": [32, 256, 512],
+        "experts.down_proj": [32, 256, 512],
         "gate.weight": [32, 512],
     }
     weight_map = {}
@@ -339,5 +342,5 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
         timeout=120,
     )
     figures = json.loads(done.stdout)
-    assert (figures["after"] - figures["before"]) * 1024 < 24e6
+    assert (figures["after"] - figures["before"]) * 1024 < 14e6
     assert (tmp_path / "out" / "3.safetensors").stat().st_size == (folder / "3.safetensors").stat().st_size
