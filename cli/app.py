@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from ..placement.errors import MoeplaceError
 from .commands.compare import compare_command
+from .commands.decide import decide_command
 from .commands.evaluate import evaluate_command
 from .commands.export import export_command
 from .commands.import_routing import import_command
@@ -64,6 +65,7 @@ for name, command in (
     ("solve", solve_command),
     ("evaluate", evaluate_command),
     ("compare", compare_command),
+    ("decide", decide_command),
     ("report", report_command),
     ("export", export_command),
 ):

@@ -50,6 +50,18 @@ def test_every_command_that_prints_results_has_json() -> None:
 
 
 def test_the_program_lists_the_commands_users_are_told_of() -> None:
-    wanted = {"profile", "import", "stats", "topology", "solve", "evaluate", "compare", "export", "plans", "report"}
+    wanted = {
+        "profile",
+        "import",
+        "stats",
+        "topology",
+        "solve",
+        "evaluate",
+        "compare",
+        "decide",
+        "export",
+        "plans",
+        "report",
+    }
     assert wanted == {name.split()[1] for name in COMMANDS}
     assert app.info.name == "moeplace"
