@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import UnsupportedError
@@ -34,9 +35,11 @@ class ForwardHooks:
         *,
         every_layer: bool,
         keep_weights: bool,
+        on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self._model, self._sites, self._deliver, self._workload = model, sites, deliver, workload
         self._every_layer, self._keep_weights = every_layer, keep_weights
+        self._on_error, self._failed = on_error, False
         self._reader = BatchReader(model)
         self._open: StepRouting | None = None
         self._owner: Module | None = None
@@ -159,14 +162,16 @@ class ForwardHooks:
         self._undo.append(lambda: setattr(root, "_compiled_call_impl", compiled))
 
     def _begin(self, module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if _in_backward() or (self._open is not None and self._owner is not module):
+        if self._failed or _in_backward() or (self._open is not None and self._owner is not module):
             return
-        self._open = StepRouting(self._sites, self._reader.read(args, kwargs), keep_weights=self._keep_weights)
-        self._owner = module
+        with self._reporting():
+            self._open = StepRouting(self._sites, self._reader.read(args, kwargs), keep_weights=self._keep_weights)
+            self._owner = module
 
     def _route(self, slot: int, ids: Tensor, weights: Tensor | None) -> None:
         if self._open is not None and not _in_backward():
-            self._open.add(slot, ids, weights)
+            with self._reporting():
+                self._open.add(slot, ids, weights)
 
     def _end(self, module: Module, output: Any) -> None:
         if self._open is None or self._owner is not module or _in_backward():
@@ -174,12 +179,24 @@ class ForwardHooks:
         routing, self._open, self._owner = self._open, None, None
         if output is None and not routing.complete:
             return  # the forward raised; what it had routed so far is no step
-        step = routing.finish(self.steps, self._workload())
-        self._check_seen(step)
-        assert step is not None
-        self._reader.finish(routing.batch, output)
-        self.steps += 1
-        self._deliver(step)
+        with self._reporting():
+            step = routing.finish(self.steps, self._workload())
+            self._check_seen(step)
+            assert step is not None
+            self._reader.finish(routing.batch, output)
+            self._deliver(step)
+            self.steps += 1
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Errors go to the script that called the model, or, where it knows nothing of recording, to `on_error`."""
+        try:
+            yield
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._failed, self._open = True, None
+            self._on_error(error)
 
     def _check_seen(self, step: Step | None) -> None:
         if step is not None and (all(step.routed) or not self._every_layer):

@@ -147,7 +147,7 @@ def _signature(model: Module) -> inspect.Signature:
     signature = inspect.signature(model.forward)
     if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
         for name in WRAPPERS:
-            inner = getattr(model, name, None)
+            inner: Any = getattr(model, name, None)
             if callable(getattr(inner, "forward", None)):
                 return _signature(inner)
     return signature

@@ -227,9 +227,10 @@ class CountSink:
         self._closed = True
         self._end_window()
         group = process_group()
+        if not self._counts.windows and (group is None or failed or not self._reduce):
+            return
         if self._world == 1 and self._reduce:
-            if self._counts.windows:
-                self._write(self._counts)
+            self._write(self._counts)
         elif group is None or failed or not self._reduce:
             part = partial_path(self._path, self._rank)
             self._counts.save(part)

@@ -92,18 +92,16 @@ class TokenSink:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+            raise self._error
 
     def _write_steps(self) -> None:
-        broken = False
         while (item := self._queue.get()) is not None:
-            if broken:
+            if self._error is not None:
                 continue  # keep taking, so that the model's thread is never left waiting
             try:
                 self._write(item)
             except Exception as error:  # noqa: BLE001 - handed to the thread that records
-                self._error, broken = error, True
+                self._error = error
 
     def _write(self, item: _Copy) -> None:
         for event in item.ready:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -85,6 +85,8 @@ class Recorder:
     workload: tag of the forward calls that follow; may be set at any time. model_spec: from the model's Transformers
     config, None without one. moe_layers: absolute indices of the layers recorded.
     trace_path: the folder of shards (mode "tokens"); statistics_path: the .npz (mode "counts"); the other is None.
+    on_error: set before entering, is given an error of recording instead of the code that called the model; the
+    recording then stops, what was complete is kept, and the model goes on.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Recorder:
         self._sample, self._window_steps, self._reduce = sample, window_steps, reduce
         self._hooks: ForwardHooks | None = None
         self._sink: TokenSink | CountSink | None = None
+        self.on_error: Callable[[Exception], None] | None = None
         self.workload = workload
         self.model_spec: ModelSpec | None = spec_of(model, self._sites)
         self.moe_layers = tuple(site.layer for site in self._sites)
@@ -154,6 +157,7 @@ class Recorder:
             lambda: self.workload,
             every_layer=self._mode == "tokens",
             keep_weights=self._mode == "tokens",
+            on_error=self.on_error,
         )
         try:
             self._hooks.attach()
@@ -186,7 +190,8 @@ class Recorder:
         try:
             self._sink.close(failed=True)
         except Exception as second:  # noqa: BLE001 - the first error is the one to see
-            error.add_note(f"moeplace: closing the recording failed as well: {second}")
+            if second is not error:
+                error.add_note(f"moeplace: closing the recording failed as well: {second}")
 
     def _open_sink(self, rank: int, world: int) -> TokenSink | CountSink:
         if self.trace_path is not None:
