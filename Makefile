@@ -38,7 +38,7 @@ types: $(VENV)/.test
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml ../../examples/*.py
 
 unit: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
