@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from small_models import olmoe, tokens
+from torch.distributed.fsdp import fully_shard
 
 from moeplace.profiler.profile import profile
 
@@ -50,6 +51,14 @@ def main(out: Path, rendezvous: str) -> None:
             raise KeyError("the script's own")
     except KeyError:
         pass
+    sharded = olmoe(use_cache=False)
+    for layer in sharded.model.layers:
+        fully_shard(layer.mlp.experts)
+        fully_shard(layer)
+    fully_shard(sharded)
+    with profile(sharded, out / "sharded"):
+        for step in range(3):
+            sharded(input_ids=batch(rank, step), labels=batch(rank, step)).loss.backward()
     dist.barrier()
     dist.destroy_process_group()
 

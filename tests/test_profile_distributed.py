@@ -66,6 +66,13 @@ def load(trace: mp.RoutingTrace) -> np.ndarray:
     return mp.RoutingStatistics.from_trace(trace).total_load
 
 
+def test_fully_sharded_models_are_recorded_like_whole_ones(out: Path, alone: dict) -> None:
+    trace = read_trace(out / "sharded")
+    for rank in range(RANKS):
+        whole = np.concatenate([alone[rank, step].expert_ids for step in range(3)])
+        np.testing.assert_array_equal(trace.expert_ids[trace.source == rank], whole)
+
+
 def test_each_rank_writes_its_own_shards_and_they_read_as_one_trace(out: Path, alone: dict) -> None:
     assert {path.name.split("-")[0] for path in (out / "tokens").iterdir()} == {f"rank{r:05d}" for r in range(RANKS)}
     trace = read_trace(out / "tokens")
