@@ -19,7 +19,7 @@ from .trace import RoutingTrace
 PAIR_TABLE_LIMIT = 1 << 29
 """Entries of co-activation and transition tables over all workloads (8 bytes each)."""
 
-NARROW_COUNT_LIMIT = (1 << 32) - 1
+NARROW = np.uint32
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 Counts = npt.NDArray[np.integer[Any]]
@@ -155,8 +155,8 @@ class _PairCounts:
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
         self._experts, self._top_k = experts, top_k
-        self.together: Counts = np.zeros((layers, experts, experts), np.uint32)
-        self.onward: Counts = np.zeros((layers - 1, experts, experts), np.uint32)
+        self.together: Counts = np.zeros((layers, experts, experts), NARROW)
+        self.onward: Counts = np.zeros((layers - 1, experts, experts), NARROW)
         self.tokens = 0
         self.chunk = min(16384, max(512, (1 << 19) // top_k**2))
         self._waiting: list[Ids] = []
@@ -171,7 +171,7 @@ class _PairCounts:
 
     def _expect(self, tokens: int) -> None:
         self.tokens += tokens
-        if self.tokens > NARROW_COUNT_LIMIT and self.onward.dtype == np.uint32:
+        if self.onward.dtype == NARROW and self.tokens > np.iinfo(NARROW).max:
             self.together, self.onward = self.together.astype(np.int64), self.onward.astype(np.int64)
 
     def merge(self, other: _PairCounts) -> None:

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
+from moeplace.placement import accumulate
 from moeplace.placement.accumulate import StatisticsAccumulator, streams
 from moeplace.placement.load_windows import FIRST_WINDOW_TOKENS, MAX_WINDOWS, LoadWindows
+from moeplace.placement.token_sample import TokenSample
 
 
 @st.composite
@@ -141,6 +143,25 @@ def test_the_sample_holds_whole_sequences_in_order(gpt_oss: mp.RoutingTrace) -> 
     np.testing.assert_array_equal(order, np.arange(sample.num_tokens))
 
 
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2)), min_size=2, max_size=20), st.integers(4, 60))
+def test_merged_samples_are_the_sample_of_the_whole(units: list[tuple[int, int]], limit: int) -> None:
+    """Parts that dropped tokens on their own must not keep what the whole would have dropped."""
+    lengths, parts = np.array(units).T
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    trace = mp.RoutingTrace.from_arrays(np.zeros((len(sequence), 1, 1), int), num_experts=1, sequence=sequence)
+    whole, total = TokenSample(limit), TokenSample(limit)
+    whole.add(trace)
+    for part in range(3):
+        sample = TokenSample(limit)
+        sample.add(trace.select(np.repeat(parts, lengths) == part))
+        total.merge(sample)
+    one, other = whole.result(), total.result()
+    assert (one is None) == (other is None)
+    if one is not None and other is not None:
+        assert one.fingerprint == other.fingerprint
+
+
 def test_one_endless_sequence_still_leaves_a_sample() -> None:
     tokens = 20_000
     ids = np.random.default_rng(0).integers(0, 8, (tokens, 1, 1))
@@ -166,6 +187,24 @@ def test_windows_are_spans_of_one_workload_and_stay_few() -> None:
         assert (mine[:-1].sum(axis=(1, 2)) == width).all()
         # Experts were used one after the other, so the windows must be in time order.
         assert (np.diff(mine[:, 0].argmax(axis=1)) >= 0).all()
+
+
+@pytest.mark.parametrize("cuts", [[150_000], [10_000, 20_000], [5, 199_000], [65_536, 131_072]])
+def test_windows_of_merged_parts_are_those_of_the_whole(cuts: list[int]) -> None:
+    """Parts end with windows of different widths, some narrower than the whole's, some as wide."""
+    ids = np.random.default_rng(0).integers(0, 4, (200_000, 1, 1)).astype(np.uint8)
+    whole = LoadWindows(layers=1, experts=4)
+    whole.add((0, ""), ids)
+    total, widths = LoadWindows(layers=1, experts=4), []
+    for start, stop in pairwise([0, *cuts, len(ids)]):
+        part = LoadWindows(layers=1, experts=4, preceding={(0, ""): start})
+        part.add((0, ""), ids[start:stop])
+        widths.append(part.window_tokens)
+        total.merge(part)
+    assert len(set(widths)) > 1 or widths[0] < whole.window_tokens
+    assert total.window_tokens == whole.window_tokens == 4 * FIRST_WINDOW_TOKENS
+    for one, other in zip(total.result(("",)), whole.result(("",)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_windows_line_up_the_ranks_spans() -> None:
@@ -252,6 +291,19 @@ def test_tables_that_cannot_fit_are_refused_before_allocation() -> None:
     block = mp.RoutingTrace.from_arrays(np.full((1, 4, 1), 65535), num_experts=65536)
     with pytest.raises(mp.InputError, match="GB"):
         accumulator.add(block)
+
+
+def test_counts_past_the_narrow_type_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulate, "NARROW", np.uint8)
+    trace = mp.RoutingTrace.from_arrays(np.tile([[0, 1], [1, 0]], (600, 1, 1)), num_experts=2)
+    total = StatisticsAccumulator.like(trace)
+    for start in range(0, 600, 200):
+        part = StatisticsAccumulator.like(trace, preceding={(0, ""): start})
+        part.add(trace.select(np.arange(start, start + 200)))
+        total.merge(part)
+    statistics = total.finish()
+    np.testing.assert_array_equal(statistics.total_coactivation[0], [[0, 600], [600, 0]])
+    np.testing.assert_array_equal(statistics.total_transitions[0], [[300, 300], [300, 300]])
 
 
 def test_a_window_of_an_unknown_workload_is_refused() -> None:
