@@ -68,7 +68,7 @@ def step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> list[fl
     device_of = [{int(e): int(plan.slot_device[p]) for p, e in enumerate(row)} for row in plan.physical_to_logical]
     out = model.hidden_size * VALUE_BYTES[objective.dispatch_dtype]
     back = model.hidden_size * VALUE_BYTES[objective.combine_dtype]
-    everywhere = {g: 1.0 / topology.num_devices for g in range(topology.num_devices)}
+    everywhere = dict.fromkeys(range(topology.num_devices), 1.0 / topology.num_devices)
     result = []
     for s in range(steps.num_steps):
         block = range(int(steps.offsets[s]), int(steps.offsets[s + 1]))

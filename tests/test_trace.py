@@ -246,10 +246,20 @@ def test_decode_lanes_follow_sequences_to_their_end(
 
 def test_decoding_draws_every_sequence_before_any_twice(toy_trace: mp.RoutingTrace) -> None:
     """12 sequences of 40 tokens, 12 lanes: the first step must hold one token of each."""
-    trace = replace(toy_trace, source=toy_trace.sequence)
+    trace = replace(toy_trace, workload=toy_trace.sequence, workloads=tuple(map(str, range(12))))
     steps = trace.decode_steps(concurrency=12, steps=1, seed=3)
-    assert steps.source is not None
-    assert sorted(steps.source.tolist()) == list(range(12))
+    assert steps.workload is not None
+    assert sorted(steps.workload.tolist()) == list(range(12))
+
+
+def test_only_steps_as_recorded_keep_their_source_ranks(toy_trace: mp.RoutingTrace) -> None:
+    """A batch made from recorded sequences runs on ranks nobody recorded; its tokens are spread evenly."""
+    trace = replace(toy_trace, source=toy_trace.sequence, step=toy_trace.position)
+    assert trace.decode_steps(concurrency=4, steps=2).source is None
+    assert trace.prefill_steps(tokens=40).source is None
+    recorded = trace.recorded_steps()
+    assert recorded.source is not None
+    assert recorded.source[:12].tolist() == list(range(12))
 
 
 @quick
