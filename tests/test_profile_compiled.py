@@ -62,9 +62,7 @@ def check(recorder: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(trace, column), getattr(eager, column), err_msg=column)
 
 
-@pytest.mark.parametrize(
-    ("way", "warm"), [("function", False), ("function", True), ("method", True), ("parts", True), ("inside", False)]
-)
+@pytest.mark.parametrize(("way", "warm"), [("function", True), ("method", True), ("parts", True), ("inside", False)])
 def test_compiled_models_are_recorded_in_one_graph(way: str, warm: bool, tmp_path: Path) -> None:
     graphs, model = Graphs(), Model()
     called: Any = model
@@ -101,21 +99,17 @@ def test_compiled_code_that_cannot_know_the_recorder_is_reported(tmp_path: Path)
     model = Model()
     compiled = torch.compile(model, backend="eager")
     run(compiled)
-    with (
-        pytest.raises(mp.InputError, match="give profile the compiled module"),
-        profile(model, tmp_path / "t", **NAMED),
-    ):
+    message = "without calling blocks.1.router, blocks.3.router.*Pass the compiled module itself"
+    with pytest.raises(mp.UnsupportedError, match=message), profile(model, tmp_path / "t", **NAMED):
         run(compiled)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_transformers_model_is_recorded_while_it_trains(checkpointing: bool, tmp_path: Path) -> None:
+def test_a_compiled_transformers_model_with_checkpointing_is_recorded_once_a_forward(tmp_path: Path) -> None:
     model = olmoe(use_cache=False, experts_implementation="grouped_mm").train()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
     with profile(model, tmp_path / "eager"):
         model(input_ids=tokens(2, 8), attention_mask=mask)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compiled = torch.compile(model, backend="aot_eager")
     with profile(compiled, tmp_path / "t") as recorder:
         for _ in range(2):
