@@ -1,0 +1,117 @@
+"""CBC behind PuLP: PuLP writes the model and reads the solution; its process is kept to the time limit here.
+
+CBC looks at its clock between linear programs only, and may stay for minutes in the first one, so past the limit it
+is asked, then made, to stop. Its bound is in its log alone.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pulp
+
+from ..placement.errors import SolveError, UnsupportedError
+from .ilp import BackendRun, IlpRequest
+
+GRACE_SECONDS = 2.0
+"""Time past the limit to end by itself, and then again to write its solution once asked to."""
+
+NOTHING = 1e49
+"""CBC prints a number beyond this where it has no bound."""
+
+_LOWER_BOUND = re.compile(r"^Lower bound:\s+(-?\d+(?:\.\d+)?)\s*$", re.MULTILINE)
+
+
+def run_cbc(model: pulp.LpProblem, request: IlpRequest) -> BackendRun:
+    """Minimises the model, leaving the best solution in its variables.
+
+    Raises:
+        UnsupportedError: neither PuLP's CBC nor one on the PATH can be run.
+        SolveError: CBC failed; its last words are in the message.
+    """
+    solver = _Cbc(request)
+    if not solver.available():
+        raise UnsupportedError(
+            "no CBC program runs here: this PuLP brings none for this platform and none is on the PATH; use backend='highs'"
+        )
+    model.solve(solver)
+    return solver.run
+
+
+class _Cbc(pulp.COIN_CMD):  # type: ignore[misc]
+    def __init__(self, request: IlpRequest) -> None:
+        bundled = pulp.PULP_CBC_CMD.pulp_cbc_path
+        super().__init__(msg=False, path=bundled if self.executable(bundled) else None)
+        self.request = request
+        self.run = BackendRun(False, False, False, None)
+
+    def actualSolve(self, lp: pulp.LpProblem) -> int:  # noqa: N802
+        with tempfile.TemporaryDirectory(prefix="moeplace-cbc-") as folder:
+            program, start, answer, log = (Path(folder, name) for name in ("model.mps", "start", "answer", "log"))
+            variables, columns, rows, _ = lp.writeMPS(str(program), rename=1)
+            if self.request.start is not None:
+                for variable in variables:
+                    variable.varValue = self.request.start[variable.name]
+                self.writesol(str(start), lp, variables, columns, rows)
+            code = run_limited(self._command(program, start, answer), log, self.request.seconds)
+            words = log.read_text(errors="replace")
+            if answer.exists() and code == 0:
+                status, values, _, _, _, sol_status = self.readsol_MPS(str(answer), lp, variables, columns, rows)
+                lp.assignVarsVals(values)
+            elif code is None:
+                status, sol_status = pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound
+            else:
+                raise SolveError(f"CBC failed on the program {lp.name!r} (exit code {code}): {words[-500:].strip()}")
+        lp.assignStatus(status, sol_status)
+        # "Optimal" may mean within the gap asked for: then, and only then, the log has a bound beside the value.
+        proven = float(pulp.value(lp.objective)) if sol_status == pulp.LpSolutionOptimal else None
+        self.run = BackendRun(
+            found=sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible),
+            infeasible=sol_status == pulp.LpSolutionInfeasible,
+            finished=sol_status == pulp.LpSolutionOptimal,
+            bound=lower_bound(words, proven),
+        )
+        return int(status)
+
+    def _command(self, program: Path, start: Path, answer: Path) -> list[str]:
+        request = self.request
+        seed = str(request.seed % 2**31)
+        command = [self.path, str(program), "-randomSeed", seed, "-randomCbcSeed", seed, "-timeMode", "elapsed"]
+        command += ["-ratio", repr(request.relative_gap), "-allow", repr(request.absolute_gap)]
+        if request.start is not None:
+            command += ["-mips", str(start)]
+        if request.seconds is not None:
+            command += ["-sec", repr(request.seconds)]
+        return [*command, "-solve", "-solution", str(answer)]
+
+
+def lower_bound(log: str, proven: float | None) -> float | None:
+    """The bound in CBC's log, less what its rounding may have added; `proven` where the log has none."""
+    found = _LOWER_BOUND.findall(log)
+    if not found or float(found[-1]) < -NOTHING:
+        return proven
+    decimals = len(found[-1].partition(".")[2])
+    return float(found[-1]) - 0.5 * 10.0**-decimals
+
+
+def run_limited(command: list[str], log: Path, seconds: float | None) -> int | None:
+    """The exit code, or None when the process was still there past the limit and did not end well on request."""
+    with log.open("w") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        try:
+            try:
+                return child.wait(None if seconds is None else seconds + GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGINT)
+            try:
+                return 0 if child.wait(GRACE_SECONDS) == 0 else None
+            except subprocess.TimeoutExpired:
+                return None
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
