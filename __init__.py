@@ -1,20 +1,27 @@
 """Expert placement for mixture-of-experts models: record routing, solve, judge on held-out steps, export."""
 
-from .placement.decide import Decision, Verdict, decide
-from .placement.errors import FileFormatError, InputError, MoeplaceError, SolveError, StoreError, UnsupportedError
-from .placement.evaluate import Evaluation, evaluate
-from .placement.model import ModelSpec
-from .placement.objective import Objective
-from .placement.plan import Certificate, Plan, Provenance
-from .placement.problem import Problem
-from .placement.statistics import RoutingStatistics
-from .placement.steps import Steps
-from .placement.topology import Device, Node, Topology
-from .placement.trace import RoutingTrace
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .placement.version import __version__
-from .profiler import aggregate, profile, read_any, read_statistics, read_trace, write_statistics, write_trace
-from .runtime.exporters import export_plan
-from .solvers import solve, solver_names
+
+if TYPE_CHECKING:
+    from .placement.decide import Decision, Verdict, decide
+    from .placement.errors import FileFormatError, InputError, MoeplaceError, SolveError, StoreError, UnsupportedError
+    from .placement.evaluate import Evaluation, evaluate
+    from .placement.model import ModelSpec
+    from .placement.objective import Objective
+    from .placement.plan import Certificate, Plan, Provenance
+    from .placement.problem import Problem
+    from .placement.statistics import RoutingStatistics
+    from .placement.steps import Steps
+    from .placement.topology import Device, Node, Topology
+    from .placement.trace import RoutingTrace
+    from .profiler import aggregate, profile, read_any, read_statistics, read_trace, write_statistics, write_trace
+    from .runtime.exporters import export_plan
+    from .solvers import solve, solver_names
 
 __all__ = [
     "Certificate",
@@ -52,3 +59,67 @@ __all__ = [
     "write_statistics",
     "write_trace",
 ]
+
+_HOME = {
+    ".placement.decide": (
+        "Decision",
+        "Verdict",
+        "decide",
+    ),
+    ".placement.errors": (
+        "FileFormatError",
+        "InputError",
+        "MoeplaceError",
+        "SolveError",
+        "StoreError",
+        "UnsupportedError",
+    ),
+    ".placement.evaluate": (
+        "Evaluation",
+        "evaluate",
+    ),
+    ".placement.model": ("ModelSpec",),
+    ".placement.objective": ("Objective",),
+    ".placement.plan": (
+        "Certificate",
+        "Plan",
+        "Provenance",
+    ),
+    ".placement.problem": ("Problem",),
+    ".placement.statistics": ("RoutingStatistics",),
+    ".placement.steps": ("Steps",),
+    ".placement.topology": (
+        "Device",
+        "Node",
+        "Topology",
+    ),
+    ".placement.trace": ("RoutingTrace",),
+    ".profiler": (
+        "aggregate",
+        "profile",
+        "read_any",
+        "read_statistics",
+        "read_trace",
+        "write_statistics",
+        "write_trace",
+    ),
+    ".runtime.exporters": ("export_plan",),
+    ".solvers": (
+        "solve",
+        "solver_names",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # Loading every room takes longer than most commands run; each name brings its own when first used.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

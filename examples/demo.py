@@ -46,7 +46,7 @@ def main() -> None:
         f"--seconds 10 -o {report}",
         out,
     )
-    run(f"solve {trace} {CLUSTER} {MODEL} --solver search --seconds 10 -o {plan}", out)
+    run(f"solve {trace} {CLUSTER} {MODEL} --decode 512 --solver search --seconds 10 -o {plan}", out)
     run(f"evaluate {plan} {trace} --decode 512", out)
     run(f"export {plan} --for sglang -o {placed}", out)
     print(f"\n{time.monotonic() - started:.0f} s. Open {out / 'report.html'} in a browser.")

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import moeplace as mp
+
+# A slow machine must not fail a property.
+settings.register_profile("moeplace", deadline=None)
+settings.load_profile("moeplace")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

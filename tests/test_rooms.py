@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import moeplace
+
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "placement": set(),
@@ -66,6 +68,13 @@ def test_importing_brings_in_no_heavy_library(statement: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & HEAVY
+
+
+def test_every_public_name_is_found_where_it_is_said_to_be() -> None:
+    missing = [name for name in moeplace.__all__ if not hasattr(moeplace, name)]
+    assert not missing
+    with pytest.raises(AttributeError, match="has no attribute 'sovle'"):
+        _ = moeplace.sovle
 
 
 def test_solving_does_not_import_torch() -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import numpy.typing as npt
 
 from ...placement.plan import Certificate, Stop
 from ...placement.problem import Problem
-from ..base import Budget, Solution
+from ..base import Budget, Solution, fill_slots
+from ..exflow_start import assignment_sweeps
 from . import Batch
 from .engine import Engine
 from .judge import Judge
 from .layout import Aim, Moves
+from .pace import Pace
 from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
 from .starts import balanced_layer
-from .sweeps import assignment_sweeps
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -49,47 +48,40 @@ def _search(
     allowed: npt.NDArray[np.bool_],
     proposals: int,
 ) -> Solution:
-    tables = _start(problem, allowed)
+    tables = _start(problem, allowed, budget)
     shares = [_even_shares(problem, table) for table in tables]
-    stop: Stop = "finished"
+    stop: Stop
     judge = Judge(problem, scenario)
     aims = [_first_aim(problem, scenario)] * problem.model.layers
     engine.start(tables, shares, aims)
     best = _answer(problem, engine, judge)
     try:
         if problem.objective.risk == "regret":
-            judge.reference, aims = _regret(problem, scenario, engine, judge, proposals // 4, budget)
+            judge.reference, aims = _regret(problem, scenario, engine, judge, proposals, budget)
             engine.start(tables, shares, aims)
             best = _answer(problem, engine, judge)
         budget.report(best[1].value, best[1].bound, "start")
-        each = max(1, proposals // ROUNDS)
-        for round_ in itertools.count():
-            hot, cold, last = _temperatures(round_, budget)
-            before = budget.elapsed
-            engine.run(aims, each, hot, cold)
+        pace = Pace(budget, proposals)
+        for round_ in range(ROUNDS):
+            if budget.spent:
+                break
+            with pace.timing():
+                engine.run(aims, pace.proposals(round_), *_temperatures(round_))
             answer = _answer(problem, engine, judge)
             if answer[1].value < best[1].value:
                 best = answer
-            budget.report(best[1].value, best[1].bound, f"round {round_ + 1}")
-            if last:
-                break
-            if budget.seconds is not None:
-                took = max(budget.elapsed - before, 1e-4)
-                each = max(1, round(each * 0.95 * budget.seconds / ROUNDS / took))
+            budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
             aims = _tail_aims(problem, engine, aims)
-        if budget.seconds is not None:
-            stop = "time limit"
+        stop = "finished" if budget.seconds is None else "time limit"
     except KeyboardInterrupt:
         stop = "interrupted"
     return Solution(best[0], best[1], shares=best[2], stop=stop)
 
 
-def _temperatures(round_: int, budget: Budget) -> tuple[float, float, bool]:
-    """(from, to, whether this is the last round): by round, or by the share of the time that is spent."""
-    done = round_ / ROUNDS if budget.seconds is None else min(1.0, budget.elapsed / budget.seconds)
-    until = min(1.0, done + 1.0 / ROUNDS)
+def _temperatures(round_: int) -> tuple[float, float]:
+    """(from, to) of a round, relative to a layer's figure."""
     ratio = COLD / HOT
-    return HOT * ratio**done, HOT * ratio**until, until >= 1.0 - 1e-9
+    return HOT * ratio ** (round_ / ROUNDS), HOT * ratio ** ((round_ + 1) / ROUNDS)
 
 
 def allowed_devices(problem: Problem) -> npt.NDArray[np.bool_]:
@@ -106,7 +98,7 @@ def allowed_devices(problem: Problem) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def _start(problem: Problem, allowed: npt.NDArray[np.bool_]) -> list[IntArray]:
+def _start(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) -> list[IntArray]:
     statistics, speed = problem.statistics, problem.topology.compute / problem.topology.compute.mean()
     load = statistics.workload_load
     # Workloads weigh the same whatever was recorded of them, as they do under a risk that compares them.
@@ -118,10 +110,10 @@ def _start(problem: Problem, allowed: npt.NDArray[np.bool_]) -> list[IntArray]:
         for layer in range(problem.model.layers)
     ]
     coherent = problem.objective.execution == "context_coherent"
-    if coherent and not problem.has_replicas and statistics.transitions is not None:
-        device_of = np.stack([problem.slot_device[np.argsort(table)] for table in tables])
-        swept = assignment_sweeps(statistics.total_transitions, device_of, problem.slot_device, allowed)
-        tables = list(np.argsort(swept, axis=1, kind="stable").astype(np.int64))
+    if coherent and allowed.all() and not problem.has_replicas and statistics.transitions is not None:
+        # A tenth of the time is plenty: sweeps converge in a second at 64 experts.
+        brief = Budget(None if budget.left is None else budget.left / 10, budget.seed)
+        tables = list(fill_slots(assignment_sweeps(statistics.total_transitions, problem.slots_per_device, brief)))
     return tables
 
 
@@ -165,14 +157,12 @@ def _regret(
         mine = scenario.workload == code
         aims = [weighted_aim(mine.astype(np.float64))] * layers
         engine.start([s.slot_expert for s in engine.states], [s.share for s in engine.states], aims)
-        each = max(1, proposals)
-        if budget.seconds is not None:
-            # A first taste tells how many proposals fit into a quarter of the time, over all workloads.
-            before = budget.elapsed
-            engine.run(aims, 50, HOT, HOT)
-            took = max(budget.elapsed - before, 1e-4)
-            each = max(50, round(50 * budget.seconds / 4 / len(present) / took))
-        engine.run(aims, each, HOT, COLD)
+        # A quarter of all effort, over all workloads; with a time limit, a first taste tells how much that is.
+        timed = budget.seconds is not None
+        pace = Pace(budget, max(1, proposals // 4), rounds=4 * (len(present) - w) + 1 if timed else 1)
+        for taste in range(2 if timed else 1):
+            with pace.timing():
+                engine.run(aims, pace.proposals(taste), HOT, COLD)
         best[w] = [state.value for state in engine.states]
         table, _, shares = _answer(problem, engine, judge)
         reference[code] = judge.figures(table, shares)[mine].mean()

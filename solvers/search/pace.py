@@ -1,0 +1,44 @@
+"""How many proposals a round gets, so that a time limit is met and a cooling still ends cold."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from ..base import Budget
+
+TASTE = 20
+"""Proposals of the first timed round: a few milliseconds to a second, enough to learn the speed."""
+
+
+class Pace:
+    """Deals `proposals` evenly over rounds; with a time limit, what is left of the time evenly over rounds left."""
+
+    def __init__(self, budget: Budget, proposals: int, rounds: int = 12) -> None:
+        self._budget, self._rounds = budget, rounds
+        self._even = max(1, proposals // rounds)
+        self._given = 0
+        self._per_proposal: float | None = None
+        self._beside = 0.0
+        self._ended: float | None = None
+
+    def proposals(self, round_: int) -> int:
+        """Proposals for this round, the first being 0."""
+        if self._budget.left is None:
+            self._given = self._even
+        elif self._per_proposal is None:
+            self._given = TASTE
+        else:
+            share = self._budget.left / max(1, self._rounds - round_) - self._beside
+            self._given = max(1, int(share / self._per_proposal))
+        return self._given
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[None]:
+        """Around a round: learns what a proposal takes, and what is spent between rounds."""
+        start = self._budget.elapsed
+        if self._ended is not None:
+            self._beside = start - self._ended
+        yield
+        self._ended = self._budget.elapsed
+        self._per_proposal = max(self._ended - start, 1e-6) / self._given
