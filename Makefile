@@ -1,7 +1,7 @@
 # make demo   install, then profile -> solve -> judge -> export on recorded routing of a real model
 # make test   install what tests need, then lint, type-check and test
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
