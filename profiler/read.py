@@ -10,6 +10,7 @@ from ..placement.errors import FileFormatError, InputError
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
 from .exflow_npy import is_exflow, read_exflow
+from .sglang_records import is_sglang, read_sglang
 from .statistics_file import is_statistics, read_statistics
 from .trace_files import read_trace
 from .trace_shards import is_trace
@@ -27,6 +28,7 @@ class Reader:
 READERS = (
     Reader("moeplace trace: a folder of Parquet shards, or one", is_trace, read_trace),
     Reader("moeplace statistics: .npz", is_statistics, read_statistics),
+    Reader("SGLang expert distribution record: .pt, or a folder of the ranks' files", is_sglang, read_sglang),
     Reader("ExFlow trace: .npy [tokens, layers]", is_exflow, read_exflow),
 )
 

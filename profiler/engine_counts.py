@@ -1,0 +1,55 @@
+"""What readers of engines' records share: layers that never counted are dropped, statistics come from what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..placement.errors import FileFormatError, InputError
+from ..placement.statistics import RoutingStatistics
+
+MOST_EXPERTS = 65536
+
+
+def statistics_of(
+    source: Path, load: npt.NDArray[Any], layers: Sequence[int], top_k: int | None = None
+) -> RoutingStatistics:
+    """Statistics of [S, L, E] counts, without the windows and the layers in which nothing was counted.
+
+    layers: absolute indices of the L layers. A dense layer counts nothing, and is how engines number the layers after it.
+
+    Raises:
+        FileFormatError: negative or non-finite counts, or nothing counted at all.
+    """
+    if load.size and load.min() < 0:
+        window, layer, expert = (int(i) for i in np.argwhere(load < 0)[0])
+        raise FileFormatError(
+            f"{source}: window {window}, layer {layers[layer]}, expert {expert} counts {load[window, layer, expert]} "
+            "tokens; counts start at 0"
+        )
+    windows, used = np.asarray(load.any(axis=(1, 2))), np.asarray(load.any(axis=(0, 2)))
+    if not used.any():
+        raise FileFormatError(f"{source}: every count is 0; record while the engine serves requests")
+    kept = load if windows.all() and used.all() else load[np.ix_(windows, used)]
+    names = [layer for layer, counted in zip(layers, used, strict=True) if counted]
+    try:
+        return RoutingStatistics.from_counts(kept, moe_layers=names, top_k=top_k)
+    except InputError as error:
+        raise FileFormatError(f"{source}: {error}") from None
+
+
+def whole_number(source: Path, field: str, value: object, least: int = 0, most: int = (1 << 62)) -> int:
+    """The value, when it is a whole number in the range.
+
+    Raises:
+        FileFormatError: it is not; file and field are named.
+    """
+    if type(value) is not int or not least <= value <= most:
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else shown[:60] + "..."
+        raise FileFormatError(f"{source}: {field} is {shown}, expected a whole number from {least} to {most}")
+    return value
