@@ -14,6 +14,7 @@ from .sglang_records import is_sglang, read_sglang
 from .statistics_file import is_statistics, read_statistics
 from .trace_files import read_trace
 from .trace_shards import is_trace
+from .trtllm_statistics import is_trtllm, read_trtllm
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ READERS = (
     Reader("moeplace trace: a folder of Parquet shards, or one", is_trace, read_trace),
     Reader("moeplace statistics: .npz", is_statistics, read_statistics),
     Reader("SGLang expert distribution record: .pt, or a folder of the ranks' files", is_sglang, read_sglang),
+    Reader("TensorRT-LLM expert statistics: a folder of meta_info.json and safetensors", is_trtllm, read_trtllm),
     Reader("ExFlow trace: .npy [tokens, layers]", is_exflow, read_exflow),
 )
 
