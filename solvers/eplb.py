@@ -15,7 +15,7 @@ from ..placement.problem import Problem, even_slots
 from .base import Budget, Feature, Needs, Solution
 
 IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.floating]
 
 
 class Eplb:
@@ -50,7 +50,8 @@ def rebalance(load: FloatArray, slots: int, groups: int, nodes: int, devices: in
     """[L, P] slot table for expert loads [L, E]; slot i stands on device i // (slots / devices).
 
     Hierarchical when groups divide over several nodes, else global, as published. In the global form slots need not
-    divide over devices: the first slots % devices devices get one more.
+    divide over devices: the first slots % devices devices get one more. Computes in the precision of `load`; the
+    published code computes in float32, which breaks ties its own way.
 
     Raises:
         UnsupportedError: groups divide over nodes, but slots or devices do not; groups=1, nodes=1 balances globally.
@@ -91,7 +92,7 @@ def _obstacle(problem: Problem) -> str | None:
 def _rebalance_globally(load: FloatArray, slots_per_device: IntArray) -> IntArray:
     """[L, P] replicate, then pack."""
     held = _replicate(load, int(slots_per_device.sum()))
-    counts = np.stack([np.bincount(row, minlength=load.shape[1]) for row in held])
+    counts = np.stack([np.bincount(row, minlength=load.shape[1]) for row in held]).astype(load.dtype)
     slot_load = np.take_along_axis(load / counts, held, axis=1)
     device, rank = _pack(slot_load, slots_per_device)
     first_slot = np.cumsum(slots_per_device) - slots_per_device
@@ -105,7 +106,7 @@ def _replicate(load: FloatArray, slots: int) -> IntArray:
     layers, experts = load.shape
     rows = np.arange(layers)
     held = np.tile(np.arange(slots) % experts, (layers, 1))
-    counts = np.ones((layers, experts))
+    counts = np.ones((layers, experts), dtype=load.dtype)
     for slot in range(experts, slots):
         chosen = (load / counts).argmax(axis=1)
         held[:, slot] = chosen
@@ -118,7 +119,7 @@ def _pack(weight: FloatArray, capacity: IntArray) -> tuple[IntArray, IntArray]:
     layers, items = weight.shape
     rows = np.arange(layers)
     order = np.argsort(-weight, axis=1, kind="stable")
-    carried = np.zeros((layers, len(capacity)))
+    carried = np.zeros((layers, len(capacity)), dtype=np.result_type(weight, 1.0))
     filled = np.zeros((layers, len(capacity)), dtype=np.int64)
     pack = np.empty((layers, items), dtype=np.int64)
     rank = np.empty((layers, items), dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Stand-ins for what other libraries offer, under their own signatures, so that one import switches."""
