@@ -21,7 +21,7 @@ FloatArray = npt.NDArray[np.float64]
 def step_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
     """[S] seconds below which no plan for `problem` can bring each step."""
     layers = problem.model.layers
-    transfers = _transfer_bound(steps.tokens.astype(np.float64), problem)
+    transfers = _transfer_bound(steps.tokens.astype(np.float64), problem, homes_known=steps.source is not None)
     compute = compute_bound(steps.loads().astype(np.float64), problem)
     return np.asarray(compute.sum(axis=1) + layers * transfers)
 
@@ -42,8 +42,11 @@ def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
     return np.asarray(seconds.reshape(loads.shape[:2]))
 
 
-def _transfer_bound(tokens: FloatArray, problem: Problem) -> FloatArray:
-    """[S] seconds of all the all-to-alls of one layer, from the tokens [S] of a step whose homes are spread evenly."""
+def _transfer_bound(tokens: FloatArray, problem: Problem, homes_known: bool) -> FloatArray:
+    """[S] seconds of all the all-to-alls of one layer, from the tokens [S] of a step.
+
+    A token whose home is known may live where one of its experts stands; one spread evenly is mostly elsewhere.
+    """
     topology, objective, model = problem.topology, problem.objective, problem.model
     latency = all_to_all_latency(topology, objective.node_dedup)
     sizes, devices = topology.node_size, topology.num_devices
@@ -51,16 +54,15 @@ def _transfer_bound(tokens: FloatArray, problem: Problem) -> FloatArray:
     reached = fewest_holders(problem.slots_per_device, model.top_k)
     nodes_reached = fewest_holders(node_slots, model.top_k)
     bytes_out, bytes_back = dispatch_bytes(model, objective), combine_bytes(model, objective)
-    if objective.execution == "dispatch_combine":
+    if objective.execution == "dispatch_combine" and not homes_known:
         away = 1.0 - sizes / devices
         entering = (nodes_reached if objective.node_dedup else reached) * away.min()
         split = sizes if objective.node_dedup else np.full(len(sizes), devices)
         inside = reached * ((sizes - 1) / split).min()
-        ways = 2
     else:
         entering = float(nodes_reached - 1)
         inside = float(reached - 1) if topology.num_nodes == 1 else 0.0
-        ways = 2 if model.top_k > 1 else 1
+    ways = 2 if objective.execution == "dispatch_combine" or model.top_k > 1 else 1
     seconds = np.maximum(
         tokens * entering / topology.inter_bandwidth.sum(), tokens * inside / topology.intra_bandwidth.sum()
     )

@@ -265,7 +265,7 @@ class RoutingTrace:
         return self._steps(np.concatenate(chosen)[: count * tokens], np.arange(count + 1) * tokens)
 
     def recorded_steps(self) -> Steps:
-        """The forward calls as they were recorded, source ranks included.
+        """The forward calls as they were recorded, with their source ranks where more than one rank recorded.
 
         Raises:
             InputError: the trace has no step column.
@@ -289,16 +289,14 @@ class RoutingTrace:
         starts = np.concatenate([[0], np.flatnonzero(np.diff(self.sequence[order])) + 1]).astype(np.int64)
         return order, starts, np.diff(np.append(starts, self.num_tokens))
 
-    def _steps(
-        self, tokens: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], as_recorded: bool = False
-    ) -> Steps:
+    def _steps(self, tokens: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], as_recorded: bool = False) -> Steps:
         # Batches made here run on ranks nobody recorded: only steps as they were recorded keep their source ranks.
         return Steps(
             expert_ids=self.expert_ids[tokens],
             offsets=offsets,
             num_experts=self.num_experts,
             moe_layers=self.moe_layers,
-            source=None if self.source is None or not as_recorded else self.source[tokens],
+            source=self.source[tokens] if as_recorded and self.source is not None and np.ptp(self.source) else None,
             workload=self.workload[tokens],
             workloads=self.workloads,
         )

@@ -1,6 +1,7 @@
 """Records routing from live models, reads what was recorded, and counts it."""
 
 from .aggregate import aggregate
+from .hooks_counts import merge_counts
 from .profile import profile
 from .read import read_any
 from .statistics_file import read_statistics, write_statistics
@@ -9,6 +10,7 @@ from .trace_files import TraceWriter, read_trace, scan_trace, write_trace
 __all__ = [
     "TraceWriter",
     "aggregate",
+    "merge_counts",
     "profile",
     "read_any",
     "read_statistics",

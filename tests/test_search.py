@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,19 +63,19 @@ def test_the_kernels_price_placements_as_evaluation_does(
         shares.append(share / share.sum(axis=1, keepdims=True))
     aims = [mean_aim(scenario)] * 3
     engine.start(list(table), shares, aims)
-    engine.run(aims, proposals=400, hot=0.05, cold=0.01)
-    final = [state.cost for state in engine.states]
+    engine.run(aims, proposals=400, hot=1.0, cold=0.5)
+    final = [state.now.cost for state in engine.states]
     engine.run(aims, proposals=0, hot=0.0, cold=0.0)
-    repriced = [state.cost for state in engine.states]
+    repriced = [state.now.cost for state in engine.states]
     engine.close()
     if execution == "dispatch_combine":
         np.testing.assert_allclose(final, repriced, rtol=1e-9)
     plan = mp.Plan(
         MODEL,
         given_problem.topology,
-        np.stack([state.slot_expert for state in engine.states]),
+        np.stack([state.now.slot_expert for state in engine.states]),
         given_problem.slot_device,
-        np.stack([state.share[state.slot_expert, given_problem.slot_device] for state in engine.states]),
+        np.stack([state.now.share[state.now.slot_expert, given_problem.slot_device] for state in engine.states]),
     )
     assert scenario.steps is not None
     replayed = evaluate_on(plan, scenario.steps, MODEL, given_problem.topology, given_problem.objective)
@@ -105,7 +106,7 @@ def test_search_finds_the_brute_force_optimum_of_small_instances_or_comes_close(
         values.append(evaluate_on(candidate, scenario.steps, model, topology, small.objective).step_seconds.mean())
     assert plan.certificate is not None
     # Context-coherent layers are coupled and annealed in turn, so that an optimum of each may not be one of all.
-    slack = 1e-9 if execution == "dispatch_combine" else 0.02
+    slack = 1e-9 if execution == "dispatch_combine" else 0.05
     assert min(values) * (1 - 1e-9) <= plan.certificate.value <= min(values) * (1 + slack)
     assert plan.certificate.bound is not None
     assert plan.certificate.bound <= min(values) * (1 + 1e-12)
@@ -123,8 +124,10 @@ def test_no_random_plan_beats_the_step_bound(seed: int, topology: str, execution
     trace = make_trace(seed % 7, sequences=4, length=10)
     bounded = problem(trace, topology, slots, execution=execution, node_dedup=dedup)
     steps = trace.decode_steps(concurrency=6, steps=5, seed=seed)
-    bound = step_seconds_bound(steps, bounded)
     rng = np.random.default_rng(seed)
+    if seed % 2:
+        steps = replace(steps, source=rng.integers(4, size=len(steps.expert_ids)))
+    bound = step_seconds_bound(steps, bounded)
     spare = rng.integers(8, size=(3, slots - 8))
     table = np.stack([rng.permutation(np.concatenate([np.arange(8), row])) for row in spare])
     plan = mp.Plan(MODEL, bounded.topology, table, bounded.slot_device)
@@ -215,6 +218,15 @@ def test_rounds_are_dealt_so_that_a_cooling_ends_with_the_time(per_proposal: flo
             clock.now += pace.proposals(round_) * per_proposal
         clock.now += 0.5
     assert 18.0 <= clock.now <= 20.6
+
+
+def test_a_token_may_live_where_its_experts_stand() -> None:
+    """One device holds all that a token needs and is its home: nothing travels, and no bound may say otherwise."""
+    trace = mp.RoutingTrace.from_arrays(np.tile([[0, 1]], (6, 3, 1)), 8)
+    steps = replace(trace.decode_steps(concurrency=6, steps=1), source=np.zeros(6, np.int64))
+    pinned = mp.Problem(MODEL, cluster("node"), mp.RoutingStatistics.from_counts(np.ones((3, 8))))
+    plan = mp.solve(pinned, "contiguous")
+    assert (mp.evaluate(plan, steps, pinned).step_seconds >= step_seconds_bound(steps, pinned)).all()
 
 
 def test_a_bad_option_is_refused(toy_trace: mp.RoutingTrace) -> None:

@@ -260,6 +260,8 @@ def test_only_steps_as_recorded_keep_their_source_ranks(toy_trace: mp.RoutingTra
     recorded = trace.recorded_steps()
     assert recorded.source is not None
     assert recorded.source[:12].tolist() == list(range(12))
+    alone = replace(trace, source=np.zeros_like(trace.sequence))
+    assert alone.recorded_steps().source is None, "one process says nothing of where tokens live on a cluster"
 
 
 @quick

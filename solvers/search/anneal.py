@@ -29,11 +29,12 @@ def anneal(
     hot: float,
     cold: float,
     seed: int,
-) -> tuple[float, Any, Any, Any]:
+) -> tuple[float, Any, Any, Any, Any, Any, Any, float]:
     """Anneals from temperature `hot` to `cold` (seconds), geometrically; the start counts as the first incumbent.
 
     slot_expert: [P]. slot_device: [P]. share: [E, G]. No expert may stand twice on one device.
-    Returns (value of the best placement, its slot_expert, its share, its step costs [S]).
+    Returns the best placement seen (value, slot_expert, share, step costs [S]), where the walk ended (slot_expert,
+    share, step costs), and the mean absolute change of the value over proposals.
     """
     np.random.seed(seed)
     experts, devices = share.shape
@@ -76,6 +77,7 @@ def anneal(
     plain = slot_expert.shape[0] == experts
     cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
     temperature = hot
+    changes, counted = 0.0, 0
     for _ in range(proposals):
         temperature *= cooling
         kind, p, q, a, b = propose(slot_expert, slot_device, slot_at, share, replicas, moves, new)
@@ -117,6 +119,8 @@ def anneal(
             )
         new_extra = extra + price_change(kind, p, q, a, b, slot_device, moves)
         new_value = aim_value(new_cost, aim) + new_extra
+        changes += abs(new_value - value)
+        counted += 1
         if new_value > value and np.random.random() >= np.exp((value - new_value) / max(temperature, 1e-300)):
             continue
         if whole:
@@ -151,4 +155,5 @@ def anneal(
             best_expert[:] = slot_expert
             best_share[:] = share
             best_cost[:] = cost
-    return best, best_expert, best_share, best_cost
+    typical = changes / counted if counted > 0 else 0.0
+    return best, best_expert, best_share, best_cost, slot_expert, share, cost, typical

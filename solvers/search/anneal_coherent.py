@@ -27,7 +27,7 @@ def anneal_coherent(
     hot: float,
     cold: float,
     seed: int,
-) -> tuple[float, Any, Any, Any]:
+) -> tuple[float, Any, Any, Any, Any, Any, Any, float]:
     """As `anneal`; step costs hold this layer's time and the next layer's dispatch, which it decides too."""
     np.random.seed(seed)
     experts, devices = share.shape
@@ -85,6 +85,7 @@ def anneal_coherent(
     new_cost = cost.copy()
     cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
     temperature = hot
+    changes, counted = 0.0, 0
     for _ in range(proposals):
         temperature *= cooling
         kind, p, q, a, b = propose(slot_expert, slot_device, slot_at, share, replicas, moves, new)
@@ -128,6 +129,8 @@ def anneal_coherent(
             new_cost[s] = coherent_step_cost(new_load[s], new_hit[s], new_ledgers[s], new_node_ledgers[s], rates)
         new_extra = extra + price_change(kind, p, q, a, b, slot_device, moves)
         new_value = aim_value(new_cost, aim) + new_extra
+        changes += abs(new_value - value)
+        counted += 1
         if new_value > value and np.random.random() >= np.exp((value - new_value) / max(temperature, 1e-300)):
             if plain:
                 continue
@@ -163,4 +166,5 @@ def anneal_coherent(
             best_expert[:] = slot_expert
             best_share[:] = share
             best_cost[:] = cost
-    return best, best_expert, best_share, best_cost
+    typical = changes / counted if counted > 0 else 0.0
+    return best, best_expert, best_share, best_cost, slot_expert, share, cost, typical

@@ -20,8 +20,8 @@ from .starts import balanced_layer
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-HOT, COLD = 3e-3, 3e-6
-"""Temperatures, relative to a layer's figure: at the first one move in a few that worsens is taken, at the last none."""
+HOT, COLD = 1.0, 1e-3
+"""Temperatures, in what a proposal typically changes: at the first many that worsen are taken, at the last none."""
 ROUNDS = 12
 """Rounds one cooling is cut into; between rounds the clock, the keyboard and the risk weights are looked at."""
 
@@ -55,6 +55,7 @@ def _search(
     aims = [_first_aim(problem, scenario)] * problem.model.layers
     engine.start(tables, shares, aims)
     best = _answer(problem, engine, judge)
+    moving_aims = problem.objective.tail is not None
     try:
         if problem.objective.risk == "regret":
             judge.reference, aims = _regret(problem, scenario, engine, judge, proposals, budget)
@@ -67,7 +68,7 @@ def _search(
                 break
             with pace.timing():
                 engine.run(aims, pace.proposals(round_), *_temperatures(round_))
-            answer = _answer(problem, engine, judge)
+            answer = _answer(problem, engine, judge, moving_aims)
             if answer[1].value < best[1].value:
                 best = answer
             budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
@@ -79,7 +80,7 @@ def _search(
 
 
 def _temperatures(round_: int) -> tuple[float, float]:
-    """(from, to) of a round, relative to a layer's figure."""
+    """(from, to) of a round, in typical changes."""
     ratio = COLD / HOT
     return HOT * ratio ** (round_ / ROUNDS), HOT * ratio ** ((round_ + 1) / ROUNDS)
 
@@ -133,16 +134,13 @@ def _tail_aims(problem: Problem, engine: Engine, aims: list[Aim]) -> list[Aim]:
     tail = problem.objective.tail
     if tail is None:
         return aims
-    seconds = np.sum([state.cost for state in engine.states], axis=0)
+    seconds = np.sum([state.now.cost for state in engine.states], axis=0)
     count = max(1, round(len(seconds) * (1.0 - tail)))
     slow = np.zeros(len(seconds))
     slow[np.argsort(seconds)[-count:]] = 1.0 / count
     # Half of the last weights stay, else two sets of steps would take turns at being slow.
     weight = 0.5 * aims[0].weight + 0.5 * slow
-    aim = weighted_aim(weight)
-    for state in engine.states:
-        state.value = float(aim.weight @ state.cost)
-    return [aim] * len(aims)
+    return [weighted_aim(weight)] * len(aims)
 
 
 def _regret(
@@ -156,7 +154,8 @@ def _regret(
     for w, code in enumerate(present):
         mine = scenario.workload == code
         aims = [weighted_aim(mine.astype(np.float64))] * layers
-        engine.start([s.slot_expert for s in engine.states], [s.share for s in engine.states], aims)
+        now = [state.now for state in engine.states]
+        engine.start([layer.slot_expert for layer in now], [layer.share for layer in now], aims)
         # A quarter of all effort, over all workloads; with a time limit, a first taste tells how much that is.
         timed = budget.seconds is not None
         pace = Pace(budget, max(1, proposals // 4), rounds=4 * (len(present) - w) + 1 if timed else 1)
@@ -169,8 +168,11 @@ def _regret(
     return reference, [worst_aim(scenario, best[:, layer].copy()) for layer in range(layers)]
 
 
-def _answer(problem: Problem, engine: Engine, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
-    """(slot table [L, P], certificate, shares [L, P]) of the engine's present states."""
-    table = np.stack([state.slot_expert for state in engine.states])
-    shares = np.stack([state.share[state.slot_expert, problem.slot_device] for state in engine.states])
+def _answer(
+    problem: Problem, engine: Engine, judge: Judge, aims_changed: bool = False
+) -> tuple[IntArray, Certificate, FloatArray]:
+    """(slot table [L, P], certificate, shares [L, P]) of the engine's answer."""
+    placed = engine.answer(aims_changed)
+    table = np.stack([layer.slot_expert for layer in placed])
+    shares = np.stack([layer.share[layer.slot_expert, problem.slot_device] for layer in placed])
     return table, judge.certificate(table, shares), shares

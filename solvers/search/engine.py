@@ -13,21 +13,33 @@ import numpy.typing as npt
 from ...placement.problem import Problem
 from .anneal import anneal
 from .anneal_coherent import anneal_coherent
-from .layout import Aim, LayerTokens, Moves, Neighbours, Rates
+from .layout import Aim, Moves, Neighbours, Rates
 from .scenario import Scenario
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+TASTE = 30
+"""Proposals that tell how much one typically changes a layer's figure, the unit of temperatures."""
 
-@dataclass
-class LayerState:
-    """Best placement of a layer so far: experts of slots [P], shares [E, G], its figure and its step costs [S]."""
+
+@dataclass(frozen=True)
+class Placed:
+    """A layer's placement: experts of slots [P], shares [E, G], and its step costs [S]."""
 
     slot_expert: IntArray
     share: FloatArray
-    value: float
     cost: FloatArray
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Where a layer's walk stands, the best it has seen and its figure, and what a proposal typically changes."""
+
+    now: Placed
+    best: Placed
+    value: float
+    typical: float
 
 
 class Engine:
@@ -43,13 +55,14 @@ class Engine:
         self.states: list[LayerState] = []
 
     def start(self, tables: Sequence[IntArray], shares: Sequence[FloatArray], aims: Sequence[Aim]) -> None:
-        """Takes a placement as the state and prices it."""
+        """Takes a placement as the state, prices it, and learns what a proposal changes."""
         zero = np.zeros(self._scenario.num_steps)
-        self.states = [LayerState(table, share, np.inf, zero) for table, share in zip(tables, shares, strict=True)]
-        self.run(aims, proposals=0, hot=0.0, cold=0.0)
+        placed = [Placed(table, share, zero) for table, share in zip(tables, shares, strict=True)]
+        self.states = [LayerState(layer, layer, np.inf, 0.0) for layer in placed]
+        self.run(aims, TASTE, hot=0.0, cold=0.0)
 
     def run(self, aims: Sequence[Aim], proposals: int, hot: float, cold: float) -> None:
-        """One round: every layer gets `proposals`, from `hot` to `cold` relative to its present figure."""
+        """One round: every layer walks on for `proposals`, from temperature `hot` to `cold` in typical changes."""
         seeds = self._seeds.spawn(1)[0].generate_state(len(self.states))
         layers = range(len(self.states))
         # In context-coherent execution a layer's cost depends on its neighbours: odd ones wait for even ones.
@@ -61,26 +74,34 @@ class Engine:
             for layer, task in zip(group, tasks, strict=True):
                 self.states[layer] = task.result()
 
+    def answer(self, aims_changed: bool) -> list[Placed]:
+        """The best placement of each layer; where it was judged beside other neighbours or by another aim than today's,
+        the present one."""
+        return [state.now if self._coherent or aims_changed else state.best for state in self.states]
+
     def _one(self, layer: int, aim: Aim, proposals: int, hot: float, cold: float, seed: int) -> LayerState:
         state = self.states[layer]
-        scale = state.value if np.isfinite(state.value) else 1.0
         common = (
             self._rates,
             aim,
             self._moves[layer],
-            state.slot_expert,
+            state.now.slot_expert,
             self._slot_device,
-            state.share,
+            state.now.share,
             proposals,
-            hot * scale,
-            cold * scale,
+            hot * state.typical,
+            cold * state.typical,
             seed,
         )
         if self._coherent:
-            value, table, share, cost = anneal_coherent(self._tokens[layer], self._around(layer), *common)
+            walked = anneal_coherent(self._tokens[layer], self._around(layer), *common)
         else:
-            value, table, share, cost = anneal(self._tokens[layer], *common)
-        return LayerState(table, share, float(value), cost)
+            walked = anneal(self._tokens[layer], *common)
+        value, table, share, cost, table_now, share_now, cost_now, typical = walked
+        best, now = Placed(table, share, cost), Placed(table_now, share_now, cost_now)
+        if value >= state.value:
+            best, value = state.best, state.value
+        return LayerState(now, best, float(value), state.typical or float(typical))
 
     def _around(self, layer: int) -> Neighbours:
         ids = _ids(self._scenario)
@@ -90,18 +111,14 @@ class Engine:
         after = ids[:, layer + 1] if layer < last else ids[:, layer, :0]
         return Neighbours(
             before,
-            self.states[max(layer - 1, 0)].share,
+            self.states[max(layer - 1, 0)].now.share,
             np.ascontiguousarray(after, dtype=np.int32),
-            self.states[min(layer + 1, last)].share,
+            self.states[min(layer + 1, last)].now.share,
         )
 
     def close(self) -> None:
         """Stops the threads; rounds already handed out end first."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def layer_tokens(self) -> list[LayerTokens]:
-        """The scenario's tokens in the kernels' layout."""
-        return self._tokens
 
 
 def _ids(scenario: Scenario) -> npt.NDArray[np.unsignedinteger]:
