@@ -10,6 +10,7 @@ from ..placement.errors import FileFormatError, InputError
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
 from .exflow_npy import is_exflow, read_exflow
+from .load_history import is_load_history, read_load_history
 from .megatron_trace import is_megatron, read_megatron
 from .sglang_records import is_sglang, read_sglang
 from .statistics_file import is_statistics, read_statistics
@@ -33,6 +34,7 @@ READERS = (
     Reader("SGLang expert distribution record: .pt, or a folder of the ranks' files", is_sglang, read_sglang),
     Reader("TensorRT-LLM expert statistics: a folder of meta_info.json and safetensors", is_trtllm, read_trtllm),
     Reader("Megatron-LM router trace: .jsonl, or a folder of the ranks' files", is_megatron, read_megatron),
+    Reader("ADRS load history: .json", is_load_history, read_load_history),
     Reader("ExFlow trace: .npy [tokens, layers]", is_exflow, read_exflow),
 )
 
