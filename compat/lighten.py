@@ -50,9 +50,21 @@ def lighten(load: FloatArray, table: IntArray, nodes: int, devices: int) -> IntA
 
 def exchange(slot_load: FloatArray, table: IntArray, nodes: int, devices: int) -> IntArray:
     """[L, P] the slots of `table`, of loads `slot_load` [L, P], rearranged by the best swaps with the heaviest device."""
+    table, slot_load = table.copy(), slot_load.astype(np.float64)
+    if devices == nodes:
+        return table
+    slots = table.shape[1]
+    block = max(1, _CELLS // (slots // devices * (slots // nodes)))
+    for first in range(0, len(table), block):
+        rows = slice(first, first + block)
+        _exchange_in_block(slot_load[rows], table[rows], nodes, devices)
+    return table
+
+
+def _exchange_in_block(slot_load: FloatArray, table: IntArray, nodes: int, devices: int) -> None:
+    """Rearranges both in place."""
     layers, slots = table.shape
     width, in_node = slots // devices, slots // nodes
-    table, slot_load = table.copy(), slot_load.astype(np.float64)
     on_device, on_node = slot_load.reshape(layers, devices, width), slot_load.reshape(layers, nodes, in_node)
     loads = on_device.sum(axis=2)
     node_loads = loads.reshape(layers, nodes, devices // nodes)
@@ -72,7 +84,6 @@ def exchange(slot_load: FloatArray, table: IntArray, nodes: int, devices: int) -
             array[active, given], array[active, taken] = array[active, taken], array[active, given]
         for device in (heaviest, taken // width):
             loads[active, device] = on_device[active, device].sum(axis=1)
-    return table
 
 
 def _move_replicas(load: FloatArray, table: IntArray, nodes: int, devices: int) -> tuple[IntArray, BoolArray]:
@@ -85,8 +96,12 @@ def _move_replicas(load: FloatArray, table: IntArray, nodes: int, devices: int) 
     donors = min(2 * spare, slots // nodes)
     cells = (slots // devices) * donors * (devices // nodes) + (slots // nodes) * donors
     block = max(1, _CELLS // cells)
-    for first in range(0, layers, block):
-        rows = slice(first, first + block)
+    slot_load = np.take_along_axis(load / replica_counts(table, load.shape[1]), table, axis=1)
+    loads = slot_load.reshape(layers, nodes, devices // nodes, -1).sum(axis=3)
+    # A node keeps its load, so its devices are never all below their mean.
+    movable = np.flatnonzero(loads.mean(axis=2).max(axis=1) < loads.max(axis=(1, 2)) * (1 - _LEAST_GAIN))
+    for first in range(0, len(movable), block):
+        rows = movable[first : first + block]
         table[rows], moved[rows] = _move_in_block(load[rows], table[rows], nodes, devices, donors)
     return table, moved
 
