@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "profiler": {"placement"},
     "solvers": {"placement"},
     "runtime": {"placement"},
+    "compat": {"placement", "solvers"},
     "db": {"placement"},
     "cli": {"placement", "profiler", "solvers", "runtime", "db", "service"},
     "service": {"placement", "profiler", "solvers", "runtime", "db"},
