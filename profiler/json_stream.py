@@ -21,11 +21,13 @@ class JsonStream:
     """A UTF-8 JSON file whose containers are walked and whose other values are decoded one at a time.
 
     Raises:
-        FileFormatError: text that is not JSON where it is read, cut off, or a value of more than VALUE_LIMIT characters.
+        FileFormatError: text that is not JSON where it is read, cut off, or a value of more than `limit` characters.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit: int = VALUE_LIMIT) -> None:
         self._path = path
+        self._limit = limit
+        self._ended = False
         self._handle = path.open(encoding="utf-8")
         self._text = ""
         self._at = 0
@@ -76,20 +78,25 @@ class JsonStream:
                 problem = str(error).split("\n")[0]
             else:
                 # A number may go on past what was read: "1." of "1.5" decodes as 1.
-                if end < len(self._text) and self._text[end] in ENDS:
+                if self._text[end] in ENDS if end < len(self._text) else self._ended:
                     self._at = end
                     return found
                 problem = "cut off, or a value that nothing ends"
-            if len(self._text) - self._at > VALUE_LIMIT:
-                raise self._wrong(f"a value of more than {VALUE_LIMIT:,} characters, or damaged")
-            # Doubled, so that decoding anew costs twice the decoding in all.
-            if not self._more(max(CHUNK, len(self._text) - self._at)):
+            if len(self._text) - self._at > self._limit:
+                raise self._wrong(f"a value of more than {self._limit:,} characters, or damaged")
+            if self._ended:
                 raise self._wrong(problem)
+            # Doubled, so that decoding anew costs twice the decoding in all.
+            self._more(max(CHUNK, len(self._text) - self._at))
+
+    def next_mark(self) -> str:
+        """The character that the next value begins with; empty at the end of the file."""
+        self._skip_space()
+        return self._text[self._at : self._at + 1]
 
     def end(self) -> None:
         """Checks that nothing follows."""
-        self._skip_space()
-        if self._at < len(self._text):
+        if self.next_mark():
             raise self._wrong("expected the end")
 
     def _taken(self, mark: str) -> bool:
@@ -119,6 +126,7 @@ class JsonStream:
             raise FileFormatError(f"{self._path}: not UTF-8 text ({error})") from None
         self._before += self._at
         self._text, self._at = self._text[self._at :] + read, 0
+        self._ended = not read
         return bool(read)
 
     def _wrong(self, problem: str) -> FileFormatError:

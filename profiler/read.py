@@ -12,6 +12,7 @@ from ..placement.trace import RoutingTrace
 from .exflow_npy import is_exflow, read_exflow
 from .load_history import is_load_history, read_load_history
 from .megatron_trace import is_megatron, read_megatron
+from .routed_experts import is_routed_experts, read_routed_experts
 from .sglang_records import is_sglang, read_sglang
 from .statistics_file import is_statistics, read_statistics
 from .trace_files import read_trace
@@ -35,6 +36,11 @@ READERS = (
     Reader("TensorRT-LLM expert statistics: a folder of meta_info.json and safetensors", is_trtllm, read_trtllm),
     Reader("Megatron-LM router trace: .jsonl, or a folder of the ranks' files", is_megatron, read_megatron),
     Reader("ADRS load history: .json", is_load_history, read_load_history),
+    Reader(
+        "routed experts of vLLM or SGLang: .npy or .npz [tokens, layers, k], JSON",
+        is_routed_experts,
+        read_routed_experts,
+    ),
     Reader("ExFlow trace: .npy [tokens, layers]", is_exflow, read_exflow),
 )
 

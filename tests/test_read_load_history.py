@@ -116,11 +116,13 @@ def test_what_is_wrong_with_a_history_is_said(tmp_path: Path, case: str) -> None
 
 
 def test_a_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_stream, "VALUE_LIMIT", 1000)
     monkeypatch.setattr(json_stream, "CHUNK", 100)
-    (tmp_path / "a").write_text('{"load_history": [[' + "1, " * 5000)
-    with pytest.raises(mp.FileFormatError, match="more than 1,000 characters"):
-        read_any(tmp_path / "a")
+    (tmp_path / "a").write_text("[" + "1, " * 5000)
+    with (
+        JsonStream(tmp_path / "a", limit=1000) as stream,
+        pytest.raises(mp.FileFormatError, match="more than 1,000 char"),
+    ):
+        stream.value()
 
 
 def test_other_json_is_not_taken_and_options_are_checked(tmp_path: Path) -> None:
