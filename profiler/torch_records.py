@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..placement.errors import FileFormatError
+from ..placement.errors import FileFormatError, UnsupportedError
 
 START = 8192
 PLAIN = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
@@ -35,10 +35,12 @@ def load_plain(path: Path) -> Any:
     no more than the file; and the structure may name tensors only, so that nothing in it is called.
 
     Raises:
-        FileFormatError: damaged, compressed, or holding anything else.
+        FileFormatError: damaged, compressed, or holding anything else. UnsupportedError: torch is not installed.
     """
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError(f"{path}: reading this needs torch; pip install 'moeplace[torch]'") from None
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -51,7 +53,8 @@ def load_plain(path: Path) -> Any:
             if len(structure) != 1:
                 raise FileFormatError(f"{path}: {len(structure)} members named data.pkl, expected 1; not of torch.save")
             _check_names(path, archive.read(structure[0]))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that a tensor that claims more than its member ends with the file: reading on is not possible.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (FileFormatError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - torch's unpickler lets any error through that the bytes provoke
