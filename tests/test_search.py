@@ -53,7 +53,7 @@ def test_the_kernels_price_placements_as_evaluation_does(
     )
     scenario = scenario_from(given_problem, "decode", 8, 6, seed=0)
     mask = np.ones((8, 4), dtype=bool)
-    moves = [Moves(mask, split == "free", mask, 0.0)] * 3
+    moves = [Moves(mask, split == "free")] * 3
     engine = Engine(given_problem, scenario, rates_for(given_problem, scenario), moves, seed=3)
     table = mp.solve(given_problem, "search", step_tokens=8, steps=2, proposals=1).physical_to_logical
     shares = []

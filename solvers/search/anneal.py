@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .costs import aim_value, idle_chance, step_cost
-from .proposals import price_change, propose
+from .costs import aim_value, step_cost
+from .proposals import propose
 from .reach import exchange, fill_state, node_rows, walk
+from .slots import accepted, commit, first_work, shift_work, slot_tables
 
 
 @njit(cache=True, nogil=True)
@@ -41,11 +42,7 @@ def anneal(
     nodes, steps = rates.node_size.shape[0], layer.counts.shape[0]
     tokens = layer.experts.shape[0]
     slot_expert, share = slot_expert.copy(), share.copy()
-    slot_at = np.full((experts, devices), -1, dtype=np.int64)
-    replicas = np.zeros(experts, dtype=np.int64)
-    for p in range(slot_expert.shape[0]):
-        slot_at[slot_expert[p], slot_device[p]] = p
-        replicas[slot_expert[p]] += 1
+    slot_at, replicas = slot_tables(slot_expert, slot_device, experts, devices)
     node_share = np.zeros((experts, nodes))
     node_rows(share, rates.node_of, node_share)
     zeros, node_zeros = np.zeros((tokens, devices), np.uint8), np.zeros((tokens, nodes), np.uint8)
@@ -53,26 +50,17 @@ def anneal(
     reach, node_reach = np.zeros((steps, devices)), np.zeros((steps, nodes))
     fill_state(layer, share, zeros, soft, reach)
     fill_state(layer, node_share, node_zeros, node_soft, node_reach)
-    load, hit = layer.counts @ share, np.zeros((steps, devices))
-    for s in range(steps):
-        for e in range(experts):
-            for g in range(devices):
-                if slot_at[e, g] >= 0:
-                    hit[s, g] += 1.0 - idle_chance(share[e, g], layer.counts[s, e])
+    load, hit = first_work(layer, share, slot_at)
     cost = np.empty(steps)
     for s in range(steps):
         cost[s] = step_cost(reach[s], node_reach[s], load[s], hit[s], rates)
-    extra = 0.0
-    for p in range(slot_expert.shape[0]):
-        if not moves.home[slot_expert[p], slot_device[p]]:
-            extra += moves.price
-    value = aim_value(cost, aim) + extra
+    value = aim_value(cost, aim)
     best, best_expert, best_share, best_cost = value, slot_expert.copy(), share.copy(), cost.copy()
 
     old, new = np.zeros((2, devices)), np.zeros((2, devices))
     node_old, node_new = np.zeros((2, nodes)), np.zeros((2, nodes))
     d_reach, d_node = np.zeros((steps, devices)), np.zeros((steps, nodes))
-    d_load, d_hit = np.zeros((steps, devices)), np.zeros((steps, devices))
+    new_load, new_hit = load.copy(), hit.copy()
     new_cost = cost.copy()
     plain = slot_expert.shape[0] == experts
     cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
@@ -89,8 +77,8 @@ def anneal(
             old[1] = share[b]
         d_reach[:] = 0.0
         d_node[:] = 0.0
-        d_load[:] = 0.0
-        d_hit[:] = 0.0
+        new_load[:] = load
+        new_hit[:] = hit
         g, h = slot_device[p], slot_device[max(q, 0)]
         whole = kind == 1 and share[a, g] >= 1.0 and share[b, h] >= 1.0
         m, n = rates.node_of[g], rates.node_of[h]
@@ -103,25 +91,13 @@ def anneal(
             node_rows(new, rates.node_of, node_new)
             walk(layer, a, b, old, new, zeros, soft, d_reach, False)
             walk(layer, a, b, node_old, node_new, node_zeros, node_soft, d_node, False)
-        for r in range(2):
-            e = a if r == 0 else b
-            if e < 0:
-                continue
-            for d in range(devices):
-                if old[r, d] != new[r, d]:
-                    for s in range(steps):
-                        count = layer.counts[s, e]
-                        d_load[s, d] += count * (new[r, d] - old[r, d])
-                        d_hit[s, d] += idle_chance(old[r, d], count) - idle_chance(new[r, d], count)
+        shift_work(layer, a, b, old, new, new_load, new_hit)
         for s in range(steps):
-            new_cost[s] = step_cost(
-                reach[s] + d_reach[s], node_reach[s] + d_node[s], load[s] + d_load[s], hit[s] + d_hit[s], rates
-            )
-        new_extra = extra + price_change(kind, p, q, a, b, slot_device, moves)
-        new_value = aim_value(new_cost, aim) + new_extra
+            new_cost[s] = step_cost(reach[s] + d_reach[s], node_reach[s] + d_node[s], new_load[s], new_hit[s], rates)
+        new_value = aim_value(new_cost, aim)
         changes += abs(new_value - value)
         counted += 1
-        if new_value > value and np.random.random() >= np.exp((value - new_value) / max(temperature, 1e-300)):
+        if not accepted(value, new_value, temperature):
             continue
         if whole:
             exchange(layer, a, b, g, h, zeros, soft, plain, d_reach, True)
@@ -133,23 +109,11 @@ def anneal(
         # Applying added the same changes a second time.
         reach += 0.5 * d_reach
         node_reach += 0.5 * d_node
-        load += d_load
-        hit += d_hit
-        share[a] = new[0]
-        if b >= 0:
-            share[b] = new[1]
-            slot_at[a, g] = -1
-            slot_at[b, g] = p
-            slot_expert[p] = b
-            if kind == 1:
-                slot_at[b, h] = -1
-                slot_at[a, h] = q
-                slot_expert[q] = a
-            else:
-                replicas[a] -= 1
-                replicas[b] += 1
+        load[:] = new_load
+        hit[:] = new_hit
+        commit(kind, p, q, a, b, new, slot_expert, slot_device, slot_at, share, replicas)
         cost[:] = new_cost
-        value, extra = new_value, new_extra
+        value = new_value
         if value < best:
             best = value
             best_expert[:] = slot_expert

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .costs import aim_value, idle_chance
+from .costs import aim_value
 from .exchange_traffic import exchange_traffic, whole_devices
-from .proposals import price_change, propose
+from .proposals import propose
+from .slots import accepted, commit, first_work, shift_work, slot_tables
 from .traffic import account, coherent_step_cost, replace_traffic, support, supports
 
 
@@ -33,14 +34,7 @@ def anneal_coherent(
     experts, devices = share.shape
     nodes, steps, tokens = rates.node_size.shape[0], layer.counts.shape[0], layer.experts.shape[0]
     slot_expert, share = slot_expert.copy(), share.copy()
-    slot_at = np.full((experts, devices), -1, dtype=np.int64)
-    replicas = np.zeros(experts, dtype=np.int64)
-    extra = 0.0
-    for p in range(slot_expert.shape[0]):
-        slot_at[slot_expert[p], slot_device[p]] = p
-        replicas[slot_expert[p]] += 1
-        if not moves.home[slot_expert[p], slot_device[p]]:
-            extra += moves.price
+    slot_at, replicas = slot_tables(slot_expert, slot_device, experts, devices)
     here = supports(share, rates.node_of, nodes)
     before = supports(around.before_share, rates.node_of, nodes)
     after = supports(around.after_share, rates.node_of, nodes)
@@ -56,16 +50,11 @@ def anneal_coherent(
     for t in range(tokens):
         s = layer.step_of[t]
         account(layer, around, t, 1.0, here, before, after, ledgers[s], node_ledgers[s], rates, work)
-    load, hit = layer.counts @ share, np.zeros((steps, devices))
-    for s in range(steps):
-        for e in range(experts):
-            for g in range(devices):
-                if slot_at[e, g] >= 0:
-                    hit[s, g] += 1.0 - idle_chance(share[e, g], layer.counts[s, e])
+    load, hit = first_work(layer, share, slot_at)
     cost = np.empty(steps)
     for s in range(steps):
         cost[s] = coherent_step_cost(load[s], hit[s], ledgers[s], node_ledgers[s], rates)
-    value = aim_value(cost, aim) + extra
+    value = aim_value(cost, aim)
     best, best_expert, best_share, best_cost = value, slot_expert.copy(), share.copy(), cost.copy()
 
     plain = slot_expert.shape[0] == experts and devices <= 64
@@ -115,23 +104,13 @@ def anneal_coherent(
             )
         else:
             replace_traffic(layer, around, a, b, new, here, before, after, new_ledgers, new_node_ledgers, rates, work)
-        for r in range(2):
-            e = a if r == 0 else b
-            if e < 0:
-                continue
-            for d in range(devices):
-                if old[r, d] != new[r, d]:
-                    for s in range(steps):
-                        count = layer.counts[s, e]
-                        new_load[s, d] += count * (new[r, d] - old[r, d])
-                        new_hit[s, d] += idle_chance(old[r, d], count) - idle_chance(new[r, d], count)
+        shift_work(layer, a, b, old, new, new_load, new_hit)
         for s in range(steps):
             new_cost[s] = coherent_step_cost(new_load[s], new_hit[s], new_ledgers[s], new_node_ledgers[s], rates)
-        new_extra = extra + price_change(kind, p, q, a, b, slot_device, moves)
-        new_value = aim_value(new_cost, aim) + new_extra
+        new_value = aim_value(new_cost, aim)
         changes += abs(new_value - value)
         counted += 1
-        if new_value > value and np.random.random() >= np.exp((value - new_value) / max(temperature, 1e-300)):
+        if not accepted(value, new_value, temperature):
             if plain:
                 continue
             support(a, old[0], rates.node_of, here[0], here[1], here[2], here[3], here[4], here[5])
@@ -143,24 +122,10 @@ def anneal_coherent(
         ledgers[:] = new_ledgers
         node_ledgers[:] = new_node_ledgers
         cost[:] = new_cost
-        share[a] = new[0]
-        g = slot_device[p]
         if plain:
-            device_of[a], device_of[b] = slot_device[q], g
-        if b >= 0:
-            share[b] = new[1]
-            slot_at[a, g] = -1
-            slot_at[b, g] = p
-            slot_expert[p] = b
-            if kind == 1:
-                h = slot_device[q]
-                slot_at[b, h] = -1
-                slot_at[a, h] = q
-                slot_expert[q] = a
-            else:
-                replicas[a] -= 1
-                replicas[b] += 1
-        value, extra = new_value, new_extra
+            device_of[a], device_of[b] = slot_device[q], slot_device[p]
+        commit(kind, p, q, a, b, new, slot_expert, slot_device, slot_at, share, replicas)
+        value = new_value
         if value < best:
             best = value
             best_expert[:] = slot_expert

@@ -32,7 +32,7 @@ def run_search(
     """Anneals every layer on scenario steps; see `Search` for the arguments."""
     scenario = scenario_from(problem, batch, step_tokens, steps, budget.seed)
     allowed = allowed_devices(problem)
-    moves = [Moves(mask, problem.objective.split == "free", np.ones_like(mask), 0.0) for mask in allowed]
+    moves = [Moves(mask, problem.objective.split == "free") for mask in allowed]
     engine = Engine(problem, scenario, rates_for(problem, scenario), moves, budget.seed)
     try:
         return _search(problem, budget, scenario, engine, allowed, proposals)

@@ -58,13 +58,10 @@ class Aim(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """What a proposal may do. allowed: [E, G]. free: shares may differ. home: [E, G] where experts stand today;
-    price: seconds charged for each slot filled with an expert that does not stand there today."""
+    """What a proposal may do. allowed: [E, G] where experts may stand. free: whether replicas' shares may differ."""
 
     allowed: npt.NDArray[np.bool_]
     free: bool
-    home: npt.NDArray[np.bool_]
-    price: float
 
 
 class Neighbours(NamedTuple):

@@ -71,15 +71,3 @@ def propose(
     new[1, g] = share[b, h]
     new[1, h] = 0.0
     return 1, p, q, a, b
-
-
-@njit(cache=True, nogil=True)
-def price_change(kind: int, p: int, q: int, a: int, b: int, slot_device: Any, moves: Any) -> float:
-    if moves.price == 0.0 or kind == 3:
-        return 0.0
-    g = slot_device[p]
-    change = (0.0 if moves.home[b, g] else 1.0) - (0.0 if moves.home[a, g] else 1.0)
-    if kind == 1:
-        h = slot_device[q]
-        change += (0.0 if moves.home[a, h] else 1.0) - (0.0 if moves.home[b, h] else 1.0)
-    return moves.price * change
