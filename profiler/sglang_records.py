@@ -21,6 +21,7 @@ from .sglang_tokens import TokenPasses
 from .torch_records import array_of, load_plain, start_of
 
 Counts = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.integer[Any]]
 
 
 def is_sglang(path: Path) -> bool:
@@ -45,7 +46,7 @@ def read_sglang(path: str | Path) -> RoutingTrace | RoutingStatistics:
     files = _files(source)
     if not files:
         raise FileFormatError(f"{source}: no file of SGLang's expert distribution recorder")
-    rows: list[Counts] = []
+    rows: list[Rows] = []
     passes = PassCounts()
     tokens = TokenPasses()
     modes: dict[str, Path] = {}
@@ -73,7 +74,7 @@ def read_sglang(path: str | Path) -> RoutingTrace | RoutingStatistics:
         raise FileFormatError(f"{source}: holds {found}; give one record, of one mode, of a run that served requests")
     if "per_token" in modes:
         return tokens.trace(source)
-    load = _joined(source, rows) if rows else passes.load(source)
+    load: Rows = _joined(source, rows) if rows else passes.load(source)
     return statistics_of(source, load, range(load.shape[1]))
 
 
@@ -131,7 +132,7 @@ def _is_record(start: bytes) -> bool:
     return b"logical_count" in start or (b"records" in start and start.startswith(b"\x80"))
 
 
-def _buffer_rows(file: Path, value: Any) -> Counts:
+def _buffer_rows(file: Path, value: Any) -> Rows:
     """[rows, L, E] of a circular buffer, from the row after its longest run of unused (zero) ones."""
     dimensions = 2 if getattr(value, "ndim", 3) == 2 else 3
     buffer = array_of(file, "logical_count", value, dimensions).reshape(-1, *value.shape[-2:])
@@ -144,14 +145,14 @@ def _buffer_rows(file: Path, value: Any) -> Counts:
         )
     gaps = np.diff(used, append=used[0] + len(buffer))
     first = (int(np.argmax(gaps)) + 1) % len(used) if gaps.max() > 1 else 0
-    return buffer[np.roll(used, -first)].astype(np.int64)
+    return buffer[np.roll(used, -first)]
 
 
-def _joined(source: Path, rows: list[Counts]) -> Counts:
+def _joined(source: Path, rows: list[Rows]) -> Rows:
     shapes = {part.shape[1:] for part in rows}
     if len(shapes) > 1:
         raise FileFormatError(f"{source}: files of different models, [layers, experts] are {sorted(shapes)}")
-    return np.concatenate(rows)
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def _mapping(file: Path, value: Any) -> Counts:
