@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +24,8 @@ IntArray = npt.NDArray[np.int64]
 
 HOT, COLD = 1.0, 1e-3
 """Temperatures, in what a proposal typically changes: at the first many that worsen are taken, at the last none."""
+PATIENCE = 100
+"""Proposals a slot that a cooling from `HOT` takes to end better than it began."""
 ROUNDS = 12
 """Rounds one cooling is cut into; between rounds the clock, the keyboard and the risk weights are looked at."""
 
@@ -48,10 +52,14 @@ def _search(
     allowed: npt.NDArray[np.bool_],
     proposals: int,
 ) -> Solution:
-    tables = _start(problem, allowed, budget)
-    shares = [_even_shares(problem, table) for table in tables]
     stop: Stop
     judge = Judge(problem, scenario)
+    starts = [
+        (tables, [_even_shares(problem, table) for table in tables]) for tables in _starts(problem, allowed, budget)
+    ]
+    if problem.objective.execution == "context_coherent" and scenario.steps is not None:
+        starts.append(_as_dispatched(problem, scenario, allowed, budget, proposals, starts[0]))
+    tables, shares = min(starts, key=lambda start: judge.value(*start))
     aims = [_first_aim(problem, scenario)] * problem.model.layers
     engine.start(tables, shares, aims)
     best = _answer(problem, engine, judge)
@@ -67,7 +75,7 @@ def _search(
             if budget.spent:
                 break
             with pace.timing():
-                engine.run(aims, pace.proposals(round_), *_temperatures(round_))
+                engine.run(aims, pace.proposals(round_), *_temperatures(round_, pace.expected / problem.num_slots))
             answer = _answer(problem, engine, judge, moving_aims)
             if answer[1].value < best[1].value:
                 best = answer
@@ -79,10 +87,11 @@ def _search(
     return Solution(best[0], best[1], shares=best[2], stop=stop)
 
 
-def _temperatures(round_: int) -> tuple[float, float]:
-    """(from, to) of a round, in typical changes."""
-    ratio = COLD / HOT
-    return HOT * ratio ** (round_ / ROUNDS), HOT * ratio ** ((round_ + 1) / ROUNDS)
+def _temperatures(round_: int, proposals_a_slot: float) -> tuple[float, float]:
+    """(from, to) of a round, in typical changes. Too few proposals to cool down from far: begin nearer."""
+    hot = HOT * min(1.0, max(COLD / HOT, proposals_a_slot / PATIENCE))
+    ratio = COLD / hot
+    return hot * ratio ** (round_ / ROUNDS), hot * ratio ** ((round_ + 1) / ROUNDS)
 
 
 def allowed_devices(problem: Problem) -> npt.NDArray[np.bool_]:
@@ -99,7 +108,8 @@ def allowed_devices(problem: Problem) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def _start(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) -> list[IntArray]:
+def _starts(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) -> list[list[IntArray]]:
+    """First placements, [P] experts a layer: balanced, and where transitions count, swept for them."""
     statistics, speed = problem.statistics, problem.topology.compute / problem.topology.compute.mean()
     load = statistics.workload_load
     # Workloads weigh the same whatever was recorded of them, as they do under a risk that compares them.
@@ -110,12 +120,56 @@ def _start(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) -> 
         balanced_layer(total[layer], problem.slots_per_device, speed, allowed[layer])
         for layer in range(problem.model.layers)
     ]
+    starts = [tables]
     coherent = problem.objective.execution == "context_coherent"
     if coherent and allowed.all() and not problem.has_replicas and statistics.transitions is not None:
         # A tenth of the time is plenty: sweeps converge in a second at 64 experts.
         brief = Budget(None if budget.left is None else budget.left / 10, budget.seed)
-        tables = list(fill_slots(assignment_sweeps(statistics.total_transitions, problem.slots_per_device, brief)))
-    return tables
+        swept = assignment_sweeps(statistics.total_transitions, problem.slots_per_device, brief)
+        starts.append(list(fill_slots(swept)))
+        if problem.topology.num_nodes > 1:
+            starts.append(list(fill_slots(_nodes_first(problem, statistics.total_transitions, brief))))
+    return starts
+
+
+def _nodes_first(problem: Problem, transitions: FloatArray, budget: Budget) -> IntArray:
+    """[L, E] devices swept in two stages, nodes and then the devices inside each, so that slow links count most."""
+    slots, node_of = problem.slots_per_device, problem.topology.node_of
+    nodes = assignment_sweeps(transitions, np.bincount(node_of, weights=slots).astype(np.int64), budget)
+    device_of = np.empty_like(nodes)
+    for node in range(problem.topology.num_nodes):
+        mine = np.stack([np.flatnonzero(row == node) for row in nodes])
+        devices = np.flatnonzero(node_of == node)
+        inside = np.stack([t[np.ix_(a, b)] for t, a, b in zip(transitions, mine[:-1], mine[1:], strict=True)])
+        np.put_along_axis(device_of, mine, devices[assignment_sweeps(inside, slots[devices], budget)], axis=1)
+    return device_of
+
+
+def _as_dispatched(
+    problem: Problem,
+    scenario: Scenario,
+    allowed: npt.NDArray[np.bool_],
+    budget: Budget,
+    proposals: int,
+    start: tuple[list[IntArray], list[FloatArray]],
+) -> tuple[list[IntArray], list[FloatArray]]:
+    """A start for context-coherent search: a third of the effort as if tokens returned home. Work and copies a token
+    are the same there and layers do not depend on each other, so that a proposal costs a tenth."""
+    relaxed = replace(problem, objective=problem.objective.replace(execution="dispatch_combine"))
+    brief = Budget(None if budget.left is None else budget.left / 3, budget.seed)
+    moves = [Moves(mask, problem.objective.split == "free") for mask in allowed]
+    engine = Engine(relaxed, scenario, rates_for(relaxed, scenario), moves, budget.seed)
+    try:
+        aims = [_first_aim(problem, scenario)] * problem.model.layers
+        engine.start(*start, aims)
+        pace = Pace(brief, proposals)
+        for round_ in range(ROUNDS):
+            with pace.timing():
+                engine.run(aims, pace.proposals(round_), *_temperatures(round_, pace.expected / problem.num_slots))
+        placed = engine.answer(aims_changed=False)
+    finally:
+        engine.close()
+    return [layer.slot_expert for layer in placed], [layer.share for layer in placed]
 
 
 def _even_shares(problem: Problem, table: IntArray) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +48,11 @@ class Judge:
             return self._load_figures(table, shares)
         plan = Plan(problem.model, problem.topology, table, problem.slot_device, shares)
         return evaluate_on(plan, self.scenario.steps, problem.model, problem.topology, problem.objective).step_seconds
+
+    def value(self, tables: Sequence[IntArray], shares: Sequence[FloatArray]) -> float:
+        """The risk's value of slot tables [P] and shares [E, G], one of each a layer."""
+        at_slot = [share[table, self.problem.slot_device] for table, share in zip(tables, shares, strict=True)]
+        return self._risk(self.figures(np.stack(tables), np.stack(at_slot)))
 
     def certificate(self, table: IntArray, shares: FloatArray) -> Certificate:
         """The risk's value of a placement and its bound."""

@@ -33,6 +33,13 @@ class Pace:
             self._given = max(1, int(share / self._per_proposal))
         return self._given
 
+    @property
+    def expected(self) -> float:
+        """Proposals a layer gets over all rounds, as far as is known; none before the first timed round."""
+        if self._budget.left is None:
+            return float(self._even * self._rounds)
+        return 0.0 if self._per_proposal is None else self._budget.left / self._per_proposal
+
     @contextlib.contextmanager
     def timing(self) -> Iterator[None]:
         """Around a round: learns what a proposal takes, and what is spent between rounds."""
