@@ -46,7 +46,8 @@ class Exflow:
 
         backend: "highs" or "cbc". form: "direct" divides all devices at once; "staged" nodes first, then the devices
         of each node, so that the slow links count most; "bisect" in halves. warm_start: begin from assignment sweeps,
-        so that there is always a plan and never a worse one; False is the program alone.
+        so that there is always a plan and never a worse one; False is the program alone. Handing a program of a
+        hundred thousand variables to a backend takes about five seconds, which a shorter time limit cannot cut.
 
         The bound holds for any placement, whatever the form: the best of a transportation bound
         (`local_weight_bound`) and what the backend proved of the first program, since what crosses between groups of

@@ -7,8 +7,9 @@ warm start. Both are read and set here, so that nothing is called optimal withou
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..placement.errors import InputError, SolveError, nearest
@@ -23,7 +24,7 @@ BACKENDS = ("highs", "cbc")
 
 @dataclass(frozen=True)
 class IlpRequest:
-    """What a backend is told. seconds: wall clock, None for no limit. Gaps at or below which it may stop. start: a
+    """What a backend is told. seconds: wall clock from `asked` on, None for no limit. Gaps at or below which it may stop. start: a
     value for every variable, by name. report: called with (value, bound) of solutions found, where the backend can.
     """
 
@@ -33,6 +34,14 @@ class IlpRequest:
     absolute_gap: float = 0.0
     start: Mapping[str, float] | None = None
     report: Callable[[float, float | None], None] = lambda value, bound: None
+    asked: float = field(default_factory=time.perf_counter)
+
+    def seconds_left(self) -> float | None:
+        """What is left to search in, when handing the model over took until now and reading the answer takes as long."""
+        if self.seconds is None:
+            return None
+        spent = time.perf_counter() - self.asked
+        return max(0.01, self.seconds - 2.0 * spent)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class _Cbc(pulp.COIN_CMD):  # type: ignore[misc]
                 for variable in variables:
                     variable.varValue = self.request.start[variable.name]
                 self.writesol(str(start), lp, variables, columns, rows)
-            code = run_limited(self._command(program, start, answer), log, self.request.seconds)
+            seconds = self.request.seconds_left()
+            code = run_limited(self._command(program, start, answer, seconds), log, seconds)
             words = log.read_text(errors="replace")
             if answer.exists() and code == 0:
                 status, values, _, _, _, sol_status = self.readsol_MPS(str(answer), lp, variables, columns, rows)
@@ -77,15 +78,15 @@ class _Cbc(pulp.COIN_CMD):  # type: ignore[misc]
         )
         return int(status)
 
-    def _command(self, program: Path, start: Path, answer: Path) -> list[str]:
+    def _command(self, program: Path, start: Path, answer: Path, seconds: float | None) -> list[str]:
         request = self.request
         seed = str(request.seed % 2**31)
         command = [self.path, str(program), "-randomSeed", seed, "-randomCbcSeed", seed, "-timeMode", "elapsed"]
         command += ["-ratio", repr(request.relative_gap), "-allow", repr(request.absolute_gap)]
         if request.start is not None:
             command += ["-mips", str(start)]
-        if request.seconds is not None:
-            command += ["-sec", repr(request.seconds)]
+        if seconds is not None:
+            command += ["-sec", f"{seconds:.3f}"]
         return [*command, "-solve", "-solution", str(answer)]
 
 

@@ -49,8 +49,6 @@ class _Highs(pulp.HiGHS):  # type: ignore[misc]
             "mip_rel_gap": request.relative_gap,
             "mip_abs_gap": request.absolute_gap,
         }
-        if request.seconds is not None:
-            options["time_limit"] = request.seconds
         for name, value in options.items():
             lp.solverModel.setOptionValue(name, value)
         # HiGHS holds the data object by address only: it must outlive the run, as this solver does.
@@ -65,6 +63,9 @@ class _Highs(pulp.HiGHS):  # type: ignore[misc]
             variables = lp.variables()
             indices = [v.index for v in variables]
             lp.solverModel.setSolution(len(indices), indices, [float(start[v.name]) for v in variables])
+        seconds = self.request.seconds_left()
+        if seconds is not None:
+            lp.solverModel.setOptionValue("time_limit", seconds)
         lp.solverModel.run()
         lp.solverModel.setCallback(None, None)
         if self.interrupted:
