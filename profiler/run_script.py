@@ -96,6 +96,9 @@ def _run(command: Sequence[str], settings: dict[str, Any]) -> int:
                 break
             except KeyboardInterrupt:
                 continue  # the command was interrupted as well, and decides how it ends
+            except BaseException:
+                process.terminate()
+                raise
     return 128 - code if code < 0 else code
 
 
