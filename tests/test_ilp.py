@@ -154,8 +154,13 @@ def test_same_seed_gives_the_same_solution_on_both_backends() -> None:
 
 
 def test_an_interrupt_stops_highs_and_is_passed_on() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        solve_ilp(hard_model(), Budget(seconds=60.0), report=lambda *_: signal.raise_signal(signal.SIGINT))
+    # A test worker may have been started with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            solve_ilp(hard_model(), Budget(seconds=60.0), report=lambda *_: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @both
