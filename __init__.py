@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .placement.decide import Decision, Verdict, decide
     from .placement.errors import FileFormatError, InputError, MoeplaceError, SolveError, StoreError, UnsupportedError
     from .placement.evaluate import Evaluation, evaluate
+    from .placement.failures import Failure, single_failures, survives
     from .placement.model import ModelSpec
     from .placement.objective import Objective
     from .placement.plan import Certificate, Plan, Provenance
@@ -28,6 +29,7 @@ __all__ = [
     "Decision",
     "Device",
     "Evaluation",
+    "Failure",
     "FileFormatError",
     "InputError",
     "ModelSpec",
@@ -54,8 +56,10 @@ __all__ = [
     "read_any",
     "read_statistics",
     "read_trace",
+    "single_failures",
     "solve",
     "solver_names",
+    "survives",
     "write_statistics",
     "write_trace",
 ]
@@ -77,6 +81,11 @@ _HOME = {
     ".placement.evaluate": (
         "Evaluation",
         "evaluate",
+    ),
+    ".placement.failures": (
+        "Failure",
+        "single_failures",
+        "survives",
     ),
     ".placement.model": ("ModelSpec",),
     ".placement.objective": ("Objective",),

@@ -50,7 +50,7 @@ def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = N
             f"the plan in force is for {current.topology.num_devices} devices, the candidate for {topology.num_devices}"
         )
     size = candidate.model.bytes_per_expert if bytes_per_expert is None else bytes_per_expert
-    held, wanted = _holds(current), _holds(candidate)
+    held, wanted = current.holds, candidate.holds
     layers, experts, targets = np.nonzero(wanted & ~held)
     sources = np.empty(len(layers), dtype=np.int64)
     sent = np.zeros(topology.num_devices)
@@ -62,16 +62,6 @@ def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = N
         sent[sources[i]] += 1
     moved = Migration(layers, experts, sources, targets, float(len(layers) * size), 0.0)
     return Migration(layers, experts, sources, targets, moved.bytes_moved, _seconds(moved, candidate, size))
-
-
-def _holds(plan: Plan) -> npt.NDArray[np.bool_]:
-    """[L, E, G] whether a device has a slot of the expert."""
-    layers, slots = plan.physical_to_logical.shape
-    held = np.zeros((layers, plan.model.experts, plan.topology.num_devices), dtype=bool)
-    held[np.repeat(np.arange(layers), slots), plan.physical_to_logical.ravel(), np.tile(plan.slot_device, layers)] = (
-        True
-    )
-    return held
 
 
 def _seconds(moved: Migration, plan: Plan, size: float) -> float:

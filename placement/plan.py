@@ -132,6 +132,16 @@ class Plan:
         return result
 
     @cached_property
+    def holds(self) -> npt.NDArray[np.bool_]:
+        """[L, E, G] whether a device has a slot of the expert."""
+        layers, slots = self.physical_to_logical.shape
+        result = np.zeros((layers, self.model.experts, self.topology.num_devices), dtype=bool)
+        rows = np.repeat(np.arange(layers), slots)
+        result[rows, self.physical_to_logical.ravel(), np.tile(self.slot_device, layers)] = True
+        result.flags.writeable = False
+        return result
+
+    @cached_property
     def replicas(self) -> IntArray:
         """[L, E] slots each expert has."""
         return np.stack([np.bincount(row, minlength=self.model.experts) for row in self.physical_to_logical])

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError
+from .failures import Failure, failure_mask
 from .model import ModelSpec
 from .objective import Objective
 from .statistics import RoutingStatistics
@@ -26,6 +27,7 @@ class Problem:
     device_slots: [G] slots of each device instead, when they are to differ.
     pinned: (layer, expert) -> device that must hold it. forbidden: (layer, expert) -> devices that must not. Layers
     count MoE layers from 0.
+    tolerates: failures (see `single_failures`) in each of which every expert of every layer must keep a replica.
     """
 
     model: ModelSpec
@@ -36,10 +38,12 @@ class Problem:
     device_slots: Sequence[int] | None = None
     pinned: Mapping[tuple[int, int], int] = field(default_factory=dict)
     forbidden: Mapping[tuple[int, int], Sequence[int]] = field(default_factory=dict)
+    tolerates: Sequence[Failure] = ()
 
     def __post_init__(self) -> None:
         self._check_same_model()
         self._check_slots()
+        self._check_tolerates()
         devices = self.num_devices
         for name, entries in (("pinned", {k: [v] for k, v in self.pinned.items()}), ("forbidden", self.forbidden)):
             for (layer, expert), targets in entries.items():
@@ -88,6 +92,17 @@ class Problem:
                 f"device {device} would hold {needed[device] / 1e9:.1f} GB of experts in its "
                 f"{self.slots_per_device[device]} slots a layer, its memory is {self.topology.memory[device] / 1e9:.1f} GB; "
                 "use fewer slots, more devices, or a smaller expert_dtype"
+            )
+
+    def _check_tolerates(self) -> None:
+        exposed = failure_mask(self.tolerates, self.num_devices).any(axis=0)
+        alone = min(int(self.slots_per_device[~exposed].sum()), self.model.experts)
+        needed = 2 * self.model.experts - alone
+        if len(self.tolerates) and self.num_slots < needed:
+            raise InputError(
+                f"Problem.tolerates names failures of {int(exposed.sum())} of {self.num_devices} devices: at most "
+                f"{alone} experts can do with one replica, so at least {needed} slots a layer are needed, "
+                f"given {self.num_slots}"
             )
 
     @property

@@ -20,6 +20,7 @@ class Feature(Enum):
     REPLICAS = "replicas"
     UNEVEN_SLOTS = "devices with different numbers of slots"
     PINNED = "pinned or forbidden devices"
+    TOLERATES = "failures to tolerate"
 
 
 class Needs(Enum):

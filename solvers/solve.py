@@ -86,6 +86,8 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         asked.add(Feature.UNEVEN_SLOTS)
     if problem.pinned or problem.forbidden:
         asked.add(Feature.PINNED)
+    if problem.tolerates:
+        asked.add(Feature.TOLERATES)
     return frozenset(asked)
 
 

@@ -55,6 +55,7 @@ def check(plan: mp.Plan, problem: mp.Problem, solver: Solver) -> None:
         assert plan.device_share[layer, expert, device] == pytest.approx(1.0)
     for (layer, expert), devices in problem.forbidden.items():
         assert plan.device_share[layer, expert, list(devices)].max() == 0.0
+    assert mp.survives(plan, problem.tolerates).all()
     assert plan.certificate is not None
     assert plan.certificate.objective
     assert np.isfinite(plan.certificate.value)
@@ -108,6 +109,10 @@ FEATURES = {
     "an empty device": ({"device_slots": [6, 0]}, {Feature.UNEVEN_SLOTS}),
     "uneven replicas": ({"slots": 7}, {Feature.REPLICAS, Feature.UNEVEN_SLOTS}),
     "pinned": ({"pinned": {(0, 0): 1, (2, 5): 0}, "forbidden": {(1, 3): [0]}}, {Feature.PINNED}),
+    "tolerates": (
+        {"slots": 12, "tolerates": [mp.Failure("device:0", (0,)), mp.Failure("device:1", (1,))]},
+        {Feature.REPLICAS, Feature.TOLERATES},
+    ),
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from ...placement.failures import failure_mask
 from ...placement.plan import Certificate, Stop
 from ...placement.problem import Problem
 from ..base import Budget, Solution, fill_slots
@@ -18,6 +19,7 @@ from .layout import Aim, Moves
 from .pace import Pace
 from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
 from .starts import balanced_layer
+from .tolerant_start import tolerant_layer
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -36,7 +38,7 @@ def run_search(
     """Anneals every layer on scenario steps; see `Search` for the arguments."""
     scenario = scenario_from(problem, batch, step_tokens, steps, budget.seed)
     allowed = allowed_devices(problem)
-    moves = [Moves(mask, problem.objective.split == "free") for mask in allowed]
+    moves = _moves(problem, allowed)
     engine = Engine(problem, scenario, rates_for(problem, scenario), moves, budget.seed)
     try:
         return _search(problem, budget, scenario, engine, allowed, proposals)
@@ -108,6 +110,11 @@ def allowed_devices(problem: Problem) -> npt.NDArray[np.bool_]:
     return mask
 
 
+def _moves(problem: Problem, allowed: npt.NDArray[np.bool_]) -> list[Moves]:
+    failures = failure_mask(problem.tolerates, problem.num_devices)
+    return [Moves(mask, problem.objective.split == "free", failures) for mask in allowed]
+
+
 def _starts(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) -> list[list[IntArray]]:
     """First placements, [P] experts a layer: balanced, and where transitions count, swept for them."""
     statistics, speed = problem.statistics, problem.topology.compute / problem.topology.compute.mean()
@@ -116,6 +123,14 @@ def _starts(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) ->
     if problem.objective.risk in ("worst_workload", "regret"):
         load = load / np.maximum(load.sum(axis=2, keepdims=True), 1e-300)
     total = load.sum(axis=0)
+    failures = failure_mask(problem.tolerates, problem.num_devices)
+    if len(failures):
+        return [
+            [
+                tolerant_layer(layer_load, problem.slots_per_device, mask, failures)
+                for layer_load, mask in zip(total, allowed, strict=True)
+            ]
+        ]
     tables = [
         balanced_layer(total[layer], problem.slots_per_device, speed, allowed[layer])
         for layer in range(problem.model.layers)
@@ -157,7 +172,7 @@ def _as_dispatched(
     are the same there and layers do not depend on each other, so that a proposal costs a tenth."""
     relaxed = replace(problem, objective=problem.objective.replace(execution="dispatch_combine"))
     brief = Budget(None if budget.left is None else budget.left / 3, budget.seed)
-    moves = [Moves(mask, problem.objective.split == "free") for mask in allowed]
+    moves = _moves(problem, allowed)
     engine = Engine(relaxed, scenario, rates_for(relaxed, scenario), moves, budget.seed)
     try:
         aims = [_first_aim(problem, scenario)] * problem.model.layers

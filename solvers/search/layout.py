@@ -58,10 +58,12 @@ class Aim(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """What a proposal may do. allowed: [E, G] where experts may stand. free: whether replicas' shares may differ."""
+    """What a proposal may do. allowed: [E, G] where experts may stand. free: whether replicas' shares may differ.
+    failures: [F, G] sets of devices outside each of which every expert must keep a replica."""
 
     allowed: npt.NDArray[np.bool_]
     free: bool
+    failures: npt.NDArray[np.bool_] = np.zeros((0, 0), dtype=np.bool_)
 
 
 class Neighbours(NamedTuple):

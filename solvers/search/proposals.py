@@ -25,6 +25,8 @@ def propose(
         b = np.random.randint(experts)
         if replicas[a] < 2 or b == a or slot_at[b, g] >= 0 or not moves.allowed[b, g]:
             return 0, 0, 0, 0, 0
+        if not survives(a, g, -1, slot_at, moves.failures):
+            return 0, 0, 0, 0, 0
         new[0, :] = share[a]
         new[1, :] = share[b]
         gone = share[a, g]
@@ -64,6 +66,8 @@ def propose(
         return 0, 0, 0, 0, 0
     if not moves.allowed[a, h] or not moves.allowed[b, g]:
         return 0, 0, 0, 0, 0
+    if not survives(a, g, h, slot_at, moves.failures) or not survives(b, h, g, slot_at, moves.failures):
+        return 0, 0, 0, 0, 0
     new[0, :] = share[a]
     new[1, :] = share[b]
     new[0, h] = share[a, g]
@@ -71,3 +75,17 @@ def propose(
     new[1, g] = share[b, h]
     new[1, h] = 0.0
     return 1, p, q, a, b
+
+
+@njit(cache=True, nogil=True)
+def survives(e: int, left: int, joined: int, slot_at: Any, failures: Any) -> bool:
+    """Whether expert e keeps a replica in every failure [F, G] once it has left a device and joined another (or -1)."""
+    for f in range(failures.shape[0]):
+        kept = joined >= 0 and not failures[f, joined]
+        for g in range(failures.shape[1]):
+            if kept:
+                break
+            kept = g != left and slot_at[e, g] >= 0 and not failures[f, g]
+        if not kept:
+            return False
+    return True
