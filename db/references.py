@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..placement.errors import InputError
+from ..placement.errors import InputError, NotFoundError
 from .content import ID_DIGITS, storable
 from .schema import ModelRow, Named, PlanRow, StatisticsRow, TopologyRow
 
@@ -35,7 +35,7 @@ def find(session: Session, row: type[R], ref: str) -> R:
     """The one row `ref` means: its name, else the label only it has, else at least 4 first digits of its id.
 
     Raises:
-        InputError: no row, or several; the message names the nearest, or the candidates.
+        NotFoundError: no row; the nearest name is given. InputError: several; the candidates are named.
     """
     found = matches(session, row, ref)
     if len(found) > 1:
@@ -51,7 +51,7 @@ def matches(session: Session, row: type[R], ref: str) -> Sequence[R]:
     """Every row `ref` may mean, by the first rule of `find` that gives any.
 
     Raises:
-        InputError: none; the nearest name is given.
+        NotFoundError: none; the nearest name is given.
     """
     storable(f"{kind_of(row)} reference", ref)
     rules: list[Any] = [row.name == ref]
@@ -63,7 +63,7 @@ def matches(session: Session, row: type[R], ref: str) -> Sequence[R]:
         found = session.scalars(select(row).where(rule).order_by(row.key)).all()
         if found:
             return found
-    raise InputError(_missing(session, row, ref))
+    raise NotFoundError(_missing(session, row, ref))
 
 
 def claim_name(session: Session, row: NamedRow, name: str | None) -> None:

@@ -18,7 +18,11 @@ from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
 from . import convert, upkeep
 from .address import resolve, shown
+from .audit import Audit
 from .content import storable
+from .decisions import Decisions
+from .deployments import Deployments
+from .jobs import Jobs
 from .keep import (
     keep_evaluation,
     keep_export,
@@ -41,6 +45,10 @@ from .records import (
 from .references import Kind, find, matches, set_name
 from .schema import EvaluationRow, ExportRow, ModelRow, PlanRow, StatisticsRow, TopologyRow
 from .session import Sessions
+from .tokens import Tokens
+from .uploads import Uploads
+from .webhooks import Webhooks
+from .windows import Windows
 
 
 class Store:
@@ -62,6 +70,14 @@ class Store:
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
+        self.audit = Audit(sessions)
+        self.decisions = Decisions(sessions)
+        self.deployments = Deployments(sessions)
+        self.jobs = Jobs(sessions)
+        self.tokens = Tokens(sessions)
+        self.uploads = Uploads(sessions)
+        self.webhooks = Webhooks(sessions)
+        self.windows = Windows(sessions)
 
     @classmethod
     def open(cls, url: str | os.PathLike[str] | None = None, *, lock_seconds: float = 30.0) -> Self:
@@ -191,10 +207,12 @@ class Store:
         solver: str | None = None,
         limit: int | None = None,
         offset: int = 0,
+        before: str | None = None,
     ) -> list[PlanSummary]:
         """Plans without their tables, newest first.
 
         model: only those of the models this may mean (a label may stand for several). solver: only those it made.
+        before: only those stored before this one.
         """
         if offset < 0 or (limit is not None and limit < 0):
             raise InputError(f"limit ({limit}) and offset ({offset}) must not be negative")
@@ -202,6 +220,8 @@ class Store:
         with self._sessions.reading() as session:
             if model is not None:
                 query = query.where(PlanRow.model_key.in_([row.key for row in matches(session, ModelRow, model)]))
+            if before is not None:
+                query = query.where(PlanRow.key < find(session, PlanRow, before).key)
             if solver is not None:
                 query = query.where(PlanRow.solver == storable("solver", solver))
             return [convert.plan_summary(found) for found in session.execute(query)]

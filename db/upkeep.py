@@ -12,7 +12,8 @@ from ..placement.errors import InputError, nearest
 from .migrate import revision
 from .records import StoreDescription
 from .references import ROWS, Kind, find
-from .schema import Base, EvaluationRow, ExportRow, PlanRow, StatisticsPartRow
+from .schema import Base, EvaluationRow, ExportRow, PlanRow
+from .service_schema import DecisionRow, DeploymentRow, PublicationRow
 
 
 def table(kind: Kind) -> Any:
@@ -42,6 +43,7 @@ def delete(session: Session, kind: Kind, ref: str, dependants: bool) -> None:
         raise InputError(
             f"{kind} {ref!r} has {listed} that would lose it; delete those first, or all of it with dependants=True"
         )
+    _refuse_used(session, kind, ref, row, plans)
     for child in children:
         session.execute(delete_from(child).where(child.plan_key.in_(plans)))
     if kind != "plan":
@@ -49,10 +51,29 @@ def delete(session: Session, kind: Kind, ref: str, dependants: bool) -> None:
     session.delete(row)
 
 
+def _refuse_used(session: Session, kind: Kind, ref: str, row: Any, plans: Any) -> None:
+    """What a deployment runs on, or ran on, stays: its history tells of it."""
+    uses = {
+        "model": [DeploymentRow.model_key == row.key],
+        "topology": [DeploymentRow.topology_key == row.key],
+        "statistics": [DeploymentRow.reference_key == row.key],
+        "plan": [],
+    }
+    for use in [
+        *uses[kind],
+        DeploymentRow.plan_key.in_(plans),
+        DeploymentRow.key.in_(select(PublicationRow.deployment_key).where(PublicationRow.plan_key.in_(plans))),
+        DeploymentRow.key.in_(select(DecisionRow.deployment_key).where(DecisionRow.candidate_key.in_(plans))),
+    ]:
+        name = session.scalar(select(DeploymentRow.name).where(use).limit(1))
+        if name is not None:
+            raise InputError(f"{kind} {ref!r} belongs to the history of deployment {name!r}, which is kept")
+
+
 def describe(session: Session, url: str) -> StoreDescription:
     """See `Store.describe`."""
     tables = list(Base.metadata.tables)
-    counted = [name for name in tables if name != StatisticsPartRow.__tablename__]
+    counted = [name for name in tables if not name.endswith("_parts")]
     counts = select(
         *(
             select(func.count()).select_from(Base.metadata.tables[name]).scalar_subquery().label(name)

@@ -13,6 +13,14 @@ class InputError(MoeplaceError, ValueError):
     """A value, file or record given by the user is not valid."""
 
 
+class NotFoundError(InputError):
+    """Nothing is stored under the name or id given."""
+
+
+class ConflictError(MoeplaceError):
+    """The request is valid, but what it is about has changed meanwhile, or is in a state that does not allow it."""
+
+
 class FileFormatError(InputError):
     """A file is truncated, malformed, or of a version this release does not read."""
 

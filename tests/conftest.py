@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,26 @@ def gpt_oss(shared_data: Path) -> mp.RoutingTrace:
         position=arrays["position"],
         workload=arrays["sequence_dataset"][arrays["sequence"]],
     )
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of each kind, gone after the test."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "store.db")
+        return
+    server = os.environ.get("MOEPLACE_TEST_POSTGRES")
+    if not server:
+        pytest.skip("MOEPLACE_TEST_POSTGRES does not name a PostgreSQL database")
+    import psycopg
+
+    schema = f"moeplace_test_{secrets.token_hex(6)}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {schema}".encode())
+        try:
+            yield f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3D{schema}"
+        finally:
+            connection.execute(f"DROP SCHEMA {schema} CASCADE".encode())
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+"""Decisions, and what people make of those that wait for them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal, cast
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from ..placement.errors import ConflictError, NotFoundError
+from . import audit
+from .content import storable
+from .deployment_rows import deployment_row, plan_id
+from .deployments import publish
+from .schema import PlanRow
+from .service_records import Actor, DecisionRecord
+from .service_schema import DecisionRow, DeploymentRow
+from .session import Sessions
+from .webhooks import announce
+
+
+class Decisions:
+    """Threads and processes: as `Store`."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def get(self, key: int) -> DecisionRecord:
+        """Raises NotFoundError where there is no such decision."""
+        with self._sessions.reading() as session:
+            return _record(session, _row(session, key))
+
+    def page(
+        self, deployment: str | None = None, *, limit: int, before: int | None = None, state: str | None = None
+    ) -> list[DecisionRecord]:
+        """Newest first, of one deployment or of all."""
+        query = select(DecisionRow).order_by(DecisionRow.key.desc()).limit(limit)
+        with self._sessions.reading() as session:
+            if deployment is not None:
+                query = query.where(DecisionRow.deployment_key == deployment_row(session, deployment).key)
+            if before is not None:
+                query = query.where(DecisionRow.key < before)
+            if state is not None:
+                query = query.where(DecisionRow.state == state)
+            return [_record(session, row) for row in session.scalars(query)]
+
+    def close(self, key: int, verdict: Literal["approve", "reject"], by: Actor, comment: str = "") -> DecisionRecord:
+        """Approves or rejects a waiting decision; approving publishes its plan. The same verdict again changes nothing.
+
+        Raises:
+            NotFoundError: no such decision. ConflictError: it does not wait any more.
+        """
+        storable("comment", comment, 2000)
+        wanted = "published" if verdict == "approve" else "rejected"
+        with self._sessions.writing() as session:
+            row = _row(session, key)
+            if row.state == wanted and row.closed_by == by.name:
+                return _record(session, row)
+            if row.state != "waiting":
+                raise ConflictError(f"decision {key} is {row.state}; only a waiting one can be approved or rejected")
+            row.state, row.closed, row.closed_by, row.comment = wanted, datetime.now(UTC), by.name, comment
+            deployment = session.get_one(DeploymentRow, row.deployment_key)
+            detail = {"decision": key, "comment": comment}
+            audit.note(session, by, f"decision.{verdict}", deployment.name, detail)
+            if verdict == "approve":
+                plan = session.get_one(PlanRow, row.candidate_key)
+                publish(session, deployment, plan, by, "approved", comment, row)
+            else:
+                announce(session, deployment, "decision.rejected", {"decision": key})
+            return _record(session, row)
+
+
+def _row(session: Session, key: int) -> DecisionRow:
+    row = session.get(DecisionRow, key) if 0 <= key < 1 << 31 else None
+    if row is None:
+        raise NotFoundError(f"no decision {key}")
+    return row
+
+
+def _record(session: Session, row: DecisionRow) -> DecisionRecord:
+    return DecisionRecord(
+        key=row.key,
+        deployment=session.get_one(DeploymentRow, row.deployment_key).name,
+        job=row.job_key,
+        created=row.created,
+        current_id=plan_id(session, row.current_key),
+        candidate_id=plan_id(session, row.candidate_key) or "",
+        action=cast(Any, row.action),
+        state=cast(Any, row.state),
+        reason=row.reason,
+        figures=row.figures,
+        closed=row.closed,
+        closed_by=row.closed_by,
+        comment=row.comment,
+    )

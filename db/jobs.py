@@ -1,0 +1,239 @@
+"""Jobs: asked for once, held by one worker at a time, finished once.
+
+A worker holds a job by a claim, and keeps it by beating. Who watches over workers compares beats with those seen before,
+by a clock of its own that only runs forward: no clock of another machine matters, nor one that is set.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from ..placement.errors import ConflictError, NotFoundError
+from . import audit
+from .content import plain
+from .deployment_rows import deployment_row
+from .outcomes import apply
+from .service_records import Actor, ClaimedJob, JobRecord, Outcome, Pulse
+from .service_schema import DeploymentRow, JobRow
+from .session import Sessions
+
+ENDED = ("done", "failed", "cancelled")
+
+
+class Jobs:
+    """Threads and processes: as `Store`."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def submit(
+        self,
+        kind: str,
+        request: Mapping[str, Any],
+        by: Actor,
+        *,
+        deployment: str | None = None,
+        idempotency: str | None = None,
+        only: bool = False,
+    ) -> JobRecord:
+        """A new job, or the one submitted before under the same idempotency key. only: none while one of this kind
+        is queued or running for the deployment; that one is returned.
+
+        Raises:
+            NotFoundError: no such deployment. ConflictError: the idempotency key was used for another request.
+        """
+        data = plain("request", dict(request))
+        with self._sessions.writing() as session:
+            owner = None if deployment is None else deployment_row(session, deployment)
+            if idempotency is not None:
+                row = session.scalar(select(JobRow).where(JobRow.idempotency == idempotency))
+                if row is not None:
+                    if (row.kind, row.request, row.actor) != (kind, data, by.name):
+                        raise ConflictError("this Idempotency-Key was used for another request; make a new one")
+                    return _record(session, row)
+            if only and owner is not None:
+                going = select(JobRow).where(
+                    JobRow.deployment_key == owner.key, JobRow.kind == kind, JobRow.state.in_(("queued", "running"))
+                )
+                row = session.scalar(going.limit(1))
+                if row is not None:
+                    return _record(session, row)
+            row = JobRow(
+                kind=kind,
+                state="queued",
+                deployment_key=None if owner is None else owner.key,
+                idempotency=idempotency,
+                actor=by.name,
+                created=datetime.now(UTC),
+                attempts=0,
+                claim="",
+                worker="",
+                beat=0,
+                request=data,
+                progress={},
+            )
+            session.add(row)
+            session.flush()
+            return _record(session, row)
+
+    def get(self, key: int) -> JobRecord:
+        """Raises NotFoundError where there is no such job."""
+        with self._sessions.reading() as session:
+            return _record(session, _row(session, key))
+
+    def page(
+        self,
+        *,
+        limit: int,
+        before: int | None = None,
+        deployment: str | None = None,
+        state: str | None = None,
+        kind: str | None = None,
+    ) -> list[JobRecord]:
+        """Newest first."""
+        query = select(JobRow).order_by(JobRow.key.desc()).limit(limit)
+        with self._sessions.reading() as session:
+            if before is not None:
+                query = query.where(JobRow.key < before)
+            if deployment is not None:
+                query = query.where(JobRow.deployment_key == deployment_row(session, deployment).key)
+            if state is not None:
+                query = query.where(JobRow.state == state)
+            if kind is not None:
+                query = query.where(JobRow.kind == kind)
+            return [_record(session, row) for row in session.scalars(query)]
+
+    def cancel(self, key: int, by: Actor) -> JobRecord:
+        """Ends a job that has not ended; its worker learns at its next beat.
+
+        Raises:
+            NotFoundError: no such job. ConflictError: it has ended otherwise.
+        """
+        with self._sessions.writing() as session:
+            row = _row(session, key)
+            if row.state in ("done", "failed"):
+                raise ConflictError(f"job {key} is {row.state} already")
+            if row.state != "cancelled":
+                row.state, row.claim, row.finished = "cancelled", "", datetime.now(UTC)
+                audit.note(session, by, "job.cancel", str(key))
+            return _record(session, row)
+
+    def claim(self, worker: str) -> ClaimedJob | None:
+        """The oldest queued job, now held by `worker`; None where none is queued."""
+        oldest = select(JobRow).where(JobRow.state == "queued").order_by(JobRow.key).limit(1)
+        with self._sessions.reading() as session:
+            if session.scalar(oldest.with_only_columns(JobRow.key)) is None:
+                return None
+        with self._sessions.writing() as session:
+            row = session.scalar(oldest)
+            if row is None:
+                return None
+            row.state, row.worker, row.claim = "running", worker, secrets.token_hex(16)
+            row.attempts, row.beat, row.started = row.attempts + 1, 0, datetime.now(UTC)
+            name = _deployment(session, row)
+            return ClaimedJob(row.key, row.kind, name, row.request, row.claim, row.attempts)
+
+    def beat(self, job: ClaimedJob, progress: Mapping[str, Any] | None = None) -> bool:
+        """A sign of life, with news where there are any; False when the job is no longer this worker's."""
+        news = {} if progress is None else {"progress": plain("progress", dict(progress))}
+        with self._sessions.writing() as session:
+            mine = update(JobRow).where(JobRow.key == job.key, JobRow.claim == job.claim, JobRow.state == "running")
+            return bool(cast(Any, session.execute(mine.values(beat=JobRow.beat + 1, **news))).rowcount)
+
+    def finish(self, job: ClaimedJob, outcome: Outcome) -> bool:
+        """Stores all a job leaves behind and ends it, in one transaction; False when it is no longer this worker's."""
+        with self._sessions.writing() as session:
+            row = _held(session, job)
+            if row is None:
+                return False
+            row.result = plain("result", {**outcome.result, **apply(session, row, outcome)})
+            row.state, row.claim, row.finished = "done", "", datetime.now(UTC)
+            return True
+
+    def fail(self, job: ClaimedJob, error: str) -> bool:
+        """Ends a job that cannot be done; False when it is no longer this worker's."""
+        with self._sessions.writing() as session:
+            row = _held(session, job)
+            if row is None:
+                return False
+            row.state, row.claim, row.finished, row.error = "failed", "", datetime.now(UTC), error[:2000]
+            return True
+
+    def release(self, job: ClaimedJob) -> bool:
+        """Gives a job back undone, as if it had not been begun; False when it is no longer this worker's."""
+        with self._sessions.writing() as session:
+            row = _held(session, job)
+            if row is None:
+                return False
+            row.state, row.claim, row.attempts, row.started = "queued", "", row.attempts - 1, None
+            return True
+
+    def pulses(self) -> list[Pulse]:
+        """All running jobs."""
+        with self._sessions.reading() as session:
+            query = select(JobRow.key, JobRow.claim, JobRow.beat).where(JobRow.state == "running")
+            return [Pulse(key, claim, beat) for key, claim, beat in session.execute(query)]
+
+    def lost(self, pulse: Pulse, attempts: int) -> bool:
+        """Takes a job from a worker that showed no life since `pulse`: queued again, or failed after so many attempts.
+
+        False when the worker did show life, or the job ended.
+        """
+        with self._sessions.writing() as session:
+            row = session.get(JobRow, pulse.key)
+            if row is None or row.state != "running" or (row.claim, row.beat) != (pulse.claim, pulse.beat):
+                return False
+            row.claim = ""
+            if row.attempts >= attempts:
+                row.state, row.finished = "failed", datetime.now(UTC)
+                row.error = f"its worker died {row.attempts} times (out of memory, or killed); ask for less, or retry"
+            else:
+                row.state, row.started = "queued", None
+            return True
+
+    def waiting(self) -> dict[str, int]:
+        """Jobs queued and running, by state."""
+        with self._sessions.reading() as session:
+            states = session.scalars(select(JobRow.state).where(JobRow.state.in_(("queued", "running")))).all()
+            return {state: states.count(state) for state in ("queued", "running")}
+
+
+def _held(session: Session, job: ClaimedJob) -> JobRow | None:
+    row = session.get(JobRow, job.key)
+    return row if row is not None and row.state == "running" and row.claim == job.claim else None
+
+
+def _row(session: Session, key: int) -> JobRow:
+    row = session.get(JobRow, key) if 0 <= key < 1 << 31 else None
+    if row is None:
+        raise NotFoundError(f"no job {key}")
+    return row
+
+
+def _deployment(session: Session, row: JobRow) -> str | None:
+    return None if row.deployment_key is None else session.get_one(DeploymentRow, row.deployment_key).name
+
+
+def _record(session: Session, row: JobRow) -> JobRecord:
+    return JobRecord(
+        key=row.key,
+        kind=row.kind,
+        state=cast(Any, row.state),
+        deployment=_deployment(session, row),
+        actor=row.actor,
+        created=row.created,
+        started=row.started,
+        finished=row.finished,
+        attempts=row.attempts,
+        worker=row.worker,
+        request=row.request,
+        progress=row.progress,
+        result=row.result,
+        error=row.error,
+    )

@@ -1,0 +1,188 @@
+"""Files on their way in: taken in pieces, resumed where they stopped, one a content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.orm import Session
+
+from ..placement.errors import ConflictError, InputError, NotFoundError
+from .content import sha256_digits, storable
+from .service_records import UploadRecord
+from .service_schema import UploadPartRow, UploadRow
+from .session import Sessions
+
+UPLOAD_LIMIT = 1 << 30
+PIECE_LIMIT = 8 << 20
+"""Bytes taken at once: other writers wait while they are written."""
+
+
+class Uploads:
+    """Threads and processes: as `Store`.
+
+    Every method that is given a key raises NotFoundError where there is no such upload.
+    """
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def begin(self, kind: str, owner: str, sha256: str, total_bytes: int) -> UploadRecord:
+        """The upload of this content: a new one, or the one that was begun or finished before.
+
+        kind: what it is. owner: whose (a deployment), empty for nobody's.
+
+        Raises:
+            InputError: not a SHA-256, or not 1 to 1 GiB of bytes.
+        """
+        if not sha256 or not sha256_digits("sha256", sha256):
+            raise InputError("sha256 is empty; give the SHA-256 of the file, 64 hexadecimal digits")
+        if not 0 < total_bytes <= UPLOAD_LIMIT:
+            raise InputError(f"total_bytes ({total_bytes:,}) must be 1 to {UPLOAD_LIMIT:,}; send several files")
+        with self._sessions.writing() as session:
+            same = (
+                UploadRow.kind == kind,
+                UploadRow.owner == storable("owner", owner, 100),
+                UploadRow.sha256 == sha256,
+            )
+            row = session.scalar(select(UploadRow).where(*same))
+            if row is not None and row.state == "refused":
+                session.delete(row)
+                session.flush()
+                row = None
+            if row is None:
+                row = UploadRow(
+                    kind=kind,
+                    owner=owner,
+                    sha256=sha256,
+                    total_bytes=total_bytes,
+                    received_bytes=0,
+                    state="open",
+                    created=datetime.now(UTC),
+                )
+                session.add(row)
+                session.flush()
+            elif row.total_bytes != total_bytes:
+                raise InputError(f"total_bytes is {total_bytes:,}, this content was announced with {row.total_bytes:,}")
+            return _record(row)
+
+    def get(self, key: int) -> UploadRecord:
+        with self._sessions.reading() as session:
+            return _record(_row(session, key))
+
+    def append(self, key: int, start: int, piece: bytes) -> UploadRecord:
+        """Adds the next piece. start: how many bytes came before it.
+
+        Raises:
+            ConflictError: not the next piece; the message says where to go on. InputError: too large a piece.
+        """
+        if not 0 < len(piece) <= PIECE_LIMIT:
+            raise InputError(f"a piece of {len(piece):,} bytes; send 1 to {PIECE_LIMIT:,} at once")
+        with self._sessions.writing() as session:
+            row = _row(session, key)
+            if row.state != "open" or start != row.received_bytes:
+                raise ConflictError(f"upload {key} is {row.state} with {row.received_bytes} bytes; go on from there")
+            if start + len(piece) > row.total_bytes:
+                raise InputError(f"a piece of {len(piece):,} bytes exceeds the {row.total_bytes:,} announced")
+            session.execute(insert(UploadPartRow), {"upload_key": key, "start": start, "content": piece})
+            row.received_bytes = start + len(piece)
+            return _record(row)
+
+    def finish(self, key: int, inspect: Callable[[bytes], Mapping[str, Any]]) -> UploadRecord:
+        """Checks the whole content, once all is here. inspect: says what it is, or raises InputError.
+
+        Raises:
+            ConflictError: bytes are missing. InputError: another SHA-256 than announced, or what `inspect` raises; the
+                upload is refused then and its bytes are dropped.
+        """
+        with self._sessions.reading() as session:
+            row = _row(session, key)
+            if row.state == "complete":
+                return _record(row)
+            if row.state != "open" or row.received_bytes != row.total_bytes:
+                raise ConflictError(
+                    f"upload {key} is {row.state} with {row.received_bytes:,} of {row.total_bytes:,} bytes"
+                )
+            content = _content(session, key)
+        # Outside of any transaction: reading a large file takes a while.
+        try:
+            if hashlib.sha256(content).hexdigest() != row.sha256:
+                raise InputError(f"upload {key}: the bytes received have another SHA-256 than announced; begin again")
+            about = dict(inspect(content))
+        except InputError:
+            self._close(key, "refused", None)
+            raise
+        return self._close(key, "complete", about)
+
+    def content(self, key: int) -> bytes:
+        """All bytes of a complete upload.
+
+        Raises:
+            ConflictError: it is not complete.
+        """
+        with self._sessions.reading() as session:
+            row = _row(session, key)
+            if row.state != "complete":
+                raise ConflictError(f"upload {key} is {row.state}, not complete")
+            return _content(session, key)
+
+    def complete(self, kind: str, owner: str, *, limit: int) -> list[UploadRecord]:
+        """The newest complete ones, newest first."""
+        query = (
+            select(UploadRow)
+            .where(UploadRow.kind == kind, UploadRow.owner == owner, UploadRow.state == "complete")
+            .order_by(UploadRow.key.desc())
+            .limit(limit)
+        )
+        with self._sessions.reading() as session:
+            return [_record(row) for row in session.scalars(query)]
+
+    def drop(self, *, kind: str, owner: str, keep: int, begun_before: datetime) -> int:
+        """Removes all but the newest `keep` complete ones, and those begun long ago and never finished."""
+        with self._sessions.writing() as session:
+            mine = (UploadRow.kind == kind, UploadRow.owner == owner)
+            complete = select(UploadRow.key).where(*mine, UploadRow.state == "complete").order_by(UploadRow.key.desc())
+            old = list(session.scalars(complete.offset(keep)))
+            stale = select(UploadRow.key).where(*mine, UploadRow.state != "complete", UploadRow.created < begun_before)
+            gone = [*old, *session.scalars(stale)]
+            session.execute(delete(UploadPartRow).where(UploadPartRow.upload_key.in_(gone)))
+            session.execute(delete(UploadRow).where(UploadRow.key.in_(gone)))
+            return len(gone)
+
+    def _close(self, key: int, state: str, about: Mapping[str, Any] | None) -> UploadRecord:
+        with self._sessions.writing() as session:
+            row = _row(session, key)
+            if row.state == "open":
+                row.state, row.about = state, about
+                if state == "refused":
+                    session.execute(delete(UploadPartRow).where(UploadPartRow.upload_key == key))
+            return _record(row)
+
+
+def _row(session: Session, key: int) -> UploadRow:
+    row = session.get(UploadRow, key) if 0 <= key < 1 << 31 else None
+    if row is None:
+        raise NotFoundError(f"no upload {key}")
+    return row
+
+
+def _content(session: Session, key: int) -> bytes:
+    parts = select(UploadPartRow.content).where(UploadPartRow.upload_key == key).order_by(UploadPartRow.start)
+    return b"".join(session.scalars(parts.execution_options(yield_per=1)))
+
+
+def _record(row: UploadRow) -> UploadRecord:
+    return UploadRecord(
+        key=row.key,
+        kind=row.kind,
+        owner=row.owner,
+        sha256=row.sha256,
+        total_bytes=row.total_bytes,
+        received_bytes=row.received_bytes,
+        state=cast(Any, row.state),
+        created=row.created,
+        about=row.about,
+    )

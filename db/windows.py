@@ -1,0 +1,192 @@
+"""Count windows: what deployments' engines counted, each kept once however often it is sent."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+
+import numpy as np
+from sqlalchemy import delete, func, insert, select
+from sqlalchemy.orm import Session, undefer
+
+from ..placement.errors import InputError, StoreError
+from .content import storable
+from .deployment_rows import deployment_row
+from .schema import ModelRow
+from .service_records import CountWindow, LoadArray, WindowRecord
+from .service_schema import DeploymentRow, WindowRow
+from .session import Sessions
+
+TEXT_LENGTH = 100
+LARGEST = 1 << 53
+"""Of one count: JSON readers keep whole numbers up to here exactly."""
+
+
+class Windows:
+    """Threads and processes: as `Store`. Every method raises NotFoundError for a deployment that does not exist."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def add(self, batches: Mapping[str, Sequence[CountWindow]]) -> dict[str, int]:
+        """Keeps windows of several deployments in one transaction; returns how many of each were new.
+
+        Raises:
+            InputError: loads of another shape than the deployment's model, negative, or too large; nothing is stored.
+        """
+        new = {}
+        with self._sessions.writing() as session:
+            for name, windows in batches.items():
+                new[name] = _add(session, deployment_row(session, name), windows)
+        return new
+
+    def page(self, deployment: str, *, limit: int, after: int = 0, before: int | None = None) -> list[WindowRecord]:
+        """Windows by key: the first `limit` behind `after`, or the last ones below `before`, oldest first."""
+        with self._sessions.reading() as session:
+            row = deployment_row(session, deployment)
+            query = select(WindowRow).options(undefer(WindowRow.load)).where(WindowRow.deployment_key == row.key)
+            if before is not None:
+                query = query.where(WindowRow.key < before)
+            if after:
+                found = session.scalars(query.where(WindowRow.key > after).order_by(WindowRow.key).limit(limit)).all()
+            else:
+                found = session.scalars(query.order_by(WindowRow.key.desc()).limit(limit)).all()[::-1]
+            shape = _shape(session, row)
+            return [_record(window, shape) for window in found]
+
+    def totals(self, deployment: str) -> tuple[int, int]:
+        """(windows received, token-expert pairs in them)."""
+        with self._sessions.reading() as session:
+            row = deployment_row(session, deployment)
+            query = select(func.sum(WindowRow.merged), func.sum(WindowRow.pairs))
+            merged, pairs = session.execute(query.where(WindowRow.deployment_key == row.key)).one()
+            return int(merged or 0), int(pairs or 0)
+
+    def counts_after(self) -> dict[str, int]:
+        """Windows of each deployment that no drift check has seen; deployments without any are left out."""
+        query = (
+            select(DeploymentRow.name, func.count())
+            .join(WindowRow, WindowRow.deployment_key == DeploymentRow.key)
+            .where(WindowRow.key > DeploymentRow.checked_key)
+            .group_by(DeploymentRow.name)
+        )
+        with self._sessions.reading() as session:
+            return {name: int(count) for name, count in session.execute(query)}
+
+    def compact(self, deployment: str, *, older_than: datetime, group: int, keep: int) -> tuple[int, int]:
+        """Joins runs of `group` old windows of one workload into one each, and drops all but the newest `keep`.
+
+        A window sent again after it was joined is counted again, so `older_than` leaves time for retries. Returns how
+        many rows were joined away and how many windows dropped.
+        """
+        joined = dropped = 0
+        with self._sessions.writing() as session:
+            row = deployment_row(session, deployment)
+            keys = select(WindowRow.key).where(WindowRow.deployment_key == row.key).order_by(WindowRow.key.desc())
+            limit = session.scalar(keys.offset(keep).limit(1))
+            if limit is not None:
+                old = (WindowRow.deployment_key == row.key) & (WindowRow.key <= limit)
+                dropped = int(session.scalar(select(func.sum(WindowRow.merged)).where(old)) or 0)
+                session.execute(delete(WindowRow).where(old))
+            query = (
+                select(WindowRow)
+                .options(undefer(WindowRow.load))
+                .where(WindowRow.deployment_key == row.key, WindowRow.received < older_than, WindowRow.merged == 1)
+                .order_by(WindowRow.key)
+                .limit(2048)
+            )
+            shape = _shape(session, row)
+            for _, run in groupby(session.scalars(query).all(), key=lambda window: window.workload):
+                windows = list(run)
+                for start in range(0, len(windows) - group + 1, group):
+                    joined += _join(session, windows[start : start + group], shape)
+        return joined, dropped
+
+
+def _add(session: Session, row: DeploymentRow, windows: Sequence[CountWindow]) -> int:
+    shape = _shape(session, row)
+    values = {}
+    for window in windows:
+        entry = _values(row, window, shape)
+        values[entry["digest"]] = entry
+    known = session.scalars(
+        select(WindowRow.digest).where(WindowRow.deployment_key == row.key, WindowRow.digest.in_(values))
+    )
+    fresh = [values[digest] for digest in values.keys() - set(known)]
+    if fresh:
+        order = {digest: position for position, digest in enumerate(values)}
+        session.execute(insert(WindowRow), sorted(fresh, key=lambda entry: order[entry["digest"]]))
+    return len(fresh)
+
+
+def _values(row: DeploymentRow, window: CountWindow, shape: tuple[int, int]) -> dict[str, object]:
+    load = np.ascontiguousarray(window.load, dtype=np.int64)
+    if load.shape != shape:
+        raise InputError(
+            f"load: shape {list(load.shape)}, deployment {row.name!r} has [layers, experts] = {list(shape)}"
+        )
+    if load.min() < 0 or load.max() > LARGEST:
+        raise InputError(f"load: counts run from {load.min()} to {load.max()}, expected 0 to {LARGEST}")
+    workload = storable("workload", window.workload, TEXT_LENGTH)
+    ended = window.ended.astimezone(UTC)
+    told = repr((storable("source", window.source, TEXT_LENGTH), workload, ended.isoformat()))
+    digest = hashlib.sha256(told.encode() + load.tobytes()).hexdigest()
+    return {
+        "deployment_key": row.key,
+        "digest": digest,
+        "received": datetime.now(UTC),
+        "ended": ended,
+        "workload": workload,
+        "pairs": int(load.sum()),
+        "merged": 1,
+        "load": pack(load),
+    }
+
+
+def pack(load: LoadArray) -> bytes:
+    """Loads in few bytes: their width, then they themselves, deflated."""
+    width = "4" if load.max(initial=0) < 1 << 32 else "8"
+    return width.encode() + zlib.compress(load.astype(f"<u{width}").tobytes(), 1)
+
+
+def unpack(content: bytes, shape: tuple[int, int]) -> LoadArray:
+    """What `pack` packed.
+
+    Raises:
+        StoreError: damaged.
+    """
+    width = content[:1].decode(errors="replace")
+    expected = shape[0] * shape[1] * (8 if width == "8" else 4)
+    try:
+        raw = zlib.decompressobj().decompress(content[1:], expected + 1)
+    except zlib.error as error:
+        raise StoreError(f"a count window was damaged after it was stored ({error}); restore a copy") from None
+    if len(raw) != expected:
+        raise StoreError("a count window was damaged after it was stored; restore a copy")
+    return np.frombuffer(raw, f"<u{width}").astype(np.int64).reshape(shape)
+
+
+def _join(session: Session, windows: Sequence[WindowRow], shape: tuple[int, int]) -> int:
+    last = windows[-1]
+    last.load = pack(sum((unpack(window.load, shape) for window in windows), np.zeros(shape, np.int64)))
+    last.merged = sum(window.merged for window in windows)
+    last.pairs = sum(window.pairs for window in windows)
+    last.ended = max(window.ended for window in windows)
+    for window in windows[:-1]:
+        session.delete(window)
+    return len(windows) - 1
+
+
+def _record(row: WindowRow, shape: tuple[int, int]) -> WindowRecord:
+    load = unpack(row.load, shape)
+    return WindowRecord(row.key, row.ended, row.received, row.workload, row.pairs, row.merged, load)
+
+
+def _shape(session: Session, row: DeploymentRow) -> tuple[int, int]:
+    layers, experts = session.execute(
+        select(ModelRow.layers, ModelRow.experts).where(ModelRow.key == row.model_key)
+    ).one()
+    return layers, experts
