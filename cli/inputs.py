@@ -171,6 +171,7 @@ def read_objective(options: ObjectiveOptions) -> Objective:
         execution=options.execution.value,
         risk=options.risk,
         split=options.split.value,
+        replica_choice=options.replica_choice.value,
         dispatch_dtype=options.dispatch_dtype,
     )
 

@@ -23,6 +23,11 @@ class Split(StrEnum):
     free = "free"
 
 
+class ReplicaChoice(StrEnum):
+    share = "share"
+    nearest = "nearest"
+
+
 class HeldOutBy(StrEnum):
     sequence = "sequence"
     step = "step"
@@ -178,6 +183,16 @@ class ObjectiveOptions:
             rich_help_panel=OBJECTIVE,
         ),
     ] = Split.equal
+    replica_choice: Annotated[
+        ReplicaChoice,
+        Option(
+            "--replica-choice",
+            metavar="share|nearest",
+            help="Which replica the engine lets serve a token: any by its share, or the nearest to the token's rank "
+            "(SGLang's static and dynamic dispatch).",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = ReplicaChoice.share
     dispatch_dtype: Annotated[
         str,
         Option(

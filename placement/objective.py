@@ -18,6 +18,9 @@ class Objective(Record):
     risk: "mean", "cvar:q" (mean of the slowest 1-q of steps), "worst_workload" (largest mean of a workload), or
     "regret" (largest loss against the best plan of each workload).
     split: whether an expert's replicas take equal shares of its tokens or any.
+    replica_choice: which replica serves a token: "share" (by chance, whoever asks), or "nearest" (on the token's home
+    device, else in its home node, else any, each by share: SGLang's static and dynamic dispatch). Set it to what the
+    engine does; dispatch_combine only, since a token has no home otherwise.
     dispatch_dtype, combine_dtype: how activations travel to experts and back.
     node_dedup: one copy a (token, node) between nodes, fanned out inside, as DeepEP does; False sends every copy.
     """
@@ -25,6 +28,7 @@ class Objective(Record):
     execution: Literal["dispatch_combine", "context_coherent"] = "dispatch_combine"
     risk: str = "mean"
     split: Literal["equal", "free"] = "equal"
+    replica_choice: Literal["share", "nearest"] = "share"
     dispatch_dtype: str = "bf16"
     combine_dtype: str = "bf16"
     node_dedup: bool = True
@@ -37,6 +41,11 @@ class Objective(Record):
         if self.risk not in ("mean", "worst_workload", "regret") and self._tail() is None:
             raise ValueError(
                 f"risk ({self.risk!r}) must be mean, cvar:q with q in [0, 1) (cvar:0.99), worst_workload or regret"
+            )
+        if self.replica_choice == "nearest" and self.execution == "context_coherent":
+            raise ValueError(
+                'replica_choice ("nearest") needs tokens with a home device, which execution ("context_coherent") does '
+                'not give them; use "dispatch_combine", or replica_choice "share"'
             )
         return self
 

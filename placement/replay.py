@@ -1,28 +1,28 @@
 """What a plan asks of every device when recorded steps run through it.
 
-A replica is taken by chance with its share, each token on its own, so counts are expected values; without replicas
-they are exact. Shapes: S steps, T tokens of a block of steps, L layers, k experts a token, G devices, N nodes.
+A replica is taken by chance with its share, each token on its own, or the nearest to the token's home (see `nearest`);
+counts are expected values, without replicas exact. Shapes: S steps, T tokens of a block of steps, L layers, k experts a token, G devices, N nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .cost import Flows
 from .flows import flows_between, flows_from_even_sources
+from .nearest import nearest_counts
 from .objective import Objective
 from .plan import Plan
 from .steps import Steps
+from .token_counts import IdArray, expert_counts, reach_chance, sum_steps, transitions_kept
 from .topology import Topology
 
 FloatArray = npt.NDArray[np.float64]
 HitArray = npt.NDArray[np.float32]
-IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
 BLOCK_VALUES = 1 << 25
 """Floats a working array of one block may hold: bounds memory to a few hundred MB whatever the number of steps."""
@@ -55,8 +55,13 @@ def replay(plan: Plan, steps: Steps, topology: Topology, objective: Objective) -
     """Runs blocks of whole steps through the plan, in order."""
     placement = _Placement(plan, topology)
     per_token = steps.num_layers * max(topology.num_devices, steps.top_k, 8)
+    # Without replicas there is nothing to choose, and every rule serves a token alike.
+    nearest = objective.replica_choice == "nearest" and bool((plan.device_share % 1.0 != 0.0).any())
     for first, last in _blocks(steps, max(1, BLOCK_VALUES // per_token)):
-        yield _demand(placement, steps, first, last, topology, objective)
+        if nearest:
+            yield _nearest_demand(plan, steps, first, last, topology, objective)
+        else:
+            yield _demand(placement, steps, first, last, topology, objective)
 
 
 class _Placement:
@@ -67,21 +72,7 @@ class _Placement:
         self.device_share = plan.device_share.astype(np.float32)
         nodes = np.eye(topology.num_nodes, dtype=np.float32)[topology.node_of]
         self.node_share = self.device_share @ nodes
-        self.single = bool(((self.device_share == 0) | (self.device_share == 1)).all())
         self.slot_owner = np.eye(topology.num_devices)[plan.slot_device]
-
-    def hits(self, ids: IdArray, share: HitArray) -> HitArray:
-        """[L, T, G] chance that any of the given experts [L, T, k] of a token is served there."""
-        layers = np.arange(ids.shape[0])[:, None]
-        if self.single:
-            where = share.argmax(axis=2)[layers[:, :, None], ids]
-            result = np.zeros((*ids.shape[:2], share.shape[2]), dtype=np.float32)
-            np.put_along_axis(result, where, np.float32(1.0), axis=2)
-            return result
-        missed = np.ones((*ids.shape[:2], share.shape[2]), dtype=np.float32)
-        for rank in range(ids.shape[2]):
-            missed *= 1.0 - share[layers, ids[:, :, rank]]
-        return np.subtract(np.float32(1.0), missed)
 
 
 def _blocks(steps: Steps, tokens: int) -> Iterator[tuple[int, int]]:
@@ -101,8 +92,8 @@ def _demand(
     ids = np.ascontiguousarray(steps.expert_ids[start:end].transpose(1, 0, 2))
     source = None if steps.source is None else steps.source[start:end]
     tokens, experts_hit = _work(placement, ids, bounds, steps.num_experts)
-    hit, node_hit = placement.hits(ids, placement.device_share), placement.hits(ids, placement.node_share)
-    reached, node_reached = _sum_steps(hit, bounds), _sum_steps(node_hit, bounds)
+    hit, node_hit = reach_chance(ids, placement.device_share), reach_chance(ids, placement.node_share)
+    reached, node_reached = sum_steps(hit, bounds), sum_steps(node_hit, bounds)
     combine: Flows | None
     if objective.execution == "context_coherent":
         owner = _owners(placement, ids)
@@ -123,10 +114,33 @@ def _demand(
         combine = dispatch
         crossing, node_crossing = _crossing(pairs, node_pairs, topology)
     local, node_local = (
-        _transitions_kept(ids, share, bounds) for share in (placement.device_share, placement.node_share)
+        transitions_kept(ids, share, bounds) for share in (placement.device_share, placement.node_share)
     )
     return Demand(
         tokens, experts_hit, reached, node_reached, dispatch, combine, crossing, node_crossing, local, node_local
+    )
+
+
+def _nearest_demand(
+    plan: Plan, steps: Steps, first: int, last: int, topology: Topology, objective: Objective
+) -> Demand:
+    start, end = steps.offsets[first], steps.offsets[last]
+    ids = np.ascontiguousarray(steps.expert_ids[start:end].transpose(1, 0, 2))
+    source = None if steps.source is None else steps.source[start:end]
+    counts = nearest_counts(plan, ids, steps.offsets[first : last + 1] - start, source, topology)
+    dispatch = flows_between(counts.pairs, counts.node_pairs, topology, objective.node_dedup)
+    crossing, node_crossing = _crossing(counts.pairs, counts.node_pairs, topology)
+    return Demand(
+        counts.tokens,
+        counts.experts_hit,
+        counts.pairs.sum(axis=2),
+        counts.node_pairs.sum(axis=2),
+        dispatch,
+        dispatch,
+        crossing,
+        node_crossing,
+        counts.local,
+        counts.node_local,
     )
 
 
@@ -134,12 +148,7 @@ def _work(
     placement: _Placement, ids: IdArray, bounds: npt.NDArray[np.int64], experts: int
 ) -> tuple[FloatArray, FloatArray]:
     """[S, L, G] token-expert pairs and distinct experts hit on each device."""
-    layers = ids.shape[0]
-    counts = np.empty((len(bounds) - 1, layers, experts))
-    base = np.arange(layers)[:, None, None] * experts
-    for s in range(len(bounds) - 1):
-        flat = (ids[:, bounds[s] : bounds[s + 1]] + base).ravel()
-        counts[s] = np.bincount(flat, minlength=layers * experts).reshape(layers, experts)
+    counts = expert_counts(ids, bounds, experts)
     plan = placement.plan
     at_slot = np.take_along_axis(counts, plan.physical_to_logical[None], axis=2)
     tokens = (at_slot * plan.shares) @ placement.slot_owner
@@ -157,8 +166,8 @@ def _back_to_owner(
     objective: Objective,
 ) -> Flows:
     """Outputs of all experts but the owner's own, to the owner. A link's larger direction is the same both ways."""
-    others = placement.hits(ids[:, :, 1:], placement.device_share)
-    node_others = placement.hits(ids[:, :, 1:], placement.node_share)
+    others = reach_chance(ids[:, :, 1:], placement.device_share)
+    node_others = reach_chance(ids[:, :, 1:], placement.node_share)
     return flows_between(
         _pairs(owner, others, bounds), _pairs(owner, node_others, bounds), topology, objective.node_dedup
     )
@@ -196,21 +205,3 @@ def _crossing(pairs: FloatArray, node_pairs: FloatArray, topology: Topology) -> 
     stay = pairs[..., devices, devices].sum(axis=-1)
     node_stay = node_pairs[..., devices, topology.node_of].sum(axis=-1)
     return pairs.sum(axis=(-1, -2)) - stay, node_pairs.sum(axis=(-1, -2)) - node_stay
-
-
-def _transitions_kept(ids: IdArray, share: HitArray, bounds: npt.NDArray[np.int64]) -> FloatArray:
-    """[S, L-1] sum over tokens of the share of their k x k transitions that stay where they are."""
-    layers = np.arange(ids.shape[0])[:, None]
-    mass = share[layers, ids[:, :, 0]]
-    for rank in range(1, ids.shape[2]):
-        mass = mass + share[layers, ids[:, :, rank]]
-    kept = np.einsum("ltg,ltg->lt", mass[:-1], mass[1:]) / ids.shape[2] ** 2
-    return (
-        np.add.reduceat(kept.astype(np.float64), bounds[:-1], axis=1).T if len(kept) else np.zeros((len(bounds) - 1, 0))
-    )
-
-
-def _sum_steps(values: HitArray, bounds: npt.NDArray[np.int64]) -> FloatArray:
-    """[S, L, G] sums over each step's tokens from [L, T, G]."""
-    summed = np.add.reduceat(values, bounds[:-1], axis=1, dtype=np.float64)
-    return summed.transpose(1, 0, 2)

@@ -45,7 +45,8 @@ def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
 def _transfer_bound(tokens: FloatArray, problem: Problem, homes_known: bool) -> FloatArray:
     """[S] seconds of all the all-to-alls of one layer, from the tokens [S] of a step.
 
-    A token whose home is known may live where one of its experts stands; one spread evenly is mostly elsewhere.
+    A token whose home is known may live where one of its experts stands, and one that takes the nearest replica where
+    all of them do; else one spread evenly is mostly elsewhere.
     """
     topology, objective, model = problem.topology, problem.objective, problem.model
     latency = all_to_all_latency(topology, objective.node_dedup)
@@ -54,7 +55,8 @@ def _transfer_bound(tokens: FloatArray, problem: Problem, homes_known: bool) -> 
     reached = fewest_holders(problem.slots_per_device, model.top_k)
     nodes_reached = fewest_holders(node_slots, model.top_k)
     bytes_out, bytes_back = dispatch_bytes(model, objective), combine_bytes(model, objective)
-    if objective.execution == "dispatch_combine" and not homes_known:
+    may_meet = homes_known or (objective.replica_choice == "nearest" and problem.has_replicas)
+    if objective.execution == "dispatch_combine" and not may_meet:
         away = 1.0 - sizes / devices
         entering = (nodes_reached if objective.node_dedup else reached) * away.min()
         split = sizes if objective.node_dedup else np.full(len(sizes), devices)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .cost import combine_bytes, dispatch_bytes
 from .model import ModelSpec
+from .nearest import nearest_counts
 from .objective import Objective
 from .plan import Plan
 from .steps import Steps
@@ -47,6 +48,11 @@ def device_traffic(plan: Plan, steps: Steps, topology: Topology, objective: Obje
     out, back = _Pairs.none(topology), _Pairs.none(topology)
     for start, ids in _blocks(steps):
         source = None if steps.source is None else steps.source[start : start + len(ids)]
+        if objective.replica_choice == "nearest":
+            bounds = np.array([0, len(ids)])
+            counts = nearest_counts(plan, ids.transpose(1, 0, 2), bounds, source, topology)
+            out += _Pairs(counts.pairs.sum(axis=(0, 1)), counts.node_pairs.sum(axis=(0, 1)))
+            continue
         home = holder = _homes(source, len(ids), topology)
         for layer in range(steps.num_layers):
             share_EG = share[layer]

@@ -1,7 +1,8 @@
-"""The cost model written out token by token, for plans without replicas: the oracle beside the vectorised replay."""
+"""The cost model written out token by token: the oracle beside the vectorised replay."""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -63,7 +64,7 @@ class Links:
 
 
 def step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> list[float]:
-    """Predicted seconds of each step, by the formulas of the cost model, one token at a time."""
+    """Predicted seconds of each step of a plan without replicas, one token at a time."""
     model, topology, objective = problem.model, problem.topology, problem.objective
     device_of = [{int(e): int(plan.slot_device[p]) for p, e in enumerate(row)} for row in plan.physical_to_logical]
     out = model.hidden_size * VALUE_BYTES[objective.dispatch_dtype]
@@ -103,5 +104,61 @@ def step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> list[fl
             )
             returns = objective.execution == "dispatch_combine" or model.top_k > 1
             total += dispatch.seconds(out) + compute + (combine.seconds(back) if returns else 0.0)
+        result.append(total)
+    return result
+
+
+def serving(plan: mp.Plan, layer: int, expert: int, home: int, rule: str) -> dict[int, float]:
+    """The chance of each device to serve a token of `home` that chose the expert."""
+    row = plan.physical_to_logical[layer]
+    holders = {int(plan.slot_device[p]): float(plan.shares[layer, p]) for p in np.flatnonzero(row == expert)}
+    holders = {g: share for g, share in holders.items() if share > 0}
+    if rule == "nearest":
+        node = plan.topology.node_of
+        if home in holders:
+            return {home: 1.0}
+        holders = {g: share for g, share in holders.items() if node[g] == node[home]} or holders
+    total = sum(holders.values())
+    return {g: share / total for g, share in holders.items()}
+
+
+def replicated_step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> list[float]:
+    """`step_seconds` of dispatch_combine for plans with replicas, at most one an expert and device: expected counts over
+    every home a token may have and every replica that may serve it."""
+    model, topology, objective = problem.model, problem.topology, problem.objective
+    everywhere = dict.fromkeys(range(topology.num_devices), 1.0 / topology.num_devices)
+    result = []
+    for s in range(steps.num_steps):
+        total = 0.0
+        for layer in range(model.layers):
+            links = Links(topology, objective.node_dedup)
+            work: defaultdict[int, float] = defaultdict(float)
+            idle: defaultdict[tuple[int, int], float] = defaultdict(lambda: 1.0)
+            for t in range(int(steps.offsets[s]), int(steps.offsets[s + 1])):
+                experts = [int(e) for e in steps.expert_ids[t, layer]]
+                homes = everywhere if steps.source is None else {int(steps.source[t]): 1.0}
+                takes: defaultdict[tuple[int, int], float] = defaultdict(float)
+                for home, weight in homes.items():
+                    chances = [serving(plan, layer, e, home, objective.replica_choice) for e in experts]
+                    for e, chance in zip(experts, chances, strict=True):
+                        for g, part in chance.items():
+                            takes[e, g] += weight * part
+                    for drawn in itertools.product(*(chance.items() for chance in chances)):
+                        links.send(home, {g for g, _ in drawn}, weight * float(np.prod([part for _, part in drawn])))
+                for (e, g), part in takes.items():
+                    work[g] += part
+                    idle[e, g] *= 1.0 - part
+            read: defaultdict[int, float] = defaultdict(float)
+            for (_, g), chance_idle in idle.items():
+                read[g] += 1.0 - chance_idle
+            total += links.seconds(model.hidden_size * VALUE_BYTES[objective.dispatch_dtype])
+            total += links.seconds(model.hidden_size * VALUE_BYTES[objective.combine_dtype])
+            total += max(
+                max(
+                    work[g] * model.flops_per_token / topology.compute[g],
+                    read[g] * model.bytes_per_expert / topology.memory_bandwidth[g],
+                )
+                for g in range(topology.num_devices)
+            )
         result.append(total)
     return result
