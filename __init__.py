@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from .profiler import aggregate, profile, read_any, read_statistics, read_trace, write_statistics, write_trace
     from .runtime.exporters import export_plan
     from .solvers import solve, solver_names
+    from .solvers.what_if import Change, WhatIf, what_if
 
 __all__ = [
     "Certificate",
+    "Change",
     "Decision",
     "Device",
     "Evaluation",
@@ -47,6 +49,7 @@ __all__ = [
     "Topology",
     "UnsupportedError",
     "Verdict",
+    "WhatIf",
     "__version__",
     "aggregate",
     "decide",
@@ -60,6 +63,7 @@ __all__ = [
     "solve",
     "solver_names",
     "survives",
+    "what_if",
     "write_statistics",
     "write_trace",
 ]
@@ -116,6 +120,11 @@ _HOME = {
     ".solvers": (
         "solve",
         "solver_names",
+    ),
+    ".solvers.what_if": (
+        "Change",
+        "WhatIf",
+        "what_if",
     ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

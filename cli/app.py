@@ -20,6 +20,7 @@ from .commands.report import report_command
 from .commands.solve import solve_command
 from .commands.stats import stats_command
 from .commands.topology import topology_app
+from .commands.whatif import whatif_command
 from .grouping import grouped
 from .output import note
 
@@ -66,6 +67,7 @@ for name, command in (
     ("evaluate", evaluate_command),
     ("compare", compare_command),
     ("decide", decide_command),
+    ("whatif", whatif_command),
     ("report", report_command),
     ("export", export_command),
 ):

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from .errors import InputError
 from .plan import Plan
+from .topology import Topology
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -19,7 +20,9 @@ class Migration:
     """Experts that must reach a device that does not hold them yet.
 
     layer, expert, source, target: [M] one entry a move, sources chosen inside the target's node where one holds the
-    expert, the least busy one first. bytes_moved: weights alone. seconds: on the links of the topology, all at once.
+    expert, the least busy one first; source -1 where no device holds it and it must be read from storage.
+    bytes_moved: weights between devices. bytes_reloaded: weights from storage. seconds: of the moves between devices,
+    on the links of the topology, all at once.
     """
 
     layer: IntArray
@@ -28,6 +31,7 @@ class Migration:
     target: IntArray
     bytes_moved: float
     seconds: float
+    bytes_reloaded: float = 0.0
 
     @property
     def moves(self) -> int:
@@ -44,37 +48,58 @@ def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = N
     """
     if current.model.experts != candidate.model.experts or current.moe_layers != candidate.moe_layers:
         raise InputError("the two plans place different models; a migration needs the same experts and layers")
-    topology = candidate.topology
-    if current.topology.num_devices != topology.num_devices:
+    if current.topology.num_devices != candidate.topology.num_devices:
         raise InputError(
-            f"the plan in force is for {current.topology.num_devices} devices, the candidate for {topology.num_devices}"
+            f"the plan in force is for {current.topology.num_devices} devices, the candidate for "
+            f"{candidate.topology.num_devices}"
         )
+    return migration_from(current.holds, candidate, bytes_per_expert)
+
+
+def migration_from(held: npt.NDArray[np.bool_], candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
+    """The moves to `candidate` from any state of its devices. held: [L, E, G] whether a device holds an expert.
+
+    Raises:
+        InputError: `held` is of another shape than the candidate's experts and devices.
+    """
+    wanted = candidate.holds
+    if held.shape != wanted.shape:
+        raise InputError(f"held has shape {held.shape}, the candidate needs {wanted.shape}")
+    topology = candidate.topology
     size = candidate.model.bytes_per_expert if bytes_per_expert is None else bytes_per_expert
-    held, wanted = current.holds, candidate.holds
     layers, experts, targets = np.nonzero(wanted & ~held)
     sources = np.empty(len(layers), dtype=np.int64)
     sent = np.zeros(topology.num_devices)
     for i, (layer, expert, target) in enumerate(zip(layers, experts, targets, strict=True)):
         holders = np.flatnonzero(held[layer, expert])
+        if not len(holders):
+            sources[i] = -1
+            continue
         near = holders[topology.node_of[holders] == topology.node_of[target]]
         choice = near if len(near) else holders
         sources[i] = choice[np.argmin(sent[choice])]
         sent[sources[i]] += 1
-    moved = Migration(layers, experts, sources, targets, float(len(layers) * size), 0.0)
-    return Migration(layers, experts, sources, targets, moved.bytes_moved, _seconds(moved, candidate, size))
+    between = sources >= 0
+    return Migration(
+        layers,
+        experts,
+        sources,
+        targets,
+        bytes_moved=float(between.sum() * size),
+        seconds=_seconds(sources[between], targets[between], topology, size),
+        bytes_reloaded=float((~between).sum() * size),
+    )
 
 
-def _seconds(moved: Migration, plan: Plan, size: float) -> float:
-    topology = plan.topology
+def _seconds(source: IntArray, target: IntArray, topology: Topology, size: float) -> float:
     node = topology.node_of
-    crossing = node[moved.source] != node[moved.target]
+    crossing = node[source] != node[target]
     devices, nodes = topology.num_devices, topology.num_nodes
     intra = np.maximum(
-        np.bincount(moved.source[~crossing], minlength=devices), np.bincount(moved.target[~crossing], minlength=devices)
+        np.bincount(source[~crossing], minlength=devices), np.bincount(target[~crossing], minlength=devices)
     )
     inter = np.maximum(
-        np.bincount(node[moved.source[crossing]], minlength=nodes),
-        np.bincount(node[moved.target[crossing]], minlength=nodes),
+        np.bincount(node[source[crossing]], minlength=nodes), np.bincount(node[target[crossing]], minlength=nodes)
     )
     slowest: float = max(
         float((intra * size / topology.intra_bandwidth).max()), float((inter * size / topology.inter_bandwidth).max())

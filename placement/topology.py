@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,6 +137,51 @@ class Topology(Record):
         )
         node = Node(devices=(device,) * count, inter_bandwidth=box.inter_bandwidth * count / box.devices)
         return cls(nodes=(node,) * nodes, intra_latency=box.intra_latency, inter_latency=box.inter_latency, name=name)
+
+    def without(self, devices: Iterable[int]) -> Topology:
+        """What is left when devices go: the others keep their order and are ranked anew, nodes left empty go too.
+
+        A node's bandwidth to others shrinks with its devices: network cards belong to devices, as in `preset`.
+
+        Raises:
+            InputError: a device that is not there, or none would be left.
+        """
+        gone = set(devices)
+        unknown = sorted(device for device in gone if not 0 <= device < self.num_devices)
+        if unknown:
+            raise InputError(f"device {unknown[0]} is not in the topology; it has 0 to {self.num_devices - 1}")
+        if len(gone) == self.num_devices:
+            raise InputError(f"without devices 0 to {self.num_devices - 1} nothing is left of the topology")
+        nodes, first = [], 0
+        for node in self.nodes:
+            kept = tuple(device for rank, device in enumerate(node.devices, first) if rank not in gone)
+            first += len(node.devices)
+            if kept:
+                share = len(kept) / len(node.devices)
+                nodes.append(Node(devices=kept, inter_bandwidth=node.inter_bandwidth * share))
+        return self.replace(nodes=tuple(nodes))
+
+    def resized(self, devices: int | None = None, nodes: int | None = None) -> Topology:
+        """The same cluster with so many devices, or so many nodes: the last go, or more like the last node come.
+
+        A last node that gets fewer devices than the one it is like keeps a bandwidth in proportion.
+
+        Raises:
+            InputError: neither or both are given, or less than one is asked for.
+        """
+        if (devices is None) == (nodes is None):
+            raise InputError("Topology.resized takes devices or nodes, one of them")
+        wanted = devices if nodes is None else nodes
+        assert wanted is not None
+        if not 1 <= wanted <= 65536:
+            raise InputError(f"Topology.resized: {wanted} devices or nodes asked for, expected 1 to 65536")
+        if nodes is not None:
+            more = (self.nodes[-1],) * max(0, nodes - self.num_nodes)
+            return self.replace(nodes=self.nodes[:nodes] + more)
+        size = len(self.nodes[-1].devices)
+        whole = self.num_nodes + max(0, -(-(wanted - self.num_devices) // size))
+        grown = self.resized(nodes=whole)
+        return grown.without(range(wanted, grown.num_devices))
 
     @classmethod
     def from_dict(cls, data: Any, origin: str = "topology") -> Topology:

@@ -1,0 +1,237 @@
+"""`moeplace whatif`: what a failure or another cluster does to a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..comparison import make_steps, part, solving_statistics
+from ..inputs import SolverChoice, read_objective, read_plan, read_routing, read_topology
+from ..options import (
+    CLUSTER,
+    SOLVING,
+    AsJson,
+    HeldOutOptions,
+    ObjectiveOptions,
+    PlanReference,
+    RoutingPath,
+    Seed,
+    StepOptions,
+    StoreOptions,
+    TopologyOptions,
+)
+from ..output import emit, note
+from ..progress import working
+from ..what_if_rows import what_if_data, what_if_table
+
+if TYPE_CHECKING:
+    from ...placement.topology import Topology
+    from ...solvers.what_if import Change, WhatIf
+
+
+def whatif_command(
+    plan: PlanReference,
+    routing: RoutingPath,
+    objective: ObjectiveOptions,
+    held_out: HeldOutOptions,
+    steps: StepOptions,
+    storage: StoreOptions,
+    lose: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lose",
+            metavar="FAILURE",
+            help="device:N or node:N, or several joined by + that are lost together; may be given again.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    n_1: Annotated[
+        bool,
+        typer.Option(
+            "--n-1",
+            help="The loss of each device and of each node, one at a time; the default when nothing else is asked.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = False,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            "--devices",
+            metavar="N",
+            min=1,
+            help="The plan's cluster with so many devices in all.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--nodes",
+            metavar="N",
+            min=1,
+            help="The plan's cluster with so many nodes, or nodes of --topology.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            "--topology",
+            "-t",
+            metavar="NAME|FILE",
+            help="Another cluster: a preset or a file.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    devices_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--devices-per-node",
+            metavar="N",
+            min=1,
+            help="Devices used in each node of a preset --topology.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            "--slots",
+            metavar="N",
+            min=1,
+            help="Slots a layer of the ready plans; alone, a change of its own. Default: those of the devices that "
+            "stay, or the plan's.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
+    ready: Annotated[
+        bool, typer.Option("--ready/--no-ready", help="Solve a ready plan for each change.", rich_help_panel=SOLVING)
+    ] = True,
+    solver: Annotated[
+        str, typer.Option("--solver", "-s", help="Who solves the ready plans.", rich_help_panel=SOLVING)
+    ] = "search",
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
+    ] = 10.0,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write the plans into this folder.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a lost device or node does to a plan, or another cluster, and get a plan ready for it.
+
+    For each failure: which experts lose their last replica; the predicted time of held-out steps when the surviving
+    replicas take the lost ones' tokens (as is), or when the lost experts are loaded again and nothing else moves
+    (repaired); and a plan solved for what is left (ready), with the bytes to move between devices and to load from
+    storage. Ctrl-C ends the sweep and keeps what is finished.
+
+    Example:
+
+      moeplace whatif plan.json trace --out contingency
+      moeplace whatif plan.json trace --lose device:3 --lose node:1
+      moeplace whatif plan.json trace --devices 16 --slots 288
+    """
+    from ...placement.problem import Problem
+    from ...solvers.what_if import what_if
+
+    if len(steps.kinds) > 1:
+        raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
+    choice = SolverChoice.parse(solver).for_steps(steps)
+    current = read_plan(plan, storage.db)
+    changes = asked_changes(current.topology, lose or [], n_1, devices, nodes, topology, devices_per_node, slots)
+    with working("reading the routing") as update:
+        record = read_routing(routing)
+        parted = part(record, held_out, seed)
+        problem = Problem(
+            model=current.model,
+            topology=current.topology,
+            statistics=solving_statistics(record, parted),
+            objective=read_objective(objective),
+        )
+        ((kind, replayed),) = make_steps(parted.judged, steps, seed).items()
+        result = what_if(
+            current,
+            problem,
+            replayed,
+            changes,
+            ready=ready,
+            solver=choice.solver,
+            seconds=seconds,
+            seed=seed,
+            options=choice.options,
+            progress=lambda done, total, name: update(f"{name} ({done + 1} of {total})", done / total),
+        )
+    if result.interrupted:
+        note(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")
+    files = {} if out is None else save_plans(result, out)
+    data = what_if_data(current, result, files)
+    described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
+    emit(
+        data | {"steps": kind, "held_out": parted.description},
+        what_if_table(data, current, result, described),
+        as_json=as_json,
+    )
+
+
+def asked_changes(
+    cluster: Topology,
+    lose: list[str],
+    n_1: bool,
+    devices: int | None,
+    nodes: int | None,
+    topology: str | None,
+    devices_per_node: int | None,
+    slots: int | None,
+) -> list[Change]:
+    """The changes that the options ask for, each on its own."""
+    from ...placement.failures import Failure, single_failures
+    from ...solvers.what_if import Change
+
+    if topology is None and devices_per_node is not None:
+        raise typer.BadParameter("--devices-per-node goes with --topology")
+    if topology is not None and devices is not None:
+        raise typer.BadParameter("--devices resizes the plan's own cluster; with --topology give --nodes")
+    changes = []
+    if topology is not None:
+        other = read_topology(TopologyOptions(topology=topology, nodes=nodes, devices_per_node=devices_per_node))
+        changes.append(Change.moving(f"{other.name}, {other.num_devices} devices", other, slots))
+    elif nodes is not None:
+        changes.append(
+            Change.resizing(f"{nodes} node{'s' if nodes > 1 else ''}", cluster, cluster.resized(nodes=nodes), slots)
+        )
+    if devices is not None:
+        changes.append(
+            Change.resizing(
+                f"{devices} device{'s' if devices > 1 else ''}", cluster, cluster.resized(devices=devices), slots
+            )
+        )
+    failures = [Failure.named(name, cluster) for name in lose]
+    if slots is not None and not (changes or failures or n_1):
+        return [Change.resizing(f"{slots} slots", cluster, cluster, slots)]
+    if n_1 or not (changes or failures):
+        failures += [failure for failure in single_failures(cluster) if failure not in failures]
+    return changes + [Change.losing(failure, cluster, slots) for failure in failures]
+
+
+def save_plans(result: WhatIf, folder: Path) -> dict[str, dict[str, Path]]:
+    """Writes the ready plans, and the repaired ones, by the names of their changes; returns where each went."""
+    files: dict[str, dict[str, Path]] = {}
+    for outcome in result.outcomes:
+        name = outcome.change.name.replace(":", "-").replace(", ", "-").replace(" ", "-").replace("/", "-")
+        for kind, judged in (("ready", outcome.ready), ("repaired", outcome.repaired)):
+            if judged is not None:
+                path = folder / f"{name}-{kind}.json"
+                judged.plan.save(path)
+                files.setdefault(outcome.change.name, {})[kind] = path
+                note(f"wrote {path}")
+    return files

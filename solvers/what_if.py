@@ -1,0 +1,226 @@
+"""What a change of the cluster does to a plan, and the plan that is ready for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..placement.degraded import degraded, grown_slots, rehomed, slot_room, survivors
+from ..placement.errors import SolveError, UnsupportedError
+from ..placement.evaluate import Evaluation, evaluate, evaluate_on
+from ..placement.failures import Failure, failure_mask, single_failures
+from ..placement.migration import Migration, migration_from
+from ..placement.plan import Plan
+from ..placement.problem import Problem
+from ..placement.repair import repaired
+from ..placement.steps import Steps
+from ..placement.topology import Topology
+from .solve import solve
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Another cluster for a plan. origin: [G] the rank each of its devices has in the plan's, -1 for a new device.
+
+    slots: P a layer of the ready plan; by default those of the devices that stay, or as many as the plan has where
+    there are new ones, and always enough for every expert.
+    """
+
+    name: str
+    topology: Topology
+    origin: IntArray
+    slots: int | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether every device was there before."""
+        return bool((self.origin >= 0).all())
+
+    @classmethod
+    def losing(cls, failure: Failure, topology: Topology, slots: int | None = None) -> Change:
+        """A failure in the plan's cluster.
+
+        Raises:
+            InputError: it takes devices that are not there, or all of them.
+        """
+        failure_mask([failure], topology.num_devices)
+        left = survivors(topology.num_devices, failure)
+        return cls(failure.name, topology.without(failure.devices), left, slots)
+
+    @classmethod
+    def resizing(cls, name: str, before: Topology, after: Topology, slots: int | None = None) -> Change:
+        """The plan's cluster with devices added or taken away at its end (see `Topology.resized`), or none."""
+        ranks = np.arange(after.num_devices)
+        return cls(name, after, np.where(ranks < before.num_devices, ranks, -1), slots)
+
+    @classmethod
+    def moving(cls, name: str, topology: Topology, slots: int | None = None) -> Change:
+        """Another cluster, whose devices hold nothing yet."""
+        return cls(name, topology, np.full(topology.num_devices, -1, dtype=np.int64), slots)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A plan on the changed cluster, what the steps cost with it, and what must move to get there."""
+
+    plan: Plan
+    evaluation: Evaluation
+    migration: Migration
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a change does.
+
+    lost: [L, E] experts of which no device that stays holds a replica. lost_load: the part of the steps' token-expert
+    pairs that chose them. degraded: the plan with nothing moved, where devices only go and no expert is lost.
+    repaired: where experts are lost, the survivors as they stand with the lost experts loaded again. ready: a plan
+    solved for the changed cluster. reason: why there is none. extra_slots: slots a layer that devices which stay need
+    beyond their present ones.
+    """
+
+    change: Change
+    lost: BoolArray
+    lost_load: float
+    degraded: Judged | None = None
+    repaired: Judged | None = None
+    ready: Judged | None = None
+    extra_slots: int = 0
+    reason: str = ""
+
+    @property
+    def survives(self) -> bool:
+        return not self.lost.any()
+
+
+@dataclass(frozen=True, eq=False)
+class WhatIf:
+    """before: the plan as it stands. outcomes: one a change, in order; fewer than asked when `interrupted`."""
+
+    before: Evaluation
+    outcomes: tuple[Outcome, ...]
+    interrupted: bool = False
+
+
+def what_if(
+    plan: Plan,
+    problem: Problem,
+    steps: Steps,
+    changes: Sequence[Change] | None = None,
+    *,
+    ready: bool = True,
+    solver: str = "search",
+    seconds: float | None = 10.0,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> WhatIf:
+    """Replays `steps` after each change, and solves for the changed cluster.
+
+    problem: statistics, objective and constraints, on the plan's topology; pins to devices that go are dropped, and
+    failures it tolerates are not asked of ready plans. changes: default the loss of every device and of every node.
+    ready: whether to repair and solve; otherwise only survival and the degraded plan are looked at. solver, seconds,
+    seed: of each solve, options: the solver's own (see `solve`). progress: called with the changes done, their number
+    and the next one's name. After a keyboard interrupt the outcomes finished so far are returned.
+
+    Raises:
+        InputError: the plan, the problem and the steps are not about the same model or number of devices.
+    """
+    before = evaluate(plan, steps, problem)
+    if changes is None:
+        changes = [Change.losing(failure, plan.topology) for failure in single_failures(plan.topology)]
+    outcomes: list[Outcome] = []
+    try:
+        for done, change in enumerate(changes):
+            if progress is not None:
+                progress(done, len(changes), change.name)
+            outcome = _as_it_is(plan, problem, steps, change)
+            if ready:
+                outcome = _solved(outcome, plan, problem, steps, (solver, seconds, seed, options or {}))
+            outcomes.append(outcome)
+            if outcome.ready is not None and outcome.ready.plan.provenance.stop == "interrupted":
+                return WhatIf(before, tuple(outcomes), interrupted=len(outcomes) < len(changes))
+    except KeyboardInterrupt:
+        return WhatIf(before, tuple(outcomes), interrupted=True)
+    return WhatIf(before, tuple(outcomes))
+
+
+def _as_it_is(plan: Plan, problem: Problem, steps: Steps, change: Change) -> Outcome:
+    lost = np.asarray(~_held(plan, change).any(axis=2))
+    chosen = steps.loads().sum(axis=0)
+    outcome = Outcome(change, lost, float(chosen[lost].sum() / chosen.sum()))
+    if not (change.stays and _gone(plan, change)) or lost.any():
+        return outcome
+    left = degraded(plan, Failure(change.name, _gone(plan, change)))
+    return replace(outcome, degraded=_judged(left, plan, problem, steps, change))
+
+
+def _solved(
+    outcome: Outcome,
+    plan: Plan,
+    problem: Problem,
+    steps: Steps,
+    how: tuple[str, float | None, int, Mapping[str, Any]],
+) -> Outcome:
+    change, experts = outcome.change, problem.model.experts
+    present = np.concatenate([np.bincount(plan.slot_device, minlength=plan.topology.num_devices), [0]])[change.origin]
+    keeps = change.stays and change.slots is None
+    base = present if keeps else np.zeros_like(present)
+    wanted = max(experts, int(present.sum())) if keeps else change.slots or plan.num_slots
+    room = slot_room(problem.model, change.topology)
+    slots = None if (base > room).any() else grown_slots(base, wanted, room)
+    if slots is None:
+        return replace(
+            outcome,
+            reason=f"does not fit: {wanted} slots a layer are needed, {change.topology.num_devices} devices "
+            f"have room for {int(room.sum())}",
+        )
+    outcome = replace(outcome, extra_slots=int(np.maximum(slots - present, 0)[change.origin >= 0].sum()))
+    if keeps and outcome.lost.any():
+        failure = Failure(change.name, _gone(plan, change))
+        mended = repaired(plan, failure, slots, problem.statistics.total_load)
+        outcome = replace(outcome, repaired=_judged(mended, plan, problem, steps, change))
+    solver, seconds, seed, options = how
+    after = _problem_after(problem, change, slots)
+    try:
+        ready = solve(after, solver, seconds=seconds, seed=seed, **options)
+    except (UnsupportedError, SolveError) as error:
+        return replace(outcome, reason=str(error))
+    return replace(outcome, ready=_judged(ready, plan, problem, steps, change))
+
+
+def _judged(result: Plan, plan: Plan, problem: Problem, steps: Steps, change: Change) -> Judged:
+    evaluation = evaluate_on(result, rehomed(steps, change.origin), problem.model, change.topology, problem.objective)
+    return Judged(result, evaluation, migration_from(_held(plan, change), result))
+
+
+def _gone(plan: Plan, change: Change) -> tuple[int, ...]:
+    """Devices of the plan's cluster that the changed one lacks."""
+    return tuple(int(g) for g in np.setdiff1d(np.arange(plan.topology.num_devices), change.origin))
+
+
+def _held(plan: Plan, change: Change) -> BoolArray:
+    """[L, E, G] what the devices of the changed cluster hold before anything moves."""
+    layers, experts, _ = plan.holds.shape
+    nothing = np.zeros((layers, experts, 1), dtype=bool)
+    return np.concatenate([plan.holds, nothing], axis=2)[:, :, change.origin]
+
+
+def _problem_after(problem: Problem, change: Change, slots: IntArray) -> Problem:
+    rank = {int(old): new for new, old in enumerate(change.origin) if old >= 0}
+    return replace(
+        problem,
+        topology=change.topology,
+        slots=None,
+        device_slots=slots.tolist(),
+        pinned={key: rank[device] for key, device in problem.pinned.items() if device in rank},
+        forbidden={key: [rank[d] for d in devices if d in rank] for key, devices in problem.forbidden.items()},
+        tolerates=(),
+    )
