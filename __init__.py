@@ -9,7 +9,15 @@ from .placement.version import __version__
 
 if TYPE_CHECKING:
     from .placement.decide import Decision, Verdict, decide
-    from .placement.errors import FileFormatError, InputError, MoeplaceError, SolveError, StoreError, UnsupportedError
+    from .placement.errors import (
+        FileFormatError,
+        InputError,
+        MoeplaceError,
+        RankError,
+        SolveError,
+        StoreError,
+        UnsupportedError,
+    )
     from .placement.evaluate import Evaluation, evaluate
     from .placement.failures import Failure, single_failures, survives
     from .placement.model import ModelSpec
@@ -41,6 +49,7 @@ __all__ = [
     "Plan",
     "Problem",
     "Provenance",
+    "RankError",
     "RoutingStatistics",
     "RoutingTrace",
     "SolveError",
@@ -78,6 +87,7 @@ _HOME = {
         "FileFormatError",
         "InputError",
         "MoeplaceError",
+        "RankError",
         "SolveError",
         "StoreError",
         "UnsupportedError",

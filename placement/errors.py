@@ -33,6 +33,10 @@ class SolveError(MoeplaceError):
     """A solver ended without any plan (infeasible, or no incumbent within its budget)."""
 
 
+class RankError(MoeplaceError):
+    """A rank of a process group died, hangs, or failed in the middle of work that needs all of them."""
+
+
 class StoreError(MoeplaceError):
     """The database is locked, unreachable, or was migrated by a newer release."""
 

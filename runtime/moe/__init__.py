@@ -1,0 +1,1 @@
+"""A distributed mixture-of-experts layer that lives by a plan: dispatch, experts, combine, migration, checkpoints."""

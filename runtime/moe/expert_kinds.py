@@ -1,0 +1,133 @@
+"""What one expert computes, for many experts at once: grouped matrix products where torch has them, else one by one.
+
+N inputs, those of one expert behind another's; S experts here; D hidden size, F expert FFN size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...placement.model import ModelSpec
+
+Weights = Mapping[str, Tensor]
+
+
+class ExpertKind(Protocol):
+    """An expert's parameters and its function."""
+
+    def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter of one expert, by name."""
+
+    def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
+        """[N, D] outputs. count_S: [S] inputs of each expert. weights: [S, ...] each."""
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """down(silu(gate x) * up x); gate_up_proj [2F, D] gate first, down_proj [D, F], as Transformers stores them."""
+
+    def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        return {
+            "gate_up_proj": (2 * spec.ffn_size, spec.hidden_size),
+            "down_proj": (spec.hidden_size, spec.ffn_size),
+        }
+
+    def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
+        group = Groups(row_ND, count_S)
+        gate_NF, up_NF = group.product(row_ND, weights["gate_up_proj"].transpose(1, 2)).chunk(2, dim=-1)
+        return group.product(F.silu(gate_NF) * up_NF, weights["down_proj"].transpose(1, 2))
+
+
+@dataclass(frozen=True)
+class GELU:
+    """down(gelu(up x)); up_proj [F, D], down_proj [D, F], no biases. approximate: as torch.nn.functional.gelu."""
+
+    approximate: str = "none"
+
+    def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        return {"up_proj": (spec.ffn_size, spec.hidden_size), "down_proj": (spec.hidden_size, spec.ffn_size)}
+
+    def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
+        group = Groups(row_ND, count_S)
+        hidden_NF = F.gelu(group.product(row_ND, weights["up_proj"].transpose(1, 2)), approximate=self.approximate)
+        return group.product(hidden_NF, weights["down_proj"].transpose(1, 2))
+
+
+@dataclass(frozen=True)
+class GptOss:
+    """gpt-oss: (up + 1) * gate * sigmoid(alpha gate), both clamped, gate and up interleaved, with biases; weights
+    stored inputs first."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        return {
+            "gate_up_proj": (spec.hidden_size, 2 * spec.ffn_size),
+            "gate_up_proj_bias": (2 * spec.ffn_size,),
+            "down_proj": (spec.ffn_size, spec.hidden_size),
+            "down_proj_bias": (spec.hidden_size,),
+        }
+
+    def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
+        group = Groups(row_ND, count_S)
+        both_NF = group.product(row_ND, weights["gate_up_proj"]) + group.spread(weights["gate_up_proj_bias"])
+        gate_NF = both_NF[..., ::2].clamp(max=self.limit)
+        up_NF = both_NF[..., 1::2].clamp(min=-self.limit, max=self.limit)
+        hidden_NF = (up_NF + 1) * (gate_NF * torch.sigmoid(gate_NF * self.alpha))
+        return group.product(hidden_NF, weights["down_proj"]) + group.spread(weights["down_proj_bias"])
+
+
+class Groups:
+    """Products of a batch's groups of rows with a matrix each."""
+
+    def __init__(self, row_ND: Tensor, count_S: Tensor) -> None:
+        self._count_S = count_S
+        self._end_S = count_S.cumsum(0).to(torch.int32)
+        self._rows = len(row_ND)
+        self._sizes: list[int] | None = None
+
+    def product(self, row_NI: Tensor, weight_SIO: Tensor) -> Tensor:
+        """[N, O] each row times its group's matrix [I, O]."""
+        if len(row_NI) and len(weight_SIO) and _groupable(row_NI.device, row_NI.dtype, *weight_SIO.shape[1:]):
+            return F.grouped_mm(row_NI.contiguous(), weight_SIO, offs=self._end_S)
+        return self.product_one_by_one(row_NI, weight_SIO)
+
+    def product_one_by_one(self, row_NI: Tensor, weight_SIO: Tensor) -> Tensor:
+        """The same by a loop over groups; on a GPU the host waits for the sizes once a batch."""
+        if not len(weight_SIO):
+            # No expert here: an empty result that backward still passes through, since other ranks wait for it there.
+            return row_NI @ weight_SIO.sum(dim=0)
+        if self._sizes is None:
+            self._sizes = self._count_S.tolist()
+        parts = zip(torch.split(row_NI, self._sizes), weight_SIO, strict=True)
+        return torch.cat([rows @ weight for rows, weight in parts])
+
+    def spread(self, value_SO: Tensor) -> Tensor:
+        """[N, O] each group's value, for each of its rows."""
+        row = torch.arange(len(value_SO), device=value_SO.device)
+        return value_SO[torch.repeat_interleave(row, self._count_S, output_size=self._rows)]
+
+
+@functools.cache
+def _groupable(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> bool:
+    """Whether torch's grouped product runs here for such matrices, forward and backward."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    try:
+        with torch.enable_grad():
+            row = torch.zeros(2, inputs, device=device, dtype=dtype, requires_grad=True)
+            weight = torch.zeros(2, outputs, inputs, device=device, dtype=dtype, requires_grad=True)
+            ends = torch.tensor([1, 2], device=device, dtype=torch.int32)
+            result = F.grouped_mm(row, weight.transpose(1, 2), offs=ends)
+            torch.autograd.grad(result, (row, weight), torch.zeros_like(result))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

@@ -1,0 +1,88 @@
+"""The ranks that share experts: device g of a plan is rank g of the mesh, counted row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...placement.errors import InputError
+from ...placement.topology import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMesh:
+    """Process groups of expert parallelism.
+
+    group: all ranks of the mesh. rank: this process's place in it, the plan's device number. inter, intra: on a mesh of
+    [nodes, devices a node], the ranks of equal place on each node, and the ranks of this node; None on a mesh of one
+    dimension. members: global rank of each device.
+    """
+
+    mesh: DeviceMesh
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    members: tuple[int, ...]
+    inter: dist.ProcessGroup | None = None
+    intra: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | ExpertMesh) -> ExpertMesh:
+        """The groups of a device mesh of one dimension (devices) or two (nodes, devices a node).
+
+        Raises:
+            InputError: this rank is not in the mesh, its ranks do not increase, or it has three dimensions or more.
+        """
+        if isinstance(mesh, ExpertMesh):
+            return mesh
+        members = tuple(mesh.mesh.flatten().tolist())
+        if mesh.ndim > 2:
+            raise InputError(
+                f"mesh has {mesh.ndim} dimensions {tuple(mesh.mesh.shape)}; give its expert-parallel part: one dimension "
+                "of devices, or two: nodes and devices a node"
+            )
+        if dist.get_rank() not in members:
+            raise InputError(f"rank {dist.get_rank()} is not in the mesh of ranks {list(members)}")
+        if list(members) != sorted(members):
+            raise InputError(f"the mesh's ranks {list(members)} must increase: device g of the plan is its g-th rank")
+        rank = members.index(dist.get_rank())
+        if mesh.ndim == 1:
+            return cls(mesh, mesh.get_group(), rank, len(members), members)
+        whole = members == tuple(range(dist.get_world_size()))
+        world = dist.group.WORLD if whole else dist.new_group(list(members), use_local_synchronization=True)
+        assert world is not None
+        return cls(mesh, world, rank, len(members), members, mesh.get_group(0), mesh.get_group(1))
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        kind = self.mesh.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+    @property
+    def node_size(self) -> int:
+        """Devices a node, on a mesh of two dimensions."""
+        return int(self.mesh.mesh.shape[-1])
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a collective of the group may take before its ranks are told."""
+        options = self.group._get_backend(torch.device(self.mesh.device_type)).options
+        return options._timeout if hasattr(options, "_timeout") else timedelta(minutes=30)
+
+    def check_topology(self, topology: Topology) -> None:
+        """Raises InputError unless the topology has this mesh's ranks and, in two dimensions, its nodes."""
+        if topology.num_devices != self.size:
+            raise InputError(
+                f"the plan is for {topology.num_devices} devices, the mesh has {self.size} ranks; solve again with a "
+                "topology of as many devices as ranks"
+            )
+        if self.inter is not None and set(topology.node_size.tolist()) != {self.node_size}:
+            raise InputError(
+                f"the mesh has {self.mesh.mesh.shape[0]} nodes of {self.node_size} ranks, the plan's topology nodes of "
+                f"{topology.node_size.tolist()} devices; give a mesh of one dimension for nodes of different sizes"
+            )

@@ -1,0 +1,154 @@
+"""The distributed layer against the layer in one process: real Gloo processes, many checks a spawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moeplace as mp
+
+pytest.importorskip("torch")
+
+from ranks import launch
+
+ROUNDING = 2e-5
+"""Of float32 sums of some hundred terms."""
+
+
+@pytest.fixture(scope="module")
+def equality(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return launch("expert_ranks:equality", 4, tmp_path_factory.mktemp("equality"))
+
+
+def test_outputs_and_gradients_equal_the_single_process_layer_under_random_plans(equality: list[Any]) -> None:
+    for found in equality:
+        assert {"out", "x", "gate", "gate_up_proj", "down_proj", "up_proj", "gate_up_proj_bias"} <= set(found["worst"])
+        assert max(found["worst"].values()) < ROUNDING, found["worst"]
+
+
+def test_gradients_of_replicas_are_the_same_bits_everywhere(equality: list[Any]) -> None:
+    assert all(found["equal_replicas"] for found in equality)
+
+
+@pytest.fixture(scope="module")
+def behaviours(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return launch("expert_ranks:behaviours", 4, tmp_path_factory.mktemp("behaviours"))
+
+
+def test_one_copy_a_token_travels_to_a_device_and_with_nodes_one_to_a_node(behaviours: list[Any]) -> None:
+    for found in behaviours:
+        flat, deep = found["copies"]["flat"], found["copies"]["node_aware"]
+        assert flat["sent"] == [flat["devices"]]
+        assert deep["sent"][0] == deep["nodes"]
+    handed_on = sum(sum(found["copies"]["node_aware"]["sent"][1]) for found in behaviours)
+    assert handed_on == sum(sum(found["copies"]["node_aware"]["devices"]) for found in behaviours)
+
+
+def test_bfloat16_is_as_near_as_its_precision(behaviours: list[Any]) -> None:
+    assert all(found["half_precision"] < 0.015 for found in behaviours)
+
+
+def test_odd_inputs_give_what_the_reference_gives(behaviours: list[Any]) -> None:
+    for found in behaviours:
+        odd = found["odd_inputs"]
+        assert max(odd["strided"], odd["one"]) < ROUNDING
+        assert odd["none"] == [[0, 16], [0, 16]]
+
+
+def test_nan_stays_with_its_token(behaviours: list[Any]) -> None:
+    for rank, found in enumerate(behaviours):
+        expected = [rank == 1 and token == 2 for token in range(6)]
+        assert found["odd_inputs"]["nan"] == found["odd_inputs"]["nan_routed"] == expected
+
+
+def test_activation_checkpointing_changes_nothing(behaviours: list[Any]) -> None:
+    assert all(found["checkpointing"] < ROUNDING for found in behaviours)
+
+
+def test_shared_experts_run_while_tokens_travel(behaviours: list[Any]) -> None:
+    for found in behaviours:
+        assert found["shared"]["order"] == ["sent", "shared", "waited"]
+        assert found["shared"]["error"] < ROUNDING
+
+
+def test_ddp_averages_the_router_and_leaves_experts_alone(behaviours: list[Any]) -> None:
+    for found in behaviours:
+        assert found["ddp"]["router"] < ROUNDING
+        assert found["ddp"]["experts"] < ROUNDING
+
+
+def test_replicas_stay_the_same_bits_over_training(behaviours: list[Any]) -> None:
+    assert all(found["ddp"]["replicas"] for found in behaviours)
+
+
+def test_fully_shard_of_the_rest_gives_the_same_gradients(behaviours: list[Any]) -> None:
+    for found in behaviours:
+        assert found["sharded"]["loss"] < ROUNDING
+        assert found["sharded"]["grads"] < 1e-4
+        kinds = found["sharded"]["kinds"]
+        assert kinds["gate.weight"] == "DTensor"
+        assert kinds["experts.down_proj"] == "Parameter"
+
+
+def test_a_compiled_model_around_the_layer_gives_the_same_and_one_graph_is_refused(behaviours: list[Any]) -> None:
+    for found in behaviours:
+        assert found["compiled"]["loss"] < ROUNDING
+        assert found["compiled"]["grads"] < 1e-4
+        assert "ExpertParallelMoE" in found["compiled"]["fullgraph"]
+
+
+def test_the_gradient_norm_counts_every_expert_once(behaviours: list[Any]) -> None:
+    for found in behaviours:
+        clipping = found["clipping"]
+        assert clipping["norm"] == pytest.approx(clipping["expected"], rel=1e-5)
+        assert clipping["after"] < 1.01e-8
+        assert clipping["equal"]
+    assert len({found["clipping"]["norm"] for found in behaviours}) == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("model", "another model: its experts is 6, this model's 8"),
+        ("ranks", "for 5 devices, the mesh has 4 ranks"),
+        ("nodes", "nodes of \\[4\\] devices"),
+        ("layer", "layers \\[1, 4\\], not layer 2"),
+        ("dispatch", "did you mean 'flat'"),
+        ("two_stage", "needs a mesh of two dimensions"),
+        ("gradients", "known: mean, sum"),
+        ("router", "did you mean 'softmax'"),
+        ("names", "no weights 'gate_up_proj'"),
+        ("shapes", "expected \\(6, 48, 16\\)"),
+    ],
+)
+def test_wrong_settings_are_refused_on_every_rank(behaviours: list[Any], case: str, words: str) -> None:
+    for found in behaviours:
+        with pytest.raises(mp.InputError, match=words):
+            raise mp.InputError(found["refusals"].get(case, "nothing was refused"))
+
+
+def test_ranks_with_different_plans_are_told_whose_differ(behaviours: list[Any]) -> None:
+    for rank, found in enumerate(behaviours):
+        named = "rank 0, 1, 3 has another one than rank 2" if rank == 2 else f"rank 2 has another one than rank {rank}"
+        assert named in found["refusals"]["different"]
+
+
+@pytest.mark.parametrize(("case", "culprit"), [("one_refuses", 3), ("one_mistypes", 0)])
+def test_a_rank_that_refuses_does_not_leave_the_others_waiting(behaviours: list[Any], case: str, culprit: int) -> None:
+    for rank, found in enumerate(behaviours):
+        said = found["refusals"][case]
+        assert (f"rank {culprit} refused it" in said) == (rank != culprit)
+
+
+def test_nodes_of_one_device_work(behaviours: list[Any]) -> None:
+    assert all(found["one_device_a_node"] < ROUNDING for found in behaviours)
+
+
+@pytest.mark.parametrize("accident", ["killed", "stopped"])
+def test_a_rank_that_is_lost_is_named_by_the_others_within_the_timeout(accident: str, tmp_path: Path) -> None:
+    found = launch(f"expert_ranks:{accident}", 4, tmp_path, dies=[2], seconds=60)
+    for rank in (0, 1, 3):
+        assert found[rank]["said"].startswith("rank 2 did not answer")
+        assert found[rank]["seconds"] < 15
