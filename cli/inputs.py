@@ -196,10 +196,10 @@ def read_plan(reference: str, db: str | None) -> Plan:
 
 @dataclass(frozen=True)
 class SolverChoice:
-    """A solver's name with options for it, as typed: `exflow:form=staged`."""
+    """A solver's name with options for it, as typed: `exflow:form=staged`; without a name, whichever suits best."""
 
     label: str
-    solver: str
+    solver: str | None
     options: dict[str, Any]
 
     @classmethod
@@ -224,6 +224,11 @@ class SolverChoice:
                 options[key] = value
         return cls(text.strip(), name, options)
 
+    @classmethod
+    def best(cls) -> SolverChoice:
+        """Leaves it to the problem which solver runs."""
+        return cls("best", None, {})
+
     def for_steps(self, batch: BatchOptions) -> SolverChoice:
         """The choice, with the first kind of steps wanted passed on to a solver that minimises the time of steps."""
         from inspect import signature
@@ -231,8 +236,10 @@ class SolverChoice:
         from ..solvers import solver_named
 
         kind, tokens = next(iter(batch.kinds.items()))
-        known = signature(solver_named(self.solver).solve).parameters
-        wanted = {name: value for name, value in (("batch", kind), ("step_tokens", tokens)) if name in known}
+        wanted: dict[str, Any] = {"batch": kind, "step_tokens": tokens}
+        if self.solver is not None:
+            known = signature(solver_named(self.solver).solve).parameters
+            wanted = {name: value for name, value in wanted.items() if name in known}
         return replace(self, options={**wanted, **self.options})
 
 

@@ -47,7 +47,8 @@ class Certificate:
 class Provenance:
     """How a plan was made; with the same solver, version, seed, options and trace it can be made again.
 
-    history: (seconds, value, bound) of each better plan or bound found on the way.
+    history: (seconds, value, bound) of each better plan or bound found on the way. choice: why this solver, where none
+    was named.
     """
 
     solver: str
@@ -58,6 +59,7 @@ class Provenance:
     stop: Stop = "finished"
     trace_fingerprint: str = ""
     history: tuple[tuple[float, float, float | None], ...] = ()
+    choice: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "stop": provenance.stop,
             "trace_fingerprint": provenance.trace_fingerprint,
             "history": [list(entry) for entry in provenance.history],
+            "choice": provenance.choice,
         },
         "predicted": plan.predicted,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ from ..placement.problem import Problem
 from ..placement.steps import Steps
 from ..placement.trace import RoutingTrace
 from .base import Budget, Feature, Needs, Solution, fill_slots
-from .layer_chain import allowed_states, cheapest_placements, check_time
+from .layer_chain import allowed_states, by_pairs, cheapest_placements, check_time
 from .placements import PlacementSpace, device_sets
 from .step_costs import StepCosts
 from .viterbi import cheapest_path
@@ -38,8 +39,10 @@ MAX_PLACEMENTS = 400_000
 """Placements of a layer where neighbours are compared: 9 experts on 9 devices are 362,880."""
 MAX_PAIRS = 250_000_000
 """Pairs of neighbouring placements compared a layer."""
-MAX_STEP_FIGURES = 10_000_000_000
-"""Traffic figures computed for the step objective: near a minute and a half on one core."""
+MAX_STEP_SECONDS = 120
+"""Work for the step objective, as `step_work` estimates it."""
+MAX_COUNTS = 50_000_000
+"""Counts of tokens by pairs of expert sets and step that are held at a time."""
 
 
 class Chain:
@@ -85,9 +88,22 @@ class Chain:
                 "the cheapest path need not be its optimum; use Objective(risk='mean') or minimise='transitions'"
             )
         if steps is None:
-            steps = max(4, min(64, SAMPLE_TOKENS // max(1, step_tokens)))
+            steps = _default_steps(step_tokens)
         drawn = _draw(problem.statistics.require_sample(), batch, step_tokens, steps, budget.seed)
         return _fastest_step(problem, budget, drawn, f"{steps} sampled {batch} steps of {step_tokens} tokens")
+
+    def work(self, problem: Problem, step_tokens: int | None = None, steps: int | None = None) -> float | None:
+        """Estimated seconds of minimising step time on drawn steps, or None where it would be refused."""
+        count = steps or _default_steps(step_tokens or 128)
+        space = _space(problem, _device_kinds(problem))
+        if _too_many(space, neighbours=problem.objective.execution == "context_coherent"):
+            return None
+        work = step_work(problem, space, count)
+        return work if _steps_that_fit(problem, space, count, work) >= count else None
+
+
+def _default_steps(step_tokens: int) -> int:
+    return max(4, min(64, SAMPLE_TOKENS // max(1, step_tokens)))
 
 
 def _draw(sample: RoutingTrace, batch: Batch, step_tokens: int, steps: int, seed: int) -> Steps:
@@ -106,16 +122,16 @@ def _fewest_transitions(problem: Problem, budget: Budget) -> Solution:
     _check_placements(space, neighbours=True)
     sets = device_sets(space.representatives, problem.num_devices).astype(np.float64)
 
-    def crossing(layer: int, left: IntArray, right: IntArray, relabellings: IntArray) -> FloatArray:
-        expected = sets[right] @ transitions[layer].T
+    def crossing(layer: int, left: IntArray, relabellings: IntArray) -> FloatArray:
+        expected = sets @ transitions[layer].T
         renamed = expected[:, np.argsort(relabellings, axis=1)].transpose(1, 0, 2, 3)
         width = sets.shape[1] * sets.shape[2]
         kept = sets[left].reshape(-1, width) @ renamed.reshape(-1, width).T
         cost = transitions[layer].sum() - kept
-        return np.asarray(cost.reshape(len(left), len(relabellings), len(right)).transpose(1, 0, 2))
+        return np.asarray(cost.reshape(len(left), len(relabellings), len(sets)).transpose(1, 0, 2))
 
     unary = np.where(allowed_states(problem, space), 0.0, np.inf)
-    device_of, _ = cheapest_placements(space, list(unary), crossing, budget)
+    device_of, _ = cheapest_placements(space, list(unary), by_pairs(space, crossing), budget)
     crossed = sum(
         float(matrix[here[:, None] != after].sum())
         for matrix, here, after in zip(transitions, device_of[:-1], device_of[1:], strict=True)
@@ -128,17 +144,17 @@ def _fewest_transitions(problem: Problem, budget: Budget) -> Solution:
 def _fastest_step(problem: Problem, budget: Budget, steps: Steps, kind: str) -> Solution:
     topology, layers = problem.topology, problem.model.layers
     coherent = problem.objective.execution == "context_coherent"
-    space = _space(problem, _device_kinds(problem, steps))
+    space = _space(problem, _device_kinds(problem))
     _check_placements(space, neighbours=coherent)
-    _check_step_size(problem, space, steps)
+    _check_step_size(problem, space, steps.num_steps)
     allowed = allowed_states(problem, space)
-    costs = StepCosts(problem, steps, space.representatives)
+    costs = StepCosts(problem, steps, space)
     unary = np.empty(allowed.shape)
     for layer in range(layers):
         check_time(budget, layer, layers)
         unary[layer] = np.where(allowed[layer], costs.unary(layer), np.inf)
     if coherent:
-        device_of, value = cheapest_placements(space, list(unary), costs.pair, budget)
+        device_of, value = cheapest_placements(space, list(unary), costs.cheapest_before, budget)
     else:
         device_of, value = space.representatives[unary.argmin(axis=1)], float(unary.min(axis=1).sum())
     table = fill_slots(device_of)
@@ -150,10 +166,8 @@ def _fastest_step(problem: Problem, budget: Budget, steps: Steps, kind: str) -> 
     return Solution(table, certificate)
 
 
-def _device_kinds(problem: Problem, steps: Steps) -> list[Hashable]:
-    """What tells devices apart in a step: node and rates; and their rank, where tokens have known home ranks."""
-    if steps.source is not None:
-        return list(range(problem.num_devices))
+def _device_kinds(problem: Problem) -> list[Hashable]:
+    """What tells devices apart in a step whose tokens have no known homes: node and rates."""
     return [(number, device) for number, node in enumerate(problem.topology.nodes) for device in node.devices]
 
 
@@ -164,26 +178,54 @@ def _space(problem: Problem, kinds: Sequence[Hashable]) -> PlacementSpace:
     return PlacementSpace(tuple(problem.slots_per_device.tolist()), kind)
 
 
-def _check_placements(space: PlacementSpace, neighbours: bool) -> None:
-    """Refuses a space with too many placements to hold, or, with `neighbours`, to compare with one another."""
+def _too_many(space: PlacementSpace, neighbours: bool) -> bool:
+    """Whether a space has too many placements to hold, or, with `neighbours`, to compare with one another."""
     states = space.count_representatives
-    if states > MAX_STATES or (neighbours and (space.count > MAX_PLACEMENTS or space.count * states > MAX_PAIRS)):
+    return states > MAX_STATES or (neighbours and (space.count > MAX_PLACEMENTS or space.count * states > MAX_PAIRS))
+
+
+def _check_placements(space: PlacementSpace, neighbours: bool) -> None:
+    if _too_many(space, neighbours):
         raise UnsupportedError(
             f"chain: {sum(space.slots)} experts fill slots {list(space.slots)} in {space.count:,} ways a layer "
-            f"({states:,} up to renaming devices), too many to go through; use search, exflow or moetuner"
+            f"({space.count_representatives:,} up to renaming devices), too many to go through; use search, exflow or "
+            "moetuner"
         )
 
 
-def _check_step_size(problem: Problem, space: PlacementSpace, steps: Steps) -> None:
-    devices, layers = problem.num_devices, problem.model.layers
-    figures = space.count_representatives * steps.num_steps * devices * layers
+def step_work(problem: Problem, space: PlacementSpace, steps: int) -> float:
+    """Estimated seconds of the step objective on one core, from what was measured: 0.1 us a device's figure of a layer's
+    own placements; for pairs 1.5 ns a device, and one pair in twenty priced in full, device by device and step."""
+    devices, layers, states = problem.num_devices, problem.model.layers, space.count_representatives
+    seconds = 1e-7 * states * steps * devices * layers
     if problem.objective.execution == "context_coherent":
-        figures += space.count_representatives * space.count * steps.num_steps * devices**2 * (layers - 1)
-    if figures > MAX_STEP_FIGURES:
-        fit = steps.num_steps * MAX_STEP_FIGURES // figures
+        seconds += 1.5e-9 * states * space.count * (layers - 1) * (devices + steps * devices**2 / 20)
+    return seconds
+
+
+def _steps_that_fit(problem: Problem, space: PlacementSpace, steps: int, work: float) -> int:
+    fit = int(steps * MAX_STEP_SECONDS / work)
+    if problem.objective.execution == "context_coherent":
+        fit = min(fit, MAX_COUNTS // _set_count(problem, space) ** 2)
+    return fit
+
+
+def _check_step_size(problem: Problem, space: PlacementSpace, steps: int) -> None:
+    work = step_work(problem, space, steps)
+    fit = _steps_that_fit(problem, space, steps, work)
+    if fit < steps:
         raise UnsupportedError(
             f"chain: {space.count:,} placements a layer ({space.count_representatives:,} up to renaming devices) on "
-            f"{steps.num_steps} steps and {layers} layers need {figures:,} figures, {MAX_STEP_FIGURES:,} at most; "
+            f"{steps} steps and {problem.model.layers} layers are too many to price (near {work:,.0f} s of work, "
+            f"{MAX_STEP_SECONDS} s at most, and {MAX_COUNTS:,} counts at a time); "
             + (f"ask for fewer steps (steps={fit} fits), " if fit else "")
             + "minimise='transitions', or use search, exflow or moetuner"
         )
+
+
+def _set_count(problem: Problem, space: PlacementSpace) -> int:
+    """Distinct sets of experts that a device or a node can hold."""
+    first = np.concatenate([[0], np.cumsum(problem.topology.node_size)[:-1]])
+    node_slots = np.add.reduceat(np.array(space.slots), first)
+    sizes = [*set(space.slots), *set(node_slots.tolist())]
+    return sum(math.comb(problem.model.experts, size) for size in sizes)

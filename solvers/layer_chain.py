@@ -7,7 +7,7 @@ fixes each layer's names in turn. 8 experts on 4 devices: 105 states instead of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,6 @@ from ..placement.errors import SolveError
 from ..placement.problem import Problem
 from .base import Budget
 from .placements import PlacementSpace
-from .viterbi import cheapest_path
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -26,47 +25,74 @@ BLOCK_PAIRS = 1 << 21
 """Pairs of placements priced at once: bounds memory to some tens of MB."""
 
 
+class Predecessors(Protocol):
+    """Called with a layer and reached[a], [R], the least cost of a path to each of its placements.
+
+    Returns for each placement [R] of the next layer the least of reached[a] and the cost of the pair, over all a and
+    renamings of the latter; which a; which renaming. A pair's cost must not change when both are renamed alike.
+    """
+
+    def __call__(self, layer: int, reached: FloatArray) -> tuple[FloatArray, IntArray, IntArray]: ...
+
+
 class PairCost(Protocol):
     """Cost between two layers' placements, unchanged when both are renamed alike.
 
-    Called with a layer, representatives [A] of it and [B] of the next layer, and renamings [H, G] of the latter;
-    returns [H, A, B].
+    Called with a layer, representatives [A] of it and renamings [H, G] of the next layer's; returns [H, A, R].
     """
 
-    def __call__(self, layer: int, left: IntArray, right: IntArray, relabellings: IntArray) -> FloatArray: ...
+    def __call__(self, layer: int, left: IntArray, relabellings: IntArray) -> FloatArray: ...
 
 
 def cheapest_placements(
-    space: PlacementSpace, unary: Sequence[FloatArray], pair: PairCost, budget: Budget
+    space: PlacementSpace, unary: Sequence[FloatArray], predecessors: Predecessors, budget: Budget
 ) -> tuple[IntArray, float]:
-    """[L, E] device of each expert, and the least sum of unary[l] [R] and pair costs.
+    """[L, E] device of each expert, and the least sum of unary[l] [R] and pair costs (Viterbi 1967).
 
     Raises:
         SolveError: the budget's seconds ran out; nothing short of the whole chain proves or places anything.
     """
-    everything = np.arange(len(space.representatives))
-
-    def nearest_names(layer: int) -> FloatArray:
+    reached = unary[0]
+    steps: list[tuple[IntArray, IntArray]] = []
+    for layer, costs in enumerate(unary[1:]):
         check_time(budget, layer, len(unary))
-        best = np.full((len(everything), len(everything)), np.inf)
-        for left, names in _blocks(space):
-            np.minimum(best[left], pair(layer, everything[left], everything, names).min(axis=0), out=best[left])
-        return best
-
-    states, value = cheapest_path(unary, nearest_names)
+        least, state, name = predecessors(layer, reached)
+        steps.append((state, name))
+        reached = least + costs
+    path, names = [int(reached.argmin())], []
+    for came_from, named in reversed(steps):
+        names.append(int(named[path[-1]]))
+        path.append(int(came_from[path[-1]]))
+    devices = np.arange(len(space.slots))
     device_of = np.empty((len(unary), space.representatives.shape[1]), dtype=np.int64)
-    device_of[0] = space.representatives[states[0]]
-    name = np.arange(len(space.slots))
-    for layer, (here, after) in enumerate(zip(states[:-1, None], states[1:, None], strict=True)):
-        costs = np.concatenate(
-            [
-                pair(layer, here, after, space.relabellings[first : first + BLOCK_PAIRS]).ravel()
-                for first in range(0, len(space.relabellings), BLOCK_PAIRS)
-            ]
-        )
-        name = name[space.relabellings[costs.argmin()]]
-        device_of[layer + 1] = name[space.representatives[after[0]]]
-    return device_of, value
+    for layer, here in enumerate(reversed(path)):
+        if layer:
+            devices = devices[space.relabellings[names[-layer]]]
+        device_of[layer] = devices[space.representatives[here]]
+    return device_of, float(reached.min())
+
+
+def by_pairs(space: PlacementSpace, pair: PairCost) -> Predecessors:
+    """Predecessors found by pricing every pair, some tens of MB at a time."""
+    states = len(space.representatives)
+    height = max(1, min(len(space.relabellings), BLOCK_PAIRS // states**2))
+    width = max(1, BLOCK_PAIRS // (states * height))
+
+    def predecessors(layer: int, reached: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
+        least, state, name = np.full(states, np.inf), np.zeros(states, np.int64), np.zeros(states, np.int64)
+        for left in range(0, states, width):
+            some = np.arange(left, min(left + width, states))
+            for first in range(0, len(space.relabellings), height):
+                costs = pair(layer, some, space.relabellings[first : first + height]) + reached[some][:, None]
+                flat = costs.reshape(-1, states)
+                row = flat.argmin(axis=0)
+                better = flat[row, np.arange(states)] < least
+                least = np.where(better, flat[row, np.arange(states)], least)
+                state = np.where(better, some[row % len(some)], state)
+                name = np.where(better, first + row // len(some), name)
+        return least, state, name
+
+    return predecessors
 
 
 def allowed_states(problem: Problem, space: PlacementSpace) -> npt.NDArray[np.bool_]:
@@ -98,13 +124,3 @@ def check_time(budget: Budget, layer: int, layers: int) -> None:
             "the last; give it more time, or use a solver that stops early (search, exflow, moetuner)"
         )
     budget.report(None, None, f"layer {layer} of {layers}")
-
-
-def _blocks(space: PlacementSpace) -> Iterator[tuple[slice, IntArray]]:
-    """Left placements and renamings, few enough at a time."""
-    states, names = len(space.representatives), space.relabellings
-    height = max(1, min(len(names), BLOCK_PAIRS // states**2))
-    width = max(1, BLOCK_PAIRS // (states * height))
-    for left in range(0, states, width):
-        for first in range(0, len(names), height):
-            yield slice(left, left + width), names[first : first + height]

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..placement.errors import InputError, UnsupportedError, nearest
+from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.plan import Plan, Provenance
 from ..placement.problem import Problem
 from ..placement.version import __version__
 from .base import Budget, Feature, Needs, Progress, Solver
+from .choose import Choice, choose
 from .registry import SOLVERS
 
 
@@ -30,7 +31,7 @@ def solver_named(name: str) -> Solver:
 
 def solve(
     problem: Problem,
-    solver: str,
+    solver: str | None = None,
     seconds: float | None = None,
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
@@ -38,20 +39,34 @@ def solve(
 ) -> Plan:
     """Solves `problem` and returns a plan with its certificate.
 
-    solver: a name of `solver_names()`. seconds: wall-clock budget, None for none. seed: decides every random choice.
-    progress: called with each news. options: the solver's own (see its `solve` method).
+    solver: a name of `solver_names()`; None takes chain where it proves the least mean step time within seconds, and
+    search elsewhere (`plan.provenance.choice` says which and why). seconds: wall-clock budget, None for none. seed:
+    decides every random choice. progress: called with each news. options: the solver's own (see its `solve` method).
 
     Raises:
         InputError: unknown solver or option. UnsupportedError: the problem asks for what the solver cannot do; the
             message names solvers that can. SolveError: no plan within the budget.
     """
-    chosen = solver_named(solver)
     if seconds is not None and not seconds > 0:
         raise InputError(f"seconds ({seconds}) must be positive, or None for no limit")
-    _check_options(chosen, options)
-    _check_supported(chosen, problem)
     budget = Budget(seconds=seconds, seed=seed, progress=progress)
-    solution = chosen.solve(problem, budget, **options)
+    if solver is None:
+        choice = choose(problem, required_features(problem), seconds, options)
+    else:
+        choice = Choice(solver_named(solver), options, "")
+    _check_options(choice.solver, choice.options)
+    _check_supported(choice.solver, problem)
+    if choice.otherwise is None or seconds is None:
+        solution = choice.solver.solve(problem, budget, **choice.options)
+    else:
+        half = Budget(seconds=seconds / 2, seed=seed, progress=progress, history=budget.history)
+        try:
+            solution = choice.solver.solve(problem, half, **choice.options)
+        except SolveError:
+            if not half.spent:
+                raise
+            choice = choice.otherwise
+            solution = choice.solver.solve(problem, budget, **choice.options)
     return Plan(
         model=problem.model,
         topology=problem.topology,
@@ -60,14 +75,15 @@ def solve(
         shares=np.empty(0) if solution.shares is None else solution.shares,
         certificate=solution.certificate,
         provenance=Provenance(
-            solver=chosen.name,
+            solver=choice.solver.name,
             version=__version__,
             seed=seed,
-            options=dict(options) | ({} if seconds is None else {"seconds": seconds}),
+            options=dict(choice.options) | ({} if seconds is None else {"seconds": seconds}),
             seconds=budget.elapsed,
             stop=solution.stop,
             trace_fingerprint=problem.statistics.fingerprint,
             history=tuple(budget.history),
+            choice=choice.reason,
         ),
     )
 

@@ -7,7 +7,8 @@ once a set, then looked up. Shapes: S steps, T tokens, R placements, M distinct 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,10 @@ from ..placement.cost import (
 from ..placement.flows import flows_between, flows_from_even_sources
 from ..placement.problem import Problem
 from ..placement.steps import Steps
-from .placements import device_sets
+from .placements import PlacementSpace, device_sets
+
+if TYPE_CHECKING:
+    from .step_pairs import SetTraffic
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -34,17 +38,20 @@ BLOCK_VALUES = 1 << 19
 
 
 class StepCosts:
-    """Prices placements [R, E] of a layer, and of neighbouring layers, on steps."""
+    """Prices the placements of a layer, up to renaming, and their neighbourhood, on steps."""
 
-    def __init__(self, problem: Problem, steps: Steps, device_of: IntArray) -> None:
+    def __init__(self, problem: Problem, steps: Steps, space: PlacementSpace) -> None:
         self._steps, self._model = steps, problem.model
         self._topology, self._objective = problem.topology, problem.objective
         self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
         self._load = steps.loads().astype(np.float64)
         starts = np.concatenate([[0], np.cumsum(problem.topology.node_size)[:-1]])
-        self._held = device_sets(device_of, problem.num_devices)
+        self._held = device_sets(space.representatives, problem.num_devices)
+        self._relabellings = space.relabellings
         self._sets, self._set_of = _distinct(self._held)
-        self._node_sets, self._node_set_of = _distinct(np.logical_or.reduceat(self._held, starts, axis=1))
+        node_held = np.logical_or.reduceat(self._held, starts, axis=1)
+        self._node_sets, self._node_set_of = _distinct(node_held)
+        self._all_sets, self._all_set_of = _distinct(np.concatenate([self._held, node_held], axis=1))
 
     @property
     def coherent(self) -> bool:
@@ -58,7 +65,6 @@ class StepCosts:
         tokens, touched = load @ sets, (load > 0) @ sets
         from_home = not self.coherent or layer == 0
         home = self._home_tables(ids) if from_home else None
-        others = self._owner_tables(ids[:, 0], ids[:, 1:]) if self.coherent and self._steps.top_k > 1 else None
         result = np.empty(len(self._held))
         for block in self._blocks():
             of = self._set_of[block]
@@ -68,41 +74,19 @@ class StepCosts:
                 seconds += self._dispatched(flows)
                 if not self.coherent:
                     seconds += self._combined(flows)
-            if others is not None:
-                seconds += self._combined(self._returned(*others, block))
             result[block] = seconds.mean(axis=0)
+        if self.coherent and self._steps.top_k > 1:
+            # Outputs of a token's other experts, to its owner. A link's larger direction is the same both ways.
+            back = combine_bytes(self._model, self._objective) / dispatch_bytes(self._model, self._objective)
+            result += self._latency + back * self._traffic.within(self._owned(ids[:, 0], ids[:, 1:]))
         return result
 
-    def pair(self, layer: int, left: IntArray, right: IntArray, relabellings: IntArray) -> FloatArray:
-        """[h, A, B] seconds of the dispatch that takes tokens from layer's owners to the experts of layer + 1.
-
-        left, right: [A], [B] placements of the two layers. relabellings: [h, G] devices of the right ones are renamed.
-        """
+    def cheapest_before(self, layer: int, reached: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
+        """For each placement [R] of layer + 1, the least of reached[a] [R] plus the seconds of the dispatch from the owners
+        of the layer before under placement a, over all a and renamings: (that least, a, the renaming)."""
         before, after = self._steps.expert_ids[:, layer], self._steps.expert_ids[:, layer + 1]
-        tables = self._owner_tables(before[:, 0], after)
-        each = self._steps.num_steps * self._held.shape[1] ** 2 * len(right)
-        height = max(1, min(len(relabellings), BLOCK_VALUES // each))
-        width = max(1, BLOCK_VALUES // (each * height))
-        result = np.empty((len(relabellings), len(left), len(right)))
-        for top in range(0, len(relabellings), height):
-            rows = slice(top, top + height)
-            named = self._set_of[right][:, np.argsort(relabellings[rows], axis=1)].transpose(1, 0, 2)
-            needed = _needed(tables[0], named), _needed(tables[1], self._node_set_of[right][None])
-            for first in range(0, len(left), width):
-                some = slice(first, first + width)
-                result[rows, some] = self._handed_on(left[some], *needed).transpose(1, 0, 2)
-        return result
-
-    def _handed_on(self, left: IntArray, needed: FloatArray, node_needed: FloatArray) -> FloatArray:
-        """[A, h, B] seconds of a dispatch from owners under placements [A], to the tokens [G, S, E, h, B] needed."""
-        owners = self._held[left].astype(np.float64).transpose(1, 0, 2)[:, None, None]
-
-        def pairs(needed: FloatArray) -> FloatArray:
-            # [H, G, S, A, h, B] in memory, [..., H, G] to the reader: sums over devices then add whole arrays.
-            owned = owners @ needed.reshape(*needed.shape[:3], -1)
-            return owned.reshape(*owned.shape[:4], *needed.shape[3:]).transpose(2, 3, 4, 5, 0, 1)
-
-        return np.asarray(self._dispatched(self._between(pairs(needed), pairs(node_needed))).mean(axis=0))
+        least, state, name = self._traffic.cheapest_before(reached, self._owned(before[:, 0], after))
+        return least + self._latency, state, name
 
     def _home_tables(self, ids: npt.NDArray[Any]) -> tuple[FloatArray, FloatArray]:
         """Tokens that need a device or a node holding the set: [S, M], or [S, H, M] by home where homes are known."""
@@ -122,18 +106,21 @@ class StepCosts:
             )
         return self._between(reached[:, :, of].transpose(0, 2, 1, 3), node_reached[:, :, node_of].transpose(0, 2, 1, 3))
 
-    def _owner_tables(self, first: npt.NDArray[Any], ids: npt.NDArray[Any]) -> tuple[FloatArray, FloatArray]:
-        """[S, E, M] tokens by their highest-weight expert `first` [T] that also chose, in `ids`, one of the set."""
-        experts = self._steps.num_experts
-        return self._count(first, experts, ids, self._sets), self._count(first, experts, ids, self._node_sets)
+    @cached_property
+    def _traffic(self) -> SetTraffic:
+        # Compiled kernels: loading them takes a second, which solvers of other problems do without.
+        from .step_pairs import Links, SetTraffic
 
-    def _returned(self, others: FloatArray, node_others: FloatArray, block: slice) -> Flows:
-        """Outputs of a token's other experts to the owner, both under the same placement."""
-        owners = self._held[block].astype(np.float64)
-        return self._between(
-            owners @ others[:, :, self._set_of[block]].transpose(0, 2, 1, 3),
-            owners @ node_others[:, :, self._node_set_of[block]].transpose(0, 2, 1, 3),
-        )
+        topology, out = self._topology, dispatch_bytes(self._model, self._objective)
+        first = np.concatenate([[0], np.cumsum(topology.node_size)])
+        dedup = self._objective.node_dedup
+        links = Links(out / topology.intra_bandwidth, out / topology.inter_bandwidth, topology.node_of, first, dedup)
+        set_of, node_set_of = np.split(self._all_set_of, [topology.num_devices], axis=1)
+        return SetTraffic(set_of, node_set_of, self._all_sets, self._relabellings, links)
+
+    def _owned(self, first: npt.NDArray[Any], ids: npt.NDArray[Any]) -> FloatArray:
+        """[S, E, M] tokens by their highest-weight expert `first` [T] that also chose, in `ids`, one of each set."""
+        return self._count(first, self._steps.num_experts, ids, self._all_sets)
 
     def _count(self, key: npt.NDArray[Any] | None, keys: int, ids: npt.NDArray[Any], sets: SetArray) -> FloatArray:
         """[S, K, M] tokens of each step and key that chose an expert of the set. ids: [T, k]; sets: [M, E]."""
@@ -157,8 +144,8 @@ class StepCosts:
         return transfer_seconds(flows, combine_bytes(self._model, self._objective), self._topology, self._latency)
 
     def _blocks(self) -> Iterator[slice]:
-        devices, experts = self._held.shape[1:]
-        width = max(1, BLOCK_VALUES // (self._steps.num_steps * devices * (experts if self.coherent else devices)))
+        devices = self._held.shape[1]
+        width = max(1, BLOCK_VALUES // (self._steps.num_steps * devices * devices))
         for first in range(0, len(self._held), width):
             yield slice(first, first + width)
 
@@ -168,8 +155,3 @@ def _distinct(sets: SetArray) -> tuple[SetArray, IntArray]:
     flat = sets.reshape(-1, sets.shape[2])
     _, first, inverse = np.unique(np.packbits(flat, axis=1), axis=0, return_index=True, return_inverse=True)
     return flat[first], inverse.reshape(sets.shape[:2]).astype(np.int64)
-
-
-def _needed(table: FloatArray, of: IntArray) -> FloatArray:
-    """[G, S, E, h, B] from counts [S, E, M] of sets and the sets [h, B, G] of each placement."""
-    return np.ascontiguousarray(table[:, :, of].transpose(4, 0, 1, 2, 3))

@@ -41,16 +41,16 @@ def solve_command(
     batch: BatchOptions,
     storage: KeepOptions,
     solver: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--solver",
             "-s",
             help="contiguous, round_robin, random, eplb, exflow, moetuner, chain or search, with options where wanted: "
-            "exflow:form=staged.",
+            "exflow:form=staged. Default: chain where it proves its plan within seconds, search elsewhere.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
-    ],
+    ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write the plan to (JSON).", show_default=False)
@@ -69,7 +69,7 @@ def solve_command(
 
     Example:
 
-      moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solver exflow -o plan.json
+      moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 -o plan.json
     """
     from ...placement.problem import Problem
     from ...solvers import solve
@@ -78,7 +78,7 @@ def solve_command(
         raise typer.BadParameter("the plan would go nowhere: give --output, or leave out --no-store")
     if len(batch.kinds) > 1:
         raise typer.BadParameter("a plan is solved for --decode or for --prefill, not for both")
-    choice = SolverChoice.parse(solver).for_steps(batch)
+    choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(batch)
     cluster, goal = read_topology(topology), read_objective(objective)
     with working("counting the routing") as update:
         record, statistics, used = training_statistics(routing, held_out, seed, update)
@@ -110,6 +110,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     certificate, provenance = plan.certificate, plan.provenance
     return {
         "solver": provenance.solver,
+        "choice": provenance.choice or None,
         "options": provenance.options,
         "seed": provenance.seed,
         "model": plan.model.name or None,
@@ -137,6 +138,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     shown = {
         "solver": summary["solver"]
         + "".join(f" {key}={value}" for key, value in summary["options"].items() if key != "seconds"),
+        "chosen because": summary["choice"],
         "placement": f"{summary['layers']} layers of {summary['experts']} experts in {summary['slots']} slots on "
         f"{summary['devices']} devices in {summary['nodes']} nodes ({summary['topology']})",
         "objective": summary["objective"],
@@ -149,6 +151,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "file": summary.get("file"),
         "stored as": summary.get("stored_as"),
     }
+    if shown["chosen because"] is None:
+        del shown["chosen because"]
     return pairs(shown)
 
 
