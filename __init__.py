@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .profiler import aggregate, profile, read_any, read_statistics, read_trace, write_statistics, write_trace
     from .runtime.exporters import export_plan
     from .solvers import solve, solver_names
+    from .solvers.pareto import Front, pareto
     from .solvers.what_if import Change, WhatIf, what_if
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Evaluation",
     "Failure",
     "FileFormatError",
+    "Front",
     "InputError",
     "ModelSpec",
     "MoeplaceError",
@@ -64,6 +66,7 @@ __all__ = [
     "decide",
     "evaluate",
     "export_plan",
+    "pareto",
     "profile",
     "read_any",
     "read_statistics",
@@ -130,6 +133,10 @@ _HOME = {
     ".solvers": (
         "solve",
         "solver_names",
+    ),
+    ".solvers.pareto": (
+        "Front",
+        "pareto",
     ),
     ".solvers.what_if": (
         "Change",

@@ -14,6 +14,7 @@ from .commands.decide import decide_command
 from .commands.evaluate import evaluate_command
 from .commands.export import export_command
 from .commands.import_routing import import_command
+from .commands.pareto import pareto_command
 from .commands.plans import plans_app
 from .commands.profile import profile_command
 from .commands.report import report_command
@@ -67,6 +68,7 @@ for name, command in (
     ("evaluate", evaluate_command),
     ("compare", compare_command),
     ("decide", decide_command),
+    ("pareto", pareto_command),
     ("whatif", whatif_command),
     ("report", report_command),
     ("export", export_command),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..db import Store
     from ..placement.evaluate import Evaluation
     from ..placement.plan import Plan
     from ..placement.statistics import RoutingStatistics
@@ -21,6 +22,27 @@ def keep_plan(plan: Plan, statistics: RoutingStatistics, db: str | None, name: s
     with Store.open(db) as store:
         counted = store.add_statistics(statistics, statistics_bytes(statistics))
         return store.add_plan(plan, statistics=counted.id, name=name).id
+
+
+def keep_judged_plans(
+    judged: Sequence[tuple[Plan, Mapping[str, Evaluation]]],
+    statistics: RoutingStatistics,
+    steps: Mapping[str, Steps],
+    db: str | None,
+) -> list[str]:
+    """Stores plans that were solved on the same statistics, each with its evaluations; returns the plans' ids."""
+    from ..db import Store
+
+    ids = []
+    with Store.open(db) as store:
+        counted = store.add_statistics(statistics, statistics_bytes(statistics))
+        for plan, evaluations in judged:
+            # A plan in force may have been solved on other routing.
+            same = plan.provenance.trace_fingerprint == statistics.fingerprint
+            record = store.add_plan(plan, statistics=counted.id if same else None)
+            _add_evaluations(store, record.id, evaluations, steps)
+            ids.append(record.id)
+    return ids
 
 
 def keep_statistics(statistics: RoutingStatistics, db: str | None, name: str | None = None) -> str:
@@ -38,15 +60,20 @@ def keep_evaluations(
     from ..db import Store
 
     with Store.open(db) as store:
-        record = store.add_plan(plan)
-        for kind, evaluation in evaluations.items():
-            store.add_evaluation(
-                record.id,
-                summary=evaluation.summary(),
-                steps=f"{kind}, {steps[kind].num_steps} steps",
-                steps_fingerprint=steps_fingerprint(steps[kind]),
-                objective=evaluation.objective,
-            )
+        _add_evaluations(store, store.add_plan(plan).id, evaluations, steps)
+
+
+def _add_evaluations(
+    store: Store, plan: str, evaluations: Mapping[str, Evaluation], steps: Mapping[str, Steps]
+) -> None:
+    for kind, evaluation in evaluations.items():
+        store.add_evaluation(
+            plan,
+            summary=evaluation.summary(),
+            steps=f"{kind}, {steps[kind].num_steps} steps",
+            steps_fingerprint=steps_fingerprint(steps[kind]),
+            objective=evaluation.objective,
+        )
 
 
 def steps_fingerprint(steps: Steps) -> str:

@@ -59,6 +59,7 @@ def test_the_program_lists_the_commands_users_are_told_of() -> None:
         "evaluate",
         "compare",
         "decide",
+        "pareto",
         "whatif",
         "export",
         "plans",

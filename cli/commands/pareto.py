@@ -1,0 +1,176 @@
+"""`moeplace pareto`: what redundancy, bytes moved and survivable failures cost in step time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..comparison import Parted, make_steps, part, solving_statistics
+from ..inputs import SolverChoice, read_model, read_objective, read_plan, read_routing, read_topology, split_list
+from ..options import (
+    SOLVING,
+    STORE,
+    AsJson,
+    HeldOutOptions,
+    KeepOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    RoutingPath,
+    Seed,
+    StepOptions,
+    TopologyOptions,
+)
+from ..output import emit, note
+from ..pareto_rows import pareto_data, pareto_table
+from ..progress import working
+from ..storing import keep_judged_plans
+
+if TYPE_CHECKING:
+    from ...placement.failures import Kind
+    from ...placement.problem import Problem
+    from ...solvers.pareto import Front
+
+PAGE = "front.html"
+TOLERATE = {"nothing": None, "device": "device", "node": "node"}
+
+
+def pareto_command(
+    routing: RoutingPath,
+    model: ModelOptions,
+    topology: TopologyOptions,
+    objective: ObjectiveOptions,
+    held_out: HeldOutOptions,
+    steps: StepOptions,
+    storage: KeepOptions,
+    redundant: Annotated[
+        str | None,
+        typer.Option(
+            "--redundant",
+            metavar="N,...",
+            help="Slots a layer beyond one an expert. Default: 0, 1/8, 1/4, 1/2 and 1 an expert, as far as memory goes.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
+    tolerate: Annotated[
+        str,
+        typer.Option(
+            "--tolerate",
+            metavar="nothing,device,node",
+            help="Which single failures plans are asked to survive, as many of them as the slots allow.",
+            rich_help_panel=SOLVING,
+        ),
+    ] = "nothing,device,node",
+    current: Annotated[
+        str | None,
+        typer.Option(
+            "--current",
+            metavar="PLAN",
+            help="The plan in force: bytes moved are counted from it.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
+    solver: Annotated[str, typer.Option("--solver", "-s", help="Who solves.", rich_help_panel=SOLVING)] = "search",
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
+    ] = 10.0,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help=f"Write every point's plan and the plots ({PAGE}) into this folder.",
+            show_default=False,
+            rich_help_panel=STORE,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what shorter steps cost: the front of step time, memory, bytes moved and survivable failures.
+
+    Solves once for each number of redundant slots and each kind of failures to survive, judges all plans on the same
+    held-out steps, and marks those that no other beats in everything. Ctrl-C ends the sweep and keeps what is finished.
+
+    Example:
+
+      moeplace pareto trace --topology h100-hgx --nodes 2 --devices-per-node 4 --out front
+    """
+    from ...placement.problem import Problem
+    from ...solvers.pareto import pareto
+
+    if len(steps.kinds) > 1:
+        raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
+    if out is None and not storage.store:
+        raise typer.BadParameter("the plans would go nowhere: give --out, or leave out --no-store")
+    counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
+    choice = SolverChoice.parse(solver).for_steps(steps)
+    cluster, goal = read_topology(topology), read_objective(objective)
+    in_force = None if current is None else read_plan(current, storage.db)
+    with working("reading the routing") as update:
+        record = read_routing(routing)
+        parted = part(record, held_out, seed)
+        problem = Problem(
+            model=read_model(model, record),
+            topology=cluster,
+            statistics=solving_statistics(record, parted),
+            objective=goal,
+        )
+        ((kind, replayed),) = make_steps(parted.judged, steps, seed).items()
+        front = pareto(
+            problem,
+            replayed,
+            redundant=counts,
+            tolerate=kinds,
+            current=in_force,
+            solver=choice.solver,
+            seconds=seconds,
+            seed=seed,
+            options=choice.options,
+            progress=lambda done, total, name: update(f"{name} ({done + 1} of {total})", done / total),
+        )
+        update("keeping the plans", None)
+        files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", parted, out)
+        judged = [(point.plan, {kind: point.evaluation}) for point in front.points]
+        stored = keep_judged_plans(judged, problem.statistics, {kind: replayed}, storage.db) if storage.store else []
+    if front.interrupted:
+        note("interrupted: these are the points finished by then")
+    data = pareto_data(front, problem, files, stored) | {"steps": kind, "held_out": parted.description}
+    described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
+    emit(data, pareto_table(data, described), as_json=as_json)
+
+
+def save_front(front: Front, problem: Problem, steps: str, parted: Parted, folder: Path) -> list[Path]:
+    """Writes each point's plan, numbered in their order, and the page of plots; returns the plans' files."""
+    from ..report.front import build_front_page, write_front_page
+
+    files = []
+    for number, point in enumerate(front.points):
+        name = point.name.replace("+", "").replace(", ", "-").replace(" ", "-").replace("<=", "at-most")
+        files.append(folder / f"{number:02d}-{name}.json")
+        point.plan.save(files[-1])
+    write_front_page(build_front_page(front, problem, steps, parted.description), folder / PAGE)
+    note(f"wrote {len(files)} plans and {folder / PAGE}")
+    return files
+
+
+def _whole_numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(entry) for entry in split_list(text)]
+    except ValueError:
+        raise typer.BadParameter(f"--redundant {text!r} must be whole numbers with commas between") from None
+
+
+def _kinds(text: str) -> list[Kind | None]:
+    from ...placement.failures import KINDS
+
+    entries = split_list(text)
+    unknown = [entry for entry in entries if entry not in TOLERATE]
+    if unknown or not entries:
+        raise typer.BadParameter(f"--tolerate {text!r} must name some of {', '.join(TOLERATE)}")
+    return [next((kind for kind in KINDS if kind == entry), None) for entry in entries]

@@ -1,0 +1,218 @@
+"""The front of step time against what it costs: memory, bytes moved, and failures that are not survived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..placement.degraded import grown_slots, slot_room
+from ..placement.dominance import non_dominated
+from ..placement.errors import InputError, SolveError, UnsupportedError
+from ..placement.evaluate import Evaluation, evaluate
+from ..placement.failures import KINDS, Failure, Kind, single_failures, survives
+from ..placement.migration import Migration, migration
+from ..placement.plan import Plan
+from ..placement.problem import Problem
+from ..placement.steps import Steps
+from .solve import solve
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a plan of the sweep is asked for, besides short steps.
+
+    redundant: slots a layer beyond one an expert. tolerate: the kind of single failures to survive, as many of them as
+    the slots allow; None leaves survival to chance.
+    """
+
+    redundant: int
+    tolerate: Kind | None = None
+
+    @property
+    def name(self) -> str:
+        """`+8 slots, device failures`."""
+        asked = "" if self.tolerate is None else f", {self.tolerate} failures"
+        return f"+{self.redundant} slots{asked}"
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A plan and what it is judged by.
+
+    wish: None for the plan in force. seconds: the objective's figure on the held-out steps. survived: single failures
+    of each kind in which every expert keeps a replica. migration: from the plan in force, where there is one.
+    """
+
+    wish: Wish | None
+    plan: Plan
+    evaluation: Evaluation
+    seconds: float
+    survived: Mapping[Kind, int]
+    migration: Migration | None
+
+    @property
+    def name(self) -> str:
+        return "in force" if self.wish is None else self.wish.name
+
+    @property
+    def redundant(self) -> int:
+        """Slots a layer beyond one an expert."""
+        return self.plan.num_slots - self.plan.model.experts
+
+    @property
+    def memory(self) -> float:
+        """Bytes of expert weights on the fullest device."""
+        return float(self.evaluation.device_memory.max())
+
+    @property
+    def bytes_moved(self) -> float:
+        return 0.0 if self.migration is None else self.migration.bytes_moved
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """points: in the order solved. best: [N] whether no other point is at least as good in everything and better in
+    something. refused: wishes without a plan, and why. failures: how many single failures of each kind there are."""
+
+    points: tuple[Point, ...]
+    best: BoolArray
+    refused: tuple[tuple[Wish, str], ...]
+    failures: Mapping[Kind, int]
+    interrupted: bool = False
+
+
+def pareto(
+    problem: Problem,
+    steps: Steps,
+    *,
+    redundant: Sequence[int] | None = None,
+    tolerate: Sequence[Kind | None] = (None, *KINDS),
+    current: Plan | None = None,
+    solver: str = "search",
+    seconds: float | None = 10.0,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Front:
+    """Solves `problem` with every wish of the sweep, and judges the plans on `steps`, which no solver has seen.
+
+    problem: its slots are swept, so it names none. redundant: slots a layer beyond one an expert; default 0, 1/8, 1/4,
+    1/2 and 1 for each expert, as far as memory goes, rounded up to whole slots a device. tolerate: kinds of failures to
+    survive. current: the plan in force, which bytes are moved from. solver, seconds, seed: of each solve, options: the
+    solver's own (see `solve`). progress: called with the wishes done, their number and the next one's name.
+    After a keyboard interrupt the points finished so far are returned.
+
+    Under regret, which is against the best of the plans at hand, points are judged by their mean step.
+
+    Raises:
+        InputError: the problem names slots, a negative number of redundant slots, or plans and steps of another model
+            or number of devices.
+    """
+    if problem.slots is not None or problem.device_slots is not None or problem.tolerates:
+        raise InputError("pareto sweeps slots and failures to tolerate; leave slots, device_slots and tolerates out")
+    if redundant is not None and any(count < 0 for count in redundant):
+        raise InputError(f"redundant slots ({list(redundant)}) must not be negative")
+    wishes = [
+        Wish(count, kind)
+        for count in (redundancy_steps(problem) if redundant is None else dict.fromkeys(redundant))
+        for kind in tolerate
+        if kind is None or (count > 0 and single_failures(problem.topology, (kind,)))
+    ]
+    points = [] if current is None else [_judged(None, current, problem, steps, current)]
+    refused: list[tuple[Wish, str]] = []
+    interrupted = False
+    try:
+        for done, wish in enumerate(wishes):
+            if progress is not None:
+                progress(done, len(wishes), wish.name)
+            try:
+                asked = problem_for(wish, problem)
+                plan = solve(asked, solver, seconds=seconds, seed=seed, **(options or {}))
+            except (UnsupportedError, SolveError) as error:
+                refused.append((wish, str(error)))
+                continue
+            points.append(_judged(wish, plan, problem, steps, current))
+            if plan.provenance.stop == "interrupted":
+                interrupted = done + 1 < len(wishes)
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    failures = {kind: len(single_failures(problem.topology, (kind,))) for kind in KINDS}
+    return Front(tuple(points), _best(points), tuple(refused), failures, interrupted)
+
+
+def redundancy_steps(problem: Problem) -> list[int]:
+    """0, 1/8, 1/4, 1/2 and 1 redundant slots an expert that memory holds, rounded up to whole slots a device."""
+    experts, devices = problem.model.experts, problem.num_devices
+    room = int(slot_room(problem.model, problem.topology).sum()) - experts
+    counts = {0}
+    for part in (8, 4, 2, 1):
+        slots = experts + -(-experts // part)
+        counts.add(-(-slots // devices) * devices - experts)
+    return sorted(count for count in counts if count <= room)
+
+
+def problem_for(wish: Wish, problem: Problem) -> Problem:
+    """The problem with a wish's slots, dealt evenly as far as memory goes, and the failures it can ask to survive.
+
+    Raises:
+        SolveError: the devices have no room for so many slots, or the slots allow no failure of that kind.
+    """
+    devices = problem.num_devices
+    total, room = problem.model.experts + wish.redundant, slot_room(problem.model, problem.topology)
+    slots = grown_slots(np.zeros(devices, dtype=np.int64), total, room)
+    if slots is None:
+        raise SolveError(f"does not fit: {total} slots a layer are wanted, the devices have room for {int(room.sum())}")
+    tolerates: tuple[Failure, ...] = ()
+    if wish.tolerate is not None:
+        tolerates = tolerable(single_failures(problem.topology, (wish.tolerate,)), slots, wish.redundant)
+        if not tolerates:
+            raise SolveError(
+                f"{wish.redundant} redundant slots a layer are too few to survive any {wish.tolerate} failure"
+            )
+    return replace(problem, device_slots=slots.tolist(), tolerates=tolerates)
+
+
+def tolerable(failures: Sequence[Failure], device_slots: IntArray, redundant: int) -> tuple[Failure, ...]:
+    """As many of the failures, no two of a device in common, as so many redundant slots can make survivable.
+
+    device_slots: [G]. Experts on a device that may be lost need another replica elsewhere. Two such devices can hold
+    each other's, so that half a redundant slot is enough for each slot on them; a failure alone needs a whole one.
+    """
+    chosen: list[Failure] = []
+    covered = 0
+    for failure in sorted(failures, key=lambda failure: int(device_slots[list(failure.devices)].sum())):
+        slots = int(device_slots[list(failure.devices)].sum())
+        if slots > redundant or covered + slots > 2 * redundant:
+            break
+        chosen.append(failure)
+        covered += slots
+    return tuple(chosen)
+
+
+def _judged(wish: Wish | None, plan: Plan, problem: Problem, steps: Steps, current: Plan | None) -> Point:
+    evaluation = evaluate(plan, steps, problem)
+    regret = problem.objective.risk == "regret"
+    return Point(
+        wish=wish,
+        plan=plan,
+        evaluation=evaluation,
+        seconds=float(evaluation.step_seconds.mean()) if regret else evaluation.risk(),
+        survived={kind: int(survives(plan, single_failures(plan.topology, (kind,))).sum()) for kind in KINDS},
+        migration=None if current is None else migration(current, plan),
+    )
+
+
+def _best(points: Sequence[Point]) -> BoolArray:
+    figures = [
+        (point.seconds, point.redundant, point.bytes_moved, *(-point.survived[kind] for kind in KINDS))
+        for point in points
+    ]
+    return non_dominated(figures)
