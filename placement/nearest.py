@@ -62,8 +62,8 @@ def nearest_counts(
     work = _Work(plan, steps)
     weight = 1.0 / devices if source is None else 1.0
     for home in range(devices):
-        mine = slice(None) if source is None else np.flatnonzero(source == home)
-        ids_h, bounds_h = ids[:, mine], bounds if source is None else np.searchsorted(mine, bounds)
+        mine = np.arange(ids.shape[1]) if source is None else np.flatnonzero(source == home)
+        ids_h, bounds_h = ids[:, mine], np.searchsorted(mine, bounds)
         share = nearest_share(plan.device_share, topology, home)
         # Thirds do not add up to one exactly, and what is whole must be recognised as whole.
         node_share = np.where((summed := share @ nodes) > 1.0 - 1e-9, 1.0, summed)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import make_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_cost import replicated_step_seconds
 from test_cost import topology
 
 import moeplace as mp
+from moeplace.placement.cost import all_to_all_latency
 from moeplace.placement.nearest import nearest_share
 from moeplace.placement.step_bound import step_seconds_bound
 from moeplace.placement.traffic import device_traffic
+from moeplace.solvers.search.engine import Engine
+from moeplace.solvers.search.homes import deal_homes
+from moeplace.solvers.search.layout import Moves
+from moeplace.solvers.search.scenario import mean_aim, rates_for, scenario_from
 
 
 @st.composite
@@ -118,3 +125,49 @@ def test_a_replica_in_each_node_saves_what_crosses() -> None:
 def test_tokens_without_a_home_have_no_nearest_replica() -> None:
     with pytest.raises(mp.InputError, match="needs tokens with a home device"):
         mp.Objective(execution="context_coherent", replica_choice="nearest")
+
+
+def searched(trace: mp.RoutingTrace, cluster: str, slots: int, **objective: Any) -> mp.Problem:
+    model = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=256)
+    statistics = mp.RoutingStatistics.from_trace(trace)
+    return mp.Problem(model, topology(cluster), statistics, mp.Objective(**objective), slots=slots)
+
+
+@pytest.mark.parametrize("cluster", ["even", "mixed"])
+@pytest.mark.parametrize("rule", ["nearest", "share"])
+@pytest.mark.parametrize(("slots", "split"), [(8, "equal"), (11, "equal"), (11, "free"), (14, "free")])
+@pytest.mark.parametrize("node_dedup", [True, False])
+def test_the_kernels_price_known_homes_as_evaluation_does(
+    cluster: str, rule: str, slots: int, split: str, node_dedup: bool
+) -> None:
+    """After hundreds of accepted increments, step costs must equal a replay of the final placement from nothing."""
+    trace = make_trace(seed=1)
+    given_problem = searched(trace, cluster, slots, replica_choice=rule, split=split, node_dedup=node_dedup)
+    drawn = scenario_from(given_problem, "decode", 8, 6, seed=0)
+    assert drawn.steps is not None
+    scenario = dataclasses.replace(drawn, steps=deal_homes(drawn.steps, 4, seed=2))
+    moves = [Moves(np.ones((8, 4), dtype=bool), split == "free")] * 3
+    engine = Engine(given_problem, scenario, rates_for(given_problem, scenario), moves, seed=3)
+    table = mp.solve(given_problem, "search", step_tokens=8, steps=2, proposals=1).physical_to_logical
+    shares = []
+    for row in table:
+        share = np.zeros((8, 4))
+        share[row, given_problem.slot_device] = 1.0
+        shares.append(share / share.sum(axis=1, keepdims=True))
+    aims = [mean_aim(scenario)] * 3
+    engine.start(list(table), shares, aims)
+    engine.run(aims, proposals=400, hot=1.0, cold=0.5)
+    final = np.stack([state.now.cost for state in engine.states], axis=1)
+    engine.close()
+    plan = mp.Plan(
+        given_problem.model,
+        given_problem.topology,
+        np.stack([state.now.slot_expert for state in engine.states]),
+        given_problem.slot_device,
+        np.stack([state.now.share[state.now.slot_expert, given_problem.slot_device] for state in engine.states]),
+    )
+    assert scenario.steps is not None
+    replayed = mp.evaluate(plan, scenario.steps, given_problem)
+    latency = all_to_all_latency(given_problem.topology, node_dedup)
+    expected = replayed.dispatch + replayed.compute + replayed.combine - 2 * latency
+    np.testing.assert_allclose(final, expected, rtol=1e-5)

@@ -14,6 +14,7 @@ from ..base import Budget, Solution, fill_slots
 from ..exflow_start import assignment_sweeps
 from . import Batch
 from .engine import Engine
+from .homes import with_homes
 from .judge import Judge
 from .layout import Aim, Moves
 from .pace import Pace
@@ -36,7 +37,7 @@ def run_search(
     problem: Problem, budget: Budget, batch: Batch, step_tokens: int, steps: int | None, proposals: int
 ) -> Solution:
     """Anneals every layer on scenario steps; see `Search` for the arguments."""
-    scenario = scenario_from(problem, batch, step_tokens, steps, budget.seed)
+    scenario = with_homes(scenario_from(problem, batch, step_tokens, steps, budget.seed), problem, budget.seed)
     allowed = allowed_devices(problem)
     moves = _moves(problem, allowed)
     engine = Engine(problem, scenario, rates_for(problem, scenario), moves, budget.seed)

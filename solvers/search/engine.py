@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from ...placement.problem import Problem
 from .anneal import anneal
 from .anneal_coherent import anneal_coherent
+from .anneal_homes import anneal_homes
+from .homes import home_tokens
 from .layout import Aim, Moves, Neighbours, Rates
 from .scenario import Scenario
 
@@ -48,7 +51,12 @@ class Engine:
     def __init__(self, problem: Problem, scenario: Scenario, rates: Rates, moves: Sequence[Moves], seed: int) -> None:
         self._problem, self._scenario, self._rates, self._moves = problem, scenario, rates, moves
         self._coherent = problem.objective.execution == "context_coherent" and scenario.steps is not None
-        self._tokens = [scenario.layer(layer) for layer in range(problem.model.layers)]
+        homes = scenario.steps is not None and scenario.steps.source is not None and not self._coherent
+        self._anneal = anneal_homes if homes else anneal
+        self._tokens: list[Any] = [
+            home_tokens(scenario, layer, problem) if homes else scenario.layer(layer)
+            for layer in range(problem.model.layers)
+        ]
         self._slot_device = problem.slot_device
         self._seeds = np.random.SeedSequence(seed)
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
@@ -96,7 +104,7 @@ class Engine:
         if self._coherent:
             walked = anneal_coherent(self._tokens[layer], self._around(layer), *common)
         else:
-            walked = anneal(self._tokens[layer], *common)
+            walked = self._anneal(self._tokens[layer], *common)
         value, table, share, cost, table_now, share_now, cost_now, typical = walked
         best, now = Placed(table, share, cost), Placed(table_now, share_now, cost_now)
         if value >= state.value:
