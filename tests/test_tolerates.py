@@ -130,3 +130,14 @@ def test_a_large_layer_is_dealt_without_a_program(monkeypatch: pytest.MonkeyPatc
     load = np.random.default_rng(0).pareto(1.5, 256) + 0.1
     table = tolerant_layer(load, np.full(32, 18), np.ones((256, 32), bool), failures)
     assert len(table) == 576
+
+
+def test_with_free_shares_replicas_that_only_stand_by_cost_no_step_time() -> None:
+    # Weights are read, not computed with: a replica that serves costs as much again as its expert.
+    topology, trace = topology_of(2, 2), make_trace(0)
+    model = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=2048, ffn_size=2048)
+    fields = {"statistics": mp.RoutingStatistics.from_trace(trace), "objective": mp.Objective(split="free")}
+    plain = mp.Problem(model, topology, **fields)  # type: ignore[arg-type]
+    safe = mp.Problem(model, topology, slots=16, tolerates=mp.single_failures(topology), **fields)  # type: ignore[arg-type]
+    values = [mp.solve(problem, "search", proposals=2000).certificate.value for problem in (plain, safe)]  # type: ignore[union-attr]
+    assert values[1] <= 1.05 * values[0]

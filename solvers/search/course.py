@@ -60,6 +60,8 @@ def _search(
     starts = [
         (tables, [_even_shares(problem, table) for table in tables]) for tables in _starts(problem, allowed, budget)
     ]
+    if problem.objective.split == "free" and problem.has_replicas:
+        starts.append((starts[0][0], _one_serves(problem, starts[0][0])))
     if problem.objective.execution == "context_coherent" and scenario.steps is not None:
         starts.append(_as_dispatched(problem, scenario, allowed, budget, proposals, starts[0]))
     tables, shares = min(starts, key=lambda start: judge.value(*start))
@@ -193,6 +195,23 @@ def _even_shares(problem: Problem, table: IntArray) -> FloatArray:
     share = np.zeros((problem.model.experts, problem.num_devices))
     share[table, problem.slot_device] = 1.0
     return np.asarray(share / share.sum(axis=1, keepdims=True))
+
+
+def _one_serves(problem: Problem, tables: list[IntArray]) -> list[FloatArray]:
+    """[E, G] a layer: one replica of each expert serves all its tokens, heaviest first to the least loaded device, and the
+    others stand by. Where weights are read rather than computed with, every replica that serves costs as much again."""
+    result = []
+    for table, load in zip(tables, problem.statistics.total_load, strict=True):
+        share = np.zeros((problem.model.experts, problem.num_devices))
+        loaded = np.zeros(problem.num_devices)
+        holds = np.zeros(share.shape, dtype=bool)
+        holds[table, problem.slot_device] = True
+        for expert in np.argsort(-load, kind="stable"):
+            device = int(np.argmin(np.where(holds[expert], loaded, np.inf)))
+            share[expert, device] = 1.0
+            loaded[device] += load[expert] / problem.topology.compute[device]
+        result.append(share)
+    return result
 
 
 def _first_aim(problem: Problem, scenario: Scenario) -> Aim:
