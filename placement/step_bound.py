@@ -20,10 +20,14 @@ FloatArray = npt.NDArray[np.float64]
 
 def step_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
     """[S] seconds below which no plan for `problem` can bring each step."""
-    layers = problem.model.layers
+    return np.asarray(layer_seconds_bound(steps, problem).sum(axis=1))
+
+
+def layer_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
+    """[S, L] the part of `step_seconds_bound` of each layer."""
     transfers = _transfer_bound(steps.tokens.astype(np.float64), problem, homes_known=steps.source is not None)
     compute = compute_bound(steps.loads().astype(np.float64), problem)
-    return np.asarray(compute.sum(axis=1) + layers * transfers)
+    return np.asarray(compute + transfers[:, None])
 
 
 def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:

@@ -1,0 +1,206 @@
+"""A step's predicted time cut into relaxed problems of one layer, or of two neighbours, that bound it when added up.
+
+The busiest link carries at least the average one, so copies may be summed: a token that needs d devices sends d copies (d - 1
+where it already stands on one). Where copies between nodes decide, holders are nodes, and a node's devices together work no
+faster than their rates together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...placement.cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from ...placement.problem import Problem
+from ...placement.step_bound import compute_bound
+from ...placement.steps import Steps
+from .gram import FloatArray, GramSpace, IntArray
+from .link_floors import link_floors
+from .saddle import Saddle
+from .terms import Entries, HoldersNeeded, RowSums, SlowestDevice, SplitBetweenTwo, Term, Triangles
+
+Transfer = tuple[list[Term], float]
+
+TRIANGLE_HOLDERS, TRIANGLE_ITEMS = 4, 128
+"""Triangle inequalities are priced for few holders, where they bind, and few experts, as there are n choose 3."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Whose copies are counted: those between nodes, or those between devices.
+
+    slots: [L, H] of each holder. copy: seconds a holder that a token needs costs, a byte; evenly: the same where homes
+    are spread evenly, and a token's every holder counts. arithmetic, reading: [H] rates of a holder.
+    """
+
+    slots: IntArray
+    copy: float
+    evenly: float
+    arithmetic: FloatArray
+    reading: FloatArray
+
+    @property
+    def holders(self) -> int:
+        return self.slots.shape[1]
+
+
+def levels(problem: Problem) -> list[Level]:
+    """The level whose links are the slower for tokens routed at random first, then the other, if it has links."""
+    topology, dedup = problem.topology, problem.objective.node_dedup
+    sizes, devices, nodes = topology.node_size, topology.num_devices, topology.num_nodes
+    slots = np.tile(problem.slots_per_device, (problem.model.layers, 1))
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    smallest, away = float(sizes.min()), 1.0 - float(sizes.max()) / devices
+    # Inside nodes: a copy from another node is fanned out from a device chosen evenly, and so passes (size - 1) / size links.
+    within = (smallest - 1.0) / smallest if dedup or nodes == 1 else 0.0
+    links, trunks = float(topology.intra_bandwidth.sum()), float(topology.inter_bandwidth.sum())
+    inside = Level(
+        slots,
+        (1.0 if nodes == 1 else within) / links,
+        (within if dedup else (smallest - 1.0) / devices) / links,
+        topology.compute,
+        topology.memory_bandwidth,
+    )
+    between = Level(
+        np.add.reduceat(slots, starts, axis=1),
+        1.0 / trunks if nodes > 1 else 0.0,
+        away / trunks,
+        np.add.reduceat(topology.compute, starts),
+        np.add.reduceat(topology.memory_bandwidth, starts),
+    )
+    if not dedup and nodes > 1:
+        # Every copy crosses by itself: devices, not nodes, tell how many.
+        inside = Level(
+            slots, inside.copy, max(inside.evenly, away / trunks), topology.compute, topology.memory_bandwidth
+        )
+    found = [level for level in (inside, between) if level.evenly > 0.0]
+    return sorted(found, key=lambda level: -level.evenly * at_random(level.holders, problem.model.top_k))
+
+
+def at_random(holders: int, experts: int) -> float:
+    """Holders a token needs on average when its experts stand anywhere."""
+    return holders * (1.0 - (1.0 - 1.0 / holders) ** experts)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A relaxed problem: some layers' terms. Its bound added to `constant` bounds its part of the weighted step time."""
+
+    layers: tuple[int, ...]
+    constant: float
+    saddle: Saddle
+
+
+class Pieces:
+    """Makes the pieces of a problem on steps whose times count by `weight` [S] (summing to one)."""
+
+    def __init__(self, problem: Problem, steps: Steps, weight: FloatArray, level: Level) -> None:
+        self._problem, self._steps, self._weight, self._level = problem, steps, weight, level
+        self._loads = steps.loads().astype(np.float64)
+        self._floor = compute_bound(self._loads, problem)
+        self._link_floors = link_floors(problem, steps, self._loads)
+        self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
+        self._out, self._back = (size(problem.model, problem.objective) for size in (dispatch_bytes, combine_bytes))
+
+    @property
+    def coherent(self) -> bool:
+        return self._problem.objective.execution == "context_coherent"
+
+    def spans(self) -> list[tuple[int, ...]]:
+        """Layers of each piece: one each, or neighbours where the dispatch between them couples them."""
+        layers = self._problem.model.layers
+        if self.coherent and layers > 1:
+            return [(layer, layer + 1) for layer in range(layers - 1)]
+        return [(layer,) for layer in range(layers)]
+
+    def make(self, span: tuple[int, ...]) -> Piece:
+        """The piece of those layers."""
+        experts, slots = self._problem.model.experts, self._level.slots[list(span)]
+        space = GramSpace.of(slots, experts)
+        terms: list[Term] = [_entries(space, slots)]
+        if space.holders <= TRIANGLE_HOLDERS and space.items <= TRIANGLE_ITEMS:
+            terms.append(Triangles(space.items, space.holders))
+        if not space.even:
+            terms.append(_row_sums(space, slots))
+        constant = 0.0
+        for place, layer in enumerate(span):
+            # Neighbouring pieces take a layer's own terms half each.
+            ends = layer in (span[0], span[-1]) and 0 < layer < self._problem.model.layers - 1
+            share = 0.5 if self.coherent and ends else 1.0
+            terms.append(self._compute(layer, place, space, share))
+            for term, offset in self._transfers(layer, place, span, share):
+                terms.extend(term)
+                constant += offset
+        return Piece(span, constant, Saddle(space, terms))
+
+    def _compute(self, layer: int, place: int, space: GramSpace, share: float) -> Term:
+        model, loads = self._problem.model, self._loads[:, layer]
+        work = np.zeros((len(loads), 2, space.items))
+        own = slice(place * space.experts, (place + 1) * space.experts)
+        work[:, 0, own] = loads * (model.flops_per_token / self._level.arithmetic.max())
+        work[:, 1, own] = (loads > 0) * (model.bytes_per_expert / self._level.reading.max())
+        return SlowestDevice(work, share * self._weight, self._floor[:, layer])
+
+    def _transfers(
+        self, layer: int, place: int, span: tuple[int, ...], share: float
+    ) -> Iterator[tuple[list[Term], float]]:
+        """(copies as a term, seconds whatever the placement) of the all-to-alls of a layer."""
+        here = self._steps.expert_ids[:, layer].astype(np.int64) + place * self._problem.model.experts
+        known = self._steps.source is not None
+        dispatch, combine = (floor[:, layer] for floor in self._link_floors)
+
+        def copies(ids: IntArray, bytes_each: float, homes: bool, floor: FloatArray, part: float) -> Transfer:
+            return self._copies(ids, span, bytes_each, homes, floor, part)
+
+        if not self.coherent:
+            # Out and back alike.
+            term, constant = copies(here, self._out + self._back, known, dispatch, 1.0)
+            yield term, constant + self._latency
+            return
+        if layer == 0:
+            yield copies(here, self._out, known, dispatch, 1.0)
+        elif place > 0:
+            owner = (
+                self._steps.expert_ids[:, layer - 1, :1].astype(np.int64) + (place - 1) * self._problem.model.experts
+            )
+            yield copies(np.hstack([owner, here]), self._out, True, dispatch, 1.0)
+        if here.shape[1] > 1:
+            yield copies(here, self._back, True, combine, share)
+
+    def _copies(
+        self, ids: IntArray, span: tuple[int, ...], bytes_each: float, held: bool, floor: FloatArray, part: float
+    ) -> Transfer:
+        """One all-to-all. held: tokens come from a holder that may be among those they need, which spares a copy."""
+        level, tokens = self._level, self._steps.tokens
+        seconds = bytes_each * (level.copy if held else level.evenly)
+        spared = 1.0 if held else 0.0
+        weight = part * self._weight
+        # Where one expert alone keeps a link busier than tokens at random keep the average one, that is the bound.
+        floor = floor * bytes_each
+        known = floor > seconds * tokens * (at_random(level.holders, ids.shape[1]) - spared)
+        constant = float(weight @ (self._latency + np.where(known, floor, -seconds * spared * tokens)))
+        counted = np.where(known, 0.0, seconds * weight)[self._steps.step_of]
+        if not counted.any():
+            return [], constant
+        items = len(span) * self._problem.model.experts
+        chosen = ids[counted > 0]
+        if level.holders == 2:
+            return [SplitBetweenTwo(chosen, counted[counted > 0], items)], constant
+        return [HoldersNeeded(chosen, counted[counted > 0], items)], constant
+
+
+def _entries(space: GramSpace, slots: IntArray) -> Entries:
+    """Shares of two experts on one holder are between none and all; with spare slots an expert need not stand whole."""
+    lower, upper = np.zeros((space.items, space.items)), np.ones((space.items, space.items))
+    spare = np.maximum(slots.sum(axis=1) - space.experts, 0)
+    np.fill_diagonal(lower, np.repeat(1.0 / np.minimum(spare + 1, space.holders), space.experts))
+    return Entries(lower, upper)
+
+
+def _row_sums(space: GramSpace, slots: IntArray) -> RowSums:
+    """What stands beside an expert is what its holder holds: as many as it has slots, or fewer where slots are spare."""
+    whole = slots.sum(axis=1) == space.experts
+    upper = np.minimum(slots.max(axis=1), space.experts).astype(np.float64)
+    return RowSums(space.layers, space.experts, np.where(whole, slots.min(axis=1), 0).astype(np.float64), upper)
