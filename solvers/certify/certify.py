@@ -34,7 +34,9 @@ class StepCertificate:
         self._problem, self._steps, self._weight = problem, steps, weight
         single = weight @ layer_seconds_bound(steps, problem)
         self._single = float(single.sum())
-        self._levels = levels(problem)
+        # A replica near the token's home is not one and the same for all tokens, which Gram matrices would have it be.
+        chosen_near = problem.objective.replica_choice == "nearest" and problem.has_replicas
+        self._levels: list[Level] = [] if chosen_near else levels(problem)
         self._pieces: list[list[Piece]] = []
         # Where tokens return home a piece is a layer, and the better bound of each layer counts.
         dispatched = problem.objective.execution == "dispatch_combine" or problem.model.layers == 1
@@ -51,8 +53,13 @@ class StepCertificate:
             best = np.maximum(best, self._known)
         return max(self._single, float(best.sum()))
 
-    def improve(self, seconds: float, tell: Callable[[float], None] = lambda bound: None) -> float:
-        """Walks on for about so many seconds, less when nothing is left to gain; tells the bound as it rises."""
+    def improve(
+        self, seconds: float, tell: Callable[[float], None] = lambda bound: None, iterations: int = MOST
+    ) -> float:
+        """Walks on for about so many seconds, less when nothing is left to gain; tells the bound as it rises.
+
+        iterations: of a piece, at most (rounded up to whole chunks).
+        """
         end = time.perf_counter() + seconds
         with ThreadPoolExecutor(THREADS) as pool:
             for number, level in enumerate(self._levels):
@@ -63,7 +70,7 @@ class StepCertificate:
                     if made is None:
                         break
                     self._pieces.append(made)
-                for open_ in self._rounds(self._pieces[number]):
+                for open_ in self._rounds(self._pieces[number], iterations):
                     if time.perf_counter() >= end:
                         break
                     list(pool.map(lambda piece: _walk(piece, end), open_))
@@ -82,9 +89,9 @@ class StepCertificate:
         return whole if len(whole) == len(made) else None
 
     @staticmethod
-    def _rounds(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    def _rounds(pieces: list[Piece], iterations: int) -> Iterator[list[Piece]]:
         """The pieces that still have something to gain, again and again."""
-        while open_ := [piece for piece in pieces if not _closed(piece)]:
+        while open_ := [piece for piece in pieces if not _closed(piece, iterations)]:
             yield open_
 
 
@@ -93,8 +100,8 @@ def _walk(piece: Piece, end: float) -> None:
         piece.saddle.run(CHUNK)
 
 
-def _closed(piece: Piece) -> bool:
-    if piece.saddle.iterations >= MOST:
+def _closed(piece: Piece, iterations: int) -> bool:
+    if piece.saddle.iterations >= iterations:
         return True
     cost = piece.saddle.relaxed_cost
     return piece.saddle.iterations > 0 and piece.saddle.bound >= cost - CLOSED * abs(cost + piece.constant)

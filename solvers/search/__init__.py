@@ -33,19 +33,22 @@ class Search:
         step_tokens: int = 128,
         steps: int | None = None,
         proposals: int = 20_000,
+        certify: float = 0.0,
     ) -> Solution:
         """batch, step_tokens, steps: the scenario, decode steps of so many sequences or prefill steps of so many
-        tokens. proposals: a layer, when no time limit is given.
+        tokens. proposals: a layer, when no time limit is given. certify: seconds spent on a better bound after the search.
 
         Raises:
-            InputError: batch is neither "decode" nor "prefill", or a size is not positive.
+            InputError: batch is neither "decode" nor "prefill", or a size is not positive, or certify is negative.
         """
         if batch not in ("decode", "prefill"):
             raise InputError(f"batch {batch!r} is unknown; known: decode, prefill")
         for name, value in (("step_tokens", step_tokens), ("steps", steps), ("proposals", proposals)):
             if value is not None and value < 1:
                 raise InputError(f"{name} ({value}) must be at least 1")
+        if not 0.0 <= certify < float("inf"):
+            raise InputError(f"certify ({certify}) must be seconds to spend on the bound, 0 or more")
         # Compiled kernels: loading them takes a second, which importing the package must not.
         from .course import run_search
 
-        return run_search(problem, budget, batch, step_tokens, steps, proposals)
+        return run_search(problem, budget, batch, step_tokens, steps, proposals, certify)

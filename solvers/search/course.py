@@ -13,6 +13,7 @@ from ...placement.problem import Problem
 from ..base import Budget, Solution, fill_slots
 from ..exflow_start import assignment_sweeps
 from . import Batch
+from .certified import certified
 from .engine import Engine
 from .homes import with_homes
 from .judge import Judge
@@ -34,7 +35,13 @@ ROUNDS = 12
 
 
 def run_search(
-    problem: Problem, budget: Budget, batch: Batch, step_tokens: int, steps: int | None, proposals: int
+    problem: Problem,
+    budget: Budget,
+    batch: Batch,
+    step_tokens: int,
+    steps: int | None,
+    proposals: int,
+    certify: float,
 ) -> Solution:
     """Anneals every layer on scenario steps; see `Search` for the arguments."""
     scenario = with_homes(scenario_from(problem, batch, step_tokens, steps, budget.seed), problem, budget.seed)
@@ -42,7 +49,7 @@ def run_search(
     moves = _moves(problem, allowed)
     engine = Engine(problem, scenario, rates_for(problem, scenario), moves, budget.seed)
     try:
-        return _search(problem, budget, scenario, engine, allowed, proposals)
+        return _search(problem, budget, scenario, engine, allowed, proposals, certify)
     finally:
         engine.close()
 
@@ -54,6 +61,7 @@ def _search(
     engine: Engine,
     allowed: npt.NDArray[np.bool_],
     proposals: int,
+    certify: float,
 ) -> Solution:
     stop: Stop
     judge = Judge(problem, scenario)
@@ -89,7 +97,10 @@ def _search(
         stop = "finished" if budget.seconds is None else "time limit"
     except KeyboardInterrupt:
         stop = "interrupted"
-    return Solution(best[0], best[1], shares=best[2], stop=stop)
+    certificate = best[1]
+    if stop != "interrupted":
+        certificate = certified(judge, best[0], best[2], budget, certify)
+    return Solution(best[0], certificate, shares=best[2], stop=stop)
 
 
 def _temperatures(round_: int, proposals_a_slot: float) -> tuple[float, float]:

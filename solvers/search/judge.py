@@ -22,11 +22,16 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass
 class Judge:
-    """Prices placements of a problem. reference: [W] what regret is measured against, in the figure's unit."""
+    """Prices placements of a problem.
+
+    reference: [W] what regret is measured against, in the figure's unit. proven: a lower bound of the risk's value known
+    from elsewhere, for that reference.
+    """
 
     problem: Problem
     scenario: Scenario
     reference: FloatArray | None = None
+    proven: float = -np.inf
     bound: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +62,7 @@ class Judge:
     def certificate(self, table: IntArray, shares: FloatArray) -> Certificate:
         """The risk's value of a placement and its bound."""
         value = self._risk(self.figures(table, shares))
-        return Certificate(self.figure, value, min(value, self._risk(self.bound)))
+        return Certificate(self.figure, value, min(value, max(self._risk(self.bound), self.proven)))
 
     def _risk(self, figures: FloatArray) -> float:
         objective = self.problem.objective

@@ -1,0 +1,290 @@
+"""Bounds by relaxed Gram matrices: never above the best placement, whatever the cluster, the replicas and the risk, and close."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moeplace as mp
+from moeplace.placement.evaluate import evaluate_on
+from moeplace.placement.risk import risk_value
+from moeplace.placement.risk_weights import risk_weights
+from moeplace.placement.step_bound import step_seconds_bound
+from moeplace.solvers.certify.certify import StepCertificate
+from moeplace.solvers.certify.gram import GramSpace
+from moeplace.solvers.certify.proof import risk_bound
+from moeplace.solvers.certify.terms import HoldersNeeded, SplitBetweenTwo, Triangles, simplex_rows
+
+SLOW_LINKS = {"compute": 1e12, "memory": 8e10, "memory_bandwidth": 2e12, "intra_bandwidth": 2e8}
+
+
+def cluster(nodes: list[int], uneven: bool = False) -> mp.Topology:
+    """Links slow enough to count, and, if asked, devices and nodes of different speed."""
+    entries = []
+    for number, size in enumerate(nodes):
+        factor = 1.0 + number if uneven else 1.0
+        devices = [
+            SLOW_LINKS | {"compute": 1e12 * factor, "intra_bandwidth": 2e8 * (1.0 + (uneven and d == 0))}
+            for d in range(size)
+        ]
+        entries.append({"devices": devices, "inter_bandwidth": 1e8 * size * factor})
+    return mp.Topology.from_dict({"nodes": entries, "intra_latency": 1e-6, "inter_latency": 1e-6})
+
+
+def routed(rng: np.random.Generator, tokens: int, layers: int, experts: int, top_k: int) -> np.ndarray:
+    """Ids with skew and co-activation: neighbours of a drawn centre are likelier."""
+    ids = np.empty((tokens, layers, top_k), dtype=np.int64)
+    skew = rng.dirichlet(np.full(experts, 0.8), size=layers)
+    for t in range(tokens):
+        centre = rng.integers(experts)
+        for layer in range(layers):
+            near = np.exp(-np.minimum((np.arange(experts) - centre) % experts, 3))
+            odds = skew[layer] * near + 1e-3
+            ids[t, layer] = rng.choice(experts, size=top_k, replace=False, p=odds / odds.sum())
+    return ids
+
+
+def problem_and_steps(
+    seed: int, topology: mp.Topology, layers: int, experts: int, top_k: int, sources: bool = False, **fields: object
+) -> tuple[mp.Problem, mp.Steps]:
+    rng = np.random.default_rng(seed)
+    tokens = 24
+    ids = routed(rng, tokens, layers, experts, top_k)
+    trace = mp.RoutingTrace.from_arrays(
+        ids,
+        num_experts=experts,
+        step=np.arange(tokens) // 8,
+        workload=np.where(np.arange(tokens) < 8, "a", "b"),
+        source=rng.integers(topology.num_devices, size=tokens) if sources else None,
+    )
+    problem = mp.Problem(
+        model=mp.ModelSpec(layers=layers, experts=experts, top_k=top_k, hidden_size=512, ffn_size=256),
+        topology=topology,
+        statistics=mp.RoutingStatistics.from_trace(trace),
+        **fields,  # type: ignore[arg-type]
+    )
+    return problem, trace.recorded_steps()
+
+
+def all_tables(problem: mp.Problem) -> list[np.ndarray]:
+    """Every way to fill a layer's slots with all experts, up to the order within a device and without doubles there."""
+    sizes, experts = problem.slots_per_device.tolist(), problem.model.experts
+    contents = [list(itertools.combinations(range(experts), size)) for size in sizes]
+    return [
+        np.array(list(itertools.chain(*chosen)))
+        for chosen in itertools.product(*contents)
+        if len(set(itertools.chain(*chosen))) == experts
+    ]
+
+
+def least_risk(problem: mp.Problem, steps: mp.Steps) -> float:
+    """The least risk over all plans with equal shares (two layers at most)."""
+    tables = all_tables(problem)
+    best = np.inf
+    for chosen in itertools.product(tables, repeat=problem.model.layers):
+        plan = mp.Plan(problem.model, problem.topology, np.stack(chosen), problem.slot_device)
+        seconds = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
+        best = min(best, risk_value(seconds, steps.step_workload, problem.objective))
+    return best
+
+
+def bound_of(problem: mp.Problem, steps: mp.Steps, seconds: float = 0.4) -> float:
+    tables = np.stack([all_tables(problem)[0]] * problem.model.layers)
+    plan = mp.Plan(problem.model, problem.topology, tables, problem.slot_device)
+    figures = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
+    return risk_bound(problem, steps, steps.step_workload, figures, None, seconds)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    nodes=st.sampled_from([[3], [2, 2], [1, 1], [1, 2], [1, 1, 1]]),
+    uneven=st.booleans(),
+    spare=st.integers(0, 1),
+    top_k=st.integers(1, 3),
+    dedup=st.booleans(),
+    sources=st.booleans(),
+    risk=st.sampled_from(["mean", "cvar:0.5", "worst_workload"]),
+)
+def test_no_plan_of_one_layer_is_below_the_bound(
+    seed: int, nodes: list[int], uneven: bool, spare: int, top_k: int, dedup: bool, sources: bool, risk: str
+) -> None:
+    problem, steps = problem_and_steps(
+        seed,
+        cluster(nodes, uneven),
+        layers=1,
+        experts=5,
+        top_k=top_k,
+        sources=sources,
+        slots=5 + spare,
+        objective=mp.Objective(risk=risk, node_dedup=dedup),
+    )
+    assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    nodes=st.sampled_from([[2], [1, 1], [2, 1], [2, 2]]),
+    uneven=st.booleans(),
+    spare=st.integers(0, 1),
+    top_k=st.integers(1, 2),
+    dedup=st.booleans(),
+    sources=st.booleans(),
+)
+def test_no_context_coherent_plan_is_below_the_bound(
+    seed: int, nodes: list[int], uneven: bool, spare: int, top_k: int, dedup: bool, sources: bool
+) -> None:
+    problem, steps = problem_and_steps(
+        seed,
+        cluster(nodes, uneven),
+        layers=2,
+        experts=4,
+        top_k=top_k,
+        sources=sources,
+        slots=4 + (spare if sum(nodes) < 4 else 0),
+        objective=mp.Objective(execution="context_coherent", node_dedup=dedup),
+    )
+    assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("choice", ["share", "nearest"])
+def test_shares_of_any_size_stay_above_the_bound(choice: str) -> None:
+    problem, steps = problem_and_steps(
+        3,
+        cluster([2, 2], uneven=True),
+        layers=2,
+        experts=6,
+        top_k=3,
+        slots=10,
+        objective=mp.Objective(split="free", replica_choice=choice),
+    )
+    bound = bound_of(problem, steps, seconds=1.0)
+    rng = np.random.default_rng(0)
+    tables = all_tables(problem)
+    for _ in range(200):
+        table = np.stack([tables[i] for i in rng.integers(len(tables), size=2)])
+        raw = rng.random(table.shape) ** 3 + 1e-3
+        sums = np.stack([np.bincount(row, weights=weight) for row, weight in zip(table, raw, strict=True)])
+        plan = mp.Plan(
+            problem.model,
+            problem.topology,
+            table,
+            problem.slot_device,
+            raw / np.take_along_axis(sums, table, axis=1),
+        )
+        judged = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective)
+        assert bound <= judged.risk() * (1 + 1e-12)
+
+
+def test_the_bound_rises_with_time_and_is_far_above_that_of_single_terms() -> None:
+    problem, steps = problem_and_steps(1, cluster([4]), layers=1, experts=8, top_k=2)
+    weight = np.full(steps.num_steps, 1.0 / steps.num_steps)
+    certificate = StepCertificate(problem, steps, weight)
+    seen = [certificate.bound]
+    assert seen[0] == pytest.approx(float(weight @ step_seconds_bound(steps, problem)))
+    certificate.improve(20.0, seen.append, iterations=400)
+    assert seen == sorted(seen)
+    least = least_risk(problem, steps)
+    assert seen[-1] <= least
+    assert least - seen[-1] < 0.5 * (least - seen[0])
+
+
+def test_search_proves_its_plan_closer_when_asked_to() -> None:
+    problem, _ = problem_and_steps(2, cluster([2, 2]), layers=2, experts=8, top_k=2)
+    plain = mp.solve(problem, "search", proposals=300, step_tokens=8)
+    told: list[mp.Progress] = []
+    certified = mp.solve(problem, "search", proposals=300, step_tokens=8, certify=1.0, progress=told.append)
+    assert certified.fingerprint == plain.fingerprint
+    assert plain.certificate is not None
+    assert certified.certificate is not None
+    assert certified.certificate.objective == plain.certificate.objective
+    assert certified.certificate.value == plain.certificate.value
+    assert plain.bound is not None
+    assert certified.bound is not None
+    assert plain.bound <= certified.bound <= certified.certificate.value
+    bounds = [news.bound for news in told if news.bound is not None]
+    assert bounds == sorted(bounds)
+    with pytest.raises(mp.InputError, match="certify"):
+        mp.solve(problem, "search", certify=-1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["mean", "cvar:0.6", "worst_workload", "regret"]))
+def test_weighted_steps_never_exceed_the_risk_and_meet_it_at_the_plan_they_are_from(seed: int, risk: str) -> None:
+    rng = np.random.default_rng(seed)
+    objective = mp.Objective(risk=risk)
+    workload, best = rng.integers(3, size=12), rng.random(3)
+    seconds, other = rng.random(12) + 1, rng.random(12) + 1
+    weight, offset = risk_weights(seconds, workload, objective, best)
+    assert weight.sum() == pytest.approx(1.0)
+    assert weight @ other + offset <= risk_value(other, workload, objective, best) + 1e-12
+    assert weight @ seconds + offset == pytest.approx(risk_value(seconds, workload, objective, best), rel=0.02)
+
+
+def gram_of(device_of: np.ndarray) -> np.ndarray:
+    return np.asarray(device_of[:, None] == device_of[None, :], dtype=float)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(1, 2))
+def test_least_cost_over_the_space_is_at_most_that_of_any_placement(seed: int, even: bool, layers: int) -> None:
+    rng = np.random.default_rng(seed)
+    slots = np.array([2, 2, 2] if even else [3, 2, 1])
+    space = GramSpace.of(np.tile(slots, (layers, 1)), 6)
+    assert space.even == even
+    cost = rng.standard_normal((space.items, space.items))
+    cost = cost + cost.T
+    device_of = np.concatenate([rng.permutation(np.repeat(np.arange(3), slots)) for _ in range(layers)])
+    gram = gram_of(device_of)
+    assert space.least(cost) <= (cost * gram).sum() + 1e-9
+    np.testing.assert_allclose(space.project(gram), gram, atol=1e-8)
+    nearest = space.project(cost)
+    np.testing.assert_allclose(space.project(nearest), nearest, atol=1e-7)
+    # The nearest point: no member lies further along the way to where projection came from.
+    assert ((cost - nearest) * (gram - nearest)).sum() <= 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.integers(1, 5))
+def test_holders_needed_are_counted_exactly_and_bounded_by_every_line(seed: int, holders: int, top_k: int) -> None:
+    rng = np.random.default_rng(seed)
+    device_of = rng.integers(holders, size=9)
+    ids = np.stack([rng.choice(9, size=top_k, replace=False) for _ in range(20)])
+    weight = rng.random(20) + 0.1
+    exact = float(weight @ [len(set(device_of[row])) for row in ids])
+    terms = [HoldersNeeded(ids, weight, 9)] + ([SplitBetweenTwo(ids, weight, 9)] if holders == 2 else [])
+    gram, elsewhere = gram_of(device_of), gram_of(rng.integers(holders, size=9))
+    assert terms[0].cost(gram) == pytest.approx(exact)
+    for term in terms:
+        term.begin(elsewhere)
+        for _ in range(3):
+            assert (term.charge() * gram).sum() + term.constant() <= exact + 1e-9
+            term.ascend(rng.random((9, 9)), float(rng.random()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4))
+def test_triangle_prices_charge_no_placement(seed: int, holders: int) -> None:
+    rng = np.random.default_rng(seed)
+    gram = gram_of(rng.integers(holders, size=7))
+    term = Triangles(7, holders)
+    for _ in range(3):
+        noise = rng.standard_normal((7, 7))
+        term.ascend(noise + noise.T, 0.3)
+        assert (term.charge() * gram).sum() + term.constant() <= 1e-9
+
+
+def test_simplex_projection_is_the_nearest_point() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((50, 6)) * 2
+    nearest = simplex_rows(points)
+    np.testing.assert_allclose(nearest.sum(axis=1), 1.0)
+    assert (nearest >= 0).all()
+    corners = np.eye(6)
+    # No corner lies on the far side of the plane through the nearest point.
+    assert (((points - nearest)[:, None] * (corners[None] - nearest[:, None])).sum(axis=2) <= 1e-9).all()
