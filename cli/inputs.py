@@ -229,6 +229,18 @@ class SolverChoice:
         """Leaves it to the problem which solver runs."""
         return cls("best", None, {})
 
+    def certified(self, seconds: float) -> SolverChoice:
+        """The choice, with time for a better bound.
+
+        Raises:
+            InputError: the solver named has no use for it.
+        """
+        if self.solver not in (None, "search"):
+            raise InputError(
+                f"--certify is for the solver search; the bound of {self.solver} takes no time of its own: leave it out"
+            )
+        return replace(self, options={**self.options, "certify": seconds})
+
     def for_steps(self, batch: BatchOptions) -> SolverChoice:
         """The choice, with the first kind of steps wanted passed on to a solver that minimises the time of steps."""
         from inspect import signature

@@ -90,7 +90,7 @@ class Chain:
         if steps is None:
             steps = _default_steps(step_tokens)
         drawn = _draw(problem.statistics.require_sample(), batch, step_tokens, steps, budget.seed)
-        return _fastest_step(problem, budget, drawn, f"{steps} sampled {batch} steps of {step_tokens} tokens")
+        return fastest_step(problem, budget, drawn, f"{steps} sampled {batch} steps of {step_tokens} tokens")
 
     def work(self, problem: Problem, step_tokens: int | None = None, steps: int | None = None) -> float | None:
         """Estimated seconds of minimising step time on drawn steps, or None where it would be refused."""
@@ -141,7 +141,12 @@ def _fewest_transitions(problem: Problem, budget: Budget) -> Solution:
     return Solution(fill_slots(device_of), Certificate(TRANSITIONS_OBJECTIVE, value, value))
 
 
-def _fastest_step(problem: Problem, budget: Budget, steps: Steps, kind: str) -> Solution:
+def fastest_step(problem: Problem, budget: Budget, steps: Steps, kind: str) -> Solution:
+    """The plan of least mean step time on `steps`, whose tokens have no known homes, with its proof; `kind` names them.
+
+    Raises:
+        UnsupportedError, SolveError: as `Chain.solve`.
+    """
     topology, layers = problem.topology, problem.model.layers
     coherent = problem.objective.execution == "context_coherent"
     space = _space(problem, _device_kinds(problem))

@@ -51,6 +51,17 @@ def solve_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
+    certify: Annotated[
+        float | None,
+        typer.Option(
+            "--certify",
+            metavar="S",
+            min=0.01,
+            help="Seconds to spend, after the search, on a better proof of how good its plan is (solver search only).",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write the plan to (JSON).", show_default=False)
@@ -69,7 +80,7 @@ def solve_command(
 
     Example:
 
-      moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 -o plan.json
+      moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 --certify 20 -o plan.json
     """
     from ...placement.problem import Problem
     from ...solvers import solve
@@ -79,6 +90,8 @@ def solve_command(
     if len(batch.kinds) > 1:
         raise typer.BadParameter("a plan is solved for --decode or for --prefill, not for both")
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(batch)
+    if certify is not None:
+        choice = choice.certified(certify)
     cluster, goal = read_topology(topology), read_objective(objective)
     with working("counting the routing") as update:
         record, statistics, used = training_statistics(routing, held_out, seed, update)
@@ -94,7 +107,7 @@ def solve_command(
             choice.solver,
             seconds=solving.seconds,
             seed=seed,
-            progress=solve_listener(update, choice.label, solving.seconds),
+            progress=solve_listener(update, choice.label, solving.seconds + (certify or 0.0)),
             **choice.options,
         )
     if output is not None:

@@ -43,7 +43,7 @@ class Level:
 
     @property
     def holders(self) -> int:
-        return self.slots.shape[1]
+        return int(self.slots.shape[1])
 
 
 def levels(problem: Problem) -> list[Level]:

@@ -97,10 +97,9 @@ def _search(
         stop = "finished" if budget.seconds is None else "time limit"
     except KeyboardInterrupt:
         stop = "interrupted"
-    certificate = best[1]
     if stop != "interrupted":
-        certificate = certified(judge, best[0], best[2], budget, certify)
-    return Solution(best[0], certificate, shares=best[2], stop=stop)
+        best = certified(judge, best, budget, certify)
+    return Solution(best[0], best[1], shares=best[2], stop=stop)
 
 
 def _temperatures(round_: int, proposals_a_slot: float) -> tuple[float, float]:
