@@ -1,0 +1,252 @@
+"""Every way to place experts on every token-level recording, judged on held-out steps.
+
+    pip install mtkahypar pymetis
+    git clone https://github.com/deepseek-ai/EPLB
+    python benchmarks/search_peers.py --data DATA --eplb EPLB/eplb.py --out docs/results/search_peers.md
+
+A cell is a cluster, an execution mode and a kind of step. Peers know only routing, so that each solves once a cluster
+and mode; of its settings the one that is best on the steps judged on counts. Search minimises the cell's step time on
+steps drawn from the training part. Solving and judging never share a sequence (Qwen3: a token).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import recordings
+from peers import PEERS, Routing
+from peers.published_eplb import published_eplb
+
+import moeplace as mp
+
+IntArray = npt.NDArray[np.int64]
+ROOT = Path(__file__).resolve().parents[1]
+PEER_TOKENS = 8192
+"""Tokens whose hyperedges partitioners are given: METIS and Mt-KaHyPar settle long before."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of step: its name, and what search is told of it."""
+
+    name: str
+    batch: str
+    tokens: int
+    steps: int
+
+    def draw(self, trace: mp.RoutingTrace, seed: int) -> mp.Steps:
+        if self.batch == "decode":
+            return trace.decode_steps(self.tokens, self.steps, seed)
+        return trace.prefill_steps(self.tokens, self.steps, seed)
+
+
+DECODE_128 = Kind("decode 128", "decode", 128, 100)
+DECODE_512 = Kind("decode 512", "decode", 512, 40)
+PREFILL = Kind("prefill 4096", "prefill", 4096, 24)
+PREFILL_512 = Kind("prefill 512", "prefill", 512, 24)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A recording and the cells it is used for. layouts: (preset, nodes, devices a node)."""
+
+    name: str
+    model: mp.ModelSpec
+    train: mp.RoutingTrace
+    held: mp.RoutingTrace
+    layouts: tuple[tuple[str, int, int], ...]
+    kinds: tuple[Kind, ...]
+
+
+def inputs(data: Path) -> Iterator[Input]:
+    fast, slow = "h100-hgx", "a100-pcie"
+    train, held = recordings.gpt_oss(data).split("sequence", 0.25, 0)
+    layouts = tuple((fast, n, g) for n, g in ((1, 4), (2, 2), (1, 8), (2, 4), (2, 8), (4, 4)))
+    yield Input(
+        "gpt-oss-20b",
+        recordings.GPT_OSS,
+        train,
+        held,
+        (*layouts, (slow, 2, 4)),
+        (DECODE_128, DECODE_512, PREFILL),
+    )
+    train, held = recordings.olmoe_small(ROOT).split("sequence", 0.25, 0)
+    yield Input("small OLMoE", recordings.OLMOE_SMALL, train, held, ((slow, 2, 4),), (DECODE_512, PREFILL))
+    train, held = recordings.qwen3_prefill(data).split("time", 0.5, 0)
+    yield Input("Qwen3-30B-A3B", recordings.QWEN3, train, held, ((slow, 2, 4),), (PREFILL_512,))
+
+
+def plan_of(problem: mp.Problem, device_of: IntArray, name: str) -> mp.Plan:
+    """A peer's device_of [L, E] as a plan."""
+    return mp.Plan(
+        problem.model,
+        problem.topology,
+        np.argsort(device_of, axis=1, kind="stable"),
+        problem.slot_device,
+        np.empty(0),
+        provenance=mp.Provenance(name, ""),
+    )
+
+
+def peer_plans(entry: Input, problem: mp.Problem, eplb: Path | None, seconds: float) -> dict[str, dict[str, mp.Plan]]:
+    """{peer: {setting: plan}}; a peer that finds nothing in its time has no plans."""
+    found: dict[str, dict[str, mp.Plan]] = {}
+    solvers = {
+        "contiguous": [("contiguous", {})],
+        "eplb": [("eplb", {})],
+        "exflow": [("exflow", {"form": "staged"}), ("exflow", {"form": "bisect"})],
+        "moetuner": [("moetuner", {})],
+    }
+    for peer, settings in solvers.items():
+        for solver, options in settings:
+            try:
+                plan = mp.solve(problem, solver, seconds=seconds, seed=0, **options)
+            except (mp.SolveError, mp.UnsupportedError) as error:
+                print(f"  {peer}: {error}", file=sys.stderr)
+                continue
+            found.setdefault(peer, {})[options.get("form", "default")] = plan
+    topology, model = problem.topology, problem.model
+    if eplb is not None:
+        load = problem.statistics.total_load
+        table = published_eplb(eplb, load, problem.num_slots, 1, topology.num_nodes, topology.num_devices)
+        plan = mp.Plan(model, topology, table, problem.slot_device, np.empty(0), provenance=mp.Provenance("eplb", ""))
+        found["eplb"]["published code"] = plan
+    routing = Routing(
+        entry.train.expert_ids[:: max(1, len(entry.train.expert_ids) // PEER_TOKENS)],
+        model.experts,
+        problem.slots_per_device,
+        topology.node_of,
+        problem.objective.execution == "context_coherent",
+        seed=0,
+    )
+    for peer, partition in PEERS:
+        begun = time.perf_counter()
+        found[peer] = {setting: plan_of(problem, device_of, peer) for setting, device_of in partition(routing).items()}
+        print(f"  {peer}: {time.perf_counter() - begun:.1f} s", file=sys.stderr)
+    return found
+
+
+def cells(entry: Input, eplb: Path | None, seconds: float) -> Iterator[dict[str, Any]]:
+    statistics = mp.RoutingStatistics.from_trace(entry.train)
+    for preset, nodes, per_node in entry.layouts:
+        topology = mp.Topology.preset(preset, nodes, per_node)
+        for execution in ("dispatch_combine", "context_coherent"):
+            problem = mp.Problem(entry.model, topology, statistics, mp.Objective(execution=execution))
+            print(f"{entry.name}, {nodes} x {per_node} {preset}, {execution}", file=sys.stderr)
+            plans = peer_plans(entry, problem, eplb, seconds)
+            for kind in entry.kinds:
+                steps = kind.draw(entry.held, 1)
+                figures = {peer: best_of(settings, steps, problem) for peer, settings in plans.items()}
+                plan = mp.solve(problem, "search", seconds=seconds, seed=0, batch=kind.batch, step_tokens=kind.tokens)
+                figures["search"] = {"setting": "", "gap": plan.gap, **judged(plan, steps, problem)}
+                row = {
+                    "input": entry.name,
+                    "cluster": f"{nodes} x {per_node} {preset}",
+                    "execution": execution,
+                    "kind": kind.name,
+                    "search_seconds": plan.provenance.seconds,
+                    "figures": figures,
+                }
+                print("  " + line(row), file=sys.stderr)
+                yield row
+
+
+def judged(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> dict[str, float]:
+    return mp.evaluate(plan, steps, problem).summary()
+
+
+def best_of(settings: dict[str, mp.Plan], steps: mp.Steps, problem: mp.Problem) -> dict[str, Any]:
+    """Figures of the setting with the lowest mean step time on the steps judged on."""
+    rows = [{"setting": setting, **judged(plan, steps, problem)} for setting, plan in settings.items()]
+    return min(rows, key=lambda row: row["step_seconds_mean"])
+
+
+COLUMNS = ("contiguous", "eplb", "exflow", "moetuner", "mt-kahypar", "metis", "assignment sweeps", "search")
+
+
+def best_peer(row: dict[str, Any]) -> str:
+    peers = {name: figures for name, figures in row["figures"].items() if name != "search"}
+    return min(peers, key=lambda name: peers[name]["step_seconds_mean"])
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table: step time of each relative to contiguous, and search against the best peer."""
+    figures = row["figures"]
+    base = figures["contiguous"]["step_seconds_mean"]
+    cells = [
+        f"{figures[name]['step_seconds_mean'] / base:.3f}" if name in figures else "none in time" for name in COLUMNS
+    ]
+    best = best_peer(row)
+    mine = figures["search"]["step_seconds_mean"]
+    gain = 1.0 - mine / figures[best]["step_seconds_mean"]
+    p99 = 1.0 - figures["search"]["step_seconds_p99"] / figures[best]["step_seconds_p99"]
+    cells[-1] = f"**{cells[-1]}**"
+    return (
+        f"| {row['cluster']} | {row['execution']} | {row['kind']} | {base * 1e3:.3f} | {' | '.join(cells)} "
+        f"| {best} {figures[best]['setting']} | {gain:+.1%} | {p99:+.1%} | {figures['search']['gap']:.1%} "
+        f"| {row['search_seconds']:.0f} |"
+    )
+
+
+def page(rows: list[dict[str, Any]], command: str) -> str:
+    """The Markdown page."""
+    parts = [
+        "# Search against every peer, held-out steps\n",
+        "Mean predicted step time relative to contiguous placement (lower is better) on steps of sequences that no "
+        "solver saw, one slot an expert. Each peer stands with the best of its settings on the very steps it is judged "
+        "on: EPLB as ported and as published, ExFlow's program staged and by bisection, MoETuner's (HiGHS), Mt-KaHyPar with equal parts, with loads as weights, nodes first and on the chain of layers, METIS by "
+        "layer and on the chain, sweeps of linear assignment. `to best peer` is what search saves against the best of "
+        "them, in the mean and in the p99; `gap` what it could still lose to the optimum on the steps it solved on.\n",
+        f"    {command}\n",
+    ]
+    for name in dict.fromkeys(row["input"] for row in rows):
+        mine = [row for row in rows if row["input"] == name]
+        parts += [
+            f"## {name}\n",
+            f"| cluster | execution | steps | contiguous ms | {' | '.join(COLUMNS)} | best peer | to best peer "
+            "| p99 to best peer | gap | search s |\n" + "|---" * (len(COLUMNS) + 9) + "|",
+            "\n".join(line(row) for row in mine) + "\n",
+        ]
+    won = sum(
+        row["figures"]["search"]["step_seconds_mean"] < row["figures"][best_peer(row)]["step_seconds_mean"]
+        for row in rows
+    )
+    parts.append(f"Search is below every peer in {won} of {len(rows)} cells.\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the recordings")
+    parser.add_argument("--eplb", type=Path, help="eplb.py of DeepSeek's repository")
+    parser.add_argument("--seconds", type=float, default=15.0, help="time limit of each solve")
+    parser.add_argument("--inputs", default="", help="only inputs whose name contains this")
+    parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
+    options = parser.parse_args()
+    rows = [
+        row
+        for entry in inputs(options.data)
+        if options.inputs in entry.name
+        for row in cells(entry, options.eplb, options.seconds)
+    ]
+    text = page(
+        rows,
+        f"python benchmarks/search_peers.py --data DATA --eplb EPLB/eplb.py --seconds {options.seconds:g}",
+    )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
