@@ -15,10 +15,12 @@ from ..exflow_start import assignment_sweeps
 from . import Batch
 from .certified import certified
 from .engine import Engine
+from .group_start import groups_on_nodes
 from .homes import with_homes
 from .judge import Judge
 from .layout import Aim, Moves
 from .pace import Pace
+from .race import race
 from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
 from .starts import balanced_layer
 from .tolerant_start import tolerant_layer
@@ -72,12 +74,17 @@ def _search(
         starts.append((starts[0][0], _one_serves(problem, starts[0][0])))
     if problem.objective.execution == "context_coherent" and scenario.steps is not None:
         starts.append(_as_dispatched(problem, scenario, allowed, budget, proposals, starts[0]))
-    tables, shares = min(starts, key=lambda start: judge.value(*start))
     aims = [_first_aim(problem, scenario)] * problem.model.layers
-    engine.start(tables, shares, aims)
+    # Layers of one placement cannot be mixed with another's where neighbours matter.
+    whole = problem.objective.execution == "context_coherent"
+    first = min(starts, key=lambda start: judge.value(*start)) if whole else starts[0]
+    engine.start(*first, aims)
     best = _answer(problem, engine, judge)
     moving_aims = problem.objective.tail is not None
     try:
+        if not whole and len(starts) > 1:
+            engine.start(*race(engine, starts, aims, budget, proposals), aims)
+            best = min(best, _answer(problem, engine, judge), key=lambda answer: answer[1].value)
         if problem.objective.risk == "regret":
             judge.reference, aims = _regret(problem, scenario, engine, judge, proposals, budget)
             engine.start(tables, shares, aims)
@@ -149,6 +156,9 @@ def _starts(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) ->
         for layer in range(problem.model.layers)
     ]
     starts = [tables]
+    if statistics.sample is not None and allowed.all():
+        grouped = groups_on_nodes(problem, total)
+        starts += [grouped] if grouped is not None else []
     coherent = problem.objective.execution == "context_coherent"
     if coherent and allowed.all() and not problem.has_replicas and statistics.transitions is not None:
         # A tenth of the time is plenty: sweeps converge in a second at 64 experts.
