@@ -83,11 +83,12 @@ def _search(
     moving_aims = problem.objective.tail is not None
     try:
         if not whole and len(starts) > 1:
-            engine.start(*race(engine, starts, aims, budget, proposals), aims)
+            first = race(engine, starts, aims, budget, proposals)
+            engine.start(*first, aims)
             best = min(best, _answer(problem, engine, judge), key=lambda answer: answer[1].value)
         if problem.objective.risk == "regret":
             judge.reference, aims = _regret(problem, scenario, engine, judge, proposals, budget)
-            engine.start(tables, shares, aims)
+            engine.start(*first, aims)
             best = _answer(problem, engine, judge)
         budget.report(best[1].value, best[1].bound, "start")
         pace = Pace(budget, proposals)
