@@ -14,7 +14,7 @@ from .pace import Pace
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-Start = tuple[Sequence[IntArray], Sequence[FloatArray]]
+Start = tuple[list[IntArray], list[FloatArray]]
 
 EFFORT = 20
 """A walk gets one part in so many of all effort."""
