@@ -10,6 +10,7 @@ from .placement.version import __version__
 if TYPE_CHECKING:
     from .placement.decide import Decision, Verdict, decide
     from .placement.errors import (
+        EngineError,
         FileFormatError,
         InputError,
         MoeplaceError,
@@ -39,6 +40,7 @@ __all__ = [
     "Change",
     "Decision",
     "Device",
+    "EngineError",
     "Evaluation",
     "Failure",
     "FileFormatError",
@@ -87,6 +89,7 @@ _HOME = {
         "decide",
     ),
     ".placement.errors": (
+        "EngineError",
         "FileFormatError",
         "InputError",
         "MoeplaceError",

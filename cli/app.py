@@ -15,8 +15,10 @@ from .commands.evaluate import evaluate_command
 from .commands.export import export_command
 from .commands.import_routing import import_command
 from .commands.pareto import pareto_command
+from .commands.permute import permute_command
 from .commands.plans import plans_app
 from .commands.profile import profile_command
+from .commands.record import record_command
 from .commands.report import report_command
 from .commands.solve import solve_command
 from .commands.stats import stats_command
@@ -62,6 +64,7 @@ app.command("profile", no_args_is_help=True, context_settings={"allow_interspers
     grouped(profile_command)
 )
 for name, command in (
+    ("record", record_command),
     ("import", import_command),
     ("stats", stats_command),
     ("solve", solve_command),
@@ -72,6 +75,7 @@ for name, command in (
     ("whatif", whatif_command),
     ("report", report_command),
     ("export", export_command),
+    ("permute", permute_command),
 ):
     app.command(name, no_args_is_help=True)(grouped(command))
 app.add_typer(topology_app, name="topology", no_args_is_help=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,20 +68,19 @@ class Routing:
         return shape if self.statistics.top_k is None else shape | {"top_k": self.statistics.top_k}
 
 
-def read_routing(path: Path, num_experts: int | None = None) -> Routing:
-    """Reads any record of routing. num_experts: experts a layer, for records that do not say (ExFlow's .npy).
+def read_routing(path: Path, given: Mapping[str, Any] | None = None, known: Mapping[str, Any] | None = None) -> Routing:
+    """Reads any record of routing. given: options of its reader, refused where it has no use for them. known: more, used
+    where it has.
 
     Raises:
-        InputError: no such file. FileFormatError: not a record, or damaged.
+        InputError: no such file, or an option it does not take. FileFormatError: not a record, or damaged.
     """
     from ..placement.statistics import RoutingStatistics
-    from ..profiler.exflow_npy import is_exflow, read_exflow
-    from ..profiler.read import read_any
+    from ..profiler.read import read_any, reader_of
 
     existing(path)
-    if num_experts is not None and is_exflow(path):
-        return Routing(path, read_exflow(path, num_experts=num_experts), None)
-    record = read_any(path)
+    useful = {name: value for name, value in (known or {}).items() if name in reader_of(path).options} if known else {}
+    record = read_any(path, **{**useful, **(given or {})})
     if isinstance(record, RoutingStatistics):
         return Routing(path, None, record)
     return Routing(path, record, None, recorded_model(path))
@@ -258,3 +258,20 @@ class SolverChoice:
 def split_list(text: str | None) -> list[str]:
     """The entries of a comma-separated list."""
     return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+
+
+def whole_numbers(option: str, text: str | None) -> list[int] | None:
+    """The numbers of a list like `0,3-60`; None where nothing was given.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for entry in split_list(text):
+        first, _, last = entry.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()) or len(entry) > 12:
+            raise InputError(f"{option} {text!r}: {entry!r} is not a number or a range like 3-60")
+        numbers.extend(range(int(first), min(int(last or first), int(first) + 100_000) + 1))
+    return numbers

@@ -76,6 +76,14 @@ def _add_evaluations(
         )
 
 
+def keep_export(plan: Plan, engine: str, path: Path, db: str | None, sha256: str = "") -> None:
+    """Notes that a plan was written for an engine, and stores the plan where it is not stored yet."""
+    from ..db import Store
+
+    with Store.open(db) as store:
+        store.add_export(store.add_plan(plan).id, format=engine, path=path.resolve(), sha256=sha256)
+
+
 def steps_fingerprint(steps: Steps) -> str:
     """SHA-256 over the routing of the steps and where they end."""
     import hashlib

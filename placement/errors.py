@@ -41,6 +41,10 @@ class StoreError(MoeplaceError):
     """The database is locked, unreachable, or was migrated by a newer release."""
 
 
+class EngineError(MoeplaceError):
+    """An engine's server is unreachable, refuses, or is not set up for what is asked of it."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A sentence naming the valid choices and the one closest to `name`, for error messages."""
     from difflib import get_close_matches

@@ -81,6 +81,20 @@ class ModelSpec(Record):
         return cls(**_spec_fields(fields, origin))
 
 
+def hidden_layers(config: str | Path | Mapping[str, Any] | Any) -> int:
+    """`num_hidden_layers` of a Transformers config (see `ModelSpec.from_config`): MoE and dense layers together.
+
+    Raises:
+        InputError: no such file, or no such field.
+    """
+    fields, origin = _config_fields(config)
+    inner = fields["text_config"] if isinstance(fields.get("text_config"), Mapping) else fields
+    count = inner.get("num_hidden_layers")
+    if type(count) is not int or count < 1:
+        raise InputError(f"{origin}: num_hidden_layers is {str(count)[:40]}, expected a whole number of at least 1")
+    return count
+
+
 def _config_fields(config: Any) -> tuple[Mapping[str, Any], str]:
     if isinstance(config, Mapping):
         return config, "config"

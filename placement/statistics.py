@@ -63,7 +63,8 @@ class RoutingStatistics:
             if array is not None and array.shape != shape:
                 raise InputError(f"RoutingStatistics.{name} has shape {array.shape}, expected {shape}")
         for name, values in {"load": self.load, **{name: array for name, (array, _) in pairs.items()}}.items():
-            if values is not None and not (np.isfinite(values).all() and (values >= 0).all()):
+            # A NaN is the smallest and the largest of all, to numpy.
+            if values is not None and values.size and not (values.min() >= 0 and np.isfinite(values.max())):
                 raise InputError(f"RoutingStatistics.{name} holds negative or non-finite values; counts are wanted")
 
     @property
@@ -138,6 +139,8 @@ class RoutingStatistics:
     ) -> RoutingStatistics:
         """Statistics from expert loads alone: [L, E], or [T, L, E] for T windows, one array or one a workload.
 
+        A single float64 array that cannot be written to is kept as it is; any other is copied once.
+
         Raises:
             InputError: shapes that disagree, negative or non-finite counts, no counts at all; the workload is named.
         """
@@ -155,13 +158,19 @@ class RoutingStatistics:
                     f"from_counts: workload {name!r} has shape {np.shape(given)}, expected {wanted}, "
                     "or the same with windows in front"
                 )
-            if not np.isfinite(array).all() or (array < 0).any():
+            if not (array.min() >= 0 and np.isfinite(array.max())):
                 raise InputError(f"from_counts: workload {name!r} holds negative or non-finite counts")
             windows.append(array)
             codes += [code] * len(array)
-        load = np.concatenate(windows)
+        first = next(iter(named.values()))
+        if len(windows) > 1:
+            load = np.concatenate(windows)
+        else:
+            shared = np.may_share_memory(windows[0], np.asarray(first)) and windows[0].flags.writeable
+            load = windows[0].copy() if shared else windows[0]
         layers = _layers(moe_layers, load.shape[1])
-        digest = hashlib.sha256(repr((tuple(named), layers, codes)).encode() + load.tobytes()).hexdigest()
+        digest = hashlib.sha256(repr((tuple(named), layers, codes)).encode())
+        digest.update(np.ascontiguousarray(load).data)
         return cls(
             experts=load.shape[2],
             moe_layers=layers,
@@ -170,7 +179,7 @@ class RoutingStatistics:
             workloads=tuple(str(name) for name in named),
             top_k=top_k,
             tokens=int(load.sum(axis=(0, 2)).max() / top_k) if top_k else 0,
-            fingerprint=digest,
+            fingerprint=digest.hexdigest(),
         )
 
 

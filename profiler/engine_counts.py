@@ -16,25 +16,36 @@ MOST_EXPERTS = 65536
 
 
 def statistics_of(
-    source: Path, load: npt.NDArray[Any], layers: Sequence[int], top_k: int | None = None
+    source: Path, load: Sequence[npt.NDArray[Any]] | npt.NDArray[Any], layers: Sequence[int], top_k: int | None = None
 ) -> RoutingStatistics:
-    """Statistics of [S, L, E] counts, without the windows and the layers in which nothing was counted.
+    """Statistics of windows of [L, E] counts, without the windows and the layers in which nothing was counted.
 
     layers: absolute indices of the L layers. A dense layer counts nothing, and is how engines number the layers after it.
+    Memory: the counts once more, in float64.
 
     Raises:
         FileFormatError: negative or non-finite counts, or nothing counted at all.
     """
-    if load.size and load.min() < 0:
-        window, layer, expert = (int(i) for i in np.argwhere(load < 0)[0])
-        raise FileFormatError(
-            f"{source}: window {window}, layer {layers[layer]}, expert {expert} counts {load[window, layer, expert]} "
-            "tokens; counts start at 0"
-        )
-    windows, used = np.asarray(load.any(axis=(1, 2))), np.asarray(load.any(axis=(0, 2)))
-    if not used.any():
+    used = np.zeros(len(layers), np.bool_)
+    windows: list[npt.NDArray[Any]] = []
+    for window, counts in enumerate(load):
+        if counts.min() < 0:
+            layer, expert = (int(i) for i in np.argwhere(counts < 0)[0])
+            raise FileFormatError(
+                f"{source}: window {window}, layer {layers[layer]}, expert {expert} counts {counts[layer, expert]} "
+                "tokens; counts start at 0"
+            )
+        counted = counts.any(axis=1)
+        if counted.any():
+            used |= counted
+            windows.append(counts)
+    if not windows:
         raise FileFormatError(f"{source}: every count is 0; record while the engine serves requests")
-    kept = load if windows.all() and used.all() else load[np.ix_(windows, used)]
+    kept = np.empty((len(windows), int(used.sum()), windows[0].shape[1]), np.float64)
+    for row, counts in zip(kept, windows, strict=True):
+        row[:] = counts if used.all() else counts[used]
+    # Not writable, so that it is taken as it is.
+    kept.flags.writeable = False
     names = [layer for layer, counted in zip(layers, used, strict=True) if counted]
     try:
         return RoutingStatistics.from_counts(kept, moe_layers=names, top_k=top_k)

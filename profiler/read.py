@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from ..placement.errors import FileFormatError, InputError
 from ..placement.statistics import RoutingStatistics
@@ -26,7 +28,12 @@ class Reader:
 
     name: str
     recognise: Callable[[Path], bool]
-    read: Callable[[Path], RoutingTrace | RoutingStatistics]
+    read: Callable[..., RoutingTrace | RoutingStatistics]
+
+    @property
+    def options(self) -> frozenset[str]:
+        """What can be told to `read` beside the path, by keyword."""
+        return frozenset(signature(self.read).parameters) - {"path"}
 
 
 READERS = (
@@ -60,11 +67,21 @@ def reader_of(path: str | Path) -> Reader:
     raise FileFormatError(f"{source}: no known format of routing record; known: {'; '.join(r.name for r in READERS)}")
 
 
-def read_any(path: str | Path) -> RoutingTrace | RoutingStatistics:
+def read_any(path: str | Path, **options: Any) -> RoutingTrace | RoutingStatistics:
     """Reads a routing record, whatever known format it has. A trace comes whole into memory: for one of many shards,
     `aggregate` gives the statistics in bounded memory.
 
+    options: what the format does not say and its reader takes: num_experts, layers, top_k, assignments, ...
+
     Raises:
-        InputError: no such path. FileFormatError: no known format, or a damaged file.
+        InputError: no such path, or an option that the format's reader does not take. FileFormatError: no known format, or
+            a damaged file.
     """
-    return reader_of(path).read(Path(path))
+    reader = reader_of(path)
+    for name in options:
+        if name not in reader.options:
+            known = ", ".join(sorted(reader.options)) or "none"
+            raise InputError(
+                f"{path} is a {reader.name}: {name} says nothing about it; options of this format: {known}"
+            )
+    return reader.read(Path(path), **options)

@@ -7,6 +7,8 @@ while recording are mapped wrongly, so record without one. Source: python/sglang
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def read_sglang(path: str | Path) -> RoutingTrace | RoutingStatistics:
     stat, stat_approx: a window for each row of the buffer in use, in order of time unless the buffer was full, when
     the file does not say which row came first. per_pass: a window for each forward pass that every rank recorded.
     per_token: a trace, without gate weights, and with experts in whatever order SGLang kept them. Layers that count
-    nothing are dense: dropped, the others keep their absolute indices. Memory: some ten times the files.
+    nothing are dense: dropped, the others keep their absolute indices. Processes that share a rank (expert parallelism
+    narrower than tensor parallelism) write the same counts: those are taken once.
 
     Raises:
         InputError: no such path. FileFormatError: no such record, damaged, or files of different runs.
@@ -46,7 +49,17 @@ def read_sglang(path: str | Path) -> RoutingTrace | RoutingStatistics:
     files = _files(source)
     if not files:
         raise FileFormatError(f"{source}: no file of SGLang's expert distribution recorder")
+    return read_sglang_files(files, source)
+
+
+def read_sglang_files(files: Sequence[Path], source: Path) -> RoutingTrace | RoutingStatistics:
+    """Reads the files of one run, in order of time. source: what errors about all of them are said of.
+
+    Raises:
+        FileFormatError: as `read_sglang`.
+    """
     rows: list[Rows] = []
+    whole: set[bytes] = set()
     passes = PassCounts()
     tokens = TokenPasses()
     modes: dict[str, Path] = {}
@@ -58,7 +71,11 @@ def read_sglang(path: str | Path) -> RoutingTrace | RoutingStatistics:
             )
         if "logical_count" in content:
             modes.setdefault("stat", file)
-            rows.append(_buffer_rows(file, content["logical_count"]))
+            buffer = _buffer(file, content["logical_count"])
+            digest = sha256(np.ascontiguousarray(buffer).data).digest()
+            if digest not in whole:
+                whole.add(digest)
+                rows += _rows_in_use(file, buffer)
             continue
         records = content.get("records")
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -74,16 +91,19 @@ def read_sglang(path: str | Path) -> RoutingTrace | RoutingStatistics:
         raise FileFormatError(f"{source}: holds {found}; give one record, of one mode, of a run that served requests")
     if "per_token" in modes:
         return tokens.trace(source)
-    load: Rows = _joined(source, rows) if rows else passes.load(source)
-    return statistics_of(source, load, range(load.shape[1]))
+    load = rows or passes.load(source)
+    shapes = {window.shape for window in load}
+    if len(shapes) > 1:
+        raise FileFormatError(f"{source}: files of different models, [layers, experts] are {sorted(shapes)}")
+    return statistics_of(source, load, range(len(load[0])))
 
 
 class PassCounts:
     """Partial counts of forward passes, summed over ranks."""
 
     def __init__(self) -> None:
-        self._ranks: dict[int, dict[int, Path]] = {}
-        self._counts: dict[int, Counts] = {}
+        self._ranks: dict[int, dict[int, tuple[Path, bytes]]] = {}
+        self._counts: dict[int, Rows] = {}
         self._shape: tuple[int, int] | None = None
 
     def add(self, file: Path, where: str, record: dict[str, Any], mapping: Counts) -> None:
@@ -97,21 +117,24 @@ class PassCounts:
                 f"{mapping.shape}; they must agree"
             )
         seen = self._ranks.setdefault(step, {})
+        digest = sha256(np.ascontiguousarray(given).data).digest()
         if rank in seen:
+            if seen[rank][0] != file and seen[rank][1] == digest:
+                return
             raise FileFormatError(
-                f"{file}: {where} is forward pass {step} of rank {rank}, which {seen[rank].name} holds too; "
+                f"{file}: {where} is forward pass {step} of rank {rank}, which {seen[rank][0].name} holds too; "
                 "keep the files of one run in a folder"
             )
         shape = (len(mapping), int(mapping.max()) + 1)
         if self._shape not in (None, shape):
             raise FileFormatError(f"{file}: {shape} layers and experts, other files {self._shape}; not of one model")
         self._shape = shape
-        seen[rank] = file
+        seen[rank] = file, digest
         total = self._counts.setdefault(step, np.zeros(shape, np.int64))
         np.add.at(total, (np.arange(len(mapping))[:, None], mapping), given)
 
-    def load(self, source: Path) -> Counts:
-        """[S, L, E] of the passes that every rank recorded, in order."""
+    def load(self, source: Path) -> list[Rows]:
+        """[L, E] of each pass that every rank recorded, in order."""
         everyone: set[int] = set().union(*self._ranks.values())
         whole = sorted(step for step, seen in self._ranks.items() if len(seen) == len(everyone))
         if not whole:
@@ -119,7 +142,7 @@ class PassCounts:
                 f"{source}: no forward pass was recorded by all of the {len(everyone)} ranks; "
                 "keep the files of one run in a folder"
             )
-        return np.stack([self._counts[step] for step in whole])
+        return [self._counts[step] for step in whole]
 
 
 def _files(path: Path) -> list[Path]:
@@ -132,27 +155,25 @@ def _is_record(start: bytes) -> bool:
     return b"logical_count" in start or (b"records" in start and start.startswith(b"\x80"))
 
 
-def _buffer_rows(file: Path, value: Any) -> Rows:
-    """[rows, L, E] of a circular buffer, from the row after its longest run of unused (zero) ones."""
+def _buffer(file: Path, value: Any) -> Rows:
+    """[rows, L, E] of a circular buffer, as it is."""
     dimensions = 2 if getattr(value, "ndim", 3) == 2 else 3
     buffer = array_of(file, "logical_count", value, dimensions).reshape(-1, *value.shape[-2:])
     if 0 in buffer.shape or buffer.shape[2] > MOST_EXPERTS:
         raise FileFormatError(f"{file}: logical_count has shape {buffer.shape}, expected [rows, layers, experts]")
-    used = np.flatnonzero(buffer.any(axis=(1, 2)))
+    return buffer
+
+
+def _rows_in_use(file: Path, buffer: Rows) -> list[Rows]:
+    """[L, E] each: the rows of a buffer, from the one after its longest run of unused (zero) ones."""
+    used = np.flatnonzero([bool(row.any()) for row in buffer])
     if not len(used):
         raise FileFormatError(
             f"{file}: logical_count is 0 everywhere; dump while recording, after requests were served"
         )
     gaps = np.diff(used, append=used[0] + len(buffer))
     first = (int(np.argmax(gaps)) + 1) % len(used) if gaps.max() > 1 else 0
-    return buffer[np.roll(used, -first)]
-
-
-def _joined(source: Path, rows: list[Rows]) -> Rows:
-    shapes = {part.shape[1:] for part in rows}
-    if len(shapes) > 1:
-        raise FileFormatError(f"{source}: files of different models, [layers, experts] are {sorted(shapes)}")
-    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+    return [buffer[row] for row in np.roll(used, -first)]
 
 
 def _mapping(file: Path, value: Any) -> Counts:

@@ -62,6 +62,8 @@ def test_the_program_lists_the_commands_users_are_told_of() -> None:
         "pareto",
         "whatif",
         "export",
+        "permute",
+        "record",
         "plans",
         "report",
     }

@@ -177,11 +177,29 @@ def test_each_dump_is_mapped_by_its_own_map(tmp_path: Path) -> None:
 
 
 def test_two_runs_in_a_folder_are_refused(tmp_path: Path) -> None:
-    table = counts(1, width=SLOTS)[0]
-    detail(tmp_path / "a_1.pt", [forward_pass(1, 0, table)])
-    detail(tmp_path / "b_1.pt", [forward_pass(1, 0, table)])
+    detail(tmp_path / "a_1.pt", [forward_pass(1, 0, counts(1, width=SLOTS)[0])])
+    detail(tmp_path / "b_1.pt", [forward_pass(1, 0, counts(2, width=SLOTS)[0])])
     with pytest.raises(mp.FileFormatError, match="forward pass 1 of rank 0, which a_1.pt holds too"):
         read_any(tmp_path)
+
+
+def test_processes_that_share_a_rank_count_once(tmp_path: Path) -> None:
+    # Expert parallelism narrower than tensor parallelism: every process of rank 0 writes the same file.
+    table = counts(1, width=SLOTS)[0]
+    for kind in ("stat", "per_pass", "per_token"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        for name in ("a_0.pt", "b_0.pt"):
+            if kind == "stat":
+                stat(folder / name, counts(1, 3))
+            else:
+                pass_ = forward_pass(1, 0, table) if kind == "per_pass" else token_pass(1, 0, drawn(2), [0, 1], [2])
+                detail(folder / name, [pass_])
+    assert statistics(tmp_path / "stat").load.shape[0] == 3
+    assert statistics(tmp_path / "per_pass").total_load.sum() == table[DENSE:].sum()
+    trace = read_sglang(tmp_path / "per_token")
+    assert isinstance(trace, mp.RoutingTrace)
+    assert trace.num_tokens == 2
 
 
 # per_token

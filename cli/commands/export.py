@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..inputs import read_plan
+from ..inputs import read_plan, whole_numbers
 from ..options import AsJson, KeepOptions, PlanReference
 from ..output import emit, pairs
-from ..progress import working
-
-if TYPE_CHECKING:
-    from ...placement.plan import Plan
-
-CHECKPOINT = "transformers"
+from ..storing import keep_export
 
 
 def export_command(
@@ -26,8 +21,7 @@ def export_command(
         typer.Option(
             "--for",
             metavar="ENGINE",
-            help="sglang, vllm, vllm-ascend, trtllm, moeplace (the plan file itself), or transformers (a permuted "
-            "checkpoint).",
+            help="sglang, vllm, vllm-ascend, trtllm, or moeplace (the plan file itself).",
             show_default=False,
         ),
     ],
@@ -37,17 +31,28 @@ def export_command(
             "--output",
             "-o",
             metavar="PATH",
-            help="File to write; a new folder for a checkpoint.",
+            help="File to write.",
             show_default=False,
         ),
     ],
     storage: KeepOptions,
-    checkpoint: Annotated[
-        Path | None,
+    hidden_layers: Annotated[
+        int | None,
         typer.Option(
-            "--checkpoint",
-            metavar="DIR",
-            help="With --for transformers: the safetensors checkpoint to permute.",
+            "--hidden-layers",
+            metavar="N",
+            min=1,
+            help="sglang: num_hidden_layers of the model, where dense layers follow the last MoE layer.",
+            show_default=False,
+        ),
+    ] = None,
+    extra_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--extra-layers",
+            metavar="N,...",
+            help="trtllm: MoE layers the plan does not know, laid out in order (DeepSeek-V3's 61 for multi-token "
+            "prediction).",
             show_default=False,
         ),
     ] = None,
@@ -56,61 +61,25 @@ def export_command(
     """Write a plan for a serving engine, and say how to start the engine with it.
 
     The engine's limits (equal slots a rank, equal shares, ...) are checked first.
-    A permuted checkpoint suits every engine that deals experts to ranks in order, and gives the same logits.
+    Engines without a way to take a plan deal experts to ranks in order: `moeplace permute` writes a checkpoint for those.
 
     Example:
 
       moeplace export plan.json --for sglang -o init_expert_location.json
-      moeplace export plan.json --for transformers --checkpoint Mixtral-8x7B -o Mixtral-8x7B-placed
+      moeplace export plan.json --for trtllm --extra-layers 61 -o load_balancer.yaml
     """
-    if (engine == CHECKPOINT) != (checkpoint is not None):
-        raise typer.BadParameter(f"--checkpoint and --for {CHECKPOINT} go together")
-    exported = read_plan(plan, storage.db)
-    if checkpoint is None:
-        data = _write_file(exported, engine, output)
-    else:
-        data = _write_checkpoint(exported, checkpoint, output)
-    if storage.store:
-        _keep(exported, data, storage.db)
-    emit(data, pairs(data), as_json=as_json)
-
-
-def _write_file(plan: Plan, engine: str, output: Path) -> dict[str, Any]:
     from ...runtime.exporters import engine_usage, export_plan
 
-    written = export_plan(plan, engine, output)
-    return {
+    given = {"hidden_layers": hidden_layers, "extra_layers": whole_numbers("--extra-layers", extra_layers)}
+    options = {option: value for option, value in given.items() if value is not None}
+    exported = read_plan(plan, storage.db)
+    written = export_plan(exported, engine, output, **options)
+    data: dict[str, Any] = {
         "engine": engine,
         "path": str(written),
         "sha256": hashlib.sha256(written.read_bytes()).hexdigest(),
-        "usage": engine_usage(plan, engine, written),
+        "usage": engine_usage(exported, engine, written),
     }
-
-
-def _write_checkpoint(plan: Plan, checkpoint: Path, output: Path) -> dict[str, Any]:
-    from ...runtime.permute import permute_checkpoint
-
-    with working(f"writing {output}") as update:
-        written = permute_checkpoint(
-            checkpoint,
-            plan,
-            output,
-            progress=lambda done, total: update(f"writing {output}", done / max(total, 1)),
-        )
-    return {
-        "engine": CHECKPOINT,
-        "path": str(written.folder),
-        "sha256": None,
-        "weight_files": len(written.weight_files),
-        "bytes": written.bytes_written,
-        "left_out": ", ".join(written.left_out) or None,
-        "usage": f"load {written.folder} in place of {checkpoint}, with experts dealt to ranks in order",
-    }
-
-
-def _keep(plan: Plan, data: dict[str, Any], db: str | None) -> None:
-    from ...db import Store
-
-    with Store.open(db) as store:
-        path = Path(data["path"]).resolve()
-        store.add_export(store.add_plan(plan).id, format=data["engine"], path=path, sha256=data["sha256"] or "")
+    if storage.store:
+        keep_export(exported, engine, written, storage.db, data["sha256"])
+    emit(data, pairs(data), as_json=as_json)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...placement.errors import InputError
-from ..inputs import Routing, read_routing
+from ..inputs import Routing, read_routing, whole_numbers
 from ..options import AsJson, KeepOptions
 from ..output import Table, count, emit, pairs
 from ..progress import working
@@ -17,6 +17,77 @@ from ..storing import keep_statistics
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec
+
+READING = "What the record does not say"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a record's format may leave out."""
+
+    num_experts: Annotated[
+        int | None,
+        typer.Option(
+            "--num-experts",
+            metavar="N",
+            min=1,
+            help="Experts a layer (ExFlow, Megatron-LM, routed experts). Default: the model's, or the highest seen.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            "--layers",
+            metavar="N",
+            min=1,
+            help="num_hidden_layers, dense ones counted (SGLang's routed experts). Default: the model's.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k",
+            metavar="N",
+            min=1,
+            help="Experts a token (SGLang's routed experts). Default: the model's.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None
+    assignments: Annotated[
+        Path | None,
+        typer.Option(
+            "--assignments",
+            metavar="FILE",
+            help="TensorRT-LLM's statistics of a run with a load balancer count slots: its YAML, for the expert in each.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None
+    entries_per_window: Annotated[
+        int | None,
+        typer.Option(
+            "--entries-per-window",
+            metavar="N",
+            min=1,
+            help="Entries of a load history summed into a window. Default: 1.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, as readers take them."""
+        from ...runtime.exporters.trtllm import read_assignments
+
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.assignments is not None:
+            found["assignments"] = read_assignments(self.assignments)
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def import_command(
@@ -32,6 +103,7 @@ def import_command(
             show_default=False,
         ),
     ],
+    reading: ReadOptions,
     storage: KeepOptions,
     model: Annotated[
         Path | None,
@@ -42,12 +114,13 @@ def import_command(
             show_default=False,
         ),
     ] = None,
-    num_experts: Annotated[
-        int | None,
+    moe_layers: Annotated[
+        str | None,
         typer.Option(
-            "--num-experts",
-            min=1,
-            help="Experts a layer, where the record does not say. Default: the model's.",
+            "--moe-layers",
+            metavar="N,...",
+            help="Absolute indices of the recorded layers, where the record counts MoE layers only: 3-60. Default: the "
+            "model's, with --model.",
             show_default=False,
         ),
     ] = None,
@@ -58,24 +131,34 @@ def import_command(
 ) -> None:
     """Read routing recorded elsewhere, and write it as a trace or as statistics.
 
-    What it is is found by content: ExFlow's .npy, this project's Parquet and statistics.
+    What it is is found by content, not by name:
+    a trace of this project (Parquet) or its statistics (.npz);
+    SGLang's expert distribution records (stat, stat_approx, per_pass, per_token), a file or a folder of the ranks' files;
+    routed experts that vLLM or SGLang return (.npy, .npz, or responses as JSON);
+    TensorRT-LLM's expert statistics (a folder); Megatron-LM's router traces (.jsonl, or a folder of the ranks' files);
+    load histories of the ADRS benchmark (.json); ExFlow's trace.npy.
 
     Example:
 
       moeplace import trace.npy --model config.json --out trace
+      moeplace import router_traces --num-experts 64 --out trace
+      moeplace import expert_statistics --assignments load_balancer.yaml --moe-layers 3-60 --out counts.npz
     """
-    from ...placement.model import ModelSpec
+    from ...placement.model import ModelSpec, hidden_layers
     from ...placement.statistics import RoutingStatistics
     from ...profiler.statistics_file import write_statistics
     from ...profiler.trace_files import write_trace
 
     spec = None if model is None else ModelSpec.from_config(model)
+    known: dict[str, Any] = {}
+    if spec is not None:
+        known = {"num_experts": spec.experts, "top_k": spec.top_k, "layers": hidden_layers(model)}
     with working(f"reading {source}"):
-        record = read_routing(source, num_experts or (None if spec is None else spec.experts))
+        record = read_routing(source, reading.given(), known)
         spec = record.model if spec is None else spec
-        record = record if spec is None else numbered_as(record, spec)
+        record = renumbered(record, spec, whole_numbers("--moe-layers", moe_layers))
         if record.trace is not None:
-            write_trace(record.trace, out, model=spec)
+            write_trace(record.trace, out, model=record.model)
             statistics = RoutingStatistics.from_trace(record.trace)
         else:
             assert record.statistics is not None
@@ -96,23 +179,35 @@ def import_command(
     emit(data, _table(data), as_json=as_json)
 
 
-def numbered_as(record: Routing, spec: ModelSpec) -> Routing:
-    """The record with the model's own layer numbers.
+def renumbered(record: Routing, spec: ModelSpec | None, moe_layers: list[int] | None = None) -> Routing:
+    """The record with the model, and with the layer numbers given, or else the model's.
 
     Raises:
-        InputError: the record is of another model.
+        InputError: the record is of another model, or has another number of layers than are given.
     """
     shape = record.shape
-    for field in ("layers", "experts", "top_k"):
-        if shape.get(field, getattr(spec, field)) != getattr(spec, field):
+    if moe_layers is not None:
+        numbers = tuple(sorted(set(moe_layers)))
+        if len(numbers) != shape["layers"] or len(moe_layers) != len(numbers):
             raise InputError(
-                f"{record.path} is of another model: {field} is {shape[field]}, the model's is {getattr(spec, field)}"
+                f"--moe-layers names {len(numbers)} layers, {record.path} has {shape['layers']} in which experts were chosen"
             )
+    elif spec is None:
+        return record
+    else:
+        numbers = spec.moe_layers
+    if spec is not None:
+        spec = spec if moe_layers is None else spec.replace(layers=len(numbers), moe_layers=numbers)
+        for field in ("layers", "experts", "top_k"):
+            if shape.get(field, getattr(spec, field)) != getattr(spec, field):
+                raise InputError(
+                    f"{record.path} is of another model: {field} is {shape[field]}, the model's is {getattr(spec, field)}"
+                )
     return replace(
         record,
         model=spec,
-        trace=None if record.trace is None else replace(record.trace, moe_layers=spec.moe_layers),
-        statistics=None if record.statistics is None else replace(record.statistics, moe_layers=spec.moe_layers),
+        trace=None if record.trace is None else replace(record.trace, moe_layers=numbers),
+        statistics=None if record.statistics is None else replace(record.statistics, moe_layers=numbers),
     )
 
 

@@ -62,6 +62,17 @@ def solve_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            help="Solve within what an engine can run: sglang, vllm, vllm-ascend, trtllm, or permute (a permuted "
+            "checkpoint). Where --slots is not given, the fewest it can run.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write the plan to (JSON).", show_default=False)
@@ -81,8 +92,10 @@ def solve_command(
     Example:
 
       moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 --certify 20 -o plan.json
+      moeplace solve trace --topology h100-hgx --for sglang --slots 72 -o plan.json
     """
     from ...placement.problem import Problem
+    from ...runtime.exporters import check_plan_for, problem_for
     from ...solvers import solve
 
     if output is None and not storage.store:
@@ -102,6 +115,8 @@ def solve_command(
             objective=goal,
             slots=solving.slots,
         )
+        if engine is not None:
+            problem = problem_for(problem, engine)
         plan = solve(
             problem,
             choice.solver,
@@ -110,6 +125,8 @@ def solve_command(
             progress=solve_listener(update, choice.label, solving.seconds + (certify or 0.0)),
             **choice.options,
         )
+        if engine is not None:
+            check_plan_for(plan, engine)
     if output is not None:
         plan.save(output)
     stored = keep_plan(plan, statistics, storage.db, name) if storage.store else None

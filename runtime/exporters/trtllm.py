@@ -78,6 +78,25 @@ class TensorRTLLM:
         )
 
 
+def read_assignments(path: str | Path) -> dict[int, list[int]]:
+    """The layout a load balancer's YAML starts with: for each layer's absolute index, the expert in each slot.
+
+    Raises:
+        InputError: no such file. FileFormatError: not such a file, or entries other than lists of num_slots ids.
+    """
+    source = Path(path)
+    data = _load(source)
+    entries = data.get(ASSIGNMENTS) if isinstance(data, dict) else None
+    slots = data.get(SLOTS) if isinstance(data, dict) else None
+    if not isinstance(entries, dict) or not entries or type(slots) is not int:
+        raise FileFormatError(f"{source}: expected {SLOTS} and {ASSIGNMENTS}, as a load balancer's file has them")
+    for layer, row in entries.items():
+        whole = isinstance(row, list) and len(row) == slots and all(type(e) is int and 0 <= e < slots for e in row)
+        if type(layer) is not int or layer < 0 or not whole:
+            raise FileFormatError(f"{source}: {ASSIGNMENTS}[{str(layer)[:20]}] is not a list of {slots} expert ids")
+    return {int(layer): list(row) for layer, row in entries.items()}
+
+
 def _load(path: Path) -> Any:
     import yaml
 

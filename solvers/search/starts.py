@@ -65,15 +65,26 @@ def _make_room(
     weight: FloatArray,
     speed: FloatArray,
 ) -> None:
-    """Puts `expert` on a full device by moving one of its experts to a device with a free slot."""
-    for target in np.flatnonzero(free > 0):
-        for device in np.flatnonzero(allowed[expert] & ~holds[expert]):
+    """Puts `expert` on a full device by moving experts on, device by device, to one with a free slot: the shortest way."""
+    came: dict[int, tuple[int, int]] = {
+        int(device): (-1, expert) for device in np.flatnonzero(allowed[expert] & ~holds[expert])
+    }
+    queue = list(came)
+    for device in queue:
+        if free[device] > 0:
+            free[device] -= 1
+            while device >= 0:
+                before, moved = came[device]
+                holds[moved, device] = True
+                loaded[device] += weight[moved] / speed[device]
+                if before >= 0:
+                    holds[moved, before] = False
+                    loaded[before] -= weight[moved] / speed[before]
+                device = before
+            return
+        for target in range(len(free)):
             movable = np.flatnonzero(holds[:, device] & ~holds[:, target] & allowed[:, target])
-            if len(movable):
-                other = int(movable[0])
-                holds[other, device], holds[other, target], holds[expert, device] = False, True, True
-                free[target] -= 1
-                loaded[target] += weight[other] / speed[target]
-                loaded[device] += (weight[expert] - weight[other]) / speed[device]
-                return
+            if target not in came and len(movable):
+                came[target] = device, int(movable[0])
+                queue.append(target)
     raise SolveError(f"no device is left for expert {expert}: too many experts are pinned or forbidden")

@@ -1,0 +1,76 @@
+"""`moeplace permute`: a checkpoint whose experts stand in a plan's order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..inputs import read_plan
+from ..options import AsJson, KeepOptions
+from ..output import emit, pairs
+from ..progress import working
+from ..storing import keep_export
+
+
+def permute_command(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Folder of a Transformers checkpoint in safetensors.", show_default=False
+        ),
+    ],
+    plan: Annotated[
+        str,
+        typer.Option("--plan", metavar="PLAN", help="A plan file, or a stored plan's name or id.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; must not be there.", show_default=False)
+    ],
+    storage: KeepOptions,
+    invert: Annotated[
+        bool, typer.Option("--invert", help="Undo: CHECKPOINT was permuted by this plan, DIR becomes the original.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint whose experts stand in a plan's order.
+
+    Any engine that deals experts to ranks in order then runs the plan: vLLM, SGLang, Megatron-LM, DeepSpeed, torchtitan
+    and others by default. Routers, biases, expert weights and their scales move together; the logits stay.
+    For mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v2, deepseek_v3 and gpt_oss; what is not known is refused.
+    Weights are streamed: a checkpoint of any size takes little memory, and as much disk as it has.
+
+    Example:
+
+      moeplace permute Mixtral-8x7B --plan plan.json --out Mixtral-8x7B-placed
+      moeplace permute Mixtral-8x7B-placed --plan plan.json --out Mixtral-8x7B --invert
+    """
+    from ...runtime.permute import permute_checkpoint
+
+    placed = read_plan(plan, storage.db)
+    with working(f"writing {out}") as update:
+        written = permute_checkpoint(
+            checkpoint,
+            placed,
+            out,
+            invert=invert,
+            progress=lambda done, total: update(f"writing {out}", done / max(total, 1)),
+        )
+    if storage.store and not invert:
+        keep_export(placed, "permute", written.folder, storage.db)
+    data: dict[str, Any] = {
+        "path": str(written.folder),
+        "inverted": invert,
+        "weight_files": list(written.weight_files),
+        "bytes": written.bytes_written,
+        "copied": list(written.copied),
+        "left_out": list(written.left_out),
+    }
+    shown = {
+        "wrote": f"{written.bytes_written:,} bytes of weights in {len(written.weight_files)} files in {written.folder}",
+        "copied": ", ".join(written.copied) or None,
+        "left out": ", ".join(written.left_out) or None,
+        "use": f"load it in place of {checkpoint}, with experts dealt to ranks in order",
+    }
+    emit(data, pairs(shown), as_json=as_json)

@@ -1,0 +1,234 @@
+"""`moeplace record`: the routing of a running engine, over HTTP."""
+
+from __future__ import annotations
+
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...placement.errors import InputError
+from ..inputs import Routing
+from ..options import AsJson
+from ..output import count, emit, note, pairs
+from ..progress import working
+from .import_routing import renumbered
+
+if TYPE_CHECKING:
+    from ...placement.statistics import RoutingStatistics
+    from ...placement.trace import RoutingTrace
+    from ...profiler.engine_server import EngineServer
+
+RECORDER, REQUESTS = "SGLang's recorder", "Requests"
+
+
+class Kept(StrEnum):
+    tokens = "tokens"
+    counts = "counts"
+
+
+def record_command(
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for the trace; for counts, the statistics file (.npz).", show_default=False
+        ),
+    ],
+    sglang: Annotated[
+        str | None,
+        typer.Option("--sglang", metavar="URL", help="A running SGLang: http://host:30000.", show_default=False),
+    ] = None,
+    vllm: Annotated[
+        str | None,
+        typer.Option("--vllm", metavar="URL", help="A running vLLM: http://host:8000.", show_default=False),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds",
+            metavar="N",
+            min=0.0,
+            help="How long to record; with --prompts, how long to send. Needed without --prompts.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="PATH",
+            help="Transformers config.json of the served model, or its folder: kept in the trace, with its layers' numbers.",
+            show_default=False,
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            envvar="MOEPLACE_ENGINE_KEY",
+            help="The server's key (SGLang's recorder wants the admin key where there is one).",
+            show_default=False,
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="S", min=0.01, help="Seconds to wait for an answer, or for files.")
+    ] = 300.0,
+    mode: Annotated[
+        Kept | None,
+        typer.Option(
+            "--mode",
+            metavar="tokens|counts",
+            help="Refuse a server whose recorder keeps the other. Default: take what it keeps.",
+            show_default=False,
+            rich_help_panel=RECORDER,
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder",
+            metavar="DIR",
+            envvar="SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR",
+            help="Where the server writes its files, as this machine sees it. Default: /tmp, as SGLang's.",
+            show_default=False,
+            rich_help_panel=RECORDER,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Send these and record their routing: a prompt a line, or a JSON object with prompt or messages.",
+            show_default=False,
+            rich_help_panel=REQUESTS,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer.", rich_help_panel=REQUESTS)
+    ] = 128,
+    concurrency: Annotated[
+        int,
+        typer.Option(
+            "--concurrency", metavar="N", min=1, help="Requests on their way at once.", rich_help_panel=REQUESTS
+        ),
+    ] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Record the routing of a running SGLang or vLLM.
+
+    SGLang's own recorder sees the traffic it serves: start the server with --expert-distribution-recorder-mode stat for
+    counts, or per_token for every token's experts. It writes on its own machine: run this there, or share the folder.
+    With --prompts, requests are sent and their routing comes back with the answers: start vLLM or SGLang with
+    --enable-return-routed-experts. vLLM has no other record.
+
+    Example:
+
+      moeplace record --sglang http://localhost:30000 --seconds 60 --out counts.npz
+      moeplace record --vllm http://localhost:8000 --prompts prompts.txt --model config.json --out trace
+    """
+    from ...profiler.engine_server import EngineServer
+
+    if (sglang is None) == (vllm is None):
+        raise typer.BadParameter("give --sglang URL or --vllm URL, one of them")
+    if prompts is None and seconds is None:
+        raise typer.BadParameter("say how long to record: --seconds N")
+    if prompts is None and vllm is not None:
+        raise typer.BadParameter("vLLM returns routing with answers only: give --prompts FILE")
+    if mode is not None and (prompts is not None or vllm is not None):
+        raise typer.BadParameter("--mode is for SGLang's recorder, without --prompts")
+    server = EngineServer(sglang or vllm or "", key, timeout)
+    if prompts is None:
+        assert seconds is not None
+        data, record = _recorder(server, seconds, folder, mode)
+    else:
+        data, record = _requests(
+            server, "sglang" if sglang else "vllm", prompts, seconds, max_tokens, concurrency, model
+        )
+    kept = _kept(record, out, model)
+    data = {**data, **kept}
+    shown = {**data, "tokens": count(data["tokens"]) if data["tokens"] else None}
+    emit(data, pairs(shown), as_json=as_json)
+
+
+def _recorder(
+    server: EngineServer, seconds: float, folder: Path | None, mode: Kept | None
+) -> tuple[dict[str, Any], RoutingTrace | RoutingStatistics]:
+    from ...profiler.record_sglang import record_sglang, recorder_folder
+
+    with working(f"recording {server.url}") as update:
+        done = record_sglang(
+            server,
+            seconds,
+            recorder_folder(folder),
+            wanted=None if mode is None else mode.value,
+            patience=min(server.timeout, 60.0),
+            progress=lambda share: update(f"recording {server.url}", share),
+        )
+    for line in done.notes:
+        note(f"note: {line}")
+    return {"engine": "sglang", "mode": done.mode, "read": ", ".join(map(str, done.files))}, done.record
+
+
+def _requests(
+    server: EngineServer,
+    engine: Any,
+    prompts: Path,
+    seconds: float | None,
+    max_tokens: int,
+    concurrency: int,
+    model: Path | None,
+) -> tuple[dict[str, Any], RoutingTrace]:
+    from ...placement.model import ModelSpec, hidden_layers
+    from ...profiler.record_requests import read_requests, record_requests
+    from ...profiler.routed_experts import read_routed_experts
+
+    known: dict[str, Any] = {}
+    if model is not None:
+        spec = ModelSpec.from_config(model)
+        known = {"num_experts": spec.experts, "top_k": spec.top_k, "layers": hidden_layers(model)}
+    with tempfile.TemporaryDirectory() as scratch, working(f"asking {server.url}") as update:
+        path = Path(scratch) / "answers.jsonl"
+        with path.open("w", encoding="utf-8") as out:
+            told = record_requests(
+                server,
+                engine,
+                read_requests(prompts),
+                out,
+                max_tokens=max_tokens,
+                seconds=seconds,
+                concurrency=concurrency,
+                progress=lambda answers: update(f"asking {server.url}: {answers:,} answers", None),
+            )
+        try:
+            trace = read_routed_experts(path, **known)
+        except InputError as error:
+            hint = "" if model is not None else "; give --model"
+            raise InputError(f"answers of {server.url}: {str(error).removeprefix(f'{path}: ')}{hint}") from None
+    if told.failed:
+        note(f"note: {told.failed} of {told.answered + told.failed} requests were refused, first {told.first_failure}")
+    return {"engine": engine, "mode": "requests", "answered": told.answered, "refused": told.failed}, trace
+
+
+def _kept(record: RoutingTrace | RoutingStatistics, out: Path, model: Path | None) -> dict[str, Any]:
+    """Writes the record, and says what it is."""
+    from ...placement.model import ModelSpec
+    from ...placement.trace import RoutingTrace
+    from ...profiler.statistics_file import write_statistics
+    from ...profiler.trace_files import write_trace
+
+    spec = None if model is None else ModelSpec.from_config(model)
+    if isinstance(record, RoutingTrace):
+        found = renumbered(Routing(out, record, None), spec)
+        assert found.trace is not None
+        write_trace(found.trace, out, model=spec)
+        kind, tokens, experts, layers = "trace", record.num_tokens, record.num_experts, found.trace.moe_layers
+    else:
+        found = renumbered(Routing(out, None, record), spec)
+        assert found.statistics is not None
+        write_statistics(found.statistics, out)
+        kind, tokens, experts, layers = "statistics", record.tokens, record.experts, found.statistics.moe_layers
+    return {"kind": kind, "file": str(out), "tokens": tokens, "experts": experts, "moe_layers": list(layers)}
