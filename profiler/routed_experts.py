@@ -45,7 +45,7 @@ def is_routed_experts(path: Path) -> bool:
     if is_routed_arrays(path):
         return True
     with path.open("rb") as handle:
-        start = handle.read(LOOKED_AT)
+        start = handle.read(min(LOOKED_AT, path.stat().st_size))
     named = f'"{ROUTED}"'.encode() in start or f'"{PROMPT}"'.encode() in start
     return named and start.lstrip()[:1] in (b"{", b"[")
 

@@ -183,7 +183,7 @@ def serving(engine: Any) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_POST = _answer  # noqa: N815
+        do_GET = do_POST = _answer
 
         def log_message(self, *_: Any) -> None:
             pass
