@@ -19,7 +19,7 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,service,test]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

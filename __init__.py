@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .placement.trace import RoutingTrace
     from .profiler import aggregate, profile, read_any, read_statistics, read_trace, write_statistics, write_trace
     from .runtime.exporters import export_plan
+    from .service.client import Client
     from .solvers import solve, solver_names
     from .solvers.pareto import Front, pareto
     from .solvers.what_if import Change, WhatIf, what_if
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Certificate",
     "Change",
+    "Client",
     "Decision",
     "Device",
     "EngineError",
@@ -133,6 +135,7 @@ _HOME = {
         "write_trace",
     ),
     ".runtime.exporters": ("export_plan",),
+    ".service.client": ("Client",),
     ".solvers": (
         "solve",
         "solver_names",

@@ -20,8 +20,10 @@ from .commands.plans import plans_app
 from .commands.profile import profile_command
 from .commands.record import record_command
 from .commands.report import report_command
+from .commands.serve import serve_command
 from .commands.solve import solve_command
 from .commands.stats import stats_command
+from .commands.tokens import tokens_app
 from .commands.topology import topology_app
 from .commands.whatif import whatif_command
 from .grouping import grouped
@@ -78,6 +80,8 @@ for name, command in (
     ("permute", permute_command),
 ):
     app.command(name, no_args_is_help=True)(grouped(command))
+app.command("serve")(grouped(serve_command))
+app.add_typer(tokens_app, name="tokens", no_args_is_help=True)
 app.add_typer(topology_app, name="topology", no_args_is_help=True)
 app.add_typer(plans_app, name="plans", no_args_is_help=True)
 

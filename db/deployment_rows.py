@@ -37,6 +37,7 @@ def record(session: Session, row: DeploymentRow) -> DeploymentRecord:
         policy=row.policy,
         plan_id=plan_id(session, row.plan_key),
         reference_id=None if row.reference_key is None else _digits(session, StatisticsRow, row.reference_key),
+        reference_window=row.reference_window,
         version=row.version,
         checked=row.checked_key,
     )

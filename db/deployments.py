@@ -53,6 +53,7 @@ class Deployments:
                 model_key=model_key,
                 topology_key=topology_key,
                 policy=settings,
+                reference_window=0,
                 version=0,
                 checked_key=0,
             )

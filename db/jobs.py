@@ -177,8 +177,8 @@ class Jobs:
     def pulses(self) -> list[Pulse]:
         """All running jobs."""
         with self._sessions.reading() as session:
-            query = select(JobRow.key, JobRow.claim, JobRow.beat).where(JobRow.state == "running")
-            return [Pulse(key, claim, beat) for key, claim, beat in session.execute(query)]
+            query = select(JobRow.key, JobRow.worker, JobRow.claim, JobRow.beat).where(JobRow.state == "running")
+            return [Pulse(key, worker, claim, beat) for key, worker, claim, beat in session.execute(query)]
 
     def lost(self, pulse: Pulse, attempts: int) -> bool:
         """Takes a job from a worker that showed no life since `pulse`: queued again, or failed after so many attempts.

@@ -53,8 +53,8 @@ def apply(session: Session, job: JobRow, outcome: Outcome) -> dict[str, Any]:
         row.checked_key = max(row.checked_key, found.last_window)
         if found.alarm:
             announce(session, row, "drift.alarm", {"figures": figures})
-    if outcome.rebase and source is not None:
-        row.reference_key = source.key
+    if outcome.rebase is not None and source is not None:
+        row.reference_key, row.reference_window = source.key, outcome.rebase
     if outcome.judgement is not None:
         if plan is None:
             raise InputError("a judgement without the plan it judges")

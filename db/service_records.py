@@ -36,7 +36,8 @@ class Actor:
 class DeploymentRecord:
     """A model on a topology. plan_id: in force, None before the first. version: publications so far.
 
-    reference_id: statistics of the traffic the plan was last judged on. checked: last window a drift check has seen.
+    reference_id: statistics of the traffic the plan was last judged on, which ended with window `reference_window`.
+    checked: last window a drift check has seen.
     """
 
     key: int
@@ -47,6 +48,7 @@ class DeploymentRecord:
     policy: Mapping[str, Any]
     plan_id: str | None
     reference_id: str | None
+    reference_window: int
     version: int
     checked: int
 
@@ -127,6 +129,7 @@ class Pulse:
     """A sign of life of a running job: when neither figure changes for long, its worker is gone."""
 
     key: int
+    worker: str
     claim: str
     beat: int
 
@@ -155,8 +158,8 @@ class Judgement:
 class Outcome:
     """All that a finished job leaves behind; stored whole or not at all.
 
-    plan: with the statistics it was solved on and their file. judgement: needs a plan. rebase: the deployment's traffic
-    is compared with these statistics from now on.
+    plan: with the statistics it was solved on and their file. judgement: needs a plan. rebase: the deployment's
+    traffic is compared with these statistics from now on, which end with this window.
     """
 
     result: Mapping[str, Any]
@@ -165,7 +168,7 @@ class Outcome:
     content: bytes = b""
     finding: Finding | None = None
     judgement: Judgement | None = None
-    rebase: bool = False
+    rebase: int | None = None
 
 
 @dataclass(frozen=True)

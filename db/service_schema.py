@@ -16,7 +16,10 @@ BigKey = BigInteger().with_variant(Integer, "sqlite")
 
 
 class DeploymentRow(Base):
-    """version counts publications: 0 before the first. checked_key: the last window a drift check has seen."""
+    """version counts publications: 0 before the first. checked_key: the last window a drift check has seen.
+
+    reference_key: statistics of the traffic the plan was last judged on, which ended with window `reference_window`.
+    """
 
     __tablename__ = "deployments"
 
@@ -28,6 +31,7 @@ class DeploymentRow(Base):
     policy: Mapped[Any] = mapped_column(Document)
     plan_key: Mapped[int | None] = mapped_column(ForeignKey("plans.key"), index=True)
     reference_key: Mapped[int | None] = mapped_column(ForeignKey("statistics.key"), index=True)
+    reference_window: Mapped[int] = mapped_column(BigKey)
     version: Mapped[int]
     checked_key: Mapped[int] = mapped_column(BigKey)
 

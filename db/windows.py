@@ -65,16 +65,16 @@ class Windows:
             merged, pairs = session.execute(query.where(WindowRow.deployment_key == row.key)).one()
             return int(merged or 0), int(pairs or 0)
 
-    def counts_after(self) -> dict[str, int]:
-        """Windows of each deployment that no drift check has seen; deployments without any are left out."""
+    def unchecked(self) -> dict[str, tuple[int, int]]:
+        """For deployments with windows that no drift check has seen: how many, and the last window that one has."""
         query = (
-            select(DeploymentRow.name, func.count())
+            select(DeploymentRow.name, func.count(), DeploymentRow.checked_key)
             .join(WindowRow, WindowRow.deployment_key == DeploymentRow.key)
             .where(WindowRow.key > DeploymentRow.checked_key)
-            .group_by(DeploymentRow.name)
+            .group_by(DeploymentRow.name, DeploymentRow.checked_key)
         )
         with self._sessions.reading() as session:
-            return {name: int(count) for name, count in session.execute(query)}
+            return {name: (int(count), int(checked)) for name, count, checked in session.execute(query)}
 
     def compact(self, deployment: str, *, older_than: datetime, group: int, keep: int) -> tuple[int, int]:
         """Joins runs of `group` old windows of one workload into one each, and drops all but the newest `keep`.

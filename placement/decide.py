@@ -81,21 +81,33 @@ def decide(
     Raises:
         InputError: no candidate, a level out of range, too few resamples for it, plans of another model or cluster.
     """
+    check_levels(len(candidates), resamples, confidence, horizon_steps)
+    moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
+    figures = _figures([current, *candidates], held, problem, concurrency, resamples, seed, progress)
+    return conclude(figures, moves, confidence, horizon_steps)
+
+
+def check_levels(candidates: int, resamples: int, confidence: float, horizon_steps: float) -> None:
+    """Raises InputError for no candidate, a level out of range, or too few resamples for it."""
     if not candidates:
         raise InputError("decide needs at least one candidate plan")
     if not 0.5 <= confidence < 1.0:
         raise InputError(f"confidence ({confidence}) must be at least 0.5 and below 1")
     if not horizon_steps > 0:
         raise InputError(f"horizon_steps ({horizon_steps}) must be positive")
-    tail = (1.0 - confidence) / len(candidates)
+    tail = (1.0 - confidence) / candidates
     if resamples * tail < 1.0:
         raise InputError(
-            f"resamples ({resamples}) are too few for {len(candidates)} candidates at confidence {confidence}; "
+            f"resamples ({resamples}) are too few for {candidates} candidates at confidence {confidence}; "
             f"at least {int(np.ceil(1.0 / tail))} are needed"
         )
-    moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
-    figures = _figures([current, *candidates], held, problem, concurrency, resamples, seed, progress)
-    verdicts = tuple(_verdict(figures[0], figures[i + 1], moves[i], tail) for i in range(len(candidates)))
+
+
+def conclude(figures: FloatArray, moves: Sequence[Migration], confidence: float, horizon_steps: float) -> Decision:
+    """Keep or apply, from the objective's figure of each plan, the one in force first: [1 + candidates, 1 + resamples],
+    on everything and then on each draw."""
+    tail = (1.0 - confidence) / len(moves)
+    verdicts = tuple(_verdict(figures[0], figures[i + 1], moves[i], tail) for i in range(len(moves)))
     saved = [verdict.gain_low * horizon_steps - verdict.migration.seconds for verdict in verdicts]
     best = int(np.argmax(saved))
     chosen = best if saved[best] > 0 and verdicts[best].gain_low > 0 else None

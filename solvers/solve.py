@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def solve(
         choice = choose(problem, required_features(problem), seconds, options)
     else:
         choice = Choice(solver_named(solver), options, "")
-    _check_options(choice.solver, choice.options)
+    check_options(choice.solver, choice.options)
     _check_supported(choice.solver, problem)
     if choice.otherwise is None or seconds is None:
         solution = choice.solver.solve(problem, budget, **choice.options)
@@ -122,7 +122,8 @@ def _check_supported(solver: Solver, problem: Problem) -> None:
         problem.statistics.require_sample()
 
 
-def _check_options(solver: Solver, options: dict[str, Any]) -> None:
+def check_options(solver: Solver, options: Mapping[str, Any]) -> None:
+    """Raises InputError for an option the solver does not have; the nearest is named."""
     known = set(inspect.signature(solver.solve).parameters) - {"problem", "budget", "options"}
     for name in options:
         if name not in known:

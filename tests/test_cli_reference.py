@@ -44,6 +44,8 @@ def test_every_command_that_prints_results_has_json() -> None:
         "moeplace topology write",
         "moeplace plans rename",
         "moeplace plans delete",
+        "moeplace serve",
+        "moeplace tokens revoke",
     }
     without = {name for name, command in COMMANDS.items() if not any("--json" in p.opts for p in command.params)}
     assert without == writing_only
@@ -66,6 +68,8 @@ def test_the_program_lists_the_commands_users_are_told_of() -> None:
         "record",
         "plans",
         "report",
+        "serve",
+        "tokens",
     }
     assert wanted == {name.split()[1] for name in COMMANDS}
     assert app.info.name == "moeplace"

@@ -51,7 +51,7 @@ def test_a_window_sent_again_is_stored_once_and_comes_back_as_sent(store: Store)
         assert entry.workload == original.workload
     total = sum(int(entry.load.sum()) for entry in [*sent, window(9)])
     assert store.windows.totals("chat") == (6, total)
-    assert store.windows.counts_after() == {"chat": 6}
+    assert store.windows.unchecked() == {"chat": (6, 0)}
     assert [entry.key for entry in store.windows.page("chat", limit=2)] == [entry.key for entry in found[-2:]]
     assert [entry.key for entry in store.windows.page("chat", limit=2, after=found[0].key)] == [
         entry.key for entry in found[1:3]

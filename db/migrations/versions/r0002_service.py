@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("policy", sa.Text, nullable=False),
         _to("deployments", "plan_key", "plans", nullable=True),
         _to("deployments", "reference_key", "statistics", nullable=True),
+        sa.Column("reference_window", BIG_KEY, nullable=False),
         sa.Column("version", sa.Integer, nullable=False),
         sa.Column("checked_key", BIG_KEY, nullable=False),
         sa.UniqueConstraint("name", name="uq_deployments_name"),

@@ -1,0 +1,122 @@
+"""`moeplace tokens`: who may use a service."""
+
+from __future__ import annotations
+
+import getpass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..grouping import grouped
+from ..options import AsJson, StoreOptions
+from ..output import Column, Table, emit, note
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from ...db.service_records import Actor
+
+tokens_app = typer.Typer(
+    help="Make, list and revoke access tokens of the service.\n\nExample:\n\n  moeplace tokens add ci --role submit"
+)
+
+COLUMNS = (
+    Column("name", "name", right=False),
+    Column("role", "role", right=False),
+    Column("created", "made (UTC)", right=False),
+    Column("revoked", "revoked (UTC)", right=False),
+)
+
+
+class RoleChoice(StrEnum):
+    read = "read"
+    submit = "submit"
+    approve = "approve"
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the token: whose it is.", show_default=False)]
+
+
+@tokens_app.command("add", no_args_is_help=True)
+@grouped
+def add_command(
+    name: Name,
+    storage: StoreOptions,
+    role: Annotated[
+        RoleChoice,
+        typer.Option("--role", help="read: look. submit: also send routing and ask for solves. approve: everything."),
+    ] = RoleChoice.read,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token. It is printed this once and kept as a hash only.
+
+    Example:
+
+      moeplace tokens add ci --role submit
+    """
+    from ...db import Store
+
+    with Store.open(storage.db) as store:
+        token = store.tokens.add(name, role.value, _operator())
+    note("keep it: it is not shown again")
+    if as_json:
+        emit({"name": name, "role": role.value, "token": token}, as_json=True)
+    else:
+        typer.echo(token)
+
+
+@tokens_app.command("list")
+@grouped
+def list_command(storage: StoreOptions, as_json: AsJson = False) -> None:
+    """List tokens, without the tokens themselves.
+
+    Example:
+
+      moeplace tokens list
+    """
+    from ...db import Store
+
+    with Store.open(storage.db) as store:
+        rows = [
+            {
+                "name": entry.name,
+                "role": entry.role,
+                "created": _time(entry.created),
+                "revoked": None if entry.revoked is None else _time(entry.revoked),
+            }
+            for entry in store.tokens.all()
+        ]
+    table = Table(COLUMNS, rows) if rows else Table((), (), footnotes=["There are no tokens."])
+    emit(rows, table, as_json=as_json)
+
+
+@tokens_app.command("revoke", no_args_is_help=True)
+@grouped
+def revoke_command(name: Name, storage: StoreOptions) -> None:
+    """End a token, within seconds.
+
+    Example:
+
+      moeplace tokens revoke ci
+    """
+    from ...db import Store
+
+    with Store.open(storage.db) as store:
+        store.tokens.revoke(name, _operator())
+    note(f"revoked {name}")
+
+
+def _operator() -> Actor:
+    from ...db.service_records import Actor
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "unknown"
+    # Whoever can write the database needs no token.
+    return Actor(f"operator {user}"[:100], "approve")
+
+
+def _time(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,86 @@
+"""Who may do what: bearer tokens with roles; without tokens, only from this very machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, HTTPException, Request
+from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+
+from ..db.service_records import ROLES, Actor, Role
+from ..db.store import Store
+from .settings import Settings
+
+COOKIE = "moeplace_token"
+REMEMBERED_SECONDS = 5.0
+"""A revoked token may work for so long on: looking each up every time would double the load on the database."""
+
+_bearer = HTTPBearer(auto_error=False, description="A token of `moeplace tokens add`.")
+_cookie = APIKeyCookie(name=COOKIE, auto_error=False, description="The same token, set by the dashboard's sign-in.")
+
+LOCAL = Actor("local", "approve")
+"""Who acts where no tokens are asked for."""
+
+
+class Gate:
+    """Tells whose request it is. Safe to use from many threads."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store, self._settings = store, settings
+        self._known: dict[str, tuple[float, Actor]] = {}
+
+    def actor(self, request: Request, token: str | None) -> Actor:
+        """Raises HTTPException 401 without a valid token, 403 for a request another site had a browser make."""
+        self._refuse_other_sites(request)
+        if not self._settings.asks_for_tokens:
+            return LOCAL
+        if token:
+            found = self._known.get(token)
+            if found is not None and found[0] > time.monotonic():
+                return found[1]
+            actor = self._store.tokens.actor(token)
+            if actor is not None:
+                if len(self._known) > 10_000:
+                    self._known.clear()
+                self._known[token] = (time.monotonic() + REMEMBERED_SECONDS, actor)
+                return actor
+        raise HTTPException(401, "send a token: Authorization: Bearer mp_...", headers={"WWW-Authenticate": "Bearer"})
+
+    def _refuse_other_sites(self, request: Request) -> None:
+        origin, host = request.headers.get("origin"), request.headers.get("host", "")
+        if origin and request.method not in ("GET", "HEAD") and urlsplit(origin).netloc != host:
+            raise HTTPException(403, "this request was made by a page of another site")
+        if not self._settings.asks_for_tokens:
+            # A name that was made to point here would let a page of that site read everything.
+            name = urlsplit(f"//{host}").hostname
+            if name not in ("127.0.0.1", "localhost", "::1", self._settings.host):
+                raise HTTPException(403, f"without tokens only this machine's own names are served, not {name!r}")
+
+
+def caller(
+    request: Request,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    cookie: Annotated[str | None, Depends(_cookie)],
+) -> Actor:
+    """Whose request it is."""
+    gate: Gate = request.app.state.gate
+    return gate.actor(request, bearer.credentials if bearer else cookie)
+
+
+def at_least(role: Role) -> Callable[[Actor], Actor]:
+    """A dependency that lets only callers of this role or a higher one through."""
+
+    def allowed(actor: Annotated[Actor, Depends(caller)]) -> Actor:
+        if ROLES.index(actor.role) < ROLES.index(role):
+            raise HTTPException(403, f"token {actor.name!r} has role {actor.role!r}; this needs {role!r}")
+        return actor
+
+    return allowed
+
+
+Reader = Annotated[Actor, Depends(at_least("read"))]
+Submitter = Annotated[Actor, Depends(at_least("submit"))]
+Approver = Annotated[Actor, Depends(at_least("approve"))]

@@ -1,0 +1,74 @@
+"""The application: routes, limits, errors, and what runs beside them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+
+from ..db.address import resolve
+from ..db.store import Store
+from ..placement.version import __version__
+from . import background, problems
+from .access import Gate
+from .delivery import Courier
+from .intake import Intake
+from .limits import BodyLimit, RateLimit
+from .metrics import Metrics
+from .observe import Observe
+from .pool import Pool, Reaper
+from .routes import ROUTERS
+from .settings import Settings
+
+DESCRIPTION = """Keeps expert placements of mixture-of-experts deployments right while their traffic drifts.
+
+Errors are `application/problem+json`. Lists come in pages: give `next` of one as `before` (or `after`) of the next."""
+
+
+def create_app(settings: Settings, store: Store) -> FastAPI:
+    """The application on a store. What it starts beside requests begins and ends with its lifespan."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with contextlib.ExitStack() as stack:
+            app.state.intake = Intake(store)
+            stack.callback(app.state.intake.close)
+            pool, reaper = Pool(store, settings, _address(settings)), Reaper(store, settings)
+            app.state.pool = pool
+            stack.callback(pool.close)
+            for name, every, function in (
+                ("workers", 0.5, pool.tend),
+                ("reaper", settings.lease_seconds / 6, reaper.look),
+                ("watchman", 2.0, background.Watchman(store, settings).look),
+                ("courier", 1.0, Courier(store).deliver),
+                ("housekeeping", 600.0, lambda: background.keep_house(store)),
+            ):
+                stack.callback(background.Loop(name, every, function).close)
+            app.state.ready = True
+            yield
+            app.state.ready = False
+
+    app = FastAPI(
+        title="moeplace",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/v1/openapi.json",
+    )
+    app.state.settings, app.state.store, app.state.gate = settings, store, Gate(store, settings)
+    app.state.metrics, app.state.ready = Metrics(store), False
+    problems.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+
+    app.add_middleware(BodyLimit, most=settings.body_bytes)
+    app.add_middleware(RateLimit, rate=settings.rate, burst=settings.burst)
+    app.add_middleware(Observe, metrics=app.state.metrics)
+    return app
+
+
+def _address(settings: Settings) -> str:
+    return resolve(settings.db).render_as_string(hide_password=False)

@@ -1,0 +1,330 @@
+"""A typed client of the service: what it takes and gives are the library's own objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from urllib.parse import quote, urlencode
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter
+
+from ..db.jobs import ENDED
+from ..db.service_records import (
+    AuditRecord,
+    CheckRecord,
+    CountWindow,
+    DecisionRecord,
+    DeploymentRecord,
+    JobRecord,
+    PublicationRecord,
+    UploadRecord,
+)
+from ..db.uploads import PIECE_LIMIT
+from ..placement.errors import InputError, MoeplaceError, SolveError
+from ..placement.model import ModelSpec
+from ..placement.plan import Plan
+from ..placement.plan_file import plan_from_dict, plan_to_dict
+from ..placement.topology import Topology
+from .counts import ARROW, to_arrow
+from .policy import Policy
+from .transport import Transport
+from .views import ModelView, PlanView, Taken, TopologyView, WebhookMade
+
+T = TypeVar("T")
+ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan in force as its engine reads it. etag: give it to be told only of another one."""
+
+    version: int
+    etag: str
+    content: bytes
+
+
+class Client:
+    """Speaks to a service at `url`. Threads: any number.
+
+    token: made by `moeplace tokens add`. timeout: seconds an answer may take.
+
+    Every method raises NotFoundError, ConflictError, InputError or StoreError as the service says, and MoeplaceError when
+    it cannot be reached. What can be sent twice without harm is sent again when the service is away for a moment.
+    """
+
+    def __init__(self, url: str, token: str | None = None, *, timeout: float = 60.0) -> None:
+        self._transport = Transport(url, token, timeout)
+        self._timeout = timeout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection of this thread."""
+        self._transport.close()
+
+    def add_model(self, spec: ModelSpec, name: str | None = None) -> ModelView:
+        """Keeps a model."""
+        body = {"spec": spec.model_dump(mode="json"), "name": name}
+        return self._ask(ModelView, "POST", "/v1/models", body, again=True)
+
+    def add_topology(self, topology: Topology, name: str | None = None) -> TopologyView:
+        """Keeps a cluster."""
+        body = {"topology": topology.model_dump(mode="json"), "name": name}
+        answer = self._json("POST", "/v1/topologies", body, again=True)
+        return TopologyView(**{field: answer[field] for field in TopologyView.model_fields})
+
+    def add_deployment(
+        self, name: str, model: str, topology: str, policy: Policy | Mapping[str, Any] | None = None
+    ) -> DeploymentRecord:
+        """A model on a topology, both by name or id, to be kept under watch."""
+        wanted = policy if isinstance(policy, Policy) else Policy(**(policy or {}))
+        body = {"name": name, "model": model, "topology": topology, "policy": wanted.as_document()}
+        return self._ask(DeploymentRecord, "POST", "/v1/deployments", body, again=True)
+
+    def deployment(self, name: str) -> DeploymentRecord:
+        """One deployment."""
+        return self._ask(DeploymentRecord, "GET", _deployment(name))
+
+    def deployments(self) -> Iterator[DeploymentRecord]:
+        """All, in order of their names."""
+        return self._pages(DeploymentRecord, "/v1/deployments", cursor="after")
+
+    def set_policy(self, name: str, policy: Policy) -> DeploymentRecord:
+        """Replaces a deployment's policy."""
+        return self._ask(DeploymentRecord, "PUT", _deployment(name, "policy"), policy.as_document())
+
+    def push(
+        self,
+        deployment: str,
+        load: npt.ArrayLike,
+        *,
+        ended: datetime | None = None,
+        workload: str = "",
+        source: str = "",
+    ) -> Taken:
+        """Sends one count window: tokens each expert got, [L, E]. ended: when its span of traffic did, default now.
+
+        Stored once, also when the answer is lost and it is sent again.
+        """
+        counts = np.asarray(load)
+        if not np.issubdtype(counts.dtype, np.integer):
+            raise InputError(f"load holds {counts.dtype}; whole numbers of tokens are wanted")
+        return self.push_windows(deployment, [CountWindow(ended or datetime.now(UTC), counts, workload, source)])
+
+    def push_windows(self, deployment: str, windows: Sequence[CountWindow]) -> Taken:
+        """Sends up to 512 count windows."""
+        path, headers = _deployment(deployment, "windows"), {"Content-Type": ARROW}
+        answer = self._transport.call("POST", path, to_arrow(windows), headers, again=True)
+        return Taken(**answer.json())
+
+    def totals(self, deployment: str) -> tuple[int, int]:
+        """(windows kept, token-expert pairs they count)."""
+        found = self._json("GET", _deployment(deployment, "windows/totals"))
+        return found["windows"], found["pairs"]
+
+    def upload_trace(self, deployment: str, path: str | Path) -> UploadRecord:
+        """Sends a Parquet shard of routing; goes on where an earlier attempt stopped."""
+        return self._upload({"kind": "trace", "deployment": deployment}, Path(path).read_bytes())
+
+    def upload_statistics(self, path: str | Path) -> str:
+        """Sends a statistics file; returns the statistics' id."""
+        done = self._upload({"kind": "statistics"}, Path(path).read_bytes())
+        return str((done.about or {})["statistics"])
+
+    def solve(self, deployment: str | None = None, **request: Any) -> JobRecord:
+        """Asks for a solve; see `POST /v1/solve` for what may be given. `wait` gives its end."""
+        body = {"deployment": deployment, **request}
+        if "objective" in body and hasattr(body["objective"], "model_dump"):
+            body["objective"] = body["objective"].model_dump(mode="json")
+        return self._submit("/v1/solve", body)
+
+    def decide(self, deployment: str, candidate: str, **request: Any) -> JobRecord:
+        """Asks whether a stored plan is worth applying; see `POST /v1/decide`."""
+        return self._submit("/v1/decide", {"deployment": deployment, "candidate": candidate, **request})
+
+    def job(self, key: int) -> JobRecord:
+        """How far a job is."""
+        return self._ask(JobRecord, "GET", f"/v1/jobs/{key}")
+
+    def jobs(self, **filters: Any) -> Iterator[JobRecord]:
+        """Newest first. filters: deployment, state, kind."""
+        return self._pages(JobRecord, "/v1/jobs", filters)
+
+    def cancel(self, key: int) -> JobRecord:
+        """Ends a job."""
+        return self._ask(JobRecord, "POST", f"/v1/jobs/{key}/cancel", again=True)
+
+    def events(self, key: int) -> Iterator[JobRecord]:
+        """A job as it changes, until it ends."""
+        with self._transport.stream(f"/v1/jobs/{key}/events") as stream:
+            for raw in stream:
+                line = raw.decode()
+                if line.startswith("data: "):
+                    yield _adapter(JobRecord).validate_json(line[6:])
+
+    def wait(
+        self, job: JobRecord | int, *, timeout: float = 3600.0, progress: Callable[[JobRecord], None] | None = None
+    ) -> JobRecord:
+        """The job once it is done. progress: called with it whenever it changed.
+
+        Raises:
+            SolveError: it failed, was cancelled, or did not end in time.
+        """
+        key = job if isinstance(job, int) else job.key
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            try:
+                for found in self.events(key):
+                    if progress is not None:
+                        progress(found)
+                    if found.state in ENDED or time.monotonic() > deadline:
+                        break
+            except (OSError, ValueError):
+                pass
+            except MoeplaceError as error:
+                if isinstance(error, InputError):
+                    raise
+            found = self.job(key)
+            if found.state == "done":
+                return found
+            if found.state in ENDED:
+                raise SolveError(f"job {key} {found.state}: {found.error or 'by request'}")
+            time.sleep(0.2)
+        raise SolveError(f"job {key} did not end within {timeout:g} s; it goes on")
+
+    def add_plan(self, plan: Plan, name: str | None = None) -> PlanView:
+        """Keeps a plan made elsewhere."""
+        body = {"document": plan_to_dict(plan), "name": name}
+        return self._ask(PlanView, "POST", "/v1/plans", body, again=True)
+
+    def plan(self, ref: str) -> Plan:
+        """A stored plan, by name or id."""
+        found = self._json("GET", f"/v1/plans/{quote(ref, safe='')}")
+        return plan_from_dict(found["document"], f"plan {ref!r}")
+
+    def plans(self, **filters: Any) -> Iterator[PlanView]:
+        """Newest first, without their tables. filters: model, solver."""
+        return self._pages(PlanView, "/v1/plans", filters)
+
+    def export(self, ref: str, engine: str = "moeplace") -> bytes:
+        """A stored plan as the file an engine reads."""
+        return self._transport.call("GET", f"/v1/plans/{quote(ref, safe='')}/export?format={engine}", again=True).body
+
+    def plan_in_force(
+        self, deployment: str, engine: str = "moeplace", *, etag: str = "", wait: float = 0.0
+    ) -> PlanFile | None:
+        """The plan in force as an engine reads it; None while it is the one `etag` names, for which `wait` seconds are
+        waited."""
+        path = f"{_deployment(deployment, 'plan')}?{urlencode({'format': engine, 'wait': wait})}"
+        headers = {"If-None-Match": etag} if etag else {}
+        answer = self._transport.call("GET", path, headers=headers, again=True, timeout=self._timeout + wait)
+        if answer.status == 304:
+            return None
+        return PlanFile(int(answer.headers["x-moeplace-version"]), answer.headers["etag"], answer.body)
+
+    def publish(self, deployment: str, plan: str, comment: str = "") -> PublicationRecord:
+        """Puts a stored plan in force."""
+        body = {"plan": plan, "comment": comment}
+        return self._ask(PublicationRecord, "PUT", _deployment(deployment, "plan"), body)
+
+    def rollback(self, deployment: str, version: int, comment: str = "") -> PublicationRecord:
+        """Puts an earlier version's plan in force again."""
+        body = {"version": version, "comment": comment}
+        return self._ask(PublicationRecord, "POST", _deployment(deployment, "rollback"), body)
+
+    def publications(self, deployment: str) -> Iterator[PublicationRecord]:
+        """Every plan that was in force, newest first."""
+        return self._pages(PublicationRecord, _deployment(deployment, "publications"))
+
+    def checks(self, deployment: str) -> Iterator[CheckRecord]:
+        """Drift checks, newest first."""
+        return self._pages(CheckRecord, _deployment(deployment, "checks"))
+
+    def decisions(self, deployment: str | None = None, state: str | None = None) -> Iterator[DecisionRecord]:
+        """Newest first."""
+        return self._pages(DecisionRecord, "/v1/decisions", {"deployment": deployment, "state": state})
+
+    def approve(self, decision: int, comment: str = "") -> DecisionRecord:
+        """Puts a waiting decision's plan in force."""
+        return self._ask(DecisionRecord, "POST", f"/v1/decisions/{decision}/approve", {"comment": comment}, again=True)
+
+    def reject(self, decision: int, comment: str = "") -> DecisionRecord:
+        """Keeps the plan in force."""
+        return self._ask(DecisionRecord, "POST", f"/v1/decisions/{decision}/reject", {"comment": comment}, again=True)
+
+    def add_webhook(self, deployment: str, url: str) -> WebhookMade:
+        """Has the deployment's events sent to `url`, signed with the secret returned."""
+        return self._ask(WebhookMade, "POST", _deployment(deployment, "webhooks"), {"url": url})
+
+    def audit(self, **filters: Any) -> Iterator[AuditRecord]:
+        """Who did what, newest first. filters: action, subject."""
+        return self._pages(AuditRecord, "/v1/audit", filters)
+
+    def _submit(self, path: str, body: Mapping[str, Any]) -> JobRecord:
+        # A key of its own makes sending it again safe.
+        headers = {"Idempotency-Key": secrets.token_hex(16), "Content-Type": "application/json"}
+        content = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+        answer = self._transport.call("POST", path, content, headers, again=True)
+        record: JobRecord = _adapter(JobRecord).validate_json(answer.body)
+        return record
+
+    def _upload(self, announced: Mapping[str, Any], content: bytes) -> UploadRecord:
+        body = {**announced, "sha256": hashlib.sha256(content).hexdigest(), "total_bytes": len(content)}
+        record = self._ask(UploadRecord, "POST", "/v1/uploads", body, again=True)
+        while record.state == "open" and record.received_bytes < len(content):
+            start = record.received_bytes
+            headers = {"Content-Type": "application/octet-stream", "Upload-Offset": str(start)}
+            piece = content[start : start + PIECE_LIMIT]
+            try:
+                self._transport.call("PATCH", f"/v1/uploads/{record.key}", piece, headers)
+            except InputError:
+                raise
+            except MoeplaceError:
+                # Perhaps it arrived, perhaps the service is away: ask how far it is.
+                time.sleep(0.5)
+            record = self._ask(UploadRecord, "GET", f"/v1/uploads/{record.key}")
+        return self._ask(UploadRecord, "POST", f"/v1/uploads/{record.key}/finish", again=True)
+
+    def _pages(
+        self, kind: type[T], path: str, filters: Mapping[str, Any] | None = None, cursor: str = "before"
+    ) -> Iterator[T]:
+        query = {key: value for key, value in (filters or {}).items() if value is not None}
+        while True:
+            page = self._json("GET", f"{path}?{urlencode({**query, 'limit': 200})}")
+            for item in page["items"]:
+                yield _adapter(kind).validate_python(item)
+            if page["next"] is None:
+                return
+            query[cursor] = page["next"]
+
+    def _ask(self, kind: type[T], method: str, path: str, body: Any = None, *, again: bool = False) -> T:
+        found: T = _adapter(kind).validate_python(self._json(method, path, body, again=again))
+        return found
+
+    def _json(self, method: str, path: str, body: Any = None, *, again: bool = False) -> Any:
+        content = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        return self._transport.call(method, path, content, headers, again=again or method == "GET").json()
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if kind not in ADAPTERS:
+        ADAPTERS[kind] = TypeAdapter(kind)
+    return ADAPTERS[kind]
+
+
+def _deployment(name: str, what: str = "") -> str:
+    return f"/v1/deployments/{quote(name, safe='')}" + (f"/{what}" if what else "")

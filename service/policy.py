@@ -1,0 +1,56 @@
+"""What a deployment wants done for it, and when."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ..placement.objective import Objective
+from ..placement.validation import Record
+from .plain import PlainObject
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Policy(Record):
+    """How a deployment's plans are solved, judged and published.
+
+    solver, options, seconds, slots, objective: of its solves. step_tokens: tokens of one engine step over all devices,
+    which count windows are priced for.
+    block: neighbouring windows taken as one observation. recent: newest windows that a check compares with those the plan
+    was judged on; at least 8 blocks, since half of them are held out to judge on. false_alarm: chance of an alarm at a check although nothing changed. min_regret: predicted
+    loss against a fresh solve from which on a change matters.
+    publish: "approval" leaves what `decide` would apply to a person, "automatic" puts it in force. confidence,
+    horizon_steps: of `decide`.
+    keep_windows, join, join_after_hours: how many windows are kept, and how many old ones are joined into one, and when.
+    keep_traces: uploaded traces kept.
+    """
+
+    objective: Objective = Objective()
+    solver: str = "search"
+    options: PlainObject = {}  # noqa: RUF012
+    seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 30.0
+    slots: PositiveInt | None = None
+    step_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
+    block: Annotated[int, Field(ge=1, le=1000)] = 4
+    recent: Annotated[int, Field(ge=8, le=10_000)] = 64
+    false_alarm: Fraction = 0.001
+    min_regret: Annotated[float, Field(ge=0.0, le=10.0)] = 0.02
+    publish: Literal["approval", "automatic"] = "approval"
+    confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.95
+    horizon_steps: Annotated[float, Field(gt=0.0)] = 100_000.0
+    keep_windows: Annotated[int, Field(ge=64, le=10_000_000)] = 20_000
+    join: Annotated[int, Field(ge=2, le=1000)] = 16
+    join_after_hours: Annotated[float, Field(ge=1.0, le=10_000.0)] = 24.0
+    keep_traces: Annotated[int, Field(ge=1, le=100)] = 4
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.recent < 8 * self.block:
+            raise ValueError(f"recent ({self.recent}) must be at least 8 blocks of {self.block} windows")
+        return self
+
+    def as_document(self) -> dict[str, Any]:
+        """The policy as plain data."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,154 @@
+"""Solves and decisions asked for, and how far they are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, HTTPException, Query, Request
+from fastapi.responses import StreamingResponse
+from pydantic import TypeAdapter
+from starlette.concurrency import run_in_threadpool
+
+from ...db.jobs import ENDED
+from ...db.service_records import JobRecord, JobState
+from ...db.store import Store
+from ...placement.objective import Objective
+from ...solvers.solve import check_options, solver_named
+from ..access import Reader, Submitter
+from ..paging import Before, Limit, Page, page_of
+from ..policy import Policy
+from ..settings import Settings
+from ..views import DecideIn, SolveIn
+from .common import ERRORS, KeyPath, Stored
+
+router = APIRouter(prefix="/v1", tags=["jobs"], responses=ERRORS)
+Idempotency = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=200,
+        pattern=r"^[!-~]+$",
+        description="The same key and request again return the same job.",
+    ),
+]
+KEEP_ALIVE_SECONDS = 15.0
+LOOK_SECONDS = 0.3
+_record = TypeAdapter(JobRecord)
+
+
+@router.post("/solve", status_code=202)
+def submit_solve(
+    body: SolveIn, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
+) -> JobRecord:
+    """A solve of a deployment's routing, or of a stored model, topology and statistics. The job's result names the plan."""
+    policy = Policy()
+    model, topology = body.model, body.topology
+    if body.deployment is not None:
+        deployment = store.deployments.get(body.deployment)
+        if model is not None or topology is not None:
+            raise HTTPException(422, "model, topology: those of the deployment are solved for; leave them out")
+        model, topology, policy = deployment.model_id, deployment.topology_id, Policy(**deployment.policy)
+    elif model is None or topology is None or body.statistics is None:
+        raise HTTPException(422, "give deployment, or model, topology and statistics")
+    settings: Settings = request.app.state.settings
+    seconds = body.seconds if body.seconds is not None else policy.seconds
+    if seconds > settings.max_seconds:
+        raise HTTPException(422, f"seconds: {seconds:g} is more than the {settings.max_seconds:g} this server grants")
+    solver = body.solver if body.solver is not None else policy.solver
+    options = body.options if body.options is not None else (policy.options if body.solver is None else {})
+    check_options(solver_named(solver), options)
+    objective: Objective = body.objective or policy.objective
+    wanted = {
+        "model": store.model(model).id,
+        "topology": store.topology(topology).id,
+        "statistics": None if body.statistics is None else store.statistics(body.statistics).id,
+        "routing": body.routing,
+        "windows": body.windows,
+        "solver": solver,
+        "options": options,
+        "seconds": seconds,
+        "seed": body.seed,
+        "slots": body.slots if body.slots is not None else policy.slots,
+        "objective": objective.model_dump(mode="json"),
+    }
+    return store.jobs.submit("solve", wanted, actor, deployment=body.deployment, idempotency=idempotency)
+
+
+@router.post("/decide", status_code=202)
+def submit_decide(body: DecideIn, store: Stored, actor: Submitter, idempotency: Idempotency = None) -> JobRecord:
+    """Keep the plan in force, or apply a stored candidate? Judged on routing newer than any that was solved on."""
+    store.deployments.get(body.deployment)
+    wanted = {
+        "candidate": store.plan(body.candidate).id,
+        "current": None if body.current is None else store.plan(body.current).id,
+        "routing": body.routing,
+        "record": body.record,
+    }
+    return store.jobs.submit("decide", wanted, actor, deployment=body.deployment, idempotency=idempotency)
+
+
+@router.get("/jobs")
+def jobs(
+    store: Stored,
+    _: Reader,
+    limit: Limit = 50,
+    before: Before = None,
+    deployment: Annotated[str | None, Query(max_length=100)] = None,
+    state: JobState | None = None,
+    kind: Literal["solve", "decide", "watch"] | None = None,
+) -> Page[JobRecord]:
+    """Newest first."""
+    found = store.jobs.page(limit=limit + 1, before=before, deployment=deployment, state=state, kind=kind)
+    return page_of(found, limit, lambda record: record, lambda record: record.key)
+
+
+@router.get("/jobs/{key}")
+def job(key: KeyPath, store: Stored, _: Reader) -> JobRecord:
+    """How far a job is, and its result."""
+    return store.jobs.get(key)
+
+
+@router.post("/jobs/{key}/cancel")
+def cancel(key: KeyPath, store: Stored, actor: Submitter) -> JobRecord:
+    """Ends a job that has not ended; its worker is stopped."""
+    return store.jobs.cancel(key, actor)
+
+
+@router.get(
+    "/jobs/{key}/events",
+    response_class=StreamingResponse,
+    responses={200: {"description": "Server-sent events: `job` with a job each, `end` with its last state.",
+                     "content": {"text/event-stream": {}}}},
+)  # fmt: skip
+async def events(key: KeyPath, request: Request, _: Reader) -> StreamingResponse:
+    """A job's progress as server-sent events, until it ends."""
+    store: Store = request.app.state.store
+    first = await run_in_threadpool(store.jobs.get, key)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(store, first, request), media_type="text/event-stream", headers=headers)
+
+
+async def _events(store: Store, record: JobRecord, request: Request) -> AsyncIterator[str]:
+    told, spoke = "", time.monotonic()
+    while True:
+        data = json.dumps(_plain(record))
+        ended = record.state in ENDED
+        if data != told:
+            yield f"event: {'end' if ended else 'job'}\ndata: {data}\n\n"
+            told, spoke = data, time.monotonic()
+        if ended or not request.app.state.ready or await request.is_disconnected():
+            return
+        if time.monotonic() - spoke > KEEP_ALIVE_SECONDS:
+            yield ": still here\n\n"
+            spoke = time.monotonic()
+        await asyncio.sleep(LOOK_SECONDS)
+        record = await run_in_threadpool(store.jobs.get, record.key)
+
+
+def _plain(record: JobRecord) -> Any:
+    return _record.dump_python(record, mode="json")

@@ -1,0 +1,110 @@
+"""Plans, and the files engines read."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+
+from ...placement.errors import FileFormatError, InputError
+from ...placement.plan import Plan
+from ...placement.plan_file import plan_from_dict
+from ...runtime.exporters import export_plan
+from ...runtime.exporters.export import engine_usage
+from ..access import Reader, Submitter
+from ..paging import Limit, Page, etag_of, page_of, unchanged
+from ..views import PlanFull, PlanIn, PlanView
+from .catalogue import Older
+from .common import ERRORS, RefPath, Stored
+
+router = APIRouter(prefix="/v1", tags=["plans"], responses=ERRORS)
+Engine = Literal["moeplace", "sglang", "vllm", "vllm-ascend", "trtllm"]
+Text = Annotated[str | None, Query(max_length=100, pattern=r"^[ -~]*$")]
+
+
+class Usage(BaseModel):
+    """How to give the file to its engine."""
+
+    format: Engine
+    usage: str
+
+
+@router.get("/plans")
+def plans(
+    store: Stored,
+    _: Reader,
+    limit: Limit = 50,
+    before: Older = None,
+    model: Text = None,
+    solver: Text = None,
+) -> Page[PlanView]:
+    """Without their tables, newest first."""
+    found = store.plans(limit=limit + 1, before=before, model=model, solver=solver)
+    return page_of(found, limit, PlanView.of, lambda record: record.id)
+
+
+@router.post("/plans", status_code=201)
+def add_plan(body: PlanIn, store: Stored, _: Submitter) -> PlanView:
+    """Keeps a plan made elsewhere; one that is stored already is returned."""
+    try:
+        plan = plan_from_dict(body.document, "document")
+    except (AttributeError, KeyError, IndexError, OverflowError) as error:
+        raise FileFormatError(f"document: not a plan ({type(error).__name__})") from None
+    return PlanView.of(store.add_plan(plan, name=body.name))
+
+
+@router.get("/plans/{ref}", response_model=PlanFull)
+def plan(ref: RefPath, request: Request, response: Response, store: Stored, _: Reader) -> PlanFull | Response:
+    """A plan with its tables."""
+    record = store.plan(ref)
+    return unchanged(request, response, etag_of(record.fingerprint, record.name)) or PlanFull.of(record)
+
+
+@router.get(
+    "/plans/{ref}/export",
+    response_class=Response,
+    responses={200: {"description": "The file.", "content": {"application/json": {}, "application/yaml": {}}}},
+)
+def export(
+    ref: RefPath,
+    request: Request,
+    response: Response,
+    store: Stored,
+    _: Reader,
+    format: Engine = "moeplace",  # noqa: A002
+) -> Response:
+    """The plan as the file an engine reads. 422 where the engine cannot express it; the message says what to change."""
+    record = store.plan(ref)
+    etag = etag_of(record.fingerprint, format)
+    return unchanged(request, response, etag, forever=ref == record.fingerprint) or exported(
+        record.plan, record.id, format, dict(response.headers)
+    )
+
+
+@router.get("/plans/{ref}/usage")
+def usage(ref: RefPath, store: Stored, _: Reader, format: Engine = "moeplace") -> Usage:  # noqa: A002
+    """How to start an engine with the exported file."""
+    record = store.plan(ref)
+    return Usage(format=format, usage=engine_usage(record.plan, format, file_name(record.id, format)))
+
+
+def exported(plan: Plan, plan_id: str, engine: Engine, headers: dict[str, str]) -> Response:
+    """The engine's file as a download."""
+    name = file_name(plan_id, engine)
+    # Exporters write files; this one is this process's own, and gone at once.
+    with tempfile.TemporaryDirectory(prefix="moeplace-") as folder:
+        path = export_plan(plan, engine, Path(folder) / name)
+        if not path.is_file():
+            raise InputError(f"{engine} takes more than one file; export with the command line")
+        content = path.read_bytes()
+    kind = "application/yaml" if name.endswith(".yaml") else "application/json"
+    disposition = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type=kind, headers={**headers, **disposition})
+
+
+def file_name(plan_id: str, engine: Engine) -> str:
+    """What a download is called."""
+    return f"plan-{plan_id}-{engine}.{'yaml' if engine == 'trtllm' else 'json'}"

@@ -1,0 +1,116 @@
+"""Routing as the service keeps it, turned into what solvers read. Files live in folders of this process's own making."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..db.service_records import WindowRecord
+from ..db.store import Store
+from ..placement.errors import FileFormatError, InputError
+from ..placement.model import ModelSpec
+from ..placement.statistics import RoutingStatistics
+from ..placement.trace import RoutingTrace
+from ..profiler.aggregate import aggregate
+from ..profiler.statistics_file import read_statistics, write_statistics
+from ..profiler.trace_files import read_header, read_trace
+
+SAMPLE_TOKENS = 200_000
+
+
+def from_windows(windows: Sequence[WindowRecord], model: ModelSpec) -> RoutingStatistics:
+    """Statistics of count windows, in their order.
+
+    Raises:
+        InputError: no windows.
+    """
+    if not windows:
+        raise InputError("there are no count windows to solve on yet; send some to the deployment")
+    workloads = tuple(dict.fromkeys(window.workload for window in windows))
+    load = np.stack([window.load for window in windows]).astype(np.float64)
+    codes = np.array([workloads.index(window.workload) for window in windows], dtype=np.int64)
+    told = repr((workloads, codes.tolist(), model.moe_layers)).encode()
+    return RoutingStatistics(
+        experts=model.experts,
+        moe_layers=model.moe_layers,
+        load=load,
+        window_workload=codes,
+        workloads=workloads,
+        top_k=model.top_k,
+        tokens=int(load.sum(axis=(0, 2)).max() / model.top_k),
+        fingerprint=hashlib.sha256(told + load.tobytes()).hexdigest(),
+    )
+
+
+def to_bytes(statistics: RoutingStatistics) -> bytes:
+    """The statistics as their file."""
+    with tempfile.TemporaryDirectory(prefix="moeplace-") as folder:
+        path = Path(folder) / "statistics.npz"
+        write_statistics(statistics, path)
+        return path.read_bytes()
+
+
+def statistics_of(content: bytes) -> RoutingStatistics:
+    """Reads a statistics file.
+
+    Raises:
+        FileFormatError: it is not one, or damaged.
+    """
+    with _as_files([("statistics.npz", content)]) as folder:
+        return read_statistics(folder / "statistics.npz")
+
+
+def stored_statistics(store: Store, ref: str) -> RoutingStatistics:
+    """Statistics kept in the store."""
+    return statistics_of(store.statistics_content(ref))
+
+
+def check_trace(content: bytes, model: ModelSpec) -> Mapping[str, Any]:
+    """What a Parquet shard holds, when it is one of this model.
+
+    Raises:
+        FileFormatError: not a shard, or damaged. InputError: of another model.
+    """
+    with _as_files([("trace.parquet", content)]) as folder:
+        header = read_header(folder / "trace.parquet")
+        found = (header.num_experts, header.top_k, header.moe_layers)
+        if found != (model.experts, model.top_k, model.moe_layers):
+            raise InputError(
+                f"the trace has {found[0]} experts, top-{found[1]}, MoE layers {list(found[2])}; the deployment's model "
+                f"has {model.experts}, top-{model.top_k}, {list(model.moe_layers)}"
+            )
+        trace = read_trace(folder / "trace.parquet")
+        if not trace.num_tokens:
+            raise InputError("the trace holds no token")
+        return {"tokens": trace.num_tokens, "workloads": list(trace.workloads)}
+
+
+def trace_statistics(contents: Sequence[bytes]) -> RoutingStatistics:
+    """Statistics of uploaded traces, oldest first."""
+    with _as_files([(f"{index:05}.parquet", content) for index, content in enumerate(contents)]) as folder:
+        return aggregate(folder, sample_tokens=SAMPLE_TOKENS, workers=1)
+
+
+def trace_of(content: bytes) -> RoutingTrace:
+    """An uploaded trace, in memory."""
+    with _as_files([("trace.parquet", content)]) as folder:
+        return read_trace(folder / "trace.parquet")
+
+
+@contextlib.contextmanager
+def _as_files(files: Sequence[tuple[str, bytes]]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="moeplace-") as name:
+        folder = Path(name)
+        for file, content in files:
+            (folder / file).write_bytes(content)
+        try:
+            yield folder
+        except FileFormatError as error:
+            # Where this process put the file is nobody's business.
+            raise FileFormatError(str(error).replace(f"{folder}/", "").replace(str(folder), "upload")) from None

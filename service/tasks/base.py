@@ -1,0 +1,22 @@
+"""The contract between workers and what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ...db.service_records import ClaimedJob, Outcome
+from ...db.store import Store
+from ...solvers.base import Progress
+
+Report = Callable[[Progress], None]
+
+
+class Task(Protocol):
+    """Instances are stateless. `run` reads from the store and writes nothing: the outcome is stored when the job ends,
+    so that a job that is begun twice leaves one trace. It raises MoeplaceError for what cannot be done."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome: ...

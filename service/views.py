@@ -1,0 +1,256 @@
+"""What the API takes and gives, where it is not a record of the store as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..db.records import ModelRecord, PlanRecord, PlanSummary, StatisticsRecord, TopologyRecord
+from ..db.service_records import WindowRecord
+from ..placement.model import ModelSpec
+from ..placement.objective import Objective
+from ..placement.plan_file import plan_to_dict
+from ..placement.topology import Topology
+from .plain import PlainObject
+from .policy import Policy
+
+Name = Annotated[str, Field(min_length=1, max_length=100, description="A name, not one that reads as an id.")]
+Ref = Annotated[str, Field(min_length=1, max_length=200, description="A name, or the first digits of an id.")]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelIn(Body):
+    spec: ModelSpec
+    name: Name | None = None
+
+
+class TopologyIn(Body):
+    """topology: in full, with counts, or {"preset": NAME, "nodes": n, "devices_per_node": m}."""
+
+    topology: PlainObject
+    name: Name | None = None
+
+
+class DeploymentIn(Body):
+    name: Name
+    model: Ref
+    topology: Ref
+    policy: Policy = Policy()
+
+
+class ModelView(BaseModel):
+    id: str
+    name: str | None
+    created: datetime
+    spec: ModelSpec
+
+    @classmethod
+    def of(cls, record: ModelRecord) -> ModelView:
+        return cls(id=record.id, name=record.name, created=record.created, spec=record.spec)
+
+
+class TopologyView(BaseModel):
+    id: str
+    name: str | None
+    created: datetime
+    devices: int
+    nodes: int
+    label: str
+
+    @classmethod
+    def of(cls, record: TopologyRecord) -> TopologyView:
+        cluster = record.topology
+        return cls(
+            id=record.id,
+            name=record.name,
+            created=record.created,
+            devices=cluster.num_devices,
+            nodes=cluster.num_nodes,
+            label=cluster.name,
+        )
+
+
+class TopologyFull(TopologyView):
+    topology: Topology
+
+    @classmethod
+    def of(cls, record: TopologyRecord) -> TopologyFull:
+        return cls(**TopologyView.of(record).model_dump(), topology=record.topology)
+
+
+class StatisticsView(BaseModel):
+    id: str
+    name: str | None
+    created: datetime
+    experts: int
+    moe_layers: tuple[int, ...]
+    top_k: int | None
+    workloads: tuple[str, ...]
+    windows: int
+    tokens: int
+    sample_tokens: int
+    content_bytes: int
+    content_sha256: str
+
+    @classmethod
+    def of(cls, record: StatisticsRecord) -> StatisticsView:
+        return cls(**{name: getattr(record, name) for name in cls.model_fields})
+
+
+class PlanView(BaseModel):
+    """A plan without its tables. value, bound, gap: of its solver's own objective."""
+
+    id: str
+    name: str | None
+    created: datetime
+    model_id: str
+    topology_id: str
+    statistics_id: str | None
+    layers: int
+    experts: int
+    devices: int
+    slots: int
+    solver: str
+    seed: int
+    options: Mapping[str, Any]
+    seconds: float
+    stop: str
+    trace_fingerprint: str
+    objective: str | None
+    value: float | None
+    bound: float | None
+    gap: float | None
+
+    @classmethod
+    def of(cls, record: PlanSummary) -> PlanView:
+        certificate, made = record.certificate, record.provenance
+        return cls(
+            **{name: getattr(record, name) for name in cls.model_fields if hasattr(record, name) and name != "solver"},
+            solver=made.solver,
+            seed=made.seed,
+            options=made.options,
+            seconds=made.seconds,
+            stop=made.stop,
+            trace_fingerprint=made.trace_fingerprint,
+            objective=certificate.objective if certificate else None,
+            value=certificate.value if certificate else None,
+            bound=certificate.bound if certificate else None,
+            gap=certificate.gap if certificate else None,
+        )
+
+
+class PlanFull(PlanView):
+    """document: the plan as its file holds it."""
+
+    document: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, record: PlanSummary) -> PlanFull:
+        assert isinstance(record, PlanRecord)
+        return cls(**PlanView.of(record).model_dump(), document=plan_to_dict(record.plan))
+
+
+class PlanIn(Body):
+    """document: a plan as its file holds it."""
+
+    document: dict[str, Any]
+    name: Name | None = None
+
+
+class WindowView(BaseModel):
+    key: int
+    ended: datetime
+    received: datetime
+    workload: str
+    pairs: int
+    merged: int
+    load: list[list[int]]
+
+    @classmethod
+    def of(cls, record: WindowRecord) -> WindowView:
+        fields = {name: getattr(record, name) for name in cls.model_fields if name != "load"}
+        return cls(**fields, load=record.load.tolist())
+
+
+class Taken(BaseModel):
+    """received: windows in the request. new: of them, not stored before."""
+
+    received: int
+    new: int
+
+
+class UploadIn(Body):
+    """kind: "trace" for a Parquet shard of a deployment's routing, "statistics" for a statistics file."""
+
+    kind: Literal["trace", "statistics"]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    total_bytes: Annotated[int, Field(ge=1, le=1 << 30)]
+    deployment: Ref | None = None
+
+
+class SolveIn(Body):
+    """Of a deployment, or of a stored model, topology and statistics.
+
+    routing: what of a deployment's record to solve on, its newest `windows` count windows or its uploaded traces.
+    Left out: solver, options, seconds, slots and objective are those of the deployment's policy.
+    """
+
+    deployment: Ref | None = None
+    routing: Literal["counts", "tokens"] = "counts"
+    windows: Annotated[int, Field(ge=1, le=10_000)] = 256
+    model: Ref | None = None
+    topology: Ref | None = None
+    statistics: Ref | None = None
+    solver: Annotated[str, Field(max_length=50)] | None = None
+    options: PlainObject | None = None
+    seconds: Annotated[float, Field(gt=0.0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    slots: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    objective: Objective | None = None
+
+
+class DecideIn(Body):
+    """candidate: a stored plan, judged against the one in force on the deployment's newest routing.
+
+    current: judge against this one instead. record: keep the decision, to be approved or published as the policy says;
+    otherwise it is a what-if.
+    """
+
+    deployment: Ref
+    candidate: Ref
+    current: Ref | None = None
+    routing: Literal["counts", "tokens"] = "counts"
+    record: bool = True
+
+
+class PublishIn(Body):
+    plan: Ref
+    comment: Annotated[str, Field(max_length=2000)] = ""
+
+
+class RollbackIn(Body):
+    version: Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+    comment: Annotated[str, Field(max_length=2000)] = ""
+
+
+class CommentIn(Body):
+    comment: Annotated[str, Field(max_length=2000)] = ""
+
+
+class WebhookIn(Body):
+    url: Annotated[str, Field(max_length=2000, pattern=r"^https?://[!-~]+$")]
+
+
+class WebhookMade(BaseModel):
+    """secret: signs what is sent; it is not shown again."""
+
+    key: int
+    url: str
+    created: datetime
+    secret: str

@@ -1,0 +1,182 @@
+"""A worker process: takes jobs one after the other, shows that it lives, and leaves nothing behind when it does not.
+
+    python -m moeplace.service.worker NAME LEASE_SECONDS IDLE_SECONDS
+
+The database is named by MOEPLACE_DB. It ends when its standard input does: then its server is gone, however that ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..db.service_records import ClaimedJob, Outcome
+from ..db.store import Store
+from ..placement.errors import MoeplaceError, StoreError
+from ..solvers.base import Progress
+from .logs import configure
+from .tasks import task_of
+
+log = logging.getLogger("moeplace.service.worker")
+
+HISTORY = 200
+STORE_PATIENCE = 600.0
+"""Seconds a finished job waits for a database that is down."""
+
+
+class Pulse:
+    """Beats for a job from a thread of its own, passing on its progress. Calls `gone` when the job is not ours any more."""
+
+    def __init__(self, job: ClaimedJob, store: Store, every: float, gone: Callable[[], None]) -> None:
+        self._job, self._store, self._every, self._gone = job, store, every, gone
+        self._news: dict[str, Any] | None = None
+        self._history: list[list[float | None]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def report(self, progress: Progress) -> None:
+        """Takes a solver's news."""
+        entry = [round(progress.seconds, 3), progress.value, progress.bound]
+        if progress.value is not None and (not self._history or self._history[-1][1:] != entry[1:]):
+            self._history = [*self._history[-HISTORY + 1 :], entry]
+        self._news = {
+            "seconds": entry[0],
+            "value": progress.value,
+            "bound": progress.bound,
+            "message": progress.message,
+            "history": self._history,
+        }
+
+    def flush(self) -> None:
+        """Passes on the last news before the job ends."""
+        news, self._news = self._news, None
+        if news is not None:
+            with contextlib.suppress(StoreError):
+                self._store.jobs.beat(self._job, news)
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(min(0.5, self._every)):
+            news, self._news = self._news, None
+            if news is None and time.monotonic() - last < self._every:
+                continue
+            last = time.monotonic()
+            try:
+                held = self._store.jobs.beat(self._job, news)
+            except StoreError as error:
+                # The database may come back; whether the job is still ours then, the next beat tells.
+                log.warning("no beat", extra={"job": self._job.key, "error": str(error)})
+                continue
+            if not held and not self._stop.is_set():
+                self._gone()
+
+
+def work(store: Store, name: str, lease_seconds: float, idle_seconds: float, stop: threading.Event) -> None:
+    """Takes jobs until `stop` is set."""
+    while not stop.is_set():
+        try:
+            job = store.jobs.claim(name)
+        except StoreError as error:
+            log.warning("no job", extra={"error": str(error)})
+            stop.wait(5.0)
+            continue
+        if job is None:
+            stop.wait(idle_seconds)
+        else:
+            run(job, store, lease_seconds, stop)
+
+
+def run(job: ClaimedJob, store: Store, lease_seconds: float, stop: threading.Event) -> None:
+    """Does one job and stores what comes of it."""
+    log.info("job begins", extra={"job": job.key, "kind": job.kind, "attempt": job.attempts})
+    stopping = threading.Thread(target=_give_back, args=(job, store, stop), daemon=True)
+    stopping.start()
+    ended: Callable[[], bool]
+    with Pulse(job, store, lease_seconds / 6, _die) as pulse:
+        try:
+            outcome: Outcome = task_of(job.kind).run(job, store, pulse.report)
+        except StoreError as error:
+            log.warning("job given back", extra={"job": job.key, "error": str(error)})
+            ended = lambda: store.jobs.release(job)  # noqa: E731
+        except MoeplaceError as error:
+            message = str(error)
+            ended = lambda: store.jobs.fail(job, message)  # noqa: E731
+        except Exception as error:
+            log.exception("job failed", extra={"job": job.key})
+            kind = type(error).__name__
+            ended = lambda: store.jobs.fail(job, f"internal error ({kind}); the worker's log says more")  # noqa: E731
+        else:
+            ended = lambda: store.jobs.finish(job, outcome)  # noqa: E731
+        pulse.flush()
+        # The pulse beats on while the database is away, so that nobody takes the job meanwhile.
+        told = _persist(ended, job, store)
+    log.info("job ends", extra={"job": job.key, "told": told})
+
+
+def _persist(end: Callable[[], bool], job: ClaimedJob, store: Store) -> bool:
+    deadline = time.monotonic() + STORE_PATIENCE
+    while True:
+        try:
+            return end()
+        except StoreError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("cannot store the outcome yet", extra={"job": job.key, "error": str(error)})
+            time.sleep(2.0)
+        except MoeplaceError as error:
+            # The outcome itself is refused, and would be again.
+            return store.jobs.fail(job, str(error))
+
+
+def _give_back(job: ClaimedJob, store: Store, stop: threading.Event) -> None:
+    """When told to stop in the middle of a job: gives it back to be begun again, and ends with all children."""
+    stop.wait()
+    with contextlib.suppress(MoeplaceError):
+        if not store.jobs.release(job):
+            return
+    _die()
+
+
+def _die() -> None:
+    """Ends this process and every process a solver started."""
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _watch_input(stop: threading.Event) -> None:
+    while sys.stdin.buffer.read(1):
+        pass
+    stop.set()
+
+
+def main() -> None:
+    """Runs until standard input ends."""
+    name, lease_seconds, idle_seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+    configure()
+    if os.getpgid(0) != os.getpid():
+        os.setpgid(0, 0)
+    # Ctrl-C at the terminal is for the server, which then ends its workers in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stop = threading.Event()
+    threading.Thread(target=_watch_input, args=(stop,), daemon=True).start()
+    with Store.open() as store:
+        work(store, name, lease_seconds, idle_seconds, stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A real server process for tests: started on a free port, told to stop or killed, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+import moeplace as mp
+
+MODEL = mp.ModelSpec(layers=3, experts=16, top_k=2, hidden_size=1024, ffn_size=512, name="toy")
+TOPOLOGY = mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=2)
+POLICY = {"solver": "eplb", "seconds": 5, "block": 1, "recent": 16, "step_tokens": 4096, "min_regret": 0.01}
+
+
+class Server:
+    """`moeplace serve` in a process of its own."""
+
+    def __init__(self, url: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", "moeplace.cli", "serve", "--port", "0", "--rate", "0", *arguments]
+        environment = {**os.environ, "MOEPLACE_DB": url}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True)
+        self.log: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = str(self.wait_for("serving")["url"])
+        self.wait_for("Application startup complete.")
+
+    def client(self, token: str | None = None) -> mp.Client:
+        return mp.Client(self.url, token)
+
+    def wait_for(self, message: str, seconds: float = 60.0, **fields: Any) -> dict[str, Any]:
+        """The first log entry with this message and these fields."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for entry in list(self.log):
+                if entry.get("message") == message and all(entry.get(key) == value for key, value in fields.items()):
+                    return entry
+            assert self.process.poll() is None or self._reader.is_alive(), f"the server ended: {self.log[-5:]}"
+            time.sleep(0.02)
+        raise AssertionError(f"no {message!r} {fields} in the log: {self.log[-20:]}")
+
+    def worker_pid(self) -> int:
+        """The newest worker process."""
+        return int([entry["pid"] for entry in self.log if entry.get("message") == "worker starts"][-1])
+
+    def stop(self) -> int:
+        """Ends it as an operator does; returns its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            try:
+                self.log.append(json.loads(line))
+            except ValueError:
+                self.log.append({"message": line})
+
+
+@contextmanager
+def serving(url: str, *arguments: str) -> Iterator[Server]:
+    server = Server(url, *arguments)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+def skewed(seed: int) -> np.ndarray:
+    """[L, E] chances of experts."""
+    return np.random.default_rng(seed).dirichlet(np.full(MODEL.experts, 0.4), size=MODEL.layers)
+
+
+def counts(seed: int, chances: np.ndarray, tokens: int = 4000) -> np.ndarray:
+    """[L, E] one window of traffic that follows them."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.multinomial(tokens * MODEL.top_k, row) for row in chances])
+
+
+def prepared(client: mp.Client, name: str = "chat", **policy: Any) -> None:
+    """A deployment of the toy model."""
+    client.add_model(MODEL)
+    client.add_topology(TOPOLOGY, "box")
+    client.add_deployment(name, "toy", "box", {**POLICY, **policy})

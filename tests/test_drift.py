@@ -1,0 +1,128 @@
+"""Drift of count windows: false alarms at the stated rate, true changes found, prices that agree with replayed steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import moeplace as mp
+from moeplace.placement.decide_counts import decide_on_counts
+from moeplace.placement.drift import drift, least_windows
+from moeplace.placement.window_cost import window_seconds
+
+TOPOLOGY = mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=2)
+
+
+def windows(rng: np.random.Generator, count: int, skew: np.ndarray, autocorrelation: float = 0.0) -> np.ndarray:
+    """[count, L, E] counts whose mean follows `skew` [L, E], with a slow random walk around it where wanted."""
+    level = np.zeros(skew.shape)
+    result = []
+    for _ in range(count):
+        level = autocorrelation * level + rng.normal(0, 0.1, skew.shape)
+        chances = skew * np.exp(level if autocorrelation else 0 * level)
+        result.append([rng.multinomial(400, row / row.sum()) for row in chances])
+    return np.array(result, dtype=np.float64)
+
+
+@pytest.mark.parametrize(("autocorrelation", "length"), [(0.0, 16), (0.5, 160), (0.8, 160)])
+def test_false_alarms_come_at_the_stated_rate(autocorrelation: float, length: int) -> None:
+    rng = np.random.default_rng(3)
+    alpha, runs, alarms = 0.05, 300, 0
+    for seed in range(runs):
+        stream = windows(rng, length, rng.dirichlet(np.ones(8), size=2), autocorrelation)
+        cut = len(stream) * 5 // 8
+        alarms += drift(stream[:cut], stream[cut:], block=1, permutations=199, seed=seed, alpha=alpha).p <= alpha
+    # 15 expected; binomial standard deviation 3.8. Uncorrected, correlated windows make 125 and 285.
+    assert alarms <= 15 + 3 * 3.8
+
+
+def test_a_change_is_found_and_where_it_is() -> None:
+    rng = np.random.default_rng(0)
+    skew = rng.dirichlet(np.ones(8), size=3)
+    changed = skew.copy()
+    changed[1] = changed[1, ::-1]
+    found = drift(windows(rng, 40, skew), windows(rng, 16, changed), block=2, alpha=0.001)
+    assert found.p <= 0.001
+    assert found.layer == 1
+    assert found.layer_divergence > 2 * found.divergence
+
+
+def test_more_traffic_of_the_same_kind_is_no_drift() -> None:
+    rng = np.random.default_rng(1)
+    skew = rng.dirichlet(np.ones(8), size=3)
+    same = windows(rng, 56, skew)
+    assert drift(same[:40], 7 * same[40:], block=2, permutations=999).p > 0.01
+
+
+def test_an_exact_p_value_on_a_small_case() -> None:
+    # 5 before, 1 since, the odd one out: of the 6 ways to choose one, only this is as far apart.
+    before = np.repeat(np.array([[[6.0, 4.0]]]), 5, axis=0)
+    found = drift(before, np.array([[[1.0, 9.0]]]), block=1, permutations=6000, alpha=0.4)
+    assert found.p == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_too_few_windows_to_tell_are_refused() -> None:
+    load = np.ones((8, 2, 4))
+    with pytest.raises(mp.InputError, match="at least"):
+        drift(load, load[:4], block=4, alpha=0.001)
+    with pytest.raises(mp.InputError, match="and 4 since"):
+        drift(load, load[:3], block=4)
+    with pytest.raises(mp.InputError, match="of one model"):
+        drift(load, np.ones((8, 2, 5)))
+    assert least_windows(4, 4, 0.05) == 39 * 4
+
+
+def model(layers: int = 3, experts: int = 16, top_k: int = 2) -> mp.ModelSpec:
+    return mp.ModelSpec(layers=layers, experts=experts, top_k=top_k, hidden_size=1024, ffn_size=512)
+
+
+def problem_for(load: np.ndarray, **changes: object) -> mp.Problem:
+    spec = model()
+    return mp.Problem(spec, TOPOLOGY, mp.RoutingStatistics.from_counts(load, top_k=2), **changes)  # type: ignore[arg-type]
+
+
+def test_the_price_of_a_window_agrees_with_replayed_steps_of_independent_tokens() -> None:
+    rng = np.random.default_rng(5)
+    spec = model(top_k=1)
+    chances = rng.dirichlet(np.full(16, 0.8), size=3)
+    ids = np.stack([rng.choice(16, size=60_000, p=row) for row in chances], axis=1)[:, :, None]
+    trace = mp.RoutingTrace.from_arrays(ids, 16, sequence=np.arange(60_000))
+    statistics = mp.RoutingStatistics.from_trace(trace)
+    problem = mp.Problem(spec, TOPOLOGY, statistics, slots=20)
+    for solver in ("contiguous", "eplb"):
+        plan = mp.solve(mp.Problem(spec, TOPOLOGY, statistics, slots=20 if solver == "eplb" else None), solver)
+        steps = trace.decode_steps(300, 200)
+        replayed = mp.evaluate(plan, steps, problem).step_seconds.mean()
+        load = steps.loads().sum(axis=0, keepdims=True).astype(np.float64)
+        # Steps vary around their mean, and the slowest device of each is slower than the mean's slowest.
+        assert float(window_seconds(plan, load, problem, 300)[0]) == pytest.approx(replayed, rel=0.08)
+
+
+def test_what_counts_cannot_price_is_refused() -> None:
+    load = np.ones((4, 3, 16))
+    problem = problem_for(load)
+    plan = mp.solve(problem, "contiguous")
+    with pytest.raises(mp.UnsupportedError, match="transitions"):
+        window_seconds(plan, load, problem_for(load, objective=mp.Objective(execution="context_coherent")), 10)
+    with pytest.raises(mp.InputError, match="expected .windows, 3, 16"):
+        window_seconds(plan, load[:, :2], problem, 10)
+    with pytest.raises(mp.InputError, match="step_tokens"):
+        window_seconds(plan, load, problem, 0)
+
+
+def test_a_plan_for_todays_counts_is_applied_and_one_that_gains_nothing_is_not() -> None:
+    rng = np.random.default_rng(2)
+    skew = rng.dirichlet(np.full(16, 0.3), size=3)
+    load = windows(rng, 48, skew)
+    problem = problem_for(load[:24])
+    today, better = mp.solve(problem, "contiguous"), mp.solve(problem, "eplb")
+    decision = decide_on_counts(today, [better], load[24:], problem, step_tokens=4096)
+    assert (decision.action, decision.chosen) == ("apply", 0)
+    assert decision.verdicts[0].gain_low > 0
+    again = decide_on_counts(better, [better], load[24:], problem, step_tokens=4096)
+    assert again.action == "keep"
+    brief = decide_on_counts(today, [better], load[24:], problem, step_tokens=4096, horizon_steps=1)
+    assert brief.action == "keep"
+    assert "not paid back" in brief.reason
+    with pytest.raises(mp.InputError, match="make 2 blocks of 4"):
+        decide_on_counts(today, [better], load[:11], problem, step_tokens=4096)
