@@ -31,7 +31,7 @@ def settle(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: f
     strayed = (layer.stray * share).sum()
     allowed, failures = layer.moves.allowed, layer.moves.failures
     while True:
-        g = loads.argmax()
+        g = int(loads.argmax())
         if loads[g] <= enough:
             break
         least, best_p, best_q = loads[g] * (1.0 - LEAST_GAIN), -1, -1
