@@ -1,0 +1,285 @@
+"""A change of plan between two training steps: experts move, all ranks flip together, or none does."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...placement.errors import InputError, MoeplaceError, RankError
+from ...placement.migration import migration
+from ...placement.plan import Plan
+from .agreement import agree
+from .ballot import Ballot
+from .data_parallel import expert_layers
+from .expert_rows import RowTensor, assign_rows, row_tensors
+from .experts import PlacedExperts, check_plan
+from .layer_placement import LayerPlacement
+from .lost_ranks import silent_ranks
+from .transfer import Parcel, transfer
+
+CHUNK_BYTES = 64 << 20
+
+_serial = count()
+_transfer_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Move:
+    layer: int
+    expert: int
+    source: int
+    target: int
+
+
+class Migration:
+    """A change from the plan in force to another, all at once or spread over several steps. Every rank makes one and
+    calls the same methods.
+
+    Experts that a rank must newly hold arrive as replicas without any share: the old plan serves all tokens, while
+    gradients keep the newcomers equal to the others. Once every rank has everything, the new plan comes into force on all
+    of them. A rank that dies or fails before leaves the old plan in force, with nothing lost.
+
+    moves: experts that go to a device which does not hold them, the fewest possible. bytes_total: of all of them, weights and
+    optimizer state. bytes_moved: so far. pauses: seconds of each `advance`.
+
+    optimizer: whose state (Adam's moments) travels along; row by row, so those that work element by element.
+    chunk_bytes: most bytes a rank has under way. timeout: for a message or for the slowest rank.
+
+    Raises:
+        InputError: on all ranks: no expert layers, a plan for another model or number of ranks, gradients not yet used,
+            ranks with different plans or optimizer state.
+        RankError: a rank is gone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        timeout: timedelta = timedelta(minutes=5),
+    ) -> None:
+        self._layers = {module.layer: module for _, module in expert_layers(model)}
+        if not self._layers:
+            raise InputError(f"{type(model).__name__} has no layer of placed experts; build or parallelize it first")
+        if chunk_bytes < 1:
+            raise InputError(f"chunk_bytes ({chunk_bytes}) must be at least 1")
+        self.plan, self._optimizer = plan, optimizer
+        self._chunk_bytes, self._timeout = chunk_bytes, timeout
+        self._mesh = next(iter(self._layers.values())).mesh
+        self._check()
+        self._serial = next(_serial)
+        self._rounds = 0
+        self._moves = self._planned()
+        self.moves = len(self._moves)
+        self.bytes_total = sum(self._bytes(move) for move in self._moves)
+        self.bytes_moved = 0
+        self.pauses: list[float] = []
+        self.done = False
+
+    def advance(self, limit_bytes: int | None = None) -> bool:
+        """Moves experts of at most `limit_bytes` in all (one at least; all when None), and flips after the last.
+
+        Call between optimizer.zero_grad() and the next forward. Gives whether the new plan is in force.
+
+        Raises:
+            RankError: a rank failed, died or was late. What this call moved is dropped on all ranks; the plan in
+                force stays. Unless a rank died, calling again tries again.
+        """
+        if self.done:
+            return True
+        began = time.perf_counter()
+        moves = self._next(limit_bytes)
+        self._rounds += 1
+        ballot = Ballot(self._mesh, f"{self._mesh.group.group_name}/{self._serial}/{self._rounds}")
+        try:
+            changes = self._stage(moves, last=len(moves) == len(self._moves))
+        except (MoeplaceError, dist.DistError, RuntimeError, OSError) as error:
+            raise self._given_up(ballot, error) from error
+        except BaseException as error:
+            self._given_up(ballot, error)
+            raise
+        try:
+            ballot.ready(self._timeout)
+        except RankError as error:
+            raise self._given_up(ballot, error) from error
+        for change in changes:
+            change.install()
+        self._moves = self._moves[len(moves) :]
+        self.bytes_moved += sum(self._bytes(move) for move in moves)
+        self.done = not self._moves
+        self.pauses.append(time.perf_counter() - began)
+        return self.done
+
+    def cancel(self) -> None:
+        """Drops what has arrived so far; the old plan was in force all the time. No message is needed."""
+        if not self.done:
+            for module in self._layers.values():
+                _Change(module, self._optimizer, module.plan, {}, self._mesh.rank).install()
+            self._moves, self.done = [], True
+
+    def _check(self) -> None:
+        failure: Exception | None = None
+        content = [self.plan.fingerprint, str(self._chunk_bytes)]
+        try:
+            for module in self._layers.values():
+                check_plan(module.spec, self.plan, self._mesh)
+                LayerPlacement.of(self.plan, module.layer)
+                content += [str(tensor) for tensor in row_tensors(module, self._optimizer)]
+        except MoeplaceError as error:
+            failure = error
+        agree(self._mesh, "new plan and optimizer state", "\n".join(content), failure)
+
+    def _planned(self) -> list[_Move]:
+        current = next(iter(self._layers.values())).plan
+        needed = migration(current, self.plan)
+        absolute = np.array(self.plan.moe_layers)[needed.layer]
+        moves = zip(absolute, needed.expert, needed.source, needed.target, strict=True)
+        return [_Move(*(int(part) for part in move)) for move in moves if int(move[0]) in self._layers]
+
+    def _bytes(self, move: _Move) -> int:
+        return sum(tensor.row_bytes for tensor in self._tensors(move.layer))
+
+    def _tensors(self, layer: int) -> list[RowTensor]:
+        return row_tensors(self._layers[layer], self._optimizer)
+
+    def _next(self, limit_bytes: int | None) -> list[_Move]:
+        if limit_bytes is None:
+            return self._moves
+        chosen: list[_Move] = []
+        total = 0
+        for move in self._moves:
+            total += self._bytes(move)
+            if chosen and total > limit_bytes:
+                break
+            chosen.append(move)
+        return chosen
+
+    def _stage(self, moves: list[_Move], last: bool) -> list[_Change]:
+        """Receives rows beside the present ones, and prepares all that could fail before the vote."""
+        tensors = {layer: self._tensors(layer) for layer in {move.layer for move in moves}}
+        arrived: dict[int, dict[int, list[Tensor]]] = {}
+        parcels = []
+        for move in moves:
+            own = self._layers[move.layer]
+            row = int(np.flatnonzero(own.row_expert == move.expert)[0]) if move.source == self._mesh.rank else -1
+            for tensor in tensors[move.layer]:
+                content = None
+                if move.source == self._mesh.rank:
+                    content = tensor.value[row]
+                elif move.target == self._mesh.rank:
+                    content = torch.empty_like(tensor.value[:0]).new_empty(tensor.value.shape[1:])
+                    arrived.setdefault(move.layer, {}).setdefault(move.expert, []).append(content)
+                parcels.append(Parcel(move.source, move.target, tensor.row_bytes, content))
+        if parcels:
+            transfer(parcels, self._mesh, self._group(), self._chunk_bytes, self._timeout)
+        if last:
+            layers, target = list(self._layers), self.plan
+        else:
+            layers, target = list(tensors), None
+        return [
+            _Change(
+                self._layers[layer],
+                self._optimizer,
+                target or self._layers[layer].plan,
+                arrived.get(layer, {}),
+                self._mesh.rank,
+                [] if target else [move for move in moves if move.layer == layer],
+            )
+            for layer in layers
+        ]
+
+    def _group(self) -> dist.ProcessGroup:
+        """A process group of its own: one that breaks in a migration must not take training with it."""
+        if self._mesh.group not in _transfer_groups:
+            whole = self._mesh.size == dist.get_world_size()
+            group = dist.new_group(list(self._mesh.members), timeout=self._timeout, use_local_synchronization=not whole)
+            assert isinstance(group, dist.ProcessGroup)
+            _transfer_groups[self._mesh.group] = group
+        return _transfer_groups[self._mesh.group]
+
+    def _given_up(self, ballot: Ballot, error: BaseException) -> RankError:
+        """Tells the other ranks, and says what all of them know."""
+        reason = ballot.abort(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        group = _transfer_groups.pop(self._mesh.group, None)
+        if group is not None:
+            # Its connections close with the last reference, which tells peers that wait for a message at once; the
+            # frames that the error came through hold some.
+            dist.destroy_process_group(group)
+            del group
+            traceback.clear_frames(error.__traceback__)
+        silent = silent_ranks(self._mesh.group)
+        if silent:
+            reason = f"rank {', '.join(map(str, silent))} does not answer any more; {reason}"
+        return RankError(f"migration given up, the plan in force stays: {reason}")
+
+
+class _Change:
+    """One layer's next rows and placement, ready to come into force without anything that could fail."""
+
+    def __init__(
+        self,
+        module: PlacedExperts,
+        optimizer: torch.optim.Optimizer | None,
+        plan: Plan,
+        arrived: dict[int, list[Tensor]],
+        rank: int,
+        moves: list[_Move] | None = None,
+    ) -> None:
+        self._module, self._plan = module, plan
+        self._placement = LayerPlacement.of(plan, module.layer)
+        if moves:
+            self._placement = module.placement.with_slots(
+                np.array([move.expert for move in moves]),
+                np.array([move.target for move in moves]),
+                np.zeros(len(moves)),
+            )
+        self._row_expert, source = assign_rows(self._placement, rank, module.row_expert)
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._replacements: list[tuple[RowTensor, Tensor]] = []
+        for index, tensor in enumerate(row_tensors(module, optimizer)):
+            same = len(self._row_expert) == len(module.row_expert)
+            target = tensor.value if same else tensor.value.new_empty(len(self._row_expert), *tensor.value.shape[1:])
+            copies = [
+                (target[row], tensor.value[old] if old >= 0 else arrived[int(self._row_expert[row])][index])
+                for row, old in source.items()
+            ]
+            if same:
+                self._copies += copies
+            else:
+                for row, content in copies:
+                    row.copy_(content)
+                self._replacements.append((tensor, target))
+
+    @torch.no_grad()
+    def install(self) -> None:
+        for row, content in self._copies:
+            row.copy_(content)
+        for tensor, value in self._replacements:
+            tensor.replace(value)
+        self._module.row_expert = self._row_expert
+        self._module.put_in_force(self._plan, self._placement)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    timeout: timedelta = timedelta(minutes=5),
+) -> Migration:
+    """Puts `plan` in force between two steps, on all ranks or on none; `Migration` says how, and spreads it over steps."""
+    change = Migration(model, plan, optimizer, chunk_bytes=chunk_bytes, timeout=timeout)
+    change.advance()
+    return change
