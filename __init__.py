@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .placement.topology import Device, Node, Topology
     from .placement.trace import RoutingTrace
     from .profiler import aggregate, profile, read_any, read_statistics, read_trace, write_statistics, write_trace
+    from .runtime import ExpertParallelMoE, apply, parallelize
     from .runtime.exporters import export_plan
     from .service.client import Client
     from .solvers import solve, solver_names
@@ -44,6 +45,7 @@ __all__ = [
     "Device",
     "EngineError",
     "Evaluation",
+    "ExpertParallelMoE",
     "Failure",
     "FileFormatError",
     "Front",
@@ -67,9 +69,11 @@ __all__ = [
     "WhatIf",
     "__version__",
     "aggregate",
+    "apply",
     "decide",
     "evaluate",
     "export_plan",
+    "parallelize",
     "pareto",
     "profile",
     "read_any",
@@ -133,6 +137,11 @@ _HOME = {
         "read_trace",
         "write_statistics",
         "write_trace",
+    ),
+    ".runtime": (
+        "ExpertParallelMoE",
+        "apply",
+        "parallelize",
     ),
     ".runtime.exporters": ("export_plan",),
     ".service.client": ("Client",),

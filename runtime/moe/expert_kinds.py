@@ -31,7 +31,12 @@ class ExpertKind(Protocol):
 
 @dataclass(frozen=True)
 class SwiGLU:
-    """down(silu(gate x) * up x); gate_up_proj [2F, D] gate first, down_proj [D, F], as Transformers stores them."""
+    """down(silu(gate x) * up x); gate_up_proj [2F, D] gate first, down_proj [D, F], as Transformers stores them.
+
+    activation: a function of torch.nn.functional in silu's place.
+    """
+
+    activation: str = "silu"
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         return {
@@ -42,7 +47,7 @@ class SwiGLU:
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
         group = Groups(row_ND, count_S)
         gate_NF, up_NF = group.product(row_ND, weights["gate_up_proj"].transpose(1, 2)).chunk(2, dim=-1)
-        return group.product(F.silu(gate_NF) * up_NF, weights["down_proj"].transpose(1, 2))
+        return group.product(getattr(F, self.activation)(gate_NF) * up_NF, weights["down_proj"].transpose(1, 2))
 
 
 @dataclass(frozen=True)

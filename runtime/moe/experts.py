@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from .replica_sum import ReplicaSum, SharedGradients
 
 Gradients = Literal["mean", "sum"]
 MakeDispatcher = Callable[[ExpertMesh], Dispatcher]
-T = TypeVar("T")
 
 DISPATCHERS: dict[str, MakeDispatcher] = {"flat": flat, "node_aware": node_aware}
 
@@ -35,7 +34,7 @@ class PlacedExperts(nn.Module):
     dispatch: "flat", "node_aware" (the default on a mesh of two dimensions), or a function of the mesh.
     gradients: "mean" divides expert gradients by the number of ranks, as DistributedDataParallel and fully_shard do with
     the others; "sum" leaves the sum over all ranks' losses.
-    seed: weights are drawn from (seed, layer, expert), the same under every plan.
+    seed: weights are drawn from (seed, layer, expert), the same under every plan; None leaves them to `load_logical`.
 
     Parameters carry the expert kind's names, [S, ...] each, a row for each slot of this rank; which expert a row holds
     says `row_expert`. Every rank of the mesh builds the layer, and calls it equally often, with any number of tokens.
@@ -56,7 +55,7 @@ class PlacedExperts(nn.Module):
         dispatch: str | MakeDispatcher | None = None,
         gradients: Gradients = "mean",
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__()
         self.mesh = ExpertMesh.of(mesh)
@@ -70,7 +69,8 @@ class PlacedExperts(nn.Module):
         for name, shape in self.kind.shapes(spec).items():
             value = torch.empty(len(self.row_expert), *shape, dtype=dtype, device=self.mesh.device)
             self.register_parameter(name, nn.Parameter(value))
-        self.reset_parameters(seed)
+        if seed is not None:
+            self.reset_parameters(seed)
         self.put_in_force(plan, placement)
 
     def _check_together(
@@ -103,26 +103,28 @@ class PlacedExperts(nn.Module):
         self.dispatcher.place(placement, torch.from_numpy(self.row_of_slot), len(self.row_expert))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
         """The weighted sum of each token's experts.
 
         hidden_states: [..., D] tokens of this rank, none is fine. top_k_index, top_k_weights: [..., K].
+        meanwhile: called while tokens travel.
         """
-        return self.run(hidden_states, top_k_index, top_k_weights, lambda: None)[0]
-
-    def run(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, meanwhile: Callable[[], T]
-    ) -> tuple[Tensor, T]:
-        """As `forward`; `meanwhile` is called while tokens travel, and its result returned as well."""
         x_TD = hidden_states.reshape(-1, self.spec.hidden_size)
         expert_TK = top_k_index.reshape(len(x_TD), top_k_index.shape[-1])
         weight_TK = top_k_weights.reshape(expert_TK.shape).float()
         slot_TK = self.replica_choice.slots(expert_TK.long())
         sent = self.dispatcher.dispatch(x_TD, slot_TK, weight_TK)
-        beside = meanwhile()
+        if meanwhile is not None:
+            meanwhile()
         work = sent.wait()
         y_ND = self.kind.forward(work.row_ND, work.count_S, self._weights())
-        return self.dispatcher.combine(y_ND, work).view(hidden_states.shape), beside
+        return self.dispatcher.combine(y_ND, work).view(hidden_states.shape)
 
     def _weights(self) -> Mapping[str, Tensor]:
         names, values = zip(*self.named_parameters(recurse=False), strict=True)

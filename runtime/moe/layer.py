@@ -59,11 +59,21 @@ class ExpertParallelMoE(nn.Module):
         self.gate = router
         self.shared_experts = shared_experts
 
+    @classmethod
+    def around(cls, experts: PlacedExperts, router: nn.Module, shared_experts: nn.Module | None) -> ExpertParallelMoE:
+        """The layer of parts that are there already."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.experts, layer.gate, layer.shared_experts = experts, router, shared_experts
+        return layer
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor) -> Tensor:
         _, weight_TK, expert_TK = self.gate(hidden_states.reshape(-1, hidden_states.shape[-1]))
         shared = self.shared_experts
-        routed, beside = self.experts.run(
-            hidden_states, expert_TK, weight_TK, lambda: None if shared is None else shared(hidden_states)
-        )
-        return routed if beside is None else routed + beside
+        if shared is None:
+            routed: Tensor = self.experts(hidden_states, expert_TK, weight_TK)
+            return routed
+        beside: list[Tensor] = []
+        routed = self.experts(hidden_states, expert_TK, weight_TK, lambda: beside.append(shared(hidden_states)))
+        return routed + beside[0]

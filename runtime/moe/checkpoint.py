@@ -1,0 +1,87 @@
+"""Distributed checkpoints in logical expert order: written under one plan, read under any, by any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ...placement.errors import InputError
+from .data_parallel import expert_layers
+from .experts import PlacedExperts
+from .logical_rows import LogicalRows
+
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Writes the model, and the optimizer's state, with torch.distributed.checkpoint. Every rank calls it.
+
+    Experts are rows of [E, ...] tensors under the names that the model has in one process, each written by one of the ranks
+    that hold it; so the same folder is read by `load_checkpoint` under another plan, and by `torch.distributed.checkpoint`
+    into the model in one process.
+    """
+    state, _ = _state(model, optimizer)
+    save(state, checkpoint_id=str(path))
+
+
+def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Reads what `save_checkpoint` wrote into a model of the same shapes, whatever its plan. Every rank calls it.
+
+    The format is torch's and may hold pickled values: read only checkpoints you trust.
+
+    Raises:
+        InputError: no checkpoint there, or it lacks tensors of this model, or has them in other shapes.
+    """
+    if not (Path(path) / ".metadata").is_file():
+        raise InputError(f"{path}: no checkpoint of torch.distributed.checkpoint there (no file .metadata)")
+    state, rows = _state(model, optimizer)
+    try:
+        load(state, checkpoint_id=str(path))
+    except (CheckpointException, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: not a checkpoint of this model and optimizer: {_last_line(error)}") from error
+    for holder, key, value in rows:
+        value.copy_to_twins()
+        holder[key] = value.local
+    optimizers = [] if optimizer is None else [optimizer]
+    set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}))
+
+
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], str, LogicalRows]]]:
+    """(the state to save or to load into, where in it rows of experts stand)."""
+    kept: Any
+    weights, kept = get_state_dict(model, [] if optimizer is None else [optimizer])
+    state: dict[str, Any] = {"model": dict(weights)}
+    moments: dict[str, Any] = {}
+    if optimizer is not None:
+        # Copies of the dictionaries, which are the optimizer's own; not of the tensors in them.
+        moments = {name: dict(entries) for name, entries in kept["state"].items()}
+        state["optimizer"] = {**kept, "state": moments}
+    rows: list[tuple[dict[str, Any], str, LogicalRows]] = []
+    for path, module in expert_layers(model):
+        prefix = ".".join(part for part in path.split(".") if part and part not in WRAPPERS)
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            rows.append(_logical(state["model"], full, module))
+            entries = moments.get(full, {})
+            rows += [_logical(entries, key, module) for key, value in entries.items() if value.ndim]
+    return state, rows
+
+
+def _logical(holder: dict[str, Any], key: str, module: PlacedExperts) -> tuple[dict[str, Any], str, LogicalRows]:
+    value = LogicalRows(holder[key], module.row_expert, module.num_experts)
+    holder[key] = value
+    return holder, key, value
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,129 @@
+"""Transformers models whose experts live by a plan: same weights, same logits, recorded like the original."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...placement.errors import InputError, MoeplaceError, UnsupportedError
+from ...placement.model import ModelSpec
+from ...placement.plan import Plan
+from .agreement import agree
+from .data_parallel import exclude_from_ddp
+from .expert_kinds import ExpertKind, GptOss, SwiGLU
+from .experts import Gradients, MakeDispatcher, PlacedExperts, check_plan
+from .layer import ExpertParallelMoE
+from .mesh import ExpertMesh
+
+ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELU": "gelu", "ReLU": "relu"}
+"""Activation modules of Transformers and their functions in torch.nn.functional."""
+
+WHOLE_BLOCKS = ("DeepseekV3MoE",)
+"""Blocks that are gate, experts and shared experts and nothing else: replaced whole, so that the latter overlap."""
+
+
+def parallelize(
+    model: nn.Module,
+    plan: Plan,
+    mesh: DeviceMesh | ExpertMesh,
+    *,
+    dispatch: str | MakeDispatcher | None = None,
+    gradients: Gradients = "mean",
+) -> nn.Module:
+    """Spreads the experts of `model` over the mesh as `plan` says, in place, and gives the model back.
+
+    model: a Transformers 5 model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them) with the same
+    weights on every rank. Every rank keeps its own experts and all of the rest. Routers stay as they are, so recording
+    (`moeplace.profile`), router losses and callbacks work as before. On the meta device the weights are left to a
+    checkpoint (`load_checkpoint`). dispatch, gradients: as for `PlacedExperts`.
+
+    DistributedDataParallel leaves the experts alone; `fully_shard` wants `ignored_params=expert_parameters(model)`.
+
+    Raises, on every rank:
+        InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs between
+            ranks.
+        UnsupportedError: experts with a function that is not known.
+    """
+    mesh = ExpertMesh.of(mesh)
+    failure: MoeplaceError | None = None
+    found: list[tuple[str, int, nn.Module]] = []
+    kinds: list[ExpertKind] = []
+    spec = plan.model
+    try:
+        found = _experts(model)
+        kinds = [_kind(name, module) for name, _, module in found]
+        spec = _spec(model, found)
+        check_plan(spec, plan, mesh)
+    except MoeplaceError as error:
+        failure = error
+    agree(mesh, "model and plan", f"{plan.fingerprint} {[(name, layer) for name, layer, _ in found]} {kinds}", failure)
+    for (name, layer, module), kind in zip(found, kinds, strict=True):
+        weights = dict(module.named_parameters(recurse=False))
+        example = next(iter(weights.values()))
+        placed = PlacedExperts(
+            spec, plan, mesh, layer, kind=kind, dispatch=dispatch, gradients=gradients, dtype=example.dtype, seed=None
+        )
+        if example.device.type != "meta":
+            placed.load_logical(weights)
+        placed.requires_grad_(example.requires_grad).train(module.training)
+        _replace(model, name, placed)
+    exclude_from_ddp(model)
+    return model
+
+
+def _experts(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
+    """(name, layer, module) of every experts module of Transformers: called `experts`, with fused weights."""
+    found = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts" and isinstance(getattr(module, "down_proj", None), nn.Parameter):
+            number = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
+            if number is None:
+                raise InputError(f"{name}: no layer number in this name; expected layers.<number>")
+            found.append((name, int(number[1]), module))
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no MoE block that is known: looked for modules named 'experts' with a parameter "
+            "'down_proj', as Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and gpt-oss have in Transformers 5. In any other "
+            "model put ExpertParallelMoE where its MoE block is, and give it the weights with experts.load_logical"
+        )
+    return sorted(found, key=lambda entry: entry[1])
+
+
+def _kind(name: str, module: nn.Module) -> ExpertKind:
+    form = tuple(bool(getattr(module, f, d)) for f, d in (("has_gate", 1), ("has_bias", 0), ("is_transposed", 0)))
+    # Transformers gives classes without a gate of their own a default one.
+    own_gate = getattr(getattr(module, "_apply_gate", None), "__module__", "") == type(module).__module__
+    if form == (True, True, True) and own_gate and {"alpha", "limit"} <= set(vars(module)):
+        return GptOss(alpha=float(vars(module)["alpha"]), limit=float(vars(module)["limit"]))
+    activation = ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
+    concatenated = bool(getattr(module, "is_concatenated", True))
+    if form == (True, False, False) and concatenated and not own_gate and activation is not None:
+        return SwiGLU(activation)
+    raise UnsupportedError(
+        f"{name} ({type(module).__name__}): its function is not known; known are gated experts with {sorted(ACTIVATIONS)} "
+        "and gpt-oss's. Write an expert kind (moeplace/runtime/moe/expert_kinds.py) and use ExpertParallelMoE"
+    )
+
+
+def _spec(model: nn.Module, found: list[tuple[str, int, nn.Module]]) -> ModelSpec:
+    config = next((part.config for part in model.modules() if hasattr(getattr(part, "config", None), "to_dict")), None)
+    if config is None:
+        raise InputError(f"{type(model).__name__} has no Transformers config")
+    layers = tuple(layer for _, layer, _ in found)
+    return ModelSpec.from_config(config).replace(layers=len(layers), moe_layers=layers)
+
+
+def _replace(model: nn.Module, name: str, placed: PlacedExperts) -> None:
+    block_name = name.rpartition(".")[0]
+    block = model.get_submodule(block_name)
+    if type(block).__name__ not in WHOLE_BLOCKS:
+        block.experts = placed
+        return
+    gate, shared = block.gate, block.shared_experts
+    assert isinstance(gate, nn.Module)
+    assert isinstance(shared, nn.Module)
+    whole = ExpertParallelMoE.around(placed, gate, shared).train(block.training)
+    parent, _, last = block_name.rpartition(".")
+    setattr(model.get_submodule(parent), last, whole)
