@@ -95,7 +95,7 @@ def pareto(
     redundant: Sequence[int] | None = None,
     tolerate: Sequence[Kind | None] = (None, *KINDS),
     current: Plan | None = None,
-    solver: str = "search",
+    solver: str | None = None,
     seconds: float | None = 10.0,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,

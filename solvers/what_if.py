@@ -116,7 +116,7 @@ def what_if(
     changes: Sequence[Change] | None = None,
     *,
     ready: bool = True,
-    solver: str = "search",
+    solver: str | None = None,
     seconds: float | None = 10.0,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
@@ -167,7 +167,7 @@ def _solved(
     plan: Plan,
     problem: Problem,
     steps: Steps,
-    how: tuple[str, float | None, int, Mapping[str, Any]],
+    how: tuple[str | None, float | None, int, Mapping[str, Any]],
 ) -> Outcome:
     change, experts = outcome.change, problem.model.experts
     present = np.concatenate([np.bincount(plan.slot_device, minlength=plan.topology.num_devices), [0]])[change.origin]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,16 @@ def test_a_wrong_question_is_refused(
     done = whatif(solved, *options)
     assert done.code == code
     assert message in " ".join(done.err.replace("│", " ").split())
+
+
+def test_the_example_of_the_page_prints_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = OLMOE.parents[2]
+    page = (root / "docs" / "what-if.md").read_text(encoding="utf-8")
+    commands, expected = re.search(r"```sh\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL).groups()  # type: ignore[union-attr]
+    (tmp_path / "examples").symlink_to(root / "examples")
+    monkeypatch.chdir(tmp_path)
+    for line in commands.splitlines():
+        done = run(*shlex.split(line)[1:], "--db", tmp_path / "plans.db")
+        assert done.code == 0, done.err
+    shown = "\n".join(line.rstrip() for line in done.out.strip("\n").splitlines())
+    assert shown.strip("\n") == expected.strip("\n")

@@ -73,7 +73,16 @@ def pareto_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
-    solver: Annotated[str, typer.Option("--solver", "-s", help="Who solves.", rich_help_panel=SOLVING)] = "search",
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            "--solver",
+            "-s",
+            help="Who solves. Default: as `moeplace solve` chooses.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
     ] = 10.0,
@@ -107,7 +116,7 @@ def pareto_command(
     if out is None and not storage.store:
         raise typer.BadParameter("the plans would go nowhere: give --out, or leave out --no-store")
     counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
-    choice = SolverChoice.parse(solver).for_steps(steps)
+    choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     cluster, goal = read_topology(topology), read_objective(objective)
     in_force = None if current is None else read_plan(current, storage.db)
     with working("reading the routing") as update:

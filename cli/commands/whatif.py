@@ -116,8 +116,15 @@ def whatif_command(
         bool, typer.Option("--ready/--no-ready", help="Solve a ready plan for each change.", rich_help_panel=SOLVING)
     ] = True,
     solver: Annotated[
-        str, typer.Option("--solver", "-s", help="Who solves the ready plans.", rich_help_panel=SOLVING)
-    ] = "search",
+        str | None,
+        typer.Option(
+            "--solver",
+            "-s",
+            help="Who solves the ready plans. Default: as `moeplace solve` chooses.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
     ] = 10.0,
@@ -146,7 +153,7 @@ def whatif_command(
 
     if len(steps.kinds) > 1:
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
-    choice = SolverChoice.parse(solver).for_steps(steps)
+    choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     current = read_plan(plan, storage.db)
     changes = asked_changes(current.topology, lose or [], n_1, devices, nodes, topology, devices_per_node, slots)
     with working("reading the routing") as update:

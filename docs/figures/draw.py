@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,58 @@ def _value_and_bound(axes: Any, x: list[int], plans: list[mp.Plan], colour: str,
     axes.fill_between(x, least, values, color=colour, alpha=0.12, linewidth=0)
 
 
-FIGURES: dict[str, Callable[[Any], Any]] = {"cost_knee": cost_knee, "solvers": solvers, "bounds": bounds}
+def what_if(plt: Any) -> Any:
+    """What a lost device costs a plan as is, repaired and solved anew; and what surviving it costs beforehand."""
+    train, held = mp.read_trace(HERE.parents[1] / "examples" / "data" / "olmoe_small").split(held_out=0.25, seed=0)
+    model = mp.ModelSpec(layers=8, experts=32, top_k=2, hidden_size=2048, ffn_size=1024)
+    topology = mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=4)
+    statistics = mp.RoutingStatistics.from_trace(train)
+    steps = held.decode_steps(128, 100, seed=0)
+    quick: dict[str, Any] = {"seconds": None, "options": {"proposals": 6000}}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6))
+    problem = mp.Problem(model, topology, statistics, mp.Objective(split="free"))
+    styles = {
+        None: ("o", BLUE, "nothing asked"),
+        "device": ("D", ORANGE, "device failures"),
+        "node": ("s", GREEN, "node failures"),
+    }
+    front = mp.pareto(problem, steps, **quick)
+    for kind, (mark, colour, label) in styles.items():
+        points = [point for point in front.points if point.wish is not None and point.wish.tolerate == kind]
+        memory, times = [point.memory / 1e9 for point in points], [point.seconds * 1e3 for point in points]
+        left.plot(memory, times, mark, color=colour, label=label)
+        for point, x, y in zip(points, memory, times, strict=True):
+            if kind is not None:
+                left.annotate(
+                    f"{point.survived['device']}/8, {point.survived['node']}/2", (x, y), xytext=(6, 0), **BESIDE
+                )
+    left.set_title("asked to survive (devices, nodes survived)")
+    left.set_xlabel("expert weights on a device (GB)")
+    left.set_ylabel("step ms")
+    left.margins(x=0.22, y=0.35)
+    left.legend(loc="upper left")
+    plan = mp.solve(replace(problem, slots=40), "search", proposals=6000)
+    result = mp.what_if(plan, replace(problem, slots=40), steps, **quick)
+    names = [outcome.change.name.replace(":", " ") for outcome in result.outcomes]
+    for offset, part, colour in ((-0.2, "repaired", ORANGE), (0.2, "ready", BLUE)):
+        found = [getattr(outcome, part) for outcome in result.outcomes]
+        times = [judged.evaluation.step_seconds.mean() * 1e3 for judged in found]
+        right.bar(np.arange(len(names)) + offset, times, 0.4, color=colour, label=part)
+    right.axhline(result.before.step_seconds.mean() * 1e3, color=INK, linewidth=0.8, linestyle=":", label="now")
+    right.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    right.set_title("40 slots, one failure at a time")
+    right.set_ylabel("step ms")
+    right.margins(y=0.2)
+    right.legend(loc="upper right", ncols=3)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Any], Any]] = {
+    "cost_knee": cost_knee,
+    "solvers": solvers,
+    "bounds": bounds,
+    "what_if": what_if,
+}
 
 
 def main(names: Iterable[str]) -> None:
