@@ -32,14 +32,20 @@ class Search:
         batch: Batch = "decode",
         step_tokens: int = 128,
         steps: int | None = None,
-        proposals: int = 20_000,
+        proposals: int | None = None,
         certify: float = 0.0,
+        off_home: float | None = None,
     ) -> Solution:
         """batch, step_tokens, steps: the scenario, decode steps of so many sequences or prefill steps of so many
-        tokens. proposals: a layer, when no time limit is given. certify: seconds spent on a better bound after the search.
+        tokens. proposals: a layer, when no time limit is given (default: 20,000 on steps, 120,000 on counts alone).
+        certify: seconds spent on a better bound after the search. off_home: with counts alone, the largest share of a
+        layer's load that may be served off its expert group's home node (default: no limit; 0 keeps every group on one
+        node, as group-limited routing would have it).
 
         Raises:
-            InputError: batch is neither "decode" nor "prefill", or a size is not positive, or certify is negative.
+            InputError: batch is neither "decode" nor "prefill", or a size is not positive, or certify is negative, or
+                off_home is no share.
+            UnsupportedError: off_home with a token sample, on which node traffic itself is priced, or without groups.
         """
         if batch not in ("decode", "prefill"):
             raise InputError(f"batch {batch!r} is unknown; known: decode, prefill")
@@ -51,4 +57,4 @@ class Search:
         # Compiled kernels: loading them takes a second, which importing the package must not.
         from .course import run_search
 
-        return run_search(problem, budget, batch, step_tokens, steps, proposals, certify)
+        return run_search(problem, budget, batch, step_tokens, steps, proposals, certify, off_home)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from ...placement.errors import UnsupportedError
 from ...placement.failures import failure_mask
 from ...placement.plan import Certificate, Stop
 from ...placement.problem import Problem
@@ -15,14 +16,16 @@ from ..exflow_start import assignment_sweeps
 from . import Batch
 from .certified import certified
 from .engine import Engine
+from .group_homes import homes_of
 from .group_start import groups_on_nodes
 from .homes import with_homes
 from .judge import Judge
 from .layout import Aim, Moves
+from .load_course import search_loads
 from .pace import Pace
 from .race import race
 from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
-from .starts import balanced_layer
+from .starts import balanced_layer, even_shares
 from .tolerant_start import tolerant_layer
 
 FloatArray = npt.NDArray[np.float64]
@@ -32,6 +35,8 @@ HOT, COLD = 1.0, 1e-3
 """Temperatures, in what a proposal typically changes: at the first many that worsen are taken, at the last none."""
 PATIENCE = 100
 """Proposals a slot that a cooling from `HOT` takes to end better than it began."""
+PROPOSALS = 20_000
+"""A layer, when neither they nor seconds are given."""
 ROUNDS = 12
 """Rounds one cooling is cut into; between rounds the clock, the keyboard and the risk weights are looked at."""
 
@@ -42,16 +47,26 @@ def run_search(
     batch: Batch,
     step_tokens: int,
     steps: int | None,
-    proposals: int,
+    proposals: int | None,
     certify: float,
+    off_home: float | None,
 ) -> Solution:
     """Anneals every layer on scenario steps; see `Search` for the arguments."""
     scenario = with_homes(scenario_from(problem, batch, step_tokens, steps, budget.seed), problem, budget.seed)
     allowed = allowed_devices(problem)
     moves = _moves(problem, allowed)
+    if scenario.steps is None:
+        homes = None if off_home is None else homes_of(problem, scenario.loads, moves, off_home)
+        tables = _starts(problem, allowed, budget)[0] if homes is None else homes.tables
+        return search_loads(problem, budget, scenario, moves, tables, proposals, homes)
+    if off_home is not None:
+        raise UnsupportedError(
+            "off_home limits what counts alone can tell of node traffic; these statistics hold a token sample, on which "
+            "the traffic itself is priced"
+        )
     engine = Engine(problem, scenario, rates_for(problem, scenario), moves, budget.seed)
     try:
-        return _search(problem, budget, scenario, engine, allowed, proposals, certify)
+        return _search(problem, budget, scenario, engine, allowed, proposals or PROPOSALS, certify)
     finally:
         engine.close()
 
@@ -68,7 +83,7 @@ def _search(
     stop: Stop
     judge = Judge(problem, scenario)
     starts = [
-        (tables, [_even_shares(problem, table) for table in tables]) for tables in _starts(problem, allowed, budget)
+        (tables, [even_shares(problem, table) for table in tables]) for tables in _starts(problem, allowed, budget)
     ]
     if problem.objective.split == "free" and problem.has_replicas:
         starts.append((starts[0][0], _one_serves(problem, starts[0][0])))
@@ -161,7 +176,13 @@ def _starts(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) ->
         grouped = groups_on_nodes(problem, total)
         starts += [grouped] if grouped is not None else []
     coherent = problem.objective.execution == "context_coherent"
-    if coherent and allowed.all() and not problem.has_replicas and statistics.transitions is not None:
+    if (
+        coherent
+        and statistics.sample is not None
+        and allowed.all()
+        and not problem.has_replicas
+        and statistics.transitions is not None
+    ):
         # A tenth of the time is plenty: sweeps converge in a second at 64 experts.
         brief = Budget(None if budget.left is None else budget.left / 10, budget.seed)
         swept = assignment_sweeps(statistics.total_transitions, problem.slots_per_device, brief)
@@ -209,13 +230,6 @@ def _as_dispatched(
     finally:
         engine.close()
     return [layer.slot_expert for layer in placed], [layer.share for layer in placed]
-
-
-def _even_shares(problem: Problem, table: IntArray) -> FloatArray:
-    """[E, G] equal shares of a layer's table [P]."""
-    share = np.zeros((problem.model.experts, problem.num_devices))
-    share[table, problem.slot_device] = 1.0
-    return np.asarray(share / share.sum(axis=1, keepdims=True))
 
 
 def _one_serves(problem: Problem, tables: list[IntArray]) -> list[FloatArray]:

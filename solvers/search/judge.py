@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...placement.evaluate import evaluate_on
-from ...placement.load_bound import device_loads, least_device_load
+from ...placement.load_bound import device_loads
 from ...placement.plan import Certificate, Plan
 from ...placement.problem import Problem
 from ...placement.risk import risk_value
 from ...placement.step_bound import step_seconds_bound
+from .load_bounds import window_bounds
 from .scenario import Scenario
 
 FloatArray = npt.NDArray[np.float64]
@@ -36,7 +37,11 @@ class Judge:
 
     def __post_init__(self) -> None:
         steps = self.scenario.steps
-        self.bound = self._load_bound() if steps is None else step_seconds_bound(steps, self.problem)
+        self.bound = (
+            window_bounds(self.problem, self.scenario.loads).mean(axis=1)
+            if steps is None
+            else step_seconds_bound(steps, self.problem)
+        )
 
     @property
     def figure(self) -> str:
@@ -78,10 +83,3 @@ class Judge:
             carried = device_loads(loads, table, shares, problem.slot_device, problem.num_devices) * slowness
             result[s] = carried.max(axis=1).mean()
         return result
-
-    def _load_bound(self) -> FloatArray:
-        speed = self.problem.topology.compute
-        flat = self.scenario.loads.reshape(-1, self.scenario.loads.shape[2])
-        packed = least_device_load(flat, self.problem.slots_per_device) * (speed.sum() / speed.max())
-        least = np.maximum(flat.sum(axis=1), packed)
-        return np.asarray(least.reshape(self.scenario.loads.shape[:2]).mean(axis=1))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from ...placement.errors import SolveError
+from ...placement.problem import Problem
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -22,13 +26,17 @@ def balanced_layer(
         SolveError: the pinned and forbidden devices leave no placement that this finds.
     """
     devices = len(slots_per_device)
-    copies = replicate(load, int(slots_per_device.sum()), np.minimum(allowed.sum(axis=1), devices))
+    choices = allowed.sum(axis=1)
+    copies = replicate(load, int(slots_per_device.sum()), np.minimum(choices, devices))
     count = np.bincount(copies, minlength=len(load))
     weight = load / count
-    free, loaded = slots_per_device.copy(), np.zeros(devices)
     holds = np.zeros((len(load), devices), dtype=bool)
-    choices = allowed.sum(axis=1)
-    for expert in sorted(copies.tolist(), key=lambda e: (choices[e], -weight[e], e)):
+    order = copies[np.lexsort((copies, -weight[copies], choices[copies]))]
+    if deal(order, weight, slots_per_device, speed, allowed, holds):
+        return np.concatenate([np.flatnonzero(holds[:, g]) for g in range(devices)]).astype(np.int64)
+    holds[:] = False
+    free, loaded = slots_per_device.copy(), np.zeros(devices)
+    for expert in order:
         fits = allowed[expert] & ~holds[expert] & (free > 0)
         if not fits.any():
             _make_room(expert, allowed, holds, free, loaded, weight, speed)
@@ -38,6 +46,31 @@ def balanced_layer(
         free[device] -= 1
         loaded[device] += weight[expert] / speed[device]
     return np.concatenate([np.flatnonzero(holds[:, g]) for g in range(devices)]).astype(np.int64)
+
+
+def even_shares(problem: Problem, table: IntArray) -> FloatArray:
+    """[E, G] equal shares of a layer's table [P]."""
+    share = np.zeros((problem.model.experts, problem.num_devices))
+    share[table, problem.slot_device] = 1.0
+    return np.asarray(share / share.sum(axis=1, keepdims=True))
+
+
+@njit(cache=True)
+def deal(order: Any, weight: Any, slots_per_device: Any, speed: Any, allowed: Any, holds: Any) -> bool:
+    """Deals replicas in `order` to the devices that stay least loaded, into `holds` [E, G]; False where one finds none."""
+    free, loaded = slots_per_device.copy(), np.zeros(speed.shape[0])
+    for expert in order:
+        best, least = -1, np.inf
+        for g in range(speed.shape[0]):
+            after = loaded[g] + weight[expert] / speed[g]
+            if allowed[expert, g] and not holds[expert, g] and free[g] > 0 and after < least:
+                best, least = g, after
+        if best < 0:
+            return False
+        holds[expert, best] = True
+        free[best] -= 1
+        loaded[best] = least
+    return True
 
 
 def replicate(load: FloatArray, slots: int, most: IntArray) -> IntArray:
