@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ...placement.errors import UnsupportedError
+from ...placement.errors import SolveError, UnsupportedError
 from ...placement.failures import failure_mask
 from ...placement.plan import Certificate, Stop
 from ...placement.problem import Problem
@@ -22,6 +23,7 @@ from .homes import with_homes
 from .judge import Judge
 from .layout import Aim, Moves
 from .load_course import search_loads
+from .near_start import near_layer
 from .pace import Pace
 from .race import race
 from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
@@ -175,6 +177,12 @@ def _starts(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) ->
     if statistics.sample is not None and allowed.all():
         grouped = groups_on_nodes(problem, total)
         starts += [grouped] if grouped is not None else []
+    near = problem.objective.replica_choice == "nearest" and problem.has_replicas and problem.topology.num_nodes > 1
+    if near and allowed.all():
+        slots, node_of = problem.slots_per_device, problem.topology.node_of
+        # Where slots are so many that dealing ends in a corner, the balanced start has to do.
+        with contextlib.suppress(SolveError):
+            starts.append([near_layer(layer_load, slots, speed, node_of) for layer_load in total])
     coherent = problem.objective.execution == "context_coherent"
     if (
         coherent
