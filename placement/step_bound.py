@@ -2,7 +2,8 @@
 
 Term by term, each by an argument that no placement escapes: the slowest device does at least its part of the work, some
 device carries what packing experts into slots forces on it, every expert that is hit is read somewhere, and k experts
-stand on at least as many devices (nodes) as it takes to hold k slots, so that copies must travel.
+stand on at least as many devices (nodes) as it takes to hold k slots, so that copies must travel; and few experts can
+stand in every token's home node.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from .home_bound import least_leaving
 from .load_bound import least_device_load
 from .problem import Problem
 from .steps import Steps
@@ -27,7 +29,7 @@ def layer_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
     """[S, L] the part of `step_seconds_bound` of each layer."""
     transfers = _transfer_bound(steps.tokens.astype(np.float64), problem, homes_known=steps.source is not None)
     compute = compute_bound(steps.loads().astype(np.float64), problem)
-    return np.asarray(compute + transfers[:, None])
+    return np.asarray(compute + np.maximum(transfers[:, None], _leaving_bound(steps, problem)))
 
 
 def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
@@ -74,6 +76,17 @@ def _transfer_bound(tokens: FloatArray, problem: Problem, homes_known: bool) -> 
     )
     carried = bytes_out + (bytes_back if ways == 2 else 0.0)
     return np.asarray(seconds * carried + ways * latency)
+
+
+def _leaving_bound(steps: Steps, problem: Problem) -> FloatArray:
+    """[S, 1 or L] seconds of all the all-to-alls of a layer, from the copies that leave their home."""
+    topology, objective, model = problem.topology, problem.objective, problem.model
+    if objective.execution == "context_coherent":
+        return np.zeros((steps.num_steps, 1))
+    links = topology.inter_bandwidth if topology.num_nodes > 1 else topology.intra_bandwidth
+    carried = dispatch_bytes(model, objective) + combine_bytes(model, objective)
+    latency = all_to_all_latency(topology, objective.node_dedup)
+    return np.asarray(least_leaving(steps, problem) / links.sum() * carried + 2 * latency)
 
 
 def fewest_holders(slots: npt.NDArray[np.int64], experts: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from test_cost import topology
 
 import moeplace as mp
 from moeplace.placement.cost import all_to_all_latency
+from moeplace.placement.home_bound import least_leaving
 from moeplace.placement.nearest import nearest_share
 from moeplace.placement.step_bound import step_seconds_bound
 from moeplace.placement.traffic import device_traffic
 from moeplace.solvers.search.engine import Engine
 from moeplace.solvers.search.homes import deal_homes
 from moeplace.solvers.search.layout import Moves
+from moeplace.solvers.search.near_start import near_layer
 from moeplace.solvers.search.scenario import mean_aim, rates_for, scenario_from
 
 
@@ -86,6 +89,35 @@ def test_no_plan_beats_the_step_bound(case: tuple[mp.Plan, mp.Steps, mp.Problem]
     plan, steps, problem = case
     bound = step_seconds_bound(steps, problem)
     assert (mp.evaluate(plan, steps, problem).step_seconds >= bound * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize(("cluster", "per_device"), [("even", (1, 1, 2, 1)), ("node", (2, 1, 2))])
+@pytest.mark.parametrize("rule", ["share", "nearest"])
+def test_no_placement_of_a_small_instance_lets_fewer_copies_leave_than_the_bound(
+    cluster: str, per_device: tuple[int, ...], rule: str
+) -> None:
+    """All placements of four experts with a spare slot, homes known and not; the bound holds and sometimes bites."""
+    rng = np.random.default_rng(5)
+    model = mp.ModelSpec(layers=1, experts=4, top_k=2, hidden_size=64, ffn_size=32)
+    statistics = mp.RoutingStatistics.from_counts(np.ones((1, 4)))
+    objective = mp.Objective(replica_choice=rule)
+    problem = mp.Problem(model, topology(cluster), statistics, objective, device_slots=per_device)
+    ids = np.stack([rng.permutation(4)[:2] for _ in range(12)])[:, None].astype(np.uint8)
+    steps = mp.Steps(ids, np.array([0, 6, 12]), 4, (0,))
+    for judged in (steps, dataclasses.replace(steps, source=rng.integers(len(per_device), size=12))):
+        least, seconds = np.full(2, np.inf), np.full(2, np.inf)
+        for row in itertools.product(range(4), repeat=sum(per_device)):
+            held = set(zip(row, problem.slot_device.tolist(), strict=True))
+            if set(row) != set(range(4)) or len(held) < len(row):
+                continue
+            found = mp.evaluate(mp.Plan(model, problem.topology, np.array([row]), problem.slot_device), judged, problem)
+            leaving = found.node_crossing if problem.topology.num_nodes > 1 else found.crossing
+            least = np.minimum(least, leaving[:, 0])
+            seconds = np.minimum(seconds, found.step_seconds)
+        bound = least_leaving(judged, problem)[:, 0]
+        assert bound.max() > 0.0
+        assert (bound <= least * (1 + 1e-6)).all()
+        assert (step_seconds_bound(judged, problem) <= seconds * (1 + 1e-6)).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -171,3 +203,43 @@ def test_the_kernels_price_known_homes_as_evaluation_does(
     latency = all_to_all_latency(given_problem.topology, node_dedup)
     expected = replayed.dispatch + replayed.compute + replayed.combine - 2 * latency
     np.testing.assert_allclose(final, expected, rtol=1e-5)
+
+
+def test_the_first_placement_stands_the_hottest_experts_in_every_node() -> None:
+    node_of, slots = np.array([0, 0, 1, 1]), np.array([3, 3, 3, 2])
+    table = near_layer(np.array([5.0, 9, 1, 2, 8, 1, 1, 3]), slots, np.ones(4), node_of)
+    slot_node = node_of[np.repeat(np.arange(4), slots)]
+    both = {e for e in range(8) if len(set(slot_node[table == e])) == 2}
+    assert both == {0, 1, 4}
+    assert set(table) == set(range(8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_first_placement_fills_clusters_of_any_shape(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    node_of = np.repeat(np.arange(rng.integers(1, 5)), 2)
+    experts = int(rng.integers(4, 12))
+    fewest = experts // len(node_of) + 1
+    slots = rng.integers(fewest, max(fewest + 1, experts - 1), size=len(node_of))
+    table = near_layer(rng.random(experts), slots, rng.random(len(node_of)) + 0.5, node_of)
+    device = np.repeat(np.arange(len(slots)), slots)
+    assert set(table) == set(range(experts))
+    assert len(set(zip(table, device, strict=True))) == len(table)
+
+
+def test_search_lets_fewer_copies_cross_when_engines_take_the_nearest_replica(toy_trace: mp.RoutingTrace) -> None:
+    """Judged as the engine runs, on steps not solved on; the bound stays below what was found."""
+    found = {}
+    train, held = toy_trace.split()
+    steps = held.decode_steps(16, 20)
+    for rule in ("share", "nearest"):
+        given_problem = searched(train, "even", 12, replica_choice=rule)
+        plan = mp.solve(given_problem, "search", step_tokens=16, steps=20, proposals=2000)
+        near = dataclasses.replace(given_problem, objective=mp.Objective(replica_choice="nearest"))
+        found[rule] = mp.evaluate(plan, steps, near).summary()
+        assert plan.certificate is not None
+        assert plan.certificate.bound is not None
+        assert plan.certificate.bound <= plan.certificate.value
+    assert found["nearest"]["cross_node_fraction"] < found["share"]["cross_node_fraction"]
+    assert found["nearest"]["step_seconds_mean"] < found["share"]["step_seconds_mean"]

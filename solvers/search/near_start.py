@@ -21,7 +21,9 @@ def near_layer(load: FloatArray, slots_per_device: IntArray, speed: FloatArray, 
     Raises:
         SolveError: slots so many that dealing a node's experts to its devices ends in a corner.
     """
-    held = _experts_of_nodes(load, _sums(slots_per_device, node_of), _sums(speed, node_of))
+    node_slots = np.bincount(node_of, weights=slots_per_device).astype(np.int64)
+    node_speed = np.bincount(node_of, weights=speed).astype(np.float64)
+    held = _experts_of_nodes(load, node_slots, node_speed)
     part = load / held.sum(axis=0)
     tables = []
     for node, mask in enumerate(held):
@@ -35,7 +37,7 @@ def near_layer(load: FloatArray, slots_per_device: IntArray, speed: FloatArray, 
 def _experts_of_nodes(load: FloatArray, slots: IntArray, speed: FloatArray) -> BoolArray:
     """[N, E] which experts stand in each node, at most one replica in each; slots, speed: [N]."""
     nodes, experts = len(slots), len(load)
-    free = np.minimum(slots, experts).astype(np.int64)
+    free = np.minimum(slots, experts)
     hottest = np.argsort(-load, kind="stable")
     replicas = np.ones(experts, dtype=np.int64)
     spare = int(free.sum()) - experts
@@ -56,9 +58,3 @@ def _experts_of_nodes(load: FloatArray, slots: IntArray, speed: FloatArray) -> B
         lacking = hottest[~held[node, hottest]]
         held[node, lacking[: free[node]]] = True
     return held
-
-
-def _sums(values: npt.NDArray[np.generic], node_of: IntArray) -> npt.NDArray[np.generic]:
-    """[N] sums over each node's devices of [G]."""
-    starts = np.flatnonzero(np.diff(node_of, prepend=-1))
-    return np.asarray(np.add.reduceat(values, starts))
