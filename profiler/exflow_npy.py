@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy.typing as npt
 
 from ..placement.errors import FileFormatError, InputError
 from ..placement.trace import RoutingTrace, id_dtype
+from .routed_arrays import MAGIC, START, npy_shape
 
-MAGIC = b"\x93NUMPY"
 ROWS = 1 << 16
 
 
@@ -28,16 +29,19 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
     source = Path(path)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    try:
-        # Mapped, so that a header that lies about the shape fails here without taking memory.
-        table = np.load(source, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise FileFormatError(f"{source}: damaged or not a plain .npy array ({error})") from None
-    if not isinstance(table, np.ndarray) or table.ndim != 2 or 0 in table.shape or table.dtype.kind not in "iu":
+    with source.open("rb") as handle:
+        start = handle.read(START)
+    shape, fortran, dtype, begin = npy_shape(source, "array", start)
+    if len(shape) != 2 or 0 in shape or dtype.kind not in "iu":
         raise FileFormatError(
-            f"{source}: {table.dtype} {table.shape}, expected whole numbers of shape [tokens, layers]; "
+            f"{source}: {dtype} {shape}, expected whole numbers of shape [tokens, layers]; "
             "for another layout load it and call RoutingTrace.from_arrays"
         )
+    wanted, size = math.prod(shape) * dtype.itemsize, source.stat().st_size - begin
+    if min(shape) < 0 or wanted > size:
+        raise FileFormatError(f"{source}: damaged or cut off: {size:,} bytes for shape {shape} of {wanted:,}")
+    # Mapped, so that it takes no memory before it is known to be a trace.
+    table = np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
     low, high = _ranges(table)
     experts, stride = _numbering(source, low, high, num_experts)
     ids = np.empty((*table.shape, 1), id_dtype(experts))

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..placement.errors import FileFormatError, InputError
-from ..placement.trace import RoutingTrace
+from ..placement.trace import RoutingTrace, id_dtype
 from .engine_counts import MOST_EXPERTS, whole_number
 
 START = 4096
 BLOCKS = ("decoder", "mtp")
 
-Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.signedinteger[Any]]
 Batches = dict[int, dict[int, list[Ids]]]
 """step -> layer -> [T, k] of each router call in turn."""
 
@@ -115,16 +115,21 @@ def _ids(file: Path, where: str, record: dict[str, Any]) -> Ids:
     tokens = whole_number(file, f"{where} num_tokens", record.get("num_tokens"))
     width = whole_number(file, f"{where} topk", record.get("topk"), 1, MOST_EXPERTS)
     rows = record.get("top_indices")
+    try:
+        # numpy tells in one pass what kinds and shapes are in a list; asking each element costs ten times as much.
+        ids = np.array(rows if rows else np.empty((0, width), np.int64))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        ids = np.empty(0)
     if (
         not isinstance(rows, list)
-        or len(rows) != tokens
-        or not all(isinstance(row, list) and len(row) == width for row in rows)
-        or not all(type(expert) is int and -1 <= expert < MOST_EXPERTS for row in rows for expert in row)
+        or ids.shape != (tokens, width)
+        or ids.dtype.kind != "i"
+        or (ids.size and (ids.min() < -1 or ids.max() >= MOST_EXPERTS))
     ):
         raise FileFormatError(
             f"{file}: {where} top_indices is not {tokens} lists of {width} experts, as num_tokens and topk say"
         )
-    return np.array(rows, np.int32).reshape(tokens, width)
+    return ids.astype(np.int32 if ids.size and ids.max() >= 1 << 15 else np.int16)
 
 
 def _once(ranks: dict[int, Batches]) -> dict[int, Batches]:
@@ -141,10 +146,13 @@ def _once(ranks: dict[int, Batches]) -> dict[int, Batches]:
 
 
 def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_experts: int | None) -> RoutingTrace:
-    ids: list[Ids] = []
+    ids: list[npt.NDArray[Any]] = []
     columns: dict[str, list[npt.NDArray[np.int64]]] = {"sequence": [], "position": [], "step": [], "source": []}
-    for rank, steps in sorted(ranks.items()):
-        for step, calls in sorted(steps.items()):
+    for rank in sorted(ranks):
+        # Each step's arrays are let go once they are put together.
+        steps = ranks.pop(rank)
+        for step in sorted(steps):
+            calls = steps.pop(step)
             counts = {len(batches) for batches in calls.values()}
             if len(calls) != len(layers) or len(counts) > 1:
                 continue
@@ -156,7 +164,8 @@ def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_exper
                 for name, value in (("sequence", len(ids)), ("step", step), ("source", rank)):
                     columns[name].append(np.full(len(whole), value, np.int64))
                 columns["position"].append(whole)
-                ids.append(together[whole])
+                kept = together[whole]
+                ids.append(kept.astype(id_dtype(int(kept.max(initial=0)) + 1)))
     if not sum(len(part) for part in ids):
         raise FileFormatError(
             f"{source}: no step has a record of each of the {len(layers)} layers on one rank; record with no "

@@ -39,14 +39,20 @@ def npy_shape(source: Path, field: str, start: bytes) -> tuple[tuple[int, ...], 
 def npy_array(source: Path, field: str, content: bytes) -> Ids:
     """[T, L, K] whole numbers of .npy bytes, whose size must be what their header says."""
     shape, fortran, dtype, begin = npy_shape(source, field, content)
-    if len(shape) != 3 or dtype.kind not in "iu":
-        raise FileFormatError(f"{source}: {field} is {dtype} {shape}, expected whole numbers [tokens, layers, top_k]")
-    size = math.prod(shape) * dtype.itemsize
-    if any(n < 0 for n in shape) or size != len(content) - begin:
-        raise FileFormatError(
-            f"{source}: {field} has shape {shape} of {size:,} bytes in {len(content) - begin:,}; damaged"
-        )
+    _check_array(source, field, shape, dtype, len(content) - begin)
     return np.frombuffer(content, dtype, offset=begin).reshape(shape, order="F" if fortran else "C")
+
+
+def npy_mapped(source: Path) -> Ids:
+    """[T, L, K] whole numbers of an .npy file, mapped."""
+    with source.open("rb") as handle:
+        start = handle.read(START)
+    shape, fortran, dtype, begin = npy_shape(source, "array", start)
+    size = source.stat().st_size - begin
+    _check_array(source, "array", shape, dtype, size)
+    if not size:
+        return np.empty(shape, dtype)
+    return np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
 
 
 def npz_arrays(source: Path) -> dict[str, Ids]:
@@ -114,6 +120,14 @@ def base64_array(source: Path, field: str, text: str) -> Ids:
     if len(content) % 4:
         raise FileFormatError(f"{source}: {field} holds {len(content)} bytes, expected .npy bytes or int32 values")
     return np.frombuffer(content, "<i4")
+
+
+def _check_array(source: Path, field: str, shape: tuple[int, ...], dtype: np.dtype[Any], stored: int) -> None:
+    if len(shape) != 3 or dtype.kind not in "iu":
+        raise FileFormatError(f"{source}: {field} is {dtype} {shape}, expected whole numbers [tokens, layers, top_k]")
+    size = math.prod(shape) * dtype.itemsize
+    if any(n < 0 for n in shape) or size != stored:
+        raise FileFormatError(f"{source}: {field} has shape {shape} of {size:,} bytes in {stored:,}; damaged")
 
 
 def _fits(path: Path, start: bytes) -> bool:

@@ -19,11 +19,12 @@ from ..placement.errors import FileFormatError, InputError
 from ..placement.trace import RoutingTrace, id_dtype
 from .engine_counts import MOST_EXPERTS
 from .json_stream import JsonStream
-from .routed_arrays import MAGIC, Ids, base64_array, is_routed_arrays, npy_array, npz_arrays
+from .routed_arrays import MAGIC, Ids, base64_array, is_routed_arrays, npy_mapped, npz_arrays
 
 PROMPT, ROUTED = "prompt_routed_experts", "routed_experts"
 LOOKED_AT = 1 << 24
 RESPONSE_LIMIT = 1 << 28
+ROWS = 1 << 14
 TOLD_BY = 10_000
 """Ids that must be there before the number of layers and experts a token is read off them."""
 
@@ -71,7 +72,7 @@ def read_routed_experts(
     with source.open("rb") as handle:
         start = handle.read(len(MAGIC))
     if start == MAGIC:
-        pieces = [Piece("array", npy_array(source, "array", source.read_bytes()), 0)]
+        pieces = [Piece("array", npy_mapped(source), 0)]
     elif start.startswith(b"PK"):
         pieces = list(_saved(npz_arrays(source)))
     else:
@@ -209,18 +210,22 @@ def _trace(source: Path, pieces: list[Piece], num_experts: int | None) -> Routin
             raise FileFormatError(
                 f"{source}: {piece.field} holds ids from {low} to {high}, expected -1 or 0 to {(num_experts or MOST_EXPERTS) - 1}"
             )
-    used = np.flatnonzero(np.any([(piece.ids > 0).any(axis=(0, 2)) for piece in pieces], axis=0))
+    blocks = [(piece, start) for piece in pieces for start in range(0, len(piece.ids), ROWS)]
+    seen = np.zeros(next(iter(shapes))[0], np.bool_)
+    for piece, start in blocks:
+        seen |= (piece.ids[start : start + ROWS] > 0).any(axis=(0, 2))
+    used = np.flatnonzero(seen)
     experts = num_experts or max(int(piece.ids.max()) for piece in pieces) + 1
     columns: dict[str, list[npt.NDArray[Any]]] = {"ids": [], "sequence": [], "position": []}
-    for piece in pieces:
-        ids = piece.ids[:, used]
+    for piece, start in blocks:
+        ids = piece.ids[start : start + ROWS, used]
         blank = np.asarray((ids < 0).any(axis=2))
         if ids.shape[2] > 1:
             blank = blank | np.asarray((ids == 0).all(axis=2))
         whole = np.flatnonzero(~blank.any(axis=1))
         columns["ids"].append(ids[whole].astype(id_dtype(experts)))
         columns["sequence"].append(np.full(len(whole), piece.sequence, np.int64))
-        columns["position"].append(whole + piece.first)
+        columns["position"].append(whole + start + piece.first)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     if not len(used) or not len(joined["ids"]):
         raise FileFormatError(

@@ -17,6 +17,7 @@ from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace, id_dtype
+from .routed_arrays import npy_shape
 
 FORMAT = "moeplace.statistics"
 VERSION = 1
@@ -162,10 +163,9 @@ def _array(
             f"{source}: array {name!r} unpacks to {declared:,} bytes, its shape {shape} takes {expected:,}; refused"
         )
     with archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        found, fortran, dtype = read(member)
-        if found != tuple(shape) or fortran or dtype != kind:
+        start = member.read(declared - expected)
+        found, fortran, dtype, begin = npy_shape(source, f"array {name!r}", start)
+        if found != tuple(shape) or fortran or dtype != kind or begin != len(start):
             raise FileFormatError(
                 f"{source}: array {name!r} is {dtype} {found}, the header says {kind} {tuple(shape)}; refused"
             )
