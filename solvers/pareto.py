@@ -17,6 +17,7 @@ from ..placement.failures import KINDS, Failure, Kind, single_failures, survives
 from ..placement.migration import Migration, migration
 from ..placement.plan import Plan
 from ..placement.problem import Problem
+from ..placement.standby import with_standbys
 from ..placement.steps import Steps
 from .solve import solve
 
@@ -109,7 +110,8 @@ def pareto(
     solver's own (see `solve`). progress: called with the wishes done, their number and the next one's name.
     After a keyboard interrupt the points finished so far are returned.
 
-    Under regret, which is against the best of the plans at hand, points are judged by their mean step.
+    With free shares, a plan for more slots is at least as good on the steps solved on as those found before for fewer,
+    whose replicas may stand by in the slots beyond. Under regret, which is against the best of the plans at hand, points are judged by their mean step.
 
     Raises:
         InputError: the problem names slots, a negative number of redundant slots, or plans and steps of another model
@@ -138,8 +140,11 @@ def pareto(
             except (UnsupportedError, SolveError) as error:
                 refused.append((wish, str(error)))
                 continue
+            stopped = plan.provenance.stop == "interrupted"
+            if problem.objective.split == "free":
+                plan = _or_standing_by(plan, asked, points)
             points.append(_judged(wish, plan, problem, steps, current))
-            if plan.provenance.stop == "interrupted":
+            if stopped:
                 interrupted = done + 1 < len(wishes)
                 break
     except KeyboardInterrupt:
@@ -195,6 +200,23 @@ def tolerable(failures: Sequence[Failure], device_slots: IntArray, redundant: in
         chosen.append(failure)
         covered += slots
     return tuple(chosen)
+
+
+def _or_standing_by(plan: Plan, asked: Problem, points: Sequence[Point]) -> Plan:
+    """The plan, or an earlier one with standbys in further slots where that is better on the steps solved on.
+
+    A standby costs memory alone, so that what fewer slots reached, more slots reach too.
+    """
+    slots, load = asked.slots_per_device, asked.statistics.total_load
+    best = plan
+    for point in points:
+        known = point.plan.certificate
+        used = np.bincount(point.plan.slot_device, minlength=asked.num_devices)
+        if point.wish is None or known is None or best.certificate is None or (used > slots).any():
+            continue
+        if known.objective == best.certificate.objective and known.value < best.certificate.value:
+            best = with_standbys(point.plan, slots, asked.tolerates, load) or best
+    return best
 
 
 def _judged(wish: Wish | None, plan: Plan, problem: Problem, steps: Steps, current: Plan | None) -> Point:

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 import moeplace as mp
 from moeplace.placement.dominance import non_dominated
 from moeplace.placement.failures import failure_mask, single_failures
+from moeplace.placement.standby import with_standbys
 from moeplace.solvers.pareto import Wish, problem_for, redundancy_steps, tolerable
 from moeplace.solvers.search.tolerant_start import tolerant_layer
 
@@ -146,3 +147,36 @@ def test_an_interrupt_keeps_the_points_finished() -> None:
 def test_a_wrong_sweep_is_refused(fields: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(mp.InputError, match=message):
         mp.pareto(problem_of(**fields), STEPS, **options)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(0, 4))
+def test_standbys_make_a_plan_survive_and_leave_its_steps_alone(seed: int, more: int) -> None:
+    rng = np.random.default_rng(seed)
+    problem = problem_of(slots=8)
+    table = np.stack([rng.permutation(8) for _ in range(3)])
+    plan = mp.Plan(problem.model, problem.topology, table, problem.slot_device)
+    failures = single_failures(problem.topology)
+    safe = with_standbys(plan, np.full(4, 4 + more // 4), failures, rng.random((3, 8)))
+    assert safe is not None
+    assert mp.survives(safe, failures).all()
+    before, after = (mp.evaluate(p, STEPS, problem).step_seconds for p in (plan, safe))
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+    assert all(
+        len(set(row[safe.slot_device == g])) == (safe.slot_device == g).sum()
+        for row in safe.physical_to_logical
+        for g in range(4)
+    )
+    assert with_standbys(plan, np.full(4, 3), failures, rng.random((3, 8))) is None
+    with pytest.raises(mp.InputError, match="must be at least"):
+        with_standbys(plan, np.full(4, 1), failures, rng.random((3, 8)))
+
+
+def test_with_free_shares_more_slots_are_never_worse_on_the_steps_solved_on() -> None:
+    front = mp.pareto(problem_of(objective=mp.Objective(split="free")), STEPS, seconds=None, options=QUICK)
+    values = {point.name: point.plan.certificate.value for point in front.points}  # type: ignore[union-attr]
+    assert values["+4 slots"] <= values["+0 slots"]
+    assert values["+8 slots"] <= min(values["+0 slots"], values["+4 slots"], values["+4 slots, device failures"])
+    assert max(values["+8 slots, device failures"], values["+8 slots, node failures"]) <= values["+0 slots"]
+    by_name = {point.name: point for point in front.points}
+    assert by_name["+8 slots, node failures"].survived == {"device": 4, "node": 2}
