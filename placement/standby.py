@@ -61,7 +61,7 @@ def _standbys(holds: BoolArray, more: IntArray, failures: BoolArray, load: Float
     from scipy.optimize import linear_sum_assignment
 
     # [E, F] failures that would take every replica.
-    fatal = ~(holds[:, None, :] & ~failures[None]).any(axis=2)
+    fatal = ~np.any(holds[:, None, :] & ~failures[None], axis=2)
     wanting = np.flatnonzero(fatal.any(axis=1))
     helps = ~holds & ~(fatal.astype(np.int64) @ failures.astype(np.int64) > 0)
     if len(wanting) > len(more):
