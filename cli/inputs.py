@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,6 +193,19 @@ def read_plan(reference: str, db: str | None) -> Plan:
             return store.plan(reference).plan
     except MoeplaceError as error:
         raise InputError(f"{reference!r} is not a file, and not a stored plan either: {error}") from None
+
+
+def read_size(option: str, text: str) -> float:
+    """Bytes from a number with or without a unit (B, kB, MB, GB, TB, and KiB, MiB, GiB, TiB).
+
+    Raises:
+        InputError: not of that form; the option is named.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kMGT]?)(i?)B)?\s*", text, re.IGNORECASE)
+    if match is None or match[1].count(".") > 1 or match[1] == ".":
+        raise InputError(f"{option} {text!r} is not a size; give bytes, or a number with a unit such as 20GB")
+    value, prefix, binary = float(match[1]), match[2] or "", match[3]
+    return value * float(1024 if binary else 1000) ** ["", "k", "m", "g", "t"].index(prefix.lower())
 
 
 @dataclass(frozen=True)

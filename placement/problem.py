@@ -13,6 +13,7 @@ from .errors import InputError
 from .failures import Failure, failure_mask
 from .model import ModelSpec
 from .objective import Objective
+from .plan import Plan
 from .statistics import RoutingStatistics
 from .topology import Topology
 
@@ -27,6 +28,8 @@ class Problem:
     device_slots: [G] slots of each device instead, when they are to differ.
     pinned: (layer, expert) -> device that must hold it. forbidden: (layer, expert) -> devices that must not. Layers
     count MoE layers from 0.
+    current: the plan in force, where a solver may start. max_moved_bytes: most bytes of expert weights that may travel to
+    get from it to the answer, an expert counting once for every device that does not hold it yet.
     tolerates: failures (see `single_failures`) in each of which every expert of every layer must keep a replica.
     """
 
@@ -39,11 +42,14 @@ class Problem:
     pinned: Mapping[tuple[int, int], int] = field(default_factory=dict)
     forbidden: Mapping[tuple[int, int], Sequence[int]] = field(default_factory=dict)
     tolerates: Sequence[Failure] = ()
+    current: Plan | None = None
+    max_moved_bytes: float | None = None
 
     def __post_init__(self) -> None:
         self._check_same_model()
         self._check_slots()
         self._check_tolerates()
+        self._check_current()
         devices = self.num_devices
         for name, entries in (("pinned", {k: [v] for k, v in self.pinned.items()}), ("forbidden", self.forbidden)):
             for (layer, expert), targets in entries.items():
@@ -104,6 +110,34 @@ class Problem:
                 f"{alone} experts can do with one replica, so at least {needed} slots a layer are needed, "
                 f"given {self.num_slots}"
             )
+
+    def _check_current(self) -> None:
+        current, limit = self.current, self.max_moved_bytes
+        if current is not None:
+            theirs, ours = ((model.experts, model.moe_layers) for model in (current.model, self.model))
+            if theirs != ours:
+                raise InputError(
+                    f"Problem.current places {theirs[0]} experts in layers {theirs[1]}, the problem has {ours[0]} in "
+                    f"{ours[1]}"
+                )
+            if current.topology.num_devices != self.num_devices:
+                raise InputError(
+                    f"Problem.current is for {current.topology.num_devices} devices, the topology has {self.num_devices}"
+                )
+        if limit is not None:
+            if current is None:
+                raise InputError(f"Problem.max_moved_bytes ({limit:g}) needs Problem.current, the plan to move from")
+            if not limit >= 0:
+                raise InputError(f"Problem.max_moved_bytes ({limit}) must be at least 0, or None for no limit")
+
+    @property
+    def max_moves(self) -> int | None:
+        """Experts that may reach a device that does not hold them in the current plan, over all layers; None: any."""
+        if self.max_moved_bytes is None:
+            return None
+        most = self.model.layers * self.num_slots
+        # What is exactly so many experts' bytes must not lose one to rounding.
+        return int(min(most, np.floor(self.max_moved_bytes / self.model.bytes_per_expert * (1 + 1e-12))))
 
     @property
     def num_devices(self) -> int:

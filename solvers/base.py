@@ -21,6 +21,7 @@ class Feature(Enum):
     UNEVEN_SLOTS = "devices with different numbers of slots"
     PINNED = "pinned or forbidden devices"
     TOLERATES = "failures to tolerate"
+    MOVE_LIMIT = "a limit of bytes moved from the current plan"
 
 
 class Needs(Enum):

@@ -104,6 +104,8 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         asked.add(Feature.PINNED)
     if problem.tolerates:
         asked.add(Feature.TOLERATES)
+    if problem.max_moved_bytes is not None:
+        asked.add(Feature.MOVE_LIMIT)
     return frozenset(asked)
 
 

@@ -233,3 +233,23 @@ def test_plans_of_one_name_are_told_apart(trace: Path, plan: Path, tmp_path: Pat
     )
     names = [row["solver"] for row in done.data["rows"]]
     assert names == ["contiguous", "plan", "plan (2)", "round_robin", "round_robin (2)"]
+
+
+def test_without_a_solver_the_plan_says_which_was_chosen_and_why(trace: Path, tmp_path: Path) -> None:
+    arguments = ("solve", trace, *CLUSTER, "--decode", "8", "-o", tmp_path / "plan.json")
+    summary = run(*arguments, "--json").data
+    assert (summary["solver"], summary["proven_optimal"]) == ("chain", True)
+    assert "chosen because" in run(*arguments).out
+    assert run(*arguments, "--risk", "cvar:0.9", "--seconds", "1", "--json").data["solver"] == "search"
+
+
+def test_no_more_is_moved_than_allowed(trace: Path, plan: Path, tmp_path: Path) -> None:
+    size = toy_model().bytes_per_expert
+    options = (*CLUSTER, "-s", "search:proposals=50:steps=4", "--decode", "8", "--current", plan)
+    arguments = ("solve", trace, *options, "-o", tmp_path / "new.json")
+    summary = run(*arguments, "--max-moved", f"{4 * size / 1000} kB", "--json").data
+    assert summary["bytes_moved"] == summary["experts_moved"] * size
+    assert summary["experts_moved"] <= 4
+    assert "moved" in run(*arguments, "--max-moved", "0").out
+    assert "is not a size" in run(*arguments, "--max-moved", "4 bits").err
+    assert "does not support a limit of bytes moved" in run(*arguments, "--max-moved", "0", "-s", "eplb").err

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..inputs import SolverChoice, read_model, read_objective, read_topology
+from ..inputs import SolverChoice, read_model, read_objective, read_plan, read_size, read_topology
 from ..options import (
     SOLVING,
     STORE,
@@ -22,7 +22,7 @@ from ..options import (
     SolveOptions,
     TopologyOptions,
 )
-from ..output import Table, emit, note, pairs, percent, seconds
+from ..output import Table, emit, note, pairs, percent, quantity, seconds
 from ..progress import solve_listener, working
 from ..storing import keep_plan
 from ..training import training_statistics
@@ -73,6 +73,26 @@ def solve_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
+    current: Annotated[
+        str | None,
+        typer.Option(
+            "--current",
+            metavar="PLAN",
+            help="The plan in force, a file or a stored plan's name or id: where search starts, and what --max-moved counts from.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
+    max_moved: Annotated[
+        str | None,
+        typer.Option(
+            "--max-moved",
+            metavar="SIZE",
+            help="Most expert weights that may travel from --current to the new plan: 20GB, 500MB, 0.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write the plan to (JSON).", show_default=False)
@@ -94,6 +114,7 @@ def solve_command(
       moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 --certify 20 -o plan.json
       moeplace solve trace --topology h100-hgx --for sglang --slots 72 -o plan.json
     """
+    from ...placement.migration import migration
     from ...placement.problem import Problem
     from ...runtime.exporters import check_plan_for, problem_for
     from ...solvers import solve
@@ -106,6 +127,7 @@ def solve_command(
     if certify is not None:
         choice = choice.certified(certify)
     cluster, goal = read_topology(topology), read_objective(objective)
+    in_force = None if current is None else read_plan(current, storage.db)
     with working("counting the routing") as update:
         record, statistics, used = training_statistics(routing, held_out, seed, update)
         problem = Problem(
@@ -114,6 +136,8 @@ def solve_command(
             statistics=statistics,
             objective=goal,
             slots=solving.slots,
+            current=in_force,
+            max_moved_bytes=None if max_moved is None else read_size("--max-moved", max_moved),
         )
         if engine is not None:
             problem = problem_for(problem, engine)
@@ -131,7 +155,14 @@ def solve_command(
         plan.save(output)
     stored = keep_plan(plan, statistics, storage.db, name) if storage.store else None
     note(used)
-    summary = {**plan_summary(plan), "file": None if output is None else str(output), "stored_as": stored}
+    moved = None if in_force is None else migration(in_force, plan)
+    summary = {
+        **plan_summary(plan),
+        "experts_moved": None if moved is None else moved.moves,
+        "bytes_moved": None if moved is None else moved.bytes_moved,
+        "file": None if output is None else str(output),
+        "stored_as": stored,
+    }
     emit(summary, summary_table(summary), as_json=as_json)
 
 
@@ -178,12 +209,18 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "stopped": f"{summary['stop']} after {seconds(summary['seconds'])} s",
         "seed": summary["seed"],
         "solved on": summary["trace_fingerprint"][:12] or None,
+        "moved": _moved(summary),
         "file": summary.get("file"),
         "stored as": summary.get("stored_as"),
     }
-    if shown["chosen because"] is None:
-        del shown["chosen because"]
-    return pairs(shown)
+    rarely = ("chosen because", "moved")
+    return pairs({name: value for name, value in shown.items() if value is not None or name not in rarely})
+
+
+def _moved(summary: dict[str, Any]) -> str | None:
+    if summary.get("experts_moved") is None:
+        return None
+    return f"{summary['experts_moved']} experts, {quantity('B')(summary['bytes_moved'])}, from the plan in force"
 
 
 def _gap(summary: dict[str, Any]) -> str | None:

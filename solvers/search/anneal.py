@@ -14,7 +14,7 @@ from numba import njit
 from .costs import aim_value, step_cost
 from .proposals import propose
 from .reach import exchange, fill_state, node_rows, walk
-from .slots import accepted, commit, first_work, shift_work, slot_tables
+from .slots import accepted, commit, first_moved, first_work, more_moved, remember, shift_work, slot_tables
 
 
 @njit(cache=True, nogil=True)
@@ -23,6 +23,7 @@ def anneal(
     rates: Any,
     aim: Any,
     moves: Any,
+    limit: Any,
     slot_expert: Any,
     slot_device: Any,
     share: Any,
@@ -65,11 +66,16 @@ def anneal(
     plain = slot_expert.shape[0] == experts
     cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
     temperature = hot
+    moved = first_moved(slot_expert, slot_device, limit)
+    remember(value, moved, slot_expert, slot_device, share, limit)
     changes, counted = 0.0, 0
     for _ in range(proposals):
         temperature *= cooling
         kind, p, q, a, b = propose(slot_expert, slot_device, slot_at, share, replicas, moves, new)
         if kind == 0:
+            continue
+        more = more_moved(kind, p, q, a, b, slot_device, limit)
+        if more > 0 and moved + more > limit.most:
             continue
         old[0] = share[a]
         old[1] = 0.0
@@ -97,7 +103,7 @@ def anneal(
         new_value = aim_value(new_cost, aim)
         changes += abs(new_value - value)
         counted += 1
-        if not accepted(value, new_value, temperature):
+        if not accepted(value, new_value + more * limit.price, temperature):
             continue
         if whole:
             exchange(layer, a, b, g, h, zeros, soft, plain, d_reach, True)
@@ -114,6 +120,8 @@ def anneal(
         commit(kind, p, q, a, b, new, slot_expert, slot_device, slot_at, share, replicas)
         cost[:] = new_cost
         value = new_value
+        moved += more
+        remember(value, moved, slot_expert, slot_device, share, limit)
         if value < best:
             best = value
             best_expert[:] = slot_expert

@@ -10,7 +10,7 @@ from numba import njit
 from .costs import aim_value
 from .exchange_traffic import exchange_traffic, whole_devices
 from .proposals import propose
-from .slots import accepted, commit, first_work, shift_work, slot_tables
+from .slots import accepted, commit, first_moved, first_work, more_moved, remember, shift_work, slot_tables
 from .traffic import account, coherent_step_cost, replace_traffic, support, supports
 
 
@@ -21,6 +21,7 @@ def anneal_coherent(
     rates: Any,
     aim: Any,
     moves: Any,
+    limit: Any,
     slot_expert: Any,
     slot_device: Any,
     share: Any,
@@ -74,11 +75,16 @@ def anneal_coherent(
     new_cost = cost.copy()
     cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
     temperature = hot
+    moved = first_moved(slot_expert, slot_device, limit)
+    remember(value, moved, slot_expert, slot_device, share, limit)
     changes, counted = 0.0, 0
     for _ in range(proposals):
         temperature *= cooling
         kind, p, q, a, b = propose(slot_expert, slot_device, slot_at, share, replicas, moves, new)
         if kind == 0:
+            continue
+        more = more_moved(kind, p, q, a, b, slot_device, limit)
+        if more > 0 and moved + more > limit.most:
             continue
         new_load[:] = load
         new_hit[:] = hit
@@ -110,7 +116,7 @@ def anneal_coherent(
         new_value = aim_value(new_cost, aim)
         changes += abs(new_value - value)
         counted += 1
-        if not accepted(value, new_value, temperature):
+        if not accepted(value, new_value + more * limit.price, temperature):
             if plain:
                 continue
             support(a, old[0], rates.node_of, here[0], here[1], here[2], here[3], here[4], here[5])
@@ -126,6 +132,8 @@ def anneal_coherent(
             device_of[a], device_of[b] = slot_device[q], slot_device[p]
         commit(kind, p, q, a, b, new, slot_expert, slot_device, slot_at, share, replicas)
         value = new_value
+        moved += more
+        remember(value, moved, slot_expert, slot_device, share, limit)
         if value < best:
             best = value
             best_expert[:] = slot_expert

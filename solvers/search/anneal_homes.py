@@ -18,7 +18,7 @@ from .home_traffic import (
     walk_homes,
 )
 from .proposals import propose
-from .slots import accepted, commit, slot_tables
+from .slots import accepted, commit, first_moved, more_moved, remember, slot_tables
 from .traffic import transfer_cost
 
 
@@ -37,6 +37,7 @@ def anneal_homes(
     rates: Any,
     aim: Any,
     moves: Any,
+    limit: Any,
     slot_expert: Any,
     slot_device: Any,
     share: Any,
@@ -80,11 +81,16 @@ def anneal_homes(
     new_ledgers, new_node_ledgers = ledgers.copy(), node_ledgers.copy()
     cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
     temperature = hot
+    moved = first_moved(slot_expert, slot_device, limit)
+    remember(value, moved, slot_expert, slot_device, share, limit)
     changes, counted = 0.0, 0
     for _ in range(proposals):
         temperature *= cooling
         kind, p, q, a, b = propose(slot_expert, slot_device, slot_at, share, replicas, moves, new)
         if kind == 0:
+            continue
+        more = more_moved(kind, p, q, a, b, slot_device, limit)
+        if more > 0 and moved + more > limit.most:
             continue
         for turn in range(2):
             e = a if turn == 0 else b
@@ -122,7 +128,7 @@ def anneal_homes(
         new_value = aim_value(new_cost, aim)
         changes += abs(new_value - value)
         counted += 1
-        if not accepted(value, new_value, temperature):
+        if not accepted(value, new_value + more * limit.price, temperature):
             continue
         walk_homes(layer, a, b, old_rows, new_rows, products, new_ledgers, new_node_ledgers, rates, False, True)
         if rates.dedup:
@@ -155,6 +161,8 @@ def anneal_homes(
         cost[:] = new_cost
         commit(kind, p, q, a, b, new, slot_expert, slot_device, slot_at, share, replicas)
         value = new_value
+        moved += more
+        remember(value, moved, slot_expert, slot_device, share, limit)
         if value < best:
             best = value
             best_expert[:] = slot_expert

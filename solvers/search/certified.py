@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ...placement.errors import SolveError
 from ...placement.plan import Certificate
+from ...placement.problem import Problem
 from ..base import Budget
 from ..chain import Chain, fastest_step
 from .judge import Judge
@@ -45,12 +46,21 @@ def certified(judge: Judge, answer: Answer, budget: Budget, seconds: float) -> A
     with suppress(KeyboardInterrupt):
         if (best := _best_of_all(judge, given)) is not None:
             tell(best[1])
-            if judge.figures(best[0], np.ones(best[0].shape)).mean() < judge.figures(table, shares).mean():
+            better = judge.figures(best[0], np.ones(best[0].shape)).mean() < judge.figures(table, shares).mean()
+            if better and _within_reach(problem, best[0]):
                 table, shares = best[0], np.ones(best[0].shape)
         else:
             figures = judge.figures(table, shares)
             tell(risk_bound(problem, scenario.steps, scenario.workload, figures, judge.reference, given, tell))
     return table, judge.certificate(table, shares), shares
+
+
+def _within_reach(problem: Problem, table: IntArray) -> bool:
+    """Whether a placement [L, P] moves no more from the plan in force than allowed."""
+    if problem.current is None or problem.max_moves is None:
+        return True
+    held = problem.current.holds[np.arange(len(table))[:, None], table, problem.slot_device]
+    return int((~held).sum()) <= problem.max_moves
 
 
 def _best_of_all(judge: Judge, seconds: float | None) -> tuple[IntArray, float] | None:

@@ -16,7 +16,7 @@ from .anneal import anneal
 from .anneal_coherent import anneal_coherent
 from .anneal_homes import anneal_homes
 from .homes import home_tokens
-from .layout import Aim, Moves, Neighbours, Rates
+from .layout import Aim, Limit, Moves, Neighbours, Rates, no_limit
 from .scenario import Scenario
 
 FloatArray = npt.NDArray[np.float64]
@@ -61,13 +61,16 @@ class Engine:
         self._seeds = np.random.SeedSequence(seed)
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
         self.states: list[LayerState] = []
+        self.limits: list[Limit] = [no_limit()] * problem.model.layers
 
-    def start(self, tables: Sequence[IntArray], shares: Sequence[FloatArray], aims: Sequence[Aim]) -> None:
-        """Takes a placement as the state, prices it, and learns what a proposal changes."""
+    def start(
+        self, tables: Sequence[IntArray], shares: Sequence[FloatArray], aims: Sequence[Aim], taste: int = TASTE
+    ) -> None:
+        """Takes a placement as the state, prices it, and learns what a proposal changes, of `taste` that improve."""
         zero = np.zeros(self._scenario.num_steps)
         placed = [Placed(table, share, zero) for table, share in zip(tables, shares, strict=True)]
         self.states = [LayerState(layer, layer, np.inf, 0.0) for layer in placed]
-        self.run(aims, TASTE, hot=0.0, cold=0.0)
+        self.run(aims, taste, hot=0.0, cold=0.0)
 
     def run(self, aims: Sequence[Aim], proposals: int, hot: float, cold: float) -> None:
         """One round: every layer walks on for `proposals`, from temperature `hot` to `cold` in typical changes."""
@@ -93,6 +96,7 @@ class Engine:
             self._rates,
             aim,
             self._moves[layer],
+            self.limits[layer],
             state.now.slot_expert,
             self._slot_device,
             state.now.share,

@@ -66,6 +66,28 @@ class Moves(NamedTuple):
     failures: npt.NDArray[np.bool_] = np.zeros((0, 0), dtype=np.bool_)
 
 
+class Limit(NamedTuple):
+    """How far one layer may go from a plan in force, and the best seen at every distance.
+
+    held: [E, G] what devices hold in that plan. most: slots that may hold what their device does not hold yet, -1 for
+    any number (then nothing else here is read). price: seconds such a slot is charged on the walk, not in values.
+    value: [K] best value seen with each number of such slots, slot_expert: [K, P] and slot_share: [K, P] of that
+    placement; K is 0 where values of other rounds do not compare.
+    """
+
+    held: npt.NDArray[np.bool_]
+    most: int
+    price: float
+    value: Floats
+    slot_expert: Ints
+    slot_share: Floats
+
+
+def no_limit() -> Limit:
+    """Anything may move."""
+    return Limit(np.zeros((0, 0), dtype=np.bool_), -1, 0.0, np.zeros(0), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
+
+
 class Neighbours(NamedTuple):
     """The fixed layers around. before: [T] expert that owns the token before (-1: spread evenly over all devices);
     before_share: [E, G]. after: [T, k] experts of the next layer (k = 0 for the last one); after_share: [E, G]."""

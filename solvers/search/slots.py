@@ -88,3 +88,37 @@ def accepted(value: float, new_value: float, temperature: float) -> bool:
     if new_value <= value:
         return True
     return np.random.random() < np.exp((value - new_value) / max(temperature, 1e-300))
+
+
+@njit(cache=True, nogil=True)
+def first_moved(slot_expert: Any, slot_device: Any, limit: Any) -> int:
+    """Slots that hold what their device did not hold in the plan in force."""
+    moved = 0
+    if limit.most >= 0:
+        for p in range(slot_expert.shape[0]):
+            if not limit.held[slot_expert[p], slot_device[p]]:
+                moved += 1
+    return moved
+
+
+@njit(cache=True, nogil=True)
+def more_moved(kind: int, p: int, q: int, a: int, b: int, slot_device: Any, limit: Any) -> int:
+    """How many more such slots there are after a proposal (see `propose`)."""
+    if limit.most < 0 or b < 0:
+        return 0
+    g = slot_device[p]
+    more = int(limit.held[a, g]) - int(limit.held[b, g])
+    if kind == 1:
+        h = slot_device[q]
+        more += int(limit.held[b, h]) - int(limit.held[a, h])
+    return more
+
+
+@njit(cache=True, nogil=True)
+def remember(value: float, moved: int, slot_expert: Any, slot_device: Any, share: Any, limit: Any) -> None:
+    """Keeps a placement that is the best so far of those as far from the plan in force."""
+    if moved < limit.value.shape[0] and value < limit.value[moved]:
+        limit.value[moved] = value
+        for p in range(slot_expert.shape[0]):
+            limit.slot_expert[moved, p] = slot_expert[p]
+            limit.slot_share[moved, p] = share[slot_expert[p], slot_device[p]]
