@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .binding_codes import NOTHING, compute_binding, transfer_binding
 from .cost import all_to_all_latency, combine_bytes, compute_seconds, dispatch_bytes, transfer_seconds
 from .errors import InputError
 from .model import ModelSpec
@@ -31,7 +32,8 @@ class Evaluation:
     over each device's links in a step, both directions' larger. node_bytes: [S, N] the same between nodes.
     reached, node_reached: [S, L] devices and nodes a token needs, summed over tokens; crossing, node_crossing: [S, L]
     copies that leave their device or node; local, node_local: [S, L-1] transitions that stay, in tokens.
-    device_memory: [G] bytes of expert weights.
+    device_memory: [G] bytes of expert weights. dispatch_at, compute_at, combine_at: [S, L] what each of these seconds
+    waited for, as codes that `binding_terms` reads.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -52,6 +54,9 @@ class Evaluation:
     node_local: FloatArray
     device_memory: FloatArray
     objective: Objective
+    dispatch_at: npt.NDArray[np.int16]
+    compute_at: npt.NDArray[np.int16]
+    combine_at: npt.NDArray[np.int16]
 
     @cached_property
     def step_seconds(self) -> FloatArray:
@@ -122,19 +127,24 @@ def evaluate_on(plan: Plan, steps: Steps, model: ModelSpec, topology: Topology, 
     )
 
 
-def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Objective) -> dict[str, FloatArray]:
+def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Objective) -> dict[str, Any]:
     latency = all_to_all_latency(topology, objective.node_dedup)
     out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
     compute = compute_seconds(demand.tokens, demand.experts_hit, model, topology)
     dispatch = transfer_seconds(demand.dispatch, out, topology, latency)
     device_bytes, node_bytes = demand.dispatch.intra * out, demand.dispatch.inter * out
     combine = np.zeros_like(dispatch)
+    combine_at = np.full(combine.shape, NOTHING, dtype=np.int16)
     if demand.combine is not None:
         combine = transfer_seconds(demand.combine, back, topology, latency)
+        combine_at = transfer_binding(demand.combine, back, topology, latency)
         device_bytes = device_bytes + demand.combine.intra * back
         node_bytes = node_bytes + demand.combine.inter * back
     return {
         "dispatch": dispatch,
+        "dispatch_at": transfer_binding(demand.dispatch, out, topology, latency),
+        "compute_at": compute_binding(demand.tokens, compute, model, topology),
+        "combine_at": combine_at,
         "compute": compute.max(axis=2),
         "combine": combine,
         "device_tokens": demand.tokens,

@@ -253,3 +253,17 @@ def test_no_more_is_moved_than_allowed(trace: Path, plan: Path, tmp_path: Path) 
     assert "moved" in run(*arguments, "--max-moved", "0").out
     assert "is not a size" in run(*arguments, "--max-moved", "4 bits").err
     assert "does not support a limit of bytes moved" in run(*arguments, "--max-moved", "0", "-s", "eplb").err
+
+
+def test_what_layers_wait_for_is_shown_after_solving_and_judging(trace: Path, plan: Path) -> None:
+    judged = run("evaluate", plan, trace, *JUDGED, "--json").data
+    (rows,) = judged["binding"].values()
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    mean = next(row for row in judged["rows"] if row["solver"] == "plan")["step_seconds_mean"]
+    assert sum(row["seconds"] for row in rows) == pytest.approx(mean)
+    for row in rows:
+        assert sum(row["terms"].values()) == pytest.approx(row["seconds"])
+        assert all(sum(phase["steps"].values()) == pytest.approx(1.0) for phase in row["phases"].values())
+    assert "what layers of plan wait for" in run("evaluate", plan, trace, *JUDGED).out
+    solved = run("solve", trace, *CLUSTER, "-s", "eplb", "--decode", "8", "-o", plan)
+    assert "what layers wait for" in solved.out

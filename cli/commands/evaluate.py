@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..binding_rows import binding_rows, binding_table
 from ..comparison import Parted, compare, make_steps, part, solving_statistics
 from ..inputs import Routing, read_objective, read_plan, read_routing
 from ..options import (
@@ -47,7 +48,7 @@ def evaluate_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replay held-out routing through a plan, beside the contiguous placement.
+    """Replay held-out routing through a plan, beside the contiguous placement, and say what its layers wait for.
 
     With the plan's own seed and --held-out, the part judged on is the one its solver did not see.
 
@@ -78,7 +79,11 @@ def evaluate_command(
     rows = comparison_rows(comparison)
     if storage.store:
         keep_evaluations(judged_plan, comparison.entries[-1].evaluations, replayed, storage.db)
-    emit(comparison_data(comparison, rows), *comparison_tables(comparison, rows), as_json=as_json)
+    judged = comparison.entries[-1].evaluations
+    waits = {kind: binding_rows(evaluation, judged_plan.moe_layers) for kind, evaluation in judged.items()}
+    tables = [binding_table(entries, f"{kind}: what layers of {name} wait for") for kind, entries in waits.items()]
+    data = {**comparison_data(comparison, rows), "binding": waits}
+    emit(data, *comparison_tables(comparison, rows), *tables, as_json=as_json)
 
 
 def warn_when_seen(plan: Plan, routing: Routing, parted: Parted, train_fingerprint: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..binding_rows import binding_rows, binding_table
 from ..inputs import SolverChoice, read_model, read_objective, read_plan, read_size, read_topology
 from ..options import (
     SOLVING,
@@ -29,6 +30,10 @@ from ..training import training_statistics
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
+    from ...placement.problem import Problem
+
+WAIT_TOKENS = 16_384
+"""Tokens replayed to say what a new plan's layers wait for."""
 
 
 def solve_command(
@@ -163,7 +168,21 @@ def solve_command(
         "file": None if output is None else str(output),
         "stored_as": stored,
     }
-    emit(summary, summary_table(summary), as_json=as_json)
+    waits = _waits(plan, problem, batch, seed)
+    tables = [] if waits is None else [binding_table(waits, "what layers wait for, on steps of the training part")]
+    emit({**summary, "binding": waits}, summary_table(summary), *tables, as_json=as_json)
+
+
+def _waits(plan: Plan, problem: Problem, batch: BatchOptions, seed: int) -> list[dict[str, Any]] | None:
+    """Rows of what binds on steps the solver may have seen; None when there are counts only."""
+    from ...placement.evaluate import evaluate
+
+    sample, (kind, tokens) = problem.statistics.sample, next(iter(batch.kinds.items()))
+    if sample is None or sample.num_tokens < tokens:
+        return None
+    count = max(4, min(64, WAIT_TOKENS // tokens))
+    draw = sample.decode_steps if kind == "decode" else sample.prefill_steps
+    return binding_rows(evaluate(plan, draw(tokens, count, seed), problem), plan.moe_layers)
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
