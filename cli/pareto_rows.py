@@ -38,6 +38,7 @@ def pareto_data(front: Front, problem: Problem, files: Sequence[Path], stored: S
             "redundant_slots": point.redundant,
             "slots": point.plan.num_slots,
             "tolerate": None if point.wish is None else point.wish.tolerate,
+            "max_moved_bytes": None if point.wish is None else point.wish.max_moved,
             "survives": {
                 kind: {"survived": point.survived[kind], "of": total} for kind, total in front.failures.items()
             },

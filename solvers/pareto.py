@@ -30,17 +30,19 @@ class Wish:
     """What a plan of the sweep is asked for, besides short steps.
 
     redundant: slots a layer beyond one an expert. tolerate: the kind of single failures to survive, as many of them as
-    the slots allow; None leaves survival to chance.
+    the slots allow; None leaves survival to chance. max_moved: most bytes moved from the plan in force.
     """
 
     redundant: int
     tolerate: Kind | None = None
+    max_moved: float | None = None
 
     @property
     def name(self) -> str:
-        """`+8 slots, device failures`."""
+        """`+8 slots, device failures, 1.5 GB moved`."""
         asked = "" if self.tolerate is None else f", {self.tolerate} failures"
-        return f"+{self.redundant} slots{asked}"
+        moved = "" if self.max_moved is None else f", {self.max_moved / 1e9:.3g} GB moved"
+        return f"+{self.redundant} slots{asked}{moved}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,7 @@ def pareto(
     redundant: Sequence[int] | None = None,
     tolerate: Sequence[Kind | None] = (None, *KINDS),
     current: Plan | None = None,
+    max_moved: Sequence[float | None] | None = None,
     solver: str | None = None,
     seconds: float | None = 10.0,
     seed: int = 0,
@@ -106,7 +109,8 @@ def pareto(
 
     problem: its slots are swept, so it names none. redundant: slots a layer beyond one an expert; default 0, 1/8, 1/4,
     1/2 and 1 for each expert, as far as memory goes, rounded up to whole slots a device. tolerate: kinds of failures to
-    survive. current: the plan in force, which bytes are moved from. solver, seconds, seed: of each solve, options: the
+    survive. current: the plan in force, which bytes are moved from. max_moved: most bytes to move; default any number,
+    and with a plan in force also 1/16 and 1/4 of the weights. solver, seconds, seed: of each solve, options: the
     solver's own (see `solve`). progress: called with the wishes done, their number and the next one's name.
     After a keyboard interrupt the points finished so far are returned.
 
@@ -119,13 +123,18 @@ def pareto(
     """
     if problem.slots is not None or problem.device_slots is not None or problem.tolerates:
         raise InputError("pareto sweeps slots and failures to tolerate; leave slots, device_slots and tolerates out")
+    limits = max_moved
+    if limits is None:
+        weights = problem.model.bytes_per_expert * problem.model.experts * problem.model.layers
+        limits = (None,) if current is None else (None, weights / 16, weights / 4)
     if redundant is not None and any(count < 0 for count in redundant):
         raise InputError(f"redundant slots ({list(redundant)}) must not be negative")
     wishes = [
-        Wish(count, kind)
+        Wish(count, kind, limit)
         for count in (redundancy_steps(problem) if redundant is None else dict.fromkeys(redundant))
         for kind in tolerate
         if kind is None or (count > 0 and single_failures(problem.topology, (kind,)))
+        for limit in limits
     ]
     points = [] if current is None else [_judged(None, current, problem, steps, current)]
     refused: list[tuple[Wish, str]] = []
@@ -135,13 +144,13 @@ def pareto(
             if progress is not None:
                 progress(done, len(wishes), wish.name)
             try:
-                asked = problem_for(wish, problem)
+                asked = problem_for(wish, problem, current)
                 plan = solve(asked, solver, seconds=seconds, seed=seed, **(options or {}))
             except (UnsupportedError, SolveError) as error:
                 refused.append((wish, str(error)))
                 continue
             stopped = plan.provenance.stop == "interrupted"
-            if problem.objective.split == "free":
+            if problem.objective.split == "free" and wish.max_moved is None:
                 plan = _or_standing_by(plan, asked, points)
             points.append(_judged(wish, plan, problem, steps, current))
             if stopped:
@@ -164,7 +173,7 @@ def redundancy_steps(problem: Problem) -> list[int]:
     return sorted(count for count in counts if count <= room)
 
 
-def problem_for(wish: Wish, problem: Problem) -> Problem:
+def problem_for(wish: Wish, problem: Problem, current: Plan | None = None) -> Problem:
     """The problem with a wish's slots, dealt evenly as far as memory goes, and the failures it can ask to survive.
 
     Raises:
@@ -182,7 +191,14 @@ def problem_for(wish: Wish, problem: Problem) -> Problem:
             raise SolveError(
                 f"{wish.redundant} redundant slots a layer are too few to survive any {wish.tolerate} failure"
             )
-    return replace(problem, device_slots=slots.tolist(), tolerates=tolerates)
+    return replace(
+        problem,
+        device_slots=slots.tolist(),
+        tolerates=tolerates,
+        # Without a limit the plan in force only narrows the search.
+        current=None if wish.max_moved is None else current,
+        max_moved_bytes=wish.max_moved,
+    )
 
 
 def tolerable(failures: Sequence[Failure], device_slots: IntArray, redundant: int) -> tuple[Failure, ...]:

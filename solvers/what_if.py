@@ -116,6 +116,7 @@ def what_if(
     changes: Sequence[Change] | None = None,
     *,
     ready: bool = True,
+    max_moved_bytes: float | None = None,
     solver: str | None = None,
     seconds: float | None = 10.0,
     seed: int = 0,
@@ -126,7 +127,8 @@ def what_if(
 
     problem: statistics, objective and constraints, on the plan's topology; pins to devices that go are dropped, and
     failures it tolerates are not asked of ready plans. changes: default the loss of every device and of every node.
-    ready: whether to repair and solve; otherwise only survival and the degraded plan are looked at. solver, seconds,
+    ready: whether to repair and solve; otherwise only survival and the degraded plan are looked at. max_moved_bytes: most
+    that ready plans may move between devices, after failures (lost experts are loaded beside that). solver, seconds,
     seed: of each solve, options: the solver's own (see `solve`). progress: called with the changes done, their number
     and the next one's name. After a keyboard interrupt the outcomes finished so far are returned.
 
@@ -143,7 +145,9 @@ def what_if(
                 progress(done, len(changes), change.name)
             outcome = _as_it_is(plan, problem, steps, change)
             if ready:
-                outcome = _solved(outcome, plan, problem, steps, (solver, seconds, seed, options or {}))
+                outcome = _solved(
+                    outcome, plan, problem, steps, (solver, seconds, seed, options or {}), max_moved_bytes
+                )
             outcomes.append(outcome)
             if outcome.ready is not None and outcome.ready.plan.provenance.stop == "interrupted":
                 return WhatIf(before, tuple(outcomes), interrupted=len(outcomes) < len(changes))
@@ -168,6 +172,7 @@ def _solved(
     problem: Problem,
     steps: Steps,
     how: tuple[str | None, float | None, int, Mapping[str, Any]],
+    max_moved_bytes: float | None,
 ) -> Outcome:
     change, experts = outcome.change, problem.model.experts
     present = np.concatenate([np.bincount(plan.slot_device, minlength=plan.topology.num_devices), [0]])[change.origin]
@@ -189,6 +194,9 @@ def _solved(
         outcome = replace(outcome, repaired=_judged(mended, plan, problem, steps, change))
     solver, seconds, seed, options = how
     after = _problem_after(problem, change, slots)
+    at_once = outcome.degraded or outcome.repaired
+    if max_moved_bytes is not None and at_once is not None:
+        after = replace(after, current=at_once.plan, max_moved_bytes=max_moved_bytes)
     try:
         ready = solve(after, solver, seconds=seconds, seed=seed, **options)
     except (UnsupportedError, SolveError) as error:
@@ -223,4 +231,6 @@ def _problem_after(problem: Problem, change: Change, slots: IntArray) -> Problem
         pinned={key: rank[device] for key, device in problem.pinned.items() if device in rank},
         forbidden={key: [rank[d] for d in devices if d in rank] for key, devices in problem.forbidden.items()},
         tolerates=(),
+        current=None,
+        max_moved_bytes=None,
     )

@@ -26,7 +26,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     folder = tmp_path_factory.mktemp("front")
     plan, db = folder / "now.json", ("--db", folder / "plans.db")
     assert run("solve", OLMOE, *SIZES, *CLUSTER, "-s", "contiguous", "-o", plan, *db).code == 0
-    sweep = ("--redundant", "0,32", "--tolerate", "nothing,node", "--current", plan)
+    sweep = ("--redundant", "0,32", "--tolerate", "nothing,node", "--current", plan, "--max-moved", "any,300MB")
     return folder, pareto(*sweep, "--out", folder / "out", *db, "--json")
 
 
@@ -34,7 +34,18 @@ def test_every_point_is_a_plan_on_disk_and_in_the_store(swept: tuple[Path, Run])
     folder, done = swept
     assert done.code == 0, done.err
     points = done.data["points"]
-    assert [point["point"] for point in points] == ["in force", "+0 slots", "+32 slots", "+32 slots, node failures"]
+    assert [point["point"] for point in points] == [
+        "in force",
+        "+0 slots",
+        "+0 slots, 0.3 GB moved",
+        "+32 slots",
+        "+32 slots, node failures",
+    ]
+    assert [entry["point"] for entry in done.data["refused"]] == [
+        "+32 slots, 0.3 GB moved",
+        "+32 slots, node failures, 0.3 GB moved",
+    ]
+    assert points[2]["bytes_moved"] <= points[2]["max_moved_bytes"] == 300e6
     with Store.open(folder / "plans.db") as store:
         for point in points:
             plan = mp.Plan.load(point["file"])
@@ -44,9 +55,9 @@ def test_every_point_is_a_plan_on_disk_and_in_the_store(swept: tuple[Path, Run])
             (evaluation,) = store.evaluations(point["stored_as"])
             assert evaluation.summary["step_seconds_mean"] == point["step_seconds_mean"]
     assert points[0]["bytes_moved"] == 0
-    assert points[3]["survives"] == {"device": {"survived": 4, "of": 4}, "node": {"survived": 2, "of": 2}}
+    assert points[4]["survives"] == {"device": {"survived": 4, "of": 4}, "node": {"survived": 2, "of": 2}}
     assert points[0]["best"]
-    assert points[3]["best"]
+    assert points[4]["best"]
 
 
 def test_the_page_holds_everything_it_shows(swept: tuple[Path, Run]) -> None:
@@ -72,6 +83,7 @@ def test_the_table_marks_the_front_and_says_why_a_wish_has_no_plan(tmp_path: Pat
     [
         (("--redundant", "1,x"), "must be whole numbers"),
         (("--tolerate", "rack"), "must name some of nothing, device, node"),
+        (("--max-moved", "1GB"), "counts from --current"),
         (("--no-store",), "the plans would go nowhere"),
         (("--decode", "8", "--prefill", "8"), "not of both"),
     ],

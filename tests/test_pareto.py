@@ -104,7 +104,9 @@ def test_the_sweep_solves_each_wish_and_marks_what_nothing_beats() -> None:
 def test_bytes_are_counted_from_the_plan_in_force_which_is_a_point_itself() -> None:
     problem = problem_of()
     current = mp.solve(problem, "contiguous")
-    front = mp.pareto(problem, STEPS, redundant=[0], tolerate=[None], current=current, seconds=None, options=QUICK)
+    front = mp.pareto(
+        problem, STEPS, redundant=[0], tolerate=[None], current=current, max_moved=[None], seconds=None, options=QUICK
+    )
     first, second = front.points
     assert (first.name, first.plan, first.bytes_moved) == ("in force", current, 0.0)
     assert second.migration is not None
@@ -180,3 +182,30 @@ def test_with_free_shares_more_slots_are_never_worse_on_the_steps_solved_on() ->
     assert max(values["+8 slots, device failures"], values["+8 slots, node failures"]) <= values["+0 slots"]
     by_name = {point.name: point for point in front.points}
     assert by_name["+8 slots, node failures"].survived == {"device": 4, "node": 2}
+
+
+def test_limits_of_bytes_moved_are_swept_and_kept() -> None:
+    problem = problem_of()
+    current = mp.solve(problem, "contiguous")
+    size = problem.model.bytes_per_expert
+    front = mp.pareto(
+        problem,
+        STEPS,
+        redundant=[0, 8],
+        tolerate=[None],
+        current=current,
+        max_moved=[None, 4 * size],
+        seconds=None,
+        options=QUICK,
+    )
+    assert [point.wish.max_moved for point in front.points if point.wish] == [None, 4 * size, None]
+    limited = front.points[2]
+    assert limited.migration is not None
+    assert limited.migration.moves <= 4
+    # Every one of 8 more slots a layer needs an expert that its device does not hold.
+    ((wish, reason),) = front.refused
+    assert wish == Wish(8, None, 4 * size)
+    assert "move 24 experts" in reason
+    assert wish.name == f"+8 slots, {4 * size / 1e9:.3g} GB moved"
+    with pytest.raises(mp.InputError, match="needs Problem.current"):
+        mp.pareto(problem, STEPS, max_moved=[0.0])

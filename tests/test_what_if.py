@@ -290,3 +290,22 @@ def test_an_interrupt_keeps_what_is_finished() -> None:
     assert result.interrupted
     assert [outcome.change.name for outcome in result.outcomes] == ["device:0", "device:1"]
     assert seen == ["device:0", "device:1", "device:2"]
+
+
+def test_ready_plans_move_no_more_than_allowed_beside_what_is_loaded() -> None:
+    topology = mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=2)
+    problem = problem_of(topology)
+    plan = mp.solve(problem, "contiguous")
+    limit = 2 * MODEL.bytes_per_expert
+    result = mp.what_if(
+        plan,
+        problem,
+        make_trace(1).decode_steps(8, steps=4),
+        seconds=None,
+        max_moved_bytes=limit,
+        options={"proposals": 200, "steps": 4},
+    )
+    for outcome in result.outcomes:
+        assert outcome.ready is not None
+        assert outcome.ready.migration.bytes_moved <= limit
+        assert outcome.ready.migration.bytes_reloaded >= outcome.lost.sum() * MODEL.bytes_per_expert

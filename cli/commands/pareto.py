@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..comparison import Parted, make_steps, part, solving_statistics
-from ..inputs import SolverChoice, read_model, read_objective, read_plan, read_routing, read_topology, split_list
+from ..inputs import (
+    SolverChoice,
+    read_model,
+    read_objective,
+    read_plan,
+    read_routing,
+    read_size,
+    read_topology,
+    split_list,
+)
 from ..options import (
     SOLVING,
     STORE,
@@ -73,6 +82,17 @@ def pareto_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
+    max_moved: Annotated[
+        str | None,
+        typer.Option(
+            "--max-moved",
+            metavar="SIZE,...",
+            help="Most expert weights that may travel from --current: sizes such as 500MB or 2GB, or any. "
+            "Default: any, and with --current also 1/16 and 1/4 of all weights.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
     solver: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +121,7 @@ def pareto_command(
 ) -> None:
     """Show what shorter steps cost: the front of step time, memory, bytes moved and survivable failures.
 
-    Solves once for each number of redundant slots and each kind of failures to survive, judges all plans on the same
+    Solves once for each number of redundant slots, kind of failures to survive and limit of bytes moved, judges all plans on the same
     held-out steps, and marks those that no other beats in everything. Ctrl-C ends the sweep and keeps what is finished.
 
     Example:
@@ -115,6 +135,9 @@ def pareto_command(
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
     if out is None and not storage.store:
         raise typer.BadParameter("the plans would go nowhere: give --out, or leave out --no-store")
+    if max_moved is not None and current is None:
+        raise typer.BadParameter("--max-moved counts from --current, the plan in force")
+    limits = None if max_moved is None else [_limit(entry) for entry in split_list(max_moved)]
     counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     cluster, goal = read_topology(topology), read_objective(objective)
@@ -135,6 +158,7 @@ def pareto_command(
             redundant=counts,
             tolerate=kinds,
             current=in_force,
+            max_moved=limits,
             solver=choice.solver,
             seconds=seconds,
             seed=seed,
@@ -173,6 +197,10 @@ def _whole_numbers(text: str | None) -> list[int] | None:
         return [int(entry) for entry in split_list(text)]
     except ValueError:
         raise typer.BadParameter(f"--redundant {text!r} must be whole numbers with commas between") from None
+
+
+def _limit(text: str) -> float | None:
+    return None if text == "any" else read_size("--max-moved", text)
 
 
 def _kinds(text: str) -> list[Kind | None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..comparison import make_steps, part, solving_statistics
-from ..inputs import SolverChoice, read_objective, read_plan, read_routing, read_topology
+from ..inputs import SolverChoice, read_objective, read_plan, read_routing, read_size, read_topology
 from ..options import (
     CLUSTER,
     SOLVING,
@@ -115,6 +115,16 @@ def whatif_command(
     ready: Annotated[
         bool, typer.Option("--ready/--no-ready", help="Solve a ready plan for each change.", rich_help_panel=SOLVING)
     ] = True,
+    max_moved: Annotated[
+        str | None,
+        typer.Option(
+            "--max-moved",
+            metavar="SIZE",
+            help="Most expert weights that may travel between survivors to a ready plan after a failure: 500MB, 2GB.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
     solver: Annotated[
         str | None,
         typer.Option(
@@ -172,6 +182,7 @@ def whatif_command(
             replayed,
             changes,
             ready=ready,
+            max_moved_bytes=None if max_moved is None else read_size("--max-moved", max_moved),
             solver=choice.solver,
             seconds=seconds,
             seed=seed,
