@@ -63,8 +63,8 @@ def run_search(
         raise UnsupportedError(
             "off_home and Problem.max_moved_bytes do not go together; leave one of them out"
             if scenario.steps is None
-            else "off_home limits what counts alone can tell of node traffic; these statistics hold a token sample, on which "
-            "the traffic itself is priced"
+            else "off_home limits what counts alone can tell of node traffic; these statistics hold a token sample, or the "
+            "transitions context-coherent steps are drawn from, on which the traffic itself is priced"
         )
     engine = Engine(problem, scenario, rates_for(problem, scenario), moves, budget.seed)
     try:

@@ -83,13 +83,7 @@ def made_placements(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Bu
         with contextlib.suppress(SolveError):
             starts.append([near_layer(layer_load, slots, speed, node_of) for layer_load in total])
     coherent = problem.objective.execution == "context_coherent"
-    if (
-        coherent
-        and statistics.sample is not None
-        and allowed.all()
-        and not problem.has_replicas
-        and statistics.transitions is not None
-    ):
+    if coherent and allowed.all() and not problem.has_replicas and statistics.transitions is not None:
         # A tenth of the time is plenty: sweeps converge in a second at 64 experts.
         brief = Budget(None if budget.left is None else budget.left / 10, budget.seed)
         swept = assignment_sweeps(statistics.total_transitions, problem.slots_per_device, brief)

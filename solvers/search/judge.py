@@ -49,7 +49,8 @@ class Judge:
         risk = self.problem.objective.risk
         if self.scenario.steps is None:
             return f"device load max/mean of recorded windows, mean over layers, {risk}"
-        return f"predicted step seconds on {self.scenario.num_steps} scenario steps, {risk}"
+        origin = " of tokens drawn from recorded transitions" if self.scenario.imagined else ""
+        return f"predicted step seconds on {self.scenario.num_steps} scenario steps{origin}, {risk}"
 
     def figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
         """[S] the figure of each scenario step."""

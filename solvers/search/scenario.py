@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...placement.cost import combine_bytes, dispatch_bytes
+from ...placement.drawn_tokens import draw_tokens
 from ...placement.problem import Problem
 from ...placement.statistics import RoutingStatistics
 from ...placement.steps import Steps
@@ -21,12 +22,16 @@ SCENARIO_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Scenario:
-    """Steps (None when only counts were recorded), loads [S, L, E] of each step, and the workload [S] of each."""
+    """Steps (None when only counts were recorded), loads [S, L, E] of each step, and the workload [S] of each.
+
+    imagined: the steps' tokens were drawn from transitions, none having been recorded.
+    """
 
     steps: Steps | None
     loads: npt.NDArray[np.float64]
     workload: npt.NDArray[np.int64]
     workloads: tuple[str, ...]
+    imagined: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -51,23 +56,27 @@ class Scenario:
 def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int | None, seed: int) -> Scenario:
     """Scenario steps drawn from the statistics' token sample, or the load windows when only counts are known.
 
+    Context-coherent steps are drawn from transitions where these were recorded without tokens.
+
     Under a risk that compares workloads, each workload gets steps of its own tokens only.
     """
     statistics = problem.statistics
-    if statistics.sample is None or not statistics.sample.num_tokens:
-        return _from_windows(statistics)
     count = max(4, min(64, SCENARIO_TOKENS // step_tokens)) if steps is None else steps
+    sample, imagined = statistics.sample, False
+    if sample is None or not sample.num_tokens:
+        if problem.objective.execution != "context_coherent" or statistics.transitions is None:
+            return _from_windows(statistics)
+        # Without the combine it is transitions that cost: tokens that show the recorded ones can be priced.
+        sample, imagined = draw_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
     if problem.objective.risk not in ("worst_workload", "regret") or len(statistics.workloads) == 1:
-        drawn = _draw(statistics.sample, batch, step_tokens, count, seed)
-        return Scenario(drawn, drawn.loads().astype(np.float64), drawn.step_workload, statistics.workloads)
-    present = np.unique(statistics.sample.workload)
-    share = max(2, count // len(present))
-    parts = [
-        _draw(statistics.sample.select(statistics.sample.workload == code), batch, step_tokens, share, seed)
-        for code in present
-    ]
-    joined = _join(parts)
-    return Scenario(joined, joined.loads().astype(np.float64), joined.step_workload, statistics.workloads)
+        drawn = _draw(sample, batch, step_tokens, count, seed)
+    else:
+        present = np.unique(sample.workload)
+        share = max(2, count // len(present))
+        drawn = _join(
+            [_draw(sample.select(sample.workload == code), batch, step_tokens, share, seed) for code in present]
+        )
+    return Scenario(drawn, drawn.loads().astype(np.float64), drawn.step_workload, statistics.workloads, imagined)
 
 
 def _draw(sample: RoutingTrace, batch: Batch, step_tokens: int, steps: int, seed: int) -> Steps:
