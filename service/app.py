@@ -17,6 +17,7 @@ from .intake import Intake
 from .limits import BodyLimit, RateLimit
 from .metrics import Metrics
 from .observe import Observe
+from .pages.routes import router as pages
 from .pool import Pool, Reaper
 from .routes import ROUTERS
 from .settings import Settings
@@ -61,7 +62,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     app.state.settings, app.state.store, app.state.gate = settings, store, Gate(store, settings)
     app.state.metrics, app.state.ready = Metrics(store), False
     problems.install(app)
-    for router in ROUTERS:
+    for router in (*ROUTERS, pages):
         app.include_router(router)
 
     app.add_middleware(BodyLimit, most=settings.body_bytes)

@@ -1,0 +1,133 @@
+"""Charts as SVG, drawn with classes that the style sheet colours for light and dark. Every chart names itself to screen
+readers; the page puts its figures in a table below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape, quoteattr
+
+import numpy as np
+import numpy.typing as npt
+
+WIDTH, HEIGHT = 720, 220
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 28
+LEVELS = 9
+"""Shades of a heat map, in classes h0 to h8."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values over the same positions as all others of the chart; None leaves a gap. kind: class of its line."""
+
+    name: str
+    values: Sequence[float | None]
+    kind: str
+
+
+def line_chart(
+    title: str,
+    labels: Sequence[str],
+    series: Sequence[Series],
+    *,
+    level: tuple[float, str] | None = None,
+    marks: Sequence[int] = (),
+) -> str:
+    """Lines from the oldest on the left. level: a horizontal line and its name. marks: positions that stand out."""
+    known = [value for line in series for value in line.values if value is not None]
+    if level is not None:
+        known.append(level[0])
+    if not known or not labels:
+        return ""
+    low, high = _rounded(min(known), max(known))
+    width = WIDTH - LEFT - RIGHT
+    across = [LEFT + width * (i + 0.5) / len(labels) for i in range(len(labels))]
+
+    def down(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1.0 - (value - low) / (high - low))
+
+    parts = [
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>'
+        f'<text class="tick" x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
+        for tick in np.linspace(low, high, 5)
+    ]
+    parts += [
+        f'<line class="alarm" x1="{across[i]:.1f}" x2="{across[i]:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        for i in marks
+    ]
+    if level is not None:
+        y = down(level[0])
+        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(level[1])}</text>'
+        )
+    for line in series:
+        for run in _runs(line.values):
+            points = " ".join(f"{across[i]:.1f},{down(value):.1f}" for i, value in run)
+            parts.append(f'<polyline class="{line.kind}" points="{points}"/>')
+            parts += [
+                f'<circle class="{line.kind}" cx="{across[i]:.1f}" cy="{down(value):.1f}" r="2.5"/>' for i, value in run
+            ]
+    for position in sorted({0, len(labels) // 2, len(labels) - 1}):
+        anchor = "start" if position == 0 else "end" if position == len(labels) - 1 else "middle"
+        parts.append(
+            f'<text class="tick" x="{across[position]:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">'
+            f"{escape(labels[position])}</text>"
+        )
+    return _svg(title, WIDTH, HEIGHT, parts)
+
+
+def heat_map(
+    title: str, values: FloatArray, rows: Sequence[str], columns: Sequence[str], *, low: float, high: float
+) -> str:
+    """A cell a value [rows, columns], shaded from `low` to `high`; the cell tells its value when pointed at."""
+    tall, wide = values.shape
+    cell_x = max(4.0, min(40.0, (WIDTH - LEFT - RIGHT) / wide))
+    cell_y = max(3.0, min(24.0, 420.0 / tall))
+    span = high - low if high > low else 1.0
+    parts = []
+    for row in range(tall):
+        for column in range(wide):
+            value = float(values[row, column])
+            shade = min(LEVELS - 1, max(0, int((value - low) / span * LEVELS)))
+            told = escape(f"{rows[row]}, {columns[column]}: {value:.4g}")
+            parts.append(
+                f'<rect class="h{shade}" x="{LEFT + column * cell_x:.1f}" y="{TOP + row * cell_y:.1f}" '
+                f'width="{cell_x:.2f}" height="{cell_y:.2f}"><title>{told}</title></rect>'
+            )
+    for row in range(0, tall, max(1, math.ceil(tall / 16))):
+        y = TOP + (row + 0.5) * cell_y + 4
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y:.1f}" text-anchor="end">{escape(rows[row])}</text>')
+    for column in range(0, wide, max(1, math.ceil(wide / 16))):
+        x = LEFT + (column + 0.5) * cell_x
+        y = TOP + tall * cell_y + 14
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(columns[column])}</text>'
+        )
+    return _svg(title, LEFT + wide * cell_x + RIGHT, TOP + tall * cell_y + BOTTOM, parts)
+
+
+def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
+    head = f'<svg class="chart" role="img" aria-label={quoteattr(title)} viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">'
+    return head + "".join(parts) + "</svg>"
+
+
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    if high <= low:
+        pad = abs(high) * 0.1 or 1.0
+        return low - pad, high + pad
+    pad = (high - low) * 0.08
+    return (0.0 if 0 <= low < (high - low) else low - pad), high + pad
+
+
+def _runs(values: Sequence[float | None]) -> list[list[tuple[int, float]]]:
+    runs: list[list[tuple[int, float]]] = [[]]
+    for position, value in enumerate(values):
+        if value is None:
+            runs.append([])
+        else:
+            runs[-1].append((position, float(value)))
+    return [run for run in runs if run]

@@ -1,0 +1,105 @@
+"""What the pages show of plans on routing: loads and traffic by device, and what a change of plan moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...db.service_records import DeploymentRecord
+from ...db.store import Store
+from ...placement.cost import dispatch_bytes
+from ...placement.load_bound import device_loads
+from ...placement.migration import migration
+from ...placement.objective import Objective
+from ...placement.plan import Plan
+from ..policy import Policy
+from ..routing import from_windows
+from ..tasks.judge import default_plan
+
+FloatArray = npt.NDArray[np.float64]
+SHOWN_MOVES = 200
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two plans of a deployment on its newest windows. before, after: [L, G] device load over the layer's mean device load.
+    traffic: [G, G] bytes a step from each device to each other under `plan`, of dispatch, before copies are merged by node.
+    """
+
+    plan: Plan
+    before_name: str
+    after_name: str
+    before: FloatArray
+    after: FloatArray
+    traffic: FloatArray
+
+
+def compare(store: Store, deployment: DeploymentRecord, candidate: str | None) -> Comparison | None:
+    """The plan in force against a candidate, or without one, index order against the plan in force; None without any plan
+    or window."""
+    policy = Policy(**deployment.policy)
+    windows = store.windows.page(deployment.name, limit=policy.recent)
+    if not windows or (deployment.plan_id is None and candidate is None):
+        return None
+    model = store.model(deployment.model_id).spec
+    base = default_plan(model, store.topology(deployment.topology_id).topology)
+    in_force = store.plan(deployment.plan_id).plan if deployment.plan_id else base
+    load = from_windows(windows, model).total_load
+    if candidate is not None:
+        before, after = in_force, store.plan(candidate).plan
+        names = ("in force" if deployment.plan_id else "index order", f"candidate {candidate}")
+    else:
+        before, after, names = base, in_force, ("index order", "in force")
+    traffic = _traffic(after, load, policy)
+    return Comparison(after, *names, _relative(before, load), _relative(after, load), traffic)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What going from one plan to another moves. by_pair: (source, target, experts), most first. listed: (layer, expert,
+    source, target), the first of them."""
+
+    count: int
+    bytes_moved: float
+    seconds: float
+    by_pair: list[tuple[int, int, int]]
+    by_layer: list[tuple[int, int]]
+    listed: list[tuple[int, int, int, int]]
+
+
+def moves(current: Plan, candidate: Plan) -> Moves:
+    """Which experts move where."""
+    moved = migration(current, candidate)
+    layers = [candidate.moe_layers[layer] for layer in moved.layer]
+    pairs = Counter(zip(moved.source.tolist(), moved.target.tolist(), strict=True))
+    listed = list(zip(layers, moved.expert.tolist(), moved.source.tolist(), moved.target.tolist(), strict=True))
+    return Moves(
+        moved.moves,
+        moved.bytes_moved,
+        moved.seconds,
+        [(source, target, count) for (source, target), count in pairs.most_common(32)],
+        sorted(Counter(layers).items()),
+        listed[:SHOWN_MOVES],
+    )
+
+
+def _relative(plan: Plan, load: FloatArray) -> FloatArray:
+    devices = plan.topology.num_devices
+    loads = device_loads(load, plan.physical_to_logical, plan.shares, plan.slot_device, devices)
+    mean = loads.mean(axis=1, keepdims=True)
+    return np.asarray(loads / np.where(mean > 0, mean, 1.0))
+
+
+def _traffic(plan: Plan, load: FloatArray, policy: Policy) -> FloatArray:
+    """Homes are spread evenly and a token's choices are independent draws, as `window_cost` has it."""
+    devices, top_k = plan.topology.num_devices, plan.model.top_k
+    total = np.maximum(load.sum(axis=1, keepdims=True), 1.0)
+    drawn = device_loads(load / total, plan.physical_to_logical, plan.shares, plan.slot_device, devices)
+    reached = policy.step_tokens * (1.0 - (1.0 - np.minimum(drawn, 1.0)) ** top_k).sum(axis=0)
+    size = dispatch_bytes(plan.model, Objective(**policy.objective.model_dump()))
+    matrix = np.tile(reached * size / devices, (devices, 1))
+    np.fill_diagonal(matrix, 0.0)
+    return np.asarray(matrix)

@@ -1,0 +1,261 @@
+"""The pages and their forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs
+
+import numpy as np
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+from starlette.concurrency import run_in_threadpool
+
+from ...db.service_records import ROLES, Actor, CheckRecord, DecisionRecord
+from ...db.store import Store
+from ...placement.plan import Plan
+from ..access import COOKIE, Gate
+from ..routes.common import KeyPath, NamePath, Stored
+from ..tasks.judge import default_plan
+from . import figures
+from .charts import Series, heat_map, line_chart
+
+HERE = Path(__file__).parent
+STATIC = {"style.css": "text/css"}
+CHECKS = 100
+router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
+pages = Environment(
+    loader=PackageLoader(__name__.rpartition(".")[0]), autoescape=select_autoescape(default=True), trim_blocks=True
+)
+pages.filters["minute"] = lambda moment: moment.strftime("%Y-%m-%d %H:%M")
+pages.filters["figure"] = lambda value: "–" if value is None else f"{value:,.4g}"
+pages.filters["percent"] = lambda value: "–" if value is None else f"{value:.2%}"
+pages.filters["size"] = lambda value: "–" if value is None else f"{value / 1e9:,.2f} GB"
+
+
+async def visitor(request: Request) -> Actor:
+    """Whose visit it is; without a valid token, the way to the sign-in page."""
+    gate: Gate = request.app.state.gate
+    try:
+        return await run_in_threadpool(gate.actor, request, request.cookies.get(COOKIE))
+    except HTTPException as error:
+        if error.status_code == 401:
+            raise HTTPException(303, "sign in", headers={"Location": "/sign-in"}) from None
+        raise
+
+
+Visitor = Annotated[Actor, Depends(visitor)]
+
+
+@router.get("/static/{name}")
+async def static(name: str) -> FileResponse:
+    """Files of the pages, by a list: what is asked for never becomes a path."""
+    if name not in STATIC:
+        raise HTTPException(404, "no such file")
+    return FileResponse(HERE / "static" / name, media_type=STATIC[name], headers={"Cache-Control": "max-age=3600"})
+
+
+@router.get("/sign-in")
+def sign_in_page(request: Request) -> HTMLResponse:
+    return _page("sign_in.html", None, wrong=request.query_params.get("wrong") == "1")
+
+
+@router.post("/sign-in")
+async def sign_in(request: Request) -> Response:
+    token = (await _form(request)).get("token", "").strip()
+    gate: Gate = request.app.state.gate
+    try:
+        await run_in_threadpool(gate.actor, request, token)
+    except HTTPException as error:
+        if error.status_code != 401:
+            raise
+        return RedirectResponse("/sign-in?wrong=1", 303)
+    answer = RedirectResponse("/", 303)
+    answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=request.url.scheme == "https")
+    return answer
+
+
+@router.post("/sign-out")
+async def sign_out(_: Visitor) -> Response:
+    answer = RedirectResponse("/sign-in", 303)
+    answer.delete_cookie(COOKIE)
+    return answer
+
+
+@router.get("/")
+def index(store: Stored, actor: Visitor) -> HTMLResponse:
+    """All deployments, and what waits for a decision."""
+    rows = []
+    for deployment in store.deployments.page(limit=200):
+        checks = store.deployments.checks(deployment.name, limit=1)
+        rows.append(
+            {
+                "deployment": deployment,
+                "model": store.model(deployment.model_id),
+                "topology": store.topology(deployment.topology_id),
+                "check": checks[0] if checks else None,
+                "totals": store.windows.totals(deployment.name),
+            }
+        )
+    waiting = store.decisions.page(limit=50, state="waiting")
+    return _page("index.html", actor, rows=rows, waiting=waiting, jobs=store.jobs.page(limit=10))
+
+
+@router.get("/deployments/{name}")
+def deployment_page(name: NamePath, store: Stored, actor: Visitor) -> HTMLResponse:
+    """One deployment: its plan, how it fares, and its history."""
+    deployment = store.deployments.get(name)
+    checks = store.deployments.checks(name, limit=CHECKS)[::-1]
+    decisions = store.decisions.page(name, limit=50)
+    waiting = next((entry for entry in decisions if entry.state == "waiting"), None)
+    comparison = figures.compare(store, deployment, waiting.candidate_id if waiting else None)
+    return _page(
+        "deployment.html",
+        actor,
+        deployment=deployment,
+        model=store.model(deployment.model_id),
+        topology=store.topology(deployment.topology_id),
+        plan=store.plan(deployment.plan_id) if deployment.plan_id else None,
+        publications=store.deployments.publications(name, limit=20),
+        decisions=decisions,
+        waiting=waiting,
+        checks=checks[::-1],
+        charts=_charts(checks, deployment.policy),
+        maps=None if comparison is None else _maps(comparison),
+        totals=store.windows.totals(name),
+    )
+
+
+@router.get("/decisions/{key}")
+def decision_page(key: KeyPath, store: Stored, actor: Visitor) -> HTMLResponse:
+    """One decision, and which experts it would move where."""
+    decision = store.decisions.get(key)
+    candidate = store.plan(decision.candidate_id).plan
+    moved = figures.moves(_current(store, decision, candidate), candidate)
+    return _page("decision.html", actor, decision=decision, moved=moved, figures=sorted(decision.figures.items()))
+
+
+@router.post("/decisions/{key}")
+async def close_decision(key: KeyPath, request: Request, actor: Visitor) -> Response:
+    """The forms Approve and Reject."""
+    form = await _form(request)
+    _needs_approver(actor)
+    verdict = form.get("verdict")
+    if verdict not in ("approve", "reject"):
+        raise HTTPException(422, "verdict: expected approve or reject")
+    store: Store = request.app.state.store
+    comment = form.get("comment", "")
+    closed = await run_in_threadpool(
+        store.decisions.close, key, "approve" if verdict == "approve" else "reject", actor, comment
+    )
+    return RedirectResponse(f"/deployments/{closed.deployment}", 303)
+
+
+@router.post("/deployments/{name}/rollback")
+async def rollback(name: NamePath, request: Request, actor: Visitor) -> Response:
+    """The button Roll back."""
+    version = (await _form(request)).get("version", "")
+    _needs_approver(actor)
+    if not version.isdigit() or len(version) > 9:
+        raise HTTPException(422, "version: expected a whole number")
+    store: Store = request.app.state.store
+
+    def go() -> None:
+        earlier = store.deployments.version_of(name, int(version))
+        comment = f"back to version {version}"
+        store.deployments.publish(name, earlier.plan_id, actor, cause="rollback", comment=comment)
+
+    await run_in_threadpool(go)
+    return RedirectResponse(f"/deployments/{name}", 303)
+
+
+def _charts(checks: list[CheckRecord], policy: Any) -> dict[str, str]:
+    labels = [check.created.strftime("%m-%d %H:%M") for check in checks]
+    alarms = [position for position, check in enumerate(checks) if check.alarm]
+
+    def of(*names: str) -> list[float | None]:
+        found: list[float | None] = []
+        for check in checks:
+            value: Any = check.figures
+            for part in names:
+                value = value.get(part) if isinstance(value, dict) else None
+            found.append(value)
+        return found
+
+    strength = [None if p is None else float(-np.log10(max(p, 1e-12))) for p in of("p")]
+    threshold = float(-np.log10(policy.get("false_alarm", 0.001)))
+    load = [
+        Series("plan in force", of("load_max_mean"), "series-a"),
+        Series("proven bound", of("bound"), "series-b"),
+    ]
+    charts = {
+        "Load max/mean of the plan in force (blue), and the proven bound of any plan (grey)": line_chart(
+            "Load over time", labels, load, marks=alarms
+        ),
+        "Regret, predicted loss of the plan in force against a fresh one (blue), and its load gap (grey)": line_chart(
+            "Regret over time",
+            labels,
+            [Series("regret", of("regret"), "series-a"), Series("gap", of("gap"), "series-b")],
+            level=(float(policy.get("min_regret", 0.02)), "matters from here"),
+            marks=alarms,
+        ),
+        "Drift, the strength of the evidence that traffic has moved, -log10 p": line_chart(
+            "Drift over time",
+            labels,
+            [Series("-log10 p", strength, "series-a")],
+            level=(threshold, "alarm from here"),
+            marks=alarms,
+        ),
+    }
+    return {title: Markup(chart) for title, chart in charts.items() if chart}
+
+
+def _maps(found: figures.Comparison) -> dict[str, Any]:
+    layers = [f"layer {layer}" for layer in found.plan.moe_layers]
+    devices = [str(device) for device in range(found.plan.topology.num_devices)]
+    high = float(max(found.before.max(), found.after.max(), 1.2))
+    maps = [
+        (
+            f"{name}: worst {values.max():.2f} times the mean",
+            Markup(
+                heat_map(f"Device load, {name}", values, layers, [f"device {d}" for d in devices], low=0.5, high=high)
+            ),
+        )
+        for name, values in ((found.before_name, found.before), (found.after_name, found.after))
+    ]
+    traffic = heat_map(
+        "Traffic between devices",
+        found.traffic / 1e6,
+        [f"from {d}" for d in devices],
+        [f"to {d}" for d in devices],
+        low=0.0,
+        high=float(found.traffic.max() / 1e6) or 1.0,
+    )
+    return {"load": maps, "traffic": Markup(traffic), "most": float(found.traffic.max() / 1e6)}
+
+
+def _current(store: Store, decision: DecisionRecord, candidate: Plan) -> Plan:
+    if decision.current_id is not None:
+        return store.plan(decision.current_id).plan
+    return default_plan(candidate.model, candidate.topology)
+
+
+def _needs_approver(actor: Actor) -> None:
+    if ROLES.index(actor.role) < ROLES.index("approve"):
+        raise HTTPException(403, f"token {actor.name!r} has role {actor.role!r}; this needs 'approve'")
+
+
+async def _form(request: Request) -> dict[str, str]:
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "expected a form")
+    body = (await request.body())[:20_000].decode(errors="replace")
+    return {key: values[0] for key, values in parse_qs(body, keep_blank_values=True, max_num_fields=20).items()}
+
+
+def _page(template: str, actor: Actor | None, **values: Any) -> HTMLResponse:
+    approver = actor is not None and actor.role == "approve"
+    html = pages.get_template(template).render(actor=actor, approver=approver, **values)
+    return HTMLResponse(html, headers={"Cache-Control": "no-store"})
