@@ -77,3 +77,38 @@ def test_a_back_up_made_while_serving_restores_everything(url: str, tmp_path: Pa
         assert store.windows.totals("chat") == before[0]
     with serving(url, "--workers", "0") as server, server.client() as client:
         assert (client.totals("chat"), client.deployment("chat"), [p.id for p in client.plans()]) == before
+
+
+def test_the_deployment_files_run_what_exists(tmp_path: Path) -> None:
+    """Containers start `moeplace` with arguments it takes, probe routes it has, and name the variable it reads."""
+    import yaml
+
+    from moeplace.cli.document import commands
+    from moeplace.db.address import VARIABLE
+
+    folder = DOCS.parents[1] / "deploy"
+    compose = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["service"]
+    manifests = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
+    containers = [
+        container
+        for manifest in manifests
+        if manifest["kind"] == "Deployment"
+        for container in manifest["spec"]["template"]["spec"]["containers"]
+    ]
+    assert len(containers) == 2
+    serve = dict(commands())["moeplace serve"]
+    for words in [compose["command"], *(container["args"] for container in containers)]:
+        assert words[0] == "serve"
+        serve.make_context("serve", [str(word) for word in words[1:]])
+    assert list(compose["environment"]) == [VARIABLE]
+    with serving(str(tmp_path / "store.db"), "--workers", "0") as server:
+        import urllib.request
+
+        for container in containers:
+            assert [entry["name"] for entry in container["env"]] == [VARIABLE]
+            for probe in ("readinessProbe", "livenessProbe"):
+                with urllib.request.urlopen(server.url + container[probe]["httpGet"]["path"]) as answer:
+                    assert answer.status == 200
+    dockerfile = (folder / "Dockerfile").read_text()
+    assert 'ENTRYPOINT ["moeplace"]' in dockerfile
+    assert "/health" in dockerfile
