@@ -16,7 +16,7 @@ from .service_records import UploadRecord
 from .service_schema import UploadPartRow, UploadRow
 from .session import Sessions
 
-UPLOAD_LIMIT = 1 << 30
+UPLOAD_LIMIT = 1 << 28
 PIECE_LIMIT = 8 << 20
 """Bytes taken at once: other writers wait while they are written."""
 
@@ -36,7 +36,7 @@ class Uploads:
         kind: what it is. owner: whose (a deployment), empty for nobody's.
 
         Raises:
-            InputError: not a SHA-256, or not 1 to 1 GiB of bytes.
+            InputError: not a SHA-256, or not 1 byte to 256 MiB.
         """
         if not sha256 or not sha256_digits("sha256", sha256):
             raise InputError("sha256 is empty; give the SHA-256 of the file, 64 hexadecimal digits")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -17,6 +17,10 @@ DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "
 """Bytes a value, block scales included (mxfp4: one 8-bit scale per 32 values)."""
 
 
+MOST_LAYERS, MOST_EXPERTS = 4096, 65_536
+"""Far beyond any model: larger numbers come from mistakes, or from those who want memory used up."""
+
+
 class ModelSpec(Record):
     """Shape of a model's MoE layers.
 
@@ -26,8 +30,8 @@ class ModelSpec(Record):
     absolute layer indices, 0..L-1 when not given. matrices: weight matrices an expert has (3 for SwiGLU, 2 for GELU).
     """
 
-    layers: PositiveInt
-    experts: PositiveInt
+    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    experts: Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
     top_k: PositiveInt
     hidden_size: PositiveInt
     ffn_size: PositiveInt
@@ -41,7 +45,7 @@ class ModelSpec(Record):
     @classmethod
     def _default_layer_indices(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.get("moe_layers") and isinstance(data.get("layers"), int):
-            return {**data, "moe_layers": tuple(range(max(0, data["layers"])))}
+            return {**data, "moe_layers": tuple(range(min(max(0, data["layers"]), MOST_LAYERS)))}
         return data
 
     @model_validator(mode="after")

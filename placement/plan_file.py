@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -13,9 +14,12 @@ from .files import read_text, write_text
 from .model import ModelSpec
 from .plan import Certificate, Plan, Provenance
 from .topology import Topology
+from .validation import describe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+T = TypeVar("T")
 
 FORMAT = "moeplace.plan"
 VERSION = 1
@@ -72,8 +76,8 @@ def plan_from_dict(data: Any, origin: str = "plan") -> Plan:
             physical_to_logical=_array(data, "physical_to_logical", np.int64),
             slot_device=_array(data, "slot_device", np.int64),
             shares=np.empty(0) if data.get("shares") is None else _array(data, "shares", np.float64),
-            certificate=None if data.get("certificate") is None else Certificate(**_mapping(data, "certificate")),
-            provenance=_provenance(_mapping(data, "provenance")),
+            certificate=None if data.get("certificate") is None else _typed(Certificate, data, "certificate"),
+            provenance=_typed(Provenance, data, "provenance"),
             predicted={str(k): float(v) for k, v in _mapping(data, "predicted").items()},
         )
     except (InputError, TypeError, ValueError) as error:
@@ -115,6 +119,15 @@ def _array(data: Mapping[str, Any], name: str, dtype: type[np.int64] | type[np.f
     return array.astype(dtype)
 
 
-def _provenance(fields: dict[str, Any]) -> Provenance:
-    history = tuple(tuple(entry) for entry in fields.get("history", []))
-    return Provenance(**fields | {"history": history})
+def _typed(kind: type[T], data: Mapping[str, Any], name: str) -> T:
+    """A dataclass from its fields, each of the type it declares."""
+    from pydantic import TypeAdapter, ValidationError
+
+    fields = _mapping(data, name)
+    unknown = set(fields) - {field.name for field in dataclasses.fields(cast(Any, kind))}
+    if unknown:
+        raise InputError(f"field {name!r} has unknown entries {sorted(map(str, unknown))[:5]}")
+    try:
+        return TypeAdapter(kind).validate_python(fields)
+    except ValidationError as error:
+        raise InputError(describe(name, error)) from None

@@ -22,6 +22,10 @@ IntArray = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 
+MOST_DEVICES = 65_536
+"""Of one cluster: `count` lets a short file ask for any number."""
+
+
 class Device(Record):
     """One GPU. Rates are achievable, not datasheet: flop/s, bytes, bytes/s (one direction for links)."""
 
@@ -125,8 +129,8 @@ class Topology(Record):
             raise InputError(f"topology preset {name!r} is unknown; {nearest(name, PRESETS)}")
         box = PRESETS[name]
         count = box.devices if devices_per_node is None else devices_per_node
-        if nodes < 1:
-            raise InputError(f"nodes ({nodes}) must be at least 1")
+        if not 1 <= nodes <= MOST_DEVICES:
+            raise InputError(f"nodes ({nodes}) must be at least 1 and at most {MOST_DEVICES}")
         if not 1 <= count <= box.devices:
             raise InputError(f"devices_per_node ({count}) must be between 1 and {box.devices}, what a {name} holds")
         device = Device(
@@ -196,7 +200,12 @@ class Topology(Record):
             unknown = set(data) - {"preset", "nodes", "devices_per_node"}
             if unknown:
                 raise InputError(f"{origin}: {sorted(unknown)} cannot stand beside 'preset'")
-            return cls.preset(data["preset"], data.get("nodes", 1), data.get("devices_per_node"))
+            for key, kind in (("preset", str), ("nodes", int), ("devices_per_node", int)):
+                if data.get(key) is not None and type(data[key]) is not kind:
+                    raise InputError(f"{origin}: {key} is {data[key]!r}, expected {kind.__name__}")
+            nodes_wanted = 1 if data.get("nodes") is None else data["nodes"]
+            return cls.preset(data["preset"], nodes_wanted, data.get("devices_per_node"))
+        _check_count(data, origin)
         nodes = [
             {**node, "devices": _repeated(node.get("devices", []), f"{origin}: nodes.{i}.devices")}
             for i, node in enumerate(_repeated(data.get("nodes", []), f"{origin}: nodes"))
@@ -233,6 +242,23 @@ def _not_empty(entries: tuple[T, ...], field: str) -> tuple[T, ...]:
     if not entries:
         raise ValueError(f"{field} is empty, expected at least one")
     return entries
+
+
+def _check_count(data: dict[str, Any], origin: str) -> None:
+    """Refuses more devices than any cluster has before they are made."""
+
+    def count(entry: Any) -> int:
+        found = entry.get("count", 1) if isinstance(entry, dict) else 1
+        return found if isinstance(found, int) else 1
+
+    def items(owner: Any, key: str) -> list[Any]:
+        found = owner.get(key) if isinstance(owner, dict) else None
+        return list(found) if isinstance(found, list | tuple) else []
+
+    nodes = items(data, "nodes")
+    total = sum(count(node) * sum(count(device) for device in items(node, "devices")) for node in nodes)
+    if total > MOST_DEVICES:
+        raise InputError(f"{origin}: {total:,} devices, at most {MOST_DEVICES:,} are taken")
 
 
 def _repeated(entries: Any, origin: str) -> list[dict[str, Any]]:

@@ -82,8 +82,8 @@ def write_statistics(statistics: RoutingStatistics, path: str | Path) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def read_statistics(path: str | Path) -> RoutingStatistics:
-    """Reads what `write_statistics` wrote.
+def read_statistics(path: str | Path, *, limit: int = SIZE_LIMIT) -> RoutingStatistics:
+    """Reads what `write_statistics` wrote. limit: bytes that its arrays may unpack to.
 
     Raises:
         InputError: no such file.
@@ -94,7 +94,7 @@ def read_statistics(path: str | Path) -> RoutingStatistics:
         raise InputError(f"{source}: no such file")
     try:
         with zipfile.ZipFile(source) as archive:
-            header = _header(archive, source)
+            header = _header(archive, source, limit)
             arrays = {name: _array(archive, source, name, shape, header) for name, shape in header["shapes"].items()}
         return _statistics(header, arrays)
     except FileFormatError:
@@ -118,7 +118,7 @@ def _type_of(name: str, experts: int) -> str:
     return "|u1" if name == "sample_expert_ids" and id_dtype(experts) is np.uint8 else TYPES[name]
 
 
-def _header(archive: zipfile.ZipFile, source: Path) -> dict[str, Any]:
+def _header(archive: zipfile.ZipFile, source: Path, limit: int) -> dict[str, Any]:
     if HEADER not in archive.namelist():
         raise FileFormatError(
             f"{source}: a zip file without {HEADER!r}, so not moeplace statistics; counts of your own go through "
@@ -141,10 +141,8 @@ def _header(archive: zipfile.ZipFile, source: Path) -> dict[str, Any]:
         if name not in TYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise FileFormatError(f"{source}: the header declares an array {name!r} of shape {shape}")
         total += math.prod(shape) * np.dtype(_type_of(name, header["experts"])).itemsize
-    if total > SIZE_LIMIT:
-        raise FileFormatError(
-            f"{source}: arrays of {total:,} bytes are declared, more than the limit of {SIZE_LIMIT:,}"
-        )
+    if total > limit:
+        raise FileFormatError(f"{source}: arrays of {total:,} bytes are declared, more than the limit of {limit:,}")
     return header
 
 

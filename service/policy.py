@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from ..placement.objective import Objective
 from ..placement.validation import Record
@@ -31,7 +31,7 @@ class Policy(Record):
     solver: str = "search"
     options: PlainObject = {}  # noqa: RUF012
     seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 30.0
-    slots: PositiveInt | None = None
+    slots: Annotated[int, Field(ge=1, le=65_536)] | None = None
     step_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
     block: Annotated[int, Field(ge=1, le=1000)] = 4
     recent: Annotated[int, Field(ge=8, le=10_000)] = 64

@@ -20,8 +20,13 @@ from ..placement.trace import RoutingTrace
 from ..profiler.aggregate import aggregate
 from ..profiler.statistics_file import read_statistics, write_statistics
 from ..profiler.trace_files import read_header, read_trace
+from ..profiler.trace_shards import trace_shards
 
 SAMPLE_TOKENS = 200_000
+UNPACKED_LIMIT = 1 << 30
+"""Bytes a statistics file may unpack to: what compresses well fits a small upload and not the memory."""
+TRACE_LIMIT = 1 << 28
+"""Expert ids in one uploaded trace."""
 
 
 def from_windows(windows: Sequence[WindowRecord], model: ModelSpec) -> RoutingStatistics:
@@ -63,7 +68,7 @@ def statistics_of(content: bytes) -> RoutingStatistics:
         FileFormatError: it is not one, or damaged.
     """
     with _as_files([("statistics.npz", content)]) as folder:
-        return read_statistics(folder / "statistics.npz")
+        return read_statistics(folder / "statistics.npz", limit=UNPACKED_LIMIT)
 
 
 def stored_statistics(store: Store, ref: str) -> RoutingStatistics:
@@ -85,6 +90,9 @@ def check_trace(content: bytes, model: ModelSpec) -> Mapping[str, Any]:
                 f"the trace has {found[0]} experts, top-{found[1]}, MoE layers {list(found[2])}; the deployment's model "
                 f"has {model.experts}, top-{model.top_k}, {list(model.moe_layers)}"
             )
+        ids = sum(sum(shard.rows) for shard in trace_shards(folder)) * header.ids_per_token
+        if ids > TRACE_LIMIT:
+            raise InputError(f"the trace holds {ids:,} expert ids, at most {TRACE_LIMIT:,} are taken; send several")
         trace = read_trace(folder / "trace.parquet")
         if not trace.num_tokens:
             raise InputError("the trace holds no token")

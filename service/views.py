@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..db.records import ModelRecord, PlanRecord, PlanSummary, StatisticsRecord, TopologyRecord
 from ..db.service_records import WindowRecord
+from ..db.uploads import UPLOAD_LIMIT
 from ..placement.model import ModelSpec
 from ..placement.objective import Objective
 from ..placement.plan_file import plan_to_dict
@@ -25,8 +26,18 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+MOST_CELLS = 1 << 20
+"""Layers times experts of a model: what every window and plan holds one or more of."""
+
+
+def _bounded(spec: ModelSpec) -> ModelSpec:
+    if spec.layers * spec.experts > MOST_CELLS:
+        raise ValueError(f"{spec.layers} layers of {spec.experts} experts; at most {MOST_CELLS} together are taken")
+    return spec
+
+
 class ModelIn(Body):
-    spec: ModelSpec
+    spec: Annotated[ModelSpec, AfterValidator(_bounded)]
     name: Name | None = None
 
 
@@ -190,7 +201,7 @@ class UploadIn(Body):
 
     kind: Literal["trace", "statistics"]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    total_bytes: Annotated[int, Field(ge=1, le=1 << 30)]
+    total_bytes: Annotated[int, Field(ge=1, le=UPLOAD_LIMIT)]
     deployment: Ref | None = None
 
 
@@ -211,7 +222,7 @@ class SolveIn(Body):
     options: PlainObject | None = None
     seconds: Annotated[float, Field(gt=0.0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    slots: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    slots: Annotated[int, Field(ge=1, le=65_536)] | None = None
     objective: Objective | None = None
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..db.service_records import ClaimedJob, Outcome
@@ -157,6 +158,12 @@ def _die() -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
+def _die_first() -> None:
+    """Where memory runs out, a worker is to go before the server: its job is begun again."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def _watch_input(stop: threading.Event) -> None:
     while sys.stdin.buffer.read(1):
         pass
@@ -167,6 +174,7 @@ def main() -> None:
     """Runs until standard input ends."""
     name, lease_seconds, idle_seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
     configure()
+    _die_first()
     if os.getpgid(0) != os.getpid():
         os.setpgid(0, 0)
     # Ctrl-C at the terminal is for the server, which then ends its workers in order.

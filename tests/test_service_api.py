@@ -20,8 +20,10 @@ from service_runs import MODEL, POLICY, TOPOLOGY, Server, counts, prepared, serv
 import moeplace as mp
 from moeplace.db.service_records import CountWindow
 from moeplace.placement.errors import ConflictError, NotFoundError
+from moeplace.placement.plan_file import plan_to_dict
 from moeplace.profiler.trace_files import write_trace
 
+SPEC = {"experts": 8, "top_k": 2, "hidden_size": 8, "ffn_size": 8}
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
@@ -99,11 +101,23 @@ def test_a_wrong_field_is_named(server: Server, body: Any, field: str, message: 
         ("GET", "/v1/jobs/0", None, 422, "greater than"),
         ("DELETE", "/v1/models", None, 405, "Method Not Allowed"),
         ("POST", "/v1/models", {"spec": {"layers": 1}}, 422, "experts"),
+        ("POST", "/v1/models", {"spec": {**SPEC, "layers": 10**12}}, 422, "less than or equal to 4096"),
+        ("POST", "/v1/models", {"spec": {**SPEC, "layers": 4096, "experts": 65536}}, 422, "at most 1048576 together"),
+        ("POST", "/v1/topologies", {"topology": {"preset": "h100-hgx", "nodes": 10**9}}, 422, "at most 65536"),
+        (
+            "POST",
+            "/v1/topologies",
+            {"topology": {"nodes": [{"count": 4096, "devices": [{"count": 4096}]}]}},
+            422,
+            "16,777,216 devices",
+        ),
         ("POST", "/v1/topologies", {"topology": {"preset": "h1OO-hgx"}}, 422, "did you mean 'h100-hgx'"),
         ("POST", "/v1/solve", {"solver": "eplb"}, 422, "give deployment, or model, topology and statistics"),
         ("POST", "/v1/solve", {"deployment": "chat", "solver": "elpb"}, 422, "did you mean 'eplb'"),
         ("POST", "/v1/solve", {"deployment": "chat", "options": {"x": 1}}, 422, "no option 'x'"),
         ("POST", "/v1/solve", {"deployment": "chat", "seconds": 1e9}, 422, "more than the 3600"),
+        ("POST", "/v1/topologies", {"topology": {"preset": ["h100-hgx"]}}, 422, "preset is"),
+        ("POST", "/v1/topologies", {"topology": {"preset": "h100-hgx", "nodes": "2"}}, 422, "expected int"),
         ("POST", "/v1/plans", {"document": {"format": "x"}}, 422, "not a moeplace.plan"),
         ("POST", "/v1/uploads", {"kind": "trace", "sha256": "0" * 64, "total_bytes": 9}, 422, "deployment"),
         ("PUT", "/v1/deployments/chat/policy", {"block": 9, "recent": 64}, 422, "at least 8 blocks"),
@@ -196,6 +210,27 @@ def test_a_plan_comes_back_in_every_format_an_engine_reads(server: Server, clien
     assert "sglang" in raw(server, "GET", "/v1/plans/given/usage?format=sglang")[2]["usage"]
     assert raw(server, "GET", "/v1/plans/given/export?format=/etc/passwd")[0] == 422
     assert [found.id for found in client.plans(solver="eplb") if found.name == "given"] == [view.id]
+
+
+def test_a_plan_that_would_break_every_list_is_refused(server: Server, client: mp.Client) -> None:
+    plan = mp.solve(mp.Problem(MODEL, TOPOLOGY, mp.RoutingStatistics.from_counts(skewed(1), top_k=2)), "eplb")
+    document = plan_to_dict(plan)
+    for field, entry, value in (
+        ("certificate", "value", "much"),
+        ("certificate", "more", 1),
+        ("provenance", "seconds", None),
+        ("provenance", "history", [[1]]),
+        ("provenance", "options", []),
+        ("model", "layers", -1),
+        ("predicted", "x", "y"),
+    ):
+        broken = {**document, field: {**document[field], entry: value}}
+        status, _, problem = raw(server, "POST", "/v1/plans", {"document": broken})
+        assert (
+            status,
+            entry in problem["detail"] or field in problem["detail"] or "could not" in problem["detail"],
+        ) == (422, True)
+    assert raw(server, "GET", "/v1/plans")[0] == 200
 
 
 def test_publishing_polling_and_rolling_back(server: Server, client: mp.Client) -> None:

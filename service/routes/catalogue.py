@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 
 from ...db.records import Record
-from ...placement.errors import NotFoundError
+from ...placement.errors import InputError, NotFoundError
 from ...placement.topology import Topology
 from ..access import Reader, Submitter
 from ..paging import Limit, Page, etag_of, page_of, unchanged
@@ -16,6 +16,7 @@ from ..views import ModelIn, ModelView, StatisticsView, TopologyFull, TopologyIn
 from .common import ERRORS, RefPath, Stored
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], responses=ERRORS)
+MOST_DEVICES = 4096
 Older = Annotated[str | None, Query(max_length=64, pattern="^[0-9a-f]+$", description="`next` of the page before.")]
 R = TypeVar("R", bound=Record)
 
@@ -43,6 +44,8 @@ def model(ref: RefPath, request: Request, response: Response, store: Stored, _: 
 def add_topology(body: TopologyIn, store: Stored, _: Submitter) -> TopologyFull:
     """Keeps a cluster; one that is stored already is returned."""
     cluster = Topology.from_dict(body.topology, "topology")
+    if cluster.num_devices > MOST_DEVICES:
+        raise InputError(f"topology: {cluster.num_devices} devices, at most {MOST_DEVICES} are taken")
     return TopologyFull.of(store.add_topology(cluster, name=body.name))
 
 
