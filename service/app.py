@@ -13,6 +13,7 @@ from ..placement.version import __version__
 from . import background, problems
 from .access import Gate
 from .delivery import Courier
+from .description import describe
 from .intake import Intake
 from .limits import BodyLimit, RateLimit
 from .metrics import Metrics
@@ -65,6 +66,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     for router in (*ROUTERS, pages):
         app.include_router(router)
 
+    describe(app)
     app.add_middleware(BodyLimit, most=settings.body_bytes)
     app.add_middleware(RateLimit, rate=settings.rate, burst=settings.burst)
     app.add_middleware(Observe, metrics=app.state.metrics)

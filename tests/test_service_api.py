@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -316,6 +317,11 @@ def test_the_description_is_complete_and_health_is_told(server: Server) -> None:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             assert operation.get("description") or path == "/v1/whoami", f"{method} {path} says nothing"
+    text = json.dumps(document)
+    for name in set(re.findall(r'"#/([^"]+)"', text)):
+        found = document
+        for part in name.split("/"):
+            found = found[part]
     assert raw(server, "GET", "/health")[2]["status"] == "ok"
     assert raw(server, "GET", "/ready")[2] == {"status": "ready"}
     text = raw(server, "GET", "/metrics")[2].decode()

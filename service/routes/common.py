@@ -26,7 +26,10 @@ class Problem(BaseModel):
 
 
 def _described(text: str) -> dict[str, Any]:
-    return {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
+    return {
+        "description": text,
+        "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from ...db.service_records import (
 from ...db.store import Store
 from ...placement.errors import NotFoundError
 from ..access import Approver, Reader, Submitter
-from ..counts import ARROW, JSON, WindowsIn, from_arrow, from_json
+from ..counts import ARROW, JSON, from_arrow, from_json
 from ..paging import Before, Limit, Page, etag_of, matches, page_of, unchanged
 from ..policy import Policy
 from ..views import (
@@ -79,7 +79,7 @@ def set_policy(
         "requestBody": {
             "required": True,
             "content": {
-                JSON: {"schema": WindowsIn.model_json_schema(ref_template="#/components/schemas/{model}")},
+                JSON: {"schema": {"$ref": "#/components/schemas/WindowsIn"}},
                 ARROW: {"schema": {"type": "string", "format": "binary"}},
             },
         }
