@@ -21,6 +21,11 @@ from .ilp import check_backend, solve_ilp
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
+BOUND_SHARE = 0.2
+"""Part of the time left that goes into the semidefinite bound before the program."""
+UNLIMITED_ITERATIONS = 300
+"""Iterations of that bound where no time limit is given."""
+
 
 class Exflow:
     """The integer program of Yao et al., "Exploiting Inter-Layer Expert Affinity for Accelerating Mixture-of-Experts
@@ -49,8 +54,8 @@ class Exflow:
         so that there is always a plan and never a worse one; False is the program alone. Handing a program of a
         hundred thousand variables to a backend takes about five seconds, which a shorter time limit cannot cut.
 
-        The bound holds for any placement, whatever the form: the best of a transportation bound
-        (`local_weight_bound`) and what the backend proved of the first program, since what crosses between groups of
+        The bound holds for any placement, whatever the form: the best of a transportation bound (`local_weight_bound`), a
+        semidefinite one (`kept_at_most`) and what the backend proved of the first program, since what crosses between groups of
         devices crosses between devices. Later programs only see what earlier ones left together; their bounds prove
         nothing about the whole and are not used. So only a form of one program can prove its plan optimal.
 
@@ -66,7 +71,8 @@ class Exflow:
             table = np.tile(np.arange(problem.model.experts), (problem.model.layers, 1))
             return Solution(table, Certificate(TRANSITIONS_OBJECTIVE, 0.0, 0.0))
         check_size(transitions, stage.group_slots(slots))
-        floor = max(0.0, 1.0 - local_weight_bound(transitions, slots, budget) / total)
+        kept = min(local_weight_bound(transitions, slots, budget), _semidefinite_bound(transitions, slots, budget))
+        floor = max(0.0, 1.0 - kept / total)
         run = _Run(slots, floor, backend, warm_start, budget, stage.total_effort(slots))
         device_of = run.place(transitions, stage, first=True)
         value = max(0.0, 1.0 - local_weight(transitions, device_of) / total)
@@ -77,6 +83,16 @@ class Exflow:
             Certificate(TRANSITIONS_OBJECTIVE, value, bound),
             stop="finished" if run.finished else "time limit",
         )
+
+
+def _semidefinite_bound(transitions: FloatArray, slots: IntArray, budget: Budget) -> float:
+    """Most weight kept, in a fifth of the time left, or without a limit in a number of iterations that brings most of it."""
+    # Compiled kernels: loading them takes a second, which importing the package must not.
+    from .certify.transitions import kept_at_most
+
+    if budget.left is None:
+        return kept_at_most(transitions, slots, np.inf, UNLIMITED_ITERATIONS)
+    return kept_at_most(transitions, slots, BOUND_SHARE * budget.left)
 
 
 @dataclass

@@ -17,7 +17,8 @@ from moeplace.placement.step_bound import step_seconds_bound
 from moeplace.solvers.certify.certify import StepCertificate
 from moeplace.solvers.certify.gram import GramSpace
 from moeplace.solvers.certify.proof import risk_bound
-from moeplace.solvers.certify.terms import HoldersNeeded, SplitBetweenTwo, Triangles, simplex_rows
+from moeplace.solvers.certify.terms import HoldersNeeded, Triangles, simplex_rows, split_between_two
+from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
 
 SLOW_LINKS = {"compute": 1e12, "memory": 8e10, "memory_bandwidth": 2e12, "intra_bandwidth": 2e8}
 
@@ -257,7 +258,7 @@ def test_holders_needed_are_counted_exactly_and_bounded_by_every_line(seed: int,
     ids = np.stack([rng.choice(9, size=top_k, replace=False) for _ in range(20)])
     weight = rng.random(20) + 0.1
     exact = float(weight @ [len(set(device_of[row])) for row in ids])
-    terms = [HoldersNeeded(ids, weight, 9)] + ([SplitBetweenTwo(ids, weight, 9)] if holders == 2 else [])
+    terms = [HoldersNeeded(ids, weight, 9)] + ([split_between_two(ids, weight, 9)] if holders == 2 else [])
     gram, elsewhere = gram_of(device_of), gram_of(rng.integers(holders, size=9))
     assert terms[0].cost(gram) == pytest.approx(exact)
     for term in terms:
@@ -288,3 +289,52 @@ def test_simplex_projection_is_the_nearest_point() -> None:
     corners = np.eye(6)
     # No corner lies on the far side of the plane through the nearest point.
     assert (((points - nearest)[:, None] * (corners[None] - nearest[:, None])).sum(axis=2) <= 1e-9).all()
+
+
+def most_kept(weights: np.ndarray, slots: list[int]) -> float:
+    """The most weight any two placements keep, by going through all of them."""
+    experts = len(weights)
+    placements = {
+        tuple(int(g) for g in order) for order in itertools.permutations(np.repeat(np.arange(len(slots)), slots))
+    }
+    held = np.stack([np.eye(len(slots))[list(placed)] for placed in placements])
+    flat = held.reshape(len(held), -1)
+    return float(((weights.T[None] @ held).reshape(len(held), experts * len(slots)) @ flat.T).max())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([[3, 3], [2, 2, 2], [3, 2, 1], [4, 2]]))
+def test_no_two_placements_keep_more_transitions_than_the_bounds(seed: int, slots: list[int]) -> None:
+    weights = np.random.default_rng(seed).random((6, 6)) ** 4
+    best, sizes = most_kept(weights, slots), np.array(slots)
+    assert spectral_kept(weights, sizes) >= best * (1 - 1e-9)
+    closer = kept_at_most(weights[None], sizes, 5.0, iterations=200)
+    assert best * (1 - 1e-9) <= closer <= spectral_kept(weights, sizes) + 1e-9
+    assert kept_at_most(weights[None], sizes, 0.0) >= best * (1 - 1e-9)
+
+
+def test_the_spectral_bound_is_the_formula_for_equal_slots() -> None:
+    weights = np.random.default_rng(0).random((12, 12))
+    centred = weights - weights.mean(axis=0) - weights.mean(axis=1)[:, None] + weights.mean()
+    formula = weights.sum() / 4 + 3 * np.linalg.svd(centred)[1][:3].sum()
+    assert spectral_kept(weights, np.full(4, 3)) == pytest.approx(formula)
+
+
+def test_the_semidefinite_bound_is_nearly_exact_at_ten_experts() -> None:
+    rng = np.random.default_rng(5)
+    weights = rng.random((10, 10)) ** 6
+    placed = [np.isin(np.arange(10), half) for half in itertools.combinations(range(10), 5)]
+    held = np.array(placed, dtype=float)
+    best = float((held @ weights @ held.T + (1 - held) @ weights @ (1 - held).T).max())
+    bound = kept_at_most(weights[None], np.array([5, 5]), 20.0)
+    assert best * (1 - 1e-9) <= bound <= 1.02 * best
+
+
+def test_sixty_four_experts_are_bounded_far_below_the_spectrum() -> None:
+    rng = np.random.default_rng(0)
+    owner, after = rng.permutation(64) // 8, rng.permutation(64) // 8
+    weights = rng.gamma(0.4, size=(64, 64)) * np.where(owner[:, None] == after[None, :], 6.0, 1.0)
+    kept = float(weights[owner[:, None] == after[None, :]].sum() / weights.sum())
+    spectral = spectral_kept(weights, np.full(8, 8)) / weights.sum()
+    semidefinite = kept_at_most(weights[None], np.full(8, 8), 60.0, iterations=100) / weights.sum()
+    assert kept <= semidefinite <= 0.8 * spectral

@@ -19,7 +19,7 @@ from ...placement.steps import Steps
 from .gram import FloatArray, GramSpace, IntArray
 from .link_floors import link_floors
 from .saddle import Saddle
-from .terms import Entries, HoldersNeeded, RowSums, SlowestDevice, SplitBetweenTwo, Term, Triangles
+from .terms import Entries, HoldersNeeded, RowSums, SlowestDevice, Term, Triangles, split_between_two
 
 Transfer = tuple[list[Term], float]
 
@@ -119,11 +119,11 @@ class Pieces:
         """The piece of those layers."""
         experts, slots = self._problem.model.experts, self._level.slots[list(span)]
         space = GramSpace.of(slots, experts)
-        terms: list[Term] = [_entries(space, slots)]
+        terms: list[Term] = [entry_limits(space, slots)]
         if space.holders <= TRIANGLE_HOLDERS and space.items <= TRIANGLE_ITEMS:
             terms.append(Triangles(space.items, space.holders))
         if not space.even:
-            terms.append(_row_sums(space, slots))
+            terms.append(row_sums(space, slots))
         constant = 0.0
         for place, layer in enumerate(span):
             # Neighbouring pieces take a layer's own terms half each.
@@ -187,11 +187,11 @@ class Pieces:
         items = len(span) * self._problem.model.experts
         chosen = ids[counted > 0]
         if level.holders == 2:
-            return [SplitBetweenTwo(chosen, counted[counted > 0], items)], constant
+            return [split_between_two(chosen, counted[counted > 0], items)], constant
         return [HoldersNeeded(chosen, counted[counted > 0], items)], constant
 
 
-def _entries(space: GramSpace, slots: IntArray) -> Entries:
+def entry_limits(space: GramSpace, slots: IntArray) -> Entries:
     """Shares of two experts on one holder are between none and all; with spare slots an expert need not stand whole."""
     lower, upper = np.zeros((space.items, space.items)), np.ones((space.items, space.items))
     spare = np.maximum(slots.sum(axis=1) - space.experts, 0)
@@ -199,7 +199,7 @@ def _entries(space: GramSpace, slots: IntArray) -> Entries:
     return Entries(lower, upper)
 
 
-def _row_sums(space: GramSpace, slots: IntArray) -> RowSums:
+def row_sums(space: GramSpace, slots: IntArray) -> RowSums:
     """What stands beside an expert is what its holder holds: as many as it has slots, or fewer where slots are spare."""
     whole = slots.sum(axis=1) == space.experts
     upper = np.minimum(slots.max(axis=1), space.experts).astype(np.float64)

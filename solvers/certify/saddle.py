@@ -27,7 +27,7 @@ class Saddle:
         for term in terms:
             term.begin(self._gram)
         self._charge = self._total_charge()
-        scale = max(sum(term.cost(self._gram) for term in terms), 1e-300)
+        scale = max(abs(sum(term.cost(self._gram) for term in terms)), 1e-300)
         self._step = PACE * space.items / scale
         self._steps = self._dual_steps()
         self.iterations = 0

@@ -169,21 +169,11 @@ class HoldersNeeded:
         return _symmetric(result)
 
 
-class SplitBetweenTwo:
-    """`HoldersNeeded` where there are two holders only: a token split between them cuts at most k^2 / 4 of its pairs.
+class Linear:
+    """<cost, X> as it is: one line, nothing to choose. cost: [n, n] symmetric."""
 
-    One line a token, 1 + (pairs apart) / floor(k^2 / 4): sharper than any of phi's, which do not know of the two.
-    """
-
-    def __init__(self, ids: npt.NDArray[np.int64], weight: FloatArray, items: int) -> None:
-        k = ids.shape[1]
-        split = max(1, k * k // 4)
-        self._charge = np.zeros((items, items))
-        for i in range(k):
-            for j in range(k):
-                if i != j:
-                    np.add.at(self._charge, (ids[:, i], ids[:, j]), -0.5 * weight / split)
-        self._constant = float(weight.sum()) * (1.0 + k * (k - 1) / 2.0 / split)
+    def __init__(self, cost: FloatArray, constant: float = 0.0) -> None:
+        self._cost, self._constant = cost, constant
 
     def begin(self, gram: FloatArray) -> None:
         pass
@@ -192,16 +182,31 @@ class SplitBetweenTwo:
         pass
 
     def charge(self) -> FloatArray:
-        return self._charge
+        return self._cost
 
     def constant(self) -> float:
         return self._constant
 
     def cost(self, gram: FloatArray) -> float:
-        return self._constant + float((self._charge * gram).sum())
+        return self._constant + float((self._cost * gram).sum())
 
     def spread(self, gram: FloatArray) -> FloatArray:
         return np.zeros_like(gram)
+
+
+def split_between_two(ids: npt.NDArray[np.int64], weight: FloatArray, items: int) -> Linear:
+    """`HoldersNeeded` where there are two holders only: a token split between them cuts at most k^2 / 4 of its pairs.
+
+    One line a token, 1 + (pairs apart) / floor(k^2 / 4): sharper than any of phi's, which do not know of the two.
+    """
+    k = ids.shape[1]
+    split = max(1, k * k // 4)
+    cost = np.zeros((items, items))
+    for i in range(k):
+        for j in range(k):
+            if i != j:
+                np.add.at(cost, (ids[:, i], ids[:, j]), -0.5 * weight / split)
+    return Linear(cost, float(weight.sum()) * (1.0 + k * (k - 1) / 2.0 / split))
 
 
 class Triangles:
