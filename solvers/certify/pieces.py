@@ -8,7 +8,7 @@ faster than their rates together.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,13 +31,15 @@ TRIANGLE_HOLDERS, TRIANGLE_ITEMS = 4, 128
 class Level:
     """Whose copies are counted: those between nodes, or those between devices.
 
-    slots: [L, H] of each holder. copy: seconds a holder that a token needs costs, a byte; evenly: the same where homes
-    are spread evenly, and a token's every holder counts. arithmetic, reading: [H] rates of a holder.
+    slots: [L, H] of each holder. copy: seconds a holder that a token needs costs, a byte, on all links together; evenly:
+    the same where homes are spread evenly, and a token's every holder counts. leaving: seconds a byte on the link of the
+    one holder that sends, the fastest; 0 where not all it sends takes that link. arithmetic, reading: [H] rates of a holder.
     """
 
     slots: IntArray
     copy: float
     evenly: float
+    leaving: float
     arithmetic: FloatArray
     reading: FloatArray
 
@@ -60,6 +62,7 @@ def levels(problem: Problem) -> list[Level]:
         slots,
         (1.0 if nodes == 1 else within) / links,
         (within if dedup else (smallest - 1.0) / devices) / links,
+        1.0 / float(topology.intra_bandwidth.max()) if nodes == 1 else 0.0,
         topology.compute,
         topology.memory_bandwidth,
     )
@@ -67,14 +70,13 @@ def levels(problem: Problem) -> list[Level]:
         np.add.reduceat(slots, starts, axis=1),
         1.0 / trunks if nodes > 1 else 0.0,
         away / trunks,
+        1.0 / float(topology.inter_bandwidth.max()) if nodes > 1 else 0.0,
         np.add.reduceat(topology.compute, starts),
         np.add.reduceat(topology.memory_bandwidth, starts),
     )
     if not dedup and nodes > 1:
         # Every copy crosses by itself: devices, not nodes, tell how many.
-        inside = Level(
-            slots, inside.copy, max(inside.evenly, away / trunks), topology.compute, topology.memory_bandwidth
-        )
+        inside = replace(inside, evenly=max(inside.evenly, away / trunks))
     found = [level for level in (inside, between) if level.evenly > 0.0]
     return sorted(found, key=lambda level: -level.evenly * at_random(level.holders, problem.model.top_k))
 
@@ -148,40 +150,49 @@ class Pieces:
     ) -> Iterator[tuple[list[Term], float]]:
         """(copies as a term, seconds whatever the placement) of the all-to-alls of a layer."""
         here = self._steps.expert_ids[:, layer].astype(np.int64) + place * self._problem.model.experts
-        known = self._steps.source is not None
+        experts, homes = self._problem.model.experts, self._steps.source is not None
         dispatch, combine = (floor[:, layer] for floor in self._link_floors)
-
-        def copies(ids: IntArray, bytes_each: float, homes: bool, floor: FloatArray, part: float) -> Transfer:
-            return self._copies(ids, span, bytes_each, homes, floor, part)
-
+        top = here[:, :1]
         if not self.coherent:
             # Out and back alike.
-            term, constant = copies(here, self._out + self._back, known, dispatch, 1.0)
+            term, constant = self._copies(here, span, self._out + self._back, homes, None, dispatch, 1.0)
             yield term, constant + self._latency
             return
         if layer == 0:
-            yield copies(here, self._out, known, dispatch, 1.0)
+            yield self._copies(here, span, self._out, homes, None, dispatch, 1.0)
         elif place > 0:
-            owner = (
-                self._steps.expert_ids[:, layer - 1, :1].astype(np.int64) + (place - 1) * self._problem.model.experts
-            )
-            yield copies(np.hstack([owner, here]), self._out, True, dispatch, 1.0)
+            owner = self._steps.expert_ids[:, layer - 1, :1].astype(np.int64) + (place - 1) * experts
+            yield self._copies(np.hstack([owner, here]), span, self._out, True, owner[:, 0], dispatch, 1.0)
         if here.shape[1] > 1:
-            yield copies(here, self._back, True, combine, share)
+            yield self._copies(here, span, self._back, True, top[:, 0], combine, share)
 
     def _copies(
-        self, ids: IntArray, span: tuple[int, ...], bytes_each: float, held: bool, floor: FloatArray, part: float
+        self,
+        ids: IntArray,
+        span: tuple[int, ...],
+        bytes_each: float,
+        held: bool,
+        owner: IntArray | None,
+        floor: FloatArray,
+        part: float,
     ) -> Transfer:
-        """One all-to-all. held: tokens come from a holder that may be among those they need, which spares a copy."""
-        level, tokens = self._level, self._steps.tokens
-        seconds = bytes_each * (level.copy if held else level.evenly)
-        spared = 1.0 if held else 0.0
+        """One all-to-all of tokens that need the holders of `ids` [T, j].
+
+        held: a token comes from a holder that may be among those, which spares a copy. owner: [T] the item on whose holder
+        it is. Each step is counted on all links together, or on that of one owner where this promises more; or is not
+        counted but taken as `floor` [S] has it, seconds a byte.
+        """
+        level = self._level
+        random = at_random(level.holders, ids.shape[1]) - held
+        rate = np.full(len(ids), level.copy if held else level.evenly)
+        if owner is not None and level.leaving > 0.0 and not self._problem.has_replicas:
+            rate = self._rates(owner)
+        rate = rate * bytes_each
+        per_step = np.bincount(self._steps.step_of, weights=rate)
+        known = floor * bytes_each > per_step * random
         weight = part * self._weight
-        # Where one expert alone keeps a link busier than tokens at random keep the average one, that is the bound.
-        floor = floor * bytes_each
-        known = floor > seconds * tokens * (at_random(level.holders, ids.shape[1]) - spared)
-        constant = float(weight @ (self._latency + np.where(known, floor, -seconds * spared * tokens)))
-        counted = np.where(known, 0.0, seconds * weight)[self._steps.step_of]
+        constant = float(weight @ (self._latency + np.where(known, floor * bytes_each, -per_step * held)))
+        counted = np.where(known, 0.0, weight)[self._steps.step_of] * rate
         if not counted.any():
             return [], constant
         items = len(span) * self._problem.model.experts
@@ -189,6 +200,16 @@ class Pieces:
         if level.holders == 2:
             return [split_between_two(chosen, counted[counted > 0], items)], constant
         return [HoldersNeeded(chosen, counted[counted > 0], items)], constant
+
+    def _rates(self, owner: IntArray) -> FloatArray:
+        """[T] seconds a byte of each token's copies: evenly over all links, or, in steps where one expert leads so many
+        tokens that its holder's link alone is the busier, those tokens on that link and the others for nothing."""
+        level, step_of, tokens = self._level, self._steps.step_of, self._steps.tokens
+        width = int(owner.max()) + 1
+        led = np.bincount(step_of * width + owner, minlength=len(tokens) * width).reshape(-1, width)
+        alone = led.max(axis=1) * level.leaving > tokens * level.copy
+        chosen = led.argmax(axis=1)[step_of] == owner
+        return np.asarray(np.where(alone[step_of], chosen * level.leaving, level.copy))
 
 
 def entry_limits(space: GramSpace, slots: IntArray) -> Entries:
