@@ -64,7 +64,7 @@ def deepseek(data: Path, layers: int, tokens: int, seed: int = 0) -> tuple[mp.Mo
         groups=8,
         expert_dtype="fp8",
     )
-    trace = mp.RoutingTrace.from_arrays(ids, num_experts=256, sequence=np.arange(tokens) // 64)
+    trace = mp.RoutingTrace.from_arrays(ids, num_experts=256, sequence=np.arange(tokens) // 8)
     return spec, mp.RoutingStatistics.from_trace(trace)
 
 
