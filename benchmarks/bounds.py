@@ -26,7 +26,7 @@ GPT_OSS = mp.ModelSpec(
     name="gpt-oss-20b", layers=24, experts=32, top_k=4, hidden_size=2880, ffn_size=2880, expert_dtype="mxfp4"
 )
 CLUSTERS = ((1, 8), (2, 4), (2, 8), (4, 8))
-BATCHES = (("decode", 128), ("decode", 512), ("prefill", 4096))
+BATCHES = (("decode", 128), ("prefill", 4096))
 MODES = ("dispatch_combine", "context_coherent")
 
 
@@ -78,7 +78,7 @@ def row(label: str, problem: mp.Problem, seconds: float, certify: float, batch: 
     bounds = [bound for _, _, bound in history if bound is not None]
     single = 1.0 - bounds[0] / value
     early = max(
-        (bound for at, _, bound in history if bound is not None and at <= seconds + 0.25 * certify), default=0.0
+        (bound for at, _, bound in history if bound is not None and at <= seconds + 0.25 * certify), default=bounds[0]
     )
     cells = [label, f"{batch} {tokens}", f"{value * 1e3:.3f}", f"{single:.1%}", f"{1.0 - early / value:.1%}"]
     return "| " + " | ".join([*cells, f"{plan.gap:.1%}", f"{took:.0f}"]) + " |"

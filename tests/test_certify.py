@@ -93,14 +93,14 @@ def least_risk(problem: mp.Problem, steps: mp.Steps) -> float:
     return best
 
 
-def bound_of(problem: mp.Problem, steps: mp.Steps, seconds: float = 0.4) -> float:
+def bound_of(problem: mp.Problem, steps: mp.Steps, seconds: float = 0.25) -> float:
     tables = np.stack([all_tables(problem)[0]] * problem.model.layers)
     plan = mp.Plan(problem.model, problem.topology, tables, problem.slot_device)
     figures = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
     return risk_bound(problem, steps, steps.step_workload, figures, None, seconds)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     nodes=st.sampled_from([[3], [2, 2], [1, 1], [1, 2], [1, 1, 1]]),
@@ -127,7 +127,7 @@ def test_no_plan_of_one_layer_is_below_the_bound(
     assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     nodes=st.sampled_from([[2], [1, 1], [2, 1], [2, 2]]),
