@@ -231,13 +231,16 @@ def what_if(plt: Any) -> Any:
         for point, x, y in zip(points, memory, times, strict=True):
             if kind is not None:
                 left.annotate(
-                    f"{point.survived['device']}/8, {point.survived['node']}/2", (x, y), xytext=(6, 0), **BESIDE
+                    f"{point.survived['device']}/8, {point.survived['node']}/2",
+                    (x, y),
+                    xytext=(6, 5 if kind == "device" else -6),
+                    **BESIDE,
                 )
     left.set_title("asked to survive (devices, nodes survived)")
     left.set_xlabel("expert weights on a device (GB)")
     left.set_ylabel("step ms")
     left.margins(x=0.22, y=0.35)
-    left.legend(loc="upper left")
+    left.legend(loc="upper right")
     plan = mp.solve(replace(problem, slots=40), "search", proposals=6000)
     result = mp.what_if(plan, replace(problem, slots=40), steps, **quick)
     names = [outcome.change.name.replace(":", " ") for outcome in result.outcomes]
