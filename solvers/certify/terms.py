@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from .gram import FloatArray
+from .gram import FloatArray, IntArray
 from .kernels import ascend_slopes, ascend_triangles, holders_needed, intercepts, spread_beside
 
 
@@ -138,11 +137,11 @@ class HoldersNeeded:
     ids: [T, k] items, distinct within a token. weight: [T].
     """
 
-    def __init__(self, ids: npt.NDArray[np.int64], weight: FloatArray, items: int) -> None:
+    def __init__(self, ids: IntArray, weight: FloatArray, items: int) -> None:
         # Tokens of the same experts are one of more weight.
-        chosen, which = np.unique(np.sort(ids, axis=1), axis=0, return_inverse=True)
+        chosen, which = _distinct_rows(np.sort(ids, axis=1), items)
         self._ids = np.ascontiguousarray(chosen)
-        self._weight = np.bincount(which.ravel(), weights=weight)
+        self._weight = np.bincount(which, weights=weight)
         self._slope = np.zeros(chosen.shape)
         self._charge = np.zeros((items, items))
 
@@ -167,6 +166,18 @@ class HoldersNeeded:
         result = np.zeros_like(gram)
         spread_beside(self._ids, self._weight, gram, result)
         return _symmetric(result)
+
+
+def _distinct_rows(rows: IntArray, items: int) -> tuple[IntArray, IntArray]:
+    """Rows [R, k] that differ, and for each row which of them it is."""
+    k = rows.shape[1]
+    if items**k > 1 << 64:
+        chosen, which = np.unique(rows, axis=0, return_inverse=True)
+        return chosen, which.ravel()
+    # As one number each, which sorts some fifty times faster.
+    key = rows.astype(np.uint64) @ np.array([items**place for place in range(k)], dtype=np.uint64)
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    return rows[first], which.ravel()
 
 
 class Linear:
@@ -194,7 +205,7 @@ class Linear:
         return np.zeros_like(gram)
 
 
-def split_between_two(ids: npt.NDArray[np.int64], weight: FloatArray, items: int) -> Linear:
+def split_between_two(ids: IntArray, weight: FloatArray, items: int) -> Linear:
     """`HoldersNeeded` where there are two holders only: a token split between them cuts at most k^2 / 4 of its pairs.
 
     One line a token, 1 + (pairs apart) / floor(k^2 / 4): sharper than any of phi's, which do not know of the two.
