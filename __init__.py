@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .placement.version import __version__
 
 if TYPE_CHECKING:
+    from .placement.binding import binding_terms
     from .placement.decide import Decision, Verdict, decide
     from .placement.errors import (
         EngineError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .service.client import Client
     from .solvers import solve, solver_names
     from .solvers.pareto import Front, pareto
+    from .solvers.shares import optimal_shares
     from .solvers.what_if import Change, WhatIf, what_if
 
 __all__ = [
@@ -70,9 +72,11 @@ __all__ = [
     "__version__",
     "aggregate",
     "apply",
+    "binding_terms",
     "decide",
     "evaluate",
     "export_plan",
+    "optimal_shares",
     "parallelize",
     "pareto",
     "profile",
@@ -89,6 +93,8 @@ __all__ = [
 ]
 
 _HOME = {
+    ".placement.binding": ("binding_terms",),
+    ".solvers.shares": ("optimal_shares",),
     ".placement.decide": (
         "Decision",
         "Verdict",

@@ -48,7 +48,9 @@ def _unequal_shares(plan: Plan) -> str | None:
     return (
         f"replicas take equal shares of an expert's tokens, this plan gives slot {slot} a share of "
         f"{plan.shares[layer, slot]:.3f} of expert {expert} in layer {plan.moe_layers[layer]}, where an equal one is "
-        f"{expected[layer, slot]:.3f}: solve with Objective(split='equal')"
+        f"{expected[layer, slot]:.3f}: solve with Objective(split='equal'), from here with Problem(current=plan, "
+        "max_moved_bytes=0) to keep the placement, or more to fit it to equal shares (`moeplace solve --split equal "
+        "--current PLAN --max-moved SIZE`)"
     )
 
 

@@ -23,6 +23,7 @@ from .layout import Aim, Moves
 from .limited import MoveBudget
 from .load_course import search_loads
 from .pace import Pace
+from .polish import polished
 from .race import Start, race
 from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
 
@@ -126,7 +127,7 @@ def _search(
     except KeyboardInterrupt:
         stop = "interrupted"
     if stop != "interrupted":
-        best = certified(judge, best, budget, certify)
+        best = certified(judge, polished(judge, best, budget), budget, certify)
     return Solution(best[0], best[1], shares=best[2], stop=stop)
 
 

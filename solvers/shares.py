@@ -1,0 +1,130 @@
+"""The best shares of replicas for a fixed placement: a linear program a layer, whose prices name the devices in the way.
+
+A device's arithmetic is linear in the shares it serves, so the least mean time of the slowest device over steps is a
+linear program, solved exactly. Reading of weights is concave in shares and enters by its tangent at the shares given;
+transfers are left out of the program and judged with the whole: shares that do not bring the step down are not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..placement.errors import SolveError
+from ..placement.evaluate import evaluate
+from ..placement.plan import Plan
+from ..placement.problem import Problem
+from ..placement.steps import Steps
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+STRIDES = (1.0, 0.5, 0.25)
+"""How far to go towards the program's shares; transfers and reading may turn on the way."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerShares:
+    """shares: [P] of each slot. seconds: the program's least mean time of the slowest device. price: [G] what one more
+    second of work on each device adds to it; they sum to 1, and devices never waited for have none."""
+
+    shares: FloatArray
+    seconds: float
+    price: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class OptimalShares:
+    """plan: the given one with better shares, or as it was. price: [L, G] bottleneck prices at the program's optimum."""
+
+    plan: Plan
+    price: FloatArray
+
+
+def optimal_shares(plan: Plan, steps: Steps, problem: Problem) -> OptimalShares:
+    """Shares that shorten the mean of `steps` for a plan's placement; never worse than the plan's own there.
+
+    Raises:
+        InputError: plan, steps and problem are not about the same model or devices. SolveError: the program failed.
+    """
+    best = float(evaluate(plan, steps, problem).step_seconds.mean())
+    found = [
+        layer_shares(loads, table, share, plan.slot_device, problem)
+        for loads, table, share in zip(
+            steps.loads().transpose(1, 0, 2).astype(np.float64), plan.physical_to_logical, plan.shares, strict=True
+        )
+    ]
+    aim = np.stack([layer.shares for layer in found])
+
+    def seconds(shares: FloatArray) -> float:
+        return float(evaluate(replace(plan, shares=shares), steps, problem).step_seconds.mean())
+
+    shares = towards(plan.shares, aim, best, seconds)
+    return OptimalShares(
+        plan if shares is None else replace(plan, shares=shares, certificate=None, predicted={}),
+        np.stack([layer.price for layer in found]),
+    )
+
+
+def towards(
+    shares: FloatArray, aim: FloatArray, best: float, value: Callable[[FloatArray], float]
+) -> FloatArray | None:
+    """The best of a few points on the way from `shares` to `aim` ([L, P] each), or None where none is below `best`."""
+    taken = None
+    for stride in STRIDES:
+        tried = shares + stride * (aim - shares)
+        if (now := value(tried)) < best:
+            best, taken = now, tried
+    return taken
+
+
+def layer_shares(
+    loads: FloatArray, table: IntArray, shares: FloatArray, slot_device: IntArray, problem: Problem
+) -> LayerShares:
+    """One layer's program. loads: [S, E] tokens of each expert in each step. table, shares, slot_device: [P].
+
+    Raises:
+        SolveError: HiGHS ended without an optimum.
+    """
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array, hstack, vstack
+
+    model, topology = problem.model, problem.topology
+    steps, devices = len(loads), problem.num_devices
+    per_pair = model.flops_per_token / topology.compute
+    per_read = model.bytes_per_expert / topology.memory_bandwidth
+    counts = loads[:, table]
+    owner = (slot_device[:, None] == np.arange(devices)).astype(np.float64)
+    # Rows are (step, device); a column a slot. One expert a slot or not, shares of the same expert sum to one.
+    arithmetic = np.einsum("sp,pg->sgp", counts, owner * per_pair).reshape(steps * devices, -1)
+    idle = np.power(1.0 - shares, np.maximum(counts - 1.0, 0.0))
+    slope = np.where(counts > 0, counts * idle, 0.0)
+    hit = np.where(counts > 0, 1.0 - idle * (1.0 - shares), 0.0)
+    reading = np.einsum("sp,pg->sgp", slope, owner * per_read).reshape(steps * devices, -1)
+    offset = (((hit - slope * shares) @ owner) * per_read).ravel()
+    slowest = csr_array(np.repeat(np.eye(steps), devices, axis=0))
+    replicas = csr_array((np.ones(len(table)), (table, np.arange(len(table)))), shape=(model.experts, len(table)))
+    # Sums of hundreds of tiny seconds: the program is solved in the unit of a typical one.
+    unit = max(float((arithmetic @ shares).max()), float((reading @ shares + offset).max()), 1e-300)
+    # Sparse, which HiGHS takes, though the types of scipy's interface do not know it.
+    upper: Any = vstack([hstack([csr_array(rows / unit), -slowest]) for rows in (arithmetic, reading)])
+    equal: Any = hstack([replicas, csr_array((model.experts, steps))])
+    solved = linprog(
+        np.concatenate([np.zeros(len(table)), np.full(steps, 1.0 / steps)]),
+        A_ub=upper,
+        b_ub=np.concatenate([np.zeros(steps * devices), -offset / unit]),
+        A_eq=equal,
+        b_eq=np.ones(model.experts),
+        bounds=[(0.0, 1.0)] * len(table) + [(0.0, None)] * steps,
+        method="highs",
+    )
+    if solved.x is None:
+        raise SolveError(f"the program of shares ended without an optimum: {solved.message}")
+    kept = np.clip(solved.x[: len(table)], 0.0, 1.0)
+    sums = np.bincount(table, weights=kept, minlength=model.experts)
+    price = -solved.ineqlin.marginals.reshape(2, steps, devices).sum(axis=(0, 1))
+    return LayerShares(kept / sums[table], float(solved.fun) * unit, np.maximum(price, 0.0))
