@@ -122,7 +122,7 @@ def layer_shares(
         bounds=[(0.0, 1.0)] * len(table) + [(0.0, None)] * steps,
         method="highs",
     )
-    if solved.x is None:
+    if solved.x is None or solved.fun is None:
         raise SolveError(f"the program of shares ended without an optimum: {solved.message}")
     kept = np.clip(solved.x[: len(table)], 0.0, 1.0)
     sums = np.bincount(table, weights=kept, minlength=model.experts)
