@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import importlib
 import io
 import json
 import resource
@@ -254,9 +255,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(RECORDS), default=list(RECORDS))
     parser.add_argument("--keep", type=Path, help="folder for inputs that fail")
     chosen = parser.parse_args()
-    # Bytes that look like UTF-16 or UTF-32 make json load these, which an audit hook sees as code that runs.
-    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "utf-8-sig"):
+    # What json, zipfile and torch.load import on odd input only, which an audit hook sees as code that runs.
+    for encoding in (
+        "utf-16",
+        "utf-16-le",
+        "utf-16-be",
+        "utf-32",
+        "utf-32-le",
+        "utf-32-be",
+        "utf-8-sig",
+        "cp437",
+        "raw_unicode_escape",
+        "unicode_escape",
+        "ascii",
+    ):
         codecs.lookup(encoding)
+    for module in (
+        "torch.utils.serialization.config",
+        "torch.nested._internal.ops",
+        "torch.nested._internal.nested_tensor",
+    ):
+        importlib.import_module(module)
     sys.addaudithook(WATCH)
     failed = False
     for name in chosen.only:

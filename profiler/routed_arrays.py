@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..placement.errors import FileFormatError
+from .zip_members import checked_members
 
 MAGIC = b"\x93NUMPY"
 START = 1 << 12
 GROWTH = 50
 """How many times its own size an .npz may unpack to."""
-SMALL = 1 << 26
+SMALL = 1 << 20
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -63,7 +64,7 @@ def npz_arrays(source: Path) -> dict[str, Ids]:
     """
     try:
         with zipfile.ZipFile(source) as archive:
-            members = archive.infolist()
+            members = checked_members(source, archive)
             total = sum(member.file_size for member in members)
             if total > max(SMALL, GROWTH * source.stat().st_size):
                 raise FileFormatError(f"{source}: unpacks to {total:,} bytes, over {GROWTH} times the file; refused")
@@ -90,7 +91,7 @@ def is_routed_arrays(path: Path) -> bool:
         if not start.startswith(b"PK"):
             return False
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+            members = checked_members(path, archive)
             for member in members:
                 with archive.open(member) as packed:
                     if not _fits(path, packed.read(START)):

@@ -18,6 +18,7 @@ from ..placement.files import replacing
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace, id_dtype
 from .routed_arrays import npy_shape
+from .zip_members import checked_members
 
 FORMAT = "moeplace.statistics"
 VERSION = 1
@@ -94,6 +95,7 @@ def read_statistics(path: str | Path, *, limit: int = SIZE_LIMIT) -> RoutingStat
         raise InputError(f"{source}: no such file")
     try:
         with zipfile.ZipFile(source) as archive:
+            checked_members(source, archive)
             header = _header(archive, source, limit)
             arrays = {name: _array(archive, source, name, shape, header) for name, shape in header["shapes"].items()}
         return _statistics(header, arrays)

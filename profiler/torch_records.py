@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import pickletools
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..placement.errors import FileFormatError, UnsupportedError
+from .zip_members import checked_members
 
 START = 8192
 PLAIN = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
@@ -43,7 +45,7 @@ def load_plain(path: Path) -> Any:
         raise UnsupportedError(f"{path}: reading this needs torch; pip install 'moeplace[torch]'") from None
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+            members = checked_members(path, archive)
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
             if packed or sum(member.file_size for member in members) > path.stat().st_size:
                 raise FileFormatError(
@@ -96,5 +98,8 @@ def _check_names(path: Path, structure: bytes) -> None:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        # torch goes on to advise loading without weights_only, which is what a stranger's file would want.
+        return "its structure is not what torch.save writes for tensors, lists and numbers"
     text = str(error).strip().split("\n")[0] or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "..."

@@ -323,6 +323,26 @@ def test_a_compressed_archive_is_refused_before_it_unpacks(tmp_path: Path) -> No
         read_any(tmp_path / "b.pt")
 
 
+def test_a_member_that_claims_more_than_the_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    content = bytearray(stat(tmp_path / "a.pt", counts(1, 2)).read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    content[directory + 20 : directory + 24] = (0x7FFFFFFF).to_bytes(4, "little")
+    (tmp_path / "b.pt").write_bytes(content)
+    with pytest.raises(mp.FileFormatError, match="members claim more than"):
+        read_sglang(tmp_path / "b.pt")
+
+
+def test_no_error_advises_to_load_the_file_without_care(tmp_path: Path) -> None:
+    stat(tmp_path / "a.pt", counts(1, 2))
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content[:-20] + b"." if name.endswith("data.pkl") else content)
+    with pytest.raises(mp.FileFormatError) as caught:
+        read_sglang(tmp_path / "b.pt")
+    assert "weights_only" not in str(caught.value)
+
+
 def test_modes_are_not_mixed(tmp_path: Path) -> None:
     stat(tmp_path / "a.pt", counts(1))
     detail(tmp_path / "b.pt", [forward_pass(1, 0, counts(1, width=SLOTS)[0])])
