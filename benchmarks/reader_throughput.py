@@ -57,7 +57,6 @@ BYTES: dict[str, tuple[float, Shape]] = {
     "megatron": (16 * 8 * 3.8 + 32, TOKENS),
     "load history": (58 * 256 * 5.9, COUNTS),
     "exflow": (16 * 8, TOKENS),
-    "moeplace trace": (16 * 8 * 0.75, TOKENS),
 }
 """Bytes a row, pass, token, iteration or entry takes, and the shape."""
 OPTIONS: dict[str, dict[str, int]] = {"sglang responses": {"layers": 17, "top_k": 8}}

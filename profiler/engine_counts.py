@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ MOST_EXPERTS = 65536
 
 
 def statistics_of(
-    source: Path, load: Sequence[npt.NDArray[Any]] | npt.NDArray[Any], layers: Sequence[int], top_k: int | None = None
+    source: Path, load: Iterable[npt.NDArray[Any]], layers: Sequence[int], top_k: int | None = None
 ) -> RoutingStatistics:
     """Statistics of windows of [L, E] counts, without the windows and the layers in which nothing was counted.
 
     layers: absolute indices of the L layers. A dense layer counts nothing, and is how engines number the layers after it.
-    Memory: the counts once more, in float64.
+    Memory: the counts once more, in float64; each window is let go once it is copied, where the caller lets it go.
 
     Raises:
         FileFormatError: negative or non-finite counts, or nothing counted at all.
@@ -42,7 +42,9 @@ def statistics_of(
     if not windows:
         raise FileFormatError(f"{source}: every count is 0; record while the engine serves requests")
     kept = np.empty((len(windows), int(used.sum()), windows[0].shape[1]), np.float64)
-    for row, counts in zip(kept, windows, strict=True):
+    windows.reverse()
+    for row in kept:
+        counts = windows.pop()
         row[:] = counts if used.all() else counts[used]
     # Not writable, so that it is taken as it is.
     kept.flags.writeable = False

@@ -30,8 +30,8 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
     if not source.is_file():
         raise InputError(f"{source}: no such file")
     with source.open("rb") as handle:
-        start = handle.read(START)
-    shape, fortran, dtype, begin = npy_shape(source, "array", start)
+        header = handle.read(START)
+    shape, fortran, dtype, begin = npy_shape(source, "array", header)
     if len(shape) != 2 or 0 in shape or dtype.kind not in "iu":
         raise FileFormatError(
             f"{source}: {dtype} {shape}, expected whole numbers of shape [tokens, layers]; "

@@ -65,7 +65,9 @@ def read_load_history(path: str | Path, *, entries_per_window: int = 1) -> Routi
         stream.end()
     if not windows:
         raise FileFormatError(f"{source}: load_history is {'empty' if found else 'missing'}, expected a list of loads")
-    return statistics_of(source, windows, range(len(windows[0])))
+    layers = range(len(windows[0]))
+    windows.reverse()
+    return statistics_of(source, (windows.pop() for _ in range(len(windows))), layers)
 
 
 def _load(source: Path, number: int, entry: Any) -> Loads:

@@ -95,7 +95,9 @@ def read_sglang_files(files: Sequence[Path], source: Path) -> RoutingTrace | Rou
     shapes = {window.shape for window in load}
     if len(shapes) > 1:
         raise FileFormatError(f"{source}: files of different models, [layers, experts] are {sorted(shapes)}")
-    return statistics_of(source, load, range(len(load[0])))
+    layers = range(len(load[0]))
+    load.reverse()
+    return statistics_of(source, (load.pop() for _ in range(len(load))), layers)
 
 
 class PassCounts:
@@ -142,7 +144,7 @@ class PassCounts:
                 f"{source}: no forward pass was recorded by all of the {len(everyone)} ranks; "
                 "keep the files of one run in a folder"
             )
-        return [self._counts[step] for step in whole]
+        return [self._counts.pop(step) for step in whole]
 
 
 def _files(path: Path) -> list[Path]:
