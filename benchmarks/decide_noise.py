@@ -1,0 +1,104 @@
+"""How often `decide` takes noise for a gain, and a gain for noise, on gpt-oss-20b's sequences.
+
+    python benchmarks/decide_noise.py --data DATA --out docs/results/decide_noise.md
+
+Half of the sequences are solved on; the other half is the whole truth: how two plans compare on all of it is known.
+Each of 200 recordings draws 100 of its sequences, `decide` sees only those, and migration is not charged, so that
+noise alone decides. Noise: of several searches with other seeds, the two closest on the whole truth, the slightly
+slower one as the candidate, so that every `apply` is false. Gain: search against contiguous placement and against EPLB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import numpy as np
+import recordings
+
+import moeplace as mp
+
+LAYERS, CONCURRENCY, DRAWN = 6, 64, 100
+
+
+def population(data: Path) -> tuple[mp.RoutingTrace, mp.RoutingTrace]:
+    """(solved on, judged on): halves of the sequences, the first layers only."""
+    whole = recordings.gpt_oss(data)
+    assert whole.sequence is not None
+    trace = mp.RoutingTrace.from_arrays(whole.expert_ids[:, :LAYERS], 32, sequence=whole.sequence)
+    return trace.split("sequence", 0.5, 0)
+
+
+def recording(truth: mp.RoutingTrace, rng: np.random.Generator) -> mp.RoutingTrace:
+    """`DRAWN` sequences of the truth, with replacement, each draw a sequence of its own."""
+    names = np.unique(truth.sequence)
+    rows = [np.flatnonzero(truth.sequence == name) for name in rng.choice(names, DRAWN)]
+    return mp.RoutingTrace.from_arrays(
+        truth.expert_ids[np.concatenate(rows)], 32, sequence=np.repeat(np.arange(DRAWN), [len(r) for r in rows])
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the recordings")
+    parser.add_argument("--recordings", type=int, default=200)
+    parser.add_argument("--resamples", type=int, default=60, help="bootstrap draws of each decision")
+    parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
+    options = parser.parse_args()
+    train, truth = population(options.data)
+    model = recordings.GPT_OSS.replace(layers=LAYERS, moe_layers=None)
+    problem = mp.Problem(model, mp.Topology.preset("a100-pcie", 2, 4), mp.RoutingStatistics.from_trace(train))
+    steps = truth.decode_steps(CONCURRENCY, 1000, 1)
+    searches = [
+        mp.solve(problem, "search", seed=seed, step_tokens=CONCURRENCY, proposals=1000, steps=64) for seed in range(6)
+    ]
+    seconds = {id(plan): mp.evaluate(plan, steps, problem).step_seconds.mean() for plan in searches}
+    pairs = itertools.combinations(sorted(searches, key=lambda plan: seconds[id(plan)]), 2)
+    better, worse = min(pairs, key=lambda pair: seconds[id(pair[1])] - seconds[id(pair[0])])
+    cases = [("noise: two searches", better, worse)]
+    cases += [(f"gain: search for {name}", mp.solve(problem, name), better) for name in ("contiguous", "eplb")]
+    rows = []
+    for name, current, candidate in cases:
+        before, after = (mp.evaluate(plan, steps, problem).step_seconds.mean() for plan in (current, candidate))
+        rng = np.random.default_rng(7)
+        applied = sum(
+            mp.decide(
+                current,
+                [candidate],
+                recording(truth, rng),
+                problem,
+                concurrency=CONCURRENCY,
+                resamples=options.resamples,
+                horizon_steps=1e12,
+                seed=seed,
+            ).action
+            == "apply"
+            for seed in range(options.recordings)
+        )
+        rows.append(
+            f"| {name} | {1.0 - after / before:+.2%} | {applied} of {options.recordings} "
+            f"({applied / options.recordings:.1%}) |"
+        )
+        print(rows[-1], flush=True)
+    text = "\n".join(
+        [
+            "# Noise and gains: what `decide` applies\n",
+            " ".join((__doc__ or "").split("\n\n", 2)[2].split()) + "\n",
+            f"The first {LAYERS} layers, 8 devices in 2 nodes (a100-pcie), decode steps of {CONCURRENCY}, confidence 0.95, "
+            f"{options.resamples} bootstrap draws.\n",
+            f"    python benchmarks/decide_noise.py --data DATA --resamples {options.resamples}\n",
+            "| case | true gain | applied |\n|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
