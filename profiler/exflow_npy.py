@@ -46,8 +46,8 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
     experts, stride = _numbering(source, low, high, num_experts)
     ids = np.empty((*table.shape, 1), id_dtype(experts))
     base = np.arange(table.shape[1]) * stride
-    for start in range(0, len(table), ROWS):
-        ids[start : start + ROWS, :, 0] = table[start : start + ROWS] - base
+    for first in range(0, len(table), ROWS):
+        ids[first : first + ROWS, :, 0] = table[first : first + ROWS] - base
     try:
         return RoutingTrace.from_arrays(ids, num_experts=experts)
     except InputError as error:
