@@ -329,3 +329,20 @@ class KeepOptions(StoreOptions):
         bool,
         Option("--store/--no-store", help="Keep the result in the database, as is the default.", rich_help_panel=STORE),
     ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """A service to ask instead of this machine and its database."""
+
+    server: Annotated[
+        str | None,
+        Option(
+            "--server",
+            metavar="URL",
+            envvar="MOEPLACE_SERVER",
+            help="A running `moeplace serve` to ask instead; MOEPLACE_TOKEN holds the token where it wants one.",
+            show_default=False,
+            rich_help_panel=STORE,
+        ),
+    ] = None

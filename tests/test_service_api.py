@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
+from cli_runs import CLUSTER, run, toy_model, toy_trace_folder
 from conftest import make_trace
 from service_runs import MODEL, POLICY, TOPOLOGY, Server, counts, prepared, serving, skewed
 
@@ -334,3 +335,31 @@ def test_pages_of_other_sites_are_refused(server: Server) -> None:
     assert raw(server, "POST", "/v1/models", body, Origin="https://evil.example")[0] == 403
     assert raw(server, "GET", "/v1/models", Host="evil.example")[0] == 403
     assert raw(server, "POST", "/v1/models", body, Origin=server.url)[0] == 201
+
+
+def test_commands_ask_a_service_instead(server: Server, tmp_path: Path) -> None:
+    trace = toy_trace_folder(tmp_path / "trace", toy_model())
+    mine = ("--db", tmp_path / "mine.db")
+    solved = run(
+        "solve",
+        trace,
+        *CLUSTER,
+        "--solver",
+        "eplb",
+        "--server",
+        server.url,
+        "-o",
+        tmp_path / "plan.json",
+        "--json",
+        *mine,
+    )
+    assert solved.code == 0, solved.err
+    here = run("solve", trace, *CLUSTER, "--solver", "eplb", "--no-store", "-o", tmp_path / "here.json", "--json")
+    assert solved.data["fingerprint"] == here.data["fingerprint"]
+    listed = run("plans", "list", "--server", server.url, "--limit", 1, "--json").data
+    assert [entry["id"] for entry in listed] == [solved.data["stored_as"]]
+    out = tmp_path / "sglang.json"
+    done = run("export", listed[0]["id"], "--server", server.url, "--for", "sglang", "-o", out, "--no-store", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(out.read_text())
+    assert run("export", "nothing", "--server", server.url, "--for", "sglang", "-o", out, "--no-store").code == 1

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ..inputs import read_plan, whole_numbers
-from ..options import AsJson, KeepOptions, PlanReference
+from ..options import AsJson, KeepOptions, PlanReference, ServerOptions
 from ..output import emit, pairs
+from ..remote import service
 from ..storing import keep_export
 
 
@@ -36,6 +37,7 @@ def export_command(
         ),
     ],
     storage: KeepOptions,
+    remote: ServerOptions,
     hidden_layers: Annotated[
         int | None,
         typer.Option(
@@ -67,12 +69,17 @@ def export_command(
 
       moeplace export plan.json --for sglang -o init_expert_location.json
       moeplace export plan.json --for trtllm --extra-layers 61 -o load_balancer.yaml
+      moeplace export 3f2a91c0 --server http://plans:8311 --for sglang -o init_expert_location.json
     """
     from ...runtime.exporters import engine_usage, export_plan
 
     given = {"hidden_layers": hidden_layers, "extra_layers": whole_numbers("--extra-layers", extra_layers)}
     options = {option: value for option, value in given.items() if value is not None}
-    exported = read_plan(plan, storage.db)
+    if remote.server is None:
+        exported = read_plan(plan, storage.db)
+    else:
+        with service(remote.server) as client:
+            exported = client.plan(plan)
     written = export_plan(exported, engine, output, **options)
     data: dict[str, Any] = {
         "engine": engine,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..grouping import grouped
-from ..options import AsJson, StoreOptions
+from ..options import AsJson, ServerOptions, StoreOptions
 from ..output import Column, Table, emit, figure, milliseconds, note, number, percent
+from ..remote import service
 from .solve import plan_summary, summary_table
 
 if TYPE_CHECKING:
     from ...db.records import EvaluationRecord, PlanSummary
+    from ...service.views import PlanView
 
 plans_app = typer.Typer(help="List, show, rename and delete stored plans.\n\nExample:\n\n  moeplace plans list")
 
@@ -46,6 +49,7 @@ EVALUATION_COLUMNS = (
 @grouped
 def list_command(
     storage: StoreOptions,
+    remote: ServerOptions,
     model: Annotated[
         str | None, typer.Option("--model", help="Only plans of this model: its name or id.", show_default=False)
     ] = None,
@@ -61,10 +65,15 @@ def list_command(
 
       moeplace plans list --solver search
     """
-    from ...db import Store
+    if remote.server is not None:
+        with service(remote.server) as client:
+            found = itertools.islice(client.plans(model=model, solver=solver), limit)
+            rows = [_remote_row(view) for view in found]
+    else:
+        from ...db import Store
 
-    with Store.open(storage.db) as store:
-        rows = [_row(record) for record in store.plans(model=model, solver=solver, limit=limit)]
+        with Store.open(storage.db) as store:
+            rows = [_row(record) for record in store.plans(model=model, solver=solver, limit=limit)]
     table = Table(LIST_COLUMNS, rows) if rows else Table((), (), footnotes=["No plans are stored."])
     emit(rows, table, as_json=as_json)
 
@@ -157,6 +166,12 @@ def _row(record: PlanSummary) -> dict[str, Any]:
         "bound": None if certificate is None else certificate.bound,
         "gap": None if certificate is None else certificate.gap,
     }
+
+
+def _remote_row(view: PlanView) -> dict[str, Any]:
+    fields = ("id", "name", "solver", "devices", "slots", "objective", "value", "bound", "gap")
+    row = {field: getattr(view, field) for field in fields}
+    return row | {"created": _time(view.created), "model": view.model_id, "topology": view.topology_id}
 
 
 def _evaluation(record: EvaluationRecord) -> dict[str, Any]:

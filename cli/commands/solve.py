@@ -20,11 +20,13 @@ from ..options import (
     ObjectiveOptions,
     RoutingPath,
     Seed,
+    ServerOptions,
     SolveOptions,
     TopologyOptions,
 )
 from ..output import Table, emit, note, pairs, percent, quantity, seconds
 from ..progress import solve_listener, working
+from ..remote import solve_remotely
 from ..storing import keep_plan
 from ..training import training_statistics
 
@@ -45,6 +47,7 @@ def solve_command(
     held_out: HeldOutOptions,
     batch: BatchOptions,
     storage: KeepOptions,
+    remote: ServerOptions,
     solver: Annotated[
         str | None,
         typer.Option(
@@ -118,13 +121,16 @@ def solve_command(
 
       moeplace solve trace --topology h100-hgx --nodes 2 --devices-per-node 4 --certify 20 -o plan.json
       moeplace solve trace --topology h100-hgx --for sglang --slots 72 -o plan.json
+      moeplace solve trace --topology h100-hgx --solver search --server http://solver:8311
     """
     from ...placement.migration import migration
     from ...placement.problem import Problem
     from ...runtime.exporters import check_plan_for, problem_for
     from ...solvers import solve
 
-    if output is None and not storage.store:
+    if remote.server is not None and solver is None:
+        raise typer.BadParameter("a service is told which solver to use: give --solver")
+    if output is None and not storage.store and remote.server is None:
         raise typer.BadParameter("the plan would go nowhere: give --output, or leave out --no-store")
     if len(batch.kinds) > 1:
         raise typer.BadParameter("a plan is solved for --decode or for --prefill, not for both")
@@ -146,19 +152,26 @@ def solve_command(
         )
         if engine is not None:
             problem = problem_for(problem, engine)
-        plan = solve(
-            problem,
-            choice.solver,
-            seconds=solving.seconds,
-            seed=seed,
-            progress=solve_listener(update, choice.label, solving.seconds + (certify or 0.0)),
-            **choice.options,
-        )
+        stored: str | None = None
+        if remote.server is not None and choice.solver is not None:
+            plan, stored = solve_remotely(
+                remote.server, problem, choice.solver, solving.seconds, seed, choice.options, name, update
+            )
+        else:
+            plan = solve(
+                problem,
+                choice.solver,
+                seconds=solving.seconds,
+                seed=seed,
+                progress=solve_listener(update, choice.label, solving.seconds + (certify or 0.0)),
+                **choice.options,
+            )
         if engine is not None:
             check_plan_for(plan, engine)
     if output is not None:
         plan.save(output)
-    stored = keep_plan(plan, statistics, storage.db, name) if storage.store else None
+    if remote.server is None and storage.store:
+        stored = keep_plan(plan, statistics, storage.db, name)
     note(used)
     moved = None if in_force is None else migration(in_force, plan)
     summary = {
