@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 import moeplace as mp
 from moeplace.db.service_records import CountWindow
@@ -40,7 +41,7 @@ def main() -> None:
     given = arguments.parse_args()
     server, url = start(given.db)
     try:
-        report = measure(url, given)
+        report = measure(url, given, psutil.Process(server.pid))
     finally:
         server.terminate()
         server.wait(60)
@@ -64,7 +65,7 @@ def start(db: str) -> tuple[subprocess.Popen[str], str]:
     raise SystemExit("the server did not start")
 
 
-def measure(url: str, given: argparse.Namespace) -> str:
+def measure(url: str, given: argparse.Namespace, server: psutil.Process) -> str:
     client = mp.Client(url)
     spec = mp.ModelSpec(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, hidden_size=7168, ffn_size=2048, name="load")
     client.add_model(spec)
@@ -105,6 +106,7 @@ def measure(url: str, given: argparse.Namespace) -> str:
     senders = [threading.Thread(target=send) for _ in range(given.senders)]
     for sender in senders:
         sender.start()
+    used = sum(server.cpu_times()[:2])
     began = time.perf_counter()
     rounds = int(given.seconds / given.every)
     for number in range(rounds):
@@ -117,9 +119,10 @@ def measure(url: str, given: argparse.Namespace) -> str:
     for sender in senders:
         sender.join()
     elapsed = time.perf_counter() - began
+    used = sum(server.cpu_times()[:2]) - used
     stored = {name: client.totals(name) for name in names}
     lost = [name for name in names if stored[name] != (rounds, sent[name])]
-    return text(given, elapsed, took, waited, failures, lost, rounds)
+    return text(given, elapsed, took, waited, failures, lost, rounds, used)
 
 
 def text(
@@ -130,6 +133,7 @@ def text(
     failures: list[str],
     lost: list[str],
     rounds: int,
+    used: float,
 ) -> str:
     kind = "PostgreSQL" if given.db.startswith("postgres") else "SQLite"
     options = (
@@ -152,6 +156,7 @@ def text(
             f"| {name} ms, p50 / p99 / max | {' / '.join(f'{1e3 * value:.0f}' for value in (*np.percentile(values, [50, 99]), max(values)))} |"
             for name, values in (("answer", took), ("answer from when due", waited))
         ),
+        f"| CPU time of the server a window, ms | {1e3 * used / len(took):.1f} |",
         f"| errors | {len(failures)} |",
         f"| deployments whose counts differ from those sent | {len(lost)} |",
         "",

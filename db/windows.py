@@ -30,6 +30,7 @@ class Windows:
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
+        self._shapes: dict[str, tuple[int, tuple[int, int]]] = {}
 
     def add(self, batches: Mapping[str, Sequence[CountWindow]]) -> dict[str, int]:
         """Keeps windows of several deployments in one transaction; returns how many of each were new.
@@ -37,11 +38,25 @@ class Windows:
         Raises:
             InputError: loads of another shape than the deployment's model, negative, or too large; nothing is stored.
         """
-        new = {}
+        prepared: dict[str, dict[tuple[int, str], dict[str, object]]] = {}
+        for name, windows in batches.items():
+            key, shape = self._known(name)
+            entries = (_values(name, key, window, shape) for window in windows)
+            prepared[name] = {(key, str(entry["digest"])): entry for entry in entries}
+        wanted = {identity: entry for entries in prepared.values() for identity, entry in entries.items()}
+        if not wanted:
+            return dict.fromkeys(batches, 0)
+        # Packed before the writers' lock is taken, and told apart in one question for all.
+        known = select(WindowRow.deployment_key, WindowRow.digest).where(
+            WindowRow.deployment_key.in_({key for key, _ in wanted}),
+            WindowRow.digest.in_({digest for _, digest in wanted}),
+        )
         with self._sessions.writing() as session:
-            for name, windows in batches.items():
-                new[name] = _add(session, deployment_row(session, name), windows)
-        return new
+            stored = {(key, digest) for key, digest in session.execute(known)}
+            fresh = [entry for identity, entry in wanted.items() if identity not in stored]
+            if fresh:
+                session.execute(insert(WindowRow), fresh)
+        return {name: len(entries.keys() - stored) for name, entries in prepared.items()}
 
     def page(self, deployment: str, *, limit: int, after: int = 0, before: int | None = None) -> list[WindowRecord]:
         """Windows by key: the first `limit` behind `after`, or the last ones below `before`, oldest first."""
@@ -56,6 +71,18 @@ class Windows:
                 found = session.scalars(query.order_by(WindowRow.key.desc()).limit(limit)).all()[::-1]
             shape = _shape(session, row)
             return [_record(window, shape) for window in found]
+
+    def shape(self, deployment: str) -> tuple[int, int]:
+        """[layers, experts] of the deployment's windows."""
+        return self._known(deployment)[1]
+
+    def _known(self, deployment: str) -> tuple[int, tuple[int, int]]:
+        """(key, shape) of a deployment: neither ever changes."""
+        if deployment not in self._shapes:
+            with self._sessions.reading() as session:
+                row = deployment_row(session, deployment)
+                self._shapes[deployment] = (row.key, _shape(session, row))
+        return self._shapes[deployment]
 
     def totals(self, deployment: str) -> tuple[int, int]:
         """(windows received, token-expert pairs in them)."""
@@ -106,28 +133,10 @@ class Windows:
         return joined, dropped
 
 
-def _add(session: Session, row: DeploymentRow, windows: Sequence[CountWindow]) -> int:
-    shape = _shape(session, row)
-    values = {}
-    for window in windows:
-        entry = _values(row, window, shape)
-        values[entry["digest"]] = entry
-    known = session.scalars(
-        select(WindowRow.digest).where(WindowRow.deployment_key == row.key, WindowRow.digest.in_(values))
-    )
-    fresh = [values[digest] for digest in values.keys() - set(known)]
-    if fresh:
-        order = {digest: position for position, digest in enumerate(values)}
-        session.execute(insert(WindowRow), sorted(fresh, key=lambda entry: order[entry["digest"]]))
-    return len(fresh)
-
-
-def _values(row: DeploymentRow, window: CountWindow, shape: tuple[int, int]) -> dict[str, object]:
+def _values(name: str, key: int, window: CountWindow, shape: tuple[int, int]) -> dict[str, object]:
     load = np.ascontiguousarray(window.load, dtype=np.int64)
     if load.shape != shape:
-        raise InputError(
-            f"load: shape {list(load.shape)}, deployment {row.name!r} has [layers, experts] = {list(shape)}"
-        )
+        raise InputError(f"load: shape {list(load.shape)}, deployment {name!r} has [layers, experts] = {list(shape)}")
     if load.min() < 0 or load.max() > LARGEST:
         raise InputError(f"load: counts run from {load.min()} to {load.max()}, expected 0 to {LARGEST}")
     workload = storable("workload", window.workload, TEXT_LENGTH)
@@ -135,7 +144,7 @@ def _values(row: DeploymentRow, window: CountWindow, shape: tuple[int, int]) -> 
     told = repr((storable("source", window.source, TEXT_LENGTH), workload, ended.isoformat()))
     digest = hashlib.sha256(told.encode() + load.tobytes()).hexdigest()
     return {
-        "deployment_key": row.key,
+        "deployment_key": key,
         "digest": digest,
         "received": datetime.now(UTC),
         "ended": ended,

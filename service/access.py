@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 
 from ..db.service_records import ROLES, Actor, Role
 from ..db.store import Store
@@ -34,13 +35,10 @@ class Gate:
 
     def actor(self, request: Request, token: str | None) -> Actor:
         """Raises HTTPException 401 without a valid token, 403 for a request another site had a browser make."""
-        self._refuse_other_sites(request)
-        if not self._settings.asks_for_tokens:
-            return LOCAL
+        known = self.remembered(request, token)
+        if known is not None:
+            return known
         if token:
-            found = self._known.get(token)
-            if found is not None and found[0] > time.monotonic():
-                return found[1]
             actor = self._store.tokens.actor(token)
             if actor is not None:
                 if len(self._known) > 10_000:
@@ -48,6 +46,14 @@ class Gate:
                 self._known[token] = (time.monotonic() + REMEMBERED_SECONDS, actor)
                 return actor
         raise HTTPException(401, "send a token: Authorization: Bearer mp_...", headers={"WWW-Authenticate": "Bearer"})
+
+    def remembered(self, request: Request, token: str | None) -> Actor | None:
+        """The same without asking the database; None where that must be asked. Raises HTTPException 403 as `actor`."""
+        self._refuse_other_sites(request)
+        if not self._settings.asks_for_tokens:
+            return LOCAL
+        found = self._known.get(token) if token else None
+        return found[1] if found is not None and found[0] > time.monotonic() else None
 
     def _refuse_other_sites(self, request: Request) -> None:
         origin, host = request.headers.get("origin"), request.headers.get("host", "")
@@ -60,20 +66,22 @@ class Gate:
                 raise HTTPException(403, f"without tokens only this machine's own names are served, not {name!r}")
 
 
-def caller(
+async def caller(
     request: Request,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
     cookie: Annotated[str | None, Depends(_cookie)],
 ) -> Actor:
     """Whose request it is."""
     gate: Gate = request.app.state.gate
-    return gate.actor(request, bearer.credentials if bearer else cookie)
+    token = bearer.credentials if bearer else cookie
+    # A thread for each request is what a busy server would spend most of its time on.
+    return gate.remembered(request, token) or await run_in_threadpool(gate.actor, request, token)
 
 
-def at_least(role: Role) -> Callable[[Actor], Actor]:
+def at_least(role: Role) -> Callable[[Actor], Awaitable[Actor]]:
     """A dependency that lets only callers of this role or a higher one through."""
 
-    def allowed(actor: Annotated[Actor, Depends(caller)]) -> Actor:
+    async def allowed(actor: Annotated[Actor, Depends(caller)]) -> Actor:
         if ROLES.index(actor.role) < ROLES.index(role):
             raise HTTPException(403, f"token {actor.name!r} has role {actor.role!r}; this needs {role!r}")
         return actor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -96,8 +96,7 @@ async def add_windows(name: NamePath, request: Request, _: Submitter) -> Taken:
     if kind == JSON:
         windows = await run_in_threadpool(from_json, body)
     elif kind == ARROW:
-        layers, experts = await run_in_threadpool(_shape, request, store, name)
-        windows = await run_in_threadpool(from_arrow, body, layers, experts)
+        windows = await run_in_threadpool(lambda: from_arrow(body, *store.windows.shape(name)))
     else:
         raise HTTPException(415, f"Content-Type {kind!r}; expected {JSON} or {ARROW}")
     new = await asyncio.wrap_future(request.app.state.intake.put(name, windows))
@@ -255,15 +254,6 @@ def _check(store: Store, name: str, if_match: str | None) -> int | None:
     if not matches(if_match, tag_of(record)):
         raise HTTPException(412, f"{name!r} changed meanwhile; get it again", headers={"ETag": tag_of(record)})
     return record.version
-
-
-def _shape(request: Request, store: Store, name: str) -> tuple[int, int]:
-    """[layers, experts] of the deployment's model, which never change."""
-    known: dict[str, Any] = request.app.state.__dict__.setdefault("shapes", {})
-    if name not in known:
-        model = store.model(store.deployments.get(name).model_id).spec
-        known[name] = (model.layers, model.experts)
-    return known[name][0], known[name][1]
 
 
 def _file(store: Store, plan_id: str, engine: Engine, headers: dict[str, str]) -> Response:
