@@ -52,8 +52,8 @@ class Gate:
         self._refuse_other_sites(request)
         if not self._settings.asks_for_tokens:
             return LOCAL
-        found = self._known.get(token) if token else None
-        return found[1] if found is not None and found[0] > time.monotonic() else None
+        until, actor = self._known.get(token or "", (0.0, LOCAL))
+        return actor if until > time.monotonic() else None
 
     def _refuse_other_sites(self, request: Request) -> None:
         origin, host = request.headers.get("origin"), request.headers.get("host", "")
@@ -74,8 +74,11 @@ async def caller(
     """Whose request it is."""
     gate: Gate = request.app.state.gate
     token = bearer.credentials if bearer else cookie
+    known = gate.remembered(request, token)
+    if known is not None:
+        return known
     # A thread for each request is what a busy server would spend most of its time on.
-    return gate.remembered(request, token) or await run_in_threadpool(gate.actor, request, token)
+    return await run_in_threadpool(gate.actor, request, token)
 
 
 def at_least(role: Role) -> Callable[[Actor], Awaitable[Actor]]:
