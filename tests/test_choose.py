@@ -66,7 +66,7 @@ def test_work_that_does_not_fit_the_time_goes_to_search(monkeypatch: pytest.Monk
     problem = problem_of(experts=12, objective=mp.Objective(execution="context_coherent"))
     assert mp.solve(problem, seconds=0.05, steps=8).provenance.solver == "search"
     # An estimate that was wrong costs half of the time, not the plan.
-    monkeypatch.setattr("moeplace.solvers.chain.Chain.work", lambda *_: 0.0)
+    monkeypatch.setattr("moeplace.solvers.chain.Chain.work", lambda *_, **__: 0.0)
     late = mp.solve(problem, seconds=0.02, steps=8).provenance
     assert (late.solver, "half of the time" in late.choice) == ("search", True)
     monkeypatch.undo()
