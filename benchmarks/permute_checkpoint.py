@@ -124,7 +124,7 @@ def main() -> None:
             ("restore", (permuted, restored, "invert", source)),
         ):
             done = subprocess.run(
-                [sys.executable, "-c", SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=True
+                [sys.executable, "-c", SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
             )
             figures = json.loads(done.stdout)
             print(

@@ -13,7 +13,7 @@ from cli_runs import run, toy_model, toy_trace_folder
 
 import moeplace as mp
 from moeplace.placement.objective import Objective
-from moeplace.runtime.exporters import check_plan_for, problem_for, target_names
+from moeplace.runtime.engine_problems import check_plan_for, problem_for, target_names
 from moeplace.runtime.permute_rows import expert_order
 
 SEARCH = ("--solver", "search:steps=20:proposals=200", "--seconds", "5")

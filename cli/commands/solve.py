@@ -125,7 +125,7 @@ def solve_command(
     """
     from ...placement.migration import migration
     from ...placement.problem import Problem
-    from ...runtime.exporters import check_plan_for, problem_for
+    from ...runtime.engine_problems import check_plan_for, problem_for
     from ...solvers import solve
 
     if remote.server is not None and solver is None:

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...placement.errors import InputError, UnsupportedError, nearest
-from ...placement.plan import Plan
-from ...placement.problem import Problem
-from ..permute_rows import PERMUTE_CONSTRAINTS, expert_order
-from .constraints import Constraint
-from .export import check_export
-from .registry import engine_names, exporter_named
+from ..placement.errors import InputError, UnsupportedError, nearest
+from ..placement.plan import Plan
+from ..placement.problem import Problem
+from .exporters.constraints import Constraint
+from .exporters.export import check_export
+from .exporters.registry import engine_names, exporter_named
+from .permute_rows import PERMUTE_CONSTRAINTS, expert_order
 
 PERMUTE = "permute"
 """A permuted checkpoint or model, beside the engines that read a file."""
