@@ -267,3 +267,16 @@ def test_what_layers_wait_for_is_shown_after_solving_and_judging(trace: Path, pl
     assert "what layers of plan wait for" in run("evaluate", plan, trace, *JUDGED).out
     solved = run("solve", trace, *CLUSTER, "-s", "eplb", "--decode", "8", "-o", plan)
     assert "what layers wait for" in solved.out
+
+
+def test_plans_are_judged_by_the_replicas_that_the_engine_takes(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "wide.json"
+    assert run("solve", trace, *CLUSTER, "-s", "eplb", "--slots", "16", "-o", path, "--no-store").code == 0
+    crossing = {}
+    for rule in ("share", "nearest"):
+        done = run("evaluate", path, trace, *JUDGED, "--replica-choice", rule, "--json", "--no-store")
+        crossing[rule] = done.data["rows"][-1]["cross_node_fraction"]
+    assert crossing["nearest"] < crossing["share"]
+    refused = run("evaluate", path, trace, *JUDGED, "--replica-choice", "nearest", "--execution", "context_coherent")
+    assert refused.code != 0
+    assert "needs tokens with a home device" in refused.err

@@ -166,8 +166,10 @@ def searched(trace: mp.RoutingTrace, cluster: str, slots: int, **objective: Any)
 
 
 @pytest.mark.parametrize("cluster", ["even", "mixed"])
-@pytest.mark.parametrize("rule", ["nearest", "share"])
-@pytest.mark.parametrize(("slots", "split"), [(8, "equal"), (11, "equal"), (11, "free"), (14, "free")])
+@pytest.mark.parametrize(
+    ("rule", "slots", "split"),
+    [("nearest", 8, "equal"), ("nearest", 11, "equal"), ("nearest", 14, "free"), ("share", 11, "free")],
+)
 @pytest.mark.parametrize("node_dedup", [True, False])
 def test_the_kernels_price_known_homes_as_evaluation_does(
     cluster: str, rule: str, slots: int, split: str, node_dedup: bool

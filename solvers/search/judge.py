@@ -50,7 +50,8 @@ class Judge:
         if self.scenario.steps is None:
             return f"device load max/mean of recorded windows, mean over layers, {risk}"
         origin = " of tokens drawn from recorded transitions" if self.scenario.imagined else ""
-        return f"predicted step seconds on {self.scenario.num_steps} scenario steps{origin}, {risk}"
+        chosen = ", nearest replicas" if self.problem.objective.replica_choice == "nearest" else ""
+        return f"predicted step seconds on {self.scenario.num_steps} scenario steps{origin}, {risk}{chosen}"
 
     def figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
         """[S] the figure of each scenario step."""
