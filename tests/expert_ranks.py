@@ -23,6 +23,7 @@ from moeplace.runtime.moe.expert_kinds import GELU, GptOss, SwiGLU
 from moeplace.runtime.moe.experts import PlacedExperts
 from moeplace.runtime.moe.layer import ExpertParallelMoE
 from moeplace.runtime.moe.reference import reference_experts
+from moeplace.runtime.moe.routers import SigmoidRouter
 
 KINDS = (SwiGLU(), GELU(), GptOss())
 
@@ -193,6 +194,13 @@ def half_precision(rank: int, world: int, flat: Any, deep: Any) -> float:
     expected = reference_experts(whole, ids, gate, {n: v.float() for n, v in weights.items()}, SwiGLU())
     expected.square().sum().backward()
     assert out.dtype == x.grad.dtype == torch.bfloat16
+    whole_experts = PlacedExperts(SPEC, plan_of(1, world), deep, 4)
+    whole_experts.load_logical({n: v.float() for n, v in weights.items()})
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = whole_experts(x.detach().float(), ids, gate)
+    assert torch.equal(cast, out)
+    cast.float().square().sum().backward()
+    assert all(value.grad.dtype == torch.float32 for value in whole_experts.parameters())
     pairs = ((out.detach(), expected.detach()), (x.grad, whole.grad))
     return max(float((a.float() - b).square().mean().sqrt() / b.square().mean().sqrt()) for a, b in pairs)
 
@@ -413,3 +421,38 @@ def _training_with_accident(rank: int, world: int, folder: Path, accident: Any) 
     except mp.RankError as lost:
         return {"said": str(lost), "seconds": time.monotonic() - began}
     return {"said": "", "seconds": 0.0}
+
+
+def wide(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Rank 9 of 64 on torch's fake process group, at DeepSeek-V3's shapes but for the experts' inner width."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=9, world_size=64)
+    spec = mp.ModelSpec(layers=1, experts=256, top_k=8, hidden_size=7168, ffn_size=16, groups=8, moe_layers=(3,))
+    rng = np.random.default_rng(0)
+    plan = mp.Plan(
+        model=spec,
+        topology=mp.Topology.preset("h100-hgx", nodes=8),
+        physical_to_logical=rng.permutation(np.concatenate([np.arange(256), rng.permutation(256)[:32]]))[None],
+        slot_device=np.sort(np.arange(288) % 64),
+    )
+    found: dict[str, Any] = {}
+    for name, mesh in (("flat", init_device_mesh("cpu", (64,))), ("node_aware", init_device_mesh("cpu", (8, 8)))):
+        router = SigmoidRouter(7168, 256, 8, groups=8, top_groups=4, scale=2.5, dtype=torch.bfloat16)
+        layer = ExpertParallelMoE(spec, plan, mesh, 3, router=router, dtype=torch.bfloat16)
+        # The fake group gives back what was sent, rows bound for other ranks' slots: let these count as this rank's.
+        rows = len(layer.experts.row_expert)
+        layer.experts.dispatcher.place(layer.experts.placement, torch.arange(288) % rows, rows)
+        x = torch.randn(16, 7168, dtype=torch.bfloat16, requires_grad=True)
+        out = layer(x)
+        out.float().square().sum().backward()
+        found[name] = {
+            "rows": rows,
+            "out": list(out.shape),
+            "finite": bool(out.isfinite().all() and x.grad.isfinite().all()),
+            "copies": [sum(hop) / len(x) for hop in layer.experts.dispatcher.copies],
+            "grads": all(p.grad is not None for p in layer.experts.parameters()),
+        }
+    dist.destroy_process_group()
+    return found

@@ -57,6 +57,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.taken += 1
+        self.last = loss  # as a loop's variable does, it keeps the graph alive until the next step
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         return float(mean)

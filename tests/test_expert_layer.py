@@ -152,3 +152,14 @@ def test_a_rank_that_is_lost_is_named_by_the_others_within_the_timeout(accident:
     for rank in (0, 1, 3):
         assert found[rank]["said"].startswith("rank 2 did not answer")
         assert found[rank]["seconds"] < 15
+
+
+def test_a_layer_of_64_ranks_builds_and_dispatches_deepseek_v3_shapes(tmp_path: Path) -> None:
+    found = launch("expert_ranks:wide", 1, tmp_path)[0]
+    for name, hops in (("flat", 1), ("node_aware", 2)):
+        assert found[name]["out"] == [16, 7168]
+        assert found[name]["finite"]
+        assert found[name]["grads"]
+        assert found[name]["rows"] in (4, 5)
+        assert len(found[name]["copies"]) == hops
+    assert found["node_aware"]["copies"][0] < found["flat"]["copies"][0] <= 8.0

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "solvers": {"placement"},
     "runtime": {"placement"},
     "compat": {"placement", "solvers"},
+    "training": {"placement", "profiler", "solvers", "runtime"},
     "db": {"placement"},
     "cli": {"placement", "profiler", "solvers", "runtime", "db", "service"},
     "service": {"placement", "profiler", "solvers", "runtime", "db"},

@@ -66,6 +66,10 @@ def row_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None) 
 def _replace_data(parameter: nn.Parameter) -> Callable[[Tensor], None]:
     def replace(value: Tensor) -> None:
         parameter.grad = None
+        # A loss of an earlier step that is still alive keeps the parameter's gradient accumulator, with the old shape; torch
+        # makes a new one when the type changes, on the way.
+        other = torch.float32 if value.dtype == torch.float64 else torch.float64
+        parameter.data = value.new_empty(0, dtype=other)
         parameter.data = value
 
     return replace

@@ -116,6 +116,12 @@ class PlacedExperts(nn.Module):
         meanwhile: called while tokens travel.
         """
         x_TD = hidden_states.reshape(-1, self.spec.hidden_size)
+        weights = self._weights()
+        kind = self.mesh.mesh.device_type
+        if torch.is_autocast_enabled(kind):
+            # As for torch's own layers; grouped products know nothing of autocast.
+            x_TD = x_TD.to(torch.get_autocast_dtype(kind))
+            weights = {name: value.to(x_TD.dtype) for name, value in weights.items()}
         expert_TK = top_k_index.reshape(len(x_TD), top_k_index.shape[-1])
         weight_TK = top_k_weights.reshape(expert_TK.shape).float()
         slot_TK = self.replica_choice.slots(expert_TK.long())
@@ -123,7 +129,7 @@ class PlacedExperts(nn.Module):
         if meanwhile is not None:
             meanwhile()
         work = sent.wait()
-        y_ND = self.kind.forward(work.row_ND, work.count_S, self._weights())
+        y_ND = self.kind.forward(work.row_ND, work.count_S, weights)
         return self.dispatcher.combine(y_ND, work).view(hidden_states.shape)
 
     def _weights(self) -> Mapping[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -67,12 +66,6 @@ class ExpertMesh:
     def node_size(self) -> int:
         """Devices a node, on a mesh of two dimensions."""
         return int(self.mesh.mesh.shape[-1])
-
-    @property
-    def timeout(self) -> timedelta:
-        """How long a collective of the group may take before its ranks are told."""
-        options = self.group._get_backend(torch.device(self.mesh.device_type)).options
-        return options._timeout if hasattr(options, "_timeout") else timedelta(minutes=30)
 
     def check_topology(self, topology: Topology) -> None:
         """Raises InputError unless the topology has this mesh's ranks and, in two dimensions, its nodes."""

@@ -1,0 +1,169 @@
+"""How far the distributed layer is from the layer in one process, over random plans, on real Gloo processes.
+
+    python benchmarks/runtime_equality.py [--plans 200] [--ranks 4 8] [--json]
+
+Plans have replicas (on one device too), unequal and zero shares, devices with few slots or none; ranks have different
+numbers of tokens, some none; gates are random. Dispatch alternates between flat and node-aware, experts between SwiGLU and
+GELU. The reference computes one token and expert at a time in one process, in float64; an error is the largest
+difference from it over its largest value. Beside the layer's worst error stands that of the same reference in float32, which
+is what rounding alone does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+from datetime import timedelta
+from multiprocessing.queues import Queue
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import moeplace as mp
+from moeplace.runtime.moe.expert_kinds import GELU, ExpertKind, SwiGLU
+from moeplace.runtime.moe.experts import PlacedExperts
+from moeplace.runtime.moe.reference import reference_experts
+
+SPEC = mp.ModelSpec(layers=1, experts=16, top_k=4, hidden_size=64, ffn_size=96, expert_dtype="fp32")
+TOKENS = 24
+"""Most tokens a rank."""
+
+Batch = dict[str, list[torch.Tensor]]
+
+
+def random_plan(rng: np.random.Generator, ranks: int) -> mp.Plan:
+    slots = SPEC.experts + int(rng.integers(0, 2 * ranks))
+    table = rng.permutation(
+        np.concatenate([np.arange(SPEC.experts), rng.integers(SPEC.experts, size=slots - SPEC.experts)])
+    )
+    shares = rng.random(slots) * (rng.random(slots) > 0.15)
+    shares[np.isin(table, np.flatnonzero(np.bincount(table, weights=shares) == 0))] = 1.0
+    shares /= np.bincount(table, weights=shares)[table]
+    return mp.Plan(
+        model=SPEC,
+        topology=mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=ranks // 2),
+        physical_to_logical=table[None],
+        slot_device=np.sort(rng.integers(ranks, size=slots)),
+        shares=shares[None],
+    )
+
+
+def random_batch(rng: np.random.Generator, ranks: int) -> Batch:
+    counts = rng.integers(0, TOKENS + 1, size=ranks) * (rng.random(ranks) > 0.1)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape)).float()
+
+    return {
+        "x": [drawn(n, SPEC.hidden_size) for n in counts],
+        "gate": [drawn(n, SPEC.top_k).sigmoid() for n in counts],
+        "up": [drawn(n, SPEC.hidden_size) for n in counts],
+        "ids": [torch.from_numpy(rng.random((n, SPEC.experts)).argsort(axis=1)[:, : SPEC.top_k]) for n in counts],
+    }
+
+
+def reference(
+    batch: Batch, weights: dict[str, torch.Tensor], kind: ExpertKind, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Outputs and gradients on all ranks' tokens together."""
+    own = {name: value.to(dtype).requires_grad_() for name, value in weights.items()}
+    x, gate = (torch.cat(batch[name]).to(dtype).requires_grad_() for name in ("x", "gate"))
+    out = reference_experts(x, torch.cat(batch["ids"]), gate, own, kind)
+    (out * torch.cat(batch["up"])).sum().backward()
+    rows = {"output": out.detach(), "input gradient": grad(x), "gate gradient": grad(gate)}
+    return rows | {name: grad(value) for name, value in own.items()}
+
+
+def grad(value: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(value) if value.grad is None else value.grad
+
+
+def error(found: torch.Tensor, expected: torch.Tensor, whole: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / whole.abs().max()) if expected.numel() else 0.0
+
+
+def one_rank(rank: int, ranks: int, plans: int, address: str, results: Queue[Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
+    meshes = (init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (2, ranks // 2)))
+    worst: dict[str, float] = {}
+    rounding: dict[str, float] = {}
+    for number in range(plans):
+        rng = np.random.default_rng([ranks, number])
+        kind: ExpertKind = (SwiGLU(), GELU())[number // 2 % 2]
+        experts = PlacedExperts(SPEC, random_plan(rng, ranks), meshes[number % 2], 0, kind=kind, gradients="sum")
+        weights = {
+            name: torch.from_numpy(rng.standard_normal((SPEC.experts, *shape))).float() / 8
+            for name, shape in kind.shapes(SPEC).items()
+        }
+        experts.load_logical(weights)
+        batch = random_batch(rng, ranks)
+        x, gate = batch["x"][rank].clone().requires_grad_(), batch["gate"][rank].clone().requires_grad_()
+        out = experts(x, batch["ids"][rank], gate)
+        (out * batch["up"][rank]).sum().backward()
+        expected = reference(batch, weights, kind, torch.float64)
+        start = sum(len(part) for part in batch["x"][:rank])
+        mine = slice(start, start + len(x))
+        found = {"output": out.detach(), "input gradient": grad(x), "gate gradient": grad(gate)}
+        for name, value in found.items():
+            worst[name] = max(worst.get(name, 0.0), error(value, expected[name][mine], expected[name]))
+        for name, parameter in experts.named_parameters():
+            goal = expected[name]
+            key = "weight gradient"
+            rows = torch.from_numpy(experts.row_expert)
+            worst[key] = max(worst.get(key, 0.0), error(grad(parameter), goal[rows], goal))
+        if rank == number % ranks:
+            for name, value in reference(batch, weights, kind, torch.float32).items():
+                key = name if name in found else "weight gradient"
+                rounding[key] = max(rounding.get(key, 0.0), error(value, expected[name], expected[name]))
+    dist.destroy_process_group()
+    results.put((worst, rounding))
+
+
+def measure(ranks: int, plans: int) -> dict[str, dict[str, float]]:
+    context = multiprocessing.get_context("fork")
+    results: Queue[Any] = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=one_rank, args=(rank, ranks, plans, f"file://{folder}/rendezvous", results))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit("a rank failed; its error is above")
+    parts = [results.get() for _ in processes]
+    return {
+        title: {name: max(part[i].get(name, 0.0) for part in parts) for name in parts[0][0]}
+        for i, title in enumerate(("error", "rounding"))
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--plans", type=int, default=200)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    found = {ranks: measure(ranks, args.plans) for ranks in args.ranks}
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(f"| {args.plans} plans, ranks | " + " | ".join(found[args.ranks[0]]["error"]) + " |")
+    print("|---" * (1 + len(found[args.ranks[0]]["error"])) + "|")
+    for ranks, figures in found.items():
+        for title, row in figures.items():
+            name = f"{ranks}" if title == "error" else "one process, float32"
+            print(f"| {name} | " + " | ".join(f"{value:.1e}" for value in row.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What each rank does in test_training.py."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ranks import join_group
+from small_models import olmoe, tokens
+from torch.distributed.device_mesh import init_device_mesh
+
+import moeplace as mp
+from moeplace.runtime import clip_grad_norm_
+from moeplace.training import RebalanceCallback, Rebalancer
+
+
+def plain_loop(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    join_group(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    curves = {}
+    news: list[str] = []
+    for name in ("kept", "rebalanced"):
+        model = olmoe(use_cache=False).train()
+        mp.parallelize(model, index_order(world, model), mesh)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(parallel.parameters(), lr=1e-3)
+        rebalancer = Rebalancer(
+            parallel, optimizer, folder / name, every=4 if name == "rebalanced" else 10_000, record_steps=3,
+            solver="search", seconds=1.0, horizon_steps=1e9, bytes_per_step=20_000, say=news.append,
+        )  # fmt: skip
+        before = rebalancer.plan
+        curve = []
+        for step in range(400):
+            ids = tokens(4, 24, seed=step % 5 * world + rank)
+            loss = parallel(input_ids=ids, labels=ids).loss
+            loss.backward()
+            clip_grad_norm_(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            rebalancer.step()
+            curve.append(float(loss.detach()))
+            enough = torch.tensor(int(step >= 11 and (name == "kept" or rebalancer.applied > 0)))
+            dist.all_reduce(enough, dist.ReduceOp.MIN)
+            if enough:
+                break
+            if step > 8:
+                time.sleep(0.1)  # the solver runs beside
+        rebalancer.close()
+        curves[name] = {
+            "curve": curve,
+            "applied": rebalancer.applied,
+            "changed": before.fingerprint != rebalancer.plan.fingerprint,
+        }
+    dist.destroy_process_group()
+    return {**curves, "news": news}
+
+
+def index_order(world: int, model: Any) -> mp.Plan:
+    """As many experts on every rank, in index order, on links so slow that every copy counts."""
+    spec = mp.ModelSpec.from_config(model.config)
+    device = mp.Device(compute=1e10, memory=1e9, memory_bandwidth=1e10, intra_bandwidth=1e5)
+    node = mp.Node(devices=(device,) * world, inter_bandwidth=1e5)
+    return mp.Plan(
+        model=spec,
+        topology=mp.Topology(nodes=(node,), intra_latency=0.0),
+        physical_to_logical=np.tile(np.arange(spec.experts), (spec.layers, 1)),
+        slot_device=np.arange(spec.experts) * world // spec.experts,
+    )
+
+
+def trainer(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    from transformers import Trainer, TrainingArguments
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    join_group(rank, world, folder)
+    model = olmoe(use_cache=False)
+    mp.parallelize(model, index_order(world, model), init_device_mesh("cpu", (world,)))
+    data = [{"input_ids": row, "labels": row} for row in tokens(64, 8)]
+    said = ""
+    result: dict[str, Any] = {}
+    for norm in (1.0, 0.0):
+        callback = RebalanceCallback(
+            folder / f"rounds-{norm}", every=4, record_steps=2, solver="eplb", horizon_steps=1e9
+        )
+        arguments = TrainingArguments(
+            output_dir=str(folder / "out"), max_steps=8, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+            max_grad_norm=norm, save_strategy="no", logging_steps=1, disable_tqdm=True, ddp_backend="gloo",
+        )  # fmt: skip
+        session = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
+        try:
+            session.train()
+        except mp.InputError as refusal:
+            said = str(refusal)
+            continue
+        result = {
+            "losses": [entry["loss"] for entry in session.state.log_history if "loss" in entry],
+            "rounds": sorted(path.name for path in (folder / f"rounds-{norm}").iterdir()),
+            "trace": (folder / f"rounds-{norm}" / "round-0001" / "trace").is_dir(),
+        }
+    dist.destroy_process_group()
+    return {**result, "refused": said}

@@ -1,0 +1,49 @@
+"""The same for the Transformers Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from ..placement.errors import InputError
+from ..runtime.moe.data_parallel import clip_grad_norm_
+from .rebalancer import Rebalancer
+
+
+class RebalanceCallback(TrainerCallback):
+    """`Trainer(..., callbacks=[RebalanceCallback(folder, every=500)])` on a model given to `parallelize`.
+
+    folder and settings: as for `Rebalancer`. max_norm: gradients are clipped by the norm of the whole model. The
+    Trainer's own clipping takes each rank's experts for all there are, so TrainingArguments(max_grad_norm=0) is needed.
+    rebalancer: from the first step on.
+
+    Raises:
+        InputError: when training begins, with the Trainer's own clipping on.
+    """
+
+    def __init__(self, folder: str | Path, max_norm: float = 1.0, **settings: Any) -> None:
+        self._folder, self._max_norm, self._settings = folder, max_norm, settings
+        self.rebalancer: Rebalancer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if args.max_grad_norm and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InputError(
+                f"TrainingArguments.max_grad_norm ({args.max_grad_norm}) clips by a norm that differs between ranks; set it to 0 "
+                f"and give RebalanceCallback(max_norm={args.max_grad_norm})"
+            )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        clip_grad_norm_(given["model"], self._max_norm)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self.rebalancer is None:
+            optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
+            self.rebalancer = Rebalancer(given["model"], optimizer, self._folder, **self._settings)
+        self.rebalancer.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self.rebalancer is not None:
+            self.rebalancer.close()
