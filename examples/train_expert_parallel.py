@@ -93,7 +93,7 @@ def main() -> None:
     nodes = -(-ranks // 8)
     topology = mp.Topology.preset(args.topology, nodes=nodes, devices_per_node=ranks // nodes)  # moeplace
     mp.parallelize(model, index_order(mp.ModelSpec.from_config(model.config), topology), mesh)  # moeplace
-    model.to(mesh.device_type)
+    torch.nn.Module.to(model, mesh.device_type)
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     if args.resume:
