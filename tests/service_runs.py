@@ -26,7 +26,9 @@ class Server:
     """`moeplace serve` in a process of its own."""
 
     def __init__(self, url: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", "moeplace.cli", "serve", "--port", "0", "--rate", "0", *arguments]
+        command = [sys.executable, "-m", "moeplace.cli", "serve", "--rate", "0", *arguments]
+        if "--port" not in arguments:
+            command += ["--port", "0"]
         environment = {**os.environ, "MOEPLACE_DB": url}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True)
         self.log: list[dict[str, Any]] = []
