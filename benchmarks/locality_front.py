@@ -62,7 +62,6 @@ def main() -> None:
             32,
             problem.slots_per_device,
             problem.topology.node_of,
-            False,
             0,
         )
         for peer, partition in PEERS:

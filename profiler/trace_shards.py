@@ -108,6 +108,8 @@ def _open_shard(path: Path) -> TraceShard:
         header = TraceHeader.decode(schema.metadata, path)
         _check_columns(path, schema)
         rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
+        _check_rows(path, size, metadata, rows, header)
+        _check_chunks_parse(file, rows)
         _check_sizes(path, size, metadata, rows, header)
     return TraceShard(path, header, rows, tuple(schema.names))
 
@@ -139,8 +141,15 @@ def _check_columns(path: Path, schema: Any) -> None:
         raise FileFormatError(f"{path}: column 'workload' has type {kind}, expected strings")
 
 
-def _check_sizes(path: Path, size: int, metadata: Any, rows: tuple[int, ...], header: TraceHeader) -> None:
-    """What the footer declares must be possible for a file of this size, before anything is decoded."""
+def _check_chunks_parse(file: Any, rows: tuple[int, ...]) -> None:
+    """Arrow's own reader goes over each group's columns before `metadata.column` may: that accessor lets C++ exceptions
+    about damaged column statistics end the process, the reader turns them into Python's."""
+    for group in range(len(rows)):
+        next(file.iter_batches(batch_size=1, row_groups=[group], use_threads=False), None)
+
+
+def _check_rows(path: Path, size: int, metadata: Any, rows: tuple[int, ...], header: TraceHeader) -> None:
+    """The number of rows that the footer declares must be possible for a file of this size."""
     total = sum(rows) * header.ids_per_token
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
         raise FileFormatError(f"{path}: row groups hold {sum(rows):,} rows, the footer says {metadata.num_rows:,}")
@@ -155,6 +164,11 @@ def _check_sizes(path: Path, size: int, metadata: Any, rows: tuple[int, ...], he
                 f"{path}, row group {group}: {count:,} rows of {header.ids_per_token} expert ids, more than the "
                 f"{ROW_GROUP_ID_LIMIT:,} ids a row group may hold; rewrite the file with smaller row groups"
             )
+
+
+def _check_sizes(path: Path, size: int, metadata: Any, rows: tuple[int, ...], header: TraceHeader) -> None:
+    """What the footer declares of columns must be possible for a file of this size, before all of it is decoded."""
+    for group, count in enumerate(rows):
         chunks = metadata.row_group(group)
         for index in range(chunks.num_columns):
             chunk = chunks.column(index)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -547,3 +547,27 @@ def test_shards_can_be_moved_as_files(good_file: Path, tmp_path: Path) -> None:
     shutil.copy(good_file, other)
     assert read_trace(other.parent).fingerprint == read_trace(good_file).fingerprint
     assert os.listdir(other.parent) == ["renamed.parquet"]
+
+
+def shorter_lists(footer: bytes) -> Iterator[bytes]:
+    """The footer with one element of one of its lists of 64-bit numbers gone, for each list in turn."""
+    for at, byte in enumerate(footer):
+        if byte & 15 == 6 and 1 <= byte >> 4 <= 5:
+            end = at + 1
+            while end < len(footer) and footer[end] & 128:
+                end += 1
+            yield footer[:at] + bytes([byte - 16]) + footer[end + 1 :]
+
+
+def test_damaged_statistics_of_a_column_are_refused_and_do_not_end_the_process(good_file: Path) -> None:
+    """Arrow checks level histograms where its Python accessor lets C++ exceptions through."""
+    whole = good_file.read_bytes()
+    start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for footer in shorter_lists(whole[start:-8]):
+        good_file.write_bytes(whole[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+        try:
+            read_trace(good_file)
+        except mp.FileFormatError as error:
+            refused += "histogram" in str(error)
+    assert refused == 2, "repetition and definition levels of the nested column"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from .equal import align_layers
 from .graph import metis
 from .hypergraph import mt_kahypar
 from .routing import Routing
@@ -24,4 +25,4 @@ PEERS: tuple[tuple[str, Callable[[Routing], dict[str, IntArray]]], ...] = (
     ("assignment sweeps", assignment),
 )
 
-__all__ = ["PEERS", "Routing"]
+__all__ = ["PEERS", "Routing", "align_layers"]

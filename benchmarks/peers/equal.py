@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
+from .routing import Routing
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
@@ -23,10 +25,11 @@ def equal_parts(part: IntArray, affinity: FloatArray, slots: IntArray) -> IntArr
     return np.asarray(owner[columns])
 
 
-def align_layers(device_of: IntArray, transitions: FloatArray, node_of: IntArray) -> IntArray:
+def align_layers(device_of: IntArray, routing: Routing) -> IntArray:
     """Renames each layer's parts, in sweeps, so that transitions stay on devices first and on nodes second."""
+    transitions, node_of = routing.transitions, routing.node_of
     result = device_of.copy()
-    devices = int(node_of.shape[0])
+    devices = routing.devices
     member = np.eye(devices)
     near = member + 0.5 * (node_of[:, None] == node_of[None, :])
     for _ in range(5):

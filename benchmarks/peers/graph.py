@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .equal import align_layers, equal_parts
+from .equal import equal_parts
 from .routing import Routing
 
 IntArray = npt.NDArray[np.int64]
@@ -23,8 +23,6 @@ def metis(routing: Routing) -> dict[str, IntArray]:
             for layer in range(routing.layers)
         ]
     )
-    if routing.coherent:
-        alone = align_layers(alone, routing.transitions, routing.node_of)
     return {"layers": alone, "chain": _chain(routing)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .equal import align_layers, equal_parts
+from .equal import equal_parts
 from .routing import Routing
 
 IntArray = npt.NDArray[np.int64]
@@ -49,11 +49,6 @@ def mt_kahypar(routing: Routing) -> dict[str, IntArray]:
     if len(set(routing.node_of.tolist())) > 1:
         plans["nodes first"] = _nodes_first(routing)
     plans["chain"] = _chain(routing)
-    if routing.coherent:
-        return {
-            name: align_layers(plan, routing.transitions, routing.node_of) if name != "chain" else plan
-            for name, plan in plans.items()
-        }
     return plans
 
 

@@ -14,16 +14,12 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Tokens [T, L, k] of the training part on equal slots of G devices in N nodes.
-
-    coherent: whether layers should be aligned so that tokens stay where they are.
-    """
+    """Tokens [T, L, k] of the training part on slots [G] of devices in nodes node_of [G]."""
 
     tokens: npt.NDArray[np.integer]
     experts: int
     slots: IntArray
     node_of: IntArray
-    coherent: bool
     seed: int
 
     @property
