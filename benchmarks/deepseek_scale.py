@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="keep the modelled trace here, or use it where it stands")
     parser.add_argument("--short", type=float, default=30.0, help="seconds")
     parser.add_argument("--long", type=float, default=600.0, help="seconds")
+    parser.add_argument("--slots", type=int, help="only the cluster with so many slots")
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
     parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -92,6 +93,8 @@ def main() -> None:
             trace = deepseek_shape.modelled_trace(options.data, options.tokens)
             mp.write_trace(trace, folder, model=deepseek_shape.MODEL)
         for slots, nodes, per_node in CLUSTERS:
+            if options.slots not in (None, slots):
+                continue
             cluster = (slots, nodes, per_node)
             long = measured(folder, *cluster, "search", options.long)
             rows = [
