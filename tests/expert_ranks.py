@@ -441,7 +441,8 @@ def wide(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for name, mesh in (("flat", init_device_mesh("cpu", (64,))), ("node_aware", init_device_mesh("cpu", (8, 8)))):
         router = SigmoidRouter(7168, 256, 8, groups=8, top_groups=4, scale=2.5, dtype=torch.bfloat16)
         layer = ExpertParallelMoE(spec, plan, mesh, 3, router=router, dtype=torch.bfloat16)
-        # What the fake group gives back has the shape of what was sent, not its values: rows bound for other ranks' slots: let these count as this rank's.
+        # What the fake group gives back has the shape of what was sent, rows bound for other ranks' slots: let these
+        # count as this rank's. Its values are what memory held.
         rows = len(layer.experts.row_expert)
         layer.experts.dispatcher.place(layer.experts.placement, torch.arange(288) % rows, rows)
         x = torch.randn(16, 7168, dtype=torch.bfloat16, requires_grad=True)
