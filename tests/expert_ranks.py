@@ -29,8 +29,15 @@ KINDS = (SwiGLU(), GELU(), GptOss())
 
 
 def equality(rank: int, world: int, folder: Path, plans: int = 24, seed: int = 0) -> dict[str, Any]:
-    """Worst relative errors of outputs and gradients over random plans, tokens and settings."""
+    """What `compare_plans` finds, between ranks that join here."""
     join_group(rank, world, folder)
+    found = compare_plans(rank, world, plans, seed)
+    dist.destroy_process_group()
+    return found
+
+
+def compare_plans(rank: int, world: int, plans: int, seed: int = 0) -> dict[str, Any]:
+    """Worst relative errors of outputs and gradients over random plans, tokens and settings."""
     meshes = {1: init_device_mesh("cpu", (world,)), 2: init_device_mesh("cpu", (2, world // 2))}
     worst: dict[str, float] = {}
     equal_replicas = True
@@ -64,7 +71,6 @@ def equality(rank: int, world: int, folder: Path, plans: int = 24, seed: int = 0
             rows = torch.from_numpy(experts.row_expert)
             worst[name] = max(worst.get(name, 0.0), error(value.grad, expected[name][rows]))
         equal_replicas &= replicas_equal(experts)
-    dist.destroy_process_group()
     return {"worst": worst, "equal_replicas": equal_replicas}
 
 
