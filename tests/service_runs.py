@@ -19,6 +19,8 @@ import moeplace as mp
 
 MODEL = mp.ModelSpec(layers=3, experts=16, top_k=2, hidden_size=1024, ffn_size=512, name="toy")
 TOPOLOGY = mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=2)
+PATIENCE = 200.0
+"""Seconds to wait for what comes within one on a machine that has nothing else to do."""
 POLICY = {"solver": "eplb", "seconds": 5, "block": 1, "recent": 16, "step_tokens": 4096, "min_regret": 0.01}
 
 
@@ -40,7 +42,7 @@ class Server:
     def client(self, token: str | None = None) -> mp.Client:
         return mp.Client(self.url, token)
 
-    def wait_for(self, message: str, seconds: float = 60.0, **fields: Any) -> dict[str, Any]:
+    def wait_for(self, message: str, seconds: float = PATIENCE, **fields: Any) -> dict[str, Any]:
         """The first log entry with this message and these fields."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -58,11 +60,11 @@ class Server:
     def stop(self) -> int:
         """Ends it as an operator does; returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(PATIENCE)
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(60)
+        self.process.wait(PATIENCE)
 
     def _read(self) -> None:
         assert self.process.stderr is not None

@@ -135,7 +135,7 @@ def test_tokens_cannot_be_turned_off_where_others_can_reach(tmp_path: Path) -> N
 
 
 def test_callers_that_are_too_fast_are_told_when_to_come_again(tmp_path: Path) -> None:
-    with serving(str(tmp_path / "x.db"), "--workers", "0", "--rate", "5") as server:
+    with serving(str(tmp_path / "x.db"), "--workers", "0", "--rate", "1") as server:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
         answers = []
         for _ in range(30):

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
 from conftest import make_trace
-from service_runs import MODEL, Server, counts, prepared, serving, skewed
+from service_runs import MODEL, PATIENCE, Server, counts, prepared, serving, skewed
 
 import moeplace as mp
 from moeplace.db.service_records import CountWindow
@@ -82,7 +82,7 @@ def test_an_approval_cut_short_is_made_once(tmp_path: Path) -> None:
         prepared(server.client(), min_regret=0.0, horizon_steps=5e6)
         windows = [CountWindow(NOON + timedelta(minutes=i), counts(i, skewed(0))) for i in range(16)]
         server.client().push_windows("chat", windows)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not (waiting := list(server.client().decisions(state="waiting"))):
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -91,7 +91,7 @@ def test_an_approval_cut_short_is_made_once(tmp_path: Path) -> None:
         time.sleep(0.01)
         server.kill()
     with serving(path, *arguments) as server, server.client() as client:
-        approving.join(60)
+        approving.join(PATIENCE)
         client.approve(waiting[0].key)
         assert client.deployment("chat").version == 1
         assert [entry.cause for entry in client.publications("chat")] == ["approved"]

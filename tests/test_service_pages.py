@@ -20,7 +20,7 @@ from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
-from service_runs import Server, counts, prepared, serving, skewed
+from service_runs import PATIENCE, Server, counts, prepared, serving, skewed
 
 from moeplace.db.service_records import CountWindow
 
@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, s
                 for i in range(16)
             ]
             client.push_windows("chat <b> &amp;", windows)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE
             while len(list(client.checks("chat <b> &amp;"))) <= part:
                 assert time.monotonic() < deadline, list(client.jobs())
                 time.sleep(0.1)
