@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 IntArray = npt.NDArray[np.int64]
+
+CACHES = ("cache", "past_key_values")
+"""What Transformers calls the KV cache, the newest name first: `cache` from 5.24 on."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,7 @@ class BatchReader:
         """The batch a forward is about to run on."""
         given = self._arguments(args, kwargs)
         count, width = _shape(given)
-        cache = given.get("past_key_values")
+        cache = _cache_of(given.get)
         past = _cache_length(cache)
         rows = self._of_cache.get(cache) if past and _referable(cache) else None
         if rows is None or rows.count != count:
@@ -96,9 +99,13 @@ class BatchReader:
 
     def finish(self, batch: Batch, output: Any) -> None:
         """Notes a KV cache that the forward made itself, so that calls which continue it are known."""
-        cache = getattr(output, "past_key_values", None)
-        if cache is None and isinstance(output, tuple):
+        if isinstance(output, tuple):
             cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
+        elif isinstance(output, Mapping):
+            # A plain copy: asking Transformers' own for a deprecated name warns the user of what is not his.
+            cache = _cache_of(dict(output).get)
+        else:
+            cache = _cache_of(lambda name: getattr(output, name, None))
         if cache is not None and _referable(cache):
             self._of_cache[cache] = batch.rows
 
@@ -172,6 +179,11 @@ def _shape(given: Mapping[str, Any]) -> tuple[int, int | None]:
     mask = given.get("attention_mask")
     masked = isinstance(mask, torch.Tensor) and first.ndim == 3 and mask.shape == first.shape[:2]
     return int(first.shape[0]), int(first.shape[1]) if named or masked else None
+
+
+def _cache_of(get: Callable[[str], Any]) -> Any:
+    """The KV cache among arguments or outputs."""
+    return next((cache for cache in map(get, CACHES) if cache is not None), None)
 
 
 def _cache_length(cache: Any) -> int:
