@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,26 +42,6 @@ def write_until_full(path):
         return store, seed - 1
     raise SystemExit("the limit did not stop the writes")
 """
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database of each kind, gone after the test."""
-    if request.param == "sqlite":
-        yield str(tmp_path / "store.db")
-        return
-    server = os.environ.get("MOEPLACE_TEST_POSTGRES")
-    if not server:
-        pytest.skip("MOEPLACE_TEST_POSTGRES does not name a PostgreSQL database")
-    import psycopg
-
-    schema = f"moeplace_test_{secrets.token_hex(6)}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE SCHEMA {schema}".encode())
-        try:
-            yield f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3D{schema}"
-        finally:
-            connection.execute(f"DROP SCHEMA {schema} CASCADE".encode())
 
 
 def make_plan(seed: int = 0) -> mp.Plan:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from moeplace.db import Store
 from moeplace.db.schema import REVISION
@@ -128,26 +123,6 @@ for process in processes:
     os.waitpid(process, 0)
 """
 )
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database of each kind, gone after the test."""
-    if request.param == "sqlite":
-        yield str(tmp_path / "store.db")
-        return
-    server = os.environ.get("MOEPLACE_TEST_POSTGRES")
-    if not server:
-        pytest.skip("MOEPLACE_TEST_POSTGRES does not name a PostgreSQL database")
-    import psycopg
-
-    schema = f"moeplace_test_{secrets.token_hex(6)}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE SCHEMA {schema}".encode())
-        try:
-            yield f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3D{schema}"
-        finally:
-            connection.execute(f"DROP SCHEMA {schema} CASCADE".encode())
 
 
 def run(script: str, url: str, folder: Path, rounds: int) -> list[list[object]]:
