@@ -177,8 +177,8 @@ def read_objective(options: ObjectiveOptions) -> Objective:
     )
 
 
-def read_plan(reference: str, db: str | None) -> Plan:
-    """A plan from a file, or else from the database by name or id.
+def read_plan(reference: str, db: str | None, server: str | None = None) -> Plan:
+    """A plan from a file, or else from the database, or the service where one is named, by name or id.
 
     Raises:
         InputError: neither; both are named.
@@ -189,6 +189,11 @@ def read_plan(reference: str, db: str | None) -> Plan:
     if Path(reference).is_file() or reference.endswith(".json"):
         return Plan.load(reference)
     try:
+        if server is not None:
+            from .remote import service
+
+            with service(server) as client:
+                return client.plan(reference)
         with Store.open(db) as store:
             return store.plan(reference).plan
     except MoeplaceError as error:

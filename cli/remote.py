@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,15 @@ from .progress import Update
 
 if TYPE_CHECKING:
     from ..db.service_records import JobRecord
+    from ..placement.failures import Kind
     from ..placement.plan import Plan
     from ..placement.problem import Problem
+    from ..placement.statistics import RoutingStatistics
     from ..service.client import Client
+    from ..service.requests import ChangesRequest, StudyRequest
+    from .comparison import Parted
+    from .inputs import SolverChoice
+    from .options import StepOptions
 
 TOKEN = "MOEPLACE_TOKEN"
 
@@ -45,20 +52,16 @@ def solve_remotely(
     Raises:
         UnsupportedError: the problem has constraints that the service is not told of.
     """
-    from ..profiler.statistics_file import write_statistics
-
     if problem.pinned or problem.forbidden or problem.current is not None or problem.device_slots is not None:
         raise UnsupportedError(
             "a service solves without a plan in force, pinned devices or slots by device; solve here"
         )
-    with service(url) as client, tempfile.TemporaryDirectory() as folder:
+    with service(url) as client:
         update("sending the routing", None)
-        path = Path(folder) / "statistics.npz"
-        write_statistics(problem.statistics, path)
         job = client.solve(
             model=client.add_model(problem.model).id,
             topology=client.add_topology(problem.topology).id,
-            statistics=client.upload_statistics(path),
+            statistics=send_statistics(client, problem.statistics),
             solver=solver,
             options=options,
             seconds=seconds,
@@ -78,3 +81,103 @@ def solve_remotely(
         if name is not None:
             client.add_plan(plan, name)
         return plan, str(result["plan"])
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a what-if or a front is judged on, and who solves for it."""
+
+    parted: Parted
+    steps: StepOptions
+    choice: SolverChoice
+    seconds: float
+    seed: int
+
+    def request(self, client: Client, problem: Problem) -> StudyRequest:
+        """Sends the routing, in the part that solvers see and the part that is replayed, and says what to do with it."""
+        from ..placement.statistics import RoutingStatistics
+
+        assert self.choice.solver is not None
+        judged = RoutingStatistics.from_trace(self.parted.judged, sample_tokens=self.parted.judged.num_tokens)
+        kind, tokens = next(iter(self.steps.kinds.items()))
+        return {
+            "statistics": send_statistics(client, problem.statistics),
+            "held_out": send_statistics(client, judged),
+            "steps": {
+                "batch": "decode" if kind == "decode" else "prefill",
+                "tokens": tokens,
+                "count": self.steps.steps,
+            },
+            "solver": self.choice.solver,
+            "options": self.choice.options,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "objective": problem.objective,
+        }
+
+
+def what_if_remotely(
+    url: str,
+    plan: Plan,
+    problem: Problem,
+    study: Study,
+    asked: Mapping[str, Any],
+    ready: bool,
+    max_moved: float | None,
+    update: Update,
+) -> dict[str, Any]:
+    """Has a service look at the changes; returns its answer. asked: as `changes_asked` takes it."""
+    with service(url) as client:
+        update("sending the routing", None)
+        other = None if asked["topology"] is None else client.add_topology(asked["topology"]).id
+        changes: ChangesRequest = {**asked, "topology": other}  # type: ignore[typeddict-item]
+        given = study.request(client, problem)
+        job = client.what_if(
+            plan=client.add_plan(plan).id, changes=changes, ready=ready, max_moved_bytes=max_moved, **given
+        )
+        return _answer(client, job, url, update)
+
+
+def sweep_remotely(
+    url: str,
+    problem: Problem,
+    study: Study,
+    current: Plan | None,
+    redundant: Sequence[int] | None,
+    tolerate: Sequence[Kind | None],
+    max_moved: Sequence[float | None] | None,
+    update: Update,
+) -> dict[str, Any]:
+    """Has a service sweep the front; returns its answer."""
+    with service(url) as client:
+        update("sending the routing", None)
+        given = study.request(client, problem)
+        job = client.pareto(
+            model=client.add_model(problem.model).id,
+            topology=client.add_topology(problem.topology).id,
+            current=None if current is None else client.add_plan(current).id,
+            redundant=redundant,
+            tolerate=tolerate,
+            max_moved=max_moved,
+            **given,
+        )
+        return _answer(client, job, url, update)
+
+
+def send_statistics(client: Client, statistics: RoutingStatistics) -> str:
+    """Keeps statistics on the service; returns their id."""
+    from ..profiler.statistics_file import write_statistics
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "statistics.npz"
+        write_statistics(statistics, path)
+        return client.upload_statistics(path)
+
+
+def _answer(client: Client, job: JobRecord, url: str, update: Update) -> dict[str, Any]:
+    def tell(found: JobRecord) -> None:
+        update(f"job {found.key} on {url}: {found.progress.get('message') or found.state}", None)
+
+    result = client.wait(job, progress=tell).result
+    assert result is not None
+    return dict(result)

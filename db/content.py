@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..placement.errors import InputError
+from ..placement.plan import Plan
+from ..placement.plan_file import plan_to_dict
 from ..placement.statistics import RoutingStatistics
 
 ID_DIGITS = 12
@@ -37,6 +39,11 @@ def plan_fingerprint(document: dict[str, Any]) -> str:
     """What makes two plans the same: all but how long the solver took, so that solving again adds no second plan."""
     made = {key: value for key, value in document["provenance"].items() if key not in ("seconds", "history")}
     return fingerprint({**document, "provenance": made})
+
+
+def id_of_plan(plan: Plan) -> str:
+    """The id a plan has where it is stored, before it is."""
+    return plan_fingerprint(plain("plan", plan_to_dict(plan)))[:ID_DIGITS]
 
 
 def statistics_fingerprint(statistics: RoutingStatistics) -> str:

@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..placement.errors import InputError
+from ..placement.plan import Plan
 from .content import ID_DIGITS, plain
 from .deployments import publish
 from .keep import keep_plan, keep_statistics
@@ -30,11 +31,10 @@ def apply(session: Session, job: JobRow, outcome: Outcome) -> dict[str, Any]:
         stored["statistics"] = source.fingerprint[:ID_DIGITS]
     plan: PlanRow | None = None
     if outcome.plan is not None:
-        solved_here = source is not None and outcome.plan.provenance.trace_fingerprint == source.trace_fingerprint
-        plan = keep_plan(
-            session, outcome.plan, source.fingerprint if source is not None and solved_here else None, None
-        )
+        plan = _keep(session, outcome.plan, source)
         stored["plan"] = plan.fingerprint[:ID_DIGITS]
+    for other in outcome.plans:
+        _keep(session, other, source)
     if job.deployment_key is None:
         return stored
     row = session.get_one(DeploymentRow, job.deployment_key)
@@ -61,6 +61,11 @@ def apply(session: Session, job: JobRow, outcome: Outcome) -> dict[str, Any]:
         decision = _decide(session, row, job, plan, outcome.judgement)
         stored |= {"decision": decision.key, "decision_state": decision.state}
     return stored
+
+
+def _keep(session: Session, plan: Plan, source: StatisticsRow | None) -> PlanRow:
+    solved_here = source is not None and plan.provenance.trace_fingerprint == source.trace_fingerprint
+    return keep_plan(session, plan, source.fingerprint if source is not None and solved_here else None, None)
 
 
 def _decide(session: Session, row: DeploymentRow, job: JobRow, plan: PlanRow, judgement: Judgement) -> DecisionRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -158,12 +158,13 @@ class Judgement:
 class Outcome:
     """All that a finished job leaves behind; stored whole or not at all.
 
-    plan: with the statistics it was solved on and their file. judgement: needs a plan. rebase: the deployment's
+    plan: with the statistics it was solved on and their file. plans: more, solved on the same. judgement: needs a plan. rebase: the deployment's
     traffic is compared with these statistics from now on, which end with this window.
     """
 
     result: Mapping[str, Any]
     plan: Plan | None = None
+    plans: Sequence[Plan] = ()
     statistics: RoutingStatistics | None = None
     content: bytes = b""
     finding: Finding | None = None

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Unpack
 from urllib.parse import quote, urlencode
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter
 
 from ..db.jobs import ENDED
 from ..db.service_records import (
+    Actor,
     AuditRecord,
     CheckRecord,
     CountWindow,
@@ -27,20 +24,18 @@ from ..db.service_records import (
     JobRecord,
     PublicationRecord,
     UploadRecord,
+    WebhookRecord,
 )
-from ..db.uploads import PIECE_LIMIT
 from ..placement.errors import InputError, MoeplaceError, SolveError
 from ..placement.model import ModelSpec
 from ..placement.plan import Plan
 from ..placement.plan_file import plan_from_dict, plan_to_dict
 from ..placement.topology import Topology
+from .calls import Calls, adapter
 from .counts import ARROW, to_arrow
 from .policy import Policy
-from .transport import Transport
-from .views import ModelView, PlanView, Taken, TopologyView, WebhookMade
-
-T = TypeVar("T")
-ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+from .requests import DecideRequest, ParetoRequest, SolveRequest, WhatIfRequest
+from .views import ModelView, PlanView, StatisticsView, Taken, TopologyView, WebhookMade, WindowView
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class PlanFile:
     content: bytes
 
 
-class Client:
+class Client(Calls):
     """Speaks to a service at `url`. Threads: any number.
 
     token: made by `moeplace tokens add`. timeout: seconds an answer may take.
@@ -60,20 +55,6 @@ class Client:
     Every method raises NotFoundError, ConflictError, InputError or StoreError as the service says, and MoeplaceError when
     it cannot be reached. What can be sent twice without harm is sent again when the service is away for a moment.
     """
-
-    def __init__(self, url: str, token: str | None = None, *, timeout: float = 60.0) -> None:
-        self._transport = Transport(url, token, timeout)
-        self._timeout = timeout
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the connection of this thread."""
-        self._transport.close()
 
     def add_model(self, spec: ModelSpec, name: str | None = None) -> ModelView:
         """Keeps a model."""
@@ -85,6 +66,22 @@ class Client:
         body = {"topology": topology.model_dump(mode="json"), "name": name}
         answer = self._json("POST", "/v1/topologies", body, again=True)
         return TopologyView(**{field: answer[field] for field in TopologyView.model_fields})
+
+    def models(self) -> Iterator[ModelView]:
+        """Newest first."""
+        return self._pages(ModelView, "/v1/models")
+
+    def topologies(self) -> Iterator[TopologyView]:
+        """Newest first, without their devices."""
+        return self._pages(TopologyView, "/v1/topologies")
+
+    def topology(self, ref: str) -> Topology:
+        """A stored cluster, by name or id."""
+        return Topology(**self._json("GET", f"/v1/topologies/{quote(ref, safe='')}")["topology"])
+
+    def statistics(self) -> Iterator[StatisticsView]:
+        """Newest first."""
+        return self._pages(StatisticsView, "/v1/statistics")
 
     def add_deployment(
         self, name: str, model: str, topology: str, policy: Policy | Mapping[str, Any] | None = None
@@ -130,6 +127,10 @@ class Client:
         answer = self._transport.call("POST", path, to_arrow(windows), headers, again=True)
         return Taken(**answer.json())
 
+    def windows(self, deployment: str) -> Iterator[WindowView]:
+        """Newest first, with their loads."""
+        return self._pages(WindowView, _deployment(deployment, "windows"), limit=64)
+
     def totals(self, deployment: str) -> tuple[int, int]:
         """(windows kept, token-expert pairs they count)."""
         found = self._json("GET", _deployment(deployment, "windows/totals"))
@@ -144,16 +145,21 @@ class Client:
         done = self._upload({"kind": "statistics"}, Path(path).read_bytes())
         return str((done.about or {})["statistics"])
 
-    def solve(self, deployment: str | None = None, **request: Any) -> JobRecord:
+    def solve(self, deployment: str | None = None, **request: Unpack[SolveRequest]) -> JobRecord:
         """Asks for a solve; see `POST /v1/solve` for what may be given. `wait` gives its end."""
-        body = {"deployment": deployment, **request}
-        if "objective" in body and hasattr(body["objective"], "model_dump"):
-            body["objective"] = body["objective"].model_dump(mode="json")
-        return self._submit("/v1/solve", body)
+        return self._submit("/v1/solve", {"deployment": deployment, **request})
 
-    def decide(self, deployment: str, candidate: str, **request: Any) -> JobRecord:
+    def decide(self, deployment: str, candidate: str, **request: Unpack[DecideRequest]) -> JobRecord:
         """Asks whether a stored plan is worth applying; see `POST /v1/decide`."""
         return self._submit("/v1/decide", {"deployment": deployment, "candidate": candidate, **request})
+
+    def what_if(self, deployment: str | None = None, **request: Unpack[WhatIfRequest]) -> JobRecord:
+        """Asks what failures or another cluster do to a plan; see `POST /v1/what-if`. The result has a row a change."""
+        return self._submit("/v1/what-if", {"deployment": deployment, **request})
+
+    def pareto(self, deployment: str | None = None, **request: Unpack[ParetoRequest]) -> JobRecord:
+        """Asks for the front of step time against its price; see `POST /v1/pareto`. The result has a row a point."""
+        return self._submit("/v1/pareto", {"deployment": deployment, **request})
 
     def job(self, key: int) -> JobRecord:
         """How far a job is."""
@@ -173,7 +179,7 @@ class Client:
             for raw in stream:
                 line = raw.decode()
                 if line.startswith("data: "):
-                    yield _adapter(JobRecord).validate_json(line[6:])
+                    yield adapter(JobRecord).validate_json(line[6:])
 
     def wait(
         self, job: JobRecord | int, *, timeout: float = 3600.0, progress: Callable[[JobRecord], None] | None = None
@@ -257,6 +263,10 @@ class Client:
         """Newest first."""
         return self._pages(DecisionRecord, "/v1/decisions", {"deployment": deployment, "state": state})
 
+    def decision(self, key: int) -> DecisionRecord:
+        """One decision, with its figures."""
+        return self._ask(DecisionRecord, "GET", f"/v1/decisions/{key}")
+
     def approve(self, decision: int, comment: str = "") -> DecisionRecord:
         """Puts a waiting decision's plan in force."""
         return self._ask(DecisionRecord, "POST", f"/v1/decisions/{decision}/approve", {"comment": comment}, again=True)
@@ -269,61 +279,21 @@ class Client:
         """Has the deployment's events sent to `url`, signed with the secret returned."""
         return self._ask(WebhookMade, "POST", _deployment(deployment, "webhooks"), {"url": url})
 
+    def webhooks(self, deployment: str) -> list[WebhookRecord]:
+        """Without their secrets."""
+        return self._ask(list[WebhookRecord], "GET", _deployment(deployment, "webhooks"))
+
+    def remove_webhook(self, deployment: str, key: int) -> None:
+        """Ends a webhook."""
+        self._transport.call("DELETE", _deployment(deployment, f"webhooks/{key}"))
+
+    def whoami(self) -> Actor:
+        """Name and role of the token."""
+        return self._ask(Actor, "GET", "/v1/whoami")
+
     def audit(self, **filters: Any) -> Iterator[AuditRecord]:
         """Who did what, newest first. filters: action, subject."""
         return self._pages(AuditRecord, "/v1/audit", filters)
-
-    def _submit(self, path: str, body: Mapping[str, Any]) -> JobRecord:
-        # A key of its own makes sending it again safe.
-        headers = {"Idempotency-Key": secrets.token_hex(16), "Content-Type": "application/json"}
-        content = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
-        answer = self._transport.call("POST", path, content, headers, again=True)
-        record: JobRecord = _adapter(JobRecord).validate_json(answer.body)
-        return record
-
-    def _upload(self, announced: Mapping[str, Any], content: bytes) -> UploadRecord:
-        body = {**announced, "sha256": hashlib.sha256(content).hexdigest(), "total_bytes": len(content)}
-        record = self._ask(UploadRecord, "POST", "/v1/uploads", body, again=True)
-        while record.state == "open" and record.received_bytes < len(content):
-            start = record.received_bytes
-            headers = {"Content-Type": "application/octet-stream", "Upload-Offset": str(start)}
-            piece = content[start : start + PIECE_LIMIT]
-            try:
-                self._transport.call("PATCH", f"/v1/uploads/{record.key}", piece, headers)
-            except InputError:
-                raise
-            except MoeplaceError:
-                # Perhaps it arrived, perhaps the service is away: ask how far it is.
-                time.sleep(0.5)
-            record = self._ask(UploadRecord, "GET", f"/v1/uploads/{record.key}")
-        return self._ask(UploadRecord, "POST", f"/v1/uploads/{record.key}/finish", again=True)
-
-    def _pages(
-        self, kind: type[T], path: str, filters: Mapping[str, Any] | None = None, cursor: str = "before"
-    ) -> Iterator[T]:
-        query = {key: value for key, value in (filters or {}).items() if value is not None}
-        while True:
-            page = self._json("GET", f"{path}?{urlencode({**query, 'limit': 200})}")
-            for item in page["items"]:
-                yield _adapter(kind).validate_python(item)
-            if page["next"] is None:
-                return
-            query[cursor] = page["next"]
-
-    def _ask(self, kind: type[T], method: str, path: str, body: Any = None, *, again: bool = False) -> T:
-        found: T = _adapter(kind).validate_python(self._json(method, path, body, again=again))
-        return found
-
-    def _json(self, method: str, path: str, body: Any = None, *, again: bool = False) -> Any:
-        content = None if body is None else json.dumps(body).encode()
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        return self._transport.call(method, path, content, headers, again=again or method == "GET").json()
-
-
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    if kind not in ADAPTERS:
-        ADAPTERS[kind] = TypeAdapter(kind)
-    return ADAPTERS[kind]
 
 
 def _deployment(name: str, what: str = "") -> str:

@@ -34,6 +34,8 @@ NEEDS = {
         ("POST", "/v1/uploads/{key}/finish"),
         ("POST", "/v1/solve"),
         ("POST", "/v1/decide"),
+        ("POST", "/v1/what-if"),
+        ("POST", "/v1/pareto"),
         ("POST", "/v1/jobs/{key}/cancel"),
     },
     "approve": {

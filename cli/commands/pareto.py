@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,12 +29,14 @@ from ..options import (
     ObjectiveOptions,
     RoutingPath,
     Seed,
+    ServerOptions,
     StepOptions,
     TopologyOptions,
 )
 from ..output import emit, note
-from ..pareto_rows import pareto_data, pareto_table
+from ..pareto_rows import pareto_table
 from ..progress import working
+from ..remote import Study, service, sweep_remotely
 from ..storing import keep_judged_plans
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ def pareto_command(
     held_out: HeldOutOptions,
     steps: StepOptions,
     storage: KeepOptions,
+    remote: ServerOptions,
     redundant: Annotated[
         str | None,
         typer.Option(
@@ -127,13 +131,17 @@ def pareto_command(
     Example:
 
       moeplace pareto trace --topology h100-hgx --nodes 2 --devices-per-node 4 --out front
+      moeplace pareto trace --topology h100-hgx --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
+    from ...solvers.front_data import front_data
     from ...solvers.pareto import pareto
 
     if len(steps.kinds) > 1:
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
-    if out is None and not storage.store:
+    if remote.server is not None and solver is None:
+        raise typer.BadParameter("a service is told which solver to use: give --solver")
+    if out is None and not storage.store and remote.server is None:
         raise typer.BadParameter("the plans would go nowhere: give --out, or leave out --no-store")
     if max_moved is not None and current is None:
         raise typer.BadParameter("--max-moved counts from --current, the plan in force")
@@ -141,7 +149,7 @@ def pareto_command(
     counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     cluster, goal = read_topology(topology), read_objective(objective)
-    in_force = None if current is None else read_plan(current, storage.db)
+    in_force = None if current is None else read_plan(current, storage.db, remote.server)
     with working("reading the routing") as update:
         record = read_routing(routing)
         parted = part(record, held_out, seed)
@@ -151,6 +159,27 @@ def pareto_command(
             statistics=solving_statistics(record, parted),
             objective=goal,
         )
+        if remote.server is not None:
+            found = sweep_remotely(
+                remote.server,
+                problem,
+                Study(parted, steps, choice, seconds, seed),
+                in_force,
+                counts,
+                kinds,
+                limits,
+                update,
+            )
+            data = found | {"held_out": parted.description}
+            files = [] if out is None else fetch_front(remote.server, data, out)
+            for point, file in zip(data["points"], files, strict=False):
+                point["file"] = str(file)
+            emit(
+                data,
+                pareto_table(data, f"{data['steps']}. {parted.description}. Step times are predicted."),
+                as_json=as_json,
+            )
+            return
         ((kind, replayed),) = make_steps(parted.judged, steps, seed).items()
         front = pareto(
             problem,
@@ -171,9 +200,25 @@ def pareto_command(
         stored = keep_judged_plans(judged, problem.statistics, {kind: replayed}, storage.db) if storage.store else []
     if front.interrupted:
         note("interrupted: these are the points finished by then")
-    data = pareto_data(front, problem, files, stored) | {"steps": kind, "held_out": parted.description}
+    data = front_data(front, problem, files, stored) | {"steps": kind, "held_out": parted.description}
     described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
     emit(data, pareto_table(data, described), as_json=as_json)
+
+
+def plan_file(folder: Path, number: int, point: str) -> Path:
+    """Where a point's plan goes."""
+    name = point.replace("+", "").replace(", ", "-").replace(" ", "-").replace("<=", "at-most")
+    return folder / f"{number:02d}-{name}.json"
+
+
+def fetch_front(server: str, data: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Writes each point's plan as the service keeps it; returns the files."""
+    files = [plan_file(folder, number, point["point"]) for number, point in enumerate(data["points"])]
+    with service(server) as client:
+        for point, file in zip(data["points"], files, strict=True):
+            client.plan(point["stored_as"]).save(file)
+    note(f"wrote {len(files)} plans")
+    return files
 
 
 def save_front(front: Front, problem: Problem, steps: str, parted: Parted, folder: Path) -> list[Path]:
@@ -182,8 +227,7 @@ def save_front(front: Front, problem: Problem, steps: str, parted: Parted, folde
 
     files = []
     for number, point in enumerate(front.points):
-        name = point.name.replace("+", "").replace(", ", "-").replace(" ", "-").replace("<=", "at-most")
-        files.append(folder / f"{number:02d}-{name}.json")
+        files.append(plan_file(folder, number, point.name))
         point.plan.save(files[-1])
     write_front_page(build_front_page(front, problem, steps, parted.description), folder / PAGE)
     note(f"wrote {len(files)} plans and {folder / PAGE}")

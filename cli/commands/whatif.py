@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,17 +18,19 @@ from ..options import (
     PlanReference,
     RoutingPath,
     Seed,
+    ServerOptions,
     StepOptions,
     StoreOptions,
     TopologyOptions,
 )
 from ..output import emit, note
 from ..progress import working
-from ..what_if_rows import what_if_data, what_if_table
+from ..remote import Study, service, what_if_remotely
+from ..what_if_rows import what_if_table
 
 if TYPE_CHECKING:
-    from ...placement.topology import Topology
-    from ...solvers.what_if import Change, WhatIf
+    from ...placement.plan import Plan
+    from ...solvers.what_if import Outcome, WhatIf
 
 
 def whatif_command(
@@ -38,6 +40,7 @@ def whatif_command(
     held_out: HeldOutOptions,
     steps: StepOptions,
     storage: StoreOptions,
+    remote: ServerOptions,
     lose: Annotated[
         list[str] | None,
         typer.Option(
@@ -157,15 +160,22 @@ def whatif_command(
       moeplace whatif plan.json trace --out contingency
       moeplace whatif plan.json trace --lose device:3 --lose node:1
       moeplace whatif plan.json trace --devices 16 --slots 288
+      moeplace whatif production trace --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
+    from ...solvers.changes import changes_asked
     from ...solvers.what_if import what_if
+    from ...solvers.what_if_data import what_if_data
 
+    if remote.server is not None and solver is None:
+        raise typer.BadParameter("a service is told which solver to use: give --solver")
     if len(steps.kinds) > 1:
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
-    current = read_plan(plan, storage.db)
-    changes = asked_changes(current.topology, lose or [], n_1, devices, nodes, topology, devices_per_node, slots)
+    current = read_plan(plan, storage.db, remote.server)
+    asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, slots)
+    changes = changes_asked(current.topology, **asked)
+    most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
         record = read_routing(routing)
         parted = part(record, held_out, seed)
@@ -175,6 +185,14 @@ def whatif_command(
             statistics=solving_statistics(record, parted),
             objective=read_objective(objective),
         )
+        if remote.server is not None:
+            study = Study(parted, steps, choice, seconds, seed)
+            data = what_if_remotely(remote.server, current, problem, study, asked, ready, most_moved, update)
+            if out is not None:
+                fetch_plans(remote.server, data, out)
+            told = f"{data['steps']}. {parted.description}. Step times are predicted."
+            emit(data | {"held_out": parted.description}, what_if_table(data, told), as_json=as_json)
+            return
         ((kind, replayed),) = make_steps(parted.judged, steps, seed).items()
         result = what_if(
             current,
@@ -182,7 +200,7 @@ def whatif_command(
             replayed,
             changes,
             ready=ready,
-            max_moved_bytes=None if max_moved is None else read_size("--max-moved", max_moved),
+            max_moved_bytes=most_moved,
             solver=choice.solver,
             seconds=seconds,
             seed=seed,
@@ -192,17 +210,21 @@ def whatif_command(
     if result.interrupted:
         note(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")
     files = {} if out is None else save_plans(result, out)
-    data = what_if_data(current, result, files)
+
+    def about(outcome: Outcome, kept: str, _: Plan) -> dict[str, str | None]:
+        file = files.get(outcome.change.name, {}).get(kept)
+        return {"file": None if file is None else str(file)}
+
+    data = what_if_data(current, result, about)
     described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
     emit(
         data | {"steps": kind, "held_out": parted.description},
-        what_if_table(data, current, result, described),
+        what_if_table(data, described),
         as_json=as_json,
     )
 
 
 def asked_changes(
-    cluster: Topology,
     lose: list[str],
     n_1: bool,
     devices: int | None,
@@ -210,46 +232,51 @@ def asked_changes(
     topology: str | None,
     devices_per_node: int | None,
     slots: int | None,
-) -> list[Change]:
-    """The changes that the options ask for, each on its own."""
-    from ...placement.failures import Failure, single_failures
-    from ...solvers.what_if import Change
-
+) -> dict[str, Any]:
+    """The changes that the options ask for, as `changes_asked` takes them."""
     if topology is None and devices_per_node is not None:
         raise typer.BadParameter("--devices-per-node goes with --topology")
     if topology is not None and devices is not None:
         raise typer.BadParameter("--devices resizes the plan's own cluster; with --topology give --nodes")
-    changes = []
+    other = None
     if topology is not None:
         other = read_topology(TopologyOptions(topology=topology, nodes=nodes, devices_per_node=devices_per_node))
-        changes.append(Change.moving(f"{other.name}, {other.num_devices} devices", other, slots))
-    elif nodes is not None:
-        changes.append(
-            Change.resizing(f"{nodes} node{'s' if nodes > 1 else ''}", cluster, cluster.resized(nodes=nodes), slots)
-        )
-    if devices is not None:
-        changes.append(
-            Change.resizing(
-                f"{devices} device{'s' if devices > 1 else ''}", cluster, cluster.resized(devices=devices), slots
-            )
-        )
-    failures = [Failure.named(name, cluster) for name in lose]
-    if slots is not None and not (changes or failures or n_1):
-        return [Change.resizing(f"{slots} slots", cluster, cluster, slots)]
-    if n_1 or not (changes or failures):
-        failures += [failure for failure in single_failures(cluster) if failure not in failures]
-    return changes + [Change.losing(failure, cluster, slots) for failure in failures]
+    return {
+        "lose": lose,
+        "n_1": n_1,
+        "devices": devices,
+        "nodes": None if topology is not None else nodes,
+        "topology": other,
+        "slots": slots,
+    }
+
+
+def plan_file(folder: Path, change: str, kind: str) -> Path:
+    """Where a change's ready or repaired plan goes."""
+    name = change.replace(":", "-").replace(", ", "-").replace(" ", "-").replace("/", "-")
+    return folder / f"{name}-{kind}.json"
 
 
 def save_plans(result: WhatIf, folder: Path) -> dict[str, dict[str, Path]]:
     """Writes the ready plans, and the repaired ones, by the names of their changes; returns where each went."""
     files: dict[str, dict[str, Path]] = {}
     for outcome in result.outcomes:
-        name = outcome.change.name.replace(":", "-").replace(", ", "-").replace(" ", "-").replace("/", "-")
         for kind, judged in (("ready", outcome.ready), ("repaired", outcome.repaired)):
             if judged is not None:
-                path = folder / f"{name}-{kind}.json"
+                path = plan_file(folder, outcome.change.name, kind)
                 judged.plan.save(path)
                 files.setdefault(outcome.change.name, {})[kind] = path
                 note(f"wrote {path}")
     return files
+
+
+def fetch_plans(server: str, data: dict[str, Any], folder: Path) -> None:
+    """Writes the plans of a service's answer, and notes in it where each went."""
+    with service(server) as client:
+        for row in data["changes"]:
+            for kind in ("ready", "repaired"):
+                if row[kind] is not None:
+                    path = plan_file(folder, row["change"], kind)
+                    client.plan(row[kind]["stored_as"]).save(path)
+                    row[kind]["file"] = str(path)
+                    note(f"wrote {path}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...placement.files import write_text
 from ..output import milliseconds, quantity
-from ..pareto_rows import pareto_columns, pareto_data, pareto_notes
+from ..pareto_rows import pareto_columns, pareto_notes
 from .build import Line
 from .figure import Figure, make_figure
 from .page import render
@@ -41,8 +41,10 @@ def write_front_page(page: FrontPage, path: str | Path) -> None:
 
 def build_front_page(front: Front, problem: Problem, steps: str, held_out: str) -> FrontPage:
     """Plots of step time over memory, over failures survived, and over bytes moved where a plan is in force."""
+    from ...solvers.front_data import front_data
+
     model, topology = problem.model, problem.topology
-    data = pareto_data(front, problem, [], [])
+    data = front_data(front, problem, [], [])
     columns = pareto_columns(data)
     figures = [
         front_figure(

@@ -100,7 +100,7 @@ def jobs(
     before: Before = None,
     deployment: Annotated[str | None, Query(max_length=100)] = None,
     state: JobState | None = None,
-    kind: Literal["solve", "decide", "watch"] | None = None,
+    kind: Literal["solve", "decide", "watch", "what-if", "pareto"] | None = None,
 ) -> Page[JobRecord]:
     """Newest first."""
     found = store.jobs.page(limit=limit + 1, before=before, deployment=deployment, state=state, kind=kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,6 +11,16 @@ from ...db.store import Store
 from ...solvers.base import Progress
 
 Report = Callable[[Progress], None]
+
+
+def steps_of(report: Report) -> Callable[[int, int, str], None]:
+    """A listener for work in parts, that reports which of them is under way."""
+    began = time.perf_counter()
+
+    def tell(done: int, total: int, name: str) -> None:
+        report(Progress(time.perf_counter() - began, None, None, f"{name} ({done + 1} of {total})"))
+
+    return tell
 
 
 class Task(Protocol):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from ...placement.errors import InputError, nearest
 from .base import Task
+from .front import SweepFront
 from .judge import Judge
 from .solve import Solve
 from .watch import Watch
+from .what_if import AskWhatIf
 
-TASKS: tuple[Task, ...] = (Solve(), Judge(), Watch())
+TASKS: tuple[Task, ...] = (Solve(), Judge(), Watch(), AskWhatIf(), SweepFront())
 
 
 def task_of(kind: str) -> Task:

@@ -1,0 +1,130 @@
+"""What-if and Pareto: jobs that solve many times and are judged on held-out steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request
+
+from ...db.service_records import JobRecord
+from ...db.store import Store
+from ...solvers.solve import check_options, solver_named
+from ..access import Submitter
+from ..policy import Policy
+from ..settings import Settings
+from ..tasks.judge import default_plan
+from ..tasks.what_if import wanted_changes
+from ..views_studies import MOST_PARTS, ParetoIn, StudyIn, WhatIfIn
+from .common import ERRORS, Stored
+from .jobs import Idempotency
+
+router = APIRouter(prefix="/v1", tags=["jobs"], responses=ERRORS)
+DEFAULT_REDUNDANCIES, DEFAULT_LIMITS = 5, 3
+"""How many `pareto` takes at most where none are given."""
+
+
+@router.post("/what-if", status_code=202)
+def submit_what_if(
+    body: WhatIfIn, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
+) -> JobRecord:
+    """What failures or another cluster do to a plan, and a plan ready for each. The job's result has a row a change; its
+    plans are stored."""
+    wanted = _study(body, store)
+    plan = body.plan
+    if body.deployment is not None:
+        deployment = store.deployments.get(body.deployment)
+        plan = plan or deployment.plan_id
+        model, topology = store.model(deployment.model_id).spec, store.topology(deployment.topology_id).topology
+        asked = store.plan(plan).plan if plan else default_plan(model, topology)
+        if asked.model != model:
+            raise HTTPException(422, f"plan: {plan!r} is for another model than {body.deployment!r}")
+    elif plan is None:
+        raise HTTPException(422, "plan: name the plan to ask about, or a deployment")
+    else:
+        asked = store.plan(plan).plan
+    changes = body.changes.model_dump()
+    single = changes["n_1"] or not any(changes.values())
+    most = len(body.changes.lose) + (asked.topology.num_devices + asked.topology.num_nodes) * single
+    _bounded(most, "changes", 0.0, request)
+    if changes["topology"] is not None:
+        changes["topology"] = store.topology(changes["topology"]).id
+    # Made once here as well: what cannot be is refused at once.
+    _bounded(
+        len(wanted_changes(asked.topology, changes, store)), "changes", body.seconds if body.ready else 0.0, request
+    )
+    wanted |= {
+        "plan": None if plan is None else store.plan(plan).id,
+        "changes": changes,
+        "ready": body.ready,
+        "max_moved_bytes": body.max_moved_bytes,
+    }
+    return store.jobs.submit("what-if", wanted, actor, deployment=body.deployment, idempotency=idempotency)
+
+
+@router.post("/pareto", status_code=202)
+def submit_pareto(
+    body: ParetoIn, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
+) -> JobRecord:
+    """The front of step time against memory, bytes moved and failures survived. The job's result has a row a point; its
+    plans are stored."""
+    wanted = _study(body, store)
+    model, topology, current = body.model, body.topology, body.current
+    if body.deployment is not None:
+        deployment = store.deployments.get(body.deployment)
+        if model is not None or topology is not None:
+            raise HTTPException(422, "model, topology: those of the deployment are solved for; leave them out")
+        model, topology, current = deployment.model_id, deployment.topology_id, current or deployment.plan_id
+    elif model is None or topology is None:
+        raise HTTPException(422, "give deployment, or model, topology, statistics and held_out")
+    if body.max_moved is not None and current is None:
+        raise HTTPException(422, "max_moved: bytes are moved from a plan in force; name it as current")
+    limits = len(body.max_moved) if body.max_moved is not None else DEFAULT_LIMITS if current else 1
+    points = (len(body.redundant) if body.redundant is not None else DEFAULT_REDUNDANCIES) * len(body.tolerate) * limits
+    _bounded(points, "points", body.seconds, request)
+    wanted |= {
+        "model": store.model(model).id,
+        "topology": store.topology(topology).id,
+        "current": None if current is None else store.plan(current).id,
+        "redundant": body.redundant,
+        "tolerate": body.tolerate,
+        "max_moved": body.max_moved,
+    }
+    return store.jobs.submit("pareto", wanted, actor, deployment=body.deployment, idempotency=idempotency)
+
+
+def _study(body: StudyIn, store: Store) -> dict[str, Any]:
+    """What both have in common, as plain data."""
+    policy = Policy()
+    if body.deployment is not None:
+        if body.statistics is not None or body.held_out is not None:
+            raise HTTPException(422, "statistics, held_out: the deployment's routing is used; leave them out")
+        policy = Policy(**store.deployments.get(body.deployment).policy)
+    elif body.statistics is None or body.held_out is None:
+        raise HTTPException(422, "give deployment, or statistics and held_out")
+    solver = body.solver if body.solver is not None else policy.solver
+    options = body.options if body.options is not None else (policy.options if body.solver is None else {})
+    check_options(solver_named(solver), options)
+    objective = body.objective or policy.objective
+    return {
+        "statistics": None if body.statistics is None else store.statistics(body.statistics).id,
+        "held_out": None if body.held_out is None else store.statistics(body.held_out).id,
+        "routing": body.routing,
+        "windows": body.windows,
+        "steps": body.steps.model_dump(),
+        "solver": solver,
+        "options": options,
+        "seconds": body.seconds,
+        "seed": body.seed,
+        "objective": objective.model_dump(mode="json"),
+    }
+
+
+def _bounded(parts: int, what: str, seconds: float, request: Request) -> None:
+    settings: Settings = request.app.state.settings
+    if parts > MOST_PARTS:
+        raise HTTPException(422, f"{parts} {what}, at most {MOST_PARTS} are taken")
+    if parts * seconds > settings.max_seconds:
+        raise HTTPException(
+            422,
+            f"seconds: {parts} {what} of {seconds:g} s are more than the {settings.max_seconds:g} s this server grants",
+        )
