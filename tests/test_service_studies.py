@@ -87,7 +87,7 @@ def test_a_what_if_asked_of_a_service_is_the_one_made_here(server: Server, trace
     moved = run(*asked, "-t", "h100-hgx", "--server", server.url)
     assert moved.code == 2
     other = run(*asked[:-5], "-t", "a100-pcie", "--devices-per-node", "2", *SEND, "--server", server.url)
-    assert [row["change"] for row in other.data["changes"]][0] == "a100-pcie, 2 devices", other.err
+    assert other.data["changes"][0]["change"] == "a100-pcie, 2 devices", other.err
 
 
 @pytest.mark.parametrize("routing", ["counts", "tokens"])
