@@ -25,7 +25,7 @@ def test_the_documented_example_runs(tmp_path: Path, capsys: pytest.CaptureFixtu
     [code] = re.findall(r"^```py\n(.*?)^```$", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     with serving(str(tmp_path / "store.db")) as server:
         exec(code, {"URL": server.url, "TOKEN": None})  # noqa: S102 - our own page
-        assert capsys.readouterr().out == "1\n"
+        assert capsys.readouterr().out == "1\n16\n"
         assert server.stop() == 0
     requests = [entry for entry in server.log if entry["message"] == "request"]
     assert {"method", "path", "status", "ms", "time", "level"} <= set(requests[0])
