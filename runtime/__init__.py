@@ -7,33 +7,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .moe.checkpoint import load_checkpoint, save_checkpoint
+    from .moe.compression import CompressionStatistics, LSHCompression
     from .moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters
+    from .moe.expert_rows_sent import expert_rows
     from .moe.experts import PlacedExperts
     from .moe.layer import ExpertParallelMoE
     from .moe.migrate import Migration, apply
     from .moe.parallelize import parallelize
 
 __all__ = [
+    "CompressionStatistics",
     "ExpertParallelMoE",
+    "LSHCompression",
     "Migration",
     "PlacedExperts",
     "apply",
     "clip_grad_norm_",
     "exclude_from_ddp",
     "expert_parameters",
+    "expert_rows",
     "load_checkpoint",
     "parallelize",
     "save_checkpoint",
 ]
 
 _MODULE_OF = {
+    "CompressionStatistics": ".moe.compression",
     "ExpertParallelMoE": ".moe.layer",
+    "LSHCompression": ".moe.compression",
     "Migration": ".moe.migrate",
     "PlacedExperts": ".moe.experts",
     "apply": ".moe.migrate",
     "clip_grad_norm_": ".moe.data_parallel",
     "exclude_from_ddp": ".moe.data_parallel",
     "expert_parameters": ".moe.data_parallel",
+    "expert_rows": ".moe.expert_rows_sent",
     "load_checkpoint": ".moe.checkpoint",
     "parallelize": ".moe.parallelize",
     "save_checkpoint": ".moe.checkpoint",

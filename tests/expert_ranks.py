@@ -74,9 +74,9 @@ def compare_plans(rank: int, world: int, plans: int, seed: int = 0) -> dict[str,
     return {"worst": worst, "equal_replicas": equal_replicas}
 
 
-def tokens(rng: np.random.Generator, world: int) -> dict[str, list[torch.Tensor]]:
+def tokens(rng: np.random.Generator, world: int, most: int = 13) -> dict[str, list[torch.Tensor]]:
     """Every rank's batch, known to all: some ranks without tokens, sometimes all tokens to few experts."""
-    counts = rng.integers(0, 14, size=world) * (rng.random(world) > 0.2)
+    counts = rng.integers(0, most + 1, size=world) * (rng.random(world) > 0.2)
     popular = SPEC.experts if rng.random() < 0.7 else SPEC.top_k
     ids = [
         np.stack([rng.permutation(popular)[: SPEC.top_k] for _ in range(n)] or [[0] * SPEC.top_k])[:n] for n in counts

@@ -65,6 +65,7 @@ class HopDispatcher:
     two_stage: first one copy a token and node, to the rank of equal place there, which hands it on inside the node.
     Sums are taken on the way back as well, so that one row a token and node returns (as DeepEP does).
     copies: of the latest dispatch, copies sent to each rank, hop by hop; a rank's own are among them.
+    A slot of -1 is no slot: its row goes nowhere for it.
     """
 
     def __init__(self, mesh: ExpertMesh, two_stage: bool) -> None:
@@ -73,7 +74,7 @@ class HopDispatcher:
                 "dispatch in two stages needs a mesh of two dimensions, nodes and devices a node: "
                 "init_device_mesh(kind, (nodes, devices), mesh_dim_names=('node', 'device'))"
             )
-        self._mesh, self._two_stage = mesh, two_stage
+        self._mesh, self.two_stage = mesh, two_stage
         self._hops: list[Hop] = []
         self._row_P = torch.empty(0, dtype=torch.int64)
         self._rows = 0
@@ -82,7 +83,7 @@ class HopDispatcher:
     def place(self, placement: LayerPlacement, row_of_slot_P: Tensor, rows: int) -> None:
         mesh = self._mesh
         device_P = torch.from_numpy(placement.device.copy()).to(mesh.device)
-        if self._two_stage:
+        if self.two_stage:
             assert mesh.inter is not None
             assert mesh.intra is not None
             stages = [(mesh.inter, device_P // mesh.node_size), (mesh.intra, device_P % mesh.node_size)]
@@ -142,7 +143,7 @@ class _Local:
         self._dispatcher, self._given = dispatcher, (x_TD, weight_TK, slot_TK)
 
     def wait(self) -> Work:
-        return self._dispatcher.arrange(*self._given, [], self._given[2].numel())
+        return self._dispatcher.arrange(*self._given, [], int((self._given[2] >= 0).sum()))
 
 
 def flat(mesh: ExpertMesh) -> HopDispatcher:

@@ -14,10 +14,13 @@ from ...placement.errors import InputError, nearest
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from .agreement import agree
-from .dispatcher import Dispatcher, flat, node_aware
+from .compressed import CompressedDispatcher
+from .compression import LSHCompression
+from .dispatcher import Dispatcher, HopDispatcher, flat, node_aware
 from .expert_kinds import ExpertKind, SwiGLU
 from .layer_placement import LayerPlacement
 from .mesh import ExpertMesh
+from .optimizer_steps import OptimizerSteps
 from .replica_choice import ReplicaChoice
 from .replica_sum import ReplicaSum, SharedGradients
 
@@ -32,6 +35,7 @@ class PlacedExperts(nn.Module):
 
     spec: of the model; must be the plan's. layer: the model's absolute index of the layer. kind: what an expert computes.
     dispatch: "flat", "node_aware" (the default on a mesh of two dimensions), or a function of the mesh.
+    compression: one row for tokens that look alike, on top of flat or node-aware dispatch; None sends every token.
     gradients: "mean" divides expert gradients by the number of ranks, as DistributedDataParallel and fully_shard do with
     the others; "sum" leaves the sum over all ranks' losses.
     seed: weights are drawn from (seed, layer, expert), the same under every plan; None leaves them to `load_logical`.
@@ -53,6 +57,7 @@ class PlacedExperts(nn.Module):
         *,
         kind: ExpertKind | None = None,
         dispatch: str | MakeDispatcher | None = None,
+        compression: LSHCompression | None = None,
         gradients: Gradients = "mean",
         dtype: torch.dtype | None = None,
         seed: int | None = 0,
@@ -61,7 +66,8 @@ class PlacedExperts(nn.Module):
         self.mesh = ExpertMesh.of(mesh)
         self.spec, self.layer, self.kind = spec, layer, kind or SwiGLU()
         self.num_experts = spec.experts
-        self.gradients = gradients
+        self.gradients, self.compression = gradients, compression
+        self.optimizer_steps = OptimizerSteps(self)
         self.dispatcher = self._check_together(plan, dispatch, dtype)
         self.plan = plan
         placement = LayerPlacement.of(plan, layer)
@@ -86,13 +92,28 @@ class PlacedExperts(nn.Module):
                 )
             check_plan(self.spec, plan, self.mesh)
             LayerPlacement.of(plan, self.layer)
-            dispatcher = _make(dispatch, self.mesh)
+            dispatcher = self._compressed(_make(dispatch, self.mesh))
         except InputError as error:
             failure = error
         content = f"{plan.fingerprint} {self.layer} {dtype} {self.kind!r} {self.gradients} {type(dispatcher).__name__}"
         agree(self.mesh, f"plan and settings of MoE layer {self.layer}", content, failure)
         assert dispatcher is not None
         return dispatcher
+
+    def _compressed(self, plain: Dispatcher) -> Dispatcher:
+        settings = self.compression
+        if settings is None:
+            return plain
+        if not isinstance(plain, HopDispatcher):
+            raise InputError(
+                f"compression works on top of flat and node_aware dispatch, not of {type(plain).__name__}; give no "
+                "compression, or one of these as dispatch"
+            )
+
+        def steps() -> int | None:
+            return self.optimizer_steps.done if self.training or settings.evaluation else None
+
+        return CompressedDispatcher(plain, self.mesh, settings, self.layer, self.spec.hidden_size, steps)
 
     def put_in_force(self, plan: Plan, placement: LayerPlacement) -> None:
         """Routes by `placement` from now on. `row_expert` and the parameters' rows must already be its own."""

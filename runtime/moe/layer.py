@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...placement.errors import InputError, nearest
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
+from .compression import LSHCompression
 from .expert_kinds import ExpertKind
 from .experts import Gradients, MakeDispatcher, PlacedExperts
 from .mesh import ExpertMesh
@@ -43,13 +44,23 @@ class ExpertParallelMoE(nn.Module):
         shared_experts: nn.Module | None = None,
         kind: ExpertKind | None = None,
         dispatch: str | MakeDispatcher | None = None,
+        compression: LSHCompression | None = None,
         gradients: Gradients = "mean",
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.experts = PlacedExperts(
-            spec, plan, mesh, layer, kind=kind, dispatch=dispatch, gradients=gradients, dtype=dtype, seed=seed
+            spec,
+            plan,
+            mesh,
+            layer,
+            kind=kind,
+            dispatch=dispatch,
+            compression=compression,
+            gradients=gradients,
+            dtype=dtype,
+            seed=seed,
         )
         if isinstance(router, str):
             if router not in ROUTERS:

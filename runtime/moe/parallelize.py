@@ -11,6 +11,7 @@ from ...placement.errors import InputError, MoeplaceError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from .agreement import agree
+from .compression import LSHCompression
 from .data_parallel import exclude_from_ddp
 from .expert_kinds import ExpertKind, GptOss, SwiGLU
 from .experts import Gradients, MakeDispatcher, PlacedExperts, check_plan
@@ -30,6 +31,7 @@ def parallelize(
     mesh: DeviceMesh | ExpertMesh,
     *,
     dispatch: str | MakeDispatcher | None = None,
+    compression: LSHCompression | None = None,
     gradients: Gradients = "mean",
 ) -> nn.Module:
     """Spreads the experts of `model` over the mesh as `plan` says, in place, and gives the model back.
@@ -37,7 +39,7 @@ def parallelize(
     model: a Transformers 5 model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them) with the same
     weights on every rank. Every rank keeps its own experts and all of the rest. Routers stay as they are, so recording
     (`moeplace.profile`), router losses and callbacks work as before. On the meta device the weights are left to a
-    checkpoint (`load_checkpoint`). dispatch, gradients: as for `PlacedExperts`.
+    checkpoint (`load_checkpoint`). dispatch, compression, gradients: as for `PlacedExperts`.
 
     DistributedDataParallel leaves the experts alone; `fully_shard` wants `ignored_params=expert_parameters(model)`.
 
@@ -63,7 +65,16 @@ def parallelize(
         weights = dict(module.named_parameters(recurse=False))
         example = next(iter(weights.values()))
         placed = PlacedExperts(
-            spec, plan, mesh, layer, kind=kind, dispatch=dispatch, gradients=gradients, dtype=example.dtype, seed=None
+            spec,
+            plan,
+            mesh,
+            layer,
+            kind=kind,
+            dispatch=dispatch,
+            compression=compression,
+            gradients=gradients,
+            dtype=example.dtype,
+            seed=None,
         )
         if example.device.type != "meta":
             placed.load_logical(weights)
