@@ -1,0 +1,269 @@
+"""Kernels of the expert layer on one GPU: permute and unpermute, LSH compression, grouped products.
+
+    python benchmarks/gpu_kernels.py [--tokens 8192 --hidden 4096 --ffn 1536 --experts 16 --top-k 4] [--json]
+    python benchmarks/gpu_kernels.py --device cpu      # small sizes, to see that it works
+
+Times are medians (torch.utils.benchmark). A memory-bound kernel is held against the bytes that it must read and write at the bandwidth
+that copying a large tensor reaches here; a product against the rate of one large torch.matmul. "bound" is that least time,
+"torch" the nearest thing that torch has in one call or an obvious few. "error": bfloat16 against the same formula in float32, by the
+root of mean squares; the rounding of bfloat16 is 0.002 a value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.benchmark import Timer
+
+import moeplace as mp
+from moeplace.runtime import LSHCompression
+from moeplace.runtime.moe.clustering import cluster
+from moeplace.runtime.moe.compressed import CompressedDispatcher
+from moeplace.runtime.moe.cross_polytope import rotations
+from moeplace.runtime.moe.dispatcher import flat
+from moeplace.runtime.moe.expert_kinds import Groups, SwiGLU
+from moeplace.runtime.moe.layer_placement import LayerPlacement
+from moeplace.runtime.moe.mesh import ExpertMesh
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    kernel: str
+    ms: float
+    bound_ms: float
+    torch_ms: float | None
+    error: float | None
+
+
+class Bench:
+    """The batch, and one rank's layer: T tokens, K experts each, N = T K pairs, D hidden size, F expert FFN size."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.seconds = torch.device(args.device), args.seconds
+        tokens, hidden, self.top_k = args.tokens, args.hidden, args.top_k
+        spec = mp.ModelSpec(
+            layers=1, experts=args.experts, top_k=args.top_k, hidden_size=hidden, ffn_size=args.ffn, expert_dtype="bf16"
+        )
+        plan = mp.Plan(
+            model=spec,
+            topology=mp.Topology.preset("h100-hgx", devices_per_node=1),
+            physical_to_logical=np.arange(args.experts)[None],
+            slot_device=np.zeros(args.experts, dtype=np.int64),
+        )
+        self.mesh = ExpertMesh.of(init_device_mesh(self.device.type, (1,)))
+        self.placement = LayerPlacement.of(plan, 0)
+        generator = torch.Generator().manual_seed(0)
+        # As in text, some tokens are frequent: near copies of one another.
+        kinds = max(1, tokens // 8)
+        kind = torch.randint(kinds, (tokens,), generator=generator)
+        x = torch.randn(kinds, hidden, generator=generator)[kind] + 0.1 * torch.randn(
+            tokens, hidden, generator=generator
+        )
+        ids = torch.rand(kinds, args.experts, generator=generator).topk(self.top_k).indices[kind]
+        self.x = x.to(self.device, torch.bfloat16)
+        self.ids = ids.to(self.device)
+        self.gate = torch.rand(tokens, self.top_k, generator=generator).to(self.device)
+        self.weights = {
+            name: (torch.randn(args.experts, *shape, generator=generator) / hidden**0.5).to(self.device, torch.bfloat16)
+            for name, shape in SwiGLU().shapes(spec).items()
+        }
+        self.bandwidth = self._bandwidth()
+        self.rate = self._matmul_rate()
+
+    def ms(self, run: Run) -> float:
+        timer = Timer("run()", globals={"run": run})
+        return float(timer.blocked_autorange(min_run_time=self.seconds).median * 1e3)
+
+    def _bandwidth(self) -> float:
+        """Bytes a millisecond of a copy, reading and writing."""
+        large = torch.zeros(
+            (1 << 29) if self.device.type == "cuda" else (1 << 24), dtype=torch.uint8, device=self.device
+        )
+        target = torch.empty_like(large)
+        return 2 * large.numel() / self.ms(lambda: target.copy_(large))
+
+    def _matmul_rate(self) -> float:
+        """Operations a millisecond of a square bfloat16 product."""
+        size = 8192 if self.device.type == "cuda" else 512
+        a = torch.randn(size, size, device=self.device, dtype=torch.bfloat16)
+        return 2 * size**3 / self.ms(lambda: a @ a)
+
+    def dispatcher(self, compression: LSHCompression | None = None) -> Any:
+        plain = flat(self.mesh)
+        made: Any = plain
+        if compression is not None:
+            made = CompressedDispatcher(plain, self.mesh, compression, 0, self.x.shape[1], lambda: 0)
+        made.place(self.placement, torch.arange(len(self.placement.expert)), len(self.placement.expert))
+        return made
+
+
+def permute(bench: Bench) -> list[Measured]:
+    """Tokens into the order of experts, and weighted sums back."""
+    x, ids, gate = bench.x, bench.ids, bench.gate
+    pairs, width = ids.numel(), x.shape[1]
+    dispatcher = bench.dispatcher()
+    work = dispatcher.dispatch(x, ids, gate).wait()
+    row = ids.flatten().argsort(stable=True).div(bench.top_k, rounding_mode="floor")
+    weight = gate.flatten()[ids.flatten().argsort(stable=True)]
+    assert torch.equal(work.row_ND, x[row])
+    y = work.row_ND
+    exact = torch.zeros(len(x), width, device=x.device).index_add_(0, row, y.float() * weight[:, None])
+
+    def add() -> Tensor:
+        return torch.zeros_like(x).index_add_(0, row, y * weight[:, None].bfloat16())
+
+    row_bytes = 2 * width
+    return [
+        Measured(
+            "permute",
+            bench.ms(lambda: dispatcher.dispatch(x, ids, gate).wait()),
+            row_bytes * (len(x) + pairs) / bench.bandwidth,
+            bench.ms(lambda: x.index_select(0, row)),
+            0.0,
+        ),
+        Measured(
+            "unpermute",
+            bench.ms(lambda: dispatcher.combine(y, work)),
+            row_bytes * (len(x) + pairs) / bench.bandwidth,
+            bench.ms(add),
+            error(dispatcher.combine(y, work), exact),
+        ),
+    ]
+
+
+def compression(bench: Bench) -> list[Measured]:
+    """Hashing and clustering; the whole compressed dispatch and combine."""
+    x, ids, gate = bench.x, bench.ids, bench.gate
+    settings = LSHCompression(rate=0.2)
+    dispatcher = bench.dispatcher(settings)
+    work = dispatcher.dispatch(x, ids, gate).wait()
+    directions = rotations(x.shape[1], settings.hashes, settings.dimension, 0).to(x.device)
+    projected = x.float() @ directions
+    scope = torch.ones_like(ids, dtype=torch.bool)
+    target = torch.tensor(int(settings.rate * len(x)), device=x.device)
+    slots = len(bench.placement.expert)
+    row_bytes, rows = 2 * x.shape[1], len(work.row_ND)
+    whole = CompressedDispatcher(flat(bench.mesh), bench.mesh, settings, 0, x.shape[1], lambda: 0)
+    whole.place(bench.placement, torch.arange(slots), slots)
+    reference = whole.dispatch(x.float(), ids, gate).wait()
+    back = dispatcher.combine(work.row_ND, work)
+    return [
+        Measured(
+            "LSH: projection",
+            bench.ms(lambda: x.float() @ directions),
+            row_bytes * len(x) / bench.bandwidth,
+            bench.ms(lambda: x @ directions.bfloat16()),
+            None,
+        ),
+        Measured(
+            "LSH: hashes and clusters",
+            bench.ms(lambda: cluster(projected, ids, scope, target, slots, settings.dimension)),
+            (4 * projected.numel() + 8 * ids.numel()) / bench.bandwidth,
+            bench.ms(lambda: ids.flatten().sort(stable=True)),
+            None,
+        ),
+        Measured(
+            "LSH: dispatch, whole",
+            bench.ms(lambda: dispatcher.dispatch(x, ids, gate).wait()),
+            row_bytes * (len(x) + rows) / bench.bandwidth,
+            None,
+            error(work.row_ND, reference.row_ND),
+        ),
+        Measured(
+            "LSH: combine, whole",
+            bench.ms(lambda: dispatcher.combine(work.row_ND, work)),
+            row_bytes * (2 * len(x) + rows) / bench.bandwidth,
+            None,
+            error(back, whole.combine(reference.row_ND, reference)),
+        ),
+    ]
+
+
+def products(bench: Bench) -> list[Measured]:
+    """Gate and up, SwiGLU, down, for all experts."""
+    work = bench.dispatcher().dispatch(bench.x, bench.ids, bench.gate).wait()
+    row, count, kind = work.row_ND, work.count_S, SwiGLU()
+    up = bench.weights["gate_up_proj"].transpose(1, 2)
+    ops = 2 * len(row) * up.shape[1] * up.shape[2]
+    read = 2 * (row.numel() + up.numel() + len(row) * up.shape[2])
+    whole = {name: value.float() for name, value in bench.weights.items()}
+    group = Groups(row, count)
+    exact = Groups(row.float(), count).product_one_by_one(row.float(), whole["gate_up_proj"].transpose(1, 2))
+    return [
+        Measured(
+            "grouped product",
+            bench.ms(lambda: group.product(row, up)),
+            max(ops / bench.rate, read / bench.bandwidth),
+            bench.ms(lambda: Groups(row, count).product_one_by_one(row, up)),
+            error(group.product(row, up), exact),
+        ),
+        Measured(
+            "SwiGLU experts",
+            bench.ms(lambda: kind.forward(row, count, bench.weights)),
+            max(1.5 * ops / bench.rate, 1.5 * read / bench.bandwidth),
+            None,
+            error(kind.forward(row, count, bench.weights), kind.forward(row.float(), count, whole)),
+        ),
+    ]
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.float() - exact.float()).square().mean().sqrt() / exact.float().square().mean().sqrt())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--ffn", type=int)
+    parser.add_argument("--experts", type=int, help="on this device")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--seconds", type=float, default=0.5, help="least time for each figure")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no CUDA device here; --device cpu runs small sizes, to see that the script works")
+    sizes = {"tokens": 8192, "hidden": 4096, "ffn": 1536, "experts": 16, "top_k": 4}
+    small = {"tokens": 512, "hidden": 128, "ffn": 64, "experts": 8, "top_k": 2}
+    for name, value in (sizes if args.device == "cuda" else small).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with torch.no_grad():
+        bench = Bench(args)
+        rows = [*permute(bench), *compression(bench), *products(bench)]
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, one thread"
+    figures = {"device": name, "GB/s": bench.bandwidth / 1e6, "TFLOP/s": bench.rate / 1e9}
+    if args.json:
+        shown = {key: getattr(args, key) for key in sizes}
+        print(json.dumps(figures | shown | {"kernels": [asdict(row) for row in rows]}))
+    else:
+        print(
+            f"{name}: copy {figures['GB/s']:.3g} GB/s, torch.matmul bfloat16 {figures['TFLOP/s']:.3g} TFLOP/s;", end=" "
+        )
+        print(", ".join(f"{key} {getattr(args, key)}" for key in sizes))
+        print("\n| kernel | ms | bound ms | torch ms | error |\n|---|---|---|---|---|")
+        for row in rows:
+            cells = [row.ms, row.bound_ms, row.torch_ms, row.error]
+            print(f"| {row.kernel} | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " |")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
