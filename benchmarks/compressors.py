@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ def lsh(given: Given, settings: LSHCompression, devices: int) -> tuple[float, fl
     """(bytes over plain, error). Rows are counted between `devices`, though all experts are computed here."""
     layer, x, ids, weights = given
     exact = exact_of(given)
+    device = ids * devices // layer.num_experts
+    copies = int((torch.nn.functional.one_hot(device, devices).sum(dim=1) > 0).sum())
+    # The dispatcher sees one device, to which plain dispatch sends each token once.
+    settings = replace(settings, rate=settings.rate * copies / len(x))
     plain = layer.dispatcher
     layer.dispatcher = CompressedDispatcher(plain, layer.mesh, settings, layer.layer, x.shape[1], lambda: 0)
     layer.put_in_force(layer.plan, layer.placement)
@@ -77,8 +82,6 @@ def lsh(given: Given, settings: LSHCompression, devices: int) -> tuple[float, fl
     layer.dispatcher = plain
     assert seen is not None
     alone = seen.pairs - seen.clustered
-    device = ids * devices // layer.num_experts
-    copies = int((torch.nn.functional.one_hot(device, devices).sum(dim=1) > 0).sum())
     return (seen.clusters + alone) / copies, relative(found, exact)
 
 
@@ -119,7 +122,7 @@ def compare(every: list[Given], devices: int, seeds: int) -> list[Row]:
     hidden = every[0][1].shape[1]
     share8 = (hidden + 4) / (4 * hidden)
     rows = [of(f"LSH, residual {kind}", rate=0.2, residual=kind) for kind in ("none", "plain", "scaled")]
-    rows += [of(f"LSH, scaled, rate {rate}", rate=rate, residual="scaled") for rate in (share8, 0.5)]
+    rows += [of(f"LSH, scaled, rate {rate:.0%}", rate=rate, residual="scaled") for rate in (share8, 0.5)]
     rows += [of(f"LSH, scaled, {n} hashes", rate=0.2, residual="scaled", hashes=n) for n in (1, 2, 3, 6, 10)]
     rows += [
         of(f"LSH, scaled, dimension {d}, {h} hashes", rate=0.2, residual="scaled", dimension=d, hashes=h)

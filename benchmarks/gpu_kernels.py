@@ -153,7 +153,8 @@ def compression(bench: Bench) -> list[Measured]:
     directions = rotations(x.shape[1], settings.hashes, settings.dimension, 0).to(x.device)
     projected = x.float() @ directions
     scope = torch.ones_like(ids, dtype=torch.bool)
-    target = torch.tensor(int(settings.rate * len(x)), device=x.device)
+    most = int(settings.rate * len(x))
+    target = torch.tensor(most, device=x.device)
     slots = len(bench.placement.expert)
     row_bytes, rows = 2 * x.shape[1], len(work.row_ND)
     whole = CompressedDispatcher(flat(bench.mesh), bench.mesh, settings, 0, x.shape[1], lambda: 0)
@@ -170,7 +171,7 @@ def compression(bench: Bench) -> list[Measured]:
         ),
         Measured(
             "LSH: hashes and clusters",
-            bench.ms(lambda: cluster(projected, ids, scope, target, slots, settings.dimension)),
+            bench.ms(lambda: cluster(projected, ids, scope, target, slots, settings.dimension, most)),
             (4 * projected.numel() + 8 * ids.numel()) / bench.bandwidth,
             bench.ms(lambda: ids.flatten().sort(stable=True)),
             None,

@@ -156,7 +156,7 @@ def test_more_rows_allowed_never_make_a_larger_error() -> None:
     slot = torch.randint(5, (400, 2), generator=generator)
     errors = []
     for target in range(5, 500, 15):
-        found = cluster(projected, slot, torch.ones_like(slot, dtype=torch.bool), torch.tensor(target), 5, 4)
+        found = cluster(projected, slot, torch.ones_like(slot, dtype=torch.bool), torch.tensor(target), 5, 4, target)
         rows = int((found.size_M > 1).sum()) + int((found.row_TK == len(found.slot_M)).sum())
         assert rows <= target
         total = 0.0

@@ -3,7 +3,7 @@
 Every choice rests on integers and on sums in a fixed order, so that the same batch gives the same clusters again, as
 activation checkpointing needs. The host never waits for the device: what depends on data has a fixed, sufficient size.
 
-T tokens, K slots a token, N = T K pairs, P slots, H hashes, d dimensions of one, M = N // 2 most clusters of two or more.
+T tokens, K slots a token, N = T K pairs, P slots, H hashes, d dimensions of one, M most clusters of two or more.
 """
 
 from __future__ import annotations
@@ -35,11 +35,17 @@ class Clusters:
 
 
 def cluster(
-    projected_TX: Tensor, slot_TK: Tensor, scope_TK: Tensor, target: Tensor, slots: int, dimension: int
+    projected_TX: Tensor,
+    slot_TK: Tensor,
+    scope_TK: Tensor,
+    target: Tensor,
+    slots: int,
+    dimension: int,
+    largest_target: int,
 ) -> Clusters:
     """Clusters of the pairs in scope such that they and the pairs alone are at most `target`, or one a slot.
 
-    projected_TX: [T, H * d]. target: a number, on the device. As many whole hashes count as the target allows; of the next
+    projected_TX: [T, H * d]. target: a number, on the device. largest_target: that it cannot pass, known to the host. As many whole hashes count as the target allows; of the next
     one, where it parts clusters of the largest squared error a new cluster, until the target is reached. Hashes see
     tokens relative to the mean of their slot, since what a slot's tokens have in common says nothing about who is alike.
     """
@@ -65,7 +71,8 @@ def cluster(
     finer_N = begin_HN.index_select(0, level + 1)[0]
     spare = target - count_H.index_select(0, level)[0]
     begin_N = begin_N | (finer_N & _worth_parting(begin_N, finer_N, inside_N, p_NX[order_N], spare))
-    return _arranged(begin_N, inside_N, order_N, token_N, slot_N, pairs, top_k, level[0])
+    most = min(pairs // 2, max(largest_target, slots))
+    return _arranged(begin_N, inside_N, order_N, token_N, slot_N, most, top_k, level[0])
 
 
 def _centred(projected_TX: Tensor, slot_N: Tensor, token_N: Tensor, slots: int) -> Tensor:
@@ -111,12 +118,12 @@ def _arranged(
     order_N: Tensor,
     token_N: Tensor,
     slot_N: Tensor,
-    pairs: int,
+    most: int,
     top_k: int,
     levels: Tensor,
 ) -> Clusters:
     """Numbers clusters of two or more, and brings their members to the front."""
-    most = pairs // 2
+    pairs = len(begin_N)
     id_N = begin_N.cumsum(0) - 1
     size_C = torch.zeros(pairs, dtype=torch.int64, device=begin_N.device).scatter_add_(0, id_N, torch.ones_like(id_N))
     several_N = (size_C[id_N] > 1) & inside_N

@@ -8,7 +8,7 @@ own gate weight, applied here, at the sender. With c the cluster's mean, s the r
 and autograd through just that: with g a pair's gradient of y, G their sum over a cluster of n, dx = s g + (J^T G - s G) / n, and
 of a weight <d out, y>. One row a cluster travels, there and back, forward and backward.
 
-T tokens, K slots a token, P slots, D hidden size, M most clusters (T K // 2), X projected size of all hashes.
+T tokens, K slots a token, P slots, D hidden size, M most clusters, X projected size of all hashes.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class CompressedDispatcher:
         if self._plain.two_stage:
             # One copy serves all slots of another node, or of one device of this node.
             self._unit_P = torch.where(node_P == own_node, len(node_of) + device_P, node_P)
+        self._units = int(torch.unique(self._unit_P).numel())
         self._own_unit = len(node_of) + self._mesh.rank if self._plain.two_stage else self._mesh.rank
         self._scope_P = {
             "all": torch.ones_like(own_P),
@@ -132,7 +133,8 @@ class CompressedDispatcher:
             unit_TK = self._unit_P[slot_TK]
             target = (settings.rate * _distinct(unit_TK, scope_TK).double()).long()
             projected_TX = x_TD_float @ self._rotations(x_TD.shape[1], steps, x_TD.device)
-            clusters = cluster(projected_TX, slot_TK, scope_TK, target, len(self._unit_P), settings.dimension)
+            largest = int(settings.rate * len(x_TD) * min(slot_TK.shape[1], self._units))
+            clusters = cluster(projected_TX, slot_TK, scope_TK, target, len(self._unit_P), settings.dimension, largest)
         most = len(clusters.slot_M)
         mean_MD = F.embedding_bag(clusters.token_N, x_TD_float, clusters.offset_M, mode="mean")[:most]
         with torch.no_grad():
