@@ -12,6 +12,7 @@ steps drawn from the training part. Solving and judging never share a sequence (
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class Kind:
 
 DECODE_128 = Kind("decode 128", "decode", 128, 100)
 DECODE_512 = Kind("decode 512", "decode", 512, 40)
-PREFILL = Kind("prefill 4096", "prefill", 4096, 24)
+PREFILL = Kind("prefill 4096", "prefill", 4096, 12)
 PREFILL_512 = Kind("prefill 512", "prefill", 512, 24)
 
 
@@ -133,29 +134,68 @@ def peer_plans(entry: Input, problem: mp.Problem, eplb: Path | None, seconds: fl
     return found
 
 
-def cells(entry: Input, eplb: Path | None, seconds: float) -> Iterator[dict[str, Any]]:
+def cells(entry: Input, eplb: Path | None, seconds: float, known: Rows, until: float) -> None:
+    """Adds the rows of every cluster that `known` lacks, until the clock says `until`."""
     statistics = mp.RoutingStatistics.from_trace(entry.train)
     for preset, nodes, per_node in entry.layouts:
-        topology = mp.Topology.preset(preset, nodes, per_node)
-        plans = peer_plans(entry, mp.Problem(entry.model, topology, statistics), eplb, seconds)
-        for execution in ("dispatch_combine", "context_coherent"):
-            problem = mp.Problem(entry.model, topology, statistics, mp.Objective(execution=execution))
-            print(f"{entry.name}, {nodes} x {per_node} {preset}, {execution}", file=sys.stderr)
-            for kind in entry.kinds:
-                steps = kind.draw(entry.held, 1)
-                figures = {peer: best_of(settings, steps, problem) for peer, settings in plans.items()}
-                plan = mp.solve(problem, "search", seconds=seconds, seed=0, batch=kind.batch, step_tokens=kind.tokens)
-                figures["search"] = {"setting": "", "gap": plan.gap, **judged(plan, steps, problem)}
-                row = {
-                    "input": entry.name,
-                    "cluster": f"{nodes} x {per_node} {preset}",
-                    "execution": execution,
-                    "kind": kind.name,
-                    "search_seconds": plan.provenance.seconds,
-                    "figures": figures,
-                }
-                print("  " + line(row), file=sys.stderr)
-                yield row
+        cluster = f"{nodes} x {per_node} {preset}"
+        if known.has(entry.name, cluster) or time.monotonic() > until:
+            continue
+        rows = list(cluster_cells(entry, preset, nodes, per_node, statistics, eplb, seconds))
+        known.add(rows)
+
+
+@dataclass
+class Rows:
+    """Rows of finished clusters, kept in a file of JSON lines so that a run may be parted."""
+
+    path: Path | None
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path | None) -> Rows:
+        there = path is not None and path.exists()
+        return cls(path, [json.loads(text) for text in path.read_text().splitlines()] if path and there else [])
+
+    def has(self, name: str, cluster: str) -> bool:
+        return any((row["input"], row["cluster"]) == (name, cluster) for row in self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def cluster_cells(
+    entry: Input,
+    preset: str,
+    nodes: int,
+    per_node: int,
+    statistics: mp.RoutingStatistics,
+    eplb: Path | None,
+    seconds: float,
+) -> Iterator[dict[str, Any]]:
+    topology = mp.Topology.preset(preset, nodes, per_node)
+    plans = peer_plans(entry, mp.Problem(entry.model, topology, statistics), eplb, seconds)
+    for execution in ("dispatch_combine", "context_coherent"):
+        problem = mp.Problem(entry.model, topology, statistics, mp.Objective(execution=execution))
+        print(f"{entry.name}, {nodes} x {per_node} {preset}, {execution}", file=sys.stderr)
+        for kind in entry.kinds:
+            steps = kind.draw(entry.held, 1)
+            figures = {peer: best_of(settings, steps, problem) for peer, settings in plans.items()}
+            plan = mp.solve(problem, "search", seconds=seconds, seed=0, batch=kind.batch, step_tokens=kind.tokens)
+            figures["search"] = {"setting": "", "gap": plan.gap, **judged(plan, steps, problem)}
+            row = {
+                "input": entry.name,
+                "cluster": f"{nodes} x {per_node} {preset}",
+                "execution": execution,
+                "kind": kind.name,
+                "search_seconds": plan.provenance.seconds,
+                "figures": figures,
+            }
+            print("  " + line(row), file=sys.stderr)
+            yield row
 
 
 def judged(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> dict[str, float]:
@@ -229,15 +269,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="time limit of each solve")
     parser.add_argument("--inputs", default="", help="only inputs whose name contains this")
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
+    parser.add_argument("--rows", type=Path, help="keep finished clusters here; they are not run again")
+    parser.add_argument("--minutes", type=float, default=np.inf, help="begin no cluster after so many, with --rows")
     options = parser.parse_args()
-    rows = [
-        row
-        for entry in inputs(options.data)
-        if options.inputs in entry.name
-        for row in cells(entry, options.eplb, options.seconds)
-    ]
+    known, until = Rows.read(options.rows), time.monotonic() + 60.0 * options.minutes
+    for entry in inputs(options.data):
+        if options.inputs in entry.name:
+            cells(entry, options.eplb, options.seconds, known, until)
     text = page(
-        rows,
+        known.rows,
         f"python benchmarks/search_peers.py --data DATA --eplb EPLB/eplb.py --seconds {options.seconds:g}",
     )
     if options.out:

@@ -68,8 +68,9 @@ def test_the_kernels_price_placements_as_evaluation_does(
     engine.run(aims, proposals=0, hot=0.0, cold=0.0)
     repriced = [state.now.cost for state in engine.states]
     engine.close()
-    if execution == "dispatch_combine":
-        np.testing.assert_allclose(final, repriced, rtol=1e-9)
+    # Context-coherent, the even layers walked before the odd ones beside them.
+    walked_last = slice(None) if execution == "dispatch_combine" else slice(1, None, 2)
+    np.testing.assert_allclose(final[walked_last], repriced[walked_last], rtol=1e-9)
     plan = mp.Plan(
         MODEL,
         given_problem.topology,
@@ -87,6 +88,30 @@ def test_the_kernels_price_placements_as_evaluation_does(
         # A layer's figure holds the next layer's dispatch, which its placement decides too.
         layer_seconds[:, :-1] += replayed.dispatch[:, 1:] - latency
     np.testing.assert_allclose(np.stack(repriced, axis=1), layer_seconds, rtol=1e-5)
+
+
+def test_a_long_scenario_is_walked_thinly_but_its_loads_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = make_trace(seed=2, sequences=40, length=50)
+    given_problem = problem(trace, execution="context_coherent")
+    whole = scenario_from(given_problem, "prefill", 100, None, seed=0)
+    monkeypatch.setattr("moeplace.solvers.search.scenario.WALKED_TOKENS", 500)
+    thin = scenario_from(given_problem, "prefill", 100, None, seed=0)
+    assert whole.steps is not None
+    assert whole.num_steps == thin.num_steps == 20, "all of the sample, once"
+    assert whole.walked is None
+    assert thin.walked is not None
+    assert len(thin.walked) == 500
+    assert np.bincount(thin.walked // 100).tolist() == [25] * 20, "every step the same part"
+    assert thin.tokens_each == 4.0
+    for layer in range(3):
+        np.testing.assert_array_equal(thin.layer(layer).counts, whole.layer(layer).counts)
+        assert set(map(tuple, thin.layer(layer).experts)) <= set(map(tuple, whole.layer(layer).experts))
+    np.testing.assert_allclose(
+        rates_for(given_problem, thin).per_copy, 4.0 * rates_for(given_problem, whole).per_copy, rtol=1e-12
+    )
+    beginning = thin.beginning
+    assert beginning.num_steps == 5
+    np.testing.assert_array_equal(beginning.loads, whole.loads[:5])
 
 
 @settings(max_examples=8, deadline=None)
@@ -225,6 +250,32 @@ def test_a_token_may_live_where_its_experts_stand() -> None:
     pinned = mp.Problem(MODEL, cluster("node"), mp.RoutingStatistics.from_counts(np.ones((3, 8))))
     plan = mp.solve(pinned, "contiguous")
     assert (mp.evaluate(plan, steps, pinned).step_seconds >= step_seconds_bound(steps, pinned)).all()
+
+
+@pytest.mark.parametrize("execution", ["dispatch_combine", "context_coherent"])
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_ctrl_c_at_any_time_gives_the_best_plan_so_far(
+    monkeypatch: pytest.MonkeyPatch, toy_trace: mp.RoutingTrace, execution: str, rounds: int
+) -> None:
+    given_problem = problem(toy_trace, execution=execution)
+    walk, begun = Engine.run, []
+
+    def interrupted(self: Engine, *arguments: Any, **named: Any) -> None:
+        begun.append(1)
+        if len(begun) == rounds + 1:
+            raise KeyboardInterrupt
+        walk(self, *arguments, **named)
+
+    monkeypatch.setattr(Engine, "run", interrupted)
+    plan = mp.solve(given_problem, "search", step_tokens=8, steps=4, proposals=240)
+    assert plan.provenance.stop == "interrupted"
+    start = mp.solve(given_problem, "eplb")
+    steps = scenario_from(given_problem, "decode", 8, 4, seed=0).steps
+    assert steps is not None
+    mine, theirs = (mp.evaluate(p, steps, given_problem).step_seconds.mean() for p in (plan, start))
+    assert plan.certificate is not None
+    np.testing.assert_allclose(plan.certificate.value, mine, rtol=1e-9)
+    assert mine <= theirs * (1 + 1e-9)
 
 
 def test_a_bad_option_is_refused(toy_trace: mp.RoutingTrace) -> None:

@@ -6,11 +6,15 @@ import numpy as np
 
 import moeplace as mp
 from moeplace.solvers.base import Budget
+from moeplace.solvers.search.aligned_start import aligned, can_align
 from moeplace.solvers.search.engine import Engine
+from moeplace.solvers.search.first_placements import allowed_devices
 from moeplace.solvers.search.group_start import groups_on_nodes
+from moeplace.solvers.search.judge import Judge
 from moeplace.solvers.search.layout import Moves
 from moeplace.solvers.search.race import race
 from moeplace.solvers.search.scenario import mean_aim, rates_for, scenario_from
+from moeplace.solvers.search.starts import even_shares
 
 MODEL = mp.ModelSpec(layers=3, experts=16, top_k=2, groups=4, hidden_size=512, ffn_size=256)
 DEVICE = {"compute": 1e13, "memory": 1e12, "memory_bandwidth": 1e12, "intra_bandwidth": 1e11, "count": 2}
@@ -85,3 +89,32 @@ def test_search_keeps_groups_on_nodes_where_links_between_nodes_are_slow() -> No
     given = problem(slots=16)
     plan = mp.solve(given, "search", batch="prefill", step_tokens=128, proposals=200)
     assert mp.evaluate(plan, held, given).summary()["nodes_per_token"] < 1.05
+
+
+def test_renamed_devices_bring_tokens_nearer_and_leave_what_stands_together() -> None:
+    trace = grouped_trace(2048)
+    given = mp.Problem(
+        MODEL, TOPOLOGY, mp.RoutingStatistics.from_trace(trace), mp.Objective(execution="context_coherent")
+    )
+    scenario = scenario_from(given, "decode", 16, 32, seed=0)
+    rng = np.random.default_rng(1)
+    tables = [rng.permutation(16) for _ in range(3)]
+    start = tables, [even_shares(given, table) for table in tables]
+    assert can_align(given, np.ones((3, 16, 4), dtype=bool))
+    for whole_nodes in (True, False):
+        renamed, shares = aligned(given, scenario, start, whole_nodes)
+        for table, new, share in zip(tables, renamed, shares, strict=True):
+            held, now = ({frozenset(run) for run in t.reshape(-1, 4).tolist()} for t in (table, new))
+            assert held == now, "devices hold what they held, under other names"
+            np.testing.assert_array_equal(share, even_shares(given, new))
+            if whole_nodes:
+                pairs = [
+                    {frozenset(map(frozenset, t.reshape(2, 2, 4).tolist()[n])) for n in (0, 1)} for t in (table, new)
+                ]
+                assert pairs[0] == pairs[1], "devices of a node stay together"
+        judge = Judge(given, scenario)
+        assert judge.value(renamed, shares) <= judge.value(*start)
+    pinned = mp.Problem(
+        MODEL, TOPOLOGY, given.statistics, mp.Objective(execution="context_coherent"), pinned={(0, 0): 1}
+    )
+    assert not can_align(pinned, allowed_devices(pinned))

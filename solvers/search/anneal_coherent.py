@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .costs import aim_value
-from .exchange_traffic import exchange_traffic, whole_devices
+from .exchange_traffic import exchange_traffic, recount, token_counts, ways_onward, whole_devices, whole_traffic
 from .proposals import propose
 from .slots import accepted, commit, first_moved, first_work, more_moved, remember, shift_work, slot_tables
 from .traffic import account, coherent_step_cost, replace_traffic, support, supports
@@ -48,9 +48,30 @@ def anneal_coherent(
         np.zeros(nodes, np.bool_),
     )
     ledgers, node_ledgers = np.zeros((steps, 3, 3, devices)), np.zeros((steps, 3, 2, nodes))
-    for t in range(tokens):
-        s = layer.step_of[t]
-        account(layer, around, t, 1.0, here, before, after, ledgers[s], node_ledgers[s], rates, work)
+    plain = slot_expert.shape[0] == experts
+    held, device_of, device_after = (
+        np.full(tokens, -1, np.int64),
+        whole_devices(share),
+        whole_devices(around.after_share),
+    )
+    change, owned, node_owned = (
+        np.zeros((2, steps, devices + 1, 4)),
+        np.zeros((steps, devices)),
+        np.zeros((steps, nodes)),
+    )
+    if plain:
+        device_before = whole_devices(around.before_share)
+        for t in range(tokens):
+            if around.before[t] >= 0:
+                held[t] = device_before[around.before[t]]
+    counts = token_counts(layer, device_of, rates.node_of, nodes, plain)
+    ways = ways_onward(layer, around, device_after, rates.node_of, nodes, plain)
+    if plain:
+        whole_traffic(layer, held, device_of, ways, rates, ledgers, node_ledgers)
+    else:
+        for t in range(tokens):
+            s = layer.step_of[t]
+            account(layer, around, t, 1.0, here, before, after, ledgers[s], node_ledgers[s], rates, work)
     load, hit = first_work(layer, share, slot_at)
     cost = np.empty(steps)
     for s in range(steps):
@@ -58,16 +79,6 @@ def anneal_coherent(
     value = aim_value(cost, aim)
     best, best_expert, best_share, best_cost = value, slot_expert.copy(), share.copy(), cost.copy()
 
-    plain = slot_expert.shape[0] == experts and devices <= 64
-    device_of = whole_devices(share)
-    held, onward = np.full(tokens, -1, np.int64), np.full((tokens, around.after.shape[1]), -1, np.int64)
-    if plain:
-        device_before, device_after = whole_devices(around.before_share), whole_devices(around.after_share)
-        for t in range(tokens):
-            if around.before[t] >= 0:
-                held[t] = device_before[around.before[t]]
-            for j in range(around.after.shape[1]):
-                onward[t, j] = device_after[around.after[t, j]]
     new = np.zeros((2, devices))
     old = np.zeros((2, devices))
     new_load, new_hit = load.copy(), hit.copy()
@@ -98,7 +109,8 @@ def anneal_coherent(
             exchange_traffic(
                 layer,
                 held,
-                onward,
+                counts,
+                ways,
                 a,
                 b,
                 slot_device[p],
@@ -107,6 +119,9 @@ def anneal_coherent(
                 rates,
                 new_ledgers,
                 new_node_ledgers,
+                change,
+                owned,
+                node_owned,
             )
         else:
             replace_traffic(layer, around, a, b, new, here, before, after, new_ledgers, new_node_ledgers, rates, work)
@@ -129,6 +144,7 @@ def anneal_coherent(
         node_ledgers[:] = new_node_ledgers
         cost[:] = new_cost
         if plain:
+            recount(layer, a, b, slot_device[p], slot_device[q], rates.node_of, counts[0], counts[1])
             device_of[a], device_of[b] = slot_device[q], slot_device[p]
         commit(kind, p, q, a, b, new, slot_expert, slot_device, slot_at, share, replicas)
         value = new_value

@@ -13,6 +13,7 @@ from ...placement.plan import Certificate, Stop
 from ...placement.problem import Problem
 from ..base import Budget, Solution
 from . import Batch
+from .aligned_start import aligned, can_align
 from .certified import certified
 from .engine import TASTE, Engine
 from .first_placements import allowed_devices, first_placements, made_placements
@@ -86,15 +87,24 @@ def _search(
     stop: Stop
     judge = Judge(problem, scenario)
     starts, limited = first_placements(problem, allowed, budget), problem.max_moves is not None
-    price = 0.0
-    if problem.objective.execution == "context_coherent" and scenario.steps is not None:
-        relaxed, price = _as_dispatched(problem, scenario, allowed, budget, proposals, starts[0])
-        starts.append(relaxed)
-    aims = [_first_aim(problem, scenario)] * problem.model.layers
     # Layers of one placement cannot be mixed with another's where neighbours matter.
     whole = problem.objective.execution == "context_coherent"
-    first = min(starts, key=lambda start: judge.value(*start)) if whole else starts[0]
-    engine.start(*first, aims, taste=0 if limited else TASTE)
+    aims = [_first_aim(problem, scenario)] * problem.model.layers
+    first, price = starts[0], 0.0
+    try:
+        if whole and scenario.steps is not None:
+            relaxed, price = _as_dispatched(problem, scenario, allowed, budget, proposals, first)
+            if can_align(problem, allowed):
+                starts += [aligned(problem, scenario, relaxed, True), aligned(problem, scenario, first, False)]
+            starts.append(relaxed)
+        if whole:
+            quick = Judge(problem, scenario.beginning)
+            first = min(starts, key=lambda start: quick.value(*start))
+        engine.start(*first, aims, taste=0 if limited else TASTE)
+    except KeyboardInterrupt:
+        engine.start(*first, aims, taste=0)
+        table, certificate, shares = _answer(problem, engine, judge)
+        return Solution(table, certificate, shares=shares, stop="interrupted")
     best = _answer(problem, engine, judge)
     moved: MoveBudget | None = None
     moving_aims = problem.objective.tail is not None
@@ -112,20 +122,23 @@ def _search(
             moved = MoveBudget(problem, engine, whole, price)
             engine.start(*first, aims)
         budget.report(best[1].value, best[1].bound, "start")
-        pace = Pace(budget, proposals)
+        pace = Pace(budget, proposals, reserve=judge.seconds)
         for round_ in range(ROUNDS):
-            if budget.spent:
-                break
             with pace.timing():
                 _round(engine, aims, pace, round_, problem, moved)
-            answer = _answer(problem, engine, judge, moving_aims, moved)
-            if answer[1].value < best[1].value:
-                best = answer
+            last = round_ == ROUNDS - 1 or budget.spent
+            if last or budget.seconds is None or judge.due:
+                answer = _answer(problem, engine, judge, moving_aims, moved)
+                if answer[1].value < best[1].value:
+                    best = answer
             budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
+            if last:
+                break
             aims = _tail_aims(problem, engine, aims)
         stop = "finished" if budget.seconds is None else "time limit"
     except KeyboardInterrupt:
         stop = "interrupted"
+        best = min(best, _answer(problem, engine, judge, moving_aims, moved), key=lambda answer: answer[1].value)
     if stop != "interrupted":
         best = certified(judge, polished(judge, best, budget), budget, certify)
     return Solution(best[0], best[1], shares=best[2], stop=stop)

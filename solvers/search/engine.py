@@ -116,7 +116,7 @@ class Engine:
         return LayerState(now, best, float(value), state.typical or float(typical))
 
     def _around(self, layer: int) -> Neighbours:
-        ids = _ids(self._scenario)
+        ids = self._scenario.walked_ids
         last = len(self.states) - 1
         tokens = len(ids)
         before = np.full(tokens, -1, np.int32) if layer == 0 else ids[:, layer - 1, 0].astype(np.int32)
@@ -131,8 +131,3 @@ class Engine:
     def close(self) -> None:
         """Stops the threads; rounds already handed out end first."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _ids(scenario: Scenario) -> npt.NDArray[np.unsignedinteger]:
-    assert scenario.steps is not None
-    return scenario.steps.expert_ids

@@ -18,7 +18,7 @@ class HomeTokens(NamedTuple):
     """One layer of scenario steps whose tokens have homes. T tokens in order of home and step, k experts each, H homes.
 
     experts: [T, k] int32. home, step_of: [T] int32. first, tokens: CSR lists of the tokens of each (expert, home)
-    ([E * H + 1], [T * k]). counts: [E, H, S] tokens that chose the expert. nearest: whether a token takes the replica
+    ([E * H + 1], [T * k]). counts: [E, H, S] tokens that chose the expert, those not walked over too. nearest: whether a token takes the replica
     nearest to its home, or any by share.
     """
 
@@ -60,15 +60,16 @@ def home_tokens(scenario: Scenario, layer: int, problem: Problem) -> HomeTokens:
     steps, devices = scenario.steps, problem.num_devices
     assert steps is not None
     assert steps.source is not None
-    order = np.argsort(steps.source, kind="stable")
+    groups = problem.model.experts * devices
+    cell = (steps.expert_ids[:, layer].astype(np.int64) * devices + steps.source[:, None]) * steps.num_steps
+    counts = np.bincount((cell + steps.step_of[:, None]).ravel(), minlength=groups * steps.num_steps).astype(np.float64)
+    walked = np.arange(len(steps.source)) if scenario.walked is None else scenario.walked
+    order = walked[np.argsort(steps.source[walked], kind="stable")]
     ids = np.ascontiguousarray(steps.expert_ids[order, layer], dtype=np.int32)
     home, step_of = steps.source[order].astype(np.int32), steps.step_of[order].astype(np.int32)
-    groups = problem.model.experts * devices
     group = (ids * devices + home[:, None]).ravel()
     first = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=groups))]).astype(np.int64)
     tokens = (np.argsort(group, kind="stable") // ids.shape[1]).astype(np.int32)
-    cell = group.astype(np.int64) * steps.num_steps + np.repeat(step_of, ids.shape[1])
-    counts = np.bincount(cell, minlength=groups * steps.num_steps).astype(np.float64)
     return HomeTokens(
         ids,
         home,

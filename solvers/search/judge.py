@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,9 @@ from .scenario import Scenario
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+PATIENCE = 6
+"""Time between judgements of whole plans, in the time one takes, where time is limited."""
+
 
 @dataclass
 class Judge:
@@ -34,6 +38,8 @@ class Judge:
     reference: FloatArray | None = None
     proven: float = -np.inf
     bound: FloatArray = field(init=False)
+    seconds: float = field(init=False, default=0.0)
+    _ended: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         steps = self.scenario.steps
@@ -53,8 +59,20 @@ class Judge:
         chosen = ", nearest replicas" if self.problem.objective.replica_choice == "nearest" else ""
         return f"predicted step seconds on {self.scenario.num_steps} scenario steps{origin}, {risk}{chosen}"
 
+    @property
+    def due(self) -> bool:
+        """Whether the last judgement is long enough ago for another, beside what it takes (`seconds`)."""
+        return time.perf_counter() - self._ended >= PATIENCE * self.seconds
+
     def figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
         """[S] the figure of each scenario step."""
+        started = time.perf_counter()
+        result = self._figures(table, shares)
+        self._ended = time.perf_counter()
+        self.seconds = self._ended - started
+        return result
+
+    def _figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
         problem = self.problem
         if self.scenario.steps is None:
             return self._load_figures(table, shares)

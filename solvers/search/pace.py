@@ -14,8 +14,9 @@ TASTE = 20
 class Pace:
     """Deals `proposals` evenly over rounds; with a time limit, what is left of the time evenly over rounds left."""
 
-    def __init__(self, budget: Budget, proposals: int, rounds: int = 12) -> None:
-        self._budget, self._rounds = budget, rounds
+    def __init__(self, budget: Budget, proposals: int, rounds: int = 12, reserve: float = 0.0) -> None:
+        """reserve: seconds to leave over at the end."""
+        self._budget, self._rounds, self._reserve = budget, rounds, reserve
         self._even = max(1, proposals // rounds)
         self._given = 0
         self._per_proposal: float | None = None
@@ -29,7 +30,7 @@ class Pace:
         elif self._per_proposal is None:
             self._given = TASTE
         else:
-            share = self._budget.left / max(1, self._rounds - round_) - self._beside
+            share = max(0.0, self._budget.left - self._reserve) / max(1, self._rounds - round_) - self._beside
             self._given = max(1, int(share / self._per_proposal))
         return self._given
 

@@ -16,15 +16,20 @@ from ...placement.trace import RoutingTrace
 from . import Batch
 from .layout import Aim, LayerTokens, Rates
 
-SCENARIO_TOKENS = 16_384
-"""Tokens of a scenario when the number of steps is not given: enough that held-out steps rank plans the same."""
+SCENARIO_TOKENS = 131_072
+"""Tokens of a scenario when the number of steps is not given, at most: whole plans are judged on all of them."""
+WALKED_TOKENS = 16_384
+"""Tokens proposals are priced on. Loads are known from all tokens of every step; which devices tokens reach is counted on
+so many of them, evenly over steps: many sequences thinly tell more of unseen ones than few sequences wholly."""
+MOST_STEPS = 64
 
 
 @dataclass(frozen=True)
 class Scenario:
     """Steps (None when only counts were recorded), loads [S, L, E] of each step, and the workload [S] of each.
 
-    imagined: the steps' tokens were drawn from transitions, none having been recorded.
+    imagined: the steps' tokens were drawn from transitions, none having been recorded. walked: the tokens of the steps that
+    proposals are priced on, in order; None for all.
     """
 
     steps: Steps | None
@@ -32,10 +37,20 @@ class Scenario:
     workload: npt.NDArray[np.int64]
     workloads: tuple[str, ...]
     imagined: bool = False
+    walked: npt.NDArray[np.int64] | None = None
 
     @property
     def num_steps(self) -> int:
         return len(self.loads)
+
+    @property
+    def beginning(self) -> Scenario:
+        """The first of its steps, no more than hold the tokens that proposals are priced on."""
+        if self.steps is None or self.walked is None:
+            return self
+        count = max(1, int(np.searchsorted(self.steps.offsets, WALKED_TOKENS, side="right")) - 1)
+        steps = self.steps.select(np.arange(count))
+        return Scenario(steps, self.loads[:count], self.workload[:count], self.workloads, self.imagined)
 
     def layer(self, index: int) -> LayerTokens:
         """One layer's tokens in the kernels' layout; no tokens when only counts are known."""
@@ -45,12 +60,23 @@ class Scenario:
             return LayerTokens(
                 none, none[:, 0], np.zeros(experts + 1, np.int64), none[:, 0], self.loads[:, index].copy()
             )
-        ids = np.ascontiguousarray(self.steps.expert_ids[:, index], dtype=np.int32)
+        ids = np.ascontiguousarray(self.walked_ids[:, index], dtype=np.int32)
         flat = ids.ravel()
         first = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=experts))]).astype(np.int64)
         tokens = (np.argsort(flat, kind="stable") // ids.shape[1]).astype(np.int32)
-        step_of = self.steps.step_of.astype(np.int32)
-        return LayerTokens(ids, step_of, first, tokens, self.loads[:, index].copy())
+        step_of = self.steps.step_of if self.walked is None else self.steps.step_of[self.walked]
+        return LayerTokens(ids, step_of.astype(np.int32), first, tokens, self.loads[:, index].copy())
+
+    @property
+    def walked_ids(self) -> npt.NDArray[np.unsignedinteger]:
+        """[T, L, k] experts of the tokens walked over."""
+        assert self.steps is not None
+        return self.steps.expert_ids if self.walked is None else self.steps.expert_ids[self.walked]
+
+    @property
+    def tokens_each(self) -> float:
+        """How many tokens of the steps each token walked over stands for."""
+        return 1.0 if self.steps is None or self.walked is None else len(self.steps.expert_ids) / len(self.walked)
 
 
 def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int | None, seed: int) -> Scenario:
@@ -61,13 +87,16 @@ def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int |
     Under a risk that compares workloads, each workload gets steps of its own tokens only.
     """
     statistics = problem.statistics
-    count = max(4, min(64, SCENARIO_TOKENS // step_tokens)) if steps is None else steps
+    count = max(4, min(MOST_STEPS, SCENARIO_TOKENS // step_tokens)) if steps is None else steps
     sample, imagined = statistics.sample, False
     if sample is None or not sample.num_tokens:
         if problem.objective.execution != "context_coherent" or statistics.transitions is None:
             return _from_windows(statistics)
         # Without the combine it is transitions that cost: tokens that show the recorded ones can be priced.
         sample, imagined = draw_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
+    if batch == "prefill" and steps is None:
+        # More steps than the sample fills would only be its sequences in another order.
+        count = max(4, min(count, sample.num_tokens // step_tokens))
     if problem.objective.risk not in ("worst_workload", "regret") or len(statistics.workloads) == 1:
         drawn = _draw(sample, batch, step_tokens, count, seed)
     else:
@@ -76,7 +105,21 @@ def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int |
         drawn = _join(
             [_draw(sample.select(sample.workload == code), batch, step_tokens, share, seed) for code in present]
         )
-    return Scenario(drawn, drawn.loads().astype(np.float64), drawn.step_workload, statistics.workloads, imagined)
+    loads = drawn.loads().astype(np.float64)
+    return Scenario(drawn, loads, drawn.step_workload, statistics.workloads, imagined, _thinned(drawn, seed))
+
+
+def _thinned(steps: Steps, seed: int) -> npt.NDArray[np.int64] | None:
+    """Tokens to walk over, the same part of every step drawn at random; None for all."""
+    part = WALKED_TOKENS / max(1, len(steps.expert_ids))
+    if part >= 1.0:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = [
+        start + np.sort(rng.permutation(size)[: max(1, round(part * size))])
+        for start, size in zip(steps.offsets[:-1].tolist(), steps.tokens.tolist(), strict=True)
+    ]
+    return np.concatenate(drawn).astype(np.int64)
 
 
 def _draw(sample: RoutingTrace, batch: Batch, step_tokens: int, steps: int, seed: int) -> Steps:
@@ -123,8 +166,8 @@ def rates_for(problem: Problem, scenario: Scenario) -> Rates:
     return Rates(
         model.flops_per_token / topology.compute,
         model.bytes_per_expert / topology.memory_bandwidth,
-        out / topology.intra_bandwidth,
-        out / topology.inter_bandwidth,
+        scenario.tokens_each * out / topology.intra_bandwidth,
+        scenario.tokens_each * out / topology.inter_bandwidth,
         back / out,
         topology.node_of,
         topology.node_size.astype(np.float64),
