@@ -30,6 +30,7 @@ import moeplace as mp
 
 IntArray = npt.NDArray[np.int64]
 ROOT = Path(__file__).resolve().parents[1]
+EXECUTIONS = ("dispatch_combine", "context_coherent")
 PEER_TOKENS = 4096
 """Tokens whose hyperedges partitioners are given: METIS and Mt-KaHyPar settle long before."""
 
@@ -51,7 +52,7 @@ class Kind:
 
 DECODE_128 = Kind("decode 128", "decode", 128, 100)
 DECODE_512 = Kind("decode 512", "decode", 512, 40)
-PREFILL = Kind("prefill 4096", "prefill", 4096, 12)
+PREFILL = Kind("prefill 4096", "prefill", 4096, 24)
 PREFILL_512 = Kind("prefill 512", "prefill", 512, 24)
 
 
@@ -134,20 +135,9 @@ def peer_plans(entry: Input, problem: mp.Problem, eplb: Path | None, seconds: fl
     return found
 
 
-def cells(entry: Input, eplb: Path | None, seconds: float, known: Rows, until: float) -> None:
-    """Adds the rows of every cluster that `known` lacks, until the clock says `until`."""
-    statistics = mp.RoutingStatistics.from_trace(entry.train)
-    for preset, nodes, per_node in entry.layouts:
-        cluster = f"{nodes} x {per_node} {preset}"
-        if known.has(entry.name, cluster) or time.monotonic() > until:
-            continue
-        rows = list(cluster_cells(entry, preset, nodes, per_node, statistics, eplb, seconds))
-        known.add(rows)
-
-
 @dataclass
 class Rows:
-    """Rows of finished clusters, kept in a file of JSON lines so that a run may be parted."""
+    """Rows of finished cells, kept in a file so that a run may be parted."""
 
     path: Path | None
     rows: list[dict[str, Any]]
@@ -155,47 +145,59 @@ class Rows:
     @classmethod
     def read(cls, path: Path | None) -> Rows:
         there = path is not None and path.exists()
-        return cls(path, [json.loads(text) for text in path.read_text().splitlines()] if path and there else [])
+        return cls(path, json.loads(path.read_text()) if path and there else [])
 
-    def has(self, name: str, cluster: str) -> bool:
-        return any((row["input"], row["cluster"]) == (name, cluster) for row in self.rows)
+    def find(self, **key: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if all(row[name] == value for name, value in key.items())]
 
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        self.rows += rows
+    def save(self) -> None:
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            self.path.write_text(json.dumps(self.rows))
 
 
-def cluster_cells(
-    entry: Input,
-    preset: str,
-    nodes: int,
-    per_node: int,
-    statistics: mp.RoutingStatistics,
-    eplb: Path | None,
-    seconds: float,
-) -> Iterator[dict[str, Any]]:
-    topology = mp.Topology.preset(preset, nodes, per_node)
-    plans = peer_plans(entry, mp.Problem(entry.model, topology, statistics), eplb, seconds)
-    for execution in ("dispatch_combine", "context_coherent"):
-        problem = mp.Problem(entry.model, topology, statistics, mp.Objective(execution=execution))
-        print(f"{entry.name}, {nodes} x {per_node} {preset}, {execution}", file=sys.stderr)
-        for kind in entry.kinds:
-            steps = kind.draw(entry.held, 1)
-            figures = {peer: best_of(settings, steps, problem) for peer, settings in plans.items()}
-            plan = mp.solve(problem, "search", seconds=seconds, seed=0, batch=kind.batch, step_tokens=kind.tokens)
-            figures["search"] = {"setting": "", "gap": plan.gap, **judged(plan, steps, problem)}
-            row = {
-                "input": entry.name,
-                "cluster": f"{nodes} x {per_node} {preset}",
-                "execution": execution,
-                "kind": kind.name,
-                "search_seconds": plan.provenance.seconds,
-                "figures": figures,
-            }
-            print("  " + line(row), file=sys.stderr)
-            yield row
+def peer_cells(entry: Input, eplb: Path | None, seconds: float, known: Rows, until: float) -> None:
+    """Adds a row with every peer's figures for each cell of the clusters that `known` lacks."""
+    statistics = mp.RoutingStatistics.from_trace(entry.train)
+    for preset, nodes, per_node in entry.layouts:
+        cluster = f"{nodes} x {per_node} {preset}"
+        if known.find(input=entry.name, cluster=cluster) or time.monotonic() > until:
+            continue
+        topology = mp.Topology.preset(preset, nodes, per_node)
+        plans = peer_plans(entry, mp.Problem(entry.model, topology, statistics), eplb, seconds)
+        for execution in EXECUTIONS:
+            problem = mp.Problem(entry.model, topology, statistics, mp.Objective(execution=execution))
+            for kind in entry.kinds:
+                steps = kind.draw(entry.held, 1)
+                known.rows.append(
+                    {
+                        "input": entry.name,
+                        "cluster": cluster,
+                        "execution": execution,
+                        "kind": kind.name,
+                        "figures": {peer: best_of(settings, steps, problem) for peer, settings in plans.items()},
+                    }
+                )
+        known.save()
+
+
+def search_cells(entry: Input, seconds: float, known: Rows, until: float) -> None:
+    """Completes rows by search's figures."""
+    statistics = mp.RoutingStatistics.from_trace(entry.train)
+    for preset, nodes, per_node in entry.layouts:
+        topology = mp.Topology.preset(preset, nodes, per_node)
+        for execution in EXECUTIONS:
+            problem = mp.Problem(entry.model, topology, statistics, mp.Objective(execution=execution))
+            for kind in entry.kinds:
+                cluster = f"{nodes} x {per_node} {preset}"
+                rows = known.find(input=entry.name, cluster=cluster, execution=execution, kind=kind.name)
+                if not rows or "search" in rows[0]["figures"] or time.monotonic() > until:
+                    continue
+                steps = kind.draw(entry.held, 1)
+                plan = mp.solve(problem, "search", seconds=seconds, seed=0, batch=kind.batch, step_tokens=kind.tokens)
+                rows[0]["figures"]["search"] = {"setting": "", "gap": plan.gap, **judged(plan, steps, problem)}
+                rows[0]["search_seconds"] = plan.provenance.seconds
+                print("  " + line(rows[0]), file=sys.stderr)
+                known.save()
 
 
 def judged(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> dict[str, float]:
@@ -269,15 +271,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="time limit of each solve")
     parser.add_argument("--inputs", default="", help="only inputs whose name contains this")
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
-    parser.add_argument("--rows", type=Path, help="keep finished clusters here; they are not run again")
-    parser.add_argument("--minutes", type=float, default=np.inf, help="begin no cluster after so many, with --rows")
+    parser.add_argument("--rows", type=Path, help="keep finished cells here; they are not run again")
+    parser.add_argument("--minutes", type=float, default=np.inf, help="begin nothing new after so many, with --rows")
     options = parser.parse_args()
     known, until = Rows.read(options.rows), time.monotonic() + 60.0 * options.minutes
     for entry in inputs(options.data):
         if options.inputs in entry.name:
-            cells(entry, options.eplb, options.seconds, known, until)
+            peer_cells(entry, options.eplb, options.seconds, known, until)
+            search_cells(entry, options.seconds, known, until)
     text = page(
-        known.rows,
+        [row for row in known.rows if "search" in row["figures"]],
         f"python benchmarks/search_peers.py --data DATA --eplb EPLB/eplb.py --seconds {options.seconds:g}",
     )
     if options.out:

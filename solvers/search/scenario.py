@@ -16,7 +16,7 @@ from ...placement.trace import RoutingTrace
 from . import Batch
 from .layout import Aim, LayerTokens, Rates
 
-SCENARIO_TOKENS = 131_072
+SCENARIO_TOKENS = 65_536
 """Tokens of a scenario when the number of steps is not given, at most: whole plans are judged on all of them."""
 WALKED_TOKENS = 16_384
 """Tokens proposals are priced on. Loads are known from all tokens of every step; which devices tokens reach is counted on
