@@ -7,14 +7,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..placement.errors import UnsupportedError
+from ..placement.errors import InputError, UnsupportedError
 from .progress import Update
 
 if TYPE_CHECKING:
-    from ..db.service_records import JobRecord
+    from ..db.service_records import CountWindow, JobRecord
     from ..placement.failures import Kind
     from ..placement.plan import Plan
     from ..placement.problem import Problem
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from ..service.client import Client
     from ..service.requests import ChangesRequest, StudyRequest
     from .comparison import Parted
-    from .inputs import SolverChoice
+    from .inputs import Routing, SolverChoice
     from .options import StepOptions
 
 TOKEN = "MOEPLACE_TOKEN"
+SENT_AT_ONCE = 128
 
 
 @contextmanager
@@ -172,6 +174,57 @@ def send_statistics(client: Client, statistics: RoutingStatistics) -> str:
         path = Path(folder) / "statistics.npz"
         write_statistics(statistics, path)
         return client.upload_statistics(path)
+
+
+def send_record(url: str, record: Routing, statistics: RoutingStatistics, deployment: str | None) -> str:
+    """Sends a record to a service; returns what it is there. Sent again, it is not stored again.
+
+    A deployment gets a trace as shards, and counts as windows, which end a second after one another, the last when the record
+    was written. Without a deployment the service keeps the statistics.
+    """
+    from ..profiler.trace_files import write_trace
+
+    with service(url) as client:
+        if deployment is None:
+            return f"statistics {send_statistics(client, statistics)}"
+        if record.trace is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                write_trace(record.trace, folder, model=record.model)
+                shards = sorted(Path(folder).glob("*.parquet"))
+                keys = [client.upload_trace(deployment, shard).key for shard in shards]
+            return f"{len(keys)} trace shard{'s' if len(keys) > 1 else ''} to {deployment!r}"
+        windows = windows_of(statistics, record.path)
+        new = 0
+        for first in range(0, len(windows), SENT_AT_ONCE):
+            new += client.push_windows(deployment, windows[first : first + SENT_AT_ONCE]).new
+        return f"{len(windows)} windows to {deployment!r}, {new} of them new"
+
+
+def windows_of(statistics: RoutingStatistics, path: Path) -> list[CountWindow]:
+    """The windows of a record of counts.
+
+    Raises:
+        InputError: counts that are no whole numbers.
+    """
+    import numpy as np
+
+    from ..db.service_records import CountWindow
+
+    whole = np.rint(statistics.load)
+    if not np.array_equal(whole, statistics.load):
+        raise InputError(f"{path} holds fractions of tokens; a service takes whole counts")
+    newest = max(file.stat().st_mtime for file in [path, *(path.rglob("*") if path.is_dir() else [])])
+    last = datetime.fromtimestamp(int(newest), UTC)
+    count = len(whole)
+    return [
+        CountWindow(
+            last - timedelta(seconds=count - 1 - i),
+            window.astype(np.int64),
+            statistics.workloads[int(statistics.window_workload[i])],
+            statistics.fingerprint[:12],
+        )
+        for i, window in enumerate(whole)
+    ]
 
 
 def _answer(client: Client, job: JobRecord, url: str, update: Update) -> dict[str, Any]:

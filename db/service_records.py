@@ -239,6 +239,38 @@ class WebhookRecord:
 
 
 @dataclass(frozen=True)
+class EngineRecord:
+    """An engine that is asked for its routing, without its key. recorder: name of the folder it writes to, as servers know it.
+
+    every: seconds from one recording to the next, of `span` seconds each. polled: when windows last came, `windows` of them so
+    far. failures: in a row since, the last at `failed`.
+    """
+
+    deployment: str
+    url: str
+    recorder: str
+    every: float
+    span: float
+    created: datetime
+    polled: datetime | None
+    windows: int
+    failures: int
+    failed: datetime | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class EngineHold:
+    """What a server needs to ask an engine. beat: grows while its holder lives. secret: the engine's key."""
+
+    engine: EngineRecord
+    key: int
+    holder: str
+    beat: int
+    secret: str | None
+
+
+@dataclass(frozen=True)
 class DeliveryRecord:
     """An event to send. secret: signs it."""
 

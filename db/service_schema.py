@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Integer, LargeBinary, String, Text, UniqueConstraint
+from sqlalchemy import BigInteger, Double, ForeignKey, Integer, LargeBinary, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from .columns import Document, UtcTime
@@ -57,7 +57,8 @@ class WindowRow(Base):
 
 
 class UploadRow(Base):
-    """A file on its way in, told by its SHA-256; `received_bytes` of it are here."""
+    """A file on its way in, told by its SHA-256; `received_bytes` of it are here. place: where it is once complete, when not in
+    parts here."""
 
     __tablename__ = "uploads"
     __table_args__ = (UniqueConstraint("kind", "owner", "sha256", name="uq_uploads_content"),)
@@ -71,6 +72,7 @@ class UploadRow(Base):
     state: Mapped[str] = mapped_column(String(20))
     created: Mapped[datetime] = mapped_column(UtcTime)
     about: Mapped[Any] = mapped_column(Document, nullable=True)
+    place: Mapped[str | None] = mapped_column(Text)
 
 
 class UploadPartRow(Base):
@@ -202,3 +204,28 @@ class DeliveryRow(Base):
     state: Mapped[str] = mapped_column(String(20), index=True)
     attempts: Mapped[int]
     outcome: Mapped[str] = mapped_column(Text)
+
+
+class EngineRow(Base):
+    """The engine of a deployment, asked for its routing. holder: the server that asks it, which lives while `beat` grows.
+
+    failures: in a row, the last at `failed`, of `error`.
+    """
+
+    __tablename__ = "engines"
+
+    key: Mapped[int] = mapped_column(primary_key=True)
+    deployment_key: Mapped[int] = mapped_column(ForeignKey("deployments.key"), unique=True)
+    url: Mapped[str] = mapped_column(Text)
+    recorder: Mapped[str] = mapped_column(String(100))
+    every: Mapped[float] = mapped_column(Double)
+    span: Mapped[float] = mapped_column(Double)
+    secret: Mapped[str | None] = mapped_column(Text)
+    created: Mapped[datetime] = mapped_column(UtcTime)
+    holder: Mapped[str] = mapped_column(String(100))
+    beat: Mapped[int]
+    polled: Mapped[datetime | None] = mapped_column(UtcTime)
+    windows: Mapped[int] = mapped_column(BigInteger)
+    failures: Mapped[int]
+    failed: Mapped[datetime | None] = mapped_column(UtcTime)
+    error: Mapped[str | None] = mapped_column(Text)

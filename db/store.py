@@ -22,6 +22,7 @@ from .audit import Audit
 from .content import storable
 from .decisions import Decisions
 from .deployments import Deployments
+from .engines import Engines
 from .jobs import Jobs
 from .keep import (
     keep_evaluation,
@@ -73,6 +74,7 @@ class Store:
         self.audit = Audit(sessions)
         self.decisions = Decisions(sessions)
         self.deployments = Deployments(sessions)
+        self.engines = Engines(sessions)
         self.jobs = Jobs(sessions)
         self.tokens = Tokens(sessions)
         self.uploads = Uploads(sessions)

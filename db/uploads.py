@@ -91,8 +91,14 @@ class Uploads:
             row.received_bytes = start + len(piece)
             return _record(row)
 
-    def finish(self, key: int, inspect: Callable[[bytes], Mapping[str, Any]]) -> UploadRecord:
-        """Checks the whole content, once all is here. inspect: says what it is, or raises InputError.
+    def finish(
+        self,
+        key: int,
+        inspect: Callable[[bytes], Mapping[str, Any]],
+        move: Callable[[str, bytes], str] | None = None,
+    ) -> UploadRecord:
+        """Checks the whole content, once all is here. inspect: says what it is, or raises InputError. move: keeps the content
+        elsewhere under a name, and says where; otherwise it stays here.
 
         Raises:
             ConflictError: bytes are missing. InputError: another SHA-256 than announced, or what `inspect` raises; the
@@ -115,19 +121,28 @@ class Uploads:
         except InputError:
             self._close(key, "refused", None)
             raise
-        return self._close(key, "complete", about)
+        # When this process dies before the next line, the same is moved to the same place again.
+        place = None if move is None else move(f"{key:08}-{row.sha256}", content)
+        return self._close(key, "complete", about, place)
 
     def content(self, key: int) -> bytes:
-        """All bytes of a complete upload.
+        """All bytes of a complete upload that is kept here.
 
         Raises:
-            ConflictError: it is not complete.
+            ConflictError: it is not complete, or kept elsewhere.
         """
         with self._sessions.reading() as session:
             row = _row(session, key)
             if row.state != "complete":
                 raise ConflictError(f"upload {key} is {row.state}, not complete")
+            if row.place is not None:
+                raise ConflictError(f"upload {key} is kept outside the database")
             return _content(session, key)
+
+    def place(self, key: int) -> str | None:
+        """Where a complete upload is kept, None when here."""
+        with self._sessions.reading() as session:
+            return _row(session, key).place
 
     def complete(self, kind: str, owner: str, *, limit: int) -> list[UploadRecord]:
         """The newest complete ones, newest first."""
@@ -140,24 +155,31 @@ class Uploads:
         with self._sessions.reading() as session:
             return [_record(row) for row in session.scalars(query)]
 
-    def drop(self, *, kind: str, owner: str, keep: int, begun_before: datetime) -> int:
-        """Removes all but the newest `keep` complete ones, and those begun long ago and never finished."""
+    def drop(self, *, kind: str, owner: str, keep: int, begun_before: datetime) -> tuple[int, list[str]]:
+        """Removes all but the newest `keep` complete ones, and those begun long ago and never finished.
+
+        Returns how many, and the places of those that were kept elsewhere, for the caller to empty.
+        """
         with self._sessions.writing() as session:
             mine = (UploadRow.kind == kind, UploadRow.owner == owner)
             complete = select(UploadRow.key).where(*mine, UploadRow.state == "complete").order_by(UploadRow.key.desc())
             old = list(session.scalars(complete.offset(keep)))
             stale = select(UploadRow.key).where(*mine, UploadRow.state != "complete", UploadRow.created < begun_before)
             gone = [*old, *session.scalars(stale)]
+            places = session.scalars(
+                select(UploadRow.place).where(UploadRow.key.in_(gone), UploadRow.place.is_not(None))
+            )
+            emptied = [place for place in places if place is not None]
             session.execute(delete(UploadPartRow).where(UploadPartRow.upload_key.in_(gone)))
             session.execute(delete(UploadRow).where(UploadRow.key.in_(gone)))
-            return len(gone)
+            return len(gone), emptied
 
-    def _close(self, key: int, state: str, about: Mapping[str, Any] | None) -> UploadRecord:
+    def _close(self, key: int, state: str, about: Mapping[str, Any] | None, place: str | None = None) -> UploadRecord:
         with self._sessions.writing() as session:
             row = _row(session, key)
             if row.state == "open":
-                row.state, row.about = state, about
-                if state == "refused":
+                row.state, row.about, row.place = state, about, place
+                if state == "refused" or place is not None:
                     session.execute(delete(UploadPartRow).where(UploadPartRow.upload_key == key))
             return _record(row)
 

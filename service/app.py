@@ -19,9 +19,12 @@ from .limits import BodyLimit, RateLimit
 from .metrics import Metrics
 from .observe import Observe
 from .pages.routes import router as pages
-from .pool import Pool, Reaper
+from .pages.studies import router as studies
+from .polling import Poller
+from .pool import Pool, Reaper, crew_for
 from .routes import ROUTERS
 from .settings import Settings
+from .shards import Shards
 
 DESCRIPTION = """Keeps expert placements of mixture-of-experts deployments right while their traffic drifts.
 
@@ -36,13 +39,17 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
         with contextlib.ExitStack() as stack:
             app.state.intake = Intake(store)
             stack.callback(app.state.intake.close)
-            pool, reaper = Pool(store, settings, _address(settings)), Reaper(store, settings)
+            pool = Pool(store, settings, crew_for(settings, _address(settings)))
+            reaper = Reaper(store, settings)
             app.state.pool = pool
             stack.callback(pool.close)
+            poller = Poller(store, settings)
+            stack.callback(poller.close)
             for name, every, function in (
                 ("workers", 0.5, pool.tend),
                 ("reaper", settings.lease_seconds / 6, reaper.look),
                 ("watchman", 2.0, background.Watchman(store, settings).look),
+                ("engines", min(1.0, settings.lease_seconds / 6), poller.look),
                 ("courier", 1.0, Courier(store).deliver),
                 ("housekeeping", 600.0, lambda: background.keep_house(store)),
             ):
@@ -61,9 +68,10 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
         openapi_url="/v1/openapi.json",
     )
     app.state.settings, app.state.store, app.state.gate = settings, store, Gate(store, settings)
+    app.state.shards = None if settings.traces is None else Shards(settings.traces)
     app.state.metrics, app.state.ready = Metrics(store), False
     problems.install(app)
-    for router in (*ROUTERS, pages):
+    for router in (*ROUTERS, pages, studies):
         app.include_router(router)
 
     describe(app)

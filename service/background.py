@@ -12,6 +12,7 @@ from ..db.store import Store
 from ..placement.errors import MoeplaceError
 from .policy import Policy
 from .settings import Settings
+from .shards import remove
 
 log = logging.getLogger("moeplace.service.background")
 
@@ -75,9 +76,10 @@ def keep_house(store: Store) -> None:
             joined, dropped = store.windows.compact(
                 deployment.name, older_than=old, group=policy.join, keep=policy.keep_windows
             )
-            uploads = store.uploads.drop(
+            uploads, places = store.uploads.drop(
                 kind="trace", owner=deployment.name, keep=policy.keep_traces, begun_before=now - STALE_UPLOAD
             )
+            remove(places)
             if joined or dropped or uploads:
                 told = {"deployment": deployment.name, "joined": joined, "dropped": dropped, "uploads": uploads}
                 log.info("compacted", extra=told)

@@ -21,6 +21,7 @@ from ..db.service_records import (
     CountWindow,
     DecisionRecord,
     DeploymentRecord,
+    EngineRecord,
     JobRecord,
     PublicationRecord,
     UploadRecord,
@@ -286,6 +287,28 @@ class Client(Calls):
     def remove_webhook(self, deployment: str, key: int) -> None:
         """Ends a webhook."""
         self._transport.call("DELETE", _deployment(deployment, f"webhooks/{key}"))
+
+    def set_engine(
+        self,
+        deployment: str,
+        url: str,
+        *,
+        recorder: str = "default",
+        every: float = 60.0,
+        span: float = 10.0,
+        key: str | None = None,
+    ) -> EngineRecord:
+        """Has the deployment's engine, an SGLang, asked for its routing; see `PUT /v1/deployments/{name}/engine`."""
+        body = {"url": url, "recorder": recorder, "every": every, "span": span, "key": key}
+        return self._ask(EngineRecord, "PUT", _deployment(deployment, "engine"), body)
+
+    def engine(self, deployment: str) -> EngineRecord:
+        """The engine that is asked, and what came of it."""
+        return self._ask(EngineRecord, "GET", _deployment(deployment, "engine"))
+
+    def remove_engine(self, deployment: str) -> None:
+        """Asks it no more."""
+        self._transport.call("DELETE", _deployment(deployment, "engine"))
 
     def whoami(self) -> Actor:
         """Name and role of the token."""

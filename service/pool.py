@@ -1,21 +1,18 @@
-"""Worker processes on this machine: started, replaced when they die, ended with the server."""
+"""Workers of this server: started, replaced when they die, ended with the server. And a look after those of all servers."""
 
 from __future__ import annotations
 
 import logging
 import os
 import secrets
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
 
-from ..db.address import VARIABLE
 from ..db.service_records import Pulse
 from ..db.store import Store
+from .crew import Crew, Held, LocalCrew
 from .settings import Settings
 
 log = logging.getLogger("moeplace.service.pool")
@@ -28,67 +25,69 @@ SHORT_LIFE = 5.0
 @dataclass
 class _Worker:
     name: str
-    process: subprocess.Popen[bytes]
+    held: Held
     started: float
 
 
-class Pool:
-    """`settings.workers` processes. `tend` is to be called again and again."""
+def crew_for(settings: Settings, address: str) -> Crew:
+    """Where the settings want workers.
 
-    def __init__(self, store: Store, settings: Settings, address: str) -> None:
-        self._store, self._settings, self._address = store, settings, address
+    Raises:
+        UnsupportedError: on Ray, which is not installed.
+    """
+    if isinstance(settings.workers, int):
+        return LocalCrew(settings, address)
+    from .crew_ray import RayCrew
+
+    return RayCrew(settings, address)
+
+
+class Pool:
+    """As many workers as the crew wants. `tend` is to be called again and again."""
+
+    def __init__(self, store: Store, settings: Settings, crew: Crew) -> None:
+        self._store, self._settings, self._crew = store, settings, crew
         self._workers: list[_Worker] = []
         self._rest_until = 0.0
+        self._closed = False
         self._lock = threading.Lock()
-
-    @property
-    def size(self) -> int:
-        return self._settings.workers if isinstance(self._settings.workers, int) else 0
 
     def tend(self) -> None:
         """Replaces the dead; what they held is queued again at once, for a process that ended cannot come back."""
         with self._lock:
-            for worker in [worker for worker in self._workers if worker.process.poll() is not None]:
+            for worker in list(self._workers):
+                how = worker.held.ended()
+                if how is None:
+                    continue
                 self._workers.remove(worker)
-                log.warning("worker died", extra={"worker": worker.name, "code": worker.process.returncode})
+                log.warning("worker died", extra={"worker": worker.name, "code": how})
                 if time.monotonic() - worker.started < SHORT_LIFE:
                     self._rest_until = time.monotonic() + SHORT_LIFE
                 for pulse in self._store.jobs.pulses():
                     if pulse.worker == worker.name:
                         self._store.jobs.lost(pulse, self._settings.attempts)
-            while len(self._workers) < self.size and time.monotonic() >= self._rest_until:
+            if self._closed or time.monotonic() < self._rest_until:
+                return
+            for _ in range(self._crew.size() - len(self._workers)):
                 self._workers.append(self._start())
-
-    def alive(self) -> int:
-        """Workers running."""
-        return sum(worker.process.poll() is None for worker in self._workers)
 
     def close(self) -> None:
         """Ends all workers; the jobs they hold are given back."""
         with self._lock:
+            self._closed = True
             for worker in self._workers:
-                if worker.process.stdin is not None:
-                    worker.process.stdin.close()
+                worker.held.stop()
             deadline = time.monotonic() + GRACE_SECONDS
             for worker in self._workers:
-                try:
-                    worker.process.wait(max(0.1, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    os.killpg(worker.process.pid, signal.SIGKILL)
-                    worker.process.wait()
+                worker.held.wait(deadline - time.monotonic())
             self._workers = []
+            self._crew.close()
 
     def _start(self) -> _Worker:
         name = f"{socket.gethostname()[:60]}:{os.getpid()}:{secrets.token_hex(4)}"
-        module = __name__.rpartition(".")[0] + ".worker"
-        command = [sys.executable, "-m", module, name]
-        command += [str(self._settings.lease_seconds), str(self._settings.idle_seconds)]
-        # The address may hold a password: other users see command lines, not environments.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, env={**os.environ, VARIABLE: self._address}, start_new_session=True
-        )
-        log.info("worker starts", extra={"worker": name, "pid": process.pid})
-        return _Worker(name, process, time.monotonic())
+        held = self._crew.start(name)
+        log.info("worker starts", extra={"worker": name, **held.place})
+        return _Worker(name, held, time.monotonic())
 
 
 class Reaper:

@@ -29,6 +29,8 @@ def serve(settings: Settings) -> None:
     configure()
     with Store.open(settings.db) as store:
         app = create_app(settings, store)
+        if app.state.shards is not None:
+            app.state.shards.check()
         config = uvicorn.Config(
             app,
             host=settings.host,

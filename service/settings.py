@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..placement.errors import InputError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """db: address of the database. workers: processes that solve, 0 for none here, or a Ray address. auth: None to ask
+    """db: address of the database. traces: where uploaded traces are kept, a folder or an address fsspec opens; None for the
+    database. recorders: folders that engines' recorders write to, by name. workers: processes that solve, 0 for none here, or a Ray cluster: "ray://host:port", "ray" for
+    the one this machine is part of, "ray:local" for one of this machine alone. ray_workers: processes on it, None for one a
+    CPU. auth: None to ask
     for tokens everywhere but on loopback. rate: requests a second and caller, 0 for any; burst: that many at once.
     check_windows: new windows of a deployment from which on it is checked for drift. lease_seconds: a worker that shows no
     sign of life for so long is given up.
     """
 
     db: str | None = None
+    traces: str | None = None
+    recorders: Mapping[str, Path] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8311
     workers: int | str = 1
+    ray_workers: int | None = None
     auth: bool | None = None
     rate: float = 200.0
     burst: int = 400
@@ -34,7 +43,14 @@ class Settings:
         if self.auth is False and not self.on_loopback:
             raise InputError(f"host {self.host!r} can be reached from elsewhere: tokens cannot be turned off there")
         if isinstance(self.workers, int) and not 0 <= self.workers <= 1024:
-            raise InputError(f"workers ({self.workers}) must be 0 to 1024, or a ray:// address")
+            raise InputError(f"workers ({self.workers}) must be 0 to 1024, or a Ray cluster")
+        on_ray = isinstance(self.workers, str)
+        if isinstance(self.workers, str) and self.workers not in ("ray", "ray:local"):
+            parts = urlsplit(self.workers)
+            if parts.scheme != "ray" or not parts.hostname:
+                raise InputError(f"workers ({self.workers!r}) must be a number, ray://HOST:PORT, ray or ray:local")
+        if self.ray_workers is not None and not (on_ray and 1 <= self.ray_workers <= 1024):
+            raise InputError(f"ray_workers ({self.ray_workers}) must be 1 to 1024, and go with workers on Ray")
 
     @property
     def on_loopback(self) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..db.records import ModelRecord, PlanRecord, PlanSummary, StatisticsRecord, TopologyRecord
 from ..db.service_records import WindowRecord
@@ -15,6 +15,7 @@ from ..placement.model import ModelSpec
 from ..placement.objective import Objective
 from ..placement.plan_file import plan_to_dict
 from ..placement.topology import Topology
+from ..profiler.engine_server import EngineServer
 from .plain import PlainObject
 from .policy import Policy
 
@@ -256,6 +257,28 @@ class CommentIn(Body):
 
 class WebhookIn(Body):
     url: Annotated[str, Field(max_length=2000, pattern=r"^https?://[!-~]+$")]
+
+
+class EngineIn(Body):
+    """An SGLang that serves the deployment, started with --expert-distribution-recorder-mode stat.
+
+    url: called by the servers as given. recorder: name of the folder it writes to, as `moeplace serve --recorder` gave it.
+    every: seconds from one recording to the next. span: seconds of each. key: the engine's, sent as a bearer token; it is not
+    shown again.
+    """
+
+    url: Annotated[str, Field(max_length=2000, pattern=r"^https?://[!-~]+$")]
+    recorder: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[ -~]+$")] = "default"
+    every: Annotated[float, Field(ge=1.0, le=86_400.0)] = 60.0
+    span: Annotated[float, Field(ge=0.05, le=3600.0)] = 10.0
+    key: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[!-~]+$")] | None = None
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Self:
+        EngineServer(self.url)
+        if self.span > self.every:
+            raise ValueError(f"span ({self.span:g}) must not be longer than every ({self.every:g})")
+        return self
 
 
 class WebhookMade(BaseModel):

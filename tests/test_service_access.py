@@ -49,6 +49,8 @@ NEEDS = {
         ("POST", "/v1/decisions/{key}/reject"),
         ("POST", "/v1/deployments/{name}/webhooks"),
         ("DELETE", "/v1/deployments/{name}/webhooks/{key}"),
+        ("PUT", "/v1/deployments/{name}/engine"),
+        ("DELETE", "/v1/deployments/{name}/engine"),
     },
 }
 

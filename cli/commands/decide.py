@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..comparison import BASELINE, part, solving_statistics
 from ..inputs import read_objective, read_plan, read_routing
-from ..options import JUDGING, AsJson, HeldOutOptions, ObjectiveOptions, RoutingPath, StoreOptions
+from ..options import JUDGING, STORE, AsJson, HeldOutOptions, ObjectiveOptions, ServerOptions, StoreOptions
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds
 from ..progress import working
+from ..remote import service
 
 if TYPE_CHECKING:
     from ...placement.decide import Decision
+    from ...placement.plan import Plan
 
 COLUMNS = (
     Column("candidate", "candidate", right=False),
@@ -31,14 +34,40 @@ COLUMNS = (
 
 
 def decide_command(
-    routing: RoutingPath,
     objective: ObjectiveOptions,
     held_out: HeldOutOptions,
     storage: StoreOptions,
+    remote: ServerOptions,
     candidates: Annotated[
         str,
         typer.Option("--candidates", metavar="PLAN,...", help="Plan files or stored plans that might be applied."),
     ],
+    routing: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="ROUTING",
+            help="Recorded routing, as for `moeplace solve`; none with --deployment.",
+            show_default=False,
+        ),
+    ] = None,
+    deployment: Annotated[
+        str | None,
+        typer.Option(
+            "--deployment",
+            metavar="NAME",
+            help="Have the service of --server judge one candidate against this deployment's plan in force, on its newest routing.",
+            show_default=False,
+            rich_help_panel=STORE,
+        ),
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="With --deployment: keep the decision, to be approved or published as its policy says.",
+            rich_help_panel=STORE,
+        ),
+    ] = False,
     current: Annotated[
         str,
         typer.Option(
@@ -75,13 +104,19 @@ def decide_command(
     Example:
 
       moeplace decide trace --candidates plan.json,other.json --current now.json --horizon 50000
+      moeplace decide --server http://plans:8311 --deployment chat --candidates 3f2a91c0 --record
     """
     from ...placement.decide import decide
     from ...placement.problem import Problem
     from ...solvers import solve
 
+    if (routing is None) == (deployment is None):
+        raise typer.BadParameter("give ROUTING to judge on, or --deployment of a service, one of them")
     names = [name.strip() for name in candidates.split(",") if name.strip()]
-    plans = [read_plan(name, storage.db) for name in names]
+    plans = [read_plan(name, storage.db, remote.server) for name in names]
+    if routing is None:
+        _asked_of_service(remote.server, str(deployment), plans, names, record, as_json)
+        return
     with working("reading the routing") as update:
         record = read_routing(routing)
         parted = part(record, held_out, seed)
@@ -91,7 +126,7 @@ def decide_command(
             statistics=solving_statistics(record, parted),
             objective=read_objective(objective),
         )
-        in_force = solve(problem, BASELINE) if current == BASELINE else read_plan(current, storage.db)
+        in_force = solve(problem, BASELINE) if current == BASELINE else read_plan(current, storage.db, remote.server)
         decision = decide(
             in_force,
             plans,
@@ -105,6 +140,38 @@ def decide_command(
             progress=lambda done: update("replaying draws of the held-out sequences", done / resamples),
         )
     emit(_data(decision, names), _table(decision, names, parted.description), as_json=as_json)
+
+
+def _asked_of_service(
+    server: str | None, deployment: str, plans: list[Plan], names: list[str], record: bool, as_json: bool
+) -> None:
+    if server is None or len(plans) != 1:
+        raise typer.BadParameter("--deployment goes with --server, and with one candidate")
+    with service(server) as client, working(f"asking {server}"):
+        result = client.wait(client.decide(deployment, client.add_plan(plans[0]).id, record=record)).result or {}
+    rows = [{"candidate": names[0], **decision_row(result["figures"])}]
+    answer = "KEEP the plan in force" if result["action"] == "keep" else f"APPLY {names[0]}"
+    told = [f"{answer}: {result['reason']}", f"Judged on the newest routing of {deployment!r}."]
+    if record:
+        told.append(f"Decision {result['decision']}: {result['decision_state']}.")
+    emit({**result, "candidates": rows}, Table(COLUMNS, rows, footnotes=told), as_json=as_json)
+
+
+def decision_row(figures: dict[str, Any]) -> dict[str, Any]:
+    """A verdict's figures, as the service tells them, in the columns shown."""
+    current = figures["current"]
+    return {
+        "current_seconds": current,
+        "candidate_seconds": figures["candidate"],
+        "gain_seconds": figures["gain"],
+        "relative": figures["gain"] / current,
+        "relative_low": figures["gain_low"] / current,
+        "relative_high": figures["gain_high"] / current,
+        **{
+            name: figures[name]
+            for name in ("moves", "bytes_moved", "migration_seconds", "payback_steps", "payback_steps_high")
+        },
+    }
 
 
 def _rows(decision: Decision, names: list[str]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from ..options import (
     ObjectiveOptions,
     PlanReference,
     RoutingPath,
+    ServerOptions,
     StepOptions,
 )
 from ..output import emit, note
@@ -37,6 +38,7 @@ def evaluate_command(
     held_out: HeldOutOptions,
     steps: StepOptions,
     storage: KeepOptions,
+    remote: ServerOptions,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -51,6 +53,7 @@ def evaluate_command(
     """Replay held-out routing through a plan, beside the contiguous placement, and say what its layers wait for.
 
     With the plan's own seed and --held-out, the part judged on is the one its solver did not see.
+    With --server the plan may be one of a service's; it is judged here.
 
     Example:
 
@@ -60,7 +63,7 @@ def evaluate_command(
 
     from ...placement.problem import Problem
 
-    judged_plan = read_plan(plan, storage.db)
+    judged_plan = read_plan(plan, storage.db, remote.server)
     used_seed = judged_plan.provenance.seed if seed is None else seed
     with working("reading the routing") as update:
         record = read_routing(routing)
@@ -77,7 +80,7 @@ def evaluate_command(
         comparison = compare(problem, parted, replayed, (), [(name, judged_plan)], 30.0, used_seed, update)
     warn_when_seen(judged_plan, record, parted, problem.statistics.fingerprint)
     rows = comparison_rows(comparison)
-    if storage.store:
+    if storage.store and remote.server is None:
         keep_evaluations(judged_plan, comparison.entries[-1].evaluations, replayed, storage.db)
     judged = comparison.entries[-1].evaluations
     waits = {kind: binding_rows(evaluation, judged_plan.moe_layers) for kind, evaluation in judged.items()}

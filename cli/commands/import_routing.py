@@ -10,9 +10,10 @@ import typer
 
 from ...placement.errors import InputError
 from ..inputs import Routing, read_routing, whole_numbers
-from ..options import AsJson, KeepOptions
+from ..options import STORE, AsJson, KeepOptions, ServerOptions
 from ..output import Table, count, emit, pairs
 from ..progress import working
+from ..remote import send_record
 from ..storing import keep_statistics
 
 if TYPE_CHECKING:
@@ -94,17 +95,28 @@ def import_command(
     source: Annotated[
         Path, typer.Argument(metavar="RECORD", help="A file or folder of recorded routing.", show_default=False)
     ],
+    reading: ReadOptions,
+    storage: KeepOptions,
+    remote: ServerOptions,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             "-o",
-            help="Folder for the trace; for a record of counts, the statistics file (.npz).",
+            help="Folder for the trace; for a record of counts, the statistics file (.npz). Needed without --server.",
             show_default=False,
         ),
-    ],
-    reading: ReadOptions,
-    storage: KeepOptions,
+    ] = None,
+    deployment: Annotated[
+        str | None,
+        typer.Option(
+            "--deployment",
+            metavar="NAME",
+            help="A deployment of the service of --server: a trace is uploaded to it, the windows of a record of counts are pushed.",
+            show_default=False,
+            rich_help_panel=STORE,
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -129,7 +141,7 @@ def import_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read routing recorded elsewhere, and write it as a trace or as statistics.
+    """Read routing recorded elsewhere, and write it as a trace or as statistics, or send it to a service.
 
     What it is is found by content, not by name:
     a trace of this project (Parquet) or its statistics (.npz);
@@ -143,31 +155,44 @@ def import_command(
       moeplace import trace.npy --model config.json --out trace
       moeplace import router_traces --num-experts 64 --out trace
       moeplace import expert_statistics --assignments load_balancer.yaml --moe-layers 3-60 --out counts.npz
+      moeplace import history.json --server http://plans:8311 --deployment chat
     """
     from ...placement.model import ModelSpec, hidden_layers
     from ...placement.statistics import RoutingStatistics
     from ...profiler.statistics_file import write_statistics
     from ...profiler.trace_files import write_trace
 
+    if out is None and remote.server is None:
+        raise typer.BadParameter("the record would go nowhere: give --out, or --server")
+    if deployment is not None and remote.server is None:
+        raise typer.BadParameter("--deployment is of the service of --server")
     spec = None if model is None else ModelSpec.from_config(model)
     known: dict[str, Any] = {}
     if spec is not None:
         known = {"num_experts": spec.experts, "top_k": spec.top_k, "layers": hidden_layers(model)}
-    with working(f"reading {source}"):
+    sent: str | None = None
+    with working(f"reading {source}") as update:
         record = read_routing(source, reading.given(), known)
         spec = record.model if spec is None else spec
         record = renumbered(record, spec, whole_numbers("--moe-layers", moe_layers))
         if record.trace is not None:
-            write_trace(record.trace, out, model=record.model)
+            if out is not None:
+                write_trace(record.trace, out, model=record.model)
             statistics = RoutingStatistics.from_trace(record.trace)
         else:
             assert record.statistics is not None
             statistics = record.statistics
-            write_statistics(statistics, out)
-        stored = keep_statistics(statistics, storage.db, name) if storage.store else None
+            if out is not None:
+                write_statistics(statistics, out)
+        stored = None
+        if remote.server is not None:
+            update("sending", None)
+            sent = send_record(remote.server, record, statistics, deployment)
+        elif storage.store:
+            stored = keep_statistics(statistics, storage.db, name)
     data: dict[str, Any] = {
         "kind": "statistics" if record.trace is None else "trace",
-        "file": str(out),
+        "file": None if out is None else str(out),
         "tokens": statistics.tokens,
         "experts": statistics.experts,
         "top_k": statistics.top_k,
@@ -175,6 +200,7 @@ def import_command(
         "workloads": list(statistics.workloads),
         "fingerprint": statistics.fingerprint,
         "stored_as": stored,
+        "sent": sent,
     }
     emit(data, _table(data), as_json=as_json)
 
@@ -214,7 +240,8 @@ def renumbered(record: Routing, spec: ModelSpec | None, moe_layers: list[int] | 
 def _table(data: dict[str, Any]) -> Table:
     return pairs(
         {
-            "wrote": f"{data['kind']} {data['file']}",
+            "wrote": f"{data['kind']} {data['file']}" if data["file"] else None,
+            "sent": data["sent"],
             "tokens": count(data["tokens"]) if data["tokens"] else None,
             "layers": f"{len(data['moe_layers'])} of {data['experts']} experts",
             "workloads": ", ".join(name or "(untagged)" for name in data["workloads"]),

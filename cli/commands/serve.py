@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ...placement.errors import UnsupportedError
-from ..options import StoreOptions
+from ..options import STORE, StoreOptions
 
 SERVER, WORK = "Server", "Work"
 
@@ -31,16 +32,50 @@ def serve_command(
         float,
         typer.Option("--rate", min=0, help="Requests a second an address may make; 0 for any.", rich_help_panel=SERVER),
     ] = 200.0,
-    workers: Annotated[
-        int,
+    traces: Annotated[
+        str | None,
         typer.Option(
-            "--workers",
-            min=0,
-            max=1024,
-            help="Processes that solve; 0 leaves it to other servers.",
+            "--traces",
+            metavar="URL|FOLDER",
+            help="Where uploaded traces are kept: a folder, or an address that fsspec opens (s3://bucket/prefix). Default: the "
+            "database. Workers on other machines must reach it too.",
+            envvar="MOEPLACE_TRACES",
+            show_default=False,
+            rich_help_panel=STORE,
+        ),
+    ] = None,
+    recorder: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recorder",
+            metavar="NAME=DIR",
+            help="A folder that engines' recorders write to, as this machine sees it, under the name by which deployments "
+            "choose it; may be given again. Without any, engines are not asked.",
+            show_default=False,
             rich_help_panel=WORK,
         ),
-    ] = 1,
+    ] = None,
+    workers: Annotated[
+        str,
+        typer.Option(
+            "--workers",
+            metavar="N|RAY",
+            help="Processes that solve; 0 leaves it to other servers. Or a Ray cluster that does: ray://HOST:PORT, ray for the "
+            "one this machine is part of, ray:local for one of this machine alone.",
+            rich_help_panel=WORK,
+        ),
+    ] = "1",
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--ray-workers",
+            min=1,
+            max=1024,
+            help="Processes on the Ray cluster. Default: one a CPU that it has.",
+            show_default=False,
+            rich_help_panel=WORK,
+        ),
+    ] = None,
     check_windows: Annotated[
         int,
         typer.Option(
@@ -69,6 +104,7 @@ def serve_command(
     Example:
 
       moeplace serve --db postgresql://moeplace@db/moeplace --host 0.0.0.0
+      moeplace serve --db postgresql://moeplace@db/moeplace --workers ray://head:10001
     """
     from importlib.util import find_spec
 
@@ -76,11 +112,16 @@ def serve_command(
 
     if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client")):
         raise UnsupportedError("the service is not installed; pip install 'moeplace[service]'")
+    if not workers.isdecimal() and find_spec("ray") is None and workers.startswith("ray"):
+        raise UnsupportedError("Ray is not installed; pip install 'moeplace[ray]', or give --workers a number")
     settings = Settings(
         db=storage.db,
+        traces=traces,
+        recorders=recorders(recorder or []),
         host=host,
         port=port,
-        workers=workers,
+        workers=int(workers) if workers.lstrip("-").isdecimal() else workers,
+        ray_workers=ray_workers,
         auth=auth,
         rate=rate,
         burst=max(1, int(2 * rate)),
@@ -90,3 +131,16 @@ def serve_command(
     from ...service.server import serve
 
     serve(settings)
+
+
+def recorders(given: list[str]) -> dict[str, Path]:
+    """Recorder folders by name."""
+    from ...service.polling import recorder_folders
+
+    named = {}
+    for entry in given:
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder):
+            raise typer.BadParameter(f"--recorder {entry!r} is not NAME=DIR")
+        named[name] = folder
+    return recorder_folders(named)

@@ -80,6 +80,78 @@ def line_chart(
     return _svg(title, WIDTH, HEIGHT, parts)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A point of a scatter plot. kind: which of `SHAPES` it is drawn as. told: what it says when pointed at."""
+
+    x: float
+    y: float
+    kind: str
+    told: str
+    large: bool
+
+
+SHAPES = {
+    "circle": "M-1,0A1,1,0,1,0,1,0A1,1,0,1,0,-1,0Z",
+    "diamond": "M0,-1.3L1.3,0L0,1.3L-1.3,0Z",
+    "square": "M-1,-1H1V1H-1Z",
+    "cross": "M-1,-1L1,1M-1,1L1,-1",
+}
+
+
+def scatter(title: str, x_title: str, y_title: str, marks: Sequence[Mark], *, more_is_better: bool = False) -> str:
+    """Points, and the staircase that no point lies below. more_is_better: of x; less of it is better otherwise."""
+    if not marks:
+        return ""
+    (left, right), (low, high) = (_padded([getattr(m, axis) for m in marks]) for axis in ("x", "y"))
+    wide, tall = WIDTH - LEFT - RIGHT, HEIGHT + 60
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        along = LEFT + wide * (x - left) / (right - left)
+        return along, TOP + (tall - TOP - BOTTOM - 18) * (1.0 - (y - low) / (high - low))
+
+    bottom = place(left, low)[1]
+    parts = []
+    for tick in np.linspace(low, high, 5):
+        y = place(left, tick)[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+    for tick in np.linspace(left, right, 5):
+        x = place(tick, low)[0]
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{tick:.4g}</text>')
+    stairs = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in _stairs(marks, more_is_better))
+    parts.append(f'<polyline class="stairs" points="{stairs}"/>')
+    for mark in sorted(marks, key=lambda mark: mark.large):
+        x, y = place(mark.x, mark.y)
+        size = 6.0 if mark.large else 3.5
+        parts.append(
+            f'<path class="mark {mark.kind}{" large" if mark.large else ""}" d="{SHAPES[mark.kind]}" '
+            f'transform="translate({x:.1f},{y:.1f}) scale({size})"><title>{escape(mark.told)}</title></path>'
+        )
+    parts.append(
+        f'<text class="tick" x="{LEFT + wide / 2:.0f}" y="{tall - 4}" text-anchor="middle">{escape(x_title)}</text>'
+        f'<text class="tick" x="12" y="{tall / 2:.0f}" text-anchor="middle" transform="rotate(-90 12 {tall / 2:.0f})">'
+        f"{escape(y_title)}</text>"
+    )
+    return _svg(title, WIDTH, tall, parts)
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    pad = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
+    return low - pad, high + pad
+
+
+def _stairs(marks: Sequence[Mark], more_is_better: bool) -> list[tuple[float, float]]:
+    corners: list[tuple[float, float]] = []
+    for mark in sorted(marks, key=lambda mark: (-mark.x if more_is_better else mark.x, mark.y)):
+        if not corners:
+            corners.append((mark.x, mark.y))
+        elif mark.y < corners[-1][1]:
+            corners += [(mark.x, corners[-1][1]), (mark.x, mark.y)]
+    return corners
+
+
 def heat_map(
     title: str, values: FloatArray, rows: Sequence[str], columns: Sequence[str], *, low: float, high: float
 ) -> str:

@@ -40,27 +40,44 @@ class Comparison:
 def compare(store: Store, deployment: DeploymentRecord, candidate: str | None) -> Comparison | None:
     """The plan in force against a candidate, or without one, index order against the plan in force; None without any plan
     or window."""
+    if deployment.plan_id is None and candidate is None:
+        return None
+    base = index_order(store, deployment)
+    in_force = store.plan(deployment.plan_id).plan if deployment.plan_id else base
+    if candidate is None:
+        return compared(store, deployment, (base, "index order"), (in_force, "in force"))
+    name = "in force" if deployment.plan_id else "index order"
+    return compared(store, deployment, (in_force, name), (store.plan(candidate).plan, f"candidate {candidate}"))
+
+
+def index_order(store: Store, deployment: DeploymentRecord) -> Plan:
+    """What the deployment's engine does without a plan."""
+    return default_plan(store.model(deployment.model_id).spec, store.topology(deployment.topology_id).topology)
+
+
+def compared(
+    store: Store, deployment: DeploymentRecord, before: tuple[Plan, str], after: tuple[Plan, str]
+) -> Comparison | None:
+    """Two plans, with what to call them, on the newest windows; None without any."""
     policy = Policy(**deployment.policy)
     windows = store.windows.page(deployment.name, limit=policy.recent)
-    if not windows or (deployment.plan_id is None and candidate is None):
+    if not windows:
         return None
-    model = store.model(deployment.model_id).spec
-    base = default_plan(model, store.topology(deployment.topology_id).topology)
-    in_force = store.plan(deployment.plan_id).plan if deployment.plan_id else base
-    load = from_windows(windows, model).total_load
-    if candidate is not None:
-        before, after = in_force, store.plan(candidate).plan
-        names = ("in force" if deployment.plan_id else "index order", f"candidate {candidate}")
-    else:
-        before, after, names = base, in_force, ("index order", "in force")
-    traffic = _traffic(after, load, policy)
-    return Comparison(after, *names, _relative(before, load), _relative(after, load), traffic)
+    load = from_windows(windows, store.model(deployment.model_id).spec).total_load
+    return Comparison(
+        plan=after[0],
+        before_name=before[1],
+        after_name=after[1],
+        before=_relative(before[0], load),
+        after=_relative(after[0], load),
+        traffic=_traffic(after[0], load, policy),
+    )
 
 
 @dataclass(frozen=True)
 class Moves:
     """What going from one plan to another moves. by_pair: (source, target, experts), most first. listed: (layer, expert,
-    source, target), the first of them."""
+    source, target), the first of them. matrix: [G, G] experts from each device to each."""
 
     count: int
     bytes_moved: float
@@ -68,6 +85,7 @@ class Moves:
     by_pair: list[tuple[int, int, int]]
     by_layer: list[tuple[int, int]]
     listed: list[tuple[int, int, int, int]]
+    matrix: FloatArray
 
 
 def moves(current: Plan, candidate: Plan) -> Moves:
@@ -76,6 +94,8 @@ def moves(current: Plan, candidate: Plan) -> Moves:
     layers = [candidate.moe_layers[layer] for layer in moved.layer]
     pairs = Counter(zip(moved.source.tolist(), moved.target.tolist(), strict=True))
     listed = list(zip(layers, moved.expert.tolist(), moved.source.tolist(), moved.target.tolist(), strict=True))
+    matrix = np.zeros((candidate.topology.num_devices,) * 2)
+    np.add.at(matrix, (moved.source, moved.target), 1.0)
     return Moves(
         moved.moves,
         moved.bytes_moved,
@@ -83,6 +103,7 @@ def moves(current: Plan, candidate: Plan) -> Moves:
         [(source, target, count) for (source, target), count in pairs.most_common(32)],
         sorted(Counter(layers).items()),
         listed[:SHOWN_MOVES],
+        matrix,
     )
 
 

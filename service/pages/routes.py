@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import parse_qs
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
-from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
 
-from ...db.service_records import ROLES, Actor, CheckRecord, DecisionRecord
+from ...db.service_records import CheckRecord, DecisionRecord, EngineRecord
 from ...db.store import Store
+from ...placement.errors import NotFoundError
 from ...placement.plan import Plan
 from ..access import COOKIE, Gate
 from ..routes.common import KeyPath, NamePath, Stored
 from ..tasks.judge import default_plan
 from . import figures
-from .charts import Series, heat_map, line_chart
+from .charts import Series, line_chart
+from .shared import Visitor, device_map, form_of, maps_of, needs, page
+from .studies import front_of, latest_front
 
 HERE = Path(__file__).parent
 STATIC = {"style.css": "text/css"}
 CHECKS = 100
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
-pages = Environment(
-    loader=PackageLoader(__name__.rpartition(".")[0]), autoescape=select_autoescape(default=True), trim_blocks=True
-)
-pages.filters["minute"] = lambda moment: moment.strftime("%Y-%m-%d %H:%M")
-pages.filters["figure"] = lambda value: "–" if value is None else f"{value:,.4g}"
-pages.filters["percent"] = lambda value: "–" if value is None else f"{value:.2%}"
-pages.filters["size"] = lambda value: "–" if value is None else f"{value / 1e9:,.2f} GB"
-
-
-async def visitor(request: Request) -> Actor:
-    """Whose visit it is; without a valid token, the way to the sign-in page."""
-    gate: Gate = request.app.state.gate
-    try:
-        return await run_in_threadpool(gate.actor, request, request.cookies.get(COOKIE))
-    except HTTPException as error:
-        if error.status_code == 401:
-            raise HTTPException(303, "sign in", headers={"Location": "/sign-in"}) from None
-        raise
-
-
-Visitor = Annotated[Actor, Depends(visitor)]
 
 
 @router.get("/static/{name}")
@@ -59,12 +39,12 @@ async def static(name: str) -> FileResponse:
 
 @router.get("/sign-in")
 def sign_in_page(request: Request) -> HTMLResponse:
-    return _page("sign_in.html", None, wrong=request.query_params.get("wrong") == "1")
+    return page("sign_in.html", None, wrong=request.query_params.get("wrong") == "1")
 
 
 @router.post("/sign-in")
 async def sign_in(request: Request) -> Response:
-    token = (await _form(request)).get("token", "").strip()
+    token = (await form_of(request)).get("token", "").strip()
     gate: Gate = request.app.state.gate
     try:
         await run_in_threadpool(gate.actor, request, token)
@@ -100,7 +80,7 @@ def index(store: Stored, actor: Visitor) -> HTMLResponse:
             }
         )
     waiting = store.decisions.page(limit=50, state="waiting")
-    return _page("index.html", actor, rows=rows, waiting=waiting, jobs=store.jobs.page(limit=10))
+    return page("index.html", actor, rows=rows, waiting=waiting, jobs=store.jobs.page(limit=10))
 
 
 @router.get("/deployments/{name}")
@@ -110,8 +90,9 @@ def deployment_page(name: NamePath, store: Stored, actor: Visitor) -> HTMLRespon
     checks = store.deployments.checks(name, limit=CHECKS)[::-1]
     decisions = store.decisions.page(name, limit=50)
     waiting = next((entry for entry in decisions if entry.state == "waiting"), None)
+    front = latest_front(store, name)
     comparison = figures.compare(store, deployment, waiting.candidate_id if waiting else None)
-    return _page(
+    return page(
         "deployment.html",
         actor,
         deployment=deployment,
@@ -123,8 +104,11 @@ def deployment_page(name: NamePath, store: Stored, actor: Visitor) -> HTMLRespon
         waiting=waiting,
         checks=checks[::-1],
         charts=_charts(checks, deployment.policy),
-        maps=None if comparison is None else _maps(comparison),
+        maps=None if comparison is None else maps_of(comparison),
         totals=store.windows.totals(name),
+        engine=_engine(store, name),
+        front_job=front,
+        front=None if front is None else front_of(front),
     )
 
 
@@ -134,14 +118,21 @@ def decision_page(key: KeyPath, store: Stored, actor: Visitor) -> HTMLResponse:
     decision = store.decisions.get(key)
     candidate = store.plan(decision.candidate_id).plan
     moved = figures.moves(_current(store, decision, candidate), candidate)
-    return _page("decision.html", actor, decision=decision, moved=moved, figures=sorted(decision.figures.items()))
+    return page(
+        "decision.html",
+        actor,
+        decision=decision,
+        moved=moved,
+        moved_map=device_map("Experts moved between devices", moved.matrix) if moved.count else None,
+        figures=sorted(decision.figures.items()),
+    )
 
 
 @router.post("/decisions/{key}")
 async def close_decision(key: KeyPath, request: Request, actor: Visitor) -> Response:
     """The forms Approve and Reject."""
-    form = await _form(request)
-    _needs_approver(actor)
+    form = await form_of(request)
+    needs(actor, "approve")
     verdict = form.get("verdict")
     if verdict not in ("approve", "reject"):
         raise HTTPException(422, "verdict: expected approve or reject")
@@ -156,8 +147,8 @@ async def close_decision(key: KeyPath, request: Request, actor: Visitor) -> Resp
 @router.post("/deployments/{name}/rollback")
 async def rollback(name: NamePath, request: Request, actor: Visitor) -> Response:
     """The button Roll back."""
-    version = (await _form(request)).get("version", "")
-    _needs_approver(actor)
+    version = (await form_of(request)).get("version", "")
+    needs(actor, "approve")
     if not version.isdigit() or len(version) > 9:
         raise HTTPException(422, "version: expected a whole number")
     store: Store = request.app.state.store
@@ -169,6 +160,13 @@ async def rollback(name: NamePath, request: Request, actor: Visitor) -> Response
 
     await run_in_threadpool(go)
     return RedirectResponse(f"/deployments/{name}", 303)
+
+
+def _engine(store: Store, name: str) -> EngineRecord | None:
+    try:
+        return store.engines.get(name)
+    except NotFoundError:
+        return None
 
 
 def _charts(checks: list[CheckRecord], policy: Any) -> dict[str, str]:
@@ -212,50 +210,7 @@ def _charts(checks: list[CheckRecord], policy: Any) -> dict[str, str]:
     return {title: Markup(chart) for title, chart in charts.items() if chart}
 
 
-def _maps(found: figures.Comparison) -> dict[str, Any]:
-    layers = [f"layer {layer}" for layer in found.plan.moe_layers]
-    devices = [str(device) for device in range(found.plan.topology.num_devices)]
-    high = float(max(found.before.max(), found.after.max(), 1.2))
-    maps = [
-        (
-            f"{name}: worst {values.max():.2f} times the mean",
-            Markup(
-                heat_map(f"Device load, {name}", values, layers, [f"device {d}" for d in devices], low=0.5, high=high)
-            ),
-        )
-        for name, values in ((found.before_name, found.before), (found.after_name, found.after))
-    ]
-    traffic = heat_map(
-        "Traffic between devices",
-        found.traffic / 1e6,
-        [f"from {d}" for d in devices],
-        [f"to {d}" for d in devices],
-        low=0.0,
-        high=float(found.traffic.max() / 1e6) or 1.0,
-    )
-    return {"load": maps, "traffic": Markup(traffic), "most": float(found.traffic.max() / 1e6)}
-
-
 def _current(store: Store, decision: DecisionRecord, candidate: Plan) -> Plan:
     if decision.current_id is not None:
         return store.plan(decision.current_id).plan
     return default_plan(candidate.model, candidate.topology)
-
-
-def _needs_approver(actor: Actor) -> None:
-    if ROLES.index(actor.role) < ROLES.index("approve"):
-        raise HTTPException(403, f"token {actor.name!r} has role {actor.role!r}; this needs 'approve'")
-
-
-async def _form(request: Request) -> dict[str, str]:
-    kind = request.headers.get("content-type", "").partition(";")[0]
-    if kind != "application/x-www-form-urlencoded":
-        raise HTTPException(415, "expected a form")
-    body = (await request.body())[:20_000].decode(errors="replace")
-    return {key: values[0] for key, values in parse_qs(body, keep_blank_values=True, max_num_fields=20).items()}
-
-
-def _page(template: str, actor: Actor | None, **values: Any) -> HTMLResponse:
-    approver = actor is not None and actor.role == "approve"
-    html = pages.get_template(template).render(actor=actor, approver=approver, **values)
-    return HTMLResponse(html, headers={"Cache-Control": "no-store"})

@@ -14,6 +14,7 @@ from ...db.store import Store
 from ...db.uploads import PIECE_LIMIT
 from ..access import Reader, Submitter
 from ..routing import check_trace, statistics_of
+from ..shards import Shards
 from ..views import UploadIn
 from .common import ERRORS, KeyPath, Stored
 
@@ -63,7 +64,7 @@ async def append(
 
 
 @router.post("/{key}/finish")
-def finish(key: KeyPath, store: Stored, _: Submitter) -> UploadRecord:
+def finish(key: KeyPath, request: Request, store: Stored, _: Submitter) -> UploadRecord:
     """Checks the whole: its SHA-256, and that it is what it was announced as. Doing so again changes nothing."""
     record = store.uploads.get(key)
 
@@ -74,4 +75,6 @@ def finish(key: KeyPath, store: Stored, _: Submitter) -> UploadRecord:
         store.add_statistics(statistics, content)
         return {"statistics": statistics_fingerprint(statistics)[:ID_DIGITS]}
 
-    return store.uploads.finish(key, inspect)
+    shards: Shards | None = request.app.state.shards
+    move = shards.put if shards is not None and record.kind == "trace" else None
+    return store.uploads.finish(key, inspect, move)

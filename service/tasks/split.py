@@ -12,6 +12,7 @@ from ...placement.statistics import RoutingStatistics
 from ...placement.trace import RoutingTrace
 from ..policy import Policy
 from ..routing import trace_of, trace_statistics
+from ..shards import content_of
 
 
 def held_windows(count: int, policy: Policy) -> int:
@@ -40,7 +41,7 @@ def solving_traces(store: Store, deployment: str, policy: Policy) -> RoutingStat
     uploads = store.uploads.complete("trace", deployment, limit=policy.keep_traces)
     if len(uploads) < 2:
         raise InputError(f"{len(uploads)} traces are uploaded; solving on tokens takes two, the newest is held out")
-    return trace_statistics([store.uploads.content(upload.key) for upload in reversed(uploads[1:])])
+    return trace_statistics([content_of(store, upload) for upload in reversed(uploads[1:])])
 
 
 def judging_trace(store: Store, deployment: str) -> RoutingTrace:
@@ -52,4 +53,4 @@ def judging_trace(store: Store, deployment: str) -> RoutingTrace:
     uploads = store.uploads.complete("trace", deployment, limit=1)
     if not uploads:
         raise InputError("no trace is uploaded to judge on; upload one, or judge on counts")
-    return trace_of(store.uploads.content(uploads[0].key))
+    return trace_of(content_of(store, uploads[0]))
