@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
@@ -20,9 +21,11 @@ from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
-from service_runs import PATIENCE, Server, counts, prepared, serving, skewed
+from service_runs import MODEL, PATIENCE, TOPOLOGY, Server, counts, prepared, serving, skewed
 
+import moeplace as mp
 from moeplace.db.service_records import CountWindow
+from moeplace.placement.migration import migration
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium and chromedriver are not installed")
@@ -52,6 +55,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, s
                 for decision in client.decisions(state="waiting"):
                     client.approve(decision.key, f"approved in part {part}")
         assert list(client.decisions(state="waiting"))
+        asked: Any = {"solver": "eplb", "steps": {"tokens": 64, "count": 4}}
+        client.wait(client.pareto("chat <b> &amp;", redundant=[0, 4, 16], **asked), timeout=PATIENCE)
+        client.wait(client.what_if("chat <b> &amp;", **asked), timeout=PATIENCE)
         yield running, token
 
 
@@ -98,7 +104,7 @@ def sound(browser: Any) -> None:
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.execute_script(
-        "return [...document.querySelectorAll('input:not([type=hidden])')].every(i => i.labels.length > 0)"
+        "return [...document.querySelectorAll('input:not([type=hidden]), select')].every(i => i.labels.length > 0)"
     )
     assert browser.execute_script("return [...document.querySelectorAll('table')].every(t => t.caption)")
     assert browser.execute_script("return document.querySelectorAll('h1').length") == 1
@@ -132,6 +138,9 @@ def test_the_dashboard_is_read_and_used_by_keyboard(server: tuple[Server, str], 
         "Device load",
         "Device load",
         "Traffic between devices",
+        "Step time over weights on the fullest device",
+        "Step time over single failures in which every expert keeps a replica",
+        "Step time over moved from the plan in force",
     ]
     assert len(charts[2].find_elements(By.CSS_SELECTOR, "line.alarm")) >= 2
     shot(browser, "deployment")
@@ -142,6 +151,47 @@ def test_the_dashboard_is_read_and_used_by_keyboard(server: tuple[Server, str], 
     assert "experts" in browser.find_element(By.ID, "main").text
     assert browser.find_elements(By.CSS_SELECTOR, "table tbody tr")
     shot(browser, "decision")
+
+
+def test_plans_are_compared_and_studies_read(server: tuple[Server, str], browser: Any) -> None:
+    running, token = server
+    browser.get(f"{running.url}/sign-in")
+    browser.switch_to.active_element.send_keys(token, Keys.ENTER)
+    see(browser, "h1", "Deployments")
+    browser.find_element(By.LINK_TEXT, "chat <b> &amp;").send_keys(Keys.ENTER)
+    see(browser, "h2", "Pareto front")
+    browser.find_element(By.PARTIAL_LINK_TEXT, "Compare plans").send_keys(Keys.ENTER)
+    see(browser, "h1", "compared")
+    sound(browser)
+    browser.find_element(By.ID, "before").send_keys("index order")
+    browser.find_element(By.ID, "before").send_keys(Keys.TAB, Keys.TAB, Keys.ENTER)
+    see(browser, "p", "From index order to")
+    with running.client(token) as client:
+        [waiting] = client.decisions(state="waiting")
+        candidate = client.plan(waiting.candidate_id)
+    flat = mp.RoutingStatistics.from_counts(np.ones((MODEL.layers, MODEL.experts)), top_k=2)
+    moved = migration(mp.solve(mp.Problem(MODEL, TOPOLOGY, flat), "contiguous"), candidate)
+    text = browser.find_element(By.ID, "main").text
+    assert f"{moved.moves:,} experts, {moved.bytes_moved / 1e9:,.2f} GB" in text
+    cells = [
+        tuple(int(cell.text) for cell in row.find_elements(By.TAG_NAME, "td"))
+        for row in browser.find_element(By.XPATH, "//table[caption='By device']").find_elements(
+            By.CSS_SELECTOR, "tbody tr"
+        )
+    ]
+    pairs = list(zip(moved.source.tolist(), moved.target.tolist(), strict=True))
+    assert {(source, target): count for source, target, count in cells} == {
+        pair: pairs.count(pair) for pair in set(pairs)
+    }
+    sound(browser)
+    shot(browser, "diff")
+    for kind, heading in (("pareto", "Pareto front"), ("what-if", "What each change does")):
+        with running.client(token) as client:
+            job = next(iter(client.jobs(kind=kind)))
+        browser.get(f"{running.url}/jobs/{job.key}")
+        see(browser, "h2", heading)
+        sound(browser)
+        shot(browser, kind)
 
 
 def test_a_decision_is_approved_and_rolled_back_with_buttons(server: tuple[Server, str], browser: Any) -> None:
