@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from ..placement.errors import InputError
 from ..placement.plan import Plan
+from . import audit
 from .content import ID_DIGITS, plain
 from .deployments import publish
 from .keep import keep_plan, keep_statistics
@@ -90,9 +91,11 @@ def _decide(session: Session, row: DeploymentRow, job: JobRow, plan: PlanRow, ju
     )
     session.add(decision)
     session.flush()
+    by = SERVICE if job.actor == SERVICE.name else Actor(job.actor, "submit")
+    told = {"decision": decision.key, "action": decision.action, "reason": decision.reason}
+    audit.note(session, by, "decision.made", row.name, told)
     if state == "waiting" and judgement.publish:
         decision.state, decision.closed, decision.closed_by = "published", now, SERVICE.name
         publish(session, row, plan, SERVICE, "automatic", judgement.reason, decision)
-    told = {"decision": decision.key, "action": decision.action, "state": decision.state, "reason": decision.reason}
-    announce(session, row, "decision.made", told)
+    announce(session, row, "decision.made", {**told, "state": decision.state})
     return decision

@@ -120,8 +120,9 @@ class RayCrew:
     def _connected(self) -> Any:
         if self._ray is not None and not self._lost and self._ray.is_initialized():
             return self._ray
-        # Read when Ray is imported: nothing is told to anybody by this process or by a Ray that it starts.
+        # Read when Ray starts: it is to tell nobody how it is used, and to leave this process its own way of stopping.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         import ray
 
         with contextlib.suppress(Exception):
@@ -140,6 +141,6 @@ def _where(workers: str, count: int | None) -> dict[str, Any]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "moeplace"}
     if workers == LOCAL:
         # Nothing of it is for others: no dashboard, no reports.
-        local: dict[str, Any] = {"address": "local", "include_dashboard": False}
+        local: dict[str, Any] = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         return {**quiet, **local, **({} if count is None else {"num_cpus": count})}
     return {**quiet, "address": "auto" if workers == "ray" else workers}
