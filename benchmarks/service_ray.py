@@ -44,7 +44,7 @@ def serving(db: Path, workers: Sequence[str]) -> Iterator[str]:
     def read() -> None:
         for line in process.stderr or ():
             lines.append(line)
-            if '"serving"' in line:
+            if "Application startup complete" in line:
                 found.set()
 
     threading.Thread(target=read, daemon=True).start()

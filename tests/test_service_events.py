@@ -125,8 +125,9 @@ def test_every_decision_is_in_the_audit_log_with_who_asked_for_it(server: Server
 
 
 def test_vllm_ascend_gets_its_file(server: Server, tmp_path: Path) -> None:
-    plan = mp.solve(mp.Problem(MODEL, TOPOLOGY, mp.RoutingStatistics.from_counts(skewed(2), top_k=2), slots=20), "eplb")
+    plan = mp.solve(mp.Problem(MODEL, TOPOLOGY, mp.RoutingStatistics.from_counts(skewed(2), top_k=2)), "eplb")
     with server.client() as client:
+        assert client.topology("box") == TOPOLOGY
         content = json.loads(client.export(client.add_plan(plan).id, "vllm-ascend"))
     written = mp.export_plan(plan, "vllm-ascend", tmp_path / "plan.json")
     assert content == json.loads(written.read_text())

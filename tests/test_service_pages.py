@@ -158,6 +158,7 @@ def test_plans_are_compared_and_studies_read(server: tuple[Server, str], browser
     browser.get(f"{running.url}/sign-in")
     browser.switch_to.active_element.send_keys(token, Keys.ENTER)
     see(browser, "h1", "Deployments")
+    browser.get_log("browser")
     browser.find_element(By.LINK_TEXT, "chat <b> &amp;").send_keys(Keys.ENTER)
     see(browser, "h2", "Pareto front")
     browser.find_element(By.PARTIAL_LINK_TEXT, "Compare plans").send_keys(Keys.ENTER)

@@ -108,7 +108,7 @@ def scatter(title: str, x_title: str, y_title: str, marks: Sequence[Mark], *, mo
 
     def place(x: float, y: float) -> tuple[float, float]:
         along = LEFT + wide * (x - left) / (right - left)
-        return along, TOP + (tall - TOP - BOTTOM - 18) * (1.0 - (y - low) / (high - low))
+        return along, TOP + 16 + (tall - TOP - BOTTOM - 34) * (1.0 - (y - low) / (high - low))
 
     bottom = place(left, low)[1]
     parts = []
@@ -130,8 +130,7 @@ def scatter(title: str, x_title: str, y_title: str, marks: Sequence[Mark], *, mo
         )
     parts.append(
         f'<text class="tick" x="{LEFT + wide / 2:.0f}" y="{tall - 4}" text-anchor="middle">{escape(x_title)}</text>'
-        f'<text class="tick" x="12" y="{tall / 2:.0f}" text-anchor="middle" transform="rotate(-90 12 {tall / 2:.0f})">'
-        f"{escape(y_title)}</text>"
+        f'<text class="tick" x="{LEFT - 50}" y="{TOP + 2}">{escape(y_title)}</text>'
     )
     return _svg(title, WIDTH, tall, parts)
 
@@ -139,7 +138,7 @@ def scatter(title: str, x_title: str, y_title: str, marks: Sequence[Mark], *, mo
 def _padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
-    return low - pad, high + pad
+    return (max(0.0, low - pad) if low >= 0 else low - pad), high + pad
 
 
 def _stairs(marks: Sequence[Mark], more_is_better: bool) -> list[tuple[float, float]]:

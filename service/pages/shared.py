@@ -75,9 +75,7 @@ def maps_of(found: figures.Comparison) -> dict[str, Any]:
     maps = [
         (
             f"{name}: worst {values.max():.2f} times the mean",
-            Markup(
-                heat_map(f"Device load, {name}", values, layers, [f"device {d}" for d in devices], low=0.5, high=high)
-            ),
+            Markup(heat_map(f"Device load, {name}", values, layers, devices, low=0.5, high=high)),
         )
         for name, values in ((found.before_name, found.before), (found.after_name, found.after))
     ]
