@@ -118,7 +118,8 @@ def scatter(title: str, x_title: str, y_title: str, marks: Sequence[Mark], *, mo
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in np.linspace(left, right, 5):
         x = place(tick, low)[0]
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{tick:.4g}</text>')
+        anchor = "end" if tick == right else "middle"
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="{anchor}">{tick:.3g}</text>')
     stairs = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in _stairs(marks, more_is_better))
     parts.append(f'<polyline class="stairs" points="{stairs}"/>')
     for mark in sorted(marks, key=lambda mark: mark.large):
