@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
 from cli_runs import CLUSTER, JUDGED, run, toy_model, toy_trace_folder
 from conftest import make_trace
-from service_runs import MODEL, TOPOLOGY, Server, counts, prepared, serving, skewed
+from service_runs import MODEL, POLICY, TOPOLOGY, Server, counts, prepared, serving, skewed
 
 import moeplace as mp
 from moeplace.db.service_records import CountWindow
@@ -150,3 +152,43 @@ def test_a_sweep_tells_its_progress_and_can_be_cancelled(client: mp.Client) -> N
             assert found.progress["message"] == "device:0 (1 of 6)"
             break
     assert client.cancel(job.key).state == "cancelled"
+
+
+def test_records_are_sent_to_a_deployment_once(server: Server, tmp_path: Path) -> None:
+    loads = np.stack([counts(i, skewed(3)) for i in range(5)])
+    mp.write_statistics(mp.RoutingStatistics.from_counts(loads, top_k=2), tmp_path / "counts.npz")
+    with server.client() as client:
+        client.add_deployment("sent", "toy", "box", POLICY)
+    sent = ("import", tmp_path / "counts.npz", "--server", server.url, "--deployment", "sent", "--json")
+    assert run(*sent).data["sent"] == "5 windows to 'sent', 5 of them new"
+    assert run(*sent).data["sent"] == "5 windows to 'sent', 0 of them new"
+    with server.client() as client:
+        stored = [np.asarray(window.load) for window in client.windows("sent")]
+    np.testing.assert_array_equal(np.stack(stored[::-1]), loads)
+    write_trace(make_trace(9, layers=3, experts=16), tmp_path / "trace", model=MODEL)
+    done = run("import", tmp_path / "trace", "--server", server.url, "--deployment", "sent", "--json")
+    assert done.data["sent"] == "1 trace shard to 'sent'", done.err
+    whole = run("import", tmp_path / "trace", "--server", server.url, "--json")
+    with server.client() as client:
+        assert whole.data["sent"] == f"statistics {next(iter(client.statistics())).id}"
+    assert run("import", tmp_path / "trace").code == 2
+
+
+def test_a_candidate_is_judged_by_the_service_and_a_stored_plan_here(
+    server: Server, client: mp.Client, tmp_path: Path
+) -> None:
+    plan = result(client, client.solve("chat", solver="eplb"))["plan"]
+    asked = ("decide", "--server", server.url, "--deployment", "chat", "--candidates", plan, "--json")
+    before = len(list(client.decisions("chat")))
+    judged = run(*asked)
+    assert judged.code == 0, judged.err
+    assert judged.data["action"] in ("keep", "apply")
+    assert judged.data["candidates"][0]["bytes_moved"] == judged.data["figures"]["bytes_moved"]
+    assert len(list(client.decisions("chat"))) == before
+    kept = run(*asked, "--record").data
+    assert client.decision(kept["decision"]).reason == kept["reason"]
+    assert run(*asked, tmp_path).code == 2
+    write_trace(make_trace(9, layers=3, experts=16), tmp_path / "trace", model=MODEL)
+    evaluated = run("evaluate", plan, tmp_path / "trace", "--server", server.url, *JUDGED, "--json")
+    assert evaluated.code == 0, evaluated.err
+    assert plan in json.dumps(evaluated.data)
