@@ -33,17 +33,19 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def transitions_of_mixtral_shape(recorded: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float64]:
-    """[31, 8, 8] transitions in whole tokens from recorded ones [domain, pair, 8, 8]."""
-    rng = np.random.default_rng(seed)
+def transitions_of_a_whole_model(
+    recorded: npt.NDArray[np.float64], seed: int, layers: int = LAYERS
+) -> npt.NDArray[np.float64]:
+    """[layers - 1, E, E] transitions in whole tokens from recorded ones [domain, pair, E, E], as the module says."""
+    rng, experts = np.random.default_rng(seed), recorded.shape[-1]
     share = recorded / recorded.sum(axis=(2, 3), keepdims=True)
     arriving = recorded[:, 0].sum(axis=(0, 2))
-    names = rng.permutation(EXPERTS)
-    result = np.zeros((LAYERS - 1, EXPERTS, EXPERTS))
-    for t in range(LAYERS - 1):
+    names = rng.permutation(experts)
+    result = np.zeros((layers - 1, experts, experts))
+    for t in range(layers - 1):
         mixed = np.tensordot(rng.dirichlet(np.ones(len(recorded))), share[:, t % 2], axes=1)
         flow = arriving[:, None] * mixed / mixed.sum(axis=1, keepdims=True)
-        arriving, after = flow.sum(axis=0), rng.permutation(EXPERTS)
+        arriving, after = flow.sum(axis=0), rng.permutation(experts)
         result[t][np.ix_(names, after)] = np.rint(flow)
         names = after
     return result
@@ -115,7 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     counts = np.load(options.data / "olmoe_mixtral_counts.npz", allow_pickle=False)
     recorded = np.stack([counts[f"mixtral_8x7b/{domain}/transitions_top1"] for domain in DOMAINS]).astype(np.float64)
-    transitions = transitions_of_mixtral_shape(recorded, options.seed)
+    transitions = transitions_of_a_whole_model(recorded, options.seed)
     rows = []
     for devices in options.devices:
         problem = problem_of(transitions, devices)

@@ -24,7 +24,7 @@ def run_highs(model: pulp.LpProblem, request: IlpRequest) -> BackendRun:
     return solver.run
 
 
-class _SilentHighs(highspy.Highs):
+class SilentHighs(highspy.Highs):
     """highspy prints a banner on stdout from its constructor, before an option can be set; stdout is for data."""
 
     def enableCallbacks(self) -> None:  # noqa: N802
@@ -42,7 +42,7 @@ class _Highs(pulp.HiGHS):  # type: ignore[misc]
 
     def createAndConfigureSolver(self, lp: pulp.LpProblem) -> None:  # noqa: N802
         request = self.request
-        lp.solverModel = _SilentHighs()  # type: ignore[no-untyped-call]
+        lp.solverModel = SilentHighs()  # type: ignore[no-untyped-call]
         options = {
             "output_flag": False,
             "random_seed": request.seed % 2**31,

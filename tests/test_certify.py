@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
+from moeplace.placement.cost import combine_bytes, dispatch_bytes
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.risk import risk_value
 from moeplace.placement.risk_weights import risk_weights
 from moeplace.placement.step_bound import step_seconds_bound
 from moeplace.solvers.certify.certify import StepCertificate
+from moeplace.solvers.certify.device_sets import DeviceSets, sets_fit
 from moeplace.solvers.certify.gram import GramSpace
+from moeplace.solvers.certify.link_floors import link_floors
+from moeplace.solvers.certify.partition import least_over_partitions
 from moeplace.solvers.certify.proof import risk_bound
 from moeplace.solvers.certify.terms import HoldersNeeded, Triangles, simplex_rows, split_between_two
 from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
@@ -151,6 +155,99 @@ def test_no_context_coherent_plan_is_below_the_bound(
         objective=mp.Objective(execution="context_coherent", node_dedup=dedup),
     )
     assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(1, [3], 6), (1, [1, 2], 6), (1, [1, 1], 6), (1, [2, 2], 4), (2, [2], 6), (2, [1, 1], 4)]),
+    uneven=st.booleans(),
+    top_k=st.integers(1, 3),
+    dedup=st.booleans(),
+    sources=st.booleans(),
+    execution=st.sampled_from(["dispatch_combine", "context_coherent"]),
+    risk=st.sampled_from(["mean", "cvar:0.5", "worst_workload"]),
+)
+def test_no_plan_is_below_the_bound_by_a_devices_sets(
+    seed: int,
+    shape: tuple[int, list[int], int],
+    uneven: bool,
+    top_k: int,
+    dedup: bool,
+    sources: bool,
+    execution: str,
+    risk: str,
+) -> None:
+    layers, nodes, experts = shape
+    problem, steps = problem_and_steps(
+        seed,
+        cluster(nodes, uneven),
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        sources=sources,
+        objective=mp.Objective(execution=execution, risk=risk, node_dedup=dedup),  # type: ignore[arg-type]
+    )
+    assert sets_fit(problem)
+    assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
+
+
+def test_sets_prove_one_expert_a_device_optimal_and_two_nearly() -> None:
+    for experts, devices, most in ((4, 4, 1e-9), (6, 3, 0.03)):
+        problem, steps = problem_and_steps(4, cluster([devices]), layers=1, experts=experts, top_k=2)
+        least = least_risk(problem, steps)
+        assert (1 - most) * least <= bound_of(problem, steps, seconds=1.0) <= least * (1 + 1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 2), (6, 2), (6, 3), (4, 1)]), st.integers(1, 3))
+def test_no_partition_costs_less_than_the_least_over_partitions(
+    seed: int, shape: tuple[int, int], figures: int
+) -> None:
+    (experts, size), rng = shape, np.random.default_rng(seed)
+    members = np.array(list(itertools.combinations(range(experts), size)))
+    cost = rng.gamma(0.5, size=(figures, len(members)))
+    count = experts // size
+    best = min(
+        cost[:, list(chosen)].max(axis=1).sum()
+        for chosen in itertools.combinations(range(len(members)), count)
+        if len(set(members[list(chosen)].ravel())) == experts
+    )
+    bound = least_over_partitions(members, cost, count, 5.0)
+    assert 0.0 <= bound <= best * (1 + 1e-12)
+    assert least_over_partitions(members, cost, count, 0.0) in (-np.inf, bound)
+
+
+def test_sets_are_added_until_many_are_bounded_as_closely_as_all_at_once() -> None:
+    rng = np.random.default_rng(0)
+    members = np.array(list(itertools.combinations(range(24), 4)))
+    # A cost that one partition alone keeps to: every expert has three that it belongs with.
+    home = rng.permutation(24) // 4
+    apart = np.array([len(set(home[row])) - 1 for row in members])
+    found = least_over_partitions(members, 1.0 + apart[None] + 0.1 * rng.random((2, len(members))), 6, 30.0)
+    assert 2.0 <= found <= 2.2
+
+
+def test_what_reaches_a_set_from_elsewhere_is_counted_as_by_hand() -> None:
+    problem, steps = problem_and_steps(
+        6, cluster([3]), layers=2, experts=6, top_k=2, objective=mp.Objective(execution="context_coherent")
+    )
+    sets = DeviceSets(problem, steps, np.full(steps.num_steps, 1.0 / steps.num_steps))
+    floors = link_floors(problem, steps, steps.loads().astype(float))
+    dispatch, combine = np.split(sets.transfers(1) * steps.num_steps, 2)
+    out_bytes, back_bytes = (
+        dispatch_bytes(problem.model, problem.objective),
+        combine_bytes(problem.model, problem.objective),
+    )
+    for number, members in enumerate(sets.members):
+        for s, block in enumerate(steps.blocks()):
+            touched = np.isin(block[:, 1], members).any(axis=1)
+            back = (touched & ~np.isin(block[:, 1, 0], members)).sum()
+            there = np.sort(np.bincount(block[touched, 0, 0], minlength=6))[-2:].sum()
+            out, links = touched.sum() - there, problem.topology.intra_bandwidth[0]
+            assert dispatch[s, number] == pytest.approx(2e-6 + max(out / links, floors[0][s, 1]) * out_bytes)
+            assert combine[s, number] == pytest.approx(2e-6 + max(back / links, floors[1][s, 1]) * back_bytes)
+    assert np.ptp(combine) > 0.0
 
 
 @pytest.mark.parametrize("choice", ["share", "nearest"])

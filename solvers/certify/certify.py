@@ -1,4 +1,5 @@
-"""Time spent on a better lower bound: pieces of the step time, walked on side by side until the clock says stop."""
+"""Time spent on a better lower bound: sets of a device gone through, and relaxed pieces of the step time walked on, until the
+clock says stop."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ...placement.problem import Problem
-from ...placement.step_bound import layer_seconds_bound
+from ...placement.step_bound import compute_bound, layer_seconds_bound
 from ...placement.steps import Steps
+from .device_sets import DeviceSets, sets_fit
 from .gram import FloatArray
+from .partition import least_over_partitions
 from .pieces import Level, Piece, Pieces, levels
 
 THREADS = 2
@@ -22,6 +25,10 @@ CLOSED = 2e-3
 """A piece is done when its bound comes this near, relatively, to its relaxed problem's cost."""
 MOST = 2_000
 """Iterations of a piece past which nothing is gained."""
+SET_SECONDS = 3e-5
+"""A layer's bound by sets, for each set, on one core of 2020."""
+SET_PART = 0.7
+"""Of the time, what may go into sets."""
 
 
 class StepCertificate:
@@ -32,66 +39,103 @@ class StepCertificate:
 
     def __init__(self, problem: Problem, steps: Steps, weight: FloatArray) -> None:
         self._problem, self._steps, self._weight = problem, steps, weight
-        single = weight @ layer_seconds_bound(steps, problem)
-        self._single = float(single.sum())
+        # [L] of a layer with the dispatch into it, and of its compute alone.
+        self._layer = weight @ layer_seconds_bound(steps, problem)
+        self._work: FloatArray | None = None
         # A replica near the token's home is not one and the same for all tokens, which Gram matrices would have it be.
         chosen_near = problem.objective.replica_choice == "nearest" and problem.has_replicas
         self._levels: list[Level] = [] if chosen_near else levels(problem)
-        self._pieces: list[list[Piece]] = []
+        self._cuts: list[_Cut] = []
         # Where tokens return home a piece is a layer, and the better bound of each layer counts.
-        dispatched = problem.objective.execution == "dispatch_combine" or problem.model.layers == 1
-        self._known = single if dispatched else None
+        self._apart = problem.objective.execution == "dispatch_combine" or problem.model.layers == 1
 
     @property
     def bound(self) -> float:
         """Seconds."""
-        if not self._pieces:
-            return self._single
-        # The pieces cut the step time alike on both levels, so that each may be bounded on the better one.
-        best = np.max([[piece.constant + piece.saddle.bound for piece in pieces] for pieces in self._pieces], axis=0)
-        if self._known is not None:
-            best = np.maximum(best, self._known)
-        return max(self._single, float(best.sum()))
+        whole = float(self._layer.sum())
+        if not self._cuts:
+            return whole
+        # The pieces cut the step time alike on all levels, so that each may be bounded on the better one.
+        best = np.max([cut.bounds() for cut in self._cuts], axis=0)
+        if self._apart:
+            best = np.maximum(best, self._layer)
+        return max(whole, float(best.sum()))
 
     def improve(
         self, seconds: float, tell: Callable[[float], None] = lambda bound: None, iterations: int = MOST
     ) -> float:
         """Walks on for about so many seconds, less when nothing is left to gain; tells the bound as it rises.
 
-        iterations: of a piece, at most (rounded up to whole chunks).
+        iterations: of a piece, at most (rounded up to whole chunks). Without a limit of seconds sets are left out.
         """
-        end = time.perf_counter() + seconds
+        begin = time.perf_counter()
+        end = begin + seconds
         with ThreadPoolExecutor(THREADS) as pool:
+            if self._work is None and sets_fit(self._problem) and np.isfinite(seconds):
+                self._go_through_sets(pool, begin + SET_PART * seconds)
+                tell(self.bound)
             for number, level in enumerate(self._levels):
                 if time.perf_counter() >= end:
                     break
-                if number == len(self._pieces):
-                    made = self._make(level, pool, end)
-                    if made is None:
-                        break
-                    self._pieces.append(made)
-                for open_ in self._rounds(self._pieces[number], iterations):
+                if number == len(self._cuts):
+                    self._cuts.append(self._cut(level, pool, end))
+                for open_ in self._cuts[number].rounds(iterations):
                     if time.perf_counter() >= end:
                         break
                     list(pool.map(lambda piece: _walk(piece, end), open_))
                     tell(self.bound)
         return self.bound
 
-    def _make(self, level: Level, pool: ThreadPoolExecutor, end: float) -> list[Piece] | None:
-        """All pieces of a level, or None when the time is up before."""
-        pieces = Pieces(self._problem, self._steps, self._weight, level)
+    def _go_through_sets(self, pool: ThreadPoolExecutor, end: float) -> None:
+        """Bounds every layer by the sets that a device can hold, as far as the time goes."""
+        problem, layers = self._problem, self._problem.model.layers
+        sets = DeviceSets(problem, self._steps, self._weight)
+        if layers * len(sets.members) * SET_SECONDS > THREADS * (end - time.perf_counter()):
+            return
+        # Where copies between nodes decide, they are not of a device's set, and compute is bounded by itself.
+        alone = problem.topology.num_nodes > 1
+        work = self._weight @ compute_bound(self._steps.loads().astype(np.float64), problem)
+
+        def one(layer: int) -> None:
+            figures = sets.work(layer)
+            if alone:
+                left = end - time.perf_counter()
+                work[layer] = max(work[layer], least_over_partitions(sets.members, figures, sets.devices, left))
+            figures = np.concatenate([figures, sets.transfers(layer)])
+            left = end - time.perf_counter()
+            least = least_over_partitions(sets.members, figures, sets.devices, left)
+            self._layer[layer] = max(self._layer[layer], least)
+
+        list(pool.map(lambda layer: one(layer) if time.perf_counter() < end else None, range(layers)))
+        self._work = work
+
+    def _cut(self, level: Level, pool: ThreadPoolExecutor, end: float) -> _Cut:
+        """The pieces of a level, as many as there is time to make."""
+        alone = self._work is not None and level.holders < self._problem.num_devices
+        pieces = Pieces(self._problem, self._steps, self._weight, level, self._work if alone else None)
 
         def make(span: tuple[int, ...]) -> Piece | None:
             return pieces.make(span) if time.perf_counter() < end else None
 
-        made = list(pool.map(make, pieces.spans()))
-        whole = [piece for piece in made if piece is not None]
-        return whole if len(whole) == len(made) else None
+        spans = pieces.spans()
+        return _Cut(list(pool.map(make, spans)), np.array([pieces.known(span) for span in spans]))
 
-    @staticmethod
-    def _rounds(pieces: list[Piece], iterations: int) -> Iterator[list[Piece]]:
+
+class _Cut:
+    """The pieces of a level; known: [pieces] what is known of each before it is walked on, or where it was not made."""
+
+    def __init__(self, pieces: list[Piece | None], known: FloatArray) -> None:
+        self._pieces, self._known = pieces, known
+
+    def bounds(self) -> FloatArray:
+        """[pieces] seconds."""
+        found = [-np.inf if piece is None else piece.constant + piece.saddle.bound for piece in self._pieces]
+        return np.maximum(found, self._known)
+
+    def rounds(self, iterations: int) -> Iterator[list[Piece]]:
         """The pieces that still have something to gain, again and again."""
-        while open_ := [piece for piece in pieces if not _closed(piece, iterations)]:
+        made = [piece for piece in self._pieces if piece is not None]
+        while open_ := [piece for piece in made if not _closed(piece, iterations)]:
             yield open_
 
 

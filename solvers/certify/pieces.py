@@ -96,12 +96,18 @@ class Piece:
 
 
 class Pieces:
-    """Makes the pieces of a problem on steps whose times count by `weight` [S] (summing to one)."""
+    """Makes the pieces of a problem on steps whose times count by `weight` [S] (summing to one).
 
-    def __init__(self, problem: Problem, steps: Steps, weight: FloatArray, level: Level) -> None:
+    work: [L] weighted seconds of compute below which no placement is, to take the place of what holders tell of it.
+    """
+
+    def __init__(
+        self, problem: Problem, steps: Steps, weight: FloatArray, level: Level, work: FloatArray | None = None
+    ) -> None:
         self._problem, self._steps, self._weight, self._level = problem, steps, weight, level
         self._loads = steps.loads().astype(np.float64)
         self._floor = compute_bound(self._loads, problem)
+        self._work = work
         self._link_floors = link_floors(problem, steps, self._loads)
         self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
         self._out, self._back = (size(problem.model, problem.objective) for size in (dispatch_bytes, combine_bytes))
@@ -128,14 +134,27 @@ class Pieces:
             terms.append(row_sums(space, slots))
         constant = 0.0
         for place, layer in enumerate(span):
-            # Neighbouring pieces take a layer's own terms half each.
-            ends = layer in (span[0], span[-1]) and 0 < layer < self._problem.model.layers - 1
-            share = 0.5 if self.coherent and ends else 1.0
-            terms.append(self._compute(layer, place, space, share))
+            share = self._share(layer)
+            if self._work is None:
+                terms.append(self._compute(layer, place, space, share))
+            else:
+                constant += share * float(self._work[layer])
             for term, offset in self._transfers(layer, place, span, share):
                 terms.extend(term)
                 constant += offset
         return Piece(span, constant, Saddle(space, terms))
+
+    def known(self, span: tuple[int, ...]) -> float:
+        """Seconds that the piece of those layers has at least, without looking into it."""
+        work = self._weight @ self._floor if self._work is None else self._work
+        out_and_back = 2 if not self.coherent else 1 if self._problem.model.top_k > 1 else 0
+        own = sum(self._share(layer) * (float(work[layer]) + out_and_back * self._latency) for layer in span)
+        arriving = (0 in span) + len(span) - 1 if self.coherent else 0
+        return own + arriving * self._latency
+
+    def _share(self, layer: int) -> float:
+        """Of a layer's own terms that a piece takes: neighbouring pieces half each."""
+        return 0.5 if self.coherent and 0 < layer < self._problem.model.layers - 1 else 1.0
 
     def _compute(self, layer: int, place: int, space: GramSpace, share: float) -> Term:
         model, loads = self._problem.model, self._loads[:, layer]

@@ -36,10 +36,12 @@ def certified(judge: Judge, answer: Answer, budget: Budget, seconds: float) -> A
         return answer
     from ..certify.proof import risk_bound
 
+    # Replaying a large model takes seconds, and the plan stays the same while its bound rises.
+    found = judge.certificate(table, shares)
+
     def tell(bound: float) -> None:
         judge.proven = max(judge.proven, bound)
-        found = judge.certificate(table, shares)
-        budget.report(found.value, found.bound, "bound")
+        budget.report(found.value, min(found.value, max(found.bound or bound, bound)), "bound")
 
     unasked = None if budget.seconds is None else UNASKED * budget.seconds
     given = seconds if seconds > 0 else unasked

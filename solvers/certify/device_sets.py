@@ -1,0 +1,179 @@
+"""What a device costs by the set of experts it holds, for every set that a device can hold.
+
+Where devices have c slots each, all equal, and experts stand whole, a placement of a layer is a partition of its experts into
+sets of c. What a device computes and how many tokens reach it from elsewhere depends on its set alone, so that few enough sets
+can each be priced in full: no average over links, and every step's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from ...placement.cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from ...placement.problem import Problem
+from ...placement.step_bound import compute_bound, layer_seconds_bound
+from ...placement.steps import Steps
+from .gram import FloatArray, IntArray
+from .link_floors import link_floors
+from .set_kernels import count_reached
+
+MOST_SETS = 60_000
+"""Sets gone through: 32 experts on 8 devices have 35,960, 128 on 64 have 8,128."""
+ROWS = 512
+"""Rows of a linear program, experts times figures: steps are added up in groups so that there are no more."""
+
+
+def sets_fit(problem: Problem) -> bool:
+    """Whether a device's sets can be gone through: equal slots, no replicas, few enough."""
+    slots, experts = problem.slots_per_device, problem.model.experts
+    alike = not problem.has_replicas and bool((slots == slots[0]).all()) and problem.num_devices > 1
+    return alike and math.comb(experts, int(slots[0])) <= MOST_SETS
+
+
+class DeviceSets:
+    """Prices all sets of a problem on steps whose times count by `weight` [S] (summing to one).
+
+    members: [A, c] experts of each set.
+    """
+
+    def __init__(self, problem: Problem, steps: Steps, weight: FloatArray) -> None:
+        self._problem, self._steps, self._weight = problem, steps, weight
+        self.devices, experts = problem.num_devices, problem.model.experts
+        slots = int(problem.slots_per_device[0])
+        self.members: IntArray = np.array(list(itertools.combinations(range(experts), slots)), dtype=np.int64)
+        self._loads = steps.loads().astype(np.float64)
+        self._floor = compute_bound(self._loads, problem)
+        self._transfer_floor = layer_seconds_bound(steps, problem) - self._floor
+        self._link_floors = link_floors(problem, steps, self._loads)
+        self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
+        self._out, self._back = (size(problem.model, problem.objective) for size in (dispatch_bytes, combine_bytes))
+        self._groups = _groups(weight, max(1, ROWS // (experts * (3 if self._coherent else 2))))
+
+    @property
+    def _coherent(self) -> bool:
+        return self._problem.objective.execution == "context_coherent"
+
+    def work(self, layer: int) -> FloatArray:
+        """[R, A] weighted seconds of compute that a layer takes at least where a device holds the set, by group of steps."""
+        problem, topology = self._problem, self._problem.topology
+        model, loads, floor = problem.model, self._loads[:, layer], self._floor[:, layer, None]
+        hits = (loads > 0).astype(np.float64)
+        result = floor + np.zeros(len(self.members))
+        for amount, rates, unit in (
+            (loads, topology.compute, model.flops_per_token),
+            (hits, topology.memory_bandwidth, model.bytes_per_expert),
+        ):
+            here = amount[:, self.members].sum(axis=2)
+            rest = amount.sum(axis=1, keepdims=True) - here
+            # What the others have left to do takes at least as long as all of them together need.
+            others = float(rates.sum() - rates.min())
+            result = np.maximum(result, np.maximum(here / rates.max(), rest / others) * unit)
+        return self._grouped(result * self._weight[:, None])
+
+    def transfers(self, layer: int) -> FloatArray:
+        """[R, A] weighted seconds, latency included, of each all-to-all that a layer takes at least where a device holds the
+        set: in dispatch_combine both ways as one."""
+        steps = self._steps
+        ids = steps.expert_ids[:, layer].astype(np.int64)
+        dispatch, combine = (floor[:, layer] for floor in self._link_floors)
+        evenly = 0.0 if steps.source is not None else self._rate(held=False)
+        if not self._coherent:
+            carried = self._out + self._back
+            floor = np.maximum(dispatch * carried, self._transfer_floor[:, layer] - 2 * self._latency)
+            return self._all_to_all(self._reached(ids) * (evenly * carried), floor, 2)
+        if layer == 0:
+            copies = self._reached(ids) * evenly
+        else:
+            copies = self._reached_from(ids, steps.expert_ids[:, layer - 1, 0].astype(np.int64)) * self._rate(held=True)
+        out = self._all_to_all(copies * self._out, dispatch * self._out, 1)
+        if ids.shape[1] == 1:
+            return out
+        copies = self._reached(ids, owner=ids[:, 0]) * self._rate(held=True)
+        return np.concatenate([out, self._all_to_all(copies * self._back, combine * self._back, 1)])
+
+    def _rate(self, held: bool) -> float:
+        """Seconds a byte of a copy that a device receives inside its node. held: from a device that is known, else evenly."""
+        topology, dedup = self._problem.topology, self._problem.objective.node_dedup
+        smallest = float(topology.node_size.min())
+        # A copy from another node is fanned out inside from a device chosen evenly; unmerged ones come by other links.
+        passing = (smallest - 1.0) / smallest
+        if held:
+            rate = 1.0 if topology.num_nodes == 1 else passing if dedup else 0.0
+        else:
+            rate = passing if dedup else (smallest - 1.0) / topology.num_devices
+        return rate / float(topology.intra_bandwidth.max())
+
+    @property
+    def _one_weight(self) -> FloatArray:
+        """[R] the weight of a step of each group."""
+        return np.array([self._weight[group[0]] for group in self._groups])
+
+    def _all_to_all(self, seconds: FloatArray, floor: FloatArray, ways: int) -> FloatArray:
+        """[R, A] from the busiest link's seconds [R, A] a step and a floor [S]."""
+        least = self._grouped((floor * self._weight)[:, None])
+        latency = self._grouped(np.full((len(floor), 1), ways * self._latency) * self._weight[:, None])
+        return np.asarray(np.maximum(seconds * self._one_weight[:, None], least) + latency)
+
+    def _grouped(self, figures: FloatArray) -> FloatArray:
+        """[R, ...] sums of [S, ...] over the steps of each group."""
+        return np.stack([figures[group].sum(axis=0) for group in self._groups])
+
+    def _reached(self, ids: IntArray, owner: IntArray | None = None) -> FloatArray:
+        """[R, A] tokens of each group of steps that must come to a device of each set; owner: [T] experts on whose devices
+        they are already."""
+        nowhere = np.zeros(len(ids), np.int64)
+        return self._counted(ids, nowhere, 1, owner)[:, :, 0].astype(np.float64)
+
+    def _reached_from(self, ids: IntArray, before: IntArray) -> FloatArray:
+        """[R, A] the same where each token is on the device of an expert of the layer before [T], of which any may stand there
+        that fit."""
+        size = self.members.shape[1]
+        by_leader = self._counted(ids, before, self._problem.model.experts, None)
+        return by_leader.sum(axis=2) - _largest(by_leader, size)
+
+    def _counted(self, ids: IntArray, segment: IntArray, segments: int, owner: IntArray | None) -> IntArray:
+        experts = self._problem.model.experts
+        result = np.zeros((len(self._groups), len(self.members), segments), np.int64)
+        for number, group in enumerate(self._groups):
+            tokens = np.flatnonzero(np.isin(self._steps.step_of, group))
+            tokens = tokens[np.argsort(segment[tokens], kind="stable")]
+            place, word_segment = _word_places(np.bincount(segment[tokens], minlength=segments))
+            chose, led = (np.zeros((experts, 64 * len(word_segment)), np.uint8) for _ in range(2))
+            chose[ids[tokens], place[:, None]] = 1
+            if owner is not None:
+                led[owner[tokens], place] = 1
+            count_reached(_words(chose), _words(led), word_segment, self.members, result[number])
+        return result
+
+
+def _groups(weight: FloatArray, most: int) -> list[IntArray]:
+    """Steps of equal weight, split into about `most` groups (more where weights differ more)."""
+    alike = [np.flatnonzero(weight == value) for value in np.unique(weight)]
+    parts = [max(1, round(most * len(steps) / len(weight))) for steps in alike]
+    return [
+        part
+        for steps, count in zip(alike, parts, strict=True)
+        for part in np.array_split(steps, min(count, len(steps)))
+    ]
+
+
+def _word_places(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Bits [T] of tokens in order of their segments, each of which begins a new word; and the segment of each word."""
+    words = -(-counts // 64)
+    start = 64 * (np.cumsum(words) - words)
+    inside = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(start, counts) + inside, np.repeat(np.arange(len(counts)), words)
+
+
+def _words(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    return np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint64)
+
+
+def _largest(counts: IntArray, some: int) -> FloatArray:
+    """[R, A] the sum of the largest of the last axis."""
+    last = counts.shape[2]
+    return np.asarray(np.partition(counts, last - some, axis=2)[:, :, last - some :].sum(axis=2), dtype=np.float64)
