@@ -27,6 +27,8 @@ MOST = 2_000
 """Iterations of a piece past which nothing is gained."""
 SET_SECONDS = 3e-5
 """A layer's bound by sets, for each set, on one core of 2020."""
+FEW_SETS = 3_000
+"""Sets that cost next to nothing, so that on several nodes copies inside them are looked at, too."""
 SET_PART = 0.7
 """Of the time, what may go into sets."""
 
@@ -93,18 +95,19 @@ class StepCertificate:
         if layers * len(sets.members) * SET_SECONDS > THREADS * (end - time.perf_counter()):
             return
         # Where copies between nodes decide, they are not of a device's set, and compute is bounded by itself.
-        alone = problem.topology.num_nodes > 1
+        several = problem.topology.num_nodes > 1
         work = self._weight @ compute_bound(self._steps.loads().astype(np.float64), problem)
 
         def one(layer: int) -> None:
             figures = sets.work(layer)
-            if alone:
+            if several:
                 left = end - time.perf_counter()
                 work[layer] = max(work[layer], least_over_partitions(sets.members, figures, sets.devices, left))
-            figures = np.concatenate([figures, sets.transfers(layer)])
-            left = end - time.perf_counter()
-            least = least_over_partitions(sets.members, figures, sets.devices, left)
-            self._layer[layer] = max(self._layer[layer], least)
+            if not several or len(sets.members) <= FEW_SETS:
+                figures = np.concatenate([figures, sets.transfers(layer)])
+                left = end - time.perf_counter()
+                least = least_over_partitions(sets.members, figures, sets.devices, left)
+                self._layer[layer] = max(self._layer[layer], least)
 
         list(pool.map(lambda layer: one(layer) if time.perf_counter() < end else None, range(layers)))
         self._work = work

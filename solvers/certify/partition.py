@@ -15,7 +15,7 @@ import numpy as np
 from ..ilp_highs import SilentHighs
 from .gram import ROUNDING, FloatArray, IntArray
 
-CLOSE = 1e-3
+CLOSE = 2e-3
 """Rounds end when the bound is this near, relatively, to the value of the program's own sets."""
 ADDED, FIRST = 400, 800
 """Sets added a round, and to begin with."""
@@ -61,7 +61,7 @@ class _Program:
         self._prices = cost.sum(axis=0)
         self.value, self.bound = np.inf, -np.inf
         self._solver = SilentHighs()  # type: ignore[no-untyped-call]
-        options = {
+        options: dict[str, bool | float | str] = {
             "output_flag": False,
             "solver": "ipm",
             "run_crossover": "off",
