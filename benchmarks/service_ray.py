@@ -121,8 +121,8 @@ def main() -> None:
     print(
         f"{given.jobs} solves of a model of Mixtral's shape on {DEVICES} devices by the solver chain, {given.workers} workers each way, "
         f"on {os.cpu_count()} cores ({platform.machine()}) that server, database and sender share; load average {load:.1f} over "
-        "15 minutes from other work too. Ray starts a worker process beside each actor, and jobs go through the database either way, "
-        "so Ray costs its start and its own processes, no more a job.\n"
+        "15 minutes from other work too. One run each, in this order: at such a load the two times tell that both ways keep up, not "
+        "which is faster. Ray starts a worker process beside each actor, and jobs go through the database either way.\n"
     )
     print(f"    python benchmarks/service_ray.py --data DATA --jobs {given.jobs} --workers {given.workers}\n")
     print("| way | seconds | solves a second | workers that took part |\n|---|---|---|---|")
