@@ -127,6 +127,7 @@ def test_bytes_are_moved_from_the_plan_in_force(client: mp.Client) -> None:
     [
         ("what_if", {"deployment": "chat", "changes": {"lose": ["device:9"]}}, "devices 0 to 3"),
         ("what_if", {"deployment": "chat", "changes": {"lose": ["rack:1"]}}, "device:N or node:N"),
+        ("what_if", {"deployment": "chat", "changes": {"nodes": 4096}}, "8192 devices, at most 4096"),
         ("what_if", {"deployment": "chat", "seconds": 2000.0}, "more than the 3600"),
         ("what_if", {"statistics": "x", "held_out": "y"}, "no statistics"),
         ("what_if", {}, "give deployment, or statistics and held_out"),

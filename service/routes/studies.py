@@ -15,6 +15,7 @@ from ..settings import Settings
 from ..tasks.judge import default_plan
 from ..tasks.what_if import wanted_changes
 from ..views_studies import MOST_PARTS, ParetoIn, StudyIn, WhatIfIn
+from .catalogue import MOST_DEVICES
 from .common import ERRORS, Stored
 from .jobs import Idempotency
 
@@ -49,9 +50,11 @@ def submit_what_if(
     if changes["topology"] is not None:
         changes["topology"] = store.topology(changes["topology"]).id
     # Made once here as well: what cannot be is refused at once.
-    _bounded(
-        len(wanted_changes(asked.topology, changes, store)), "changes", body.seconds if body.ready else 0.0, request
-    )
+    made = wanted_changes(asked.topology, changes, store)
+    most = max(change.topology.num_devices for change in made)
+    if most > MOST_DEVICES:
+        raise HTTPException(422, f"changes: {most} devices, at most {MOST_DEVICES} are taken")
+    _bounded(len(made), "changes", body.seconds if body.ready else 0.0, request)
     wanted |= {
         "plan": None if plan is None else store.plan(plan).id,
         "changes": changes,
