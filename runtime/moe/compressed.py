@@ -124,7 +124,7 @@ class CompressedDispatcher:
         if steps is None or steps < settings.warm_up or settings.rate == 1.0 or slot_TK.numel() < 2:
             self._latest = None
             self.counts = self._counted(slot_TK)
-            return _Plain(self._plain.dispatch(x_TD, slot_TK, weight_TK))
+            return self._plain.dispatch(x_TD, slot_TK, weight_TK)
         x_TD_float = x_TD.float()
         with torch.no_grad():
             square_T = x_TD_float.square().sum(dim=1)
@@ -235,14 +235,6 @@ class CompressedDispatcher:
         expert_N = torch.where(slot_N < 0, self._experts, self._expert_P[slot_N])
         count_E = torch.zeros(self._experts + 1, dtype=torch.int64, device=slot_N.device)
         return count_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))[:-1]
-
-
-class _Plain:
-    def __init__(self, sent: Sent) -> None:
-        self._sent = sent
-
-    def wait(self) -> Work:
-        return self._sent.wait()
 
 
 class _UnderWay:
