@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .moe.checkpoint import load_checkpoint, save_checkpoint
     from .moe.compression import CompressionStatistics, LSHCompression
     from .moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters
+    from .moe.decode_modes import ContextCoherentDecoder, DispatchCombineDecoder
     from .moe.expert_rows_sent import expert_rows
     from .moe.experts import PlacedExperts
     from .moe.layer import ExpertParallelMoE
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompressionStatistics",
+    "ContextCoherentDecoder",
+    "DispatchCombineDecoder",
     "ExpertParallelMoE",
     "LSHCompression",
     "Migration",
@@ -33,6 +36,8 @@ __all__ = [
 
 _MODULE_OF = {
     "CompressionStatistics": ".moe.compression",
+    "ContextCoherentDecoder": ".moe.decode_modes",
+    "DispatchCombineDecoder": ".moe.decode_modes",
     "ExpertParallelMoE": ".moe.layer",
     "LSHCompression": ".moe.compression",
     "Migration": ".moe.migrate",

@@ -25,12 +25,12 @@ SHAPE: dict[str, Any] = {
 
 def mixtral(**changes: Any) -> torch.nn.Module:
     return _built(tf.MixtralForCausalLM, tf.MixtralConfig, intermediate_size=24, num_hidden_layers=2,
-                  num_local_experts=8, num_experts_per_tok=2, **changes)  # fmt: skip
+                  num_local_experts=8, **{"num_experts_per_tok": 2, **changes})  # fmt: skip
 
 
 def olmoe(**changes: Any) -> torch.nn.Module:
     return _built(tf.OlmoeForCausalLM, tf.OlmoeConfig, intermediate_size=24, num_hidden_layers=2,
-                  num_experts=8, num_experts_per_tok=2, **changes)  # fmt: skip
+                  num_experts=8, **{"num_experts_per_tok": 2, **changes})  # fmt: skip
 
 
 def qwen3_moe(**changes: Any) -> torch.nn.Module:
@@ -54,7 +54,7 @@ def deepseek_v3(**changes: Any) -> torch.nn.Module:
 
 def gpt_oss(**changes: Any) -> torch.nn.Module:
     return _built(tf.GptOssForCausalLM, tf.GptOssConfig, intermediate_size=24, num_hidden_layers=2, head_dim=8,
-                  num_local_experts=8, num_experts_per_tok=4, sliding_window=16, **changes)  # fmt: skip
+                  num_local_experts=8, num_experts_per_tok=4, **{"sliding_window": 16, **changes})  # fmt: skip
 
 
 FAMILIES: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from ...placement.errors import InputError
 from .hop import Departed, Hop
 from .layer_placement import LayerPlacement
 from .mesh import ExpertMesh
+from .pairs import Pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +57,7 @@ class Dispatcher(Protocol):
 @dataclass(frozen=True, eq=False)
 class _Arrived:
     hops: list[Departed]
-    rows: int
-    row_N: Tensor
-    weight_N: Tensor
+    pairs: Pairs
 
 
 class HopDispatcher:
@@ -64,7 +65,8 @@ class HopDispatcher:
 
     two_stage: first one copy a token and node, to the rank of equal place there, which hands it on inside the node.
     Sums are taken on the way back as well, so that one row a token and node returns (as DeepEP does).
-    copies: of the latest dispatch, copies sent to each rank, hop by hop; a rank's own are among them.
+    copies: of the latest dispatch, copies sent to each rank, hop by hop; a rank's own are among them. returned: the same of
+    the sums that go back. devices: of the ranks of each hop.
     A slot of -1 is no slot: its row goes nowhere for it.
     """
 
@@ -79,6 +81,8 @@ class HopDispatcher:
         self._row_P = torch.empty(0, dtype=torch.int64)
         self._rows = 0
         self.copies: tuple[tuple[int, ...], ...] = ()
+        self.returned: tuple[tuple[int, ...], ...] = ()
+        self.devices: tuple[npt.NDArray[np.int64], ...] = ()
 
     def place(self, placement: LayerPlacement, row_of_slot_P: Tensor, rows: int) -> None:
         mesh = self._mesh
@@ -86,10 +90,17 @@ class HopDispatcher:
         if self.two_stage:
             assert mesh.inter is not None
             assert mesh.intra is not None
-            stages = [(mesh.inter, device_P // mesh.node_size), (mesh.intra, device_P % mesh.node_size)]
+            place_NS = np.arange(mesh.size).reshape(-1, mesh.node_size)
+            here, place = divmod(mesh.rank, mesh.node_size)
+            stages = [
+                (mesh.inter, device_P // mesh.node_size, place_NS[:, place]),
+                (mesh.intra, device_P % mesh.node_size, place_NS[here]),
+            ]
         else:
-            stages = [(mesh.group, device_P)]
-        self._hops = [Hop(group, peer_P) for group, peer_P in stages if group.size() > 1]
+            stages = [(mesh.group, device_P, np.arange(mesh.size))]
+        stages = [stage for stage in stages if stage[0].size() > 1]
+        self._hops = [Hop(group, peer_P) for group, peer_P, _ in stages]
+        self.devices = tuple(devices for *_, devices in stages)
         self._row_P = torch.cat([row_of_slot_P.to(mesh.device), torch.tensor([rows], device=mesh.device)])
         self._rows = rows
 
@@ -100,9 +111,7 @@ class HopDispatcher:
 
     def combine(self, y_ND: Tensor, work: Work) -> Tensor:
         arrived: _Arrived = work.state
-        weighted_ND = y_ND.float() * arrived.weight_N[:, None]
-        sum_RD = weighted_ND.new_zeros(arrived.rows, y_ND.shape[1])
-        result = sum_RD.index_add(0, arrived.row_N, weighted_ND).to(y_ND.dtype)
+        result = arrived.pairs.weighted_sum(y_ND).to(y_ND.dtype)
         for hop, departed in zip(reversed(self._hops), reversed(arrived.hops), strict=True):
             result = hop.back(departed, result)
         return result
@@ -115,17 +124,13 @@ class HopDispatcher:
             taken.append(hop.depart(x_RD, weight_RK, slot_RK))
             x_RD, weight_RK, slot_RK = taken[-1].transit.arrive()
         self.copies = tuple(hop.copies for hop in taken)
+        self.returned = tuple(tuple(hop.flight.received) for hop in taken)
         return self.arrange(x_RD, weight_RK, slot_RK, taken, taken[-1].pairs)
 
     def arrange(self, x_RD: Tensor, weight_RK: Tensor, slot_RK: Tensor, taken: list[Departed], pairs: int) -> Work:
         """Brings the pairs of arrived rows into the order of the rows of expert weights."""
-        key_N = self._row_P[slot_RK.long()].flatten()
-        order_N = key_N.argsort(stable=True)[:pairs]
-        count_S = torch.zeros(self._rows + 1, dtype=torch.int64, device=key_N.device)
-        count_S.scatter_add_(0, key_N, torch.ones_like(key_N))
-        row_N = order_N.div(max(slot_RK.shape[1], 1), rounding_mode="floor")
-        state = _Arrived(taken, len(x_RD), row_N, weight_RK.flatten()[order_N])
-        return Work(x_RD.index_select(0, row_N), count_S[:-1], state)
+        arranged = Pairs.of(x_RD, weight_RK, slot_RK, self._row_P, self._rows, pairs)
+        return Work(arranged.row_ND, arranged.count_S, _Arrived(taken, arranged))
 
 
 class _UnderWay:
