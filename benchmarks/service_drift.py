@@ -1,145 +1,133 @@
-"""Replays traffic whose topics change and compares three ways to run it: one fixed plan, a plan by EPLB every window, and the
-service's watch with automatic publishing. Recorded routing of gpt-oss-20b, sequences drawn by data set.
+"""Replays traffic that changes and compares ways to run it: one fixed plan, EPLB every window, and the service's watch with
+automatic publishing and its default policy.
 
-    python benchmarks/service_drift.py --routing gpt_oss_20b_routing.npz --out docs/results/service_drift.md
+    python benchmarks/service_drift.py --data DATA --out docs/results/service_drift.md --figure docs/figures/service_drift.svg
 
-Each phase draws its windows from the sequences of one data set; phases come back, so that some changes lead to known traffic. A
-true change is a phase that begins. Each window is priced with the plan in force before it was seen (`window_seconds`), against a
-plan that EPLB makes from that very window: its regret. The service's tasks run as its workers run them, on an SQLite file.
+DATA holds gpt_oss_20b_routing.npz, azure_2023_requests_*.npz and deepseek_v3_counts.npz. Each window is priced with the plan in
+force before it was seen (`window_seconds`), against a plan that EPLB makes from that very window: its regret, which nobody can
+bring to zero. The service's tasks run as its workers run them, on an SQLite file, one look every so many windows as the server
+does. All plans are EPLB's, so that what differs is when they change. `--stationary N` replays traffic that does not change.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from drifting_traffic import Traffic, stationary, turns, week
 
 import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.service_records import Actor, CountWindow
+from moeplace.placement.drift import can_tell, drift
 from moeplace.placement.migration import migration
 from moeplace.placement.window_cost import window_seconds
 from moeplace.service.policy import Policy
+from moeplace.service.settings import Settings
 from moeplace.service.tasks import task_of
 
-LAYERS, EXPERTS, TOP_K, SLOTS = 24, 32, 4, 40
-BLOCK, RECENT, TOKENS, STEP = 4, 64, 4096, 4096
 WHO = Actor("benchmark", "approve")
+DEFAULT = Policy()
+CHECK = Settings().check_windows
+ALPHAS = (0.05, 0.01, 0.001)
+QUIET_WINDOWS = 144
+FIRST = DEFAULT.recent
+"""Windows that every way sees before it is judged."""
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--routing", type=Path, required=True)
-    arguments.add_argument("--phases", type=int, default=8)
-    arguments.add_argument("--windows", type=int, default=64, help="a phase")
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--out", type=Path)
-    given = arguments.parse_args()
-    windows, changes, names = traffic(given)
-    model = mp.ModelSpec(
-        layers=LAYERS,
-        experts=EXPERTS,
-        top_k=TOP_K,
-        hidden_size=2880,
-        ffn_size=2880,
-        expert_dtype="mxfp4",
-        name="gpt-oss-20b",
-    )
-    topology = mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=4)
-    rows = {
-        "fixed plan": fixed(windows, model, topology),
-        "EPLB every window": eplb(windows, model, topology),
-        "service": service(windows, model, topology),
-    }
-    report = text(given, rows, changes, names, len(windows))
-    print(report)
-    if given.out:
-        given.out.write_text(report)
+@dataclass
+class Run:
+    """regret: of each window from FIRST on. moves, bytes, seconds: plans changed, and what that moved."""
+
+    regret: list[float] = field(default_factory=list)
+    moves: int = 0
+    bytes: float = 0.0
+    seconds: float = 0.0
+    alarms: list[int] = field(default_factory=list)
+
+    def change(self, old: mp.Plan, new: mp.Plan) -> None:
+        step = migration(old, new)
+        if step.moves:
+            self.moves, self.bytes, self.seconds = (
+                self.moves + 1,
+                self.bytes + step.bytes_moved,
+                self.seconds + step.seconds,
+            )
 
 
-def traffic(given: argparse.Namespace) -> tuple[np.ndarray, list[int], list[str]]:
-    """Loads [S, L, E], where phases begin, and the data set of each phase."""
-    arrays = np.load(given.routing, allow_pickle=False)
-    ids, sequence = arrays["expert_ids"], arrays["sequence"]
-    dataset = arrays["sequence_dataset"][sequence]
-    rng = np.random.default_rng(given.seed)
-    sets, sizes = np.unique(dataset, return_counts=True)
-    sets = sets[np.argsort(-sizes)][:4]
-    order = [str(sets[phase % len(sets)]) for phase in range(given.phases)]
-    windows, changes = [], []
-    for phase, name in enumerate(order):
-        members = np.unique(sequence[dataset == name])
-        changes.append(phase * given.windows)
-        # Sequences come and go: half of those served stay from one window to the next.
-        served = rng.choice(members, size=min(32, len(members)))
-        for _ in range(given.windows):
-            stay = rng.random(len(served)) < 0.5
-            served = np.where(stay, served, rng.choice(members, size=len(served)))
-            tokens = rng.choice(np.flatnonzero(np.isin(sequence, served)), size=TOKENS)
-            chosen = ids[tokens] + (np.arange(LAYERS) * EXPERTS)[:, None]
-            windows.append(np.bincount(chosen.ravel(), minlength=LAYERS * EXPERTS).reshape(LAYERS, EXPERTS))
-    return np.array(windows), changes, order
+class Prices:
+    """Regret of a plan on a window."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._possible: dict[int, float] = {}
+
+    def problem(self, load: np.ndarray) -> mp.Problem:
+        statistics = mp.RoutingStatistics.from_counts(load, top_k=self._traffic.model.top_k)
+        return mp.Problem(self._traffic.model, self._traffic.topology, statistics, slots=self._traffic.slots)
+
+    def eplb(self, load: np.ndarray) -> mp.Plan:
+        return mp.solve(self.problem(load), "eplb")
+
+    def seconds(self, plan: mp.Plan, number: int) -> float:
+        load = self._traffic.load[number]
+        return float(window_seconds(plan, load[None].astype(float), self.problem(load), self._traffic.step_tokens)[0])
+
+    def regret(self, plan: mp.Plan, number: int) -> float:
+        if number not in self._possible:
+            self._possible[number] = self.seconds(self.eplb(self._traffic.load[number]), number)
+        return self.seconds(plan, number) / self._possible[number] - 1.0
 
 
-def problem_of(load: np.ndarray, model: mp.ModelSpec, topology: mp.Topology) -> mp.Problem:
-    return mp.Problem(model, topology, mp.RoutingStatistics.from_counts(load, top_k=TOP_K), slots=SLOTS)
+def fixed(traffic: Traffic, prices: Prices) -> Run:
+    plan = prices.eplb(traffic.load[:FIRST])
+    return Run([prices.regret(plan, number) for number in range(FIRST, len(traffic.load))])
 
 
-def best(load: np.ndarray, model: mp.ModelSpec, topology: mp.Topology) -> mp.Plan:
-    return mp.solve(problem_of(load, model, topology), "eplb")
+def eplb(traffic: Traffic, prices: Prices, newest: int) -> Run:
+    """Solved after every window on the `newest` ones."""
+    plan, run = prices.eplb(traffic.load[FIRST - newest : FIRST]), Run()
+    for number in range(FIRST, len(traffic.load)):
+        run.regret.append(prices.regret(plan, number))
+        new = prices.eplb(traffic.load[number - newest + 1 : number + 1])
+        run.change(plan, new)
+        plan = new
+    return run
 
 
-def regret(plan: mp.Plan, load: np.ndarray, model: mp.ModelSpec, topology: mp.Topology) -> float:
-    problem = problem_of(load, model, topology)
-    one = load[None].astype(np.float64)
-    paid, possible = (float(window_seconds(p, one, problem, STEP)[0]) for p in (plan, best(load, model, topology)))
-    return paid / possible - 1.0
+def known(traffic: Traffic, prices: Prices) -> Run:
+    """One plan a phase, from all its windows, put in force when it begins: for comparison only, it looks ahead."""
+    bounds, run = [0, *traffic.changes, len(traffic.load)], Run()
+    plans = [prices.eplb(traffic.load[first:last]) for first, last in itertools.pairwise(bounds)]
+    for number in range(FIRST, len(traffic.load)):
+        run.regret.append(prices.regret(plans[int(np.searchsorted(bounds, number, side="right")) - 1], number))
+    for old, new in itertools.pairwise(plans):
+        run.change(old, new)
+    return run
 
 
-def fixed(windows: np.ndarray, model: mp.ModelSpec, topology: mp.Topology) -> dict[str, Any]:
-    plan = best(windows[:RECENT], model, topology)
-    return {"regret": [regret(plan, load, model, topology) for load in windows[RECENT:]], "moves": 0, "bytes": 0.0}
-
-
-def eplb(windows: np.ndarray, model: mp.ModelSpec, topology: mp.Topology) -> dict[str, Any]:
-    plan = best(windows[:RECENT], model, topology)
-    found, moved, times = [], 0.0, 0
-    for number, load in enumerate(windows[RECENT:], RECENT):
-        found.append(regret(plan, load, model, topology))
-        new = best(windows[number - RECENT + 1 : number + 1], model, topology)
-        step = migration(plan, new)
-        moved, times, plan = moved + step.bytes_moved, times + (step.moves > 0), new
-    return {"regret": found, "moves": times, "bytes": moved}
-
-
-def service(windows: np.ndarray, model: mp.ModelSpec, topology: mp.Topology) -> dict[str, Any]:
-    policy = Policy(
-        solver="eplb",
-        block=BLOCK,
-        recent=RECENT,
-        step_tokens=STEP,
-        publish="automatic",
-        slots=SLOTS,
-        min_regret=0.02,
-        horizon_steps=1e6,
-    )
-    found, moved, times, alarms = [], 0.0, 0, []
+def service(traffic: Traffic, prices: Prices) -> Run:
+    policy = Policy(solver="eplb", publish="automatic", slots=traffic.slots, step_tokens=traffic.step_tokens)
+    plan, run = None, Run()
     with tempfile.TemporaryDirectory() as folder, Store.open(f"{folder}/store.db") as store:
-        store.add_model(model)
-        store.add_topology(topology, name="box")
-        store.deployments.add("d", model.name, "box", policy.as_document(), WHO)
+        store.add_model(traffic.model)
+        store.add_topology(traffic.topology, name="box")
+        store.deployments.add("d", traffic.model.name, "box", policy.as_document(), WHO)
         start = datetime(2026, 1, 1, tzinfo=UTC)
-        plan: mp.Plan | None = None
-        for number, load in enumerate(windows):
-            if number >= RECENT:
+        for number, load in enumerate(traffic.load):
+            if number >= FIRST:
                 assert plan is not None
-                found.append(regret(plan, load, model, topology))
-            store.windows.add({"d": [CountWindow(start + timedelta(minutes=number), load)]})
-            if (number + 1) % (RECENT // 4) or number + 1 < RECENT:
+                run.regret.append(prices.regret(plan, number))
+            store.windows.add({"d": [CountWindow(start + timedelta(minutes=5 * number), load)]})
+            if (number + 1) % CHECK:
                 continue
             store.jobs.submit("watch", {}, WHO, deployment="d")
             job = store.jobs.claim("benchmark")
@@ -147,46 +135,195 @@ def service(windows: np.ndarray, model: mp.ModelSpec, topology: mp.Topology) -> 
             store.jobs.finish(job, task_of("watch").run(job, store, lambda _: None))
             [check] = store.deployments.checks("d", limit=1)
             if check.alarm:
-                alarms.append(number)
-            in_force = store.deployments.get("d")
-            assert in_force.plan_id is not None
-            new = store.plan(in_force.plan_id).plan
-            if plan is not None and new.fingerprint != plan.fingerprint:
-                moved, times = moved + migration(plan, new).bytes_moved, times + 1
+                run.alarms.append(number)
+            in_force = store.deployments.get("d").plan_id
+            if in_force is None:
+                continue
+            new = store.plan(in_force).plan
+            if plan is not None and number >= FIRST:
+                run.change(plan, new)
             plan = new
-    return {"regret": found, "moves": times, "bytes": moved, "alarms": alarms}
+    return run
 
 
-def text(given: argparse.Namespace, rows: dict[str, Any], changes: list[int], names: list[str], count: int) -> str:
-    alarms = rows["service"]["alarms"]
-    # A change is found by an alarm before the next one; any further alarm in the phase is not a change of ours.
-    bounds = [*changes[1:], count]
-    spans = list(zip(changes[1:], bounds[1:], strict=False))
-    found = [next((a - first for a in alarms if first <= a < last), None) for first, last in spans]
-    extra = len(alarms) - sum(delay is not None for delay in found)
-    delays = [delay for delay in found if delay is not None]
+def ways(traffic: Traffic) -> dict[str, Run]:
+    prices = Prices(traffic)
+    return {
+        "fixed plan": fixed(traffic, prices),
+        "EPLB every window, on it": eplb(traffic, prices, 1),
+        f"EPLB every window, on the newest {FIRST}": eplb(traffic, prices, FIRST),
+        "service": service(traffic, prices),
+        "a plan a phase, known before": known(traffic, prices),
+    }
+
+
+def quiet(data: Path, windows: int, seed: int) -> list[tuple[int, int]]:
+    """(looks, changes found) for each of ALPHAS in one replay without change, looked at as the service does."""
+    load = stationary(data, seed, windows).astype(float)
+    found = []
+    for alpha in ALPHAS:
+        reference, looks, alarms = 2 * CHECK, 0, 0
+        for now in range(3 * CHECK, windows + 1, CHECK):
+            since = load[reference:now]
+            if can_tell(reference, len(since), DEFAULT.block, alpha):
+                looks += 1
+                alarms += drift(load[:reference], since, block=DEFAULT.block, alpha=alpha).p <= alpha
+            if reference < DEFAULT.recent and now >= 2 * reference:
+                reference = min(DEFAULT.recent, now)
+        found.append((looks, alarms))
+    return found
+
+
+def report_of(traffic: Traffic, runs: dict[str, Run], about: str) -> list[str]:
     lines = [
-        "# Plans while traffic drifts",
+        f"## {about}",
         "",
-        f"{given.phases} phases of {given.windows} windows of {TOKENS:,} tokens, each of one data set ({', '.join(dict.fromkeys(names))}, in "
-        f"turn), gpt-oss-20b with {SLOTS} slots a layer on 8 H100 in 2 nodes, predicted steps of {STEP:,} tokens. Regret is against "
-        "an EPLB plan made from each window itself, so nobody reaches zero.",
-        "",
-        f"    python benchmarks/service_drift.py --routing gpt_oss_20b_routing.npz --phases {given.phases} --windows {given.windows} "
-        f"--seed {given.seed}",
-        "",
-        "| way | mean regret | p95 | changes of plan | bytes moved, GB |",
-        "|---|---|---|---|---|",
+        "| way | mean regret | p95 | changes of plan | moved, GB | spent moving, s |",
+        "|---|---|---|---|---|---|",
         *(
-            f"| {name} | {np.mean(row['regret']):.2%} | {np.percentile(row['regret'], 95):.2%} | {row['moves']} | {row['bytes'] / 1e9:.1f} |"
-            for name, row in rows.items()
+            f"| {name} | {np.mean(run.regret):.2%} | {np.percentile(run.regret, 95):.2%} | {run.moves} | {run.bytes / 1e9:.1f} | "
+            f"{run.seconds:.2f} |"
+            for name, run in runs.items()
         ),
         "",
-        f"Alarms of the service: {len(alarms)} in {count} windows. Of {len(found)} true changes {len(delays)} were found, "
-        f"{np.mean(delays) if delays else float('nan'):.0f} windows after they began on average; {extra} further alarms.",
+    ]
+    alarms = runs["service"].alarms
+    # A change is found by an alarm before the next one begins; any further alarm of the phase tells of no change.
+    spans = list(zip(traffic.changes, [*traffic.changes[1:], len(traffic.load)], strict=True))
+    found = [next((alarm - first + 1 for alarm in alarms if first <= alarm < last), None) for first, last in spans]
+    delays = [delay for delay in found if delay is not None]
+    further = len(alarms) - len(delays)
+    told = f"median {np.median(delays):.0f}, most {max(delays)} windows after they began" if delays else "none"
+    lines.append(
+        f"{len(traffic.changes)} true changes, {len(delays)} found ({told}), {further} further alarms in {len(traffic.load):,} windows."
+    )
+    prices = Prices(traffic)
+    missed = []
+    for (first, last), delay in zip(spans, found, strict=True):
+        if delay is None:
+            before = prices.eplb(traffic.load[max(0, first - FIRST) : first])
+            loss = np.mean([prices.regret(before, number) for number in range(first, last)])
+            fresh = prices.eplb(traffic.load[first:last])
+            least = np.mean([prices.regret(fresh, number) for number in range(first, last)])
+            missed.append(f"{loss - least:.1%}")
+    if missed:
+        lines.append(
+            f"Of those not found, a plan from before loses against one made for the phase: {', '.join(missed)}."
+        )
+    return [*lines, ""]
+
+
+COLOURS = {"fixed plan": "#999999", "EPLB every window, on it": "#d08000", "service": "#0060c0"}
+
+
+def figure(replays: list[tuple[Traffic, dict[str, Run]]]) -> str:
+    """Regret over time, an SVG panel a replay."""
+    wide, tall, left = 760, 190, 46
+    parts = []
+    for panel, (traffic, runs) in enumerate(replays):
+        top, count = panel * (tall + 50) + 24, len(traffic.load)
+        smooth = max(1, (count - FIRST) // 160)
+        lines = {
+            name: [float(np.mean(runs[name].regret[i : i + smooth])) for i in range(0, count - FIRST, smooth)]
+            for name in COLOURS
+        }
+        most = max(max(values) for values in lines.values())
+        across, down = partial(_across, wide, left, count), partial(_down, top, tall, most)
+        parts.append(
+            f'<text x="{left}" y="{top - 8}">{traffic.name}: regret (mean of {smooth} windows) over windows</text>'
+        )
+        for share in (0.0, 0.5, 1.0):
+            y = down(share * most)
+            parts.append(f'<line x1="{left}" x2="{wide}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+            parts.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{share * most:.0%}</text>')
+        for change in traffic.changes:
+            x = across(change)
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + tall}" stroke="#bbb" stroke-dasharray="3 3"/>'
+            )
+        for name, values in lines.items():
+            points = " ".join(f"{across(FIRST + i * smooth):.1f},{down(value):.1f}" for i, value in enumerate(values))
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.3"/>')
+        for alarm in runs["service"].alarms:
+            x = across(alarm)
+            parts.append(f'<path d="M{x:.1f} {top + tall} l-4 9 h8 z" fill="{COLOURS["service"]}"/>')
+    bottom = len(replays) * (tall + 50)
+    for place, (name, colour) in enumerate(COLOURS.items()):
+        parts.append(f'<text x="{left + 190 * place}" y="{bottom + 14}" fill="{colour}">{name}</text>')
+    parts.append(f'<text x="{left + 380}" y="{bottom + 14}">dashed: true changes; triangles: alarms</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide + 10} {bottom + 24}" font-family="sans-serif" font-size="12">'
+        '<rect width="100%" height="100%" fill="white"/>' + "".join(parts) + "</svg>\n"
+    )
+
+
+def _across(wide: int, left: int, count: int, number: float) -> float:
+    return left + (wide - left) * number / count
+
+
+def _down(top: int, tall: int, most: float, value: float) -> float:
+    return top + tall * (1.0 - value / most)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", type=Path, required=True)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--half-days", type=int, default=14)
+    arguments.add_argument("--turn", type=int, default=128, help="windows a DeepSeek-V3 workload")
+    arguments.add_argument("--stationary", type=int, default=200, help="replays without change")
+    arguments.add_argument("--processes", type=int, default=2)
+    arguments.add_argument("--out", type=Path)
+    arguments.add_argument("--figure", type=Path)
+    given = arguments.parse_args()
+    replays = [week(given.data, given.seed, given.half_days), turns(given.data, given.seed, given.turn)]
+    with ProcessPoolExecutor(given.processes) as pool:
+        runs = list(pool.map(ways, replays))
+        replay: Callable[[int], list[tuple[int, int]]] = partial(quiet, given.data, QUIET_WINDOWS)
+        quiets = list(pool.map(replay, range(given.stationary)))
+    counts = dict(zip(ALPHAS, zip(*quiets, strict=True), strict=True)) if quiets else {}
+    text = "\n".join(_text(given, list(zip(replays, runs, strict=True)), counts))
+    print(text)
+    if given.out:
+        given.out.write_text(text)
+    if given.figure:
+        given.figure.write_text(figure(list(zip(replays, runs, strict=True))))
+
+
+def _text(
+    given: argparse.Namespace,
+    replays: list[tuple[Traffic, dict[str, Run]]],
+    counts: dict[float, tuple[tuple[int, int], ...]],
+) -> list[str]:
+    options = f"--half-days {given.half_days} --turn {given.turn} --stationary {given.stationary} --seed {given.seed}"
+    return [
+        "# Plans while traffic drifts",
+        "",
+        f"Default policy but for `publish: automatic`; a look every {CHECK} windows; every plan by EPLB. Regret is of the predicted step time against "
+        "an EPLB plan made from each window itself, so nobody reaches zero.",
+        "",
+        f"    python benchmarks/service_drift.py --data DATA {options}",
+        "",
+        "![Regret over time with a fixed plan, with EPLB every window and with the service](../figures/service_drift.svg)",
+        "",
+        *report_of(
+            *replays[0],
+            f"A week of gpt-oss-20b: topics by the half day, Azure's arrivals, {len(replays[0][0].load):,} windows of 5 minutes",
+        ),
+        *report_of(*replays[1], "DeepSeek-V3: five workloads in turn, 288 slots on 32 devices"),
+        "## False alarms",
+        "",
+        f"{given.stationary} replays of {QUIET_WINDOWS} windows of the first kind without change of topic, day and night included.",
+        "",
+        "| stated chance at a look | looks | changes found | rate | replays with any |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {alpha:g} | {sum(c for c, _ in found):,} | {sum(a for _, a in found)} | {sum(a for _, a in found) / sum(c for c, _ in found):.4f} | "
+            f"{sum(a > 0 for _, a in found)} |"
+            for alpha, found in counts.items()
+        ),
         "",
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
-"""Has routing moved? A permutation test on count windows, with a false-alarm rate that is stated and kept.
+"""Has routing moved, and since when? A test on count windows, with a false-alarm rate that is stated and measured.
 
-Windows are gathered into blocks of neighbours. Under the null hypothesis that the blocks before and the blocks since are
-exchangeable, every way of dealing them into two groups of these sizes is equally likely, and the p-value
-(1 + permutations at least as far apart) / (1 + permutations) is at most alpha with probability at most alpha, whatever
-the distribution (Phipson and Smyth 2010; the statistic is the squared distance of means in a feature space, as in Gretton
-et al. 2012, A Kernel Two-Sample Test).
+Windows are gathered into blocks of neighbours. Every moment among the blocks since is taken as a possible change: the squared
+distance of the mean shares before and after it, times n m / (n + m) for n and m blocks, is large where there was one (shares over
+roots of their means, as in chi-square; Gretton et al. 2012 call it a kernel two-sample statistic, Harchaoui, Moulines and Bach
+2009 scan it over the moment). The largest over all moments is the statistic, so that trying many costs no false alarms.
 
-Traffic remembers: what follows soon after is alike, and means of dependent blocks lie further apart than permuted ones. The
-permuted distances are therefore multiplied by the factor by which dependence enlarges the variance of a mean, estimated
-from the correlations of the blocks before (1 plus twice their sum; Geyer 1992 cuts the sum where they cease to be
-positive). With it the stated rate holds, measured, up to a correlation of 0.9 between neighbours; without it a correlation
-of 0.5 already makes eight times as many false alarms.
+Under the null hypothesis that all blocks are exchangeable every order of them is equally likely, and the p-value (1 + orders at
+least as large) / (1 + orders) is at most alpha with probability at most alpha, whatever the distribution (Phipson and Smyth 2010).
+Drawing stops early where many are as large (Besag and Clifford 1991).
+
+Nights are no change: blocks of little traffic scatter more. How much more is fitted to what is left (a part that is the same
+for all and one over the tokens of a block), and blocks are weighted by one over it.
+
+Traffic remembers: what follows soon after is alike, and means of dependent blocks lie further apart than those of random orders.
+By what factor is told by the correlations of what is left of the blocks around the means before and after the likeliest change
+(cut where they cease to be positive, Geyer 1992), enlarged by what a short series hides of them. So much more than one is asked of the
+statistic, in multiples of what orders of what is left reach: those hold no change, so that a true one does not raise its own bar.
+Measured, the stated rate holds without dependence and up to a correlation of 0.5 between neighbouring blocks.
 """
 
 from __future__ import annotations
@@ -25,15 +31,29 @@ from .errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
 
+LEAST_SINCE = 2
+"""Blocks after a change that can be told at all."""
+ENOUGH_AS_LARGE = 20
+"""Orders as large as seen after which no more are drawn: the p-value is far above any alpha then."""
+CHANCE_ORDERS = 512
+FITTED_TO = 6.0
+"""Rows' worth of correlation that a mean and a moment, both fitted, take off each side, in multiples of the correlation; Kendall
+(1954) has 3 for the mean alone."""
+CORRELATED = 0.02
+"""Of correlations: less is taken for none."""
+HIDDEN = 2.5
+"""How far estimates in a short series are below what they may be, in multiples of one over the root of its length."""
+
 
 @dataclass(frozen=True)
 class Drift:
-    """p: of the test. divergence: mean over layers of the Hellinger distance (0 to 1) between the mean loads before and
-    since. layer: where it is largest, counted among MoE layers; layer_divergence: there.
-    dependence: factor by which permuted distances were enlarged, 1 for independent blocks.
+    """p: of the test. since: windows after the likeliest change. divergence: mean over layers of the Hellinger distance
+    (0 to 1) between the mean loads before and after it. layer: where it is largest, counted among MoE layers;
+    layer_divergence: there. dependence: factor by which dependence of blocks enlarges the statistic, 1 without.
     """
 
     p: float
+    since: int
     divergence: float
     layer: int
     layer_divergence: float
@@ -49,13 +69,13 @@ def drift(
     alpha: float = 0.001,
     seed: int = 0,
 ) -> Drift:
-    """Compares windows [S, L, E] in time order. block: neighbouring windows taken as one observation.
+    """Looks for a change among the windows `since`, against all that came before it. Windows are [S, L, E], in time order.
 
-    permutations: default as many as make p-values well below `alpha` possible. An alarm is p <= alpha.
+    block: neighbouring windows taken as one observation. permutations: orders drawn, default as many as make p-values well
+    below `alpha` possible. An alarm is p <= alpha.
 
     Raises:
-        InputError: shapes that disagree, or so few blocks that no p-value could reach alpha; the message says how many
-            windows are needed.
+        InputError: shapes that disagree, or so few blocks that no p-value could reach alpha (`can_tell`).
     """
     if before.ndim != 3 or since.ndim != 3 or before.shape[1:] != since.shape[1:]:
         raise InputError(
@@ -63,82 +83,172 @@ def drift(
         )
     if block < 1 or not 0 < alpha < 1:
         raise InputError(f"block ({block}) must be at least 1 and alpha ({alpha}) between 0 and 1")
-    needed = least_windows(len(since), block, alpha)
-    if len(since) < block or len(before) < needed:
+    if not can_tell(len(before), len(since), block, alpha):
         raise InputError(
-            f"{len(before)} windows before and {len(since)} since cannot tell at {alpha} in blocks of {block}: "
-            f"at least {needed} before are needed, and {block} since"
+            f"{len(before)} windows before and {len(since)} since cannot tell at {alpha} in blocks of {block}; "
+            "wait for more, or take shorter blocks"
         )
-    first, second = _blocks(before, block), _blocks(since, block)
-    features = np.concatenate([first, second])
+    earlier, later = _blocks(before, block), _blocks(since, block)
+    features, tokens = _features(np.concatenate([earlier, later]))
+    sizes = np.arange(LEAST_SINCE, len(later) + 1)
+    weights = np.ones(len(features))
+    for _ in range(2):
+        scan = _Scan(weights, sizes)
+        after = int(sizes[scan.statistic(features * np.sqrt(weights)[:, None]).argmax()])
+        left = _left(features, weights, len(features) - after)
+        weights = _weights(left, tokens)
+    scan, roots = _Scan(weights, sizes), np.sqrt(weights)[:, None]
+    statistic = scan.statistic(features * roots)
+    best = int(statistic.argmax())
+    after = int(sizes[best])
+    left = _left(features, weights, len(features) - after) * roots
+    dependence = float(_dependence(_correlations(left, len(features) - after), sizes, len(features))[best])
+    rng = np.random.default_rng(seed)
+    least = float(statistic[best])
+    if dependence > 1.0:
+        least -= (dependence - 1.0) * float(_Orders(left, scan).draw(CHANCE_ORDERS, rng).max())
     count = math.ceil(20 / alpha) if permutations is None else permutations
-    dependence = _dependence(first.reshape(len(first), -1))
-    p = _permuted(features.reshape(len(features), -1), len(first), count, dependence, np.random.default_rng(seed))
-    distances = _hellinger(before.sum(axis=0), since.sum(axis=0))
+    p = _by_chance(_Orders(features * roots, scan), least, count, rng)
+    load = np.concatenate([before, since])
+    moment = len(load) - after * block
+    distances = _hellinger(load[:moment].sum(axis=0), load[moment:].sum(axis=0))
     layer = int(distances.argmax())
-    return Drift(p, float(distances.mean()), layer, float(distances[layer]), dependence)
+    return Drift(p, after * block, float(distances.mean()), layer, float(distances[layer]), dependence)
 
 
-def least_windows(since: int, block: int, alpha: float) -> int:
-    """Windows before that make p-values of half of alpha possible, for so many windows since."""
-    after = max(1, since // block)
-    before = 1
-    while math.comb(before + after, after) < 2 / alpha:
-        before += 1
-    return before * block
+def can_tell(before: int, since: int, block: int, alpha: float) -> bool:
+    """Whether so many windows can make a p-value of half of alpha: if all since differ from all before."""
+    first, second = before // block, since // block
+    return first >= LEAST_SINCE and second >= LEAST_SINCE and math.comb(first + second, second) >= 2 / alpha
 
 
-def _dependence(features: FloatArray) -> float:
-    """By what factor the variance of the mean of these rows [B, F] exceeds that of as many independent ones, at least 1.
+class _Scan:
+    """The statistic for changes that leave so many rows after them. weights: [B] of rows, with mean 1."""
 
-    The larger of two estimates, the sum of correlations while they are positive and that of a geometric decay, enlarged by
-    what either misses in a short series.
+    def __init__(self, weights: FloatArray, sizes: npt.NDArray[np.int64]) -> None:
+        self._roots, self._sizes = np.sqrt(weights), sizes
+        behind = np.cumsum(weights[::-1])[sizes - 1]
+        self._share = behind / weights.sum()
+        self._scale = 1.0 / (behind * (1.0 - self._share))
+
+    def statistic(self, rows: FloatArray) -> FloatArray:
+        """[..., sizes] for rows [..., B, F], each times the root of its weight."""
+        sums = np.cumsum((rows * self._roots[:, None])[..., ::-1, :], axis=-2)
+        apart = sums[..., self._sizes - 1, :] - self._share[:, None] * sums[..., -1:, :]
+        return np.asarray((apart**2).sum(axis=-1) * self._scale)
+
+
+def _left(features: FloatArray, weights: FloatArray, cut: int) -> FloatArray:
+    """Rows less their mean before `cut`, or from there on."""
+    parts = [
+        part - np.average(part, axis=0, weights=weight)
+        for part, weight in ((features[:cut], weights[:cut]), (features[cut:], weights[cut:]))
+    ]
+    return np.concatenate(parts)
+
+
+def _weights(left: FloatArray, tokens: FloatArray) -> FloatArray:
+    """[B] one over the scatter of rows, mean 1: a + b / tokens, neither negative, by least squares."""
+    scatter, few = (left**2).sum(axis=1), tokens.mean() / np.maximum(tokens, 1.0)
+    spread = few - few.mean()
+    if (spread**2).sum() < 1e-6 or scatter.sum() == 0.0:
+        return np.ones(len(left))
+    slope = max(0.0, float((spread * scatter).sum() / (spread**2).sum()))
+    same = float(scatter.mean() - slope * few.mean())
+    if same < 0.0:
+        same, slope = 0.0, 1.0
+    weights = 1.0 / (same + slope * few)
+    return np.asarray(weights / weights.mean())
+
+
+class _Orders:
+    """The largest statistic of random orders of rows [B, F]."""
+
+    def __init__(self, rows: FloatArray, scan: _Scan) -> None:
+        # Distances depend on the Gram matrix alone: as many columns as rows tell it.
+        values, vectors = np.linalg.eigh(rows @ rows.T)
+        kept = values > max(0.0, float(values[-1])) * 1e-12
+        self._factors, self._scan = vectors[:, kept] * np.sqrt(values[kept]), scan
+
+    def draw(self, count: int, rng: np.random.Generator) -> FloatArray:
+        blocks = len(self._factors)
+        order = rng.permuted(np.broadcast_to(np.arange(blocks), (count, blocks)), axis=1)
+        return np.asarray(self._scan.statistic(self._factors[order]).max(axis=1))
+
+
+def _by_chance(orders: _Orders, least: float, permutations: int, rng: np.random.Generator) -> float:
+    """The chance that an order makes the statistic as large as `least`."""
+    # Ties count as "as large", rounding included: a p-value may be too large, never too small.
+    least -= 1e-9 * abs(least)
+    as_large, done, batch = 0, 0, 64
+    while done < permutations:
+        batch = min(batch, permutations - done)
+        reached = np.flatnonzero(orders.draw(batch, rng) >= least)
+        if as_large + len(reached) >= ENOUGH_AS_LARGE:
+            return ENOUGH_AS_LARGE / (done + int(reached[ENOUGH_AS_LARGE - as_large - 1]) + 1)
+        as_large, done, batch = as_large + len(reached), done + batch, 512
+    return (1 + as_large) / (1 + permutations)
+
+
+def _dependence(correlations: FloatArray, sizes: FloatArray, count: int) -> FloatArray:
+    """[sizes] by what factor these correlations of rows 1, 2, ... apart enlarge the statistic."""
+    lags = np.arange(1, len(correlations) + 1)
+
+    def of_mean(rows: FloatArray) -> FloatArray:
+        kept = np.maximum(0.0, 1.0 - lags / rows[:, None])
+        return np.asarray((1.0 + 2.0 * (kept * correlations).sum(axis=1)) / rows)
+
+    return np.asarray((of_mean(sizes) + of_mean(count - sizes)) / (1.0 / sizes + 1.0 / (count - sizes)))
+
+
+def _correlations(left: FloatArray, cut: int) -> FloatArray:
+    """Of rows [B, F] 1, 2, ... apart that lie on the same side of `cut`, where each side's mean is 0.
+
+    The larger of what is estimated at each distance, and a geometric decay from the first two: far apart, estimates in a short
+    series are too small.
     """
-    count = len(features)
-    centred = features - features.mean(axis=0)
-    spread = float((centred**2).sum())
+    count = len(left)
+    parts = (left[:cut], left[cut:])
+    spread = float((left**2).sum()) / max(1, count - len(parts))
     if count < 6 or spread == 0.0:
-        return 1.0
-    # Corrected by 1 / B: the mean was taken from the same rows.
-    lags = [float((centred[lag:] * centred[:-lag]).sum()) / spread + 1.0 / count for lag in range(1, count // 3 + 1)]
-    positive = next((i for i, value in enumerate(lags) if value <= 0.02), len(lags))
-    by_sum = 1.0 + 2.0 * sum(lags[:positive])
-    decay = min(max(lags[1] / lags[0], 0.0), 0.95) if lags[0] > 1.0 / math.sqrt(count) else 0.0
-    by_decay = 1.0 + 2.0 * lags[0] / (1.0 - decay) if decay else 1.0
-    factor = max(1.0, by_sum, by_decay)
-    return factor if factor < 1.2 else factor * (1.0 + 2.5 / math.sqrt(count))
+        return np.zeros(0)
+    found: list[float] = []
+    for lag in range(1, count // 3 + 1):
+        long = [part for part in parts if len(part) > lag]
+        pairs = sum(len(part) - lag for part in long)
+        along = sum(float((part[lag:] * part[:-lag]).sum()) for part in long)
+        # Means were taken from the same rows: independent ones are correlated by minus one over their number.
+        bias = sum((len(part) - lag) / len(part) for part in long)
+        found.append((along / spread + bias) / pairs)
+    first = found[0]
+    if first <= CORRELATED:
+        return np.zeros(0)
+    first = min(0.95, first / max(0.5, 1.0 - FITTED_TO * sum(1 for part in parts if len(part) > 2) / count))
+    decay = min(0.95, max(first, found[1] / found[0]))
+    lags = np.arange(count - 1)
+    positive = next((i for i, value in enumerate(found) if value <= CORRELATED), len(found))
+    kept = np.zeros(count - 1)
+    kept[:positive] = found[:positive]
+    return np.asarray(np.maximum(kept, first * decay**lags) * (1.0 + HIDDEN / math.sqrt(count)))
 
 
 def _blocks(load: FloatArray, block: int) -> FloatArray:
-    """[B, L, E] square roots of the shares of each layer's load, of whole blocks; the oldest windows may be left over.
-
-    On square roots the squared distance is Hellinger's, where rare and frequent experts vary alike by chance.
-    """
+    """[B, L, E] sums of whole blocks; the oldest windows may be left over."""
     count = len(load) // block
-    summed = load[len(load) - count * block :].reshape(count, block, *load.shape[1:]).sum(axis=1)
-    total = summed.sum(axis=2, keepdims=True)
-    return np.asarray(np.sqrt(summed / np.where(total > 0, total, 1.0)))
+    return np.asarray(load[len(load) - count * block :].reshape(count, block, *load.shape[1:]).sum(axis=1))
 
 
-def _permuted(
-    features: FloatArray, first: int, permutations: int, dependence: float, rng: np.random.Generator
-) -> float:
-    """The p-value of the distance of means of the first rows and the rest. features: [B, F]."""
-    blocks = len(features)
-    centred = features - features.mean(axis=0)
-    gram = centred @ centred.T
-    groups = np.full(blocks, -1.0 / (blocks - first))
-    groups[:first] = 1.0 / first
-    seen = float(groups @ gram @ groups)
-    # Ties count as "at least as far", rounding included: a p-value may be too large, never too small.
-    least = seen * (1.0 - 1e-9) / dependence
-    as_far, done = 0, 0
-    while done < permutations:
-        batch = min(4096, permutations - done)
-        dealt = rng.permuted(np.broadcast_to(groups, (batch, blocks)), axis=1)
-        as_far += int((np.einsum("ij,ij->i", dealt @ gram, dealt) >= least).sum())
-        done += batch
-    return (1 + as_far) / (1 + permutations)
+def _features(blocks: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """[B, L * E] shares of each layer's load over the roots of their means, less their means; and [B] tokens, about.
+
+    Over their roots rare and frequent experts vary alike by chance. Shares, not their roots: the mean of those depends on how
+    many tokens there are.
+    """
+    total = blocks.sum(axis=2, keepdims=True)
+    shares = blocks / np.where(total > 0, total, 1.0)
+    mean = shares.mean(axis=0)
+    features = ((shares - mean) / np.sqrt(np.maximum(mean, 1e-12))).reshape(len(blocks), -1)
+    return np.asarray(features), np.asarray(blocks.sum(axis=(1, 2)))
 
 
 def _hellinger(before: FloatArray, since: FloatArray) -> FloatArray:

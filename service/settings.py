@@ -33,7 +33,7 @@ class Settings:
     rate: float = 200.0
     burst: int = 400
     body_bytes: int = 32 << 20
-    check_windows: int = 16
+    check_windows: int = 8
     lease_seconds: float = 30.0
     attempts: int = 3
     max_seconds: float = 3600.0

@@ -7,7 +7,7 @@ import numpy as np
 from ...db.service_records import ClaimedJob, Judgement, Outcome
 from ...db.store import Store
 from ...placement.decide import Decision, decide
-from ...placement.decide_counts import decide_on_counts
+from ...placement.decide_counts import LEAST_BLOCKS, decide_on_counts
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
@@ -65,7 +65,7 @@ class Judge:
 
 
 def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: Policy) -> Decision:
-    """The decision on held-out windows, as the policy wants it."""
+    """The decision on held-out windows, as the policy wants it; on shorter blocks where there are few windows."""
     problem = Problem(candidate.model, candidate.topology, held, policy.objective, slots=candidate.num_slots)
     return decide_on_counts(
         current,
@@ -73,7 +73,7 @@ def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: P
         held.load,
         problem,
         step_tokens=policy.step_tokens,
-        block=policy.block,
+        block=max(1, min(policy.block, len(held.load) // LEAST_BLOCKS)),
         confidence=policy.confidence,
         horizon_steps=policy.horizon_steps,
     )

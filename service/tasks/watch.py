@@ -1,20 +1,25 @@
 """A look at a deployment: has its traffic moved, does that matter, and if so, is a new plan worth its migration?
 
-1. The newest windows since the plan was last judged are compared with those it was judged on (`placement.drift`).
-2. Where that test finds a change, a fresh plan is solved on the older half of the newest windows. What the plan in force
-   loses against it on the newer half is the regret. An alarm is a change found and a regret that matters, so alarms without
-   a change come no more often than the test's stated rate.
+1. All windows since the plan was last judged are searched for a change against those it was judged on and against each other
+   (`placement.drift`), which also says when it was.
+2. Once a change is found and enough windows came after it, a fresh plan is solved on the older half of those. What the plan in
+   force loses against it on the newer half is the regret. An alarm is a change found and a regret that matters, so alarms
+   without a change come no more often than the test's stated rate.
 3. On an alarm, `decide` judges the fresh plan on the newer half, with its migration. Its answer waits for approval or is
    published, as the policy says.
+4. A plan judged on few windows is looked at again when there are twice as many, until `recent`: without an alarm, for nothing
+   changed but what is known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...db.service_records import ClaimedJob, DeploymentRecord, Finding, Judgement, Outcome, WindowRecord
 from ...db.store import Store
-from ...placement.drift import drift, least_windows
+from ...placement.decide_counts import LEAST_BLOCKS
+from ...placement.drift import can_tell, drift
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
@@ -28,6 +33,9 @@ from ..routing import from_windows, stored_statistics, to_bytes
 from .base import Report
 from .figures import balance, decision_figures
 from .judge import default_plan, on_counts
+
+LOOK_BACK = 4
+"""Windows since the plan was judged that are searched for a change, in multiples of `recent`."""
 
 
 class Watch:
@@ -52,25 +60,28 @@ class _Look:
         self._model = store.model(deployment.model_id).spec
         self._topology = store.topology(deployment.topology_id).topology
         self._current = _plan_in_force(deployment, store, self._model, self._topology)
-        newest = store.windows.page(deployment.name, limit=1)
-        since = store.windows.page(deployment.name, limit=self._policy.recent)
-        self._since: list[WindowRecord] = [window for window in since if window.key > deployment.reference_window]
-        self._last = newest[-1].key if newest else 0
         self._reference = None if deployment.reference_id is None else stored_statistics(store, deployment.reference_id)
+        newest = store.windows.page(deployment.name, limit=LOOK_BACK * self._policy.recent)
+        self._last = newest[-1].key if newest else 0
+        # What was joined is one observation of many windows: it cannot stand beside single ones.
+        self._windows = [window for window in newest if window.merged == 1]
+        self._since = [window for window in self._windows if window.key > deployment.reference_window]
 
     def outcome(self, report: Report) -> Outcome:
-        if len(self._since) < self._policy.recent:
+        policy = self._policy
+        if self._reference is None and len(self._since) < self._least:
             return self._quiet({"status": "waiting for windows", "windows": len(self._since)})
-        routing = from_windows(self._since, self._model)
-        seconds = window_seconds(self._current, routing.load, self._problem(routing), self._policy.step_tokens)
+        if not self._since:
+            return self._quiet({"status": "no new windows"})
+        routing = from_windows(self._since[-policy.recent :], self._model)
+        seconds = window_seconds(self._current, routing.load, self._problem(routing), policy.step_tokens)
         figures: dict[str, Any] = {**balance(self._current, routing), "step_seconds": float(seconds.mean())}
-        changed = True
-        if self._reference is not None:
-            if len(self._reference.load) < least_windows(
-                len(routing.load), self._policy.block, self._policy.false_alarm
-            ):
-                return self._quiet({"status": "compared from now on", **figures}, rebased=routing)
-            found = drift(self._reference.load, routing.load, block=self._policy.block, alpha=self._policy.false_alarm)
+        if self._reference is None:
+            return self._judged(self._since[-policy.recent :], "first plan", figures, report)
+        known = len(self._reference.load)
+        if can_tell(known, len(self._since), policy.block, policy.false_alarm):
+            load = from_windows(self._since, self._model).load
+            found = drift(self._reference.load, load, block=policy.block, alpha=policy.false_alarm)
             figures |= {
                 "p": found.p,
                 "divergence": found.divergence,
@@ -78,15 +89,25 @@ class _Look:
                 "layer_divergence": found.layer_divergence,
                 "dependence": found.dependence,
             }
-            changed = found.p <= self._policy.false_alarm
-        if not changed:
-            return self._quiet({"status": "no change", **figures})
-        return self._judged(routing, figures, report)
+            if found.p <= policy.false_alarm:
+                figures["windows_since"] = found.since
+                if found.since < self._least:
+                    return self._quiet({"status": "changed, waiting for windows to judge on", **figures})
+                return self._judged(self._since[-min(found.since, policy.recent) :], "alarm", figures, report)
+        enough = min(policy.recent, known + len(self._since), len(self._windows))
+        if enough >= 2 * known:
+            return self._judged(self._windows[-enough:], "looked at again", figures, report)
+        return self._quiet({"status": "no change", **figures})
 
-    def _judged(self, routing: RoutingStatistics, figures: dict[str, Any], report: Report) -> Outcome:
-        half = len(self._since) // 2
-        older = from_windows(self._since[:half], self._model)
-        newer = from_windows(self._since[half:], self._model)
+    @property
+    def _least(self) -> int:
+        """Windows that a plan can be solved and judged on."""
+        return max(2 * LEAST_BLOCKS, 4 * self._policy.block)
+
+    def _judged(self, windows: Sequence[WindowRecord], cause: str, figures: dict[str, Any], report: Report) -> Outcome:
+        half = len(windows) // 2
+        older, newer = from_windows(windows[:half], self._model), from_windows(windows[half:], self._model)
+        routing = from_windows(windows, self._model)
         fresh = solve(
             self._problem(older),
             self._policy.solver,
@@ -100,21 +121,23 @@ class _Look:
         )
         regret = paid / possible - 1.0
         figures |= {"regret": regret, "fresh_step_seconds": possible, "fresh": balance(fresh, newer)}
-        if regret < self._policy.min_regret:
-            return self._quiet({"status": "changed, the plan still holds", **figures}, rebased=routing)
+        # What was never found changed is no news to anyone: `decide` alone says whether it pays.
+        if regret < (self._policy.min_regret if cause == "alarm" else 0.0):
+            holds = "changed, the plan still holds" if cause == "alarm" else "the plan still holds"
+            return self._quiet({"status": holds, **figures}, rebased=routing)
         decision = on_counts(self._current, fresh, newer, self._policy)
         judged = decision_figures(decision)
         judgement = Judgement(
             self._deployment.version, decision.action, decision.reason, judged, self._policy.publish == "automatic"
         )
-        figures["status"] = "first plan" if self._reference is None else "alarm"
+        figures["status"] = cause
         return Outcome(
             {"figures": figures, "action": decision.action, "reason": decision.reason},
             plan=fresh,
-            # What the plan is compared with from now on: all of the newest windows, half of which it was solved on.
+            # What traffic is compared with from now on: all windows after the change, half of which it was solved on.
             statistics=routing,
             content=to_bytes(routing),
-            finding=Finding(self._last, self._reference is not None, figures),
+            finding=Finding(self._last, cause == "alarm", figures),
             judgement=judgement,
             rebase=self._last,
         )
