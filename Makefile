@@ -1,18 +1,19 @@
-# make demo   install, then profile -> solve -> judge -> export on recorded routing of a real model
+# make demo   install, then profile -> solve -> judge -> export -> serve on recorded routing of a real model
 # make test   install what tests need, then lint, type-check and test
+# make audit  known vulnerabilities of the installed dependencies
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit audit clean
 
 # A virtual environment is up to date when it was made after the last change of its requirements.
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q -e '.[service]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt
@@ -39,6 +40,11 @@ types: $(VENV)/.test
 
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Known vulnerabilities of what is installed. Where advisories cannot be reached it says so and passes.
+audit: $(VENV)/.test
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/python .ci/audit.py
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
