@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import moeplace as mp
+from moeplace.db import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,3 +47,10 @@ def test_the_demo_compares_solves_exports_and_reports(tmp_path: Path) -> None:
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "<html" in page
     assert 'src="http' not in page
+    if find_spec("uvicorn") is not None:
+        # Nobody is at a terminal here: it says where the service was and how to start it, and stops it.
+        assert re.search(r"The service is ready \(200\): http://127.0.0.1:\d+", printed)
+        assert "To start it: moeplace serve --db " in printed
+        with Store.open(tmp_path / "demo" / "moeplace.db") as store:
+            assert store.windows.totals("demo")[0] == 96
+            assert store.deployments.get("demo").version == 1
