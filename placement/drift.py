@@ -190,11 +190,11 @@ def _by_chance(orders: _Orders, least: float, permutations: int, rng: np.random.
     return (1 + as_large) / (1 + permutations)
 
 
-def _dependence(correlations: FloatArray, sizes: FloatArray, count: int) -> FloatArray:
+def _dependence(correlations: FloatArray, sizes: npt.NDArray[np.int64], count: int) -> FloatArray:
     """[sizes] by what factor these correlations of rows 1, 2, ... apart enlarge the statistic."""
     lags = np.arange(1, len(correlations) + 1)
 
-    def of_mean(rows: FloatArray) -> FloatArray:
+    def of_mean(rows: npt.NDArray[np.int64]) -> FloatArray:
         kept = np.maximum(0.0, 1.0 - lags / rows[:, None])
         return np.asarray((1.0 + 2.0 * (kept * correlations).sum(axis=1)) / rows)
 

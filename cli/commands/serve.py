@@ -84,7 +84,7 @@ def serve_command(
             help="New count windows of a deployment after which it is checked for drift.",
             rich_help_panel=WORK,
         ),
-    ] = 16,
+    ] = 8,
     lease: Annotated[
         float,
         typer.Option(
