@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..placement.errors import MoeplaceError
+from .commands.calibrate import calibrate_command
 from .commands.compare import compare_command
 from .commands.decide import decide_command
 from .commands.evaluate import evaluate_command
@@ -81,6 +82,7 @@ for name, command in (
 ):
     app.command(name, no_args_is_help=True)(grouped(command))
 app.command("serve")(grouped(serve_command))
+app.command("calibrate")(grouped(calibrate_command))
 app.add_typer(tokens_app, name="tokens", no_args_is_help=True)
 app.add_typer(topology_app, name="topology", no_args_is_help=True)
 app.add_typer(plans_app, name="plans", no_args_is_help=True)

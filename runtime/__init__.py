@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration.calibrate import calibrate
+    from .calibration.result import Calibration
     from .moe.checkpoint import load_checkpoint, save_checkpoint
     from .moe.compression import CompressionStatistics, LSHCompression
     from .moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters
@@ -20,11 +22,13 @@ __all__ = [
     "CompressionStatistics",
     "ContextCoherentDecoder",
     "DispatchCombineDecoder",
+    "Calibration",
     "ExpertParallelMoE",
     "LSHCompression",
     "Migration",
     "PlacedExperts",
     "apply",
+    "calibrate",
     "clip_grad_norm_",
     "exclude_from_ddp",
     "expert_parameters",
@@ -38,11 +42,13 @@ _MODULE_OF = {
     "CompressionStatistics": ".moe.compression",
     "ContextCoherentDecoder": ".moe.decode_modes",
     "DispatchCombineDecoder": ".moe.decode_modes",
+    "Calibration": ".calibration.result",
     "ExpertParallelMoE": ".moe.layer",
     "LSHCompression": ".moe.compression",
     "Migration": ".moe.migrate",
     "PlacedExperts": ".moe.experts",
     "apply": ".moe.migrate",
+    "calibrate": ".calibration.calibrate",
     "clip_grad_norm_": ".moe.data_parallel",
     "exclude_from_ddp": ".moe.data_parallel",
     "expert_parameters": ".moe.data_parallel",

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from calibration_ranks import TINY
 from expert_ranks import compare_plans
 from torch.distributed.device_mesh import init_device_mesh
+
+from moeplace.runtime import calibrate
 
 MEGABYTE = 1_000_000
 
@@ -38,6 +41,7 @@ def main(folder: Path) -> None:
         "inside": seconds_for_a_megabyte(mesh.get_group(1)),
     }
     found["interfaces"] = sorted(name for _, name in socket.if_nameindex())
+    found["topology"] = calibrate(TINY, round_seconds=0.01).topology.model_dump(mode="json")
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

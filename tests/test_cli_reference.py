@@ -54,6 +54,7 @@ def test_every_command_that_prints_results_has_json() -> None:
 def test_the_program_lists_the_commands_users_are_told_of() -> None:
     wanted = {
         "profile",
+        "calibrate",
         "import",
         "stats",
         "topology",

@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+import moeplace as mp
+
 pytest.importorskip("torch")
 
 TESTS = Path(__file__).resolve().parent
@@ -78,6 +80,14 @@ def test_links_between_hosts_are_limited_and_those_inside_are_not(ranks: list[di
 
 def test_hosts_see_no_network_but_their_own(ranks: list[dict[str, Any]]) -> None:
     assert all(found["interfaces"] == ["eth0", "lo"] for found in ranks)
+
+
+def test_calibration_finds_hosts_and_the_rate_of_their_links(ranks: list[dict[str, Any]]) -> None:
+    topology = mp.Topology.from_dict(ranks[0]["topology"])
+    assert topology.node_size.tolist() == [2, 2]
+    assert 0.7 * 1.25e6 < topology.inter_bandwidth.min() <= topology.inter_bandwidth.max() < 1.3 * 1.25e6
+    assert topology.intra_bandwidth.min() > 5 * 1.25e6
+    assert all(found["topology"] == ranks[0]["topology"] for found in ranks)
 
 
 def test_a_script_that_fails_is_told_and_ends_the_other_host(tmp_path: Path) -> None:

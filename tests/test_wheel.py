@@ -30,7 +30,7 @@ def test_the_wheel_holds_every_package_and_nothing_else_of_the_tree(wheel: Path)
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if name.endswith(".py")}
     rooms = ["placement", "profiler", "solvers", "compat", "runtime", "db", "cli", "training", "service"]
-    expected = {"moeplace/__init__.py"} | {
+    expected = {"moeplace/__init__.py", "moeplace/__main__.py"} | {
         f"moeplace/{path.relative_to(ROOT).as_posix()}" for room in rooms for path in (ROOT / room).rglob("*.py")
     }
     assert packed == expected

@@ -11,6 +11,7 @@ packet leaves, and any number of clusters can stand side by side. Without root, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -19,7 +20,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
+from typing import IO, Any
+
+from cores import inside, limited_cores
 
 PORT = 29500
 """Of torchrun's rendezvous on the first host: nobody else has ports there."""
@@ -63,8 +68,10 @@ class Cluster:
     """A context: hosts that exist inside the block.
 
     hosts: how many. ranks: torchrun's processes on each. rate: of a host's link to the others, each way, as `tc` takes it.
+    cores: CPU time of each rank, in cores (see `cores.py`); None leaves ranks to share the machine.
 
     Raises, on entry:
+        CoresUnavailableError: CPU time cannot be limited here.
         NamespacesUnavailableError: `ip`, `tc`, `unshare` or the kernel's leave is missing.
         ValueError: numbers below 1, or a rate that is none.
     """
@@ -72,6 +79,9 @@ class Cluster:
     hosts: int
     ranks: int = 1
     rate: str = "200mbit"
+    cores: float | None = None
+    _limits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False, repr=False)
+    _groups: Path | None = field(default=None, init=False, repr=False)
     _keeper: subprocess.Popen[str] | None = field(default=None, init=False, repr=False)
     _enter: list[str] = field(default_factory=list, init=False, repr=False)
 
@@ -80,6 +90,8 @@ class Cluster:
             raise ValueError(
                 f"{self.hosts} hosts of {self.ranks} ranks asked for, expected 1 to 250 hosts of 1 or more"
             )
+        if self.cores is not None and not 0.2 <= self.cores <= 1:
+            raise ValueError(f"{self.cores} cores a rank asked for, expected 0.2 to 1")
         if not re.fullmatch(r"\d+(\.\d+)?[kmgt]?bit", self.rate):
             raise ValueError(f"rate {self.rate!r} is none; expected bits a second as tc writes them, such as 200mbit")
 
@@ -105,6 +117,12 @@ class Cluster:
             said = " ".join(self._keeper.stderr.read().split())
             self.close()
             raise NamespacesUnavailableError(f"network namespaces cannot be made here: {said or 'no reason was given'}")
+        if self.cores is not None:
+            try:
+                self._groups = self._limits.enter_context(limited_cores(self.cores, self.hosts, self.ranks))
+            except BaseException:
+                self.close()
+                raise
         keeper = self._keeper.pid
         credentials = ["--user", "--preserve-credentials"] if user else []
         self._enter = ["nsenter", "--target", str(keeper), *credentials, "--mount"]
@@ -129,12 +147,19 @@ class Cluster:
         except subprocess.TimeoutExpired:
             keeper.kill()
             keeper.wait()
+        self._limits.close()
 
     def address(self, host: int) -> str:
         return f"10.77.0.{host + 1}"
 
-    def start(self, host: int, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Starts a command on a host; its output goes where this process's goes."""
+    def start(
+        self,
+        host: int,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        stdout: IO[Any] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Starts a command on a host; its output goes where this process's goes, or into `stdout`."""
         if self._keeper is None:
             raise RuntimeError("the cluster is not up: use it in a with block")
         return subprocess.Popen(
@@ -142,18 +167,28 @@ class Cluster:
             [*self._enter, f"--net=/run/netns/host{host}", "env", "-C", os.getcwd(), *command],
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
+            stdout=stdout,
         )
 
-    def torchrun(self, *script: str, env: Mapping[str, str] | None = None, seconds: float | None = None) -> None:
+    def torchrun(
+        self,
+        *script: str,
+        env: Mapping[str, str] | None = None,
+        seconds: float | None = None,
+        stdout: IO[Any] | None = None,
+    ) -> None:
         """Runs a Python script (or `-m module`) with its arguments under torchrun on all hosts, on Gloo.
 
-        env: more environment. seconds: the longest that it may take.
+        env: more environment. seconds: the longest that it may take. stdout: a file for what ranks print.
 
         Raises:
             HostError: a host's torchrun ended with an error (the others are ended), or the time was up.
         """
         gloo = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", **(env or {})}
-        every = [self.start(host, [*self._launcher(host), *script], gloo) for host in range(self.hosts)]
+        every = [
+            self.start(host, [*self._launcher(host), *self._rank(host, script)], gloo, stdout)
+            for host in range(self.hosts)
+        ]
         try:
             self._follow(dict(enumerate(every)), seconds)
         except BaseException:
@@ -178,7 +213,11 @@ class Cluster:
             time.sleep(0.05)
 
     def _launcher(self, host: int) -> list[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python"]
         torchrun += ["--nnodes", str(self.hosts), "--node-rank", str(host), "--nproc-per-node", str(self.ranks)]
         torchrun += ["--master-addr", self.address(0), "--master-port", str(PORT)]
         return [*torchrun, "--local-addr", self.address(host)]
+
+    def _rank(self, host: int, script: Sequence[str]) -> list[str]:
+        python = [sys.executable, "-u", *script]
+        return python if self._groups is None else inside(self._groups, host, python)

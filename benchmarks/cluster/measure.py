@@ -1,0 +1,140 @@
+"""Step times of plans, on the ranks of a cluster: started by `placements.py` under torchrun.
+
+    measure.py FOLDER
+
+reads FOLDER/work.json (see `placements.py`) with its plans and routing, and writes FOLDER/times.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import moeplace as mp
+
+
+class Blocked:
+    """Seconds this rank spends inside all-to-alls: between the call and its return, and in waiting for it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._inner = dist.all_to_all_single
+        dist.all_to_all_single = self._timed
+
+    def _timed(self, *given: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        work = self._inner(*given, **options)
+        self.seconds += time.perf_counter() - began
+        return None if work is None else _Waiting(self, work)
+
+
+class _Waiting:
+    def __init__(self, blocked: Blocked, work: Any) -> None:
+        self._blocked, self._work = blocked, work
+
+    def wait(self) -> None:
+        began = time.perf_counter()
+        self._work.wait()
+        self._blocked.seconds += time.perf_counter() - began
+
+
+class RecordedRouter(nn.Module):
+    """Sends tokens where the trained model sent them. Gate weights were not recorded: the highest gets most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert_TK: Tensor = torch.empty(0)
+
+    def forward(self, x_TD: Tensor) -> tuple[None, Tensor, Tensor]:
+        weight_TK = torch.tensor([0.6, 0.4]).expand(len(x_TD), 2)
+        return None, weight_TK, self.expert_TK
+
+
+class Layers(nn.Module):
+    """The MoE layers of the model under one plan, each with a norm before it and a residual around it."""
+
+    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            mp.ExpertParallelMoE(plan.model, plan, mesh, layer, router=RecordedRouter(), dispatch=dispatch)
+            for layer in plan.moe_layers
+        )
+
+    def forward(self, x_TD: Tensor, expert_TLK: Tensor) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            layer.gate.expert_TK = expert_TLK[:, index]
+            x_TD = x_TD + layer(nn.functional.rms_norm(x_TD, x_TD.shape[-1:]))
+        return x_TD
+
+
+def forward(layers: Layers, x_TD: Tensor, expert_TLK: Tensor) -> None:
+    with torch.no_grad():
+        layers(x_TD, expert_TLK)
+
+
+def forward_backward(layers: Layers, x_TD: Tensor, expert_TLK: Tensor) -> None:
+    layers(x_TD.requires_grad_(), expert_TLK).square().mean().backward()
+    layers.zero_grad(set_to_none=True)
+
+
+PASSES: dict[str, Callable[[Layers, Tensor, Tensor], None]] = {
+    "forward": forward,
+    "forward and backward": forward_backward,
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world, local = dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    mesh = init_device_mesh("cpu", (world // local, local), mesh_dim_names=("node", "device"))
+    work = json.loads((folder / "work.json").read_text())
+    blocked = Blocked()
+    found = []
+    for run in work["runs"]:
+        routing = np.load(folder / run["routing"])
+        expert_STLK = torch.from_numpy(routing["expert_ids"].astype(np.int64))
+        models = {
+            name: Layers(mp.Plan.load(folder / file), mesh, run["dispatch"]) for name, file in run["plans"].items()
+        }
+        here = torch.from_numpy(np.flatnonzero(routing["source"] == rank))
+        torch.manual_seed(rank)
+        x_TD = torch.randn(len(here), routing["hidden"])
+        one = PASSES[run["pass"]]
+        for layers in models.values():
+            one(layers, x_TD, expert_STLK[0, here])
+        names = list(models)
+        for turn in range(run["turns"]):
+            for step, expert_TLK in enumerate(expert_STLK):
+                first = (turn + step) % len(names)
+                for name in names[first:] + names[:first]:
+                    dist.barrier()
+                    blocked.seconds, began = 0.0, time.perf_counter()
+                    one(models[name], x_TD, expert_TLK[here])
+                    mine = torch.tensor([time.perf_counter() - began, -blocked.seconds])
+                    dist.all_reduce(mine, dist.ReduceOp.MAX)
+                    found.append(
+                        {"run": run["name"], "plan": name, "step": step, "turn": turn}
+                        | {"seconds": float(mine[0]), "blocked": -float(mine[1])}
+                    )
+        if rank == 0:
+            print(f"{run['name']}: measured", file=sys.stderr, flush=True)
+    if rank == 0:
+        (folder / "times.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Measures the cluster that ranks run on."""

@@ -1,0 +1,210 @@
+"""Measures the devices and links that the ranks of a process group run on, and fits a topology to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ...placement.cost import all_to_all_latency
+from ...placement.model import ModelSpec
+from ...placement.topology import Device, Node, Topology
+from ..moe.lost_ranks import naming_lost_ranks
+from .clock import ROUND_SECONDS, Clock
+from .devices import ExpertWork, Products, copy_bandwidth, expert_products, memory_bytes, token_seconds
+from .fit import alike, line, roofline
+from .links import Exchange, exchanges, remote_peers
+from .ranks import Ranks
+from .result import Calibration, LinkTiming, WorkTiming
+
+MOST_WEIGHT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 33}
+TOKENS = 1024
+NOISE = 0.1
+"""Devices or nodes whose rate is so near the median of all count as equal to it."""
+
+
+def calibrate(
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    experts: int | None = None,
+    node_size: int | None = None,
+    uniform: bool = False,
+    round_seconds: float = ROUND_SECONDS,
+    listen: Callable[[str], None] = lambda message: None,
+) -> Calibration:
+    """The topology of the default process group; every rank calls it, and gets the same.
+
+    All ranks work at the same time throughout, as in a step. Links: latency and bandwidth that fit all-to-alls of several
+    sizes. Devices: the flop/s and bytes/s that fit the time of the spec's experts from one token an expert on, rows
+    gathered and summed as the layer does. Values within 10 % of the median of all devices (or nodes) become that median.
+
+    spec: sizes of an expert, top-k. dtype: of weights and activations; default bfloat16 on GPUs, float32 on CPUs.
+    experts: a device; default the spec's over the ranks, as far as weights stay below 256 MB (CPU) or 8 GB. node_size:
+    ranks a node, where torchrun's hosts are not the nodes. round_seconds: of each timing. listen: told of progress.
+
+    Raises:
+        InputError: ranks of a node do not follow each other; timings that no rate fits.
+        RankError: a rank is lost on the way.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    with naming_lost_ranks(world):
+        return _calibrate(spec, dtype, experts, node_size, uniform, round_seconds, listen)
+
+
+def _calibrate(
+    spec: ModelSpec,
+    dtype: torch.dtype | None,
+    experts: int | None,
+    node_size: int | None,
+    uniform: bool,
+    round_seconds: float,
+    listen: Callable[[str], None],
+) -> Calibration:
+    device = own_device()
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    ranks = Ranks.of_world(device, node_size)
+    clock = Clock(ranks, round_seconds)
+    experts = experts or _experts(spec, dtype, ranks)
+    work = ExpertWork(spec, experts, dtype, device)
+    listen(f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device")
+    products = expert_products(work, ranks, clock)
+    busy = products[-1].pairs
+    alone = max(ranks.gather(work.timed(ranks, clock, busy, alone=0)[0]))
+    listen("expert work timed")
+    copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, TOKENS)
+    memory = memory_bytes(ranks)
+    timed: dict[str, list[Exchange]] = {}
+    for kind, group, wanted in (
+        ("intra", ranks.inside, max(map(len, ranks.nodes)) > 1),
+        ("inter", ranks.across, len(ranks.nodes) > 1),
+        ("all", None, ranks.size > 1),
+    ):
+        timed[kind] = exchanges(ranks, group, clock) if wanted else []
+        if wanted:
+            listen(f"links timed: {kind}")
+    topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
+    return Calibration(
+        topology,
+        tuple(_link_timings(ranks, topology, timed)),
+        tuple(_work_timings(topology, work, products)),
+        experts,
+        float(np.median(a_token)),
+        float(np.median(copied)),
+        products[-1].seconds[0] / alone,
+        f"{device.type}, {dtype}",
+    )
+
+
+def own_device() -> torch.device:
+    """The GPU of this process's local rank where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _experts(spec: ModelSpec, dtype: torch.dtype, ranks: Ranks) -> int:
+    each = spec.matrices * spec.hidden_size * spec.ffn_size * dtype.itemsize
+    return max(1, min(spec.experts // ranks.size, MOST_WEIGHT_BYTES[ranks.device.type] // each))
+
+
+def _topology(
+    ranks: Ranks,
+    work: ExpertWork,
+    products: Sequence[Products],
+    timed: dict[str, list[Exchange]],
+    copied: Sequence[float],
+    memory: Sequence[float],
+    tolerance: float,
+) -> Topology:
+    arithmetic = [found.pairs * work.experts * work.spec.flops_per_token for found in products]
+    reading = [float(work.weight_bytes)] * len(products)
+    rates = [roofline(arithmetic, reading, [found.seconds[g] for found in products]) for g in range(ranks.size)]
+    # A rank alone in its node has no link inside it; what it would move there stays in its memory.
+    intra, intra_latency = list(copied), 0.0
+    if timed["intra"]:
+        lines = {
+            g: _intra_line(timed["intra"], g, len(members))
+            for members in ranks.nodes
+            if len(members) > 1
+            for g in members
+        }
+        intra = [lines[g][1] if g in lines else copied[g] for g in range(ranks.size)]
+        intra_latency = float(np.median([latency for latency, _ in lines.values()]))
+    inter, inter_latency = [sum(intra[g] for g in members) for members in ranks.nodes], 0.0
+    if timed["inter"]:
+        fitted = [_inter_line(timed["inter"], ranks, node) for node in range(len(ranks.nodes))]
+        inter = [bandwidth for _, bandwidth in fitted]
+        inter_latency = float(np.median([latency for latency, _ in fitted]))
+    columns = [alike(values, tolerance) for values in ([c for c, _ in rates], [m for _, m in rates], memory, intra)]
+    devices = [
+        Device(compute=c, memory=m, memory_bandwidth=b, intra_bandwidth=v) for c, b, m, v in zip(*columns, strict=True)
+    ]
+    links = alike(inter, tolerance)
+    first = np.concatenate([[0], np.cumsum([len(members) for members in ranks.nodes])])
+    nodes = tuple(
+        Node(devices=tuple(devices[start:end]), inter_bandwidth=float(links[node]))
+        for node, (start, end) in enumerate(pairwise(first))
+    )
+    name = f"calibrated ({work.device.type})"
+    return Topology(nodes=nodes, intra_latency=intra_latency, inter_latency=inter_latency, name=name)
+
+
+def _intra_line(timed: Sequence[Exchange], rank: int, size: int) -> tuple[float, float]:
+    """(seconds a peer, bytes/s) of a device's links inside its node."""
+    latency, bandwidth = line([found.peer_bytes * (size - 1) for found in timed], [f.seconds[rank] for f in timed])
+    return latency / (size - 1), bandwidth
+
+
+def _inter_line(timed: Sequence[Exchange], ranks: Ranks, node: int) -> tuple[float, float]:
+    """(seconds a node, bytes/s) of a node's links to the others."""
+    peers = remote_peers(ranks, node)
+    seconds = [max(found.seconds[g] for g in ranks.nodes[node]) for found in timed]
+    latency, bandwidth = line([found.peer_bytes * peers for found in timed], seconds)
+    return latency / (len(ranks.nodes) - 1), bandwidth
+
+
+def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchange]]) -> list[LinkTiming]:
+    """What was timed beside what the topology says of it."""
+    sizes, nodes = topology.node_size, topology.num_nodes
+    inside, between = sizes - 1, np.array([remote_peers(ranks, node) for node in range(nodes)])
+    leaving = sizes * (topology.num_devices - sizes)
+    intra_slope = (inside[topology.node_of] / topology.intra_bandwidth).max()
+    slopes = {
+        "intra": intra_slope,
+        "inter": (between / topology.inter_bandwidth).max(),
+        "all": max(intra_slope, (leaving / topology.inter_bandwidth).max()) if nodes > 1 else intra_slope,
+    }
+    latencies = {
+        "intra": topology.intra_latency * int(inside.max()),
+        "inter": topology.inter_latency * (nodes - 1),
+        "all": all_to_all_latency(topology, node_dedup=False),
+    }
+    return [
+        LinkTiming(kind, found.peer_bytes, max(found.seconds), float(latencies[kind] + found.peer_bytes * slopes[kind]))
+        for kind, every in timed.items()
+        for found in every
+    ]
+
+
+def _work_timings(topology: Topology, work: ExpertWork, products: Sequence[Products]) -> list[WorkTiming]:
+    compute, reading = float(np.median(topology.compute)), float(np.median(topology.memory_bandwidth))
+    return [
+        WorkTiming(
+            found.pairs,
+            float(np.median(found.seconds)),
+            float(np.median(found.products_only)),
+            max(
+                found.pairs * work.experts * work.spec.flops_per_token / compute,
+                work.weight_bytes / reading,
+            ),
+        )
+        for found in products
+    ]

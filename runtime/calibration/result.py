@@ -1,0 +1,72 @@
+"""What a calibration found: the topology that commands take, and the timings that it was fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...placement.topology import Topology
+
+
+@dataclass(frozen=True)
+class LinkTiming:
+    """An all-to-all. kind: "intra" (inside nodes), "inter" (between ranks of equal place on nodes) or "all" (every rank to
+    every rank). peer_bytes: from a rank to each peer. seconds: on the slowest rank. predicted: by the topology."""
+
+    kind: str
+    peer_bytes: int
+    seconds: float
+    predicted: float
+
+
+@dataclass(frozen=True)
+class WorkTiming:
+    """Expert work. pairs: token-expert pairs an expert. seconds: on the median device, rows gathered and summed.
+    products_only: without. predicted: by the topology."""
+
+    pairs: int
+    seconds: float
+    products_only: float
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """topology: devices and links with effective rates, as the cost model uses them.
+
+    experts: a device had in `work`. token_seconds: what a token costs its own rank in one hop without any link; the cost model
+    leaves it out, since it is the same under every plan. copy_bandwidth: bytes/s read and written by plain copies.
+    alone: how much faster a device does expert work when the others are idle; well above 1 when ranks share cores.
+    device_dtype: for reports, such as "cpu, torch.float32".
+    """
+
+    topology: Topology
+    links: tuple[LinkTiming, ...]
+    work: tuple[WorkTiming, ...]
+    experts: int
+    token_seconds: float
+    copy_bandwidth: float
+    alone: float
+    device_dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "topology": self.topology.model_dump(mode="json")}
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the reader of the figures should know."""
+        found = []
+        if self.alone > 1.25:
+            found.append(
+                f"A device works {self.alone:.2f} times as fast while the others are idle: ranks share cores. The cost model "
+                "takes devices to be independent, so plans of unequal load will be faster than it says."
+            )
+        if self.topology.num_nodes == 1:
+            found.append(
+                "One node: links between nodes were not measured; the file has the node's links inside in their place."
+            )
+        if self.topology.node_size.max() == 1:
+            found.append(
+                "One rank a node: links inside nodes were not measured; the file has memory bandwidth in their place."
+            )
+        return tuple(found)

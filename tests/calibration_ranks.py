@@ -1,0 +1,27 @@
+"""What each rank does in test_calibration.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from ranks import join_group
+
+import moeplace as mp
+from moeplace.runtime import calibrate
+
+TINY = mp.ModelSpec(layers=1, experts=8, top_k=2, hidden_size=32, ffn_size=16, expert_dtype="fp32")
+
+
+def measured(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    join_group(rank, world, folder)
+    try:
+        calibrate(TINY, node_size=3)
+        refused = ""
+    except mp.InputError as error:
+        refused = str(error)
+    heard: list[str] = []
+    found = calibrate(TINY, node_size=2, round_seconds=0.005, listen=heard.append)
+    dist.destroy_process_group()
+    return {"refused": refused, "heard": heard, "remarks": found.remarks, **found.to_dict()}
