@@ -11,7 +11,6 @@ packet leaves, and any number of clusters can stand side by side. Without root, 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -20,11 +19,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
-
-from cores import inside, limited_cores
 
 PORT = 29500
 """Of torchrun's rendezvous on the first host: nobody else has ports there."""
@@ -68,10 +64,8 @@ class Cluster:
     """A context: hosts that exist inside the block.
 
     hosts: how many. ranks: torchrun's processes on each. rate: of a host's link to the others, each way, as `tc` takes it.
-    cores: CPU time of each rank, in cores (see `cores.py`); None leaves ranks to share the machine.
 
     Raises, on entry:
-        CoresUnavailableError: CPU time cannot be limited here.
         NamespacesUnavailableError: `ip`, `tc`, `unshare` or the kernel's leave is missing.
         ValueError: numbers below 1, or a rate that is none.
     """
@@ -79,9 +73,6 @@ class Cluster:
     hosts: int
     ranks: int = 1
     rate: str = "200mbit"
-    cores: float | None = None
-    _limits: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False, repr=False)
-    _groups: Path | None = field(default=None, init=False, repr=False)
     _keeper: subprocess.Popen[str] | None = field(default=None, init=False, repr=False)
     _enter: list[str] = field(default_factory=list, init=False, repr=False)
 
@@ -90,8 +81,6 @@ class Cluster:
             raise ValueError(
                 f"{self.hosts} hosts of {self.ranks} ranks asked for, expected 1 to 250 hosts of 1 or more"
             )
-        if self.cores is not None and not 0.2 <= self.cores <= 1:
-            raise ValueError(f"{self.cores} cores a rank asked for, expected 0.2 to 1")
         if not re.fullmatch(r"\d+(\.\d+)?[kmgt]?bit", self.rate):
             raise ValueError(f"rate {self.rate!r} is none; expected bits a second as tc writes them, such as 200mbit")
 
@@ -117,12 +106,6 @@ class Cluster:
             said = " ".join(self._keeper.stderr.read().split())
             self.close()
             raise NamespacesUnavailableError(f"network namespaces cannot be made here: {said or 'no reason was given'}")
-        if self.cores is not None:
-            try:
-                self._groups = self._limits.enter_context(limited_cores(self.cores, self.hosts, self.ranks))
-            except BaseException:
-                self.close()
-                raise
         keeper = self._keeper.pid
         credentials = ["--user", "--preserve-credentials"] if user else []
         self._enter = ["nsenter", "--target", str(keeper), *credentials, "--mount"]
@@ -147,7 +130,6 @@ class Cluster:
         except subprocess.TimeoutExpired:
             keeper.kill()
             keeper.wait()
-        self._limits.close()
 
     def address(self, host: int) -> str:
         return f"10.77.0.{host + 1}"
@@ -185,10 +167,7 @@ class Cluster:
             HostError: a host's torchrun ended with an error (the others are ended), or the time was up.
         """
         gloo = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", **(env or {})}
-        every = [
-            self.start(host, [*self._launcher(host), *self._rank(host, script)], gloo, stdout)
-            for host in range(self.hosts)
-        ]
+        every = [self.start(host, [*self._launcher(host), *script], gloo, stdout) for host in range(self.hosts)]
         try:
             self._follow(dict(enumerate(every)), seconds)
         except BaseException:
@@ -213,11 +192,7 @@ class Cluster:
             time.sleep(0.05)
 
     def _launcher(self, host: int) -> list[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
         torchrun += ["--nnodes", str(self.hosts), "--node-rank", str(host), "--nproc-per-node", str(self.ranks)]
         torchrun += ["--master-addr", self.address(0), "--master-port", str(PORT)]
         return [*torchrun, "--local-addr", self.address(host)]
-
-    def _rank(self, host: int, script: Sequence[str]) -> list[str]:
-        python = [sys.executable, "-u", *script]
-        return python if self._groups is None else inside(self._groups, host, python)

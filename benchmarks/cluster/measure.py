@@ -1,8 +1,7 @@
 """Step times of plans, on the ranks of a cluster: started by `placements.py` under torchrun.
 
-    measure.py FOLDER
-
-reads FOLDER/work.json (see `placements.py`) with its plans and routing, and writes FOLDER/times.json.
+measure.py calibrate FOLDER     writes FOLDER/calibration.json
+measure.py run FOLDER           runs what FOLDER/work.json says, and writes FOLDER/times.json
 """
 
 from __future__ import annotations
@@ -16,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plans
 import torch
 import torch.distributed as dist
+from devices import Slowed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import moeplace as mp
+from moeplace.runtime import calibrate
 
 
 class Blocked:
@@ -64,10 +66,11 @@ class RecordedRouter(nn.Module):
 class Layers(nn.Module):
     """The MoE layers of the model under one plan, each with a norm before it and a residual around it."""
 
-    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str) -> None:
+    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, slow: float) -> None:
         super().__init__()
+        settings = {"kind": Slowed(slow), "dispatch": dispatch}
         self.layers = nn.ModuleList(
-            mp.ExpertParallelMoE(plan.model, plan, mesh, layer, router=RecordedRouter(), dispatch=dispatch)
+            mp.ExpertParallelMoE(plan.model, plan, mesh, layer, router=RecordedRouter(), **settings)
             for layer in plan.moe_layers
         )
 
@@ -94,19 +97,34 @@ PASSES: dict[str, Callable[[Layers, Tensor, Tensor], None]] = {
 }
 
 
-def main(folder: Path) -> None:
+def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    work = json.loads((folder / "work.json").read_text())
+    (measure_devices if what == "calibrate" else run_plans)(work, folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure_devices(work: dict[str, Any], folder: Path) -> None:
+    """What `moeplace calibrate` does, on devices that are as slow as those of the runs."""
+    here = plans.SPEC.experts // dist.get_world_size()
+    found = calibrate(plans.SPEC, kind=Slowed(work["slow"]), experts=here, uniform=True)
+    if dist.get_rank() == 0:
+        (folder / "calibration.json").write_text(json.dumps(found.to_dict() | {"remarks": found.remarks}))
+
+
+def run_plans(work: dict[str, Any], folder: Path) -> None:
     rank, world, local = dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
     mesh = init_device_mesh("cpu", (world // local, local), mesh_dim_names=("node", "device"))
-    work = json.loads((folder / "work.json").read_text())
     blocked = Blocked()
     found = []
     for run in work["runs"]:
         routing = np.load(folder / run["routing"])
         expert_STLK = torch.from_numpy(routing["expert_ids"].astype(np.int64))
         models = {
-            name: Layers(mp.Plan.load(folder / file), mesh, run["dispatch"]) for name, file in run["plans"].items()
+            name: Layers(mp.Plan.load(folder / file), mesh, run["dispatch"], work["slow"])
+            for name, file in run["plans"].items()
         }
         here = torch.from_numpy(np.flatnonzero(routing["source"] == rank))
         torch.manual_seed(rank)
@@ -132,9 +150,7 @@ def main(folder: Path) -> None:
             print(f"{run['name']}: measured", file=sys.stderr, flush=True)
     if rank == 0:
         (folder / "times.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -2,7 +2,8 @@
 
     python benchmarks/cluster/placements.py --hosts 2 --ranks 2 --out results.json [--show compare,predict]
 
-Calibrates the cluster (`moeplace calibrate`), solves for it on three quarters of the example model's recorded sequences,
+Ranks have emulated devices (`devices.py`): ranks that share cores speed up when others wait, which devices do not.
+Calibrates the cluster (`mp.runtime.calibrate`), solves for it on three quarters of the example model's recorded sequences,
 and runs the model's MoE layers (8 layers, 32 experts, top-2, hidden size 192) on steps of the others: real
 `ExpertParallelMoE` layers, a router that sends tokens where the trained model sent them, homes by sequence. Plans take
 turns step by step; a step's time is that of its slowest rank. Attention and the head, the same under every plan, are left out.
@@ -33,12 +34,10 @@ from moeplace.placement.evaluate import evaluate_on
 HERE = Path(__file__).resolve().parent
 
 
-def calibrated(cluster: Cluster, folder: Path) -> dict[str, Any]:
-    """What `moeplace calibrate --json` prints on the cluster."""
-    sizes = ["--hidden-size", str(plans.SPEC.hidden_size), "--ffn-size", str(plans.SPEC.ffn_size)]
-    sizes += ["--experts", str(plans.SPEC.experts // (cluster.hosts * cluster.ranks))]
-    with (folder / "calibration.json").open("w") as printed:
-        cluster.torchrun("-m", "moeplace", "calibrate", *sizes, "--top-k", "2", "--uniform", "--json", stdout=printed)
+def calibrated(cluster: Cluster, folder: Path, slow: float) -> dict[str, Any]:
+    """What the cluster's ranks find of it."""
+    (folder / "work.json").write_text(json.dumps({"slow": slow}))
+    cluster.torchrun(str(HERE / "measure.py"), "calibrate", str(folder))
     found: dict[str, Any] = json.loads((folder / "calibration.json").read_text())
     return found
 
@@ -83,9 +82,9 @@ class Work:
             }
         )
 
-    def measured(self, cluster: Cluster) -> list[dict[str, Any]]:
-        (self.folder / "work.json").write_text(json.dumps({"runs": self.runs}))
-        cluster.torchrun(str(HERE / "measure.py"), str(self.folder))
+    def measured(self, cluster: Cluster, slow: float) -> list[dict[str, Any]]:
+        (self.folder / "work.json").write_text(json.dumps({"runs": self.runs, "slow": slow}))
+        cluster.torchrun(str(HERE / "measure.py"), "run", str(self.folder))
         found: list[dict[str, Any]] = json.loads((self.folder / "times.json").read_text())
         return found
 
@@ -116,6 +115,8 @@ def compared(times: Sequence[dict[str, Any]], work: Work, run: str) -> list[dict
                 "speedup": float((base / seconds).mean()),
                 "faster_steps": float((seconds < base).mean()),
                 "in_collectives": float(np.mean([row["blocked"] / row["seconds"] for row in mine])),
+                "predicted_transfer_ms": 1e3 * predicted["transfer"],
+                "predicted_compute_ms": 1e3 * predicted["compute"],
                 "predicted_ms": 1e3 * float(np.mean(predicted["seconds"])),
                 "load_max_mean": predicted["load_max_mean"],
             }
@@ -140,7 +141,9 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2, help="processes a host")
     parser.add_argument("--rate", default="200mbit")
-    parser.add_argument("--cores", type=float, default=0.25, help="CPU time of each rank, in cores")
+    parser.add_argument(
+        "--slow", type=float, default=6, help="seconds of expert work that a second of CPU time stands for"
+    )
     parser.add_argument("--tokens", type=int, default=2048, help="a step, over all ranks")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--turns", type=int, default=1)
@@ -150,10 +153,10 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     train, held = plans.routing()
-    cluster = Cluster(arguments.hosts, arguments.ranks, arguments.rate, arguments.cores)
+    cluster = Cluster(arguments.hosts, arguments.ranks, arguments.rate)
     with cluster, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calibration = calibrated(cluster, folder)
+        calibration = calibrated(cluster, folder, arguments.slow)
         topology = mp.Topology.from_dict(calibration["topology"])
         steps = plans.held_steps(held, arguments.tokens, arguments.steps, topology.num_devices)
         work = Work(folder, topology, steps, calibration["token_seconds"])
@@ -168,7 +171,7 @@ def main() -> None:
             wide = every | dict(plans.spread(problem, every["search"]))
             for dispatch in ("node_aware", "flat"):
                 work.add(f"predict, {dispatch}", wide, dispatch, 1)
-        times = work.measured(cluster)
+        times = work.measured(cluster, arguments.slow)
     rows = {run["name"]: compared(times, work, run["name"]) for run in work.runs}
     result = {
         "settings": {key: str(value) for key, value in vars(arguments).items()},

@@ -4,7 +4,7 @@
     python benchmarks/cluster/run.py --hosts 4 --ranks 1 -- -m package.module
 
 Needs Linux, iproute2 and util-linux; root, or the right to make user namespaces. Nothing is left behind, however it ends.
-Exit status: 0; 1 when a host's torchrun failed or time was up; 3 where namespaces, or limits of cores, are not allowed.
+Exit status: 0; 1 when a host's torchrun failed or time was up; 3 where namespaces are not allowed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import signal
 import sys
 from types import FrameType
 
-from cores import CoresUnavailableError
 from hosts import Cluster, HostError, NamespacesUnavailableError
 
 
@@ -23,15 +22,14 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2, help="processes a host")
     parser.add_argument("--rate", default="200mbit", help="of each host's link, each way, as tc takes it")
-    parser.add_argument("--cores", type=float, help="CPU time of each rank, in cores; default: ranks share the machine")
     parser.add_argument("--seconds", type=float, help="longest that the script may take")
     parser.add_argument("script", nargs="+", help="after --: a Python script, or -m module, and its arguments")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _ended)
     try:
-        with Cluster(arguments.hosts, arguments.ranks, arguments.rate, arguments.cores) as cluster:
+        with Cluster(arguments.hosts, arguments.ranks, arguments.rate) as cluster:
             cluster.torchrun(*arguments.script, seconds=arguments.seconds)
-    except (NamespacesUnavailableError, CoresUnavailableError) as error:
+    except NamespacesUnavailableError as error:
         print(error, file=sys.stderr)
         return 3
     except (HostError, ValueError) as error:

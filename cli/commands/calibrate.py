@@ -117,7 +117,8 @@ def _join() -> None:
         dist.init_process_group(backend)
     else:
         note("one process: no links to measure; torchrun starts as many ranks as the cluster has devices")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def _torch_dtype(dtype: Dtype | None) -> Any:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ...placement.cost import all_to_all_latency
 from ...placement.model import ModelSpec
 from ...placement.topology import Device, Node, Topology
+from ..moe.expert_kinds import ExpertKind
 from ..moe.lost_ranks import naming_lost_ranks
 from .clock import ROUND_SECONDS, Clock
 from .devices import ExpertWork, Products, copy_bandwidth, expert_products, memory_bytes, token_seconds
@@ -30,6 +31,7 @@ NOISE = 0.1
 def calibrate(
     spec: ModelSpec,
     *,
+    kind: ExpertKind | None = None,
     dtype: torch.dtype | None = None,
     experts: int | None = None,
     node_size: int | None = None,
@@ -43,7 +45,7 @@ def calibrate(
     sizes. Devices: the flop/s and bytes/s that fit the time of the spec's experts from one token an expert on, rows
     gathered and summed as the layer does. Values within 10 % of the median of all devices (or nodes) become that median.
 
-    spec: sizes of an expert, top-k. dtype: of weights and activations; default bfloat16 on GPUs, float32 on CPUs.
+    spec: sizes of an expert, top-k. kind: what an expert computes; default SwiGLU, or GELU for two matrices. dtype: of weights and activations; default bfloat16 on GPUs, float32 on CPUs.
     experts: a device; default the spec's over the ranks, as far as weights stay below 256 MB (CPU) or 8 GB. node_size:
     ranks a node, where torchrun's hosts are not the nodes. round_seconds: of each timing. listen: told of progress.
 
@@ -54,11 +56,12 @@ def calibrate(
     world = dist.group.WORLD
     assert world is not None
     with naming_lost_ranks(world):
-        return _calibrate(spec, dtype, experts, node_size, uniform, round_seconds, listen)
+        return _calibrate(spec, kind, dtype, experts, node_size, uniform, round_seconds, listen)
 
 
 def _calibrate(
     spec: ModelSpec,
+    kind: ExpertKind | None,
     dtype: torch.dtype | None,
     experts: int | None,
     node_size: int | None,
@@ -71,7 +74,7 @@ def _calibrate(
     ranks = Ranks.of_world(device, node_size)
     clock = Clock(ranks, round_seconds)
     experts = experts or _experts(spec, dtype, ranks)
-    work = ExpertWork(spec, experts, dtype, device)
+    work = ExpertWork(spec, kind, experts, dtype, device)
     listen(f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device")
     products = expert_products(work, ranks, clock)
     busy = products[-1].pairs

@@ -44,7 +44,7 @@ class Clock:
             for _ in range(repeats):
                 work()
             return time.perf_counter() - began
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self._ranks.device)
         first.record()
         for _ in range(repeats):

@@ -38,9 +38,11 @@ class Products:
 class ExpertWork:
     """Experts of the model's shape on this device, and rows for them."""
 
-    def __init__(self, spec: ModelSpec, experts: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, kind: ExpertKind | None, experts: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.spec, self.experts, self.dtype, self.device = spec, experts, dtype, device
-        self.kind: ExpertKind = SwiGLU() if spec.matrices == 3 else GELU()
+        self.kind = kind or (SwiGLU() if spec.matrices == 3 else GELU())
         self.weights = {
             name: torch.randn(experts, *shape, dtype=dtype, device=device) * 0.02
             for name, shape in self.kind.shapes(spec).items()
