@@ -83,14 +83,14 @@ def _calibrate(
     copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, TOKENS)
     memory = memory_bytes(ranks)
     timed: dict[str, list[Exchange]] = {}
-    for kind, group, wanted in (
+    for which, group, wanted in (
         ("intra", ranks.inside, max(map(len, ranks.nodes)) > 1),
         ("inter", ranks.across, len(ranks.nodes) > 1),
         ("all", None, ranks.size > 1),
     ):
-        timed[kind] = exchanges(ranks, group, clock) if wanted else []
+        timed[which] = exchanges(ranks, group, clock) if wanted else []
         if wanted:
-            listen(f"links timed: {kind}")
+            listen(f"links timed: {which}")
     topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
     return Calibration(
         topology,
