@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +80,30 @@ class Layers(nn.Module):
         return x_TD
 
 
-def forward(layers: Layers, x_TD: Tensor, expert_TLK: Tensor) -> None:
-    with torch.no_grad():
-        layers(x_TD, expert_TLK)
+class Passes:
+    """Steps of one plan on this rank's tokens. `coherent`: values a token of context to share, None for dispatch_combine."""
 
+    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, run: dict[str, Any], slow: float, coherent: int | None) -> None:
+        self.backward, self.coherent = run["pass"] == "forward and backward", coherent
+        self.layers: Any
+        if coherent is None:
+            self.layers = Layers(plan, mesh, run["dispatch"], slow)
+        else:
+            from coherent import CoherentLayers
 
-def forward_backward(layers: Layers, x_TD: Tensor, expert_TLK: Tensor) -> None:
-    layers(x_TD.requires_grad_(), expert_TLK).square().mean().backward()
-    layers.zero_grad(set_to_none=True)
+            self.layers = CoherentLayers(plan, mesh, run["dispatch"], slow, coherent)
 
-
-PASSES: dict[str, Callable[[Layers, Tensor, Tensor], None]] = {
-    "forward": forward,
-    "forward and backward": forward_backward,
-}
+    def step(self, x_TD: Tensor, here_T: Tensor, expert_BLK: Tensor) -> None:
+        """here_T: which of the step's B tokens are at home on this rank."""
+        if self.backward:
+            self.layers(x_TD.requires_grad_(), expert_BLK[here_T]).square().mean().backward()
+            self.layers.zero_grad(set_to_none=True)
+            return
+        with torch.no_grad():
+            if self.coherent is None:
+                self.layers(x_TD, expert_BLK[here_T])
+            else:
+                self.layers(x_TD, here_T, expert_BLK)
 
 
 def main(what: str, folder: Path) -> None:
@@ -109,9 +118,14 @@ def main(what: str, folder: Path) -> None:
 def measure_devices(work: dict[str, Any], folder: Path) -> None:
     """What `moeplace calibrate` does, on devices that are as slow as those of the runs."""
     here = plans.SPEC.experts // dist.get_world_size()
-    found = calibrate(plans.SPEC, kind=Slowed(work["slow"]), experts=here, uniform=True)
+    found = calibrate(plans.SPEC, kind=Slowed(work["slow"]), experts=here, uniform=True, listen=_note)
     if dist.get_rank() == 0:
         (folder / "calibration.json").write_text(json.dumps(found.to_dict() | {"remarks": found.remarks}))
+
+
+def _note(message: str) -> None:
+    if dist.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def run_plans(work: dict[str, Any], folder: Path) -> None:
@@ -123,15 +137,14 @@ def run_plans(work: dict[str, Any], folder: Path) -> None:
         routing = np.load(folder / run["routing"])
         expert_STLK = torch.from_numpy(routing["expert_ids"].astype(np.int64))
         models = {
-            name: Layers(mp.Plan.load(folder / file), mesh, run["dispatch"], work["slow"])
+            name: Passes(mp.Plan.load(folder / file), mesh, run, work["slow"], run.get("coherent", {}).get(name))
             for name, file in run["plans"].items()
         }
         here = torch.from_numpy(np.flatnonzero(routing["source"] == rank))
         torch.manual_seed(rank)
         x_TD = torch.randn(len(here), routing["hidden"])
-        one = PASSES[run["pass"]]
-        for layers in models.values():
-            one(layers, x_TD, expert_STLK[0, here])
+        for passes in models.values():
+            passes.step(x_TD, here, expert_STLK[0])
         names = list(models)
         for turn in range(run["turns"]):
             for step, expert_TLK in enumerate(expert_STLK):
@@ -139,15 +152,14 @@ def run_plans(work: dict[str, Any], folder: Path) -> None:
                 for name in names[first:] + names[:first]:
                     dist.barrier()
                     blocked.seconds, began = 0.0, time.perf_counter()
-                    one(models[name], x_TD, expert_TLK[here])
+                    models[name].step(x_TD, here, expert_TLK)
                     mine = torch.tensor([time.perf_counter() - began, -blocked.seconds])
                     dist.all_reduce(mine, dist.ReduceOp.MAX)
                     found.append(
                         {"run": run["name"], "plan": name, "step": step, "turn": turn}
                         | {"seconds": float(mine[0]), "blocked": -float(mine[1])}
                     )
-        if rank == 0:
-            print(f"{run['name']}: measured", file=sys.stderr, flush=True)
+        _note(f"{run['name']}: measured")
     if rank == 0:
         (folder / "times.json").write_text(json.dumps(found))
 

@@ -181,10 +181,47 @@ def main() -> None:
     }
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1))
-    for run, found in rows.items():
-        print(run, result["agreement"].get(run, ""))
-        for row in sorted(found, key=lambda row: row["mean_ms"]):
-            print("  ", {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    print(report(result))
+
+
+COMPARED = {
+    "plan": "plan",
+    "median_ms": "median ms",
+    "mean_ms": "mean ms",
+    "p99_ms": "p99 ms",
+    "speedup": "contiguous / this",
+    "faster_steps": "steps faster than contiguous",
+    "load_max_mean": "load max/mean",
+    "in_collectives": "in all-to-alls",
+}
+PREDICTED = {"plan": "plan", "mean_ms": "measured ms", "predicted_ms": "predicted ms", "load_max_mean": "load max/mean"}
+
+
+def report(result: dict[str, Any]) -> str:
+    """Markdown tables of the rows."""
+    parts = []
+    for run, rows in result["rows"].items():
+        columns = PREDICTED if run.startswith("predict") else COMPARED
+        ordered = sorted(rows, key=lambda row: row["mean_ms"])
+        lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(_cell(key, row[key]) for key in columns) + " |" for row in ordered]
+        found = result["agreement"].get(run)
+        note = ""
+        if found is not None:
+            note = (
+                f"\n\nPredicted against measured over {found['plans']} plans: Spearman {found['spearman']:.3f}, median error "
+                f"{found['median_error']:.1%}, largest {found['largest_error']:.1%}."
+            )
+        parts.append(f"**{run}**\n\n" + "\n".join(lines) + note)
+    return "\n\n".join(parts)
+
+
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if key in ("faster_steps", "in_collectives"):
+        return f"{value:.0%}"
+    return f"{value:.0f}" if key.endswith("_ms") else f"{value:.2f}"
 
 
 if __name__ == "__main__":

@@ -60,13 +60,14 @@ def calibrate_command(
 ) -> None:
     """Measure the devices and links that torchrun's ranks run on, and write them as a topology.
 
-    Start it as training or serving will run: as many hosts, as many ranks on each. All ranks work at once throughout. Times
-    expert products of the model's sizes, plain copies, and all-to-alls inside nodes, between nodes and over all ranks, by
-    NCCL on GPUs and Gloo on CPUs. Every command takes the file as --topology.
+    Start it by torchrun as training or serving will run, as many hosts and as many ranks on each:
+    `torchrun --nproc-per-node 8 -m moeplace calibrate -o topology.json`. All ranks work at once throughout. Times expert
+    products of the model's sizes, plain copies, and all-to-alls inside nodes, between nodes and over all ranks, by NCCL on
+    GPUs and Gloo on CPUs. Every command takes the file as --topology. A single process measures its device alone.
 
     Example:
 
-      torchrun --nproc-per-node 8 -m moeplace calibrate -o topology.json
+      moeplace calibrate --model config.json -o topology.json
     """
     import torch.distributed as dist
 
