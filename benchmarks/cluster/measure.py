@@ -137,7 +137,7 @@ def run_plans(work: dict[str, Any], folder: Path) -> None:
         routing = np.load(folder / run["routing"])
         expert_STLK = torch.from_numpy(routing["expert_ids"].astype(np.int64))
         models = {
-            name: Passes(mp.Plan.load(folder / file), mesh, run, work["slow"], run.get("coherent", {}).get(name))
+            name: Passes(mp.Plan.load(folder / file), mesh, run, work["slow"], run["coherent"].get(name))
             for name, file in run["plans"].items()
         }
         here = torch.from_numpy(np.flatnonzero(routing["source"] == rank))
@@ -146,19 +146,16 @@ def run_plans(work: dict[str, Any], folder: Path) -> None:
         for passes in models.values():
             passes.step(x_TD, here, expert_STLK[0])
         names = list(models)
-        for turn in range(run["turns"]):
-            for step, expert_TLK in enumerate(expert_STLK):
-                first = (turn + step) % len(names)
-                for name in names[first:] + names[:first]:
-                    dist.barrier()
-                    blocked.seconds, began = 0.0, time.perf_counter()
-                    models[name].step(x_TD, here, expert_TLK)
-                    mine = torch.tensor([time.perf_counter() - began, -blocked.seconds])
-                    dist.all_reduce(mine, dist.ReduceOp.MAX)
-                    found.append(
-                        {"run": run["name"], "plan": name, "step": step, "turn": turn}
-                        | {"seconds": float(mine[0]), "blocked": -float(mine[1])}
-                    )
+        for step, expert_TLK in enumerate(expert_STLK):
+            first = step % len(names)
+            for name in names[first:] + names[:first]:
+                dist.barrier()
+                blocked.seconds, began = 0.0, time.perf_counter()
+                models[name].step(x_TD, here, expert_TLK)
+                mine = torch.tensor([time.perf_counter() - began, -blocked.seconds])
+                dist.all_reduce(mine, dist.ReduceOp.MAX)
+                row = {"run": run["name"], "plan": name, "step": step}
+                found.append(row | {"seconds": float(mine[0]), "blocked": -float(mine[1])})
         _note(f"{run['name']}: measured")
     if rank == 0:
         (folder / "times.json").write_text(json.dumps(found))

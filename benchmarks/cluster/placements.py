@@ -10,6 +10,8 @@ turns step by step; a step's time is that of its slowest rank. Attention and the
 
 compare: contiguous, eplb, exflow, moetuner and search, also with slots for replicas, forward and forward with backward.
 predict: these and plans that nobody would choose, each with flat and node-aware dispatch, against `mp.evaluate`.
+decode: steps of one token of each of many sequences, in both modes; context-coherent rows end with every rank being told
+where tokens are, and have rows with the keys and values that all ranks must be sent in every layer.
 """
 
 from __future__ import annotations
@@ -45,57 +47,64 @@ def calibrated(cluster: Cluster, folder: Path, slow: float) -> dict[str, Any]:
 class Work:
     """Runs for `measure.py`, and the predictions that belong to them."""
 
-    def __init__(self, folder: Path, topology: mp.Topology, steps: mp.Steps, hop_seconds: float) -> None:
-        self.folder, self.topology, self.steps = folder, topology, steps
+    def __init__(self, folder: Path, topology: mp.Topology, hop_seconds: float, slow: float) -> None:
+        self.folder, self.topology, self.slow = folder, topology, slow
         self.runs: list[dict[str, Any]] = []
         self.predicted: dict[str, dict[str, Any]] = {}
-        devices, tokens = topology.num_devices, int(steps.tokens[0])
-        self._hop_seconds = hop_seconds * tokens / devices * len(steps.moe_layers)
-        shape = (steps.num_steps, tokens, steps.num_layers, steps.top_k)
-        arrays = {"expert_ids": steps.expert_ids.reshape(shape), "source": plans.homes(tokens, devices)}
-        np.savez(folder / "routing.npz", **arrays, hidden=plans.SPEC.hidden_size)
+        self._hop_seconds = hop_seconds
 
-    def add(self, name: str, named: dict[str, mp.Plan], dispatch: str, turns: int, passes: str = "forward") -> None:
-        files = {}
+    def add(
+        self,
+        name: str,
+        named: dict[str, mp.Plan],
+        steps: mp.Steps,
+        dispatch: str = "node_aware",
+        passes: str = "forward",
+        coherent: dict[str, int] | None = None,
+    ) -> None:
+        """coherent: plans that run in context-coherent execution, and the values of context that a token has in a layer."""
+        coherent = coherent or {}
+        number, files = len(self.runs), {}
+        self._save(f"routing{number}.npz", steps)
         self.predicted[name] = {}
-        dedup = dispatch == "node_aware"
-        hops = sum((self.topology.node_size.max() > 1, self.topology.num_nodes > 1)) if dedup else 1
         for label, plan in named.items():
-            files[label] = f"plan{len(self.runs)}-{len(files)}.json"
+            files[label] = f"plan{number}-{len(files)}.json"
             plan.save(self.folder / files[label])
-            objective = plans.OBJECTIVE.replace(node_dedup=dedup)
-            judged = evaluate_on(plan, self.steps, plan.model, self.topology, objective)
-            self.predicted[name][label] = {
-                "seconds": (judged.step_seconds + hops * self._hop_seconds).tolist(),
-                "transfer": float((judged.dispatch + judged.combine).sum(axis=1).mean()),
-                "compute": float(judged.compute.sum(axis=1).mean()),
-                "load_max_mean": float(judged.load_max_mean.mean()),
-            }
-        self.runs.append(
-            {
-                "name": name,
-                "dispatch": dispatch,
-                "pass": passes,
-                "turns": turns,
-                "plans": files,
-                "routing": "routing.npz",
-            }
-        )
+            execution = "context_coherent" if label in coherent else "dispatch_combine"
+            self.predicted[name][label] = self._prediction(plan, steps, dispatch, execution)
+        run = {"name": name, "dispatch": dispatch, "pass": passes, "plans": files, "routing": f"routing{number}.npz"}
+        self.runs.append(run | {"coherent": coherent})
 
-    def measured(self, cluster: Cluster, slow: float) -> list[dict[str, Any]]:
-        (self.folder / "work.json").write_text(json.dumps({"runs": self.runs, "slow": slow}))
+    def _save(self, file: str, steps: mp.Steps) -> None:
+        tokens = int(steps.tokens[0])
+        shape = (steps.num_steps, tokens, steps.num_layers, steps.top_k)
+        source = plans.homes(tokens, self.topology.num_devices)
+        ids = steps.expert_ids.reshape(shape)
+        np.savez(self.folder / file, expert_ids=ids, source=source, hidden=plans.SPEC.hidden_size)
+
+    def _prediction(self, plan: mp.Plan, steps: mp.Steps, dispatch: str, execution: str) -> dict[str, Any]:
+        dedup = dispatch == "node_aware"
+        objective = plans.OBJECTIVE.replace(node_dedup=dedup, execution=execution)
+        judged = evaluate_on(plan, steps, plan.model, self.topology, objective)
+        hops = sum((self.topology.node_size.max() > 1, self.topology.num_nodes > 1)) if dedup else 1
+        handling = hops * self._hop_seconds * int(steps.tokens[0]) / self.topology.num_devices * len(steps.moe_layers)
+        return {
+            "seconds": (judged.step_seconds + handling).tolist(),
+            "transfer": float((judged.dispatch + judged.combine).sum(axis=1).mean()),
+            "compute": float(judged.compute.sum(axis=1).mean()),
+            "load_max_mean": float(judged.load_max_mean.mean()),
+        }
+
+    def measured(self, cluster: Cluster) -> list[dict[str, Any]]:
+        (self.folder / "work.json").write_text(json.dumps({"runs": self.runs, "slow": self.slow}))
         cluster.torchrun(str(HERE / "measure.py"), "run", str(self.folder))
         found: list[dict[str, Any]] = json.loads((self.folder / "times.json").read_text())
         return found
 
 
 def step_seconds(times: Sequence[dict[str, Any]], run: str, plan: str) -> np.ndarray[Any, Any]:
-    """[S] the median over turns of each step."""
-    steps: dict[int, list[float]] = {}
-    for row in times:
-        if (row["run"], row["plan"]) == (run, plan):
-            steps.setdefault(row["step"], []).append(row["seconds"])
-    return np.array([np.median(steps[step]) for step in sorted(steps)])
+    """[S] of the slowest rank."""
+    return np.array([row["seconds"] for row in times if (row["run"], row["plan"]) == (run, plan)])
 
 
 def compared(times: Sequence[dict[str, Any]], work: Work, run: str) -> list[dict[str, Any]]:
@@ -111,7 +120,7 @@ def compared(times: Sequence[dict[str, Any]], work: Work, run: str) -> list[dict
                 "plan": name,
                 "median_ms": 1e3 * float(np.median(seconds)),
                 "mean_ms": 1e3 * float(seconds.mean()),
-                "p99_ms": 1e3 * float(np.quantile([row["seconds"] for row in mine], 0.99)),
+                "p99_ms": 1e3 * float(np.quantile(seconds, 0.99)),
                 "speedup": float((base / seconds).mean()),
                 "faster_steps": float((seconds < base).mean()),
                 "in_collectives": float(np.mean([row["blocked"] / row["seconds"] for row in mine])),
@@ -146,9 +155,8 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=2048, help="a step, over all ranks")
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20, help="of each solve")
-    parser.add_argument("--show", default="compare,predict")
+    parser.add_argument("--show", default="compare,predict", help="of compare, predict, decode")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -158,26 +166,32 @@ def main() -> None:
         folder = Path(name)
         calibration = calibrated(cluster, folder, arguments.slow)
         topology = mp.Topology.from_dict(calibration["topology"])
-        steps = plans.held_steps(held, arguments.tokens, arguments.steps, topology.num_devices)
-        work = Work(folder, topology, steps, calibration["token_seconds"])
-        problem = plans.problem_for(topology, train)
-        every = plans.solved(problem, arguments.tokens, arguments.seconds)
+        work = Work(folder, topology, calibration["token_seconds"], arguments.slow)
+        tokens, seconds, devices = arguments.tokens, arguments.seconds, topology.num_devices
+        steps = plans.held_steps(held, tokens, arguments.steps, devices)
+        every = plans.solved(plans.problem_for(topology, train), tokens, seconds)
         if "compare" in arguments.show:
-            more = plans.solved(plans.problem_for(topology, train, extra=2), arguments.tokens, arguments.seconds)
+            more = plans.solved(plans.problem_for(topology, train, extra=2), tokens, seconds)
             more = {f"{label}, 2 more slots a device": plan for label, plan in more.items() if label != "contiguous"}
-            for passes in ("forward", "forward and backward"):
-                work.add(passes, every | more, "node_aware", arguments.turns, passes)
+            work.add("forward", every | more, steps)
+            work.add("forward and backward", every | more, steps, passes="forward and backward")
         if "predict" in arguments.show:
-            wide = every | dict(plans.spread(problem, every["search"]))
+            wide = every | dict(plans.spread(plans.problem_for(topology, train), every["search"]))
             for dispatch in ("node_aware", "flat"):
-                work.add(f"predict, {dispatch}", wide, dispatch, 1)
-        times = work.measured(cluster, arguments.slow)
+                work.add(f"predict, {dispatch}", wide, steps.select(range(max(1, arguments.steps // 2))), dispatch)
+        if "decode" in arguments.show:
+            decode = plans.decode_steps(held, tokens, arguments.steps, devices)
+            named, coherent = plans.decoding(topology, train, tokens, seconds)
+            work.add("decode", named, decode, coherent=coherent)
+        times = work.measured(cluster)
     rows = {run["name"]: compared(times, work, run["name"]) for run in work.runs}
     result = {
         "settings": {key: str(value) for key, value in vars(arguments).items()},
         "calibration": calibration,
         "rows": rows,
-        "agreement": {run: agreement(found) for run, found in rows.items() if "backward" not in run},
+        "agreement": {
+            run: agreement(found) for run, found in rows.items() if run == "forward" or run.startswith("predict")
+        },
     }
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1))

@@ -23,6 +23,9 @@ PEERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("moetuner", {}),
 )
 
+CONTEXT = {"latent attention's context": 0.08, "grouped-query context": 0.25, "full attention's context": 2.0}
+"""Keys and values of a token in a layer over the hidden size: of DeepSeek-V3, of Qwen3-235B, and without sharing of heads."""
+
 
 def routing() -> tuple[mp.RoutingTrace, mp.RoutingTrace]:
     """Recorded routing of the trained example model, in two parts that share no sequence: to solve on, to judge on."""
@@ -47,6 +50,12 @@ def held_steps(held: mp.RoutingTrace, tokens: int, steps: int, devices: int) -> 
     return replace(drawn, source=np.tile(homes(tokens, devices), steps))
 
 
+def decode_steps(held: mp.RoutingTrace, tokens: int, steps: int, devices: int) -> mp.Steps:
+    """Steps of one token of each of `tokens` sequences, each at home on one device."""
+    drawn = held.decode_steps(tokens, steps, seed=1)
+    return replace(drawn, source=np.tile(homes(tokens, devices), steps))
+
+
 def homes(tokens: int, devices: int) -> np.ndarray[Any, Any]:
     """[tokens] the device that each token of a step lives on."""
     return np.repeat(np.arange(devices), tokens // devices)
@@ -62,6 +71,25 @@ def solved(problem: mp.Problem, tokens: int, seconds: float) -> dict[str, mp.Pla
             continue
     found["search"] = mp.solve(problem, "search", seconds=seconds, seed=0, batch="prefill", step_tokens=tokens)
     return found
+
+
+def decoding(
+    topology: mp.Topology, train: mp.RoutingTrace, tokens: int, seconds: float
+) -> tuple[dict[str, mp.Plan], dict[str, int]]:
+    """Plans for decode steps in both modes, and the values of context a token and layer of those that are coherent."""
+    home, stay = problem_for(topology, train), problem_for(topology, train, execution="context_coherent")
+    options: dict[str, Any] = {"seconds": seconds, "seed": 0, "batch": "decode", "step_tokens": tokens}
+    contiguous = mp.solve(home, "contiguous")
+    exflow = mp.solve(stay, "exflow", seconds=seconds, seed=0, form="staged")
+    affine = mp.solve(stay, "search", **options)
+    named = {"contiguous": contiguous, "search": mp.solve(home, "search", **options)}
+    coherent: dict[str, int] = {}
+    for name, plan in (("contiguous", contiguous), ("exflow", exflow), ("search", affine)):
+        named[f"coherent, {name}"], coherent[f"coherent, {name}"] = plan, 0
+    for label, part in CONTEXT.items():
+        named[f"coherent, search, {label}"] = affine
+        coherent[f"coherent, search, {label}"] = round(part * SPEC.hidden_size)
+    return named, coherent
 
 
 def spread(problem: mp.Problem, best: mp.Plan) -> Iterator[tuple[str, mp.Plan]]:
