@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from .moe.parallelize import parallelize
 
 __all__ = [
+    "Calibration",
     "CompressionStatistics",
     "ContextCoherentDecoder",
     "DispatchCombineDecoder",
-    "Calibration",
     "ExpertParallelMoE",
     "LSHCompression",
     "Migration",

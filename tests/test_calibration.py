@@ -107,7 +107,7 @@ def test_the_command_measures_one_process_and_writes_a_topology_that_solves(tmp_
         capture_output=True,
         text=True,
         env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-        timeout=240,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
