@@ -20,13 +20,13 @@ class CoherentLayers(nn.Module):
     """An iteration of decoding without attention and head: tokens move from layer to layer, every rank is told where they
     ended, and in each layer `context` values a token (its keys and values) go to all ranks beside the later layers."""
 
-    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, slow: float, context: int) -> None:
+    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, context: int) -> None:
         super().__init__()
         self.mesh = ExpertMesh.of(mesh)
         self.statistics = DecodeStatistics(self.mesh.size)
         self.context = context
         self.layers = nn.ModuleList(
-            PlacedExperts(plan.model, plan, self.mesh, layer, kind=Slowed(slow), dispatch=dispatch)
+            PlacedExperts(plan.model, plan, self.mesh, layer, kind=Slowed(), dispatch=dispatch)
             for layer in plan.moe_layers
         )
         self.moves = [CoherentExperts(layer, self.statistics, dispatch == "node_aware") for layer in self.layers]

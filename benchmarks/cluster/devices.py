@@ -1,8 +1,8 @@
-"""Emulated devices: experts that take longer by a factor than the CPU time that they use, on each rank by itself.
+"""Emulated devices: expert work that takes the time of a device of set rates, on each rank by itself.
 
-Ranks that share a machine's cores finish sooner when others are idle; devices of a cluster do not. Here a rank computes for
-real, and then sleeps until the factor times its own CPU time has passed since it began. With a factor well above ranks per core,
-cores are mostly free, and a rank's time depends on its own work alone.
+Ranks that share a machine's cores finish sooner when others are idle, and later when they are not; devices of a cluster do
+neither. Here a rank computes for real, and then sleeps until a device with these rates would have finished. The rates leave
+cores free about half of the time, so that a rank's time depends on its own work alone.
 """
 
 from __future__ import annotations
@@ -19,40 +19,42 @@ from moeplace.placement.model import ModelSpec
 from moeplace.runtime.moe.expert_kinds import SwiGLU
 
 
-class Stopwatch:
-    """From `start` to `fill`, on one thread."""
-
-    def __init__(self, factor: float) -> None:
-        self._factor = factor
-        self._began = (0.0, 0.0)
-
-    def start(self) -> None:
-        self._began = (time.perf_counter(), time.thread_time())
-
-    def fill(self) -> None:
-        """Sleeps for what is missing of the factor times the CPU time used."""
-        wall, used = time.perf_counter() - self._began[0], time.thread_time() - self._began[1]
-        time.sleep(max(0.0, self._factor * used - wall))
-
-
 @dataclass(frozen=True)
 class Slowed:
-    """SwiGLU experts of an emulated device, forward and backward."""
+    """SwiGLU experts of an emulated device, forward and backward.
 
-    factor: float
+    pair: seconds of a token in an expert, forward. expert: seconds of an expert that has any token. Backward takes twice as long.
+    """
+
+    pair: float = 15e-6
+    expert: float = 200e-6
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         return SwiGLU().shapes(spec)
 
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        backward = Stopwatch(self.factor)
+        seconds = self.pair * len(row_ND) + self.expert * int((count_S > 0).sum())
+        backward = Stopwatch(2 * seconds)
         row_ND = _Last.apply(row_ND, backward)  # type: ignore[no-untyped-call]
-        watch = Stopwatch(self.factor)
+        watch = Stopwatch(seconds)
         watch.start()
         y_ND = SwiGLU().forward(row_ND, count_S, weights)
         watch.fill()
         result: Tensor = _First.apply(y_ND, backward)  # type: ignore[no-untyped-call]
         return result
+
+
+class Stopwatch:
+    """From `start` to `fill`, which sleeps for what is missing of the seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._began = seconds, 0.0
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def fill(self) -> None:
+        time.sleep(max(0.0, self._seconds - (time.perf_counter() - self._began)))
 
 
 class _First(Function):

@@ -42,6 +42,8 @@ while [ $i -lt "$1" ]; do
     ip -n host$i link set eth0 up
     ip -n host$i address add "10.77.0.$((i + 1))/24" dev eth0
     printf "%s\n" "10.77.0.$((i + 1)) host$i" "::ffff:10.77.0.$((i + 1)) host$i" >> /run/hosts
+    # As on the fabrics that are stood in for: a link that was idle is not found out anew.
+    nsenter --net=/run/netns/host$i sh -c 'echo 0 > /proc/sys/net/ipv4/tcp_slow_start_after_idle' 2> /dev/null || true
     tc qdisc add dev port$i root tbf rate "$2" burst 32kb limit 16mb
     tc -n host$i qdisc add dev eth0 root tbf rate "$2" burst 32kb limit 16mb
     i=$((i + 1))

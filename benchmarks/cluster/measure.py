@@ -65,9 +65,9 @@ class RecordedRouter(nn.Module):
 class Layers(nn.Module):
     """The MoE layers of the model under one plan, each with a norm before it and a residual around it."""
 
-    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, slow: float) -> None:
+    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str) -> None:
         super().__init__()
-        settings = {"kind": Slowed(slow), "dispatch": dispatch}
+        settings = {"kind": Slowed(), "dispatch": dispatch}
         self.layers = nn.ModuleList(
             mp.ExpertParallelMoE(plan.model, plan, mesh, layer, router=RecordedRouter(), **settings)
             for layer in plan.moe_layers
@@ -83,15 +83,15 @@ class Layers(nn.Module):
 class Passes:
     """Steps of one plan on this rank's tokens. `coherent`: values a token of context to share, None for dispatch_combine."""
 
-    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, run: dict[str, Any], slow: float, coherent: int | None) -> None:
+    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, run: dict[str, Any], coherent: int | None) -> None:
         self.backward, self.coherent = run["pass"] == "forward and backward", coherent
         self.layers: Any
         if coherent is None:
-            self.layers = Layers(plan, mesh, run["dispatch"], slow)
+            self.layers = Layers(plan, mesh, run["dispatch"])
         else:
             from coherent import CoherentLayers
 
-            self.layers = CoherentLayers(plan, mesh, run["dispatch"], slow, coherent)
+            self.layers = CoherentLayers(plan, mesh, run["dispatch"], coherent)
 
     def step(self, x_TD: Tensor, here_T: Tensor, expert_BLK: Tensor) -> None:
         """here_T: which of the step's B tokens are at home on this rank."""
@@ -109,16 +109,15 @@ class Passes:
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    work = json.loads((folder / "work.json").read_text())
-    (measure_devices if what == "calibrate" else run_plans)(work, folder)
+    (measure_devices if what == "calibrate" else run_plans)(folder)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure_devices(work: dict[str, Any], folder: Path) -> None:
-    """What `moeplace calibrate` does, on devices that are as slow as those of the runs."""
+def measure_devices(folder: Path) -> None:
+    """What `moeplace calibrate` does, on devices like those of the runs."""
     here = plans.SPEC.experts // dist.get_world_size()
-    found = calibrate(plans.SPEC, kind=Slowed(work["slow"]), experts=here, uniform=True, listen=_note)
+    found = calibrate(plans.SPEC, kind=Slowed(), experts=here, uniform=True, listen=_note)
     if dist.get_rank() == 0:
         (folder / "calibration.json").write_text(json.dumps(found.to_dict() | {"remarks": found.remarks}))
 
@@ -128,7 +127,8 @@ def _note(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def run_plans(work: dict[str, Any], folder: Path) -> None:
+def run_plans(folder: Path) -> None:
+    work = json.loads((folder / "work.json").read_text())
     rank, world, local = dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
     mesh = init_device_mesh("cpu", (world // local, local), mesh_dim_names=("node", "device"))
     blocked = Blocked()
@@ -137,7 +137,7 @@ def run_plans(work: dict[str, Any], folder: Path) -> None:
         routing = np.load(folder / run["routing"])
         expert_STLK = torch.from_numpy(routing["expert_ids"].astype(np.int64))
         models = {
-            name: Passes(mp.Plan.load(folder / file), mesh, run, work["slow"], run["coherent"].get(name))
+            name: Passes(mp.Plan.load(folder / file), mesh, run, run["coherent"].get(name))
             for name, file in run["plans"].items()
         }
         here = torch.from_numpy(np.flatnonzero(routing["source"] == rank))

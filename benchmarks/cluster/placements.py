@@ -31,14 +31,14 @@ from hosts import Cluster
 from scipy.stats import spearmanr
 
 import moeplace as mp
+from moeplace.placement.cost import all_to_all_latency
 from moeplace.placement.evaluate import evaluate_on
 
 HERE = Path(__file__).resolve().parent
 
 
-def calibrated(cluster: Cluster, folder: Path, slow: float) -> dict[str, Any]:
+def calibrated(cluster: Cluster, folder: Path) -> dict[str, Any]:
     """What the cluster's ranks find of it."""
-    (folder / "work.json").write_text(json.dumps({"slow": slow}))
     cluster.torchrun(str(HERE / "measure.py"), "calibrate", str(folder))
     found: dict[str, Any] = json.loads((folder / "calibration.json").read_text())
     return found
@@ -47,8 +47,8 @@ def calibrated(cluster: Cluster, folder: Path, slow: float) -> dict[str, Any]:
 class Work:
     """Runs for `measure.py`, and the predictions that belong to them."""
 
-    def __init__(self, folder: Path, topology: mp.Topology, hop_seconds: float, slow: float) -> None:
-        self.folder, self.topology, self.slow = folder, topology, slow
+    def __init__(self, folder: Path, topology: mp.Topology, hop_seconds: float) -> None:
+        self.folder, self.topology = folder, topology
         self.runs: list[dict[str, Any]] = []
         self.predicted: dict[str, dict[str, Any]] = {}
         self._hop_seconds = hop_seconds
@@ -87,16 +87,19 @@ class Work:
         objective = plans.OBJECTIVE.replace(node_dedup=dedup, execution=execution)
         judged = evaluate_on(plan, steps, plan.model, self.topology, objective)
         hops = sum((self.topology.node_size.max() > 1, self.topology.num_nodes > 1)) if dedup else 1
-        handling = hops * self._hop_seconds * int(steps.tokens[0]) / self.topology.num_devices * len(steps.moe_layers)
+        # What is the same under every plan, which the cost model leaves out: tokens handled on their own ranks, and
+        # the numbers of rows that ranks exchange before each dispatch.
+        tokens = int(steps.tokens[0]) / self.topology.num_devices
+        handling = hops * self._hop_seconds * tokens + all_to_all_latency(self.topology, dedup)
         return {
-            "seconds": (judged.step_seconds + handling).tolist(),
+            "seconds": (judged.step_seconds + steps.num_layers * handling).tolist(),
             "transfer": float((judged.dispatch + judged.combine).sum(axis=1).mean()),
             "compute": float(judged.compute.sum(axis=1).mean()),
             "load_max_mean": float(judged.load_max_mean.mean()),
         }
 
     def measured(self, cluster: Cluster) -> list[dict[str, Any]]:
-        (self.folder / "work.json").write_text(json.dumps({"runs": self.runs, "slow": self.slow}))
+        (self.folder / "work.json").write_text(json.dumps({"runs": self.runs}))
         cluster.torchrun(str(HERE / "measure.py"), "run", str(self.folder))
         found: list[dict[str, Any]] = json.loads((self.folder / "times.json").read_text())
         return found
@@ -150,9 +153,6 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2, help="processes a host")
     parser.add_argument("--rate", default="200mbit")
-    parser.add_argument(
-        "--slow", type=float, default=6, help="seconds of expert work that a second of CPU time stands for"
-    )
     parser.add_argument("--tokens", type=int, default=2048, help="a step, over all ranks")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of each solve")
@@ -164,9 +164,9 @@ def main() -> None:
     cluster = Cluster(arguments.hosts, arguments.ranks, arguments.rate)
     with cluster, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calibration = calibrated(cluster, folder, arguments.slow)
+        calibration = calibrated(cluster, folder)
         topology = mp.Topology.from_dict(calibration["topology"])
-        work = Work(folder, topology, calibration["token_seconds"], arguments.slow)
+        work = Work(folder, topology, calibration["token_seconds"])
         tokens, seconds, devices = arguments.tokens, arguments.seconds, topology.num_devices
         steps = plans.held_steps(held, tokens, arguments.steps, devices)
         every = plans.solved(plans.problem_for(topology, train), tokens, seconds)

@@ -16,7 +16,8 @@ def line(amount: Sequence[float], seconds: Sequence[float]) -> tuple[float, floa
     """(latency, rate) of seconds = latency + amount / rate. amount: increasing.
 
     The smallest amount's time is the latency; larger ones, weighted by one over their time, give the rate. A fit of both at
-    once lets small messages, which buffers on the way swallow, spoil the rate at which large ones pass.
+    once lets small messages, which buffers on the way swallow, spoil the rate at which large ones pass. A larger amount takes
+    no less time: where one was faster, the smaller one's timing was disturbed.
 
     Raises:
         InputError: fewer than two amounts, or times that do not grow with them.
@@ -24,6 +25,7 @@ def line(amount: Sequence[float], seconds: Sequence[float]) -> tuple[float, floa
     x, t = np.asarray(amount, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     if len(x) < 2 or not (t > 0).all():
         raise InputError(f"a line needs two timings above zero or more, given {t.tolist()} for amounts {x.tolist()}")
+    t = np.minimum.accumulate(t[::-1])[::-1]
     more, longer = x - x[0], t - t[0]
     slope = (more * longer / t).sum() / (more**2 / t).sum()
     if slope <= 0:
