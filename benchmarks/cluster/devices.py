@@ -26,8 +26,8 @@ class Slowed:
     pair: seconds of a token in an expert, forward. expert: seconds of an expert that has any token. Backward takes twice as long.
     """
 
-    pair: float = 15e-6
-    expert: float = 200e-6
+    pair: float = 25e-6
+    expert: float = 300e-6
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         return SwiGLU().shapes(spec)
