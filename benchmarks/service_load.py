@@ -4,7 +4,7 @@
 
 Starts `moeplace serve` on the database and pushes a window of 58 layers of 256 experts a deployment every `--every` seconds, on
 a fixed schedule: a late answer does not delay the next push, and latencies count from when a push was due. A push that fails is
-sent again, as an engine would. Afterwards the counts stored must equal those sent.
+sent again, as an engine would, and counted as an error. Afterwards the counts stored must equal those sent.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 
 import moeplace as mp
 from moeplace.db.service_records import CountWindow
+from moeplace.service.counts import ARROW, to_arrow
+from moeplace.service.transport import Transport
 
 LAYERS, EXPERTS, TOP_K = 58, 256, 8
+Loads = npt.NDArray[np.int64]
 
 
 def main() -> None:
@@ -36,7 +43,7 @@ def main() -> None:
     arguments.add_argument("--deployments", type=int, default=200)
     arguments.add_argument("--seconds", type=int, default=600)
     arguments.add_argument("--every", type=float, default=1.0)
-    arguments.add_argument("--senders", type=int, default=16)
+    arguments.add_argument("--senders", type=int, default=64)
     arguments.add_argument("--out", type=Path)
     given = arguments.parse_args()
     server, url = start(given.db)
@@ -65,75 +72,94 @@ def start(db: str) -> tuple[subprocess.Popen[str], str]:
     raise SystemExit("the server did not start")
 
 
+@dataclass
+class Sent:
+    """What the senders saw. took: seconds to each answer; waited: from when its push was due. counted: pairs a deployment."""
+
+    took: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    counted: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 def measure(url: str, given: argparse.Namespace, server: psutil.Process) -> str:
     client = mp.Client(url)
     spec = mp.ModelSpec(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, hidden_size=7168, ffn_size=2048, name="load")
     client.add_model(spec)
     client.add_topology(mp.Topology.preset("h100-hgx", nodes=4), "cluster")
-    names = [f"deployment {i:03}" for i in range(given.deployments)]
+    names = [f"deployment-{i:03}" for i in range(given.deployments)]
     for name in names:
         client.add_deployment(name, "load", "cluster")
     rng = np.random.default_rng(0)
     chances = rng.dirichlet(np.full(EXPERTS, 0.5), size=LAYERS)
-    loads = [np.stack([rng.multinomial(4096 * TOP_K, row) for row in chances]) for _ in range(32)]
-    due: queue.Queue[tuple[float, str, int] | None] = queue.Queue()
-    took: list[float] = []
-    waited: list[float] = []
-    failures: list[str] = []
-    sent = dict.fromkeys(names, 0)
-    lock = threading.Lock()
-
-    def send() -> None:
-        mine = mp.Client(url)
-        while (item := due.get()) is not None:
-            at, name, number = item
-            load = loads[number % len(loads)]
-            window = CountWindow(datetime.fromtimestamp(1.7e9 + number, UTC), load, source=name)
-            begun = time.perf_counter()
-            while True:
-                try:
-                    mine.push_windows(name, [window])
-                    break
-                except mp.MoeplaceError as error:
-                    with lock:
-                        failures.append(str(error))
-            now = time.perf_counter()
-            with lock:
-                took.append(now - begun)
-                waited.append(now - at)
-                sent[name] += int(load.sum())
-
-    senders = [threading.Thread(target=send) for _ in range(given.senders)]
+    loads = [np.stack([rng.multinomial(4096 * TOP_K, row) for row in chances]) for _ in range(61)]
+    due: queue.Queue[tuple[float, str, int, int] | None] = queue.Queue()
+    sent = Sent()
+    senders = [threading.Thread(target=send, args=(url, loads, due, sent)) for _ in range(given.senders)]
     for sender in senders:
         sender.start()
-    used = sum(server.cpu_times()[:2])
+    used = {name: seconds(processes) for name, processes in parts(server, given.db).items()}
     began = time.perf_counter()
     rounds = int(given.seconds / given.every)
     for number in range(rounds):
         for position, name in enumerate(names):
             at = began + given.every * (number + position / len(names))
             time.sleep(max(0.0, at - time.perf_counter()))
-            due.put((at, name, number))
+            due.put((at, name, number, position))
     for _ in senders:
         due.put(None)
     for sender in senders:
         sender.join()
     elapsed = time.perf_counter() - began
-    used = sum(server.cpu_times()[:2]) - used
+    used = {name: seconds(processes) - used[name] for name, processes in parts(server, given.db).items()}
     stored = {name: client.totals(name) for name in names}
-    lost = [name for name in names if stored[name] != (rounds, sent[name])]
-    return text(given, elapsed, took, waited, failures, lost, rounds, used)
+    lost = [name for name in names if stored[name] != (rounds, sent.counted[name])]
+    return text(given, elapsed, sent, lost, rounds, used)
+
+
+def send(url: str, loads: list[Loads], due: queue.Queue[tuple[float, str, int, int] | None], sent: Sent) -> None:
+    """Pushes what is due, each until it is stored."""
+    transport = Transport(url, None, timeout=60)
+    pairs = [int(load.sum()) for load in loads]
+    while (item := due.get()) is not None:
+        at, name, number, position = item
+        kind = (number + position) % len(loads)
+        window = CountWindow(datetime.fromtimestamp(1.7e9 + number, UTC), loads[kind], source=name)
+        body = to_arrow([window])
+        begun = time.perf_counter()
+        while True:
+            try:
+                transport.call("POST", f"/v1/deployments/{name}/windows", body, {"Content-Type": ARROW})
+                break
+            except mp.MoeplaceError as error:
+                with sent.lock:
+                    sent.failures.append(str(error))
+                time.sleep(1.0)
+        now = time.perf_counter()
+        with sent.lock:
+            sent.took.append(now - begun)
+            sent.waited.append(now - at)
+            sent.counted[name] += pairs[kind]
+
+
+def parts(server: psutil.Process, db: str) -> dict[str, list[psutil.Process]]:
+    """The processes that share the machine: server, senders, and the database's on this machine."""
+    found = {"server": [server], "senders": [psutil.Process()]}
+    if db.startswith("postgres"):
+        told = ("walwriter", "checkpointer", "background writer", f" {urlsplit(db).path.strip('/')} ")
+        every = [process for process in psutil.process_iter(["name", "cmdline"]) if process.info["name"] == "postgres"]
+        found["database"] = [one for one in every if any(word in " ".join(one.info["cmdline"] or []) for word in told)]
+    return found
+
+
+def seconds(processes: list[psutil.Process]) -> float:
+    """CPU time they used so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def text(
-    given: argparse.Namespace,
-    elapsed: float,
-    took: list[float],
-    waited: list[float],
-    failures: list[str],
-    lost: list[str],
-    rounds: int,
-    used: float,
+    given: argparse.Namespace, elapsed: float, sent: Sent, lost: list[str], rounds: int, used: dict[str, float]
 ) -> str:
     kind = "PostgreSQL" if given.db.startswith("postgres") else "SQLite"
     options = (
@@ -143,21 +169,20 @@ def text(
         "# Load on the service",
         "",
         f"{given.deployments} deployments push a count window of {LAYERS} x {EXPERTS} every {given.every:g} s for {given.seconds} s to one server "
-        f"on {kind}. Server, database and senders share {os.cpu_count()} cores ({platform.machine()}), load average "
-        f"{os.getloadavg()[2]:.1f} over 15 minutes from other work too.",
+        f"on {kind}. Server, database and senders share {os.cpu_count()} cores ({platform.machine()}).",
         "",
         f"    python benchmarks/service_load.py --db ... {options}",
         "",
         "| figure | value |",
         "|---|---|",
         f"| windows stored | {rounds * given.deployments:,} |",
-        f"| requests a second | {len(took) / elapsed:.1f} |",
+        f"| requests a second | {len(sent.took) / elapsed:.1f} |",
         *(
-            f"| {name} ms, p50 / p99 / max | {' / '.join(f'{1e3 * value:.0f}' for value in (*np.percentile(values, [50, 99]), max(values)))} |"
-            for name, values in (("answer", took), ("answer from when due", waited))
+            f"| {name} ms, p50 / p99 / p99.9 / max | {' / '.join(f'{1e3 * value:.0f}' for value in (*np.percentile(values, [50, 99, 99.9]), max(values)))} |"
+            for name, values in (("answer", sent.took), ("answer from when due", sent.waited))
         ),
-        f"| CPU time of the server a window, ms | {1e3 * used / len(took):.1f} |",
-        f"| errors | {len(failures)} |",
+        f"| CPU time a window, ms, {' / '.join(used)} | {' / '.join(f'{1e3 * value / len(sent.took):.2f}' for value in used.values())} |",
+        f"| errors | {len(sent.failures)} |",
         f"| deployments whose counts differ from those sent | {len(lost)} |",
         "",
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
@@ -12,11 +11,12 @@ import numpy as np
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.orm import Session, undefer
 
-from ..placement.errors import InputError, StoreError
+from ..placement.errors import InputError
 from .content import storable
 from .deployment_rows import deployment_row
+from .packed_counts import narrow, pack, unpack
 from .schema import ModelRow
-from .service_records import CountWindow, LoadArray, WindowRecord
+from .service_records import CountWindow, WindowRecord
 from .service_schema import DeploymentRow, WindowRow
 from .session import Sessions
 
@@ -38,14 +38,19 @@ class Windows:
         Raises:
             InputError: loads of another shape than the deployment's model, negative, or too large; nothing is stored.
         """
-        prepared: dict[str, dict[tuple[int, str], dict[str, object]]] = {}
-        for name, windows in batches.items():
+        return dict(zip(batches, self.add_each(tuple(batches.items())), strict=True))
+
+    def add_each(self, batches: Sequence[tuple[str, Sequence[CountWindow]]]) -> list[int]:
+        """The same for batches of which several may be one deployment's."""
+        wanted: dict[tuple[int, str], dict[str, object]] = {}
+        first: list[list[tuple[int, str]]] = []
+        for name, windows in batches:
             key, shape = self._known(name)
-            entries = (_values(name, key, window, shape) for window in windows)
-            prepared[name] = {(key, str(entry["digest"])): entry for entry in entries}
-        wanted = {identity: entry for entries in prepared.values() for identity, entry in entries.items()}
+            entries = {(key, str(entry["digest"])): entry for entry in (_values(name, key, w, shape) for w in windows)}
+            first.append([identity for identity in entries if identity not in wanted])
+            wanted.update((identity, entries[identity]) for identity in first[-1])
         if not wanted:
-            return dict.fromkeys(batches, 0)
+            return [0] * len(batches)
         # Packed before the writers' lock is taken, and told apart in one question for all.
         known = select(WindowRow.deployment_key, WindowRow.digest).where(
             WindowRow.deployment_key.in_({key for key, _ in wanted}),
@@ -56,7 +61,7 @@ class Windows:
             fresh = [entry for identity, entry in wanted.items() if identity not in stored]
             if fresh:
                 session.execute(insert(WindowRow), fresh)
-        return {name: len(entries.keys() - stored) for name, entries in prepared.items()}
+        return [sum(identity not in stored for identity in identities) for identities in first]
 
     def page(self, deployment: str, *, limit: int, after: int = 0, before: int | None = None) -> list[WindowRecord]:
         """Windows by key: the first `limit` behind `after`, or the last ones below `before`, oldest first."""
@@ -75,6 +80,10 @@ class Windows:
     def shape(self, deployment: str) -> tuple[int, int]:
         """[layers, experts] of the deployment's windows."""
         return self._known(deployment)[1]
+
+    def known_shape(self, deployment: str) -> tuple[int, int] | None:
+        """The same without asking the database; None where that must be asked."""
+        return self._shapes[deployment][1] if deployment in self._shapes else None
 
     def _known(self, deployment: str) -> tuple[int, tuple[int, int]]:
         """(key, shape) of a deployment: neither ever changes."""
@@ -142,7 +151,9 @@ def _values(name: str, key: int, window: CountWindow, shape: tuple[int, int]) ->
     workload = storable("workload", window.workload, TEXT_LENGTH)
     ended = window.ended.astimezone(UTC)
     told = repr((storable("source", window.source, TEXT_LENGTH), workload, ended.isoformat()))
-    digest = hashlib.sha256(told.encode() + load.tobytes()).hexdigest()
+    # The same counts have the same narrow form, however wide they were sent.
+    counts = narrow(load)
+    digest = hashlib.sha256(told.encode() + counts.tobytes()).hexdigest()
     return {
         "deployment_key": key,
         "digest": digest,
@@ -151,36 +162,13 @@ def _values(name: str, key: int, window: CountWindow, shape: tuple[int, int]) ->
         "workload": workload,
         "pairs": int(load.sum()),
         "merged": 1,
-        "load": pack(load),
+        "load": pack(counts),
     }
-
-
-def pack(load: LoadArray) -> bytes:
-    """Loads in few bytes: their width, then they themselves, deflated."""
-    width = "4" if load.max(initial=0) < 1 << 32 else "8"
-    return width.encode() + zlib.compress(load.astype(f"<u{width}").tobytes(), 1)
-
-
-def unpack(content: bytes, shape: tuple[int, int]) -> LoadArray:
-    """What `pack` packed.
-
-    Raises:
-        StoreError: damaged.
-    """
-    width = content[:1].decode(errors="replace")
-    expected = shape[0] * shape[1] * (8 if width == "8" else 4)
-    try:
-        raw = zlib.decompressobj().decompress(content[1:], expected + 1)
-    except zlib.error as error:
-        raise StoreError(f"a count window was damaged after it was stored ({error}); restore a copy") from None
-    if len(raw) != expected:
-        raise StoreError("a count window was damaged after it was stored; restore a copy")
-    return np.frombuffer(raw, f"<u{width}").astype(np.int64).reshape(shape)
 
 
 def _join(session: Session, windows: Sequence[WindowRow], shape: tuple[int, int]) -> int:
     last = windows[-1]
-    last.load = pack(sum((unpack(window.load, shape) for window in windows), np.zeros(shape, np.int64)))
+    last.load = pack(narrow(sum((unpack(window.load, shape) for window in windows), np.zeros(shape, np.int64))))
     last.merged = sum(window.merged for window in windows)
     last.pairs = sum(window.pairs for window in windows)
     last.ended = max(window.ended for window in windows)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+from ..db.packed_counts import narrow
 from ..db.service_records import CountWindow
 from ..placement.errors import FileFormatError, InputError
 
@@ -87,13 +88,16 @@ def to_arrow(windows: Sequence[CountWindow]) -> bytes:
     size = {np.asarray(window.load).size for window in windows}
     if len(size) != 1:
         raise InputError("windows of different shapes cannot go together, nor none")
-    loads = pa.array(np.concatenate([np.asarray(window.load, np.int64).ravel() for window in windows]))
+    loads = np.concatenate([np.asarray(window.load, np.int64).ravel() for window in windows])
+    if loads.size and loads.min() >= 0:
+        # What is negative travels as it is, to be refused by whoever keeps it.
+        loads = narrow(loads)
     table = pa.table(
         {
             "ended": pa.array([window.ended.astimezone(UTC) for window in windows], pa.timestamp("us", "UTC")),
             "workload": pa.array([window.workload for window in windows], pa.string()),
             "source": pa.array([window.source for window in windows], pa.string()),
-            "load": pa.FixedSizeListArray.from_arrays(loads, size.pop()),
+            "load": pa.FixedSizeListArray.from_arrays(pa.array(loads), size.pop()),
         }
     )
     sink = pa.BufferOutputStream()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ MOST_WAITING = 4096
 
 MOST_TOGETHER = 512
 """Windows in one transaction, about."""
+
+GATHER_SECONDS = 0.03
+"""A transaction waits so long for more, where the last one held several requests. A sender that is alone never waits."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,12 @@ class Intake:
         self._thread.join(timeout=60)
 
     def _run(self) -> None:
-        going = True
+        going, busy = True, False
         while going:
             parcels = [self._queue.get()]
+            if busy:
+                # Others are about to send too, and fewer transactions leave more of the machine to them.
+                time.sleep(GATHER_SECONDS)
             size = 0
             while parcels[-1] is not None and size < MOST_TOGETHER:
                 size += len(parcels[-1].windows)
@@ -68,22 +75,23 @@ class Intake:
                     parcels.append(self._queue.get_nowait())
                 except queue.Empty:
                     break
-            going = parcels[-1] is not None
-            self._keep([parcel for parcel in parcels if parcel is not None])
+            going, busy = parcels[-1] is not None, len(parcels) > 1
+            # Whose sender was given up on meanwhile is not stored: it had no answer.
+            kept = [parcel for parcel in parcels if parcel is not None and parcel.done.set_running_or_notify_cancel()]
+            if kept:
+                self._keep(kept)
 
     def _keep(self, parcels: list[_Parcel]) -> None:
-        if len({parcel.deployment for parcel in parcels}) == len(parcels):
-            try:
-                new = self._store.windows.add({parcel.deployment: parcel.windows for parcel in parcels})
-            except MoeplaceError:
+        try:
+            new = self._store.windows.add_each([(parcel.deployment, parcel.windows) for parcel in parcels])
+        except Exception as error:  # noqa: BLE001 - handed to whoever sent it
+            if isinstance(error, MoeplaceError) and not isinstance(error, StoreError) and len(parcels) > 1:
                 # One of them is refused, and with it all: find out which.
-                pass
-            else:
                 for parcel in parcels:
-                    parcel.done.set_result(new[parcel.deployment])
+                    self._keep([parcel])
                 return
-        for parcel in parcels:
-            try:
-                parcel.done.set_result(self._store.windows.add({parcel.deployment: parcel.windows})[parcel.deployment])
-            except Exception as error:  # noqa: BLE001 - handed to whoever sent it
+            for parcel in parcels:
                 parcel.done.set_exception(error)
+        else:
+            for parcel, count in zip(parcels, new, strict=True):
+                parcel.done.set_result(count)

@@ -1,0 +1,118 @@
+"""Count windows on their way in: packed, told apart, and gathered into transactions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("fastapi", reason="the service is an extra")
+from service_runs import MODEL, POLICY, TOPOLOGY, counts, skewed
+
+import moeplace as mp
+from moeplace.db import Store
+from moeplace.db.packed_counts import narrow, pack, unpack
+from moeplace.db.service_records import Actor, CountWindow
+from moeplace.service.counts import from_arrow, to_arrow
+from moeplace.service.intake import Intake
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+SHAPE = (3, 16)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "store.db") as opened:
+        model, topology = opened.add_model(MODEL), opened.add_topology(TOPOLOGY)
+        for name in ("chat", "code"):
+            opened.deployments.add(name, model.id, topology.id, POLICY, Actor("test", "approve"))
+        yield opened
+
+
+def window(number: int, minute: int = 0) -> CountWindow:
+    return CountWindow(NOON + timedelta(minutes=minute), counts(number, skewed(0)))
+
+
+@given(st.lists(st.integers(0, 1 << 53), min_size=6, max_size=6), st.integers(0, 54))
+def test_packed_counts_come_back_exactly_whatever_their_size(values: list[int], shift: int) -> None:
+    load = np.array(values, np.int64).reshape(2, 3) >> shift
+    np.testing.assert_array_equal(unpack(pack(narrow(load)), (2, 3)), load)
+
+
+@pytest.mark.parametrize("damage", [b"", b"3", b"2", b"2garbage", b"x" * 40])
+def test_damaged_counts_are_an_error(damage: bytes) -> None:
+    with pytest.raises(mp.StoreError, match="damaged"):
+        unpack(damage, SHAPE)
+    whole = pack(narrow(window(0).load))
+    with pytest.raises(mp.StoreError, match="damaged"):
+        unpack(whole[:-3], SHAPE)
+    with pytest.raises(mp.StoreError, match="damaged"):
+        unpack(whole, (3, 17))
+
+
+@pytest.mark.parametrize("largest", [200, 60_000, 1 << 30, 1 << 40])
+def test_counts_travel_as_narrow_as_they_are_and_arrive_the_same(largest: int) -> None:
+    sent = CountWindow(NOON, np.random.default_rng(0).integers(0, largest, SHAPE))
+    body = to_arrow([sent])
+    [arrived] = from_arrow(body, *SHAPE)
+    np.testing.assert_array_equal(arrived.load, sent.load)
+    assert arrived.load.dtype == np.int64
+    negative = CountWindow(NOON, sent.load - largest)
+    np.testing.assert_array_equal(from_arrow(to_arrow([negative]), *SHAPE)[0].load, negative.load)
+
+
+def test_batches_of_one_deployment_in_one_transaction_are_told_apart(store: Store) -> None:
+    same = window(1)
+    batches: Sequence[Any] = [("chat", [same, window(2)]), ("code", [same]), ("chat", [same, window(3)]), ("chat", [])]
+    assert store.windows.add_each(batches) == [2, 1, 1, 0]
+    assert store.windows.add_each(batches) == [0, 0, 0, 0]
+    assert store.windows.totals("chat")[0] == 3
+
+
+def test_one_refused_request_does_not_take_the_others_with_it(store: Store) -> None:
+    slow = threading.Event()
+    add = store.windows.add_each
+
+    def waiting(batches: Sequence[Any]) -> list[int]:
+        slow.wait(60)
+        return add(batches)
+
+    store.windows.add_each = waiting  # type: ignore[method-assign]
+    intake = Intake(store)
+    good = [intake.put(name, [window(number)]) for number, name in enumerate(("chat", "code", "chat"))]
+    bad = intake.put("chat", [CountWindow(NOON, np.full(SHAPE, -1))])
+    gone = intake.put("chat", [window(9)])
+    assert gone.cancel() or gone.running()
+    slow.set()
+    assert [future.result(60) for future in good] == [1, 1, 1]
+    with pytest.raises(mp.InputError, match="run from -1"):
+        bad.result(60)
+    # The thread that stores is still there.
+    assert intake.put("code", [window(5)]).result(60) == 1
+    intake.close()
+    assert store.windows.totals("chat")[0] == 2
+
+
+def test_what_waits_is_stored_when_the_server_ends(store: Store) -> None:
+    intake = Intake(store)
+    futures = [intake.put("chat", [window(number)]) for number in range(50)]
+    intake.close()
+    assert sum(future.result(0) for future in futures) == 50 == store.windows.totals("chat")[0]
+
+
+def test_a_sender_that_is_alone_does_not_wait_for_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeplace.service.intake.GATHER_SECONDS", 30.0)
+    intake = Intake(store)
+    began = time.monotonic()
+    for number in range(3):
+        intake.put("chat", [window(number)]).result(60)
+    assert time.monotonic() - began < 30.0
+    intake.close()
