@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import selectors
 import ssl
 import threading
 import time
@@ -97,6 +98,9 @@ class Transport:
 
     def _once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout: float) -> Answer:
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        if connection is not None and _closed_meanwhile(connection):
+            self._drop()
+            connection = None
         if connection is None:
             connection = self._local.connection = self._connect(timeout)
         connection.timeout = timeout
@@ -122,6 +126,15 @@ class Transport:
         if connection is not None:
             connection.close()
             self._local.connection = None
+
+
+def _closed_meanwhile(connection: http.client.HTTPConnection) -> bool:
+    """Whether the service ended a connection that was idle: then, and only then, there is something to read."""
+    if connection.sock is None:
+        return False
+    with selectors.DefaultSelector() as ready:
+        ready.register(connection.sock, selectors.EVENT_READ)
+        return bool(ready.select(0))
 
 
 def _error(answer: Answer) -> MoeplaceError:

@@ -18,6 +18,7 @@ from service_runs import MODEL, PATIENCE, Server, counts, prepared, serving, ske
 import moeplace as mp
 from moeplace.db.service_records import CountWindow
 from moeplace.profiler.trace_files import write_trace
+from moeplace.service.transport import Transport
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ROUNDS = int(os.environ.get("MOEPLACE_TEST_FAULTS", "2"))
@@ -105,3 +106,28 @@ def _approve(address: str, key: int) -> None:
             return
         except mp.MoeplaceError:
             time.sleep(0.1)
+
+
+def test_a_connection_the_service_closed_while_idle_is_opened_again() -> None:
+    """Also where a request may not be sent twice: it was not sent yet."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(PATIENCE)
+        closed = threading.Semaphore(0)
+
+        def serve() -> None:
+            for _ in range(3):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+                closed.release()
+
+        serving_thread = threading.Thread(target=serve)
+        serving_thread.start()
+        transport = Transport(f"http://127.0.0.1:{listening.getsockname()[1]}", None, PATIENCE)
+        for _ in range(3):
+            assert transport.call("POST", "/once", b"{}").json() == {}
+            assert closed.acquire(timeout=PATIENCE)
+        transport.close()
+        serving_thread.join(PATIENCE)
