@@ -1,6 +1,6 @@
 """The whole API as its description tells it, with what fits the description and what does not: the server never fails.
 
-MOEPLACE_TEST_EXAMPLES requests of each kind a route, 3 by default; the figures of a longer run are in docs/service.md.
+MOEPLACE_TEST_EXAMPLES requests of each kind a route, 3 by default: more for a longer run.
 """
 
 from __future__ import annotations
