@@ -169,7 +169,8 @@ def text(
         "# Load on the service",
         "",
         f"{given.deployments} deployments push a count window of {LAYERS} x {EXPERTS} every {given.every:g} s for {given.seconds} s to one server "
-        f"on {kind}. Server, database and senders share {os.cpu_count()} cores ({platform.machine()}).",
+        f"on {kind}. Server, database and senders share {os.cpu_count()} cores ({platform.machine()}); load average over 15 "
+        f"minutes {os.getloadavg()[2]:.0f}, with other work at lower priority.",
         "",
         f"    python benchmarks/service_load.py --db ... {options}",
         "",
