@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plan", type=Path, help="plan to serve by (default: record and solve)")
     parser.add_argument("--nodes", type=int, default=1, help="the ranks are so many nodes of equal size")
     parser.add_argument("--topology", default="a100-pcie", help="preset whose figures judge plans")
+    parser.add_argument("--solver", default="search", help="one of moeplace's, to solve with")
     parser.add_argument("--seconds", type=float, default=5.0, help="for the solve")
     parser.add_argument("--prompts", type=int, default=8, help="a rank")
     parser.add_argument("--prompt-tokens", type=int, default=32)
@@ -95,7 +96,7 @@ def solve_plan(args: argparse.Namespace, model: torch.nn.Module, prompts: torch.
             statistics=mp.RoutingStatistics.from_trace(mp.read_trace(args.out / "trace")),
             objective=mp.Objective(execution="context_coherent"),
         )
-        mp.solve(problem, "search", seconds=args.seconds, seed=args.seed).save(args.out / "plan.json")
+        mp.solve(problem, args.solver, seconds=args.seconds, seed=args.seed).save(args.out / "plan.json")
     dist.barrier()
     return mp.Plan.load(args.out / "plan.json")
 

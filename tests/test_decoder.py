@@ -57,6 +57,7 @@ def test_one_expert_a_token_takes_one_all_to_all_a_layer(behaviours: list[Any]) 
     for found in behaviours:
         counted = {what: entry["all_to_alls"] for what, entry in found["exchanges"].items()}
         assert counted["ContextCoherentDecoder top-1 1"] == {"dispatch": 1}
+        assert counted["ContextCoherentDecoder top-1 2"] == {"dispatch": 1}
         assert counted["ContextCoherentDecoder top-2 1"] == {"dispatch": 1, "combine": 1}
         assert counted["DispatchCombineDecoder top-1 1"] == {"dispatch": 1, "combine": 1}
         assert counted["DispatchCombineDecoder top-2 2"] == {"dispatch": 2, "combine": 2}

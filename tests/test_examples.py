@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 import moeplace as mp
 from moeplace.db import Store
@@ -54,3 +58,42 @@ def test_the_demo_compares_solves_exports_and_reports(tmp_path: Path) -> None:
         with Store.open(tmp_path / "demo" / "moeplace.db") as store:
             assert store.windows.totals("demo")[0] == 96
             assert store.deployments.get("demo").version == 1
+
+
+@pytest.mark.timeout(290)
+def test_serving_in_both_modes_gives_the_same_tokens_under_torchrun(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+    ]
+    script = str(ROOT / "examples" / "serve_context_coherent.py")
+    small = ["--nodes", "2", "--solver", "exflow", "--prompts", "2", "--prompt-tokens", "8", "--new-tokens", "6"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, script, "--out", "run", *small],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, said = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"the example did not end: {process.communicate()[1][-4000:]}")
+    assert process.returncode == 0, said[-4000:]
+    assert "the same tokens in all three" in printed
+    rows = [
+        line.split(" | ") for line in printed.splitlines() if "dispatch_combine" in line or "context_coherent" in line
+    ]
+    assert [row[0] for row in rows] == [
+        "| index order, dispatch_combine",
+        "| plan, dispatch_combine",
+        "| plan, context_coherent",
+    ]
+    assert [float(row[5]) > 0 for row in rows] == [False, False, True]

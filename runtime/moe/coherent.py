@@ -55,7 +55,7 @@ class CoherentExperts:
 
     def __init__(self, experts: PlacedExperts, statistics: DecodeStatistics, node_aware: bool) -> None:
         self._experts, self._mesh, self._statistics = experts, experts.mesh, statistics
-        self._node_aware = node_aware and self._mesh.inter is not None and self._mesh.intra is not None
+        self._node_aware = node_aware and self._mesh.nested
         self._in_force: LayerPlacement | None = None
 
     def move(

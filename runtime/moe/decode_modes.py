@@ -83,10 +83,11 @@ class ContextCoherentDecoder(Decoder):
         dispatch: str | MakeDispatcher | None = None,
     ) -> None:
         super().__init__(model, plan, mesh, dispatch=dispatch)
-        self._moves = {
-            experts.layer: CoherentExperts(experts, self.statistics, dispatch != "flat")
-            for experts in self.parts.placed
-        }
+        self._moves = {}
+        for experts in self.parts.placed:
+            # One copy a token has nothing to save between nodes, and one hop is faster than two.
+            node_aware = dispatch == "node_aware" or (dispatch is None and experts.spec.top_k > 1)
+            self._moves[experts.layer] = CoherentExperts(experts, self.statistics, node_aware)
 
     def _check_dispatch(self, model: nn.Module, dispatch: str | MakeDispatcher | None) -> None:
         check_no_compression(model)

@@ -67,6 +67,11 @@ class ExpertMesh:
         """Devices a node, on a mesh of two dimensions."""
         return int(self.mesh.mesh.shape[-1])
 
+    @property
+    def nested(self) -> bool:
+        """Whether there are several nodes of several devices."""
+        return self.inter is not None and 1 < self.node_size < self.size
+
     def check_topology(self, topology: Topology) -> None:
         """Raises InputError unless the topology has this mesh's ranks and, in two dimensions, its nodes."""
         if topology.num_devices != self.size:

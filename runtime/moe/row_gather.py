@@ -25,9 +25,11 @@ class RowGather:
         self._mesh, self._statistics, self._part = mesh, statistics, part
         self._parts: list[Tensor] = []
         self._flight: Flight | None = None
-        if mesh.inter is None or mesh.intra is None:
+        if not mesh.nested:
             self._stages = [(mesh.group, count_G, np.arange(mesh.size))]
         else:
+            assert mesh.inter is not None
+            assert mesh.intra is not None
             here, place = divmod(mesh.rank, mesh.node_size)
             count_NS = count_G.reshape(-1, mesh.node_size)
             peers = np.arange(mesh.size).reshape(-1, mesh.node_size)
