@@ -1,7 +1,7 @@
 """Decoding over ranks on real Gloo processes: how far from the whole model, and what it sends against what is predicted.
 
     python benchmarks/decoding.py equality [--plans 100] [--ranks 4 8]
-    python benchmarks/decoding.py traffic [--steps 20] [--seconds 5]
+    python benchmarks/decoding.py traffic [--steps 20] [--seconds 5] [--solvers contiguous exflow search]
 
 equality: small Mixtral and OLMoE models with random weights under random plans (replicas, unequal and zero shares, devices
 without slots), one, two or four experts a token, flat and node-aware; ranks have different numbers of prompts, some none.
@@ -245,12 +245,8 @@ def show_traffic(args: argparse.Namespace) -> None:
                 statistics=mp.RoutingStatistics.from_trace(fitted),
                 objective=mp.Objective(execution=mode),
             )
-            for solver, options in (
-                ("contiguous", {}),
-                ("exflow", {}),
-                ("search", {"seconds": args.seconds, "seed": 0}),
-            ):
-                solved = mp.solve(problem, solver, **options)
+            for solver in args.solvers:
+                solved = mp.solve(problem, solver, seconds=args.seconds, seed=0)
                 placed = mp.Plan(model, topology, solved.physical_to_logical, solved.slot_device)
                 cases.append((solver, placed, mode))
         sent = on_ranks(traffic, ranks, cases, routing)
@@ -286,7 +282,8 @@ def main() -> None:
     equal.set_defaults(show=show_equality)
     sent = commands.add_parser("traffic")
     sent.add_argument("--steps", type=int, default=20)
-    sent.add_argument("--seconds", type=float, default=5.0, help="for a solve by search")
+    sent.add_argument("--seconds", type=float, default=5.0, help="for a solve")
+    sent.add_argument("--solvers", nargs="+", default=["contiguous", "exflow", "search"])
     sent.set_defaults(show=show_traffic)
     args = parser.parse_args()
     args.show(args)
