@@ -19,6 +19,8 @@ from moeplace.db.service_records import CountWindow, DecisionRecord
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LONG = {"solver": "search", "seconds": 600.0}
+UNWATCHED = ("--check-windows", "1000")
+"""No look at traffic comes between, whose jobs and plans would be counted too."""
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def running(client: mp.Client, key: int) -> None:
 
 
 def test_a_solve_gives_the_plan_the_library_gives_and_tells_its_progress(file: str) -> None:
-    with serving(file) as server, server.client() as client:
+    with serving(file, *UNWATCHED) as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
         job = client.solve("chat", solver="eplb", slots=20)
@@ -66,7 +68,7 @@ def test_a_solve_gives_the_plan_the_library_gives_and_tells_its_progress(file: s
 
 
 def test_a_cancelled_solve_ends_at_once_and_another_begins(file: str) -> None:
-    with serving(file, "--lease", "3") as server, server.client() as client:
+    with serving(file, *UNWATCHED, "--lease", "3") as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
         job = client.solve("chat", **LONG)
@@ -79,7 +81,7 @@ def test_a_cancelled_solve_ends_at_once_and_another_begins(file: str) -> None:
 
 
 def test_the_job_of_a_killed_worker_is_begun_again(file: str) -> None:
-    with serving(file) as server, server.client() as client:
+    with serving(file, *UNWATCHED) as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
         job = client.solve("chat", solver="search", seconds=6.0)
@@ -91,7 +93,7 @@ def test_the_job_of_a_killed_worker_is_begun_again(file: str) -> None:
 
 
 def test_a_job_outlives_the_server_that_ran_it(url: str) -> None:
-    with serving(url, "--lease", "3") as server, server.client() as client:
+    with serving(url, *UNWATCHED, "--lease", "3") as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
         job = client.solve("chat", solver="search", seconds=6.0)
@@ -100,27 +102,32 @@ def test_a_job_outlives_the_server_that_ran_it(url: str) -> None:
         server.kill()
         gone, _ = psutil.wait_procs([worker], timeout=PATIENCE)
         assert gone, "a worker ends with its server"
-    with serving(url, "--lease", "3") as server, server.client() as client:
+    with serving(url, *UNWATCHED, "--lease", "3") as server, server.client() as client:
         done = client.wait(job, timeout=PATIENCE)
         assert done.state == "done"
         assert len(list(client.plans())) == 1
 
 
 def test_a_server_told_to_stop_gives_its_job_back_at_once(file: str) -> None:
-    with serving(file) as server, server.client() as client:
+    with serving(file, *UNWATCHED) as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
         job = client.solve("chat", **LONG)
         running(client, job.key)
         assert server.stop() == 0
-    with serving(file, "--workers", "0") as server, server.client() as client:
+    with serving(file, *UNWATCHED, "--workers", "0") as server, server.client() as client:
         found = client.job(job.key)
         assert (found.state, found.attempts) == ("queued", 0)
 
 
 def test_two_servers_on_one_database_share_the_work(url: str) -> None:
     """Whichever is busy, the other does what is left: each in turn, whoever was asked."""
-    with serving(url) as one, serving(url) as two, one.client() as client, two.client() as other:
+    with (
+        serving(url, *UNWATCHED) as one,
+        serving(url, *UNWATCHED) as two,
+        one.client() as client,
+        two.client() as other,
+    ):
         prepared(client)
         fill(client, "chat", 0, 0, 12)
         busy = client.solve("chat", **LONG)

@@ -159,7 +159,7 @@ def test_records_are_sent_to_a_deployment_once(server: Server, tmp_path: Path) -
     loads = np.stack([counts(i, skewed(3)) for i in range(5)])
     mp.write_statistics(mp.RoutingStatistics.from_counts(loads, top_k=2), tmp_path / "counts.npz")
     with server.client() as client:
-        client.add_deployment("sent", "toy", "box", POLICY)
+        client.add_deployment("sent", client.add_model(MODEL).id, "box", POLICY)
     sent = ("import", tmp_path / "counts.npz", "--server", server.url, "--deployment", "sent", "--json")
     assert run(*sent).data["sent"] == "5 windows to 'sent', 5 of them new"
     assert run(*sent).data["sent"] == "5 windows to 'sent', 0 of them new"
