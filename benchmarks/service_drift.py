@@ -1,7 +1,7 @@
 """Replays traffic that changes and compares ways to run it: one fixed plan, EPLB every window, and the service's watch with
 automatic publishing and its default policy.
 
-    python benchmarks/service_drift.py --data DATA --out docs/results/service_drift.md --figure docs/figures/service_drift.svg
+    python benchmarks/service_drift.py --data DATA --out docs/results/service_drift.md --figure docs/results/service_drift.svg
 
 DATA holds gpt_oss_20b_routing.npz, azure_2023_requests_*.npz and deepseek_v3_counts.npz. Each window is priced with the plan in
 force before it was seen (`window_seconds`), against a plan that EPLB makes from that very window: its regret, which nobody can
@@ -304,7 +304,7 @@ def _text(
         "",
         f"    python benchmarks/service_drift.py --data DATA {options}",
         "",
-        "![Regret over time with a fixed plan, with EPLB every window and with the service](../figures/service_drift.svg)",
+        "![Regret over time with a fixed plan, with EPLB every window and with the service](service_drift.svg)",
         "",
         *report_of(
             *replays[0],
