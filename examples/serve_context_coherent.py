@@ -57,7 +57,6 @@ def small_model() -> Qwen3MoeForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=1,
-        head_dim=16,
         num_experts=16,
         num_experts_per_tok=2,
         initializer_range=0.2,
@@ -148,7 +147,7 @@ def row(name: str, served: Served, plan: mp.Plan, layers: int) -> str:
 def main() -> None:
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -158,7 +157,7 @@ def main() -> None:
         sys.exit(f"--nodes {args.nodes}: {ranks} ranks cannot be spread over so many nodes evenly")
     torch.manual_seed(args.seed)
     model = small_model() if args.model is None else AutoModelForCausalLM.from_pretrained(args.model)
-    model.eval().to("cuda" if cuda else "cpu")
+    model.train(False).to("cuda" if cuda else "cpu")
     prompts = draw_prompts(args, model.config.vocab_size, rank).to(model.device)
     shape, names = ((args.nodes, ranks // args.nodes), ("node", "device")) if args.nodes > 1 else ((ranks,), None)
     mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=names)
