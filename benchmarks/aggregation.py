@@ -1,6 +1,6 @@
 """Time and peak memory of aggregating a Parquet trace of DeepSeek-V3's shape: 58 layers, top-8 of 256 experts.
 
-    python benchmarks/aggregation.py --tokens 1000000 --data ../shared/data
+    python benchmarks/aggregation.py --tokens 1000000 --data DATA
 
 The trace is made by resampling real routing. Rows come from a recorded prefill batch of Qwen3-30B-A3B (48 layers, top-8
 of 128 experts): a sequence is a run of neighbouring rows, layer l takes Qwen's layer at the same depth, so who goes with

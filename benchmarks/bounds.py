@@ -1,6 +1,6 @@
 """How far from the optimum plans can be, at every size: what was found, what is proven, and how long both took.
 
-    python benchmarks/bounds.py --data ../shared/data --out docs/results/bounds.md
+    python benchmarks/bounds.py --data DATA --out docs/results/bounds.md
 
 Tables of Mixtral's size (8 experts, 2 and 4 devices), one and two experts a device and layer (gpt-oss on 32 and 16 devices,
 OLMoE on 64 and 32), gpt-oss-20b on 8 devices, OLMoE's size on 8, DeepSeek-V3's, and of transitions alone; each in both execution modes

@@ -1,6 +1,6 @@
 """ExFlow's integer program on a model of Mixtral's shape: what HiGHS and CBC reach, beside the proven optimum.
 
-    python benchmarks/mixtral_ilp.py --data ../shared/data --seconds 60
+    python benchmarks/mixtral_ilp.py --data DATA --seconds 60
 
 32 layers of 8 experts on 2 and 4 devices. Recorded are Mixtral-8x7B's highest-weight experts at layers 0, 7 and 15 only
 (205k tokens of each of C4, books and Wikipedia), so the 31 neighbouring pairs are made from those two transition matrices:

@@ -1,7 +1,7 @@
 """What replicas near the token are worth: gpt-oss-20b on two nodes of four devices, judged as engines run that use them.
 
     pip install mtkahypar
-    python benchmarks/nearest_replica.py --data ../shared/data --out docs/results/nearest_replica.md
+    python benchmarks/nearest_replica.py --data DATA --out docs/results/nearest_replica.md
 
 Every plan is judged on held-out sequences under `replica_choice="nearest"`, tokens' homes spread evenly. Search solves once as
 if any replica might serve any token ("share") and once as the engine will run ("nearest"), each told the steps it is judged
