@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .plan import Plan
-from .token_counts import Bounds, IdArray, expert_counts, reach_chance, sum_steps, transitions_kept
+from .token_counts import Bounds, IdArray, chosen_share, expert_counts, reach_chance, sum_steps, transitions_kept
 from .topology import Topology
 
 FloatArray = npt.NDArray[np.float64]
@@ -67,10 +67,11 @@ def nearest_counts(
         share = nearest_share(plan.device_share, topology, home)
         # Thirds do not add up to one exactly, and what is whole must be recognised as whole.
         node_share = np.where((summed := share @ nodes) > 1.0 - 1e-9, 1.0, summed)
-        pairs[:, :, home] = weight * sum_steps(reach_chance(ids_h, share), bounds_h)
-        node_pairs[:, :, home] = weight * sum_steps(reach_chance(ids_h, node_share), bounds_h)
-        local += weight * transitions_kept(ids_h, share, bounds_h)
-        node_local += weight * transitions_kept(ids_h, node_share, bounds_h)
+        chosen, node_chosen = chosen_share(ids_h, share), chosen_share(ids_h, node_share)
+        pairs[:, :, home] = weight * sum_steps(reach_chance(ids_h, share, chosen), bounds_h)
+        node_pairs[:, :, home] = weight * sum_steps(reach_chance(ids_h, node_share, node_chosen), bounds_h)
+        local += weight * transitions_kept(chosen, ids_h.shape[2], bounds_h)
+        node_local += weight * transitions_kept(node_chosen, ids_h.shape[2], bounds_h)
         work.add(share, weight, None if source is None else expert_counts(ids_h, bounds_h, plan.model.experts))
     if source is None:
         work.spread(expert_counts(ids, bounds, plan.model.experts))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 FloatArray = npt.NDArray[np.float64]
 ChanceArray = npt.NDArray[np.float32]
@@ -17,19 +18,33 @@ Bounds = npt.NDArray[np.int64]
 IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
 
-def reach_chance(ids: IdArray, share: npt.NDArray[np.floating[Any]]) -> ChanceArray:
-    """[L, T, G] chance that any of a token's experts is served there. ids: [L, T, k]; share: [L, E, G]."""
-    layers = np.arange(ids.shape[0])[:, None]
+def chosen_share(ids: IdArray, share: npt.NDArray[np.floating[Any]]) -> ChanceArray:
+    """[L, T, G] shares of a token's experts served there, summed over its experts. ids: [L, T, k]; share: [L, E, G]."""
+    layers, tokens, k = ids.shape
+    result = np.empty((layers, tokens, share.shape[2]), dtype=np.float32)
+    ones, ends = np.ones(tokens * k, dtype=np.float32), np.arange(0, tokens * k + 1, k, dtype=np.int32)
+    for layer in range(layers):
+        # A row of one-hot sums a token: gathering rows of shares one expert after the other takes five times as long.
+        chosen = csr_array((ones, ids[layer].ravel().astype(np.int32), ends), shape=(tokens, share.shape[1]))
+        result[layer] = chosen @ share[layer].astype(np.float32, copy=False)
+    return result
+
+
+def reach_chance(ids: IdArray, share: npt.NDArray[np.floating[Any]], chosen: ChanceArray | None = None) -> ChanceArray:
+    """[L, T, G] chance that any of a token's experts is served there. ids: [L, T, k]; share: [L, E, G].
+
+    chosen: what `chosen_share` says of the same, where it is known already.
+    """
     share = share.astype(np.float32, copy=False)
     if ((share == 0) | (share == 1)).all():
-        where = share.argmax(axis=2)[layers[:, :, None], ids]
-        result = np.zeros((*ids.shape[:2], share.shape[2]), dtype=np.float32)
-        np.put_along_axis(result, where, np.float32(1.0), axis=2)
-        return result
-    missed = np.ones((*ids.shape[:2], share.shape[2]), dtype=np.float32)
-    for rank in range(ids.shape[2]):
-        missed *= 1.0 - share[layers, ids[:, :, rank]]
-    return np.subtract(np.float32(1.0), missed)
+        return np.minimum(chosen_share(ids, share) if chosen is None else chosen, np.float32(1.0))
+    result = np.empty((*ids.shape[:2], share.shape[2]), dtype=np.float32)
+    for layer, missed in enumerate(1.0 - share):
+        all_missed = missed[ids[layer, :, 0]]
+        for rank in range(1, ids.shape[2]):
+            all_missed *= missed.take(ids[layer, :, rank], axis=0)
+        np.subtract(np.float32(1.0), all_missed, out=result[layer])
+    return result
 
 
 def expert_counts(ids: IdArray, bounds: Bounds, experts: int) -> FloatArray:
@@ -43,14 +58,9 @@ def expert_counts(ids: IdArray, bounds: Bounds, experts: int) -> FloatArray:
     return counts
 
 
-def transitions_kept(ids: IdArray, share: npt.NDArray[np.floating[Any]], bounds: Bounds) -> FloatArray:
-    """[S, L-1] sum over tokens of the share of their k x k transitions that stay where they are. share: [L, E, G]."""
-    layers = np.arange(ids.shape[0])[:, None]
-    share = share.astype(np.float32, copy=False)
-    mass = share[layers, ids[:, :, 0]]
-    for rank in range(1, ids.shape[2]):
-        mass = mass + share[layers, ids[:, :, rank]]
-    kept = np.einsum("ltg,ltg->lt", mass[:-1], mass[1:]) / ids.shape[2] ** 2
+def transitions_kept(chosen: ChanceArray, top_k: int, bounds: Bounds) -> FloatArray:
+    """[S, L-1] sum over tokens of the share of their k x k transitions that stay where they are, from `chosen_share`."""
+    kept = np.einsum("ltg,ltg->lt", chosen[:-1], chosen[1:]) / top_k**2
     return sum_steps(kept, bounds)
 
 
