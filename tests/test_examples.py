@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torchrun_examples import torchrun_example
 
 import moeplace as mp
 from moeplace.db import Store
@@ -63,30 +62,8 @@ def test_the_demo_compares_solves_exports_and_reports(tmp_path: Path) -> None:
 @pytest.mark.timeout(290)
 def test_serving_in_both_modes_gives_the_same_tokens_under_torchrun(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-    ]
-    script = str(ROOT / "examples" / "serve_context_coherent.py")
     small = ["--nodes", "2", "--solver", "exflow", "--prompts", "2", "--prompt-tokens", "8", "--new-tokens", "6"]
-    process = subprocess.Popen(
-        [sys.executable, *launcher, script, "--out", "run", *small],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, said = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"the example did not end: {process.communicate()[1][-4000:]}")
-    assert process.returncode == 0, said[-4000:]
+    printed = torchrun_example("serve_context_coherent.py", 2, tmp_path, "--out", "run", *small)
     assert "the same tokens in all three" in printed
     rows = [
         line.split(" | ") for line in printed.splitlines() if "dispatch_combine" in line or "context_coherent" in line

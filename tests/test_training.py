@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +14,7 @@ pytest.importorskip("transformers")
 
 from conftest import make_trace
 from ranks import launch
+from torchrun_examples import torchrun_example
 
 from moeplace.profiler import write_trace
 from moeplace.training.propose import Terms, propose
@@ -78,31 +75,9 @@ def test_the_example_trains_under_torchrun_and_resumes_on_another_number_of_rank
     text.write_text("\n".join(f"{number} times {number} is {number * number}" for number in range(9000)))
     small = ["--layers", "2", "--experts", "4", "--hidden", "32", "--batch", "1", "--text", str(text)]
     rounds = ["--every", "4", "--record-steps", "2", "--seconds", "1"]
-    printed = torchrun(2, tmp_path, "--out", "run", "--steps", "8", *small, *rounds)
+    printed = torchrun_example("train_expert_parallel.py", 2, tmp_path, "--out", "run", "--steps", "8", *small, *rounds)
     assert "changes of plan" in printed
     assert mp.Plan.load(tmp_path / "run" / "plan.json").topology.num_devices == 2
-    torchrun(1, tmp_path, "--out", "run", "--steps", "2", "--resume", "run/checkpoint-8", *small)
-
-
-def torchrun(ranks: int, folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0", str(ROOT / "examples" / "train_expert_parallel.py"), *arguments,
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    torchrun_example(
+        "train_expert_parallel.py", 1, tmp_path, "--out", "run", "--steps", "2", "--resume", "run/checkpoint-8", *small
     )
-    try:
-        printed, said = process.communicate(timeout=140)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"the example did not end: {process.communicate()[1][-4000:]}")
-    assert process.returncode == 0, said[-4000:]
-    return printed
