@@ -250,7 +250,7 @@ def figure(replays: list[tuple[Traffic, dict[str, Run]]]) -> str:
     bottom = len(replays) * (tall + 50)
     for place, (name, colour) in enumerate(COLOURS.items()):
         parts.append(f'<text x="{left + 190 * place}" y="{bottom + 14}" fill="{colour}">{name}</text>')
-    parts.append(f'<text x="{left + 380}" y="{bottom + 14}">dashed: true changes; triangles: alarms</text>')
+    parts.append(f'<text x="{left + 450}" y="{bottom + 14}">dashed: true changes; triangles: alarms</text>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide + 10} {bottom + 24}" font-family="sans-serif" font-size="12">'
         '<rect width="100%" height="100%" fill="white"/>' + "".join(parts) + "</svg>\n"
