@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from .columns import Document, UtcTime
 
-REVISION = "0003"
+REVISION = "0004"
 """The newest migration, kept here so that opening an up-to-date database need not load Alembic."""
 
 REVISION_TABLE = "moeplace_revision"

@@ -56,6 +56,17 @@ class WindowRow(Base):
     load: Mapped[bytes] = mapped_column(LargeBinary, deferred=True)
 
 
+class JoinedRow(Base):
+    """A window that was joined into another one, by its digest in binary; forgotten with the window that holds it."""
+
+    __tablename__ = "joined_windows"
+    __table_args__ = {"sqlite_with_rowid": False}  # noqa: RUF012
+
+    deployment_key: Mapped[int] = mapped_column(ForeignKey("deployments.key"), primary_key=True)
+    digest: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    window_key: Mapped[int] = mapped_column(BigKey, ForeignKey("windows.key", ondelete="CASCADE"), index=True)
+
+
 class UploadRow(Base):
     """A file on its way in, told by its SHA-256; `received_bytes` of it are here. place: where it is once complete, when not in
     parts here."""

@@ -17,7 +17,7 @@ from .deployment_rows import deployment_row
 from .packed_counts import narrow, pack, unpack
 from .schema import ModelRow
 from .service_records import CountWindow, WindowRecord
-from .service_schema import DeploymentRow, WindowRow
+from .service_schema import DeploymentRow, JoinedRow, WindowRow
 from .session import Sessions
 
 TEXT_LENGTH = 100
@@ -52,12 +52,16 @@ class Windows:
         if not wanted:
             return [0] * len(batches)
         # Packed before the writers' lock is taken, and told apart in one question for all.
+        keys, digests = {key for key, _ in wanted}, {digest for _, digest in wanted}
         known = select(WindowRow.deployment_key, WindowRow.digest).where(
-            WindowRow.deployment_key.in_({key for key, _ in wanted}),
-            WindowRow.digest.in_({digest for _, digest in wanted}),
+            WindowRow.deployment_key.in_(keys), WindowRow.digest.in_(digests)
+        )
+        joined = select(JoinedRow.deployment_key, JoinedRow.digest).where(
+            JoinedRow.deployment_key.in_(keys), JoinedRow.digest.in_({bytes.fromhex(digest) for digest in digests})
         )
         with self._sessions.writing() as session:
             stored = {(key, digest) for key, digest in session.execute(known)}
+            stored |= {(key, digest.hex()) for key, digest in session.execute(joined)}
             fresh = [entry for identity, entry in wanted.items() if identity not in stored]
             if fresh:
                 session.execute(insert(WindowRow), fresh)
@@ -112,11 +116,13 @@ class Windows:
         with self._sessions.reading() as session:
             return {name: (int(count), int(checked)) for name, count, checked in session.execute(query)}
 
-    def compact(self, deployment: str, *, older_than: datetime, group: int, keep: int) -> tuple[int, int]:
+    def compact(
+        self, deployment: str, *, older_than: datetime, group: int, keep: int, spare: int = 0
+    ) -> tuple[int, int]:
         """Joins runs of `group` old windows of one workload into one each, and drops all but the newest `keep`.
 
-        A window sent again after it was joined is counted again, so `older_than` leaves time for retries. Returns how
-        many rows were joined away and how many windows dropped.
+        The newest `spare` are never joined, whatever the clock says. What was joined stays known: sent again, it is not
+        counted again; what was dropped does not. Returns how many rows were joined away and how many windows dropped.
         """
         joined = dropped = 0
         with self._sessions.writing() as session:
@@ -127,10 +133,12 @@ class Windows:
                 old = (WindowRow.deployment_key == row.key) & (WindowRow.key <= limit)
                 dropped = int(session.scalar(select(func.sum(WindowRow.merged)).where(old)) or 0)
                 session.execute(delete(WindowRow).where(old))
+            last = session.scalar(keys.offset(spare).limit(1))
             query = (
                 select(WindowRow)
                 .options(undefer(WindowRow.load))
-                .where(WindowRow.deployment_key == row.key, WindowRow.received < older_than, WindowRow.merged == 1)
+                .where(WindowRow.deployment_key == row.key, WindowRow.key <= (last or 0))
+                .where(WindowRow.received < older_than, WindowRow.merged == 1)
                 .order_by(WindowRow.key)
                 .limit(2048)
             )
@@ -172,7 +180,13 @@ def _join(session: Session, windows: Sequence[WindowRow], shape: tuple[int, int]
     last.merged = sum(window.merged for window in windows)
     last.pairs = sum(window.pairs for window in windows)
     last.ended = max(window.ended for window in windows)
-    for window in windows[:-1]:
+    away = windows[:-1]
+    known = [
+        {"deployment_key": last.deployment_key, "digest": bytes.fromhex(window.digest), "window_key": last.key}
+        for window in away
+    ]
+    session.execute(insert(JoinedRow), known)
+    for window in away:
         session.delete(window)
     return len(windows) - 1
 

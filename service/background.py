@@ -73,8 +73,9 @@ def keep_house(store: Store) -> None:
         for deployment in found:
             policy = Policy(**deployment.policy)
             old = now - timedelta(hours=policy.join_after_hours)
+            # Those that checks search stay single: what is one observation of many is of no use to them.
             joined, dropped = store.windows.compact(
-                deployment.name, older_than=old, group=policy.join, keep=policy.keep_windows
+                deployment.name, older_than=old, group=policy.join, keep=policy.keep_windows, spare=policy.searched
             )
             uploads, places = store.uploads.drop(
                 kind="trace", owner=deployment.name, keep=policy.keep_traces, begun_before=now - STALE_UPLOAD

@@ -45,6 +45,11 @@ class Policy(Record):
     join_after_hours: Annotated[float, Field(ge=1.0, le=10_000.0)] = 24.0
     keep_traces: Annotated[int, Field(ge=1, le=100)] = 4
 
+    @property
+    def searched(self) -> int:
+        """Newest windows, those since the plan was judged among them, that a check searches for a change."""
+        return 4 * self.recent
+
     @model_validator(mode="after")
     def _enough(self) -> Self:
         if self.recent < 8 * self.block:

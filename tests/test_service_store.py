@@ -96,6 +96,21 @@ def test_compaction_keeps_every_count_and_retention_the_newest(store: Store) -> 
     assert store.windows.totals("chat") == (4, sum(int(entry.load.sum()) for entry in sent[7:]))
 
 
+def test_a_window_that_was_joined_is_not_counted_again_and_the_newest_stay_single(store: Store) -> None:
+    """A clock that jumps a month makes every window old: what is sent again meanwhile still counts once."""
+    sent = [window(i, i) for i in range(10)]
+    store.windows.add({"chat": sent})
+    totals = store.windows.totals("chat")
+    month_later = datetime.now(UTC) + timedelta(days=30)
+    assert store.windows.compact("chat", older_than=month_later, group=2, keep=100, spare=4) == (3, 0)
+    assert [entry.merged for entry in store.windows.page("chat", limit=100)] == [2, 2, 2, 1, 1, 1, 1]
+    assert store.windows.add_each([("chat", sent[:3]), ("chat", [*sent[2:], window(11)])]) == [0, 1]
+    assert store.windows.totals("chat") == (11, totals[1] + int(window(11).load.sum()))
+    # What was dropped is forgotten, with all that was joined into it.
+    assert store.windows.compact("chat", older_than=NOON, group=2, keep=6) == (0, 4)
+    assert store.windows.add({"chat": sent}) == {"chat": 4}
+
+
 def test_an_upload_goes_on_where_it_stopped(store: Store) -> None:
     content = np.random.default_rng(0).bytes(5000)
     digest = hashlib.sha256(content).hexdigest()

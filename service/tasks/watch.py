@@ -34,9 +34,6 @@ from .base import Report
 from .figures import balance, decision_figures
 from .judge import default_plan, on_counts
 
-LOOK_BACK = 4
-"""Windows since the plan was judged that are searched for a change, in multiples of `recent`."""
-
 
 class Watch:
     """Request: empty."""
@@ -61,7 +58,7 @@ class _Look:
         self._topology = store.topology(deployment.topology_id).topology
         self._current = _plan_in_force(deployment, store, self._model, self._topology)
         self._reference = None if deployment.reference_id is None else stored_statistics(store, deployment.reference_id)
-        newest = store.windows.page(deployment.name, limit=LOOK_BACK * self._policy.recent)
+        newest = store.windows.page(deployment.name, limit=self._policy.searched)
         self._last = newest[-1].key if newest else 0
         # What was joined is one observation of many windows: it cannot stand beside single ones.
         self._windows = [window for window in newest if window.merged == 1]
