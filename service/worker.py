@@ -87,9 +87,44 @@ class Pulse:
                 self._gone()
 
 
-def work(store: Store, name: str, lease_seconds: float, idle_seconds: float, stop: threading.Event) -> None:
-    """Takes jobs until `stop` is set."""
-    while not stop.is_set():
+class Stop:
+    """Whether this process is to end. Told so in the middle of a job, it gives the job back and ends with all children."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._told = store, threading.Event()
+        self._job: ClaimedJob | None = None
+
+    def wait(self, seconds: float = 0.0) -> bool:
+        """Whether it was told, within so many seconds."""
+        return self._told.wait(seconds)
+
+    def take(self, job: ClaimedJob | None) -> bool:
+        """Notes the job at hand, None between jobs; False where it was told meanwhile, and the job is given back."""
+        self._job = job
+        # Whoever tells sets the event before looking for a job, so that one of both sees the other.
+        if job is None or not self._told.is_set():
+            return True
+        self._release(job)
+        return False
+
+    def tell(self) -> None:
+        """From another thread."""
+        self._told.set()
+        job = self._job
+        if job is not None and self._release(job):
+            _die()
+
+    def _release(self, job: ClaimedJob) -> bool:
+        """False when the job was not ours any more. A database that is away has it begun again once it is silent."""
+        try:
+            return self._store.jobs.release(job)
+        except MoeplaceError:
+            return True
+
+
+def work(store: Store, name: str, lease_seconds: float, idle_seconds: float, stop: Stop) -> None:
+    """Takes jobs until told to stop."""
+    while not stop.wait():
         try:
             job = store.jobs.claim(name)
         except StoreError as error:
@@ -98,15 +133,14 @@ def work(store: Store, name: str, lease_seconds: float, idle_seconds: float, sto
             continue
         if job is None:
             stop.wait(idle_seconds)
-        else:
-            run(job, store, lease_seconds, stop)
+        elif stop.take(job):
+            run(job, store, lease_seconds)
+            stop.take(None)
 
 
-def run(job: ClaimedJob, store: Store, lease_seconds: float, stop: threading.Event) -> None:
+def run(job: ClaimedJob, store: Store, lease_seconds: float) -> None:
     """Does one job and stores what comes of it."""
     log.info("job begins", extra={"job": job.key, "kind": job.kind, "attempt": job.attempts})
-    stopping = threading.Thread(target=_give_back, args=(job, store, stop), daemon=True)
-    stopping.start()
     ended: Callable[[], bool]
     with Pulse(job, store, lease_seconds / 6, _die) as pulse:
         try:
@@ -144,15 +178,6 @@ def _persist(end: Callable[[], bool], job: ClaimedJob, store: Store) -> bool:
             return store.jobs.fail(job, str(error))
 
 
-def _give_back(job: ClaimedJob, store: Store, stop: threading.Event) -> None:
-    """When told to stop in the middle of a job: gives it back to be begun again, and ends with all children."""
-    stop.wait()
-    with contextlib.suppress(MoeplaceError):
-        if not store.jobs.release(job):
-            return
-    _die()
-
-
 def _die() -> None:
     """Ends this process and every process a solver started."""
     os.killpg(os.getpgid(0), signal.SIGKILL)
@@ -164,10 +189,10 @@ def _die_first() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _watch_input(stop: threading.Event) -> None:
+def _watch_input(stop: Stop) -> None:
     while sys.stdin.buffer.read(1):
         pass
-    stop.set()
+    stop.tell()
 
 
 def main() -> None:
@@ -180,9 +205,9 @@ def main() -> None:
     # Ctrl-C at the terminal is for the server, which then ends its workers in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    stop = threading.Event()
-    threading.Thread(target=_watch_input, args=(stop,), daemon=True).start()
     with Store.open() as store:
+        stop = Stop(store)
+        threading.Thread(target=_watch_input, args=(stop,), daemon=True).start()
         work(store, name, lease_seconds, idle_seconds, stop)
 
 
