@@ -9,7 +9,6 @@ from ...placement.objective import Objective
 from ...placement.problem import Problem
 from ...solvers.front_data import front_data
 from ...solvers.pareto import pareto
-from ..routing import to_bytes
 from .base import Report, steps_of
 from .ground import ground
 
@@ -40,9 +39,4 @@ class SweepFront:
         )
         plans = [point.plan for point in front.points]
         data = front_data(front, problem, [], [id_of_plan(plan) for plan in plans])
-        return Outcome(
-            {**data, "steps": basis.described},
-            plans=tuple(plans),
-            statistics=basis.statistics,
-            content=to_bytes(basis.statistics),
-        )
+        return basis.outcome(data, plans)

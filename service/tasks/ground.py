@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...db.service_records import ClaimedJob
+from ...db.service_records import ClaimedJob, Outcome
 from ...db.store import Store
 from ...placement.drawn_steps import draw_steps
 from ...placement.errors import InputError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.objective import Objective
+from ...placement.plan import Plan
 from ...placement.statistics import RoutingStatistics
 from ...placement.steps import Steps
 from ...placement.trace import RoutingTrace
 from ..policy import Policy
-from ..routing import from_windows, stored_statistics
+from ..routing import from_windows, stored_statistics, to_bytes
 from .split import judging_trace, judging_windows, solving_traces, solving_windows
 
 DECODE_STEPS, PREFILL_STEPS, DRAWN_STEPS = 200, 32, 16
@@ -29,6 +30,15 @@ class Ground:
     statistics: RoutingStatistics
     steps: Steps
     described: str
+
+    def outcome(self, data: Mapping[str, Any], plans: Sequence[Plan]) -> Outcome:
+        """What a study on it leaves behind: its figures, its plans, and what they were solved on."""
+        return Outcome(
+            {**data, "steps": self.described},
+            plans=tuple(plans),
+            statistics=self.statistics,
+            content=to_bytes(self.statistics),
+        )
 
 
 def ground(job: ClaimedJob, store: Store, model: ModelSpec) -> Ground:

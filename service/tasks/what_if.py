@@ -16,7 +16,6 @@ from ...solvers.changes import changes_asked
 from ...solvers.what_if import Change, what_if
 from ...solvers.what_if import Outcome as Changed
 from ...solvers.what_if_data import what_if_data
-from ..routing import to_bytes
 from .base import Report, steps_of
 from .ground import ground
 from .judge import default_plan
@@ -52,13 +51,7 @@ class AskWhatIf:
             kept.append(found)
             return {"stored_as": id_of_plan(found)}
 
-        data = what_if_data(plan, result, about)
-        return Outcome(
-            {**data, "steps": basis.described},
-            plans=tuple(kept),
-            statistics=basis.statistics,
-            content=to_bytes(basis.statistics),
-        )
+        return basis.outcome(what_if_data(plan, result, about), kept)
 
 
 def asked_plan(job: ClaimedJob, store: Store) -> Plan:
