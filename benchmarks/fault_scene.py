@@ -54,9 +54,11 @@ def until(look: Callable[[], T | None], every: float = 0.1) -> T:
 
 
 class Postgres:
-    """A database server with a folder and a port of its own, durable as by default."""
+    """A database server with a folder and a port of its own, durable as by default. settings: more of them, NAME=VALUE.
+    log_segment: MB that its log of changes grows by."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *settings: str, log_segment: int = 16) -> None:
+        self._settings = settings
         self._bin = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
         self._folder, self._port = folder / "cluster", free_port()
         self._user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
@@ -64,14 +66,20 @@ class Postgres:
             os.chmod(folder, 0o755)
             self._folder.mkdir()
             shutil.chown(self._folder, "postgres")
-        self._run("initdb", "-D", str(self._folder), "-A", "trust", "-U", "postgres")
+        self._run("initdb", "-D", str(self._folder), "-A", "trust", "-U", "postgres", f"--wal-segsize={log_segment}")
         self.start()
         self.url = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
 
     def start(self) -> None:
-        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c shared_buffers=32MB"
+        settings = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "shared_buffers=32MB", *self._settings)
+        options = " ".join([f"-p {self._port}", *(f"-c {setting}" for setting in settings)])
         log = str(self._folder / "log")
         self._run("pg_ctl", "start", "-w", "-t", "300", "-D", str(self._folder), "-l", log, "-o", options)
+
+    def is_up(self) -> bool:
+        """Whether its processes are there, recovering ones included."""
+        command = [*self._user, str(self._bin / "pg_ctl"), "status", "-D", str(self._folder)]
+        return subprocess.run(command, check=False, stdout=subprocess.DEVNULL, cwd="/").returncode == 0
 
     def stop(self, mode: str) -> None:
         """mode: "immediate" leaves everything as a crash would."""

@@ -19,6 +19,8 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -36,6 +38,8 @@ from moeplace.profiler.trace_files import write_trace
 from moeplace.service.transport import Transport
 
 PIECE = 1 << 13
+BATCH, MOST_BATCHES = 200, 200
+"""Windows a request, and requests, that fill what is left of a disk."""
 JSON = {"Content-Type": "application/json"}
 WORKER = ("--workers", "1", "--lease", "15")
 JUMPS = (7, -7, 3600, -3600, 86_400, -86_400, 2_592_000, -2_592_000)
@@ -238,33 +242,79 @@ def postgres_restarts(repeats: int) -> Found:
 
 
 def full_disks(repeats: int) -> Found:
-    found = Found()
     with ExitStack() as stack:
         disk = stack.enter_context(small_disk(64 + 16 * repeats))
-        server, client = start(stack, *WORKER, db=str(disk / "store.db"))
-        solvable(client, "chat")
-        pusher = Pusher(server.url, "chat")
-        transport = Transport(server.url, None, 60)
-        for number in range(repeats):
-            key = running(client, number)
-            content = random.Random(number).randbytes(6 << 20)
-            upload_key = until(partial(begun, transport, content))["key"]
-            fill(disk / "ballast")
-            piece = partial(append, transport, upload_key, content)
-            try:
-                piece()
-            except mp.StoreError:
-                found.middle += 1
-            time.sleep(2.0)
-            (disk / "ballast").unlink()
-            fault = time.monotonic()
-            found.expect(len(content), until(piece)["received_bytes"])
-            until(partial(pusher.stored_since, fault))
-            found.job(server, client, key)
-            found.recovery.append(time.monotonic() - fault)
-        found.pushed(pusher, client, 16)
-        found.expect(repeats, len(list(client.plans())))
+        return filled(stack, disk, str(disk / "store.db"), repeats, 6 << 20)
+
+
+def full_postgres_disks(repeats: int) -> Found:
+    """Its log of changes grows in small pieces, so that there is no room for it either: PostgreSQL then goes down, and is started
+    once there is room, as an operator does."""
+    with ExitStack() as stack:
+        disk = stack.enter_context(small_disk(160 + 4 * repeats))
+        postgres = Postgres(disk, "min_wal_size=2MB", "max_wal_size=8MB", log_segment=1)
+        stack.callback(lambda: postgres.is_up() and postgres.stop("immediate"))
+        return filled(stack, disk, postgres.url, repeats, 1 << 20, postgres)
+
+
+def filled(stack: ExitStack, disk: Path, db: str, repeats: int, size: int, postgres: Postgres | None = None) -> Found:
+    """Fills the disk again and again: at once, and every other time by windows that are sent until one is refused."""
+    found, batches, downs = Found(), 0, 0
+    server, client = start(stack, *WORKER, db=db)
+    solvable(client, "chat", "code")
+    pusher = Pusher(server.url, "chat")
+    transport = Transport(server.url, None, 60)
+    for number in range(repeats):
+        key = running(client, number)
+        content = random.Random(number).randbytes(size)
+        upload_key = until(partial(begun, transport, content))["key"]
+        fill(disk / "ballast", leave=number % 2 << 19)
+        most = batches + MOST_BATCHES * (number % 2)
+        while batches < most and taken(server.url, "POST", "/v1/deployments/code/windows", batch(batches), JSON):
+            batches += 1
+        piece = {"Content-Type": "application/octet-stream", "Upload-Offset": "0"}
+        found.middle += not taken(server.url, "PATCH", f"/v1/uploads/{upload_key}", content, piece)
+        time.sleep(2.0)
+        (disk / "ballast").unlink()
+        fault = time.monotonic()
+        if postgres is not None and not postgres.is_up():
+            downs += 1
+            postgres.start()
+        found.expect(len(content), until(partial(append, transport, upload_key, content))["received_bytes"])
+        until(partial(pusher.stored_since, fault))
+        until(partial(transport.call, "POST", "/v1/deployments/code/windows", batch(batches), JSON))
+        batches += 1
+        found.job(server, client, key)
+        found.recovery.append(time.monotonic() - fault)
+    found.pushed(pusher, client, 16)
+    found.expect(16 + BATCH * batches, client.totals("code")[0])
+    found.expect(repeats, len(list(client.plans())))
+    if postgres is not None:
+        print(f"{BATCH * batches} windows besides; PostgreSQL went down {downs} times of {repeats}", flush=True)
     return found
+
+
+def batch(number: int) -> bytes:
+    """A request with many windows, others for every number."""
+    sent = [counts(1_000_000 + number * BATCH + position) for position in range(BATCH)]
+    windows = [{"ended": window.ended.isoformat(), "load": window.load.tolist()} for window in sent]
+    return json.dumps({"windows": windows}).encode()
+
+
+def taken(url: str, method: str, path: str, body: bytes, headers: dict[str, str]) -> bool:
+    """Whether a request is; otherwise it is refused as it should be.
+
+    Raises:
+        AssertionError: what came is neither a success nor a problem of status 503.
+    """
+    try:
+        urllib.request.urlopen(urllib.request.Request(url + path, body, headers, method=method), timeout=120).close()
+    except urllib.error.HTTPError as error:
+        told, kind = json.loads(error.read()), error.headers["Content-Type"]
+        if (error.code, kind, told["status"]) != (503, "application/problem+json", 503):
+            raise AssertionError(f"{error.code} {kind}: {told}") from None
+        return False
+    return True
 
 
 def begun(transport: Transport, content: bytes) -> Any:
@@ -292,8 +342,8 @@ def small_disk(megabytes: int) -> Iterator[Path]:
             subprocess.run(["umount", str(place)], check=True)
 
 
-def fill(path: Path) -> None:
-    """Leaves nothing free."""
+def fill(path: Path, leave: int) -> None:
+    """Leaves so many bytes free, about."""
     with path.open("wb", buffering=0) as file:
         size = 1 << 20
         while size:
@@ -301,6 +351,7 @@ def fill(path: Path) -> None:
                 file.write(bytes(size))
             except OSError:
                 size //= 2
+        file.truncate(max(0, file.tell() - leave))
 
 
 def clock_jumps(repeats: int) -> Found:
@@ -340,7 +391,8 @@ FAULTS: dict[str, Callable[[int], Found]] = {
     "server killed in the middle of an approval": approvals,
     "worker killed in the middle of a solve": partial(solves, whole_server=False),
     "PostgreSQL restarted under load": postgres_restarts,
-    "disk full": full_disks,
+    "disk full, SQLite": full_disks,
+    "disk full, PostgreSQL": full_postgres_disks,
     "clock jumps": clock_jumps,
 }
 
