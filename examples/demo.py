@@ -2,8 +2,10 @@
 
     python examples/demo.py --out demo
 
-At a terminal the service runs at the end until Ctrl-C; elsewhere it is started, asked whether it is ready, and stopped. Every step is a `moeplace` command, printed before it runs. The trace was recorded by examples/train_moe.py; its expert
-sizes are replaced by those of OLMoE-1B-7B, so that predicted times are those of a model people run.
+At a terminal the service runs at the end until Ctrl-C; elsewhere, and where CI is set, it is started, asked whether it is
+ready, and stopped. Every step is a `moeplace` command, printed before it runs. The trace was recorded by
+examples/train_moe.py; its expert sizes are replaced by those of OLMoE-1B-7B, so that predicted times are those of a model
+people run.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -57,17 +60,27 @@ def show_service(out: Path) -> None:
         _fill(url)
         with urllib.request.urlopen(f"{url}/ready", timeout=60) as answer:
             print(f"The service is ready ({answer.status}): {url}")
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if sys.stdin.isatty() and sys.stdout.isatty() and not os.environ.get("CI"):
             print("Look at the deployment and its decision there. Ctrl-C stops it.", flush=True)
             server.wait()
+            print(f"The service ended; {log.name} says why.")
         else:
             print(f"Stopped again, since nobody is at a terminal. To start it: moeplace {command}")
     except KeyboardInterrupt:
         print(f"\nStopped. To start it again: moeplace {command}")
+        raise
     finally:
-        server.terminate()
-        server.wait(60)
+        _end(server)
         log.close()
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(60)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        server.kill()
+        server.wait()
 
 
 def _free(port: int) -> bool:
@@ -104,12 +117,12 @@ def _fill(url: str) -> None:
     rng = np.random.default_rng(0)
     first = trace.workload == 0
     with mp.Client(url) as client:
+        if any(entry.name == "demo" for entry in client.deployments()) and client.totals("demo")[0]:
+            return
         client.add_model(model, "demo")
         client.add_topology(mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=4), "demo")
         policy = {"solver": "search", "seconds": 2, "step_tokens": 16_384, "min_regret": 0.005, "horizon_steps": 1e6}
         client.add_deployment("demo", "demo", "demo", policy)
-        if client.totals("demo")[0]:
-            return
         began = datetime.now(UTC) - timedelta(minutes=100)
         for number in range(96):
             mine = np.flatnonzero(first) if number >= 64 else np.arange(trace.num_tokens)
@@ -133,8 +146,17 @@ def _decided(client: mp.Client, checks: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for plans and the report")
-    out = parser.parse_args().out.resolve()
+    parser.add_argument("--only-service", action="store_true", help="go to the last step")
+    given = parser.parse_args()
+    out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    if not given.only_service:
+        place(out)
+    show_service(out)
+
+
+def place(out: Path) -> None:
+    """From a trace to a plan, a report and a file for an engine."""
     started = time.monotonic()
 
     trace = shlex.quote(str(TRACE))
@@ -150,8 +172,11 @@ def main() -> None:
     run(f"evaluate {plan} {trace} --decode 512", out)
     run(f"export {plan} --for sglang -o {placed}", out)
     print(f"\n{time.monotonic() - started:.0f} s. Open {out / 'report.html'} in a browser.")
-    show_service(out)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        # What a shell reports of a command that Ctrl-C ended.
+        sys.exit(128 + signal.SIGINT)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
+import urllib.request
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torchrun_examples import torchrun_example
 
 import moeplace as mp
 from moeplace.db import Store
+from moeplace.db.service_records import Actor, CountWindow
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +62,51 @@ def test_the_demo_compares_solves_exports_and_reports(tmp_path: Path) -> None:
         with Store.open(tmp_path / "demo" / "moeplace.db") as store:
             assert store.windows.totals("demo")[0] == 96
             assert store.deployments.get("demo").version == 1
+
+
+@pytest.mark.parametrize(("arguments", "moment"), [([], "$ moeplace stats"), (["--only-service"], "Ctrl-C stops it")])
+def test_ctrl_c_ends_the_demo_at_any_moment(arguments: list[str], moment: str, tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    pty = pytest.importorskip("pty")
+    # A deployment with windows is taken as it is.
+    with Store.open(tmp_path / "moeplace.db") as store:
+        store.add_model(mp.ModelSpec(layers=1, experts=4, top_k=1, hidden_size=8, ffn_size=8), name="other")
+        store.add_topology(mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=4), name="demo")
+        store.deployments.add("demo", "other", "demo", {}, Actor("ann", "approve"))
+        store.windows.add({"demo": [CountWindow(datetime(2026, 1, 1, tzinfo=UTC), np.ones((1, 4), int))]})
+    terminal, end = pty.openpty()
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--out", str(tmp_path), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+
+    def foreground() -> None:
+        # What a shell starts in the background ignores it, and so do its children.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    demo = subprocess.Popen(
+        command, stdin=end, stdout=end, stderr=end, env=environment, start_new_session=True, preexec_fn=foreground
+    )
+    os.close(end)
+    shown = ""
+    try:
+        while moment not in shown:
+            shown += os.read(terminal, 1000).decode(errors="replace")
+        # As a terminal does: to all that runs in it.
+        os.killpg(demo.pid, signal.SIGINT)
+        with contextlib.suppress(OSError):
+            while piece := os.read(terminal, 1000):
+                shown += piece.decode(errors="replace")
+        assert demo.wait(100) == 130
+    finally:
+        if demo.poll() is None:
+            os.killpg(demo.pid, signal.SIGKILL)
+        os.close(terminal)
+    assert "Traceback" not in shown
+    if arguments:
+        assert "To start it again: moeplace serve --db " in shown
+        url = re.search(r"http://127\.0\.0\.1:\d+", shown)
+        assert url is not None
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(f"{url[0]}/health", timeout=10)
 
 
 @pytest.mark.timeout(290)
