@@ -11,8 +11,10 @@ from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 import numpy.typing as npt
 
-WIDTH, HEIGHT = 720, 220
+WIDTH, HEIGHT = 560, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 28
+KEY = 20
+"""Height of the line above a plot that says what its level means."""
 LEVELS = 9
 """Shades of a heat map, in classes h0 to h8."""
 
@@ -42,28 +44,30 @@ def line_chart(
         known.append(level[0])
     if not known or not labels:
         return ""
-    low, high = _rounded(min(known), max(known))
-    width = WIDTH - LEFT - RIGHT
+    ticks = _ticks(*_from_zero(min(known), max(known)))
+    low, high = ticks[0], ticks[-1]
+    width, tall = WIDTH - LEFT - RIGHT, HEIGHT + (KEY if level is not None else 0)
+    top = tall - HEIGHT + TOP
     across = [LEFT + width * (i + 0.5) / len(labels) for i in range(len(labels))]
 
     def down(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1.0 - (value - low) / (high - low))
+        return top + (HEIGHT - TOP - BOTTOM) * (1.0 - (value - low) / (high - low))
 
     parts = [
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>'
-        f'<text class="tick" x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
-        for tick in np.linspace(low, high, 5)
+        f'<text class="tick" x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:.6g}</text>'
+        for tick in ticks
     ]
     parts += [
-        f'<line class="alarm" x1="{across[i]:.1f}" x2="{across[i]:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<line class="alarm" x1="{across[i]:.1f}" x2="{across[i]:.1f}" y1="{top}" y2="{tall - BOTTOM}"/>'
         for i in marks
     ]
     if level is not None:
         y = down(level[0])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(level[1])}</text>'
-        )
+        # Told above the plot: beside its line the name would stand on others.
+        parts.append(f'<line class="level" x1="{LEFT}" x2="{LEFT + 24}" y1="{TOP}" y2="{TOP}"/>')
+        parts.append(f'<text class="tick" x="{LEFT + 30}" y="{TOP + 4}">{escape(level[1])}</text>')
     for line in series:
         for run in _runs(line.values):
             points = " ".join(f"{across[i]:.1f},{down(value):.1f}" for i, value in run)
@@ -74,10 +78,10 @@ def line_chart(
     for position in sorted({0, len(labels) // 2, len(labels) - 1}):
         anchor = "start" if position == 0 else "end" if position == len(labels) - 1 else "middle"
         parts.append(
-            f'<text class="tick" x="{across[position]:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">'
+            f'<text class="tick" x="{across[position]:.1f}" y="{tall - 8}" text-anchor="{anchor}">'
             f"{escape(labels[position])}</text>"
         )
-    return _svg(title, WIDTH, HEIGHT, parts)
+    return _svg(title, WIDTH, tall, parts)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def scatter(title: str, x_title: str, y_title: str, marks: Sequence[Mark], *, mo
     """Points, and the staircase that no point lies below. more_is_better: of x; less of it is better otherwise."""
     if not marks:
         return ""
-    (left, right), (low, high) = (_padded([getattr(m, axis) for m in marks]) for axis in ("x", "y"))
+    across, up = (_ticks(*_padded([getattr(mark, axis) for mark in marks])) for axis in ("x", "y"))
+    left, right, low, high = across[0], across[-1], up[0], up[-1]
     wide, tall = WIDTH - LEFT - RIGHT, HEIGHT + 60
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -112,17 +117,18 @@ def scatter(title: str, x_title: str, y_title: str, marks: Sequence[Mark], *, mo
 
     bottom = place(left, low)[1]
     parts = []
-    for tick in np.linspace(low, high, 5):
+    for tick in up:
         y = place(left, tick)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for tick in np.linspace(left, right, 5):
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
+    for tick in across:
         x = place(tick, low)[0]
         anchor = "end" if tick == right else "middle"
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="{anchor}">{tick:.3g}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="{anchor}">{tick:.6g}</text>')
     stairs = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in _stairs(marks, more_is_better))
     parts.append(f'<polyline class="stairs" points="{stairs}"/>')
-    for mark in sorted(marks, key=lambda mark: mark.large):
+    # What is in force is not hidden by others at its place.
+    for mark in sorted(marks, key=lambda mark: (mark.kind == "cross", mark.large)):
         x, y = place(mark.x, mark.y)
         size = 6.0 if mark.large else 3.5
         parts.append(
@@ -187,12 +193,21 @@ def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
     return head + "".join(parts) + "</svg>"
 
 
-def _rounded(low: float, high: float) -> tuple[float, float]:
+def _from_zero(low: float, high: float) -> tuple[float, float]:
+    """From zero where that is not far away, and of some width."""
     if high <= low:
         pad = abs(high) * 0.1 or 1.0
         return low - pad, high + pad
-    pad = (high - low) * 0.08
-    return (0.0 if 0 <= low < (high - low) else low - pad), high + pad
+    return (0.0 if 0 <= low < high - low else low), high
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to seven round values, the first and last of which enclose both."""
+    least = (high - low) / 5
+    size = 10.0 ** math.floor(math.log10(least))
+    step = next(size * times for times in (1.0, 2.0, 2.5, 5.0, 10.0) if size * times >= least * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def _runs(values: Sequence[float | None]) -> list[list[tuple[int, float]]]:

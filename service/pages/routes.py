@@ -192,7 +192,7 @@ def _charts(checks: list[CheckRecord], policy: Any) -> dict[str, str]:
         "Load max/mean of the plan in force (blue), and the proven bound of any plan (grey)": line_chart(
             "Load over time", labels, load, marks=alarms
         ),
-        "Regret, predicted loss of the plan in force against a fresh one (blue), and its load gap (grey)": line_chart(
+        "Regret, predicted loss against a fresh plan (blue), and load gap (grey)": line_chart(
             "Regret over time",
             labels,
             [Series("regret", of("regret"), "series-a"), Series("gap", of("gap"), "series-b")],

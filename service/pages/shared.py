@@ -71,16 +71,17 @@ def maps_of(found: figures.Comparison) -> dict[str, Any]:
     """Heat maps of device loads under two plans, and of the traffic under the second."""
     layers = [f"layer {layer}" for layer in found.plan.moe_layers]
     devices = [str(device) for device in range(found.plan.topology.num_devices)]
-    high = float(max(found.before.max(), found.after.max(), 1.2))
+    low, high = 0.5, float(max(found.before.max(), found.after.max(), 1.2))
     maps = [
         (
             f"{name}: worst {values.max():.2f} times the mean",
-            Markup(heat_map(f"Device load, {name}", values, layers, devices, low=0.5, high=high)),
+            Markup(heat_map(f"Device load, {name}", values, layers, devices, low=low, high=high)),
         )
         for name, values in ((found.before_name, found.before), (found.after_name, found.after))
     ]
     traffic = device_map("Traffic between devices", found.traffic / 1e6)
-    return {"load": maps, "traffic": Markup(traffic), "most": float(found.traffic.max() / 1e6)}
+    shades = {"low": low, "high": high}
+    return {"load": maps, **shades, "traffic": Markup(traffic), "most": float(found.traffic.max() / 1e6)}
 
 
 def device_map(title: str, values: figures.FloatArray) -> Markup:

@@ -32,7 +32,7 @@ KINDS = {
 def job_page(key: KeyPath, store: Stored, actor: Visitor) -> HTMLResponse:
     """A job: how far it is, and what came of it."""
     job = store.jobs.get(key)
-    return page("job.html", actor, job=job, front=front_of(job), course=_course(job))
+    return page("job.html", actor, job=job, front=front_of(job), course=_course(job), told=_told(job))
 
 
 @router.post("/deployments/{name}/studies")
@@ -119,6 +119,16 @@ def _plot(points: Any, x_title: str, value: Any, more_is_better: bool = False) -
     ]
     title = f"Step time over {x_title.partition(',')[0]}"
     return Markup(scatter(title, x_title, "predicted step time, ms", marks, more_is_better=more_is_better))
+
+
+def _told(job: JobRecord) -> dict[str, str | float]:
+    """What a job's result says in words and numbers, what it figured out beside the rest."""
+    result = job.result or {}
+    return {
+        name: value
+        for name, value in {**result, **result.get("figures", {})}.items()
+        if isinstance(value, str | float | int)
+    }
 
 
 def _course(job: JobRecord) -> Markup | None:
