@@ -112,3 +112,19 @@ def test_the_deployment_files_run_what_exists(tmp_path: Path) -> None:
     dockerfile = (folder / "Dockerfile").read_text()
     assert 'ENTRYPOINT ["moeplace"]' in dockerfile
     assert "/health" in dockerfile
+
+
+def test_the_deployment_files_are_what_compose_and_kubernetes_take() -> None:
+    """By their schemas: fields that they do not know are refused."""
+    import yaml
+
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    compose_spec = pytest.importorskip("compose_spec")
+    folder = DOCS.parents[1] / "deploy"
+    compose = compose_spec.PyCompose.from_yaml((folder / "compose.yaml").read_text())
+    compose.validate()
+    compose.validate_volumes()
+    manifests = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
+    assert [manifest["kind"] for manifest in manifests] == ["Deployment", "Deployment", "Service"]
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
