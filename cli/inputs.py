@@ -213,6 +213,21 @@ def read_size(option: str, text: str) -> float:
     return value * float(1024 if binary else 1000) ** ["", "k", "m", "g", "t"].index(prefix.lower())
 
 
+def read_slots(text: str | None) -> int | list[int] | None:
+    """Slots a layer from `72`, or from `72,64,80` one number for each layer.
+
+    Raises:
+        InputError: not of that form.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"--slots {text!r} must be a whole number above 0, or one for each layer with commas between")
+    counts = [int(part) for part in parts]
+    return counts if len(counts) > 1 else counts[0]
+
+
 @dataclass(frozen=True)
 class SolverChoice:
     """A solver's name with options for it, as typed: `exflow:form=staged`; without a name, whichever suits best."""

@@ -282,13 +282,12 @@ class SolveOptions:
     """What a solver may use."""
 
     slots: Annotated[
-        int | None,
+        str | None,
         Option(
             "--slots",
-            metavar="N",
-            min=1,
-            help="Slots a layer over all devices; more than the model's experts makes room for replicas. "
-            "Default: one an expert.",
+            metavar="N[,N...]",
+            help="Slots a layer over all devices, or a number for each layer, by commas; more than the model's experts "
+            "makes room for replicas. Default: one an expert.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),

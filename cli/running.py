@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .comparison import Comparison, compare, make_steps, part, solving_statistics
-from .inputs import SolverChoice, read_model, read_objective, read_plan, read_routing, read_topology, split_list
+from .inputs import (
+    SolverChoice,
+    read_model,
+    read_objective,
+    read_plan,
+    read_routing,
+    read_slots,
+    read_topology,
+    split_list,
+)
 from .options import (
     HeldOutOptions,
     ModelOptions,
@@ -55,7 +64,7 @@ def run_comparison(request: Request) -> Comparison:
             topology=topology,
             statistics=solving_statistics(routing, parted),
             objective=objective,
-            slots=request.solving.slots,
+            slots=read_slots(request.solving.slots),
         )
         steps = make_steps(parted.judged, request.steps, request.seed)
         return compare(problem, parted, steps, choices, given, request.solving.seconds, request.seed, update)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from .errors import InputError
 from .failures import Failure, lost_experts
 from .model import ModelSpec
-from .plan import Plan, Provenance
+from .plan import EMPTY, Plan, Provenance, equal_shares
 from .steps import Steps
 from .topology import Topology
 from .version import __version__
@@ -42,17 +42,18 @@ def degraded(plan: Plan, failure: Failure) -> Plan:
     kept = np.isin(plan.slot_device, left)
     table, shares = plan.physical_to_logical[:, kept], plan.shares[:, kept]
     rows = np.arange(len(table))[:, None]
-    total, replicas = np.zeros((2, len(table), plan.model.experts))
+    total = np.zeros((len(table), plan.model.experts))
+    # An empty slot's share of 0 goes to some expert's total here, and stays 0 below.
     np.add.at(total, (rows, table), shares)
-    np.add.at(replicas, (rows, table), 1.0)
     remaining = total[rows, table]
-    equal = 1.0 / replicas[rows, table]
+    equal = equal_shares(table, plan.model.experts)
+    kept_ratio = (remaining > 0) | (table == EMPTY)
     return Plan(
         model=plan.model,
         topology=plan.topology.without(failure.devices),
         physical_to_logical=table,
         slot_device=np.searchsorted(left, plan.slot_device[kept]),
-        shares=np.where(remaining > 0, shares / np.where(remaining > 0, remaining, 1.0), equal),
+        shares=np.where(kept_ratio, shares / np.where(remaining > 0, remaining, 1.0), equal),
         provenance=Provenance(
             solver="degraded",
             version=__version__,
@@ -84,6 +85,30 @@ def slot_room(model: ModelSpec, topology: Topology) -> IntArray:
     """[G] slots a layer that each device's memory holds, at most one an expert."""
     fits = np.floor(topology.memory / (model.bytes_per_expert * model.layers))
     return np.minimum(fits, model.experts).astype(np.int64)
+
+
+def grown_layer_slots(layer_slots: IntArray, totals: IntArray, model: ModelSpec, topology: Topology) -> IntArray | None:
+    """[L, G] at least `layer_slots` [L, G] and `totals` [L] in all, within the devices' memory; see `grown_slots`.
+
+    Layers that are alike stay alike. None when the devices have no room for so many.
+    """
+    if (layer_slots == layer_slots[0]).all() and (totals == totals[0]).all():
+        room = slot_room(model, topology)
+        one = None if (layer_slots[0] > room).any() else grown_slots(layer_slots[0], int(totals[0]), room)
+        return None if one is None else np.tile(one, (len(layer_slots), 1))
+    result = layer_slots.copy()
+    memory = np.floor(topology.memory / model.bytes_per_expert).astype(np.int64)
+    for layer, total in enumerate(totals.tolist()):
+        left = memory - result.sum(axis=0)
+        grown = (
+            None
+            if (left < 0).any()
+            else grown_slots(result[layer], total, np.minimum(result[layer] + left, model.experts))
+        )
+        if grown is None:
+            return None
+        result[layer] = grown
+    return result
 
 
 def grown_slots(slots: IntArray, total: int, room: IntArray) -> IntArray | None:

@@ -25,9 +25,11 @@ def least_leaving(steps: Steps, problem: Problem) -> FloatArray:
     node_of = topology.node_of if topology.num_nodes > 1 else np.arange(topology.num_devices)
     wanted = _wanted(steps, node_of, topology.num_devices)
     away = wanted.sum(axis=3) - wanted.max(axis=3)
-    spare = problem.num_slots - problem.model.experts
-    rest = np.sort(wanted, axis=3)[..., :-1].reshape(*away.shape[:2], -1)
-    kept = np.sort(rest, axis=2)[..., rest.shape[2] - min(spare, rest.shape[2]) :].sum(axis=2)
+    spare = problem.layer_slots.sum(axis=1) - problem.model.experts
+    rest = np.sort(np.sort(wanted, axis=3)[..., :-1].reshape(*away.shape[:2], -1), axis=2)
+    kept = np.empty(away.shape[:2])
+    for layer, count in enumerate(np.minimum(spare, rest.shape[2]).tolist()):
+        kept[:, layer] = rest[:, layer, rest.shape[2] - count :].sum(axis=1)
     # One copy carries a token's experts of one target together: no more than it has slots.
     carried = min(problem.model.top_k, int(_most_slots(problem, node_of)))
     return np.asarray(np.maximum(away.sum(axis=2) - kept, 0.0) / carried)

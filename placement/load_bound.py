@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from .layer_slots import alike_layers
 from .plan import Certificate, equal_shares
 from .problem import Problem
 
@@ -17,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 def device_loads(
     load: FloatArray, table: IntArray, shares: FloatArray, slot_device: IntArray, devices: int
 ) -> FloatArray:
-    """[L, G] load of each device from expert loads [L, E], a slot table [L, P] and its shares [L, P]."""
+    """[L, G] load of each device from expert loads [L, E], a slot table [L, P] and its shares [L, P] (0 in empty slots)."""
     slot_load = np.take_along_axis(load, table, axis=1) * shares
     result = np.zeros((len(load), devices))
     np.add.at(result.T, slot_device, slot_load.T)
@@ -28,8 +29,17 @@ def load_imbalance_bound(problem: Problem) -> FloatArray:
     """[L] a lower bound of the largest device load over the mean device load, for every placement and shares."""
     load = problem.statistics.total_load
     mean = load.sum(axis=1) / problem.num_devices
-    least = least_device_load(load, problem.slots_per_device)
+    least = least_layer_load(load, problem.layer_slots)
     return np.where(mean > 0, least / np.where(mean > 0, mean, 1.0), 1.0)
+
+
+def least_layer_load(load: FloatArray, layer_slots: IntArray) -> FloatArray:
+    """[..., L] `least_device_load` of loads [..., L, E] in each layer's slots [L, G]."""
+    result = np.empty(load.shape[:-1])
+    for slots, layers in alike_layers(layer_slots):
+        mine = load[..., layers, :]
+        result[..., layers] = least_device_load(mine.reshape(-1, load.shape[-1]), slots).reshape(mine.shape[:-1])
+    return result
 
 
 def least_device_load(load: FloatArray, slots: IntArray) -> FloatArray:

@@ -92,7 +92,7 @@ class _Work:
         self._idle = np.ones((steps, *plan.shares.shape))
 
     def _at_slots(self, share: FloatArray) -> FloatArray:
-        """[L, P] from [L, E, G]."""
+        """[L, P] from [L, E, G]; what stands here of empty slots is never served, their share being 0."""
         return np.asarray(share[self._layers, self._plan.physical_to_logical, self._plan.slot_device])
 
     def add(self, share: FloatArray, weight: float, counts: FloatArray | None) -> None:

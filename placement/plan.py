@@ -15,10 +15,13 @@ from .errors import InputError
 from .model import ModelSpec
 from .topology import Topology
 
+BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Stop = Literal["finished", "time limit", "interrupted", "given"]
 
+EMPTY = -1
+"""In a slot table, a slot without an expert: it takes no memory and serves no token."""
 RELATIVE_TOLERANCE = 1e-6
 """A gap below this is rounding of floating-point sums and of ILP tolerances, not a gap."""
 
@@ -66,9 +69,9 @@ class Provenance:
 class Plan:
     """An immutable placement of `model` on `topology`.
 
-    physical_to_logical: [L, P] expert in each slot. slot_device: [P] device owning each slot, non-decreasing.
-    shares: [L, P] fraction of its expert's tokens each slot serves; equal among replicas when
-    left empty.
+    physical_to_logical: [L, P] expert in each slot, `EMPTY` in those that a layer does without. slot_device: [P] device
+    owning each slot, non-decreasing. shares: [L, P] fraction of its expert's tokens each slot serves, 0 in an empty one;
+    equal among replicas when left out.
 
     Raises:
         InputError: on construction, naming the layer and what is wrong (an id out of range, an expert without a
@@ -100,7 +103,21 @@ class Plan:
 
     @property
     def num_slots(self) -> int:
+        """P, the width of the slot table; a layer with empty slots uses fewer."""
         return int(self.physical_to_logical.shape[1])
+
+    @cached_property
+    def filled(self) -> BoolArray:
+        """[L, P] whether a slot holds an expert."""
+        result = np.asarray(self.physical_to_logical != EMPTY)
+        result.flags.writeable = False
+        return result
+
+    @cached_property
+    def slots_per_device(self) -> IntArray:
+        """[L, G] slots that each layer fills on each device."""
+        owner = np.eye(self.topology.num_devices, dtype=np.int64)[self.slot_device]
+        return np.asarray(self.filled.astype(np.int64) @ owner)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -124,41 +141,38 @@ class Plan:
     @cached_property
     def device_share(self) -> FloatArray:
         """[L, E, G] fraction of each expert's tokens served on each device; rows sum to 1."""
-        layers, slots = self.physical_to_logical.shape
-        result = np.zeros((layers, self.model.experts, self.topology.num_devices))
-        rows = np.repeat(np.arange(layers), slots)
-        np.add.at(
-            result, (rows, self.physical_to_logical.ravel(), np.tile(self.slot_device, layers)), self.shares.ravel()
-        )
+        rows, slots = np.nonzero(self.filled)
+        result = np.zeros((self.model.layers, self.model.experts, self.topology.num_devices))
+        place = rows, self.physical_to_logical[rows, slots], self.slot_device[slots]
+        np.add.at(result, place, self.shares[rows, slots])
         result.flags.writeable = False
         return result
 
     @cached_property
-    def holds(self) -> npt.NDArray[np.bool_]:
+    def holds(self) -> BoolArray:
         """[L, E, G] whether a device has a slot of the expert."""
-        layers, slots = self.physical_to_logical.shape
-        result = np.zeros((layers, self.model.experts, self.topology.num_devices), dtype=bool)
-        rows = np.repeat(np.arange(layers), slots)
-        result[rows, self.physical_to_logical.ravel(), np.tile(self.slot_device, layers)] = True
+        rows, slots = np.nonzero(self.filled)
+        result = np.zeros((self.model.layers, self.model.experts, self.topology.num_devices), dtype=bool)
+        result[rows, self.physical_to_logical[rows, slots], self.slot_device[slots]] = True
         result.flags.writeable = False
         return result
 
     @cached_property
     def replicas(self) -> IntArray:
         """[L, E] slots each expert has."""
-        return np.stack([np.bincount(row, minlength=self.model.experts) for row in self.physical_to_logical])
+        return replica_counts(self.physical_to_logical, self.model.experts)
 
     @cached_property
     def logical_to_physical(self) -> IntArray:
         """[L, E, R] the slots of each expert in increasing order, padded with -1."""
         layers, slots = self.physical_to_logical.shape
         result = np.full((layers, self.model.experts, int(self.replicas.max())), -1, dtype=np.int64)
-        filled = np.zeros((layers, self.model.experts), dtype=np.int64)
-        rows = np.arange(layers)
+        found = np.zeros((layers, self.model.experts), dtype=np.int64)
         for slot in range(slots):
-            expert = self.physical_to_logical[:, slot]
-            result[rows, expert, filled[rows, expert]] = slot
-            filled[rows, expert] += 1
+            rows = np.flatnonzero(self.filled[:, slot])
+            expert = self.physical_to_logical[rows, slot]
+            result[rows, expert, found[rows, expert]] = slot
+            found[rows, expert] += 1
         return result
 
     @property
@@ -193,9 +207,14 @@ class Plan:
 
 
 def equal_shares(physical_to_logical: IntArray, experts: int) -> FloatArray:
-    """[L, P] 1 / replicas of the slot's expert."""
-    counts = np.stack([np.bincount(row, minlength=experts) for row in physical_to_logical])
-    return 1.0 / np.take_along_axis(counts, physical_to_logical, axis=1)
+    """[L, P] 1 / replicas of the slot's expert, 0 in empty slots."""
+    counts = np.take_along_axis(replica_counts(physical_to_logical, experts), physical_to_logical, axis=1)
+    return np.divide(1.0, counts, out=np.zeros(counts.shape), where=physical_to_logical != EMPTY)
+
+
+def replica_counts(physical_to_logical: IntArray, experts: int) -> IntArray:
+    """[L, E] slots of each expert in a table [L, P]."""
+    return np.stack([np.bincount(row[row != EMPTY], minlength=experts) for row in physical_to_logical])
 
 
 def _integers(name: str, values: Any) -> IntArray:
@@ -222,10 +241,10 @@ def _check_table(model: ModelSpec, table: IntArray, devices: IntArray, num_devic
             f"Plan: slot_device must not decrease and stay within 0..{num_devices - 1}, given {devices.tolist()}"
         )
     for row, name in zip(table, model.moe_layers, strict=True):
-        if len(row) and (row.min() < 0 or row.max() >= model.experts):
+        if len(row) and (row.min() < EMPTY or row.max() >= model.experts):
             raise InputError(
-                f"Plan: layer {name} holds expert {row.min() if row.min() < 0 else row.max()}, "
-                f"experts are 0..{model.experts - 1}"
+                f"Plan: layer {name} holds expert {row.min() if row.min() < EMPTY else row.max()}, "
+                f"experts are 0..{model.experts - 1}, and {EMPTY} is an empty slot"
             )
         missing = np.setdiff1d(np.arange(model.experts), row)
         if len(missing):
@@ -238,7 +257,10 @@ def _check_shares(model: ModelSpec, table: IntArray, shares: FloatArray) -> None
     if not np.isfinite(shares).all() or (shares < 0).any():
         raise InputError("Plan.shares must be non-negative and finite")
     for row, share, name in zip(table, shares, model.moe_layers, strict=True):
-        sums = np.bincount(row, weights=share, minlength=model.experts)
+        empty = np.flatnonzero((row == EMPTY) & (share != 0))
+        if len(empty):
+            raise InputError(f"Plan.shares: layer {name}, slot {empty[0]} is empty, its share must be 0")
+        sums = np.bincount(row[row != EMPTY], weights=share[row != EMPTY], minlength=model.experts)
         wrong = np.flatnonzero(np.abs(sums - 1.0) > 1e-6)
         if len(wrong):
             raise InputError(f"Plan.shares: layer {name}, expert {wrong[0]}: shares sum to {sums[wrong[0]]:.6f}, not 1")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FORMAT = "moeplace.plan"
-VERSION = 1
+VERSION = 2
+"""Version 1 knows no empty slots; plans without any are still written as such, for releases that read no other."""
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     certificate, provenance = plan.certificate, plan.provenance
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 1 if plan.filled.all() else 2,
         "model": plan.model.model_dump(mode="json"),
         "topology": plan.topology.model_dump(mode="json"),
         "physical_to_logical": plan.physical_to_logical.tolist(),

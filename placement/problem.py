@@ -11,12 +11,15 @@ import numpy.typing as npt
 
 from .errors import InputError
 from .failures import Failure, failure_mask
+from .layer_slots import DeviceSlots, Slots, in_table, own_slots, slots_by_layer, spanned
 from .model import ModelSpec
 from .objective import Objective
 from .plan import Plan
 from .statistics import RoutingStatistics
 from .topology import Topology
 
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
@@ -24,8 +27,9 @@ IntArray = npt.NDArray[np.int64]
 class Problem:
     """Place the experts of `model` on the devices of `topology`, given `statistics`, to minimise `objective`.
 
-    slots: P, physical slots a layer (default: one an expert), dealt evenly; the first P mod G devices get one more.
-    device_slots: [G] slots of each device instead, when they are to differ.
+    slots: P, physical slots a layer (default: one an expert), dealt evenly; the first P mod G devices get one more. Or
+    [L] numbers, one a layer: the slot table is then as wide as the largest, and layers with fewer leave slots empty.
+    device_slots: [G] slots of each device instead, when they are to differ, or [L, G] where layers differ too.
     pinned: (layer, expert) -> device that must hold it. forbidden: (layer, expert) -> devices that must not. Layers
     count MoE layers from 0.
     current: the plan in force, where a solver may start. max_moved_bytes: most bytes of expert weights that may travel to
@@ -37,8 +41,8 @@ class Problem:
     topology: Topology
     statistics: RoutingStatistics
     objective: Objective = field(default_factory=Objective)
-    slots: int | None = None
-    device_slots: Sequence[int] | None = None
+    slots: Slots | None = None
+    device_slots: DeviceSlots | None = None
     pinned: Mapping[tuple[int, int], int] = field(default_factory=dict)
     forbidden: Mapping[tuple[int, int], Sequence[int]] = field(default_factory=dict)
     tolerates: Sequence[Failure] = ()
@@ -77,39 +81,27 @@ class Problem:
                 )
 
     def _check_slots(self) -> None:
-        if self.device_slots is not None:
-            if len(self.device_slots) != self.num_devices or min(self.device_slots) < 0:
-                raise InputError(
-                    f"Problem.device_slots {list(self.device_slots)} must name {self.num_devices} "
-                    "non-negative slot counts, one a device"
-                )
-            if self.slots is not None and self.slots != sum(self.device_slots):
-                raise InputError(
-                    f"Problem.slots ({self.slots}) is not the sum of device_slots ({sum(self.device_slots)})"
-                )
-        if self.num_slots < self.model.experts:
-            raise InputError(
-                f"Problem.slots ({self.num_slots}) must be at least the number of experts "
-                f"({self.model.experts}): every expert needs a slot in every layer"
-            )
-        needed = self.slots_per_device * self.model.bytes_per_expert * self.model.layers
+        needed = self.layer_slots.sum(axis=0) * self.model.bytes_per_expert
         for device in np.flatnonzero(needed > self.topology.memory):
             raise InputError(
                 f"device {device} would hold {needed[device] / 1e9:.1f} GB of experts in its "
-                f"{self.slots_per_device[device]} slots a layer, its memory is {self.topology.memory[device] / 1e9:.1f} GB; "
+                f"{spanned(self.layer_slots[:, device])} slots a layer, its memory is {self.topology.memory[device] / 1e9:.1f} GB; "
                 "use fewer slots, more devices, or a smaller expert_dtype"
             )
 
     def _check_tolerates(self) -> None:
+        if not len(self.tolerates):
+            return
         exposed = failure_mask(self.tolerates, self.num_devices).any(axis=0)
-        alone = min(int(self.slots_per_device[~exposed].sum()), self.model.experts)
-        needed = 2 * self.model.experts - alone
-        if len(self.tolerates) and self.num_slots < needed:
-            raise InputError(
-                f"Problem.tolerates names failures of {int(exposed.sum())} of {self.num_devices} devices: at most "
-                f"{alone} experts can do with one replica, so at least {needed} slots a layer are needed, "
-                f"given {self.num_slots}"
-            )
+        for name, slots in zip(self.model.moe_layers, self.layer_slots, strict=True):
+            alone = min(int(slots[~exposed].sum()), self.model.experts)
+            needed = 2 * self.model.experts - alone
+            if slots.sum() < needed:
+                raise InputError(
+                    f"Problem.tolerates names failures of {int(exposed.sum())} of {self.num_devices} devices: at most "
+                    f"{alone} experts can do with one replica, so at least {needed} slots a layer are needed, "
+                    f"given {slots.sum()}" + ("" if self.layers_alike else f" in layer {name}")
+                )
 
     def _check_current(self) -> None:
         current, limit = self.current, self.max_moved_bytes
@@ -135,7 +127,7 @@ class Problem:
         """Experts that may reach a device that does not hold them in the current plan, over all layers; None: any."""
         if self.max_moved_bytes is None:
             return None
-        most = self.model.layers * self.num_slots
+        most = int(self.layer_slots.sum())
         # What is exactly so many experts' bytes must not lose one to rounding.
         return int(min(most, np.floor(self.max_moved_bytes / self.model.bytes_per_expert * (1 + 1e-12))))
 
@@ -145,28 +137,55 @@ class Problem:
 
     @property
     def num_slots(self) -> int:
-        """P, slots a layer."""
-        if self.device_slots is not None:
-            return int(sum(self.device_slots))
-        return self.model.experts if self.slots is None else self.slots
+        """P, slots a layer; where layers differ, the width of the slot table."""
+        return len(self.slot_device)
 
     @property
     def has_replicas(self) -> bool:
-        return self.num_slots > self.model.experts
+        """Whether a layer has more slots than experts."""
+        return bool((self.layer_slots.sum(axis=1) > self.model.experts).any())
+
+    @property
+    def layers_alike(self) -> bool:
+        """Whether every layer has the same slots."""
+        return bool((self.layer_slots == self.layer_slots[0]).all())
+
+    @cached_property
+    def layer_slots(self) -> IntArray:
+        """[L, G] slots of each layer on each device."""
+        return slots_by_layer(self.model, self.num_devices, self.slots, self.device_slots)
 
     @cached_property
     def slots_per_device(self) -> IntArray:
-        """[G] slots a layer on each device."""
-        if self.device_slots is not None:
-            return np.asarray(self.device_slots, dtype=np.int64)
-        return even_slots(self.num_slots, self.num_devices)
+        """[G] slots of the table on each device: of any layer that many at most."""
+        return np.asarray(self.layer_slots.max(axis=0))
 
     @cached_property
     def slot_device(self) -> IntArray:
-        """[P] the device owning each slot; a device owns a run of slots."""
+        """[P] the device owning each slot of the table; a device owns a run of slots."""
         return np.repeat(np.arange(self.num_devices), self.slots_per_device)
 
+    @cached_property
+    def own_slots(self) -> BoolArray:
+        """[L, P] which slots of the table are a layer's own; the others stay empty."""
+        return own_slots(self.layer_slots)
 
-def even_slots(slots: int, devices: int) -> IntArray:
-    """[G] slots dealt evenly, the first `slots % devices` devices taking one more."""
-    return np.full(devices, slots // devices, dtype=np.int64) + (np.arange(devices) < slots % devices)
+    def layer_slot_device(self, layer: int) -> IntArray:
+        """[P_l] the device owning each of a layer's own slots; layers count MoE layers from 0."""
+        return self._layer_slot_devices[layer]
+
+    @cached_property
+    def _layer_slot_devices(self) -> list[IntArray]:
+        return [np.repeat(np.arange(self.num_devices), slots) for slots in self.layer_slots]
+
+    def slot_table(self, rows: Sequence[IntArray]) -> IntArray:
+        """[L, P] the slot table of the experts in each layer's own slots, [P_l] a layer."""
+        return in_table(rows, self.own_slots)
+
+    def slot_shares(self, rows: Sequence[IntArray], shares: Sequence[FloatArray]) -> FloatArray:
+        """[L, P] shares of the table's slots: a layer's own slots hold `rows` [P_l] and devices serve `shares` [E, G]."""
+        own = [
+            share[row, self.layer_slot_device(layer)]
+            for layer, (row, share) in enumerate(zip(rows, shares, strict=True))
+        ]
+        return in_table(own, self.own_slots, elsewhere=0)

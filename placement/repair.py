@@ -8,45 +8,46 @@ import numpy.typing as npt
 from .degraded import survivors
 from .errors import InputError
 from .failures import Failure
-from .plan import Plan, Provenance
+from .layer_slots import in_table, own_slots
+from .plan import EMPTY, Plan, Provenance
 from .version import __version__
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-EMPTY = -1
 
 
 def repaired(plan: Plan, failure: Failure, device_slots: IntArray, load: FloatArray) -> Plan:
     """The surviving slots as they stand, with every lost expert in an empty slot or in place of a spare replica.
 
-    device_slots: [G] slots a layer of each surviving device, at least those it has. load: [L, E] tokens each expert
-    gets; heaviest first, lost experts go where the most loaded device stays least loaded. Slots still empty then take
-    another replica of the experts with most load each. Replicas share equally.
+    device_slots: [G] slots a layer of each surviving device, or [L, G] of each layer, at least those it has. load: [L, E]
+    tokens each expert gets; heaviest first, lost experts go where the most loaded device stays least loaded. Slots still
+    empty then take another replica of the experts with most load each. Replicas share equally.
 
     Raises:
         InputError: fewer slots than experts, or a device with fewer slots than it holds.
     """
     left = survivors(plan.topology.num_devices, failure)
-    kept = np.isin(plan.slot_device, left)
-    device = np.searchsorted(left, plan.slot_device[kept])
-    present = np.bincount(device, minlength=len(left))
-    if device_slots.sum() < plan.model.experts or (device_slots < present).any():
+    present = plan.slots_per_device[:, left]
+    wanted = np.broadcast_to(device_slots, present.shape)
+    short = (wanted.sum(axis=1) < plan.model.experts) | (wanted < present).any(axis=1)
+    for layer in np.flatnonzero(short)[:1]:
         raise InputError(
-            f"slots a device {device_slots.tolist()} must be at least the {present.tolist()} in use and "
-            f"{plan.model.experts} in all"
+            f"slots a device {wanted[layer].tolist()} must be at least the {present[layer].tolist()} in use and "
+            f"{plan.model.experts} in all, in layer {plan.moe_layers[layer]}"
         )
-    more = np.repeat(np.arange(len(left)), device_slots - present)
-    order = np.argsort(np.concatenate([device, more]), kind="stable")
-    slot_device = np.concatenate([device, more])[order]
-    empty = np.full((plan.model.layers, len(more)), EMPTY, dtype=np.int64)
-    table = np.concatenate([plan.physical_to_logical[:, kept], empty], axis=1)[:, order]
+    kept = plan.filled & np.isin(plan.slot_device, left)
+    rows = []
+    for layer, slots in enumerate(wanted):
+        device = np.searchsorted(left, plan.slot_device[kept[layer]])
+        more = np.repeat(np.arange(len(left)), slots - present[layer])
+        order = np.argsort(np.concatenate([device, more]), kind="stable")
+        row = np.concatenate([plan.physical_to_logical[layer, kept[layer]], np.full(len(more), EMPTY)])[order]
+        rows.append(_fill(row, np.repeat(np.arange(len(left)), slots), load[layer]))
     return Plan(
         model=plan.model,
         topology=plan.topology.without(failure.devices),
-        physical_to_logical=np.stack(
-            [_fill(row, slot_device, expert) for row, expert in zip(table, load, strict=True)]
-        ),
-        slot_device=slot_device,
+        physical_to_logical=in_table(rows, own_slots(wanted)),
+        slot_device=np.repeat(np.arange(len(left)), wanted.max(axis=0)),
         provenance=Provenance(
             solver="repaired",
             version=__version__,

@@ -152,6 +152,7 @@ def _work(
     """[S, L, G] token-expert pairs and distinct experts hit on each device."""
     counts = expert_counts(ids, bounds, experts)
     plan = placement.plan
+    # Of an empty slot any expert's counts are read here, and its share of 0 takes none of them.
     at_slot = np.take_along_axis(counts, plan.physical_to_logical[None], axis=2)
     tokens = (at_slot * plan.shares) @ placement.slot_owner
     # A slot stays idle when none of its expert's tokens draws it: (1 - share) ** count.

@@ -18,7 +18,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 def with_standbys(plan: Plan, device_slots: IntArray, failures: Sequence[Failure], load: FloatArray) -> Plan | None:
-    """The plan with further slots, filled so that every expert keeps a replica in each failure; step times stay.
+    """The plan with further slots and none empty, so that every expert keeps a replica in each failure; step times stay.
 
     device_slots: [G] slots a layer of each device. load: [L, E] tokens each expert gets; slots that no expert needs go to
     the heaviest. Each expert in need gets one standby (a matching of experts and slots), so None does not mean that no
@@ -27,30 +27,34 @@ def with_standbys(plan: Plan, device_slots: IntArray, failures: Sequence[Failure
     Raises:
         InputError: a device has fewer slots than the plan uses.
     """
-    present = np.bincount(plan.slot_device, minlength=plan.topology.num_devices)
-    if (device_slots < present).any():
-        raise InputError(f"slots a device {device_slots.tolist()} must be at least the {present.tolist()} in use")
+    present = plan.slots_per_device
+    for used in present[(device_slots < present).any(axis=1)][:1]:
+        raise InputError(f"slots a device {device_slots.tolist()} must be at least the {used.tolist()} in use")
     mask = failure_mask(failures, plan.topology.num_devices)
-    more = np.repeat(np.arange(len(present)), device_slots - present)
-    rows = []
-    for layer in range(plan.model.layers):
+    tables, shares = [], []
+    for layer, filled in enumerate(plan.filled):
+        more = np.repeat(np.arange(len(device_slots)), device_slots - present[layer])
         row = _standbys(plan.holds[layer], more, mask, load[layer])
         if row is None:
             return None
-        rows.append(row)
-    slot_device = np.concatenate([plan.slot_device, more])
-    order = np.argsort(slot_device, kind="stable")
+        order = np.argsort(np.concatenate([plan.slot_device[filled], more]), kind="stable")
+        tables.append(np.concatenate([plan.physical_to_logical[layer, filled], row])[order])
+        shares.append(np.concatenate([plan.shares[layer, filled], np.zeros(len(row))])[order])
     certificate = plan.certificate
     return replace(
         plan,
-        physical_to_logical=np.concatenate([plan.physical_to_logical, np.stack(rows)], axis=1)[:, order],
-        slot_device=slot_device[order],
-        shares=np.concatenate([plan.shares, np.zeros((len(rows), len(more)))], axis=1)[:, order],
+        physical_to_logical=np.stack(tables),
+        slot_device=np.repeat(np.arange(len(device_slots)), device_slots),
+        shares=np.stack(shares),
         # The bound was proven for fewer slots; with these a plan might do better.
         certificate=None if certificate is None else Certificate(certificate.objective, certificate.value),
         provenance=replace(
             plan.provenance,
-            options={**plan.provenance.options, "standbys": len(more), "tolerates": [f.name for f in failures]},
+            options={
+                **plan.provenance.options,
+                "standbys": int(device_slots.sum() - present.sum(axis=1).min()),
+                "tolerates": [f.name for f in failures],
+            },
         ),
         predicted={},
     )

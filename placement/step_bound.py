@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from .cost import all_to_all_latency, combine_bytes, dispatch_bytes
 from .home_bound import least_leaving
-from .load_bound import least_device_load
+from .layer_slots import alike_layers
+from .load_bound import least_layer_load
 from .problem import Problem
 from .steps import Steps
 
@@ -27,9 +28,13 @@ def step_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
 
 def layer_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
     """[S, L] the part of `step_seconds_bound` of each layer."""
-    transfers = _transfer_bound(steps.tokens.astype(np.float64), problem, homes_known=steps.source is not None)
+    tokens = steps.tokens.astype(np.float64)
+    transfers = np.empty((steps.num_steps, problem.model.layers))
+    for slots, layers in alike_layers(problem.layer_slots):
+        found = _transfer_bound(tokens, slots, problem, homes_known=steps.source is not None)
+        transfers[:, layers] = found[:, None]
     compute = compute_bound(steps.loads().astype(np.float64), problem)
-    return np.asarray(compute + np.maximum(transfers[:, None], _leaving_bound(steps, problem)))
+    return np.asarray(compute + np.maximum(transfers, _leaving_bound(steps, problem)))
 
 
 def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
@@ -37,7 +42,7 @@ def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
     model, topology = problem.model, problem.topology
     flat = loads.reshape(-1, loads.shape[2])
     shared = flat.sum(axis=1) / topology.compute.sum()
-    packed = least_device_load(flat, problem.slots_per_device) / topology.compute.max()
+    packed = least_layer_load(loads, problem.layer_slots).ravel() / topology.compute.max()
     hit = (flat > 0).sum(axis=1).astype(np.float64)
     read = hit / topology.memory_bandwidth.sum()
     if not problem.has_replicas:
@@ -48,8 +53,10 @@ def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
     return np.asarray(seconds.reshape(loads.shape[:2]))
 
 
-def _transfer_bound(tokens: FloatArray, problem: Problem, homes_known: bool) -> FloatArray:
-    """[S] seconds of all the all-to-alls of one layer, from the tokens [S] of a step.
+def _transfer_bound(
+    tokens: FloatArray, slots: npt.NDArray[np.int64], problem: Problem, homes_known: bool
+) -> FloatArray:
+    """[S] seconds of all the all-to-alls of one layer with slots [G], from the tokens [S] of a step.
 
     A token whose home is known may live where one of its experts stands, and one that takes the nearest replica where
     all of them do; else one spread evenly is mostly elsewhere.
@@ -57,8 +64,8 @@ def _transfer_bound(tokens: FloatArray, problem: Problem, homes_known: bool) -> 
     topology, objective, model = problem.topology, problem.objective, problem.model
     latency = all_to_all_latency(topology, objective.node_dedup)
     sizes, devices = topology.node_size, topology.num_devices
-    node_slots = np.add.reduceat(problem.slots_per_device, np.concatenate([[0], np.cumsum(sizes)[:-1]]))
-    reached = fewest_holders(problem.slots_per_device, model.top_k)
+    node_slots = np.add.reduceat(slots, np.concatenate([[0], np.cumsum(sizes)[:-1]]))
+    reached = fewest_holders(slots, model.top_k)
     nodes_reached = fewest_holders(node_slots, model.top_k)
     bytes_out, bytes_back = dispatch_bytes(model, objective), combine_bytes(model, objective)
     may_meet = homes_known or (objective.replica_choice == "nearest" and problem.has_replicas)

@@ -37,6 +37,7 @@ def window_seconds(plan: Plan, load: FloatArray, problem: Problem, step_tokens: 
         raise UnsupportedError("context-coherent step times depend on transitions, counts tell of none; record tokens")
     total = load.sum(axis=2, keepdims=True)
     chance = load / np.where(total > 0, total, 1.0)
+    # Empty slots read some expert's loads, and take none of them.
     at_slot = np.take_along_axis(chance, plan.physical_to_logical[None], axis=2) * plan.shares
     owner = np.eye(topology.num_devices)[plan.slot_device]
     draws = step_tokens * model.top_k

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..placement.errors import InputError, UnsupportedError, nearest
+from ..placement.layer_slots import spanned
 from ..placement.plan import Plan
 from ..placement.problem import Problem
 from .exporters.constraints import Constraint
@@ -47,16 +48,21 @@ def problem_for(problem: Problem, engine: str) -> Problem:
             f"replicas take equal shares there, the objective says split={problem.objective.split!r}; use equal"
         )
     if Constraint.NO_REPLICAS in constraints:
-        if problem.num_slots != experts:
-            raise refused(
-                f"{problem.num_slots} slots a layer for {experts} experts leave room for replicas; use {experts}"
-            )
+        if problem.has_replicas:
+            slots = spanned(problem.layer_slots.sum(axis=1))
+            raise refused(f"{slots} slots a layer for {experts} experts leave room for replicas; use {experts}")
         if experts % devices:
             fitting = [count for count in range(1, devices) if experts % count == 0]
             raise refused(f"{experts} experts do not divide over {devices} devices; use {fitting[-1]}")
     if Constraint.EQUAL_SLOTS in constraints:
         if problem.slots is None and problem.device_slots is None:
             problem = replace(problem, slots=-(-experts // devices) * devices)
+        if not problem.layers_alike:
+            slots = spanned(problem.layer_slots.sum(axis=1))
+            raise refused(
+                f"every layer has the same slots there, this problem's have {slots}; use one number for all, a multiple of "
+                f"{devices}"
+            )
         if len(set(problem.slots_per_device.tolist())) > 1:
             below, above = problem.num_slots // devices * devices, -(-problem.num_slots // devices) * devices
             choices = [str(slots) for slots in dict.fromkeys((below, above)) if slots >= experts]

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ..placement.objective import Objective
 from ..placement.validation import Record
 from .plain import PlainObject
+from .slots import SlotCounts
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -16,8 +17,8 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 class Policy(Record):
     """How a deployment's plans are solved, judged and published.
 
-    solver, options, seconds, slots, objective: of its solves. step_tokens: tokens of one engine step over all devices,
-    which count windows are priced for.
+    solver, options, seconds, slots, objective: of its solves; slots is one number, or one for each layer.
+    step_tokens: tokens of one engine step over all devices, which count windows are priced for.
     block: neighbouring windows taken as one observation. recent: newest windows that a check compares with those the plan
     was judged on; at least 8 blocks, since half of them are held out to judge on. false_alarm: chance of an alarm at a check although nothing changed. min_regret: predicted
     loss against a fresh solve from which on a change matters.
@@ -31,7 +32,7 @@ class Policy(Record):
     solver: str = "search"
     options: PlainObject = {}  # noqa: RUF012
     seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 30.0
-    slots: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    slots: SlotCounts | None = None
     step_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 1024
     block: Annotated[int, Field(ge=1, le=1000)] = 4
     recent: Annotated[int, Field(ge=8, le=10_000)] = 64

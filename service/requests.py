@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from ..placement.failures import Kind
+from ..placement.layer_slots import Slots
 from ..placement.objective import Objective
 
 Routing = Literal["counts", "tokens"]
@@ -24,7 +25,7 @@ class SolveRequest(TypedDict, total=False):
     options: Options
     seconds: float
     seed: int
-    slots: int | None
+    slots: Slots | None
     objective: Objective
 
 
@@ -67,7 +68,7 @@ class ChangesRequest(TypedDict, total=False):
     devices: int | None
     nodes: int | None
     topology: str | None
-    slots: int | None
+    slots: Slots | None
 
 
 class WhatIfRequest(StudyRequest, total=False):

@@ -18,6 +18,7 @@ from ..placement.topology import Topology
 from ..profiler.engine_server import EngineServer
 from .plain import PlainObject
 from .policy import Policy
+from .slots import SlotCounts
 
 Name = Annotated[str, Field(min_length=1, max_length=100, description="A name, not one that reads as an id.")]
 Ref = Annotated[str, Field(min_length=1, max_length=200, description="A name, or the first digits of an id.")]
@@ -210,7 +211,8 @@ class SolveIn(Body):
     """Of a deployment, or of a stored model, topology and statistics.
 
     routing: what of a deployment's record to solve on, its newest `windows` count windows or its uploaded traces.
-    Left out: solver, options, seconds, slots and objective are those of the deployment's policy.
+    slots: one number for all layers, or one for each. Left out: solver, options, seconds, slots and objective are those
+    of the deployment's policy.
     """
 
     deployment: Ref | None = None
@@ -223,7 +225,7 @@ class SolveIn(Body):
     options: PlainObject | None = None
     seconds: Annotated[float, Field(gt=0.0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    slots: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    slots: SlotCounts | None = None
     objective: Objective | None = None
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from ..placement.failures import Kind
 from ..placement.objective import Objective
 from .plain import PlainObject
+from .slots import SlotCounts
 from .views import Body, Ref
 
 MOST_PARTS = 512
@@ -52,14 +53,14 @@ class StudyIn(Body):
 class ChangesIn(Body):
     """lose: failures such as "device:3", "node:1" or "device:3+node:1". n_1: every single device and node, as is the default
     when nothing else is asked. devices, nodes: the plan's cluster with so many. topology: another, stored one. slots: a
-    layer of the ready plans."""
+    layer of the ready plans, or one number for each layer."""
 
     lose: Annotated[list[Annotated[str, Field(max_length=2000)]], Field(max_length=MOST_PARTS)] = []  # noqa: RUF012
     n_1: bool = False
     devices: Annotated[int, Field(ge=1, le=4096)] | None = None
     nodes: Annotated[int, Field(ge=1, le=4096)] | None = None
     topology: Ref | None = None
-    slots: Count | None = None
+    slots: SlotCounts | None = None
 
 
 class WhatIfIn(StudyIn):

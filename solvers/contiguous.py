@@ -13,10 +13,10 @@ class Contiguous:
     """Slot i holds expert i mod E: equal contiguous blocks a device, spare slots from expert 0 on (as vLLM lays out)."""
 
     name = "contiguous"
-    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS})
+    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS})
     needs: frozenset[Needs] = frozenset()
 
     def solve(self, problem: Problem, budget: Budget) -> Solution:
-        row = np.arange(problem.num_slots) % problem.model.experts
-        table = np.tile(row, (problem.model.layers, 1))
+        experts, slots = problem.model.experts, problem.layer_slots.sum(axis=1)
+        table = problem.slot_table([np.arange(count) % experts for count in slots])
         return Solution(table, device_load_certificate(problem, table))

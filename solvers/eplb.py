@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..placement.errors import UnsupportedError
+from ..placement.layer_slots import alike_layers, even_slots
 from ..placement.load_bound import device_load_certificate
-from ..placement.problem import Problem, even_slots
+from ..placement.problem import Problem
 from .base import Budget, Feature, Needs, Solution
 
 IntArray = npt.NDArray[np.int64]
@@ -27,20 +28,24 @@ class Eplb:
     """
 
     name = "eplb"
-    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS})
+    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS})
     needs: frozenset[Needs] = frozenset()
 
     def solve(self, problem: Problem, budget: Budget, *, hierarchical: bool | None = None) -> Solution:
         obstacle = _obstacle(problem)
         if hierarchical and obstacle:
             raise UnsupportedError(f"eplb's hierarchical form needs {obstacle}; hierarchical=False balances globally")
-        load = problem.statistics.total_load
-        if obstacle or hierarchical is False:
-            table = _rebalance_globally(load, problem.slots_per_device)
-        else:
-            table = rebalance(
-                load, problem.num_slots, problem.model.groups, problem.topology.num_nodes, problem.num_devices
-            )
+        globally = hierarchical is False or obstacle is not None
+        load, topology = problem.statistics.total_load, problem.topology
+        rows: dict[int, IntArray] = {}
+        for slots, layers in alike_layers(problem.layer_slots):
+            if globally:
+                found = _rebalance_globally(load[layers], slots)
+            else:
+                groups, total = problem.model.groups, int(slots.sum())
+                found = rebalance(load[layers], total, groups, topology.num_nodes, topology.num_devices)
+            rows |= dict(zip(layers.tolist(), found, strict=True))
+        table = problem.slot_table([rows[layer] for layer in range(problem.model.layers)])
         certificate = device_load_certificate(problem, table)
         budget.report(certificate.value, certificate.bound)
         return Solution(table, certificate)
@@ -84,8 +89,8 @@ def _obstacle(problem: Problem) -> str | None:
         return f"expert groups ({groups}) to divide over nodes ({nodes})"
     if len(set(problem.topology.node_size.tolist())) > 1:
         return f"nodes of one size, these have {problem.topology.node_size.tolist()} devices"
-    if len(set(problem.slots_per_device.tolist())) > 1:
-        return f"equal slots a device, these have {problem.slots_per_device.tolist()}"
+    for slots in problem.layer_slots[problem.layer_slots.min(axis=1) < problem.layer_slots.max(axis=1)][:1]:
+        return f"equal slots a device, these have {slots.tolist()}"
     return None
 
 

@@ -66,8 +66,8 @@ class Point:
 
     @property
     def redundant(self) -> int:
-        """Slots a layer beyond one an expert."""
-        return self.plan.num_slots - self.plan.model.experts
+        """Slots a layer beyond one an expert; where layers differ, their mean, rounded up."""
+        return -(-int(self.plan.filled.sum()) // self.plan.model.layers) - self.plan.model.experts
 
     @property
     def memory(self) -> float:

@@ -16,17 +16,19 @@ class RandomPlacement:
     """Experts shuffled over the slots; spare slots go to experts drawn at random, as evenly as they divide."""
 
     name = "random"
-    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS})
+    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS})
     needs: frozenset[Needs] = frozenset()
 
     def solve(self, problem: Problem, budget: Budget) -> Solution:
         rng = np.random.default_rng(budget.seed)
-        experts, device = problem.model.experts, problem.slot_device
-        whole, spare = divmod(problem.num_slots, experts)
-        table = np.empty((problem.model.layers, problem.num_slots), dtype=np.int64)
-        for row in table:
-            row[:] = rng.permutation(np.append(np.tile(np.arange(experts), whole), rng.permutation(experts)[:spare]))
+        experts, rows = problem.model.experts, list[IntArray]()
+        for layer in range(problem.model.layers):
+            device = problem.layer_slot_device(layer)
+            whole, spare = divmod(len(device), experts)
+            row = rng.permutation(np.append(np.tile(np.arange(experts), whole), rng.permutation(experts)[:spare]))
             _part_copies(row, device, experts, rng)
+            rows.append(row)
+        table = problem.slot_table(rows)
         return Solution(table, device_load_certificate(problem, table))
 
 

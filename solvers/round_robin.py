@@ -19,12 +19,12 @@ class RoundRobin:
     """
 
     name = "round_robin"
-    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS})
+    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS})
     needs: frozenset[Needs] = frozenset()
 
     def solve(self, problem: Problem, budget: Budget) -> Solution:
-        row = deal(problem.slot_device, problem.model.experts)
-        table = np.tile(row, (problem.model.layers, 1))
+        experts, layers = problem.model.experts, range(problem.model.layers)
+        table = problem.slot_table([deal(problem.layer_slot_device(layer), experts) for layer in layers])
         return Solution(table, device_load_certificate(problem, table))
 
 

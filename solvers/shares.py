@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..placement.errors import SolveError
 from ..placement.evaluate import evaluate
-from ..placement.plan import Plan
+from ..placement.plan import EMPTY, Plan
 from ..placement.problem import Problem
 from ..placement.steps import Steps
 
@@ -85,7 +85,8 @@ def towards(
 def layer_shares(
     loads: FloatArray, table: IntArray, shares: FloatArray, slot_device: IntArray, problem: Problem
 ) -> LayerShares:
-    """One layer's program. loads: [S, E] tokens of each expert in each step. table, shares, slot_device: [P].
+    """One layer's program. loads: [S, E] tokens of each expert in each step. table, shares, slot_device: [P], with
+    empty slots or without; their shares stay 0.
 
     Raises:
         SolveError: HiGHS ended without an optimum.
@@ -97,6 +98,9 @@ def layer_shares(
     steps, devices = len(loads), problem.num_devices
     per_pair = model.flops_per_token / topology.compute
     per_read = model.bytes_per_expert / topology.memory_bandwidth
+    filled = table != EMPTY
+    result = np.zeros(len(table))
+    table, shares, slot_device = table[filled], shares[filled], slot_device[filled]
     counts = loads[:, table]
     owner = (slot_device[:, None] == np.arange(devices)).astype(np.float64)
     # Rows are (step, device); a column a slot. One expert a slot or not, shares of the same expert sum to one.
@@ -127,4 +131,5 @@ def layer_shares(
     kept = np.clip(solved.x[: len(table)], 0.0, 1.0)
     sums = np.bincount(table, weights=kept, minlength=model.experts)
     price = -solved.ineqlin.marginals.reshape(2, steps, devices).sum(axis=(0, 1))
-    return LayerShares(kept / sums[table], float(solved.fun) * unit, np.maximum(price, 0.0))
+    result[filled] = kept / sums[table]
+    return LayerShares(result, float(solved.fun) * unit, np.maximum(price, 0.0))

@@ -98,8 +98,10 @@ def required_features(problem: Problem) -> frozenset[Feature]:
     asked = set()
     if problem.has_replicas:
         asked.add(Feature.REPLICAS)
-    if len(set(problem.slots_per_device.tolist())) > 1:
+    if (problem.layer_slots.min(axis=1) < problem.layer_slots.max(axis=1)).any():
         asked.add(Feature.UNEVEN_SLOTS)
+    if not problem.layers_alike:
+        asked.add(Feature.LAYER_SLOTS)
     if problem.pinned or problem.forbidden:
         asked.add(Feature.PINNED)
     if problem.tolerates:

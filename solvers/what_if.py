@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..placement.degraded import degraded, grown_slots, rehomed, slot_room, survivors
+from ..placement.degraded import degraded, grown_layer_slots, rehomed, slot_room, survivors
 from ..placement.errors import SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate, evaluate_on
 from ..placement.failures import Failure, failure_mask, single_failures
+from ..placement.layer_slots import Slots, slots_by_layer, spanned
 from ..placement.migration import Migration, migration_from
 from ..placement.plan import Plan
 from ..placement.problem import Problem
@@ -29,14 +30,14 @@ IntArray = npt.NDArray[np.int64]
 class Change:
     """Another cluster for a plan. origin: [G] the rank each of its devices has in the plan's, -1 for a new device.
 
-    slots: P a layer of the ready plan; by default those of the devices that stay, or as many as the plan has where
-    there are new ones, and always enough for every expert.
+    slots: P a layer of the ready plan, or [L] numbers, one a layer; by default those of the devices that stay, or as many
+    as the plan has where there are new ones, and always enough for every expert.
     """
 
     name: str
     topology: Topology
     origin: IntArray
-    slots: int | None = None
+    slots: Slots | None = None
 
     @property
     def stays(self) -> bool:
@@ -44,7 +45,7 @@ class Change:
         return bool((self.origin >= 0).all())
 
     @classmethod
-    def losing(cls, failure: Failure, topology: Topology, slots: int | None = None) -> Change:
+    def losing(cls, failure: Failure, topology: Topology, slots: Slots | None = None) -> Change:
         """A failure in the plan's cluster.
 
         Raises:
@@ -55,13 +56,13 @@ class Change:
         return cls(failure.name, topology.without(failure.devices), left, slots)
 
     @classmethod
-    def resizing(cls, name: str, before: Topology, after: Topology, slots: int | None = None) -> Change:
+    def resizing(cls, name: str, before: Topology, after: Topology, slots: Slots | None = None) -> Change:
         """The plan's cluster with devices added or taken away at its end (see `Topology.resized`), or none."""
         ranks = np.arange(after.num_devices)
         return cls(name, after, np.where(ranks < before.num_devices, ranks, -1), slots)
 
     @classmethod
-    def moving(cls, name: str, topology: Topology, slots: int | None = None) -> Change:
+    def moving(cls, name: str, topology: Topology, slots: Slots | None = None) -> Change:
         """Another cluster, whose devices hold nothing yet."""
         return cls(name, topology, np.full(topology.num_devices, -1, dtype=np.int64), slots)
 
@@ -83,7 +84,7 @@ class Outcome:
     pairs that chose them. degraded: the plan with nothing moved, where devices only go and no expert is lost.
     repaired: where experts are lost, the survivors as they stand with the lost experts loaded again. ready: a plan
     solved for the changed cluster. reason: why there is none. extra_slots: slots a layer that devices which stay need
-    beyond their present ones.
+    beyond their present ones, in the layer that needs most.
     """
 
     change: Change
@@ -175,19 +176,24 @@ def _solved(
     max_moved_bytes: float | None,
 ) -> Outcome:
     change, experts = outcome.change, problem.model.experts
-    present = np.concatenate([np.bincount(plan.slot_device, minlength=plan.topology.num_devices), [0]])[change.origin]
+    # The last column is for devices that are new.
+    present = np.pad(plan.slots_per_device, ((0, 0), (0, 1)))[:, change.origin]
     keeps = change.stays and change.slots is None
+    if change.slots is not None:
+        wanted = slots_by_layer(problem.model, change.topology.num_devices, change.slots, None).sum(axis=1)
+    else:
+        wanted = np.maximum(experts, (present if keeps else plan.slots_per_device).sum(axis=1))
     base = present if keeps else np.zeros_like(present)
-    wanted = max(experts, int(present.sum())) if keeps else change.slots or plan.num_slots
-    room = slot_room(problem.model, change.topology)
-    slots = None if (base > room).any() else grown_slots(base, wanted, room)
+    slots = grown_layer_slots(base, wanted, problem.model, change.topology)
     if slots is None:
+        room = int(slot_room(problem.model, change.topology).sum())
         return replace(
             outcome,
-            reason=f"does not fit: {wanted} slots a layer are needed, {change.topology.num_devices} devices "
-            f"have room for {int(room.sum())}",
+            reason=f"does not fit: {spanned(wanted)} slots a layer are needed, {change.topology.num_devices} devices "
+            f"have room for {room}",
         )
-    outcome = replace(outcome, extra_slots=int(np.maximum(slots - present, 0)[change.origin >= 0].sum()))
+    extra = np.maximum(slots - present, 0)[:, change.origin >= 0].sum(axis=1)
+    outcome = replace(outcome, extra_slots=int(extra.max()))
     if keeps and outcome.lost.any():
         failure = Failure(change.name, _gone(plan, change))
         mended = repaired(plan, failure, slots, problem.statistics.total_load)

@@ -67,7 +67,7 @@ def _judged(
         **judged.evaluation.summary(),
         "ratio": float(judged.evaluation.step_seconds.mean() / result.before.step_seconds.mean()),
         "slots": judged.plan.num_slots,
-        "device_slots": [int((judged.plan.slot_device == g).sum()) for g in range(judged.plan.topology.num_devices)],
+        "device_slots": judged.plan.slots_per_device.max(axis=0).tolist(),
         "moves": judged.migration.moves,
         "bytes_moved": judged.migration.bytes_moved,
         "bytes_reloaded": judged.migration.bytes_reloaded,

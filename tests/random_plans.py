@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from emptied_slots import empty_some
 
 import moeplace as mp
+from moeplace.placement.plan import EMPTY
 
 SPEC = mp.ModelSpec(layers=2, experts=6, top_k=3, hidden_size=16, ffn_size=24, expert_dtype="fp32", moe_layers=(1, 4))
 
@@ -17,7 +19,8 @@ def topology(nodes: int, devices: int) -> mp.Topology:
 def random_plan(
     rng: np.random.Generator, nodes: int, devices: int, spec: mp.ModelSpec = SPEC, most_extra: int = 8
 ) -> mp.Plan:
-    """Replicas (on one device too), unequal or zero shares, devices with different numbers of slots or with none."""
+    """Replicas (on one device too), unequal or zero shares, devices and layers with different numbers of slots, devices with
+    none and empty slots."""
     total = nodes * devices
     slots = spec.experts + int(rng.integers(0, most_extra + 1))
     table = np.stack(
@@ -29,16 +32,20 @@ def random_plan(
         ]
     )
     shares = rng.random(table.shape) * (rng.random(table.shape) > 0.15)
+    owner, given = np.sort(rng.integers(total, size=slots)), rng.random() < 0.7
+    empty_some(rng, table)
     for row, share in zip(table, shares, strict=True):
-        sums = np.bincount(row, weights=share, minlength=spec.experts)
+        share[row == EMPTY] = 0.0
+        held = row[row != EMPTY]
+        sums = np.bincount(held, weights=share[row != EMPTY], minlength=spec.experts)
         share[np.isin(row, np.flatnonzero(sums == 0))] = 1.0
-        share /= np.bincount(row, weights=share, minlength=spec.experts)[row]
+        share /= np.where(row == EMPTY, 1.0, np.bincount(held, share[row != EMPTY], spec.experts)[row])
     return mp.Plan(
         model=spec,
         topology=topology(nodes, devices),
         physical_to_logical=table,
-        slot_device=np.sort(rng.integers(total, size=slots)),
-        shares=shares if rng.random() < 0.7 else np.empty(0),
+        slot_device=owner,
+        shares=shares if given else np.empty(0),
     )
 
 

@@ -75,9 +75,9 @@ def problem_and_steps(
     return problem, trace.recorded_steps()
 
 
-def all_tables(problem: mp.Problem) -> list[np.ndarray]:
-    """Every way to fill a layer's slots with all experts, up to the order within a device and without doubles there."""
-    sizes, experts = problem.slots_per_device.tolist(), problem.model.experts
+def all_tables(problem: mp.Problem, layer: int = 0) -> list[np.ndarray]:
+    """Every way to fill a layer's own slots with all experts, up to the order within a device and without doubles there."""
+    sizes, experts = problem.layer_slots[layer].tolist(), problem.model.experts
     contents = [list(itertools.combinations(range(experts), size)) for size in sizes]
     return [
         np.array(list(itertools.chain(*chosen)))
@@ -98,7 +98,7 @@ def least_risk(problem: mp.Problem, steps: mp.Steps) -> float:
 
 
 def bound_of(problem: mp.Problem, steps: mp.Steps, seconds: float = 0.25) -> float:
-    tables = np.stack([all_tables(problem)[0]] * problem.model.layers)
+    tables = problem.slot_table([all_tables(problem, layer)[0] for layer in range(problem.model.layers)])
     plan = mp.Plan(problem.model, problem.topology, tables, problem.slot_device)
     figures = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
     return risk_bound(problem, steps, steps.step_workload, figures, None, seconds)

@@ -54,6 +54,10 @@ def test_slots_are_the_fewest_the_engine_can_run_unless_given(engine: str) -> No
         problem_for(problem(experts=10, slots=14), engine)
     with pytest.raises(mp.UnsupportedError, match="use 12$"):
         problem_for(problem(experts=10, device_slots=[4, 3, 2, 1]), engine)
+    with pytest.raises(
+        mp.UnsupportedError, match="this problem's have 8 to 12; use one number for all, a multiple of 4"
+    ):
+        problem_for(problem(slots=[8, 12]), engine)
     with pytest.raises(mp.UnsupportedError, match="split='free'; use equal"):
         problem_for(problem(objective=Objective(split="free")), engine)
 

@@ -42,6 +42,23 @@ def test_solve_writes_and_stores_the_plan_it_summarises(trace: Path, tmp_path: P
     assert [row["name"] for row in run("plans", "list", "--json").data] == ["first"]
 
 
+def test_solve_takes_a_number_of_slots_for_each_layer(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    done = run("solve", trace, *CLUSTER, "-s", "eplb", "--slots", "8,12,10", "-o", path, "--json")
+    assert (done.data["slots"], done.data["layer_slots"]) == (12, [8, 12, 10])
+    plan = mp.Plan.load(path)
+    assert plan.filled.sum(axis=1).tolist() == [8, 12, 10]
+    assert "in 8 to 12 slots on" in run("plans", "show", done.data["stored_as"]).out
+    stored = run("plans", "show", done.data["stored_as"], "--json").data
+    assert stored["fingerprint"] == plan.fingerprint
+    judged = run("evaluate", path, trace, *JUDGED, "--json").data["rows"]
+    assert judged[-1]["step_seconds_mean"] > 0
+    wrong = run("solve", trace, *CLUSTER, "-s", "eplb", "--slots", "8,12")
+    assert wrong.code != 0
+    assert "one for each of the 3 MoE layers" in wrong.err
+    assert "must be a whole number above 0" in run("solve", trace, *CLUSTER, "--slots", "8,,9").err
+
+
 def test_solve_holds_out_what_evaluate_judges_on(trace: Path, plan: Path) -> None:
     whole = make_trace(0)
     solved = mp.Plan.load(plan)

@@ -99,7 +99,14 @@ def test_every_figure_is_shown_and_drawn_by_the_script() -> None:
 
 
 def test_the_table_of_solvers_is_what_solvers_say_of_themselves() -> None:
-    features = (Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.PINNED, Feature.TOLERATES, Feature.MOVE_LIMIT)
+    features = (
+        Feature.REPLICAS,
+        Feature.UNEVEN_SLOTS,
+        Feature.LAYER_SLOTS,
+        Feature.PINNED,
+        Feature.TOLERATES,
+        Feature.MOVE_LIMIT,
+    )
     reads = {frozenset(): "loads", frozenset({"transitions"}): "transitions"}
     expected = [
         [
@@ -109,7 +116,7 @@ def test_the_table_of_solvers_is_what_solvers_say_of_themselves() -> None:
         ]
         for solver in SOLVERS
     ]
-    assert sorted(row[:7] for row in table("solvers.md", "solver")) == sorted(expected)
+    assert sorted(row[:8] for row in table("solvers.md", "solver")) == sorted(expected)
 
 
 def test_limits_and_defaults_quoted_of_solvers_are_the_codes() -> None:

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
+from moeplace.placement.layer_slots import even_slots
 from moeplace.placement.plan import RELATIVE_TOLERANCE
-from moeplace.placement.problem import even_slots
 from moeplace.solvers.base import Budget, Progress, Solution
 from moeplace.solvers.exflow import Exflow
 from moeplace.solvers.exflow_bound import local_weight_bound

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
+from moeplace.placement.plan import EMPTY
 from moeplace.runtime.exporters import (
     Constraint,
     check_export,
@@ -150,6 +151,20 @@ def test_uneven_slots_are_refused_with_the_slot_counts_that_work(engine: str, tm
     assert not list(tmp_path.iterdir())
     with pytest.raises(mp.UnsupportedError, match=r"slots=12 and no"):
         check_export(make_plan(experts=10, slots=10), engine)
+
+
+@pytest.mark.parametrize("engine", DEALT)
+def test_empty_slots_are_refused_with_the_slots_to_solve_for(engine: str, tmp_path: Path) -> None:
+    full = make_plan()
+    table = full.physical_to_logical.copy()
+    counts = np.bincount(table[1], minlength=6)
+    table[1, int(np.flatnonzero(counts[table[1]] > 1)[0])] = EMPTY
+    plan = mp.Plan(full.model, full.topology, table, full.slot_device)
+    with pytest.raises(mp.UnsupportedError, match=r"layers fill 7 to 8 of 8: solve with one number.*multiple of 4"):
+        export_plan(plan, engine, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+    export_plan(plan, "moeplace", tmp_path / "plan.json")
+    assert same_placement(mp.Plan.load(tmp_path / "plan.json"), plan)
 
 
 @pytest.mark.parametrize("engine", DEALT)

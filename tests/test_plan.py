@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,11 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moeplace as mp
+from moeplace.placement.migration import migration
+from moeplace.placement.plan import EMPTY, equal_shares
 
 MODEL = mp.ModelSpec(layers=2, experts=4, top_k=2, hidden_size=8, ffn_size=8, moe_layers=(3, 4))
 TOPOLOGY = mp.Topology.preset("h100-hgx", devices_per_node=2)
 TABLE = np.array([[0, 1, 2, 3, 0, 2], [3, 2, 1, 0, 1, 3]])
 DEVICES = np.array([0, 0, 0, 1, 1, 1])
+EMPTIED = np.array([[0, 1, EMPTY, EMPTY, 3, 2], [3, 2, 1, 0, EMPTY, 3]])
 
 
 def plan(**changes: Any) -> mp.Plan:
@@ -40,6 +44,51 @@ def test_logical_to_physical_lists_the_slots_of_each_expert() -> None:
         [[0, 4], [1, -1], [2, 5], [3, -1]],
         [[3, -1], [2, 4], [1, -1], [0, 5]],
     ]
+
+
+def test_empty_slots_hold_nothing_and_serve_nothing() -> None:
+    made = plan(physical_to_logical=EMPTIED)
+    assert made.shares.tolist() == [[1, 1, 0, 0, 1, 1], [0.5, 1, 1, 1, 0, 0.5]]
+    assert made.replicas.tolist() == [[1, 1, 1, 1], [1, 1, 1, 2]]
+    assert made.slots_per_device.tolist() == [[2, 2], [3, 2]]
+    assert made.logical_to_physical.tolist() == [
+        [[0, -1], [1, -1], [5, -1], [4, -1]],
+        [[3, -1], [2, -1], [1, -1], [0, 5]],
+    ]
+    assert made.holds[0].tolist() == [[True, False], [True, False], [False, True], [False, True]]
+    np.testing.assert_array_equal(made.device_share[0], made.holds[0].astype(float))
+    assert made.has_equal_shares
+
+
+def test_a_filled_slot_is_a_move_and_an_emptied_one_is_none() -> None:
+    full, emptied = plan(), plan(physical_to_logical=EMPTIED)
+    size = MODEL.bytes_per_expert
+    assert migration(full, emptied).bytes_moved == 0
+    # Layer 3 gets expert 2 on device 0 and expert 0 on device 1, layer 4 expert 1 on device 1.
+    found = migration(emptied, full)
+    assert sorted(zip(found.layer.tolist(), found.expert.tolist(), found.target.tolist(), strict=True)) == [
+        (0, 0, 1),
+        (0, 2, 0),
+        (1, 1, 1),
+    ]
+    assert found.bytes_moved == 3 * size
+
+
+def test_plans_without_empty_slots_keep_their_bytes_and_fingerprint(tmp_path: Path) -> None:
+    plan().save(tmp_path / "plan.json")
+    assert plan().fingerprint == "f71bd4b0cdc3d8f8f9b773e38b3270198a466183d525b2069e6b80dba7ce7edb"
+    written = hashlib.sha256((tmp_path / "plan.json").read_bytes()).hexdigest()
+    assert written == "58f69fb0fde023ed38e22e10b49b96c0ad256238b01807aaee31d197253cbd1b"
+
+
+def test_a_plan_with_empty_slots_loads_the_same_and_older_releases_are_told(tmp_path: Path) -> None:
+    made = plan(physical_to_logical=EMPTIED)
+    made.save(tmp_path / "plan.json")
+    loaded = mp.Plan.load(tmp_path / "plan.json")
+    assert loaded.fingerprint == made.fingerprint
+    np.testing.assert_array_equal(loaded.physical_to_logical, EMPTIED)
+    np.testing.assert_array_equal(loaded.shares, made.shares)
+    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 2
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -66,7 +115,7 @@ def test_a_plan_cannot_be_changed() -> None:
         ({"physical_to_logical": TABLE[:1]}, r"has 1 layers, the model has 2.*\(3, 4\)"),
         ({"physical_to_logical": np.where(TABLE == 2, 1, TABLE)}, "layer 3 has no slot for expert 2"),
         ({"physical_to_logical": np.where(TABLE == 2, 4, TABLE)}, "layer 3 holds expert 4"),
-        ({"physical_to_logical": np.where(TABLE == 2, -1, TABLE)}, "layer 3 holds expert -1"),
+        ({"physical_to_logical": np.where(TABLE == 2, -2, TABLE)}, "layer 3 holds expert -2"),
         ({"physical_to_logical": TABLE + 0.5}, "must hold integers"),
         ({"slot_device": np.array([0, 0, 0, 1, 1, 2])}, "within 0..1"),
         ({"slot_device": np.array([1, 0, 0, 1, 1, 1])}, "must not decrease"),
@@ -74,6 +123,10 @@ def test_a_plan_cannot_be_changed() -> None:
         ({"shares": np.full((2, 6), 0.5)}, "layer 3, expert 1: shares sum to 0.5"),
         ({"shares": np.full((2, 5), 0.5)}, r"shape \(2, 5\), expected \(2, 6\)"),
         ({"shares": np.full((2, 6), np.nan)}, "finite"),
+        (
+            {"physical_to_logical": EMPTIED, "shares": np.where(EMPTIED < 0, 0.5, equal_shares(EMPTIED, 4))},
+            "layer 3, slot 2 is empty, its share must be 0",
+        ),
     ],
 )
 def test_a_wrong_plan_is_refused_with_layer_and_expert(changes: dict[str, Any], message: str) -> None:
@@ -112,7 +165,7 @@ def test_a_saved_plan_loads_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "version 99, this release reads up to 1; upgrade"),
+        ({"version": 99}, "version 99, this release reads up to 2; upgrade"),
         ({"version": "one"}, "expected a whole number"),
         ({"format": "other"}, "not a moeplace.plan file"),
         ({"physical_to_logical": [[0, 1, 2, 3, 0, 2], [3]]}, "different lengths"),

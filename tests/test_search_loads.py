@@ -145,8 +145,9 @@ def test_free_shares_balance_exactly_with_a_slot_a_device_to_spare(seed: int, si
     load = np.random.default_rng(seed).gamma(1.0, size=(2, experts))
     given_problem = problem(load, cluster(devices), slots, split="free")
     plan = mp.solve(given_problem, "search", proposals=12)
+    anywhere = Moves(np.ones((experts, devices), bool), True)
     for row in load:
-        assert level_layer(given_problem, row, Moves(np.ones((experts, devices), bool), True)) is not None
+        assert level_layer(row, given_problem.slots_per_device, given_problem.topology.compute, anywhere) is not None
     assert value_of(plan) == pytest.approx(1.0, abs=1e-9)
     assert (plan.holds.sum(axis=(1, 2)) == slots).all()
 

@@ -99,14 +99,14 @@ def test_renamed_devices_bring_tokens_nearer_and_leave_what_stands_together() ->
     scenario = scenario_from(given, "decode", 16, 32, seed=0)
     rng = np.random.default_rng(1)
     tables = [rng.permutation(16) for _ in range(3)]
-    start = tables, [even_shares(given, table) for table in tables]
+    start = tables, even_shares(given, tables)
     assert can_align(given, np.ones((3, 16, 4), dtype=bool))
     for whole_nodes in (True, False):
         renamed, shares = aligned(given, scenario, start, whole_nodes)
-        for table, new, share in zip(tables, renamed, shares, strict=True):
+        for table, new, share, even in zip(tables, renamed, shares, even_shares(given, renamed), strict=True):
             held, now = ({frozenset(run) for run in t.reshape(-1, 4).tolist()} for t in (table, new))
             assert held == now, "devices hold what they held, under other names"
-            np.testing.assert_array_equal(share, even_shares(given, new))
+            np.testing.assert_array_equal(share, even)
             if whole_nodes:
                 pairs = [
                     {frozenset(map(frozenset, t.reshape(2, 2, 4).tolist()[n])) for n in (0, 1)} for t in (table, new)

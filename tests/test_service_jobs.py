@@ -48,7 +48,7 @@ def test_a_solve_gives_the_plan_the_library_gives_and_tells_its_progress(file: s
     with serving(file, *UNWATCHED) as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
-        job = client.solve("chat", solver="eplb", slots=20)
+        job = client.solve("chat", solver="eplb", slots=[20, 16, 18])
         told = []
         done = client.wait(job, progress=told.append)
         assert told[-1].state == "done"
@@ -56,7 +56,7 @@ def test_a_solve_gives_the_plan_the_library_gives_and_tells_its_progress(file: s
         plan = client.plan(done.result["plan"])
         load = [counts(i, skewed(0)) for i in range(9)]
         expected = mp.solve(
-            mp.Problem(MODEL, TOPOLOGY, mp.RoutingStatistics.from_counts(load, top_k=2), slots=20), "eplb"
+            mp.Problem(MODEL, TOPOLOGY, mp.RoutingStatistics.from_counts(load, top_k=2), slots=[20, 16, 18]), "eplb"
         )
         assert plan.fingerprint == expected.fingerprint, "the newest quarter of the windows is held out"
         searched = client.wait(client.solve("chat", solver="search", seconds=2.0), progress=told.append)

@@ -51,6 +51,7 @@ def check(plan: mp.Plan, problem: mp.Problem, solver: Solver) -> None:
     assert plan.physical_to_logical.shape == (problem.model.layers, problem.num_slots)
     held = np.bincount(plan.slot_device, minlength=problem.num_devices)
     np.testing.assert_array_equal(held, problem.slots_per_device)
+    np.testing.assert_array_equal(plan.slots_per_device, problem.layer_slots)
     for (layer, expert), device in problem.pinned.items():
         assert plan.device_share[layer, expert, device] == pytest.approx(1.0)
     for (layer, expert), devices in problem.forbidden.items():
@@ -108,6 +109,14 @@ FEATURES = {
     "uneven slots": ({"device_slots": [4, 2]}, {Feature.UNEVEN_SLOTS}),
     "an empty device": ({"device_slots": [6, 0]}, {Feature.UNEVEN_SLOTS}),
     "uneven replicas": ({"slots": 7}, {Feature.REPLICAS, Feature.UNEVEN_SLOTS}),
+    "layers of their own": (
+        {"slots": [6, 8, 7]},
+        {Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS},
+    ),
+    "layers on their own devices": (
+        {"device_slots": [[4, 2], [3, 3], [1, 5]]},
+        {Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS},
+    ),
     "pinned": ({"pinned": {(0, 0): 1, (2, 5): 0}, "forbidden": {(1, 3): [0]}}, {Feature.PINNED}),
     "tolerates": (
         {"slots": 12, "tolerates": [mp.Failure("device:0", (0,)), mp.Failure("device:1", (1,))]},

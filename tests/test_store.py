@@ -77,6 +77,18 @@ def test_a_plan_comes_back_as_it_was_stored(store: Store) -> None:
     assert abs(datetime.now(UTC) - store.plan("first").created) < timedelta(minutes=5)
 
 
+def test_empty_slots_come_back_empty(store: Store) -> None:
+    full = make_plan(1)
+    table = np.where(full.replicas[np.arange(3)[:, None], full.physical_to_logical] == 1, full.physical_to_logical, -1)
+    for row, expert in zip(*np.nonzero(full.replicas > 1), strict=True):
+        table[row, full.logical_to_physical[row, expert, 0]] = expert
+    plan = dataclasses.replace(full, physical_to_logical=table, shares=np.empty(0))
+    assert not plan.filled.all()
+    found = store.plan(store.add_plan(plan).id).plan
+    assert found.fingerprint == plan.fingerprint
+    np.testing.assert_array_equal(found.physical_to_logical, table)
+
+
 def test_records_are_frozen(store: Store) -> None:
     record = store.add_plan(make_plan(1))
     with pytest.raises(dataclasses.FrozenInstanceError):

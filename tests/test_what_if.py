@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import naive_cost
 import numpy as np
 import pytest
 from conftest import make_trace
+from emptied_slots import empty_some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
-from moeplace.placement.degraded import degraded, grown_slots, rehomed, slot_room
+from moeplace.placement.degraded import degraded, grown_layer_slots, grown_slots, rehomed, slot_room
 from moeplace.placement.failures import lost_experts, single_failures, survives
 from moeplace.placement.migration import migration_from
 from moeplace.placement.repair import repaired
@@ -40,14 +42,19 @@ def plan_of(topology: mp.Topology, table: Any, devices: Any, shares: Any = None)
 
 
 def random_plan(rng: np.random.Generator, topology: mp.Topology, slots: int) -> mp.Plan:
-    """Every expert somewhere, spare slots at random, random shares."""
+    """Every expert somewhere, spare slots at random or empty, random shares."""
     devices = np.sort(rng.integers(topology.num_devices, size=slots))
     table = np.stack(
         [rng.permutation(np.concatenate([np.arange(8), rng.integers(8, size=slots - 8)])) for _ in range(3)]
     )
+    empty_some(rng, table)
     weight = rng.random((3, slots)) * (rng.random((3, slots)) < 0.9) + 1e-3
-    total = np.stack([np.bincount(row, weights=w, minlength=8) for row, w in zip(table, weight, strict=True)])
-    return plan_of(topology, table, devices, weight / np.take_along_axis(total, table, axis=1))
+    total = np.stack(
+        [np.bincount(row[row >= 0], weights=w[row >= 0], minlength=8) for row, w in zip(table, weight, strict=True)]
+    )
+    return plan_of(
+        topology, table, devices, np.where(table < 0, 0.0, weight / np.take_along_axis(total, table, axis=1))
+    )
 
 
 def problem_of(topology: mp.Topology, slots: int | None = None, **objective: Any) -> mp.Problem:
@@ -162,21 +169,22 @@ def test_a_repair_loads_the_lost_experts_and_moves_nothing_else(seed: int, slots
     plan = random_plan(rng, uneven_cluster(), slots)
     failure = single_failures(plan.topology)[int(rng.integers(9))]
     left = [g for g in range(6) if g not in failure.devices]
-    present = np.bincount(plan.slot_device, minlength=6)[left]
-    total = max(8, int(present.sum())) + more
-    device_slots = grown_slots(present, total, np.full(len(left), 99))
-    assert device_slots is not None
+    present = plan.slots_per_device[:, left]
+    total = np.maximum(8, present.sum(axis=1)) + more
+    grown = [grown_slots(row, int(count), np.full(len(left), 99)) for row, count in zip(present, total, strict=True)]
+    device_slots = np.stack([row for row in grown if row is not None])
     mended = repaired(plan, failure, device_slots, rng.random((3, 8)))
-    assert np.bincount(mended.slot_device, minlength=len(left)).tolist() == device_slots.tolist()
+    assert mended.slots_per_device.tolist() == device_slots.tolist()
     held = plan.holds[:, :, left]
     moved = migration_from(held, mended)
     lost = lost_experts(plan, failure)
     loaded = {(int(la), int(e)) for la, e, s in zip(moved.layer, moved.expert, moved.source, strict=True) if s < 0}
     assert loaded == {(int(la), int(e)) for la, e in np.argwhere(lost)}
     assert moved.bytes_reloaded >= lost.sum() * MODEL.bytes_per_expert
-    if total == present.sum() or total == 8:
-        assert moved.bytes_moved == 0
-        assert moved.bytes_reloaded == lost.sum() * MODEL.bytes_per_expert
+    for layer in np.flatnonzero((total == present.sum(axis=1)) | (total == 8)):
+        # Without a slot to spare nothing but what was lost is loaded, and once.
+        assert (moved.source[moved.layer == layer] < 0).all()
+        assert (moved.layer == layer).sum() == lost[layer].sum()
 
 
 def test_a_repair_gives_up_spare_replicas_only() -> None:
@@ -244,6 +252,40 @@ def test_ready_plans_use_survivors_slots_and_count_what_moves_and_what_is_loaded
         assert moved.bytes_reloaded == outcome.lost.sum() * MODEL.bytes_per_expert
         chosen = steps.loads().sum(axis=0)
         assert outcome.lost_load == pytest.approx(chosen[outcome.lost].sum() / chosen.sum())
+
+
+def test_ready_plans_of_layers_with_their_own_slots_keep_each_layers_number() -> None:
+    topology = mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=2)
+    problem = problem_of(topology)
+    plan = mp.solve(replace(problem, slots=[8, 16, 12]), "eplb")
+    steps = make_trace(1).decode_steps(8, steps=4)
+    changes = [
+        Change.losing(mp.Failure("device:3", (3,)), topology),
+        Change.resizing("6 devices", topology, topology.resized(devices=6)),
+        Change.resizing("8 to 10 slots", topology, topology, slots=[8, 9, 10]),
+    ]
+    lost, grown, fewer = mp.what_if(plan, problem, steps, changes, solver="eplb").outcomes
+    assert lost.ready is not None
+    assert lost.repaired is not None or lost.degraded is not None
+    # The three devices left hold 6, 12 and 9: two more slots where not every expert fits.
+    assert lost.ready.plan.slots_per_device.sum(axis=1).tolist() == [8, 12, 9]
+    assert lost.extra_slots == 2
+    assert grown.ready is not None
+    assert grown.ready.plan.slots_per_device.sum(axis=1).tolist() == [8, 16, 12]
+    assert fewer.ready is not None
+    assert fewer.ready.plan.slots_per_device.sum(axis=1).tolist() == [8, 9, 10]
+
+
+def test_layers_with_their_own_slots_fit_where_the_widest_in_every_layer_would_not() -> None:
+    memory = 5.5 * MODEL.bytes_per_expert
+    device = FAST.replace(memory=memory)
+    cluster = mp.Topology(nodes=(mp.Node(devices=(device,) * 6, inter_bandwidth=1e9),))
+    wanted = np.array([8, 14, 8])
+    grown = grown_layer_slots(np.zeros((3, 6), dtype=np.int64), wanted, MODEL, cluster)
+    assert grown is not None
+    assert grown.sum(axis=1).tolist() == wanted.tolist()
+    assert (grown.sum(axis=0) <= 5).all()
+    assert grown_layer_slots(np.zeros((3, 6), dtype=np.int64), np.array([8, 15, 8]), MODEL, cluster) is None
 
 
 def test_more_devices_more_slots_and_another_cluster() -> None:

@@ -51,7 +51,7 @@ def propose(trace: str | Path, current: Plan, terms: Terms) -> tuple[Plan | None
         topology=current.topology,
         statistics=RoutingStatistics.from_trace(train),
         objective=Objective(dispatch_dtype=terms.dtype, combine_dtype=terms.dtype),
-        device_slots=[int((current.slot_device == device).sum()) for device in range(current.topology.num_devices)],
+        device_slots=current.slots_per_device.tolist(),
     )
     candidate = solve(problem, terms.solver, seconds=terms.seconds, seed=terms.seed)
     decision = decide(

@@ -59,8 +59,6 @@ def evaluate_command(
 
       moeplace evaluate plan.json trace --decode 128 --prefill 4096
     """
-    import numpy as np
-
     from ...placement.problem import Problem
 
     judged_plan = read_plan(plan, storage.db, remote.server)
@@ -74,7 +72,7 @@ def evaluate_command(
             topology=judged_plan.topology,
             statistics=solving_statistics(record, parted),
             objective=read_objective(objective),
-            device_slots=np.bincount(judged_plan.slot_device, minlength=judged_plan.topology.num_devices).tolist(),
+            device_slots=judged_plan.slots_per_device.tolist(),
         )
         name = Path(plan).stem if plan.endswith(".json") else plan
         comparison = compare(problem, parted, replayed, (), [(name, judged_plan)], 30.0, used_seed, update)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..binding_rows import binding_rows, binding_table
-from ..inputs import SolverChoice, read_model, read_objective, read_plan, read_size, read_topology
+from ..inputs import SolverChoice, read_model, read_objective, read_plan, read_size, read_slots, read_topology
 from ..options import (
     SOLVING,
     STORE,
@@ -146,7 +146,7 @@ def solve_command(
             topology=cluster,
             statistics=statistics,
             objective=goal,
-            slots=solving.slots,
+            slots=read_slots(solving.slots),
             current=in_force,
             max_moved_bytes=None if max_moved is None else read_size("--max-moved", max_moved),
         )
@@ -210,6 +210,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "layers": plan.model.layers,
         "experts": plan.model.experts,
         "slots": plan.num_slots,
+        "layer_slots": plan.slots_per_device.sum(axis=1).tolist(),
         "devices": plan.topology.num_devices,
         "nodes": plan.topology.num_nodes,
         "topology": plan.topology.name,
@@ -228,11 +229,16 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """The summary as lines of name and value."""
+    import numpy as np
+
+    from ...placement.layer_slots import spanned
+
     shown = {
         "solver": summary["solver"]
         + "".join(f" {key}={value}" for key, value in summary["options"].items() if key != "seconds"),
         "chosen because": summary["choice"],
-        "placement": f"{summary['layers']} layers of {summary['experts']} experts in {summary['slots']} slots on "
+        "placement": f"{summary['layers']} layers of {summary['experts']} experts in "
+        f"{spanned(np.array(summary['layer_slots']))} slots on "
         f"{summary['devices']} devices in {summary['nodes']} nodes ({summary['topology']})",
         "objective": summary["objective"],
         "value": None if summary["value"] is None else f"{summary['value']:.6g}",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..comparison import make_steps, part, solving_statistics
-from ..inputs import SolverChoice, read_objective, read_plan, read_routing, read_size, read_topology
+from ..inputs import SolverChoice, read_objective, read_plan, read_routing, read_size, read_slots, read_topology
 from ..options import (
     CLUSTER,
     SOLVING,
@@ -104,13 +104,12 @@ def whatif_command(
         ),
     ] = None,
     slots: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--slots",
-            metavar="N",
-            min=1,
-            help="Slots a layer of the ready plans; alone, a change of its own. Default: those of the devices that "
-            "stay, or the plan's.",
+            metavar="N[,N...]",
+            help="Slots a layer of the ready plans, or a number for each layer, by commas; alone, a change of its own. "
+            "Default: those of the devices that stay, or the plan's.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -173,7 +172,7 @@ def whatif_command(
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     current = read_plan(plan, storage.db, remote.server)
-    asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, slots)
+    asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
     changes = changes_asked(current.topology, **asked)
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
@@ -231,7 +230,7 @@ def asked_changes(
     nodes: int | None,
     topology: str | None,
     devices_per_node: int | None,
-    slots: int | None,
+    slots: int | list[int] | None,
 ) -> dict[str, Any]:
     """The changes that the options ask for, as `changes_asked` takes them."""
     if topology is None and devices_per_node is not None:

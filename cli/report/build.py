@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...placement.errors import InputError, nearest
+from ...placement.layer_slots import spanned
 from ..comparison import Comparison, Entry
 from ..output import Column
 from ..rows import comparison_rows, comparison_tables, reading_notes
@@ -81,7 +82,7 @@ def build_report(
         title=model.name or "Expert placement",
         subtitle=f"{model.layers} MoE layers of {model.experts} experts, top-{model.top_k}, "
         f"on {topology.num_devices} devices in {nodes} ({topology.name}), "
-        f"{comparison.problem.num_slots} slots a layer, {comparison.problem.objective.execution}",
+        f"{spanned(comparison.problem.layer_slots.sum(axis=1))} slots a layer, {comparison.problem.objective.execution}",
         before=old.name,
         after=new.name,
         headlines=_headlines(comparison, old, new, kind),

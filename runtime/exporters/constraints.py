@@ -7,13 +7,14 @@ from enum import Enum
 
 import numpy as np
 
-from ...placement.plan import Plan
+from ...placement.layer_slots import spanned
+from ...placement.plan import EMPTY, Plan, equal_shares
 
 
 class Constraint(Enum):
     """A limit of an engine that not every valid plan keeps to."""
 
-    EQUAL_SLOTS = "every device has the same number of slots"
+    EQUAL_SLOTS = "every device has the same number of slots in every layer, and none is empty"
     EQUAL_SHARES = "an expert's replicas take equal shares of its tokens"
     SPREAD_REPLICAS = "no device holds an expert twice in a layer"
     NO_REPLICAS = "every expert has one slot"
@@ -28,6 +29,11 @@ def violations(plan: Plan, constraints: Iterable[Constraint]) -> list[str]:
 
 def _unequal_slots(plan: Plan) -> str | None:
     devices = plan.topology.num_devices
+    if not plan.filled.all():
+        return (
+            f"every slot needs an expert in every layer, this plan's layers fill {spanned(plan.filled.sum(axis=1))} of "
+            f"{plan.num_slots}: solve with one number of slots for all layers, a multiple of {devices}"
+        )
     counts = np.bincount(plan.slot_device, minlength=devices)
     if counts.min() == counts.max():
         return None
@@ -42,7 +48,7 @@ def _unequal_slots(plan: Plan) -> str | None:
 def _unequal_shares(plan: Plan) -> str | None:
     if plan.has_equal_shares:
         return None
-    expected = 1.0 / np.take_along_axis(plan.replicas, plan.physical_to_logical, axis=1)
+    expected = equal_shares(plan.physical_to_logical, plan.model.experts)
     layer, slot = np.unravel_index(int(np.abs(plan.shares - expected).argmax()), plan.shares.shape)
     expert = plan.physical_to_logical[layer, slot]
     return (
@@ -56,7 +62,8 @@ def _unequal_shares(plan: Plan) -> str | None:
 
 def _stacked_replicas(plan: Plan) -> str | None:
     for table, layer in zip(plan.physical_to_logical, plan.moe_layers, strict=True):
-        pairs, counts = np.unique(plan.slot_device * plan.model.experts + table, return_counts=True)
+        filled = table != EMPTY
+        pairs, counts = np.unique(plan.slot_device[filled] * plan.model.experts + table[filled], return_counts=True)
         if counts.max() > 1:
             device, expert = divmod(int(pairs[counts.argmax()]), plan.model.experts)
             return (

@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LayerPlacement:
-    """expert, device, share: [P], one entry a slot, devices not decreasing. node_of: [G]. experts: E."""
+    """expert, device, share: [P], one entry a slot that holds an expert, devices not decreasing. node_of: [G]. experts: E."""
 
     expert: IntArray
     device: IntArray
@@ -30,7 +30,7 @@ class LayerPlacement:
 
     @classmethod
     def of(cls, plan: Plan, layer: int) -> LayerPlacement:
-        """The plan's slots at the model's absolute layer index `layer`.
+        """The plan's filled slots at the model's absolute layer index `layer`.
 
         Raises:
             InputError: the plan has no such layer.
@@ -41,10 +41,11 @@ class LayerPlacement:
                 "names all MoE layers"
             )
         row = plan.moe_layers.index(layer)
+        filled = plan.filled[row]
         return cls(
-            plan.physical_to_logical[row],
-            plan.slot_device,
-            plan.shares[row],
+            plan.physical_to_logical[row, filled],
+            plan.slot_device[filled],
+            plan.shares[row, filled],
             plan.topology.node_of,
             plan.model.experts,
         )

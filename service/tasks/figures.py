@@ -6,8 +6,6 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from ...placement.decide import Decision
 from ...placement.load_bound import device_load_certificate
 from ...placement.objective import Objective
@@ -18,9 +16,7 @@ from ...placement.statistics import RoutingStatistics
 
 def problem_of(plan: Plan, statistics: RoutingStatistics, objective: Objective) -> Problem:
     """The problem that this plan is one answer to, on other routing than it was solved on."""
-    devices = plan.topology.num_devices
-    slots = np.bincount(plan.slot_device, minlength=devices).tolist()
-    return Problem(plan.model, plan.topology, statistics, objective, device_slots=slots)
+    return Problem(plan.model, plan.topology, statistics, objective, device_slots=plan.slots_per_device.tolist())
 
 
 def balance(plan: Plan, statistics: RoutingStatistics) -> dict[str, float]:

@@ -18,7 +18,7 @@ from ...solvers import solve
 from ..policy import Policy
 from ..routing import from_windows
 from .base import Report
-from .figures import decision_figures
+from .figures import decision_figures, problem_of
 from .split import judging_trace, judging_windows
 
 
@@ -66,7 +66,7 @@ class Judge:
 
 def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: Policy) -> Decision:
     """The decision on held-out windows, as the policy wants it; on shorter blocks where there are few windows."""
-    problem = Problem(candidate.model, candidate.topology, held, policy.objective, slots=candidate.num_slots)
+    problem = problem_of(candidate, held, policy.objective)
     return decide_on_counts(
         current,
         [candidate],

@@ -30,7 +30,12 @@ ROWS = 512
 def sets_fit(problem: Problem) -> bool:
     """Whether a device's sets can be gone through: equal slots, no replicas, few enough."""
     slots, experts = problem.slots_per_device, problem.model.experts
-    alike = not problem.has_replicas and bool((slots == slots[0]).all()) and problem.num_devices > 1
+    alike = (
+        problem.layers_alike
+        and not problem.has_replicas
+        and bool((slots == slots[0]).all())
+        and problem.num_devices > 1
+    )
     return alike and math.comb(experts, int(slots[0])) <= MOST_SETS
 
 

@@ -52,7 +52,7 @@ def levels(problem: Problem) -> list[Level]:
     """The level whose links are the slower for tokens routed at random first, then the other, if it has links."""
     topology, dedup = problem.topology, problem.objective.node_dedup
     sizes, devices, nodes = topology.node_size, topology.num_devices, topology.num_nodes
-    slots = np.tile(problem.slots_per_device, (problem.model.layers, 1))
+    slots = problem.layer_slots
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     smallest, away = float(sizes.min()), 1.0 - float(sizes.max()) / devices
     # Inside nodes: a copy from another node is fanned out from a device chosen evenly, and so passes (size - 1) / size links.

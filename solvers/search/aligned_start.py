@@ -22,7 +22,8 @@ TOKENS = 8192
 
 def can_align(problem: Problem, allowed: npt.NDArray[np.bool_]) -> bool:
     """Whether any two devices, and any two nodes, can be exchanged without changing what is asked."""
-    alike = problem.topology.is_uniform and len(set(problem.slots_per_device.tolist())) == 1
+    even = bool((problem.layer_slots == problem.layer_slots[:, :1]).all())
+    alike = problem.topology.is_uniform and even
     return bool(alike and allowed.all() and not problem.tolerates and problem.max_moves is None)
 
 
@@ -92,10 +93,10 @@ def _renamed(price: FloatArray, node_of: IntArray) -> IntArray:
 
 def _moved(problem: Problem, tables: Sequence[IntArray], shares: Sequence[FloatArray], place: IntArray) -> Start:
     """Slot tables and shares with every device's content where `place` [L, G] says."""
-    slots = problem.num_slots // problem.num_devices
     moved = [np.empty_like(table) for table in tables]
     split = [np.empty_like(share) for share in shares]
     for layer, target in enumerate(place):
-        moved[layer].reshape(-1, slots)[target] = tables[layer].reshape(-1, slots)
+        slots = problem.num_devices, -1
+        moved[layer].reshape(slots)[target] = tables[layer].reshape(slots)
         split[layer][:, target] = shares[layer]
     return moved, split

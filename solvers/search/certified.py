@@ -70,7 +70,7 @@ def _best_of_all(judge: Judge, seconds: float | None) -> tuple[IntArray, float] 
     problem, steps = judge.problem, judge.scenario.steps
     if steps is None or steps.source is not None or problem.objective.risk != "mean":
         return None
-    if problem.has_replicas or problem.tolerates:
+    if problem.has_replicas or problem.tolerates or not problem.layers_alike:
         return None
     work = Chain().work(problem, steps=steps.num_steps)
     if work is None or work > (QUICK_SECONDS if seconds is None else seconds):

@@ -258,6 +258,6 @@ def _answer(
 ) -> tuple[IntArray, Certificate, FloatArray]:
     """(slot table [L, P], certificate, shares [L, P]) of the engine's answer, within the budget of moves if any."""
     placed = engine.answer(aims_changed) if moved is None else moved.answer()
-    table = np.stack([layer.slot_expert for layer in placed])
-    shares = np.stack([layer.share[layer.slot_expert, problem.slot_device] for layer in placed])
+    rows = [layer.slot_expert for layer in placed]
+    table, shares = problem.slot_table(rows), problem.slot_shares(rows, [layer.share for layer in placed])
     return table, judge.certificate(table, shares), shares

@@ -20,7 +20,7 @@ PROGRAM_SECONDS = 30.0
 def from_current(
     problem: Problem, current: Plan, allowed: BoolArray, failures: BoolArray
 ) -> tuple[list[IntArray], list[FloatArray]]:
-    """Slot tables [P] and shares [E, G], one of each a layer, with the fewest experts moved from `current`.
+    """Slot tables [P_l] and shares [E, G], one of each a layer, with the fewest experts moved from `current`.
 
     allowed: [L, E, G]. failures: [F, G], in each of which every expert must keep a replica.
 
@@ -31,11 +31,11 @@ def from_current(
     tables, shares = [], []
     for layer, held in enumerate(current.holds):
         fits = (
-            (held.sum(axis=0) == problem.slots_per_device).all()
+            (held.sum(axis=0) == problem.layer_slots[layer]).all()
             and not (held & ~allowed[layer]).any()
             and not any((held[:, failure].sum(axis=1) == held.sum(axis=1)).any() for failure in failures)
         )
-        kept = held if fits else _nearest(held, problem.slots_per_device, allowed[layer], failures, load[layer])
+        kept = held if fits else _nearest(held, problem.layer_slots[layer], allowed[layer], failures, load[layer])
         tables.append(np.concatenate([np.flatnonzero(column) for column in kept.T]).astype(np.int64))
         free = fits and problem.objective.split == "free"
         shares.append(current.device_share[layer].copy() if free else kept / kept.sum(axis=1, keepdims=True))

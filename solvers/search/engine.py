@@ -28,7 +28,7 @@ TASTE = 30
 
 @dataclass(frozen=True)
 class Placed:
-    """A layer's placement: experts of slots [P], shares [E, G], and its step costs [S]."""
+    """A layer's placement: experts of its own slots [P], shares [E, G], and its step costs [S]."""
 
     slot_expert: IntArray
     share: FloatArray
@@ -57,7 +57,6 @@ class Engine:
             home_tokens(scenario, layer, problem) if homes else scenario.layer(layer)
             for layer in range(problem.model.layers)
         ]
-        self._slot_device = problem.slot_device
         self._seeds = np.random.SeedSequence(seed)
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
         self.states: list[LayerState] = []
@@ -98,7 +97,7 @@ class Engine:
             self._moves[layer],
             self.limits[layer],
             state.now.slot_expert,
-            self._slot_device,
+            self._problem.layer_slot_device(layer),
             state.now.share,
             proposals,
             hot * state.typical,

@@ -46,14 +46,14 @@ def first_placements(problem: Problem, allowed: npt.NDArray[np.bool_], budget: B
         if problem.max_moves is not None:
             return given
     made = made_placements(problem, allowed, budget)
-    starts: list[Start] = [(tables, [even_shares(problem, table) for table in tables]) for tables in made]
+    starts: list[Start] = [(tables, even_shares(problem, tables)) for tables in made]
     if problem.objective.split == "free" and problem.has_replicas:
         starts.append((made[0], _one_serves(problem, made[0])))
     return starts + given
 
 
 def made_placements(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) -> list[list[IntArray]]:
-    """[P] experts a layer each: balanced, groups on nodes, and where transitions count, swept for them."""
+    """[P_l] experts of each layer's own slots: balanced, groups on nodes, and where transitions count, swept for them."""
     statistics, speed = problem.statistics, problem.topology.compute / problem.topology.compute.mean()
     load = statistics.workload_load
     # Workloads weigh the same whatever was recorded of them, as they do under a risk that compares them.
@@ -64,13 +64,13 @@ def made_placements(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Bu
     if len(failures):
         return [
             [
-                tolerant_layer(layer_load, problem.slots_per_device, mask, failures)
-                for layer_load, mask in zip(total, allowed, strict=True)
+                tolerant_layer(layer_load, slots, mask, failures)
+                for layer_load, slots, mask in zip(total, problem.layer_slots, allowed, strict=True)
             ]
         ]
     tables = [
-        balanced_layer(total[layer], problem.slots_per_device, speed, allowed[layer])
-        for layer in range(problem.model.layers)
+        balanced_layer(layer_load, slots, speed, mask)
+        for layer_load, slots, mask in zip(total, problem.layer_slots, allowed, strict=True)
     ]
     starts = [tables]
     if statistics.sample is not None and allowed.all():
@@ -78,11 +78,16 @@ def made_placements(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Bu
         starts += [grouped] if grouped is not None else []
     near = problem.objective.replica_choice == "nearest" and problem.has_replicas and problem.topology.num_nodes > 1
     if near and allowed.all():
-        slots, node_of = problem.slots_per_device, problem.topology.node_of
+        node_of = problem.topology.node_of
         # Where slots are so many that dealing ends in a corner, the balanced start has to do.
         with contextlib.suppress(SolveError):
-            starts.append([near_layer(layer_load, slots, speed, node_of) for layer_load in total])
-    coherent = problem.objective.execution == "context_coherent"
+            starts.append(
+                [
+                    near_layer(layer_load, slots, speed, node_of)
+                    for layer_load, slots in zip(total, problem.layer_slots, strict=True)
+                ]
+            )
+    coherent = problem.objective.execution == "context_coherent" and problem.layers_alike
     if coherent and allowed.all() and not problem.has_replicas and statistics.transitions is not None:
         # A tenth of the time is plenty: sweeps converge in a second at 64 experts.
         brief = Budget(None if budget.left is None else budget.left / 10, budget.seed)
@@ -110,11 +115,11 @@ def _one_serves(problem: Problem, tables: list[IntArray]) -> list[FloatArray]:
     """[E, G] a layer: one replica of each expert serves all its tokens, heaviest first to the least loaded device, and the
     others stand by. Where weights are read rather than computed with, every replica that serves costs as much again."""
     result = []
-    for table, load in zip(tables, problem.statistics.total_load, strict=True):
+    for layer, (table, load) in enumerate(zip(tables, problem.statistics.total_load, strict=True)):
         share = np.zeros((problem.model.experts, problem.num_devices))
         loaded = np.zeros(problem.num_devices)
         holds = np.zeros(share.shape, dtype=bool)
-        holds[table, problem.slot_device] = True
+        holds[table, problem.layer_slot_device(layer)] = True
         for expert in np.argsort(-load, kind="stable"):
             device = int(np.argmin(np.where(holds[expert], loaded, np.inf)))
             share[expert, device] = 1.0

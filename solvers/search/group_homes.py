@@ -24,7 +24,7 @@ IntArray = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class GroupHomes:
     """stray: [L, E, G] an expert's part of its layer's load on devices off its home node, else 0. most: what share of
-    a layer's load may be served off its group's home. tables: slot tables [P] with none."""
+    a layer's load may be served off its group's home. tables: slot tables [P_l] with none."""
 
     stray: FloatArray
     most: float
@@ -51,22 +51,23 @@ def homes_of(problem: Problem, loads: FloatArray, moves: Sequence[Moves], most: 
     stray = np.zeros((model.layers, model.experts, problem.num_devices))
     tables = []
     for layer in range(model.layers):
-        node_of_group = _assigned(problem, loads[:, layer])
+        slots = problem.layer_slots[layer]
+        node_of_group = _assigned(problem, loads[:, layer], slots)
         home = np.repeat(node_of_group, model.experts // model.groups)
         away = topology.node_of[None, :] != home[:, None]
         stray[layer] = np.where(away, mean[layer][:, None], 0.0)
-        tables.append(_at_home(problem, mean[layer], home, moves[layer]))
+        tables.append(_at_home(problem, mean[layer], slots, home, moves[layer]))
     return GroupHomes(stray, most, tuple(tables))
 
 
-def _assigned(problem: Problem, loads: FloatArray) -> IntArray:
+def _assigned(problem: Problem, loads: FloatArray, slots: IntArray) -> IntArray:
     """[groups] the node of each: heaviest first to the lightest node, then moves and swaps while they even nodes out.
 
-    loads: [S, E]. Nodes are compared by their compute rate.
+    loads: [S, E]. slots: [G]. Nodes are compared by their compute rate.
     """
     topology, groups = problem.topology, problem.model.groups
     size = problem.model.experts // groups
-    room = np.bincount(topology.node_of, weights=problem.slots_per_device).astype(np.int64) // size
+    room = np.bincount(topology.node_of, weights=slots).astype(np.int64) // size
     if room.sum() < groups:
         raise InputError(
             f"off_home: {groups} groups of {size} experts do not fit the nodes, whose slots hold {room.tolist()} whole groups"
@@ -101,8 +102,8 @@ def _assigned(problem: Problem, loads: FloatArray) -> IntArray:
     return node
 
 
-def _at_home(problem: Problem, load: FloatArray, home: IntArray, moves: Moves) -> IntArray:
-    """[P] a balanced table with every expert's replicas on its home node."""
+def _at_home(problem: Problem, load: FloatArray, slots: IntArray, home: IntArray, moves: Moves) -> IntArray:
+    """[P_l] a balanced table with every expert's replicas on its home node."""
     topology = problem.topology
     tables = []
     for node in range(topology.num_nodes):
@@ -114,5 +115,5 @@ def _at_home(problem: Problem, load: FloatArray, home: IntArray, moves: Moves) -
                 f"off_home: expert {members[~allowed.any(axis=1)][0]} may not stand on its group's home node {node}; "
                 "pin whole groups, or do without off_home"
             )
-        tables.append(members[balanced_layer(load[members], problem.slots_per_device[devices], speed, allowed)])
+        tables.append(members[balanced_layer(load[members], slots[devices], speed, allowed)])
     return np.concatenate(tables)

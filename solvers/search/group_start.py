@@ -14,16 +14,15 @@ IntArray = npt.NDArray[np.int64]
 
 
 def groups_on_nodes(problem: Problem, load: FloatArray) -> list[IntArray] | None:
-    """[P] experts of slots for each layer of load [L, E]; None where groups do not fill nodes evenly."""
-    groups, node_of = problem.model.groups, problem.topology.node_of
-    nodes = problem.topology.num_nodes
-    room = np.bincount(node_of, weights=problem.slots_per_device, minlength=nodes)
+    """[P_l] experts of each layer's own slots, for loads [L, E]; None where groups do not fill nodes evenly."""
+    groups, nodes = problem.model.groups, problem.topology.num_nodes
+    room = problem.layer_slots @ np.eye(nodes, dtype=np.int64)[problem.topology.node_of]
     if nodes == 1 or groups % nodes or room.min() < problem.model.experts // nodes:
         return None
-    return [_layer(problem, row, groups // nodes) for row in load]
+    return [_layer(problem, row, slots, groups // nodes) for row, slots in zip(load, problem.layer_slots, strict=True)]
 
 
-def _layer(problem: Problem, load: FloatArray, groups_a_node: int) -> IntArray:
+def _layer(problem: Problem, load: FloatArray, slots: IntArray, groups_a_node: int) -> IntArray:
     groups, nodes = problem.model.groups, problem.topology.num_nodes
     speed = problem.topology.compute / problem.topology.compute.mean()
     weight = load.reshape(groups, -1).sum(axis=1)
@@ -35,10 +34,11 @@ def _layer(problem: Problem, load: FloatArray, groups_a_node: int) -> IntArray:
         carried[node] += weight[group]
         filled[node] += 1
     node_of_expert = np.repeat(node_of_group, len(load) // groups)
-    table = np.empty(problem.num_slots, dtype=np.int64)
+    slot_device = np.repeat(np.arange(len(slots)), slots)
+    table = np.empty(len(slot_device), dtype=np.int64)
     for node in range(nodes):
         mine, devices = np.flatnonzero(node_of_expert == node), np.flatnonzero(problem.topology.node_of == node)
         everywhere = np.ones((len(mine), len(devices)), dtype=bool)
-        inside = balanced_layer(load[mine], problem.slots_per_device[devices], speed[devices], everywhere)
-        table[np.isin(problem.slot_device, devices)] = mine[inside]
+        inside = balanced_layer(load[mine], slots[devices], speed[devices], everywhere)
+        table[np.isin(slot_device, devices)] = mine[inside]
     return table

@@ -86,9 +86,8 @@ class Judge:
         return evaluate_on(plan, self.scenario.steps, problem.model, problem.topology, problem.objective).step_seconds
 
     def value(self, tables: Sequence[IntArray], shares: Sequence[FloatArray]) -> float:
-        """The risk's value of slot tables [P] and shares [E, G], one of each a layer."""
-        at_slot = [share[table, self.problem.slot_device] for table, share in zip(tables, shares, strict=True)]
-        return self._risk(self.figures(np.stack(tables), np.stack(at_slot)))
+        """The risk's value of slot tables [P_l] and shares [E, G], one of each a layer."""
+        return self._risk(self.figures(self.problem.slot_table(tables), self.problem.slot_shares(tables, shares)))
 
     def certificate(self, table: IntArray, shares: FloatArray) -> Certificate:
         """The risk's value of a placement and its bound."""

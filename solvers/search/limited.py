@@ -61,7 +61,7 @@ class MoveBudget:
             self._turn += spare % layers
         else:
             most = moved + np.maximum(HEADROOM, np.maximum(moved // 2, -(-2 * spare // layers)))
-        self._limit(np.minimum(most, min(self._most, self._problem.num_slots)))
+        self._limit(np.minimum(most, np.minimum(self._most, self._problem.layer_slots.sum(axis=1))))
 
     def forget(self) -> None:
         """Values remembered so far no longer compare."""
@@ -71,19 +71,18 @@ class MoveBudget:
         known = self._engine.limits
         kept = np.zeros(len(most), np.int64) if self.coupled else most + 1
         self._engine.limits = [
-            Limit(
-                held, int(cap), self.price, *_memory(limit if keep else no_limit(), int(count), self._problem.num_slots)
+            Limit(held, int(cap), self.price, *_memory(limit if keep else no_limit(), int(count), int(slots)))
+            for held, cap, count, limit, slots in zip(
+                self._held, most, kept, known, self._problem.layer_slots.sum(axis=1), strict=True
             )
-            for held, cap, count, limit in zip(self._held, most, kept, known, strict=True)
         ]
 
     def _moved(self) -> IntArray:
         """[L] experts each layer's present placement has moved."""
-        slot_device = self._problem.slot_device
         return np.array(
             [
-                (~held[state.now.slot_expert, slot_device]).sum()
-                for held, state in zip(self._held, self._engine.states, strict=True)
+                (~held[state.now.slot_expert, self._problem.layer_slot_device(layer)]).sum()
+                for layer, (held, state) in enumerate(zip(self._held, self._engine.states, strict=True))
             ]
         )
 
@@ -95,9 +94,9 @@ class MoveBudget:
         chosen, worth = cheapest_mix([limit.value for limit in limits], self._most)
         self.price = worth
         placed = []
-        for count, limit, state in zip(chosen, limits, self._engine.states, strict=True):
+        for layer, (count, limit, state) in enumerate(zip(chosen, limits, self._engine.states, strict=True)):
             share = np.zeros(state.now.share.shape)
-            share[limit.slot_expert[count], self._problem.slot_device] = limit.slot_share[count]
+            share[limit.slot_expert[count], self._problem.layer_slot_device(layer)] = limit.slot_share[count]
             placed.append(Placed(limit.slot_expert[count].copy(), share, state.now.cost))
         return placed
 

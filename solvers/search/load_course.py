@@ -23,7 +23,7 @@ from .load_settle import settle
 from .load_shares import level_layer
 from .pace import Pace
 from .scenario import Scenario
-from .starts import even_shares
+from .starts import even_layer_share, even_shares
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ LEAST_EXCESS = 1e-6
 
 @dataclass(frozen=True)
 class BalancedLayer:
-    """A layer's experts of slots [P], shares [E, G], and heaviest load over the mean in each window [S]."""
+    """A layer's experts of its own slots [P], shares [E, G], and heaviest load over the mean in each window [S]."""
 
     slot_expert: IntArray
     share: FloatArray
@@ -121,9 +121,8 @@ class _Balance:
 
     def start(self, tables: Sequence[IntArray], weight: FloatArray) -> None:
         """Takes slot tables with equal shares as the state."""
-        self.layers = [
-            self._placed(layer, table, even_shares(self.problem, table)) for layer, table in enumerate(tables)
-        ]
+        even = even_shares(self.problem, tables)
+        self.layers = [self._placed(layer, table, even[layer]) for layer, table in enumerate(tables)]
         self._look(weight)
 
     def level(self) -> None:
@@ -132,7 +131,7 @@ class _Balance:
         if problem.objective.split != "free":
             return
         for layer, moves in enumerate(self._moves):
-            levelled = level_layer(problem, self._rows[layer][0], moves)
+            levelled = level_layer(self._rows[layer][0], problem.layer_slots[layer], problem.topology.compute, moves)
             if levelled is not None:
                 placed = self._placed(layer, *levelled)
                 if placed.peaks[0] < self.layers[layer].peaks[0]:
@@ -167,7 +166,7 @@ class _Balance:
             self._limit,
             self._moves[layer],
         )
-        slot_device, enough = self.problem.slot_device, least * (1.0 + 0.5 * TOLERANCE)
+        slot_device, enough = self.problem.layer_slot_device(layer), least * (1.0 + 0.5 * TOLERANCE)
         table, share = state.slot_expert, state.share
         if counted.sum() == 1:
             table, share = settle(given, table, slot_device, share, enough)
@@ -177,7 +176,7 @@ class _Balance:
         hot = heat * excess / len(table)
         table, share = balance_loads(given, table, slot_device, share, proposals, sharpness, hot, enough, seed)
         if self.problem.objective.split == "equal":
-            share = even_shares(self.problem, table)
+            share = even_layer_share(self.problem, layer, table)
         return self._placed(layer, table, share)
 
     def _placed(self, layer: int, table: IntArray, share: FloatArray) -> BalancedLayer:
@@ -212,6 +211,7 @@ def _alone(
 
 def _answer(balance: _Balance, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
     """(slot table [L, P], certificate, shares [L, P])."""
-    table = np.stack([layer.slot_expert for layer in balance.layers])
-    shares = np.stack([layer.share[layer.slot_expert, balance.problem.slot_device] for layer in balance.layers])
+    rows = [layer.slot_expert for layer in balance.layers]
+    table = balance.problem.slot_table(rows)
+    shares = balance.problem.slot_shares(rows, [layer.share for layer in balance.layers])
     return table, judge.certificate(table, shares), shares

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ...placement.problem import Problem
 from .layout import Moves
 from .starts import balanced_layer
 
@@ -14,11 +13,15 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-def level_layer(problem: Problem, load: FloatArray, moves: Moves) -> tuple[IntArray, FloatArray] | None:
-    """A layer's slots [P] and shares [E, G] in exact balance of one load vector [E], or None where this finds none."""
-    slots, speed = problem.slots_per_device, problem.topology.compute
-    spare = int(slots.sum()) - problem.model.experts
-    if spare < problem.num_devices - 1 or len(moves.failures):
+def level_layer(
+    load: FloatArray, slots: IntArray, speed: FloatArray, moves: Moves
+) -> tuple[IntArray, FloatArray] | None:
+    """A layer's slots [P] and shares [E, G] in exact balance of one load vector [E], or None where this finds none.
+
+    slots, speed: [G] of each device.
+    """
+    spare = int(slots.sum()) - len(load)
+    if spare < len(slots) - 1 or len(moves.failures):
         return None
     # One slot is kept free on every device but the one with most, and more on the roomiest while there are any.
     kept = (np.arange(len(slots)) != int(slots.argmax())).astype(np.int64)
@@ -27,7 +30,7 @@ def level_layer(problem: Problem, load: FloatArray, moves: Moves) -> tuple[IntAr
     if (slots < kept).any():
         return None
     table = balanced_layer(load, slots - kept, speed / speed.mean(), moves.allowed)
-    base = np.empty(problem.model.experts, dtype=np.int64)
+    base = np.empty(len(load), dtype=np.int64)
     base[table] = np.repeat(np.arange(len(slots)), slots - kept)
     return level_shares(load, slots, speed, moves.allowed, base)
 

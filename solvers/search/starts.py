@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,15 @@ def balanced_layer(
     return np.concatenate([np.flatnonzero(holds[:, g]) for g in range(devices)]).astype(np.int64)
 
 
-def even_shares(problem: Problem, table: IntArray) -> FloatArray:
-    """[E, G] equal shares of a layer's table [P]."""
+def even_shares(problem: Problem, tables: Sequence[IntArray]) -> list[FloatArray]:
+    """[E, G] a layer, equal shares of the experts in its own slots [P_l]."""
+    return [even_layer_share(problem, layer, table) for layer, table in enumerate(tables)]
+
+
+def even_layer_share(problem: Problem, layer: int, table: IntArray) -> FloatArray:
+    """[E, G] equal shares of the experts in a layer's own slots [P_l]."""
     share = np.zeros((problem.model.experts, problem.num_devices))
-    share[table, problem.slot_device] = 1.0
+    share[table, problem.layer_slot_device(layer)] = 1.0
     return np.asarray(share / share.sum(axis=1, keepdims=True))
 
 
