@@ -8,7 +8,7 @@ cores free about half of the time, so that a rank's time depends on its own work
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,12 @@ class Slowed:
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         seconds = self.pair * len(row_ND) + self.expert * int((count_S > 0).sum())
         backward = Stopwatch(2 * seconds)
-        row_ND = _Last.apply(row_ND, backward)  # type: ignore[no-untyped-call]
+        row_ND = _OnTheWayBack.apply(row_ND, backward.fill)  # type: ignore[no-untyped-call]
         watch = Stopwatch(seconds)
         watch.start()
         y_ND = SwiGLU().forward(row_ND, count_S, weights)
         watch.fill()
-        result: Tensor = _First.apply(y_ND, backward)  # type: ignore[no-untyped-call]
+        result: Tensor = _OnTheWayBack.apply(y_ND, backward.start)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -57,29 +57,15 @@ class Stopwatch:
         time.sleep(max(0.0, self._seconds - (time.perf_counter() - self._began)))
 
 
-class _First(Function):
-    """Behind the experts: the first of them in backward."""
+class _OnTheWayBack(Function):
+    """The identity; in backward calls something when it is reached."""
 
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, watch: Stopwatch) -> Tensor:
-        ctx.watch = watch
-        return y_ND.view_as(y_ND)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.watch.start()
-        return gradient, None
-
-
-class _Last(Function):
-    """Before the experts: the last of them in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, row_ND: Tensor, watch: Stopwatch) -> Tensor:
-        ctx.watch = watch
-        return row_ND.view_as(row_ND)
+    def forward(ctx: Any, x: Tensor, reached: Callable[[], None]) -> Tensor:
+        ctx.reached = reached
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.watch.fill()
+        ctx.reached()
         return gradient, None
