@@ -16,12 +16,16 @@ TINY = mp.ModelSpec(layers=1, experts=8, top_k=2, hidden_size=32, ffn_size=16, e
 
 def measured(rank: int, world: int, folder: Path) -> dict[str, Any]:
     join_group(rank, world, folder)
-    try:
-        calibrate(TINY, node_size=3)
-        refused = ""
-    except mp.InputError as error:
-        refused = str(error)
+    refused, too_few = refusal(node_size=3), refusal(tokens=3)
     heard: list[str] = []
-    found = calibrate(TINY, node_size=2, round_seconds=0.005, listen=heard.append)
+    found = calibrate(TINY, tokens=64, node_size=2, round_seconds=0.005, listen=heard.append)
     dist.destroy_process_group()
-    return {"refused": refused, "heard": heard, "remarks": found.remarks, **found.to_dict()}
+    return {"refused": refused, "too_few": too_few, "heard": heard, "remarks": found.remarks, **found.to_dict()}
+
+
+def refusal(**given: int) -> str:
+    try:
+        calibrate(TINY, **given)
+    except mp.InputError as error:
+        return str(error)
+    return ""

@@ -28,25 +28,24 @@ from moeplace.runtime.calibration.ranks import nodes_of, places_of
 rates = st.floats(1e6, 1e12)
 
 
-@given(st.floats(0, 1e-2), rates)
-def test_a_line_gives_back_the_latency_and_rate_that_made_it(latency: float, rate: float) -> None:
+@given(st.floats(0, 1e-2), rates, st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4))
+def test_a_line_gives_back_the_latency_and_rate_that_made_it(latency: float, rate: float, weight: list[float]) -> None:
     amounts = [1e3, 1e5, 1e6, 1e7]
-    found = line(amounts, [latency + amount / rate for amount in amounts])
-    assert found == pytest.approx((latency, rate), rel=1e-6, abs=1e-12)
+    found = line(amounts, [latency + amount / rate for amount in amounts], weight)
+    assert found == pytest.approx((latency, rate), rel=1e-5, abs=1e-12)
 
 
-def test_a_buffer_that_swallows_small_messages_does_not_change_the_rate() -> None:
-    amounts = np.array([1e3, 2e4, 3e5, 2e6, 8e6])
-    seconds = 1e-3 + np.maximum(amounts - 3e4, 0) / 25e6
-    latency, rate = line(list(amounts), list(seconds))
-    assert rate == pytest.approx(25e6, rel=0.02)
-    assert latency == pytest.approx(1e-3, rel=0.05)
+def test_a_line_holds_where_the_weight_lies_whatever_buffers_and_queues_do_elsewhere() -> None:
+    amounts = np.array([1e3, 2e4, 1e5, 2e5, 4e5, 4e6])
+    seconds = 1e-3 + np.maximum(amounts - 3e4, 0) / 25e6 + np.maximum(amounts - 1e6, 0) / 20e6
+    latency, rate = line(list(amounts), list(seconds), [1e-4, 1e-4, 1.0, 1.0, 1.0, 1e-4])
+    assert latency + amounts[2:5] / rate == pytest.approx(seconds[2:5], rel=0.03)
 
 
 @pytest.mark.parametrize("seconds", [[1.0, 1.0, 1.0], [2.0, 1.0, 0.5], [0.0, 1.0, 2.0], [1.0]])
 def test_times_that_give_no_rate_are_refused(seconds: list[float]) -> None:
     with pytest.raises(mp.InputError, match="timings above zero|do not grow"):
-        line([10.0**n for n in range(len(seconds))], seconds)
+        line([10.0**n for n in range(len(seconds))], seconds, [1.0] * len(seconds))
 
 
 @given(rates, rates, st.floats(0.3, 3.0))
@@ -87,12 +86,24 @@ def test_every_rank_gets_the_same_topology_of_the_ranks_nodes(found: list[dict[s
 def test_every_timing_stands_beside_what_the_topology_says_of_it(found: list[dict[str, Any]]) -> None:
     links, work = found[0]["links"], found[0]["work"]
     assert {row["kind"] for row in links} == {"intra", "inter", "all"}
-    assert [row["pairs"] for row in work][:3] == [1, 4, 16]
+    assert [row["pairs"] for row in work] == [1, 8, 16, 32]
     assert min(row["seconds"] for row in links + work) > 0
     topology = mp.Topology.from_dict(found[0]["topology"])
     first = next(row for row in links if row["kind"] == "inter")
     by_hand = topology.inter_latency + first["peer_bytes"] * 2 / topology.inter_bandwidth.min()
     assert first["predicted"] == pytest.approx(by_hand)
+
+
+def test_messages_of_the_sizes_of_steps_are_timed(found: list[dict[str, Any]]) -> None:
+    """64 tokens over 4 ranks, 32 float32 values each: at most 2 kB to a peer, and at least an eighth."""
+    assert found[0]["tokens"] == 64
+    for kind in ("intra", "inter", "all"):
+        sizes = {row["peer_bytes"] for row in found[0]["links"] if row["kind"] == kind}
+        assert {256, 512, 1024, 2048} <= sizes
+
+
+def test_steps_with_less_than_a_token_a_rank_are_refused(found: list[dict[str, Any]]) -> None:
+    assert all("tokens (3) of a step" in one["too_few"] for one in found)
 
 
 def test_nodes_that_do_not_divide_the_ranks_are_refused_on_every_rank(found: list[dict[str, Any]]) -> None:

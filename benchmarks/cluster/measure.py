@@ -1,7 +1,7 @@
 """Step times of plans, on the ranks of a cluster: started by `placements.py` under torchrun.
 
-measure.py calibrate FOLDER     writes FOLDER/calibration.json
-measure.py run FOLDER           runs what FOLDER/work.json says, and writes FOLDER/times.json
+measure.py calibrate FOLDER TOKENS      writes FOLDER/calibration.json
+measure.py run FOLDER                   runs what FOLDER/work.json says, and writes FOLDER/times.json
 """
 
 from __future__ import annotations
@@ -106,18 +106,21 @@ class Passes:
                 self.layers(x_TD, here_T, expert_BLK)
 
 
-def main(what: str, folder: Path) -> None:
+def main(what: str, folder: Path, tokens: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    (measure_devices if what == "calibrate" else run_plans)(folder)
+    if what == "calibrate":
+        measure_devices(folder, tokens)
+    else:
+        run_plans(folder)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure_devices(folder: Path) -> None:
+def measure_devices(folder: Path, tokens: int) -> None:
     """What `moeplace calibrate` does, on devices like those of the runs."""
     here = plans.SPEC.experts // dist.get_world_size()
-    found = calibrate(plans.SPEC, kind=Slowed(), experts=here, uniform=True, listen=_note)
+    found = calibrate(plans.SPEC, kind=Slowed(), experts=here, tokens=tokens, uniform=True, listen=_note)
     if dist.get_rank() == 0:
         (folder / "calibration.json").write_text(json.dumps(found.to_dict() | {"remarks": found.remarks}))
 
@@ -162,4 +165,4 @@ def run_plans(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if sys.argv[1] == "calibrate" else 0)

@@ -10,7 +10,7 @@ turns step by step; a step's time is that of its slowest rank. Attention and the
 
 compare: contiguous, eplb, exflow, moetuner and search, also with slots for replicas, forward and forward with backward.
 predict: these and plans that nobody would choose, each with flat and node-aware dispatch, against `mp.evaluate`.
-decode: steps of one token of each of many sequences, in both modes; context-coherent rows end with every rank being told
+decode: steps of one token of each of many sequences, in both modes and dispatches; context-coherent rows end with every rank being told
 where tokens are, and have rows with the keys and values that all ranks must be sent in every layer.
 """
 
@@ -28,18 +28,17 @@ from typing import Any
 import numpy as np
 import plans
 from hosts import Cluster
+from predictions import Predictions
 from scipy.stats import spearmanr
 
 import moeplace as mp
-from moeplace.placement.cost import all_to_all_latency
-from moeplace.placement.evaluate import evaluate_on
 
 HERE = Path(__file__).resolve().parent
 
 
-def calibrated(cluster: Cluster, folder: Path) -> dict[str, Any]:
-    """What the cluster's ranks find of it."""
-    cluster.torchrun(str(HERE / "measure.py"), "calibrate", str(folder))
+def calibrated(cluster: Cluster, folder: Path, tokens: int) -> dict[str, Any]:
+    """What the cluster's ranks find of it, for steps of so many tokens."""
+    cluster.torchrun(str(HERE / "measure.py"), "calibrate", str(folder), str(tokens))
     found: dict[str, Any] = json.loads((folder / "calibration.json").read_text())
     return found
 
@@ -47,11 +46,10 @@ def calibrated(cluster: Cluster, folder: Path) -> dict[str, Any]:
 class Work:
     """Runs for `measure.py`, and the predictions that belong to them."""
 
-    def __init__(self, folder: Path, topology: mp.Topology, hop_seconds: float) -> None:
-        self.folder, self.topology = folder, topology
+    def __init__(self, folder: Path, predictions: Predictions) -> None:
+        self.folder, self.predictions = folder, predictions
         self.runs: list[dict[str, Any]] = []
         self.predicted: dict[str, dict[str, Any]] = {}
-        self._hop_seconds = hop_seconds
 
     def add(
         self,
@@ -71,32 +69,16 @@ class Work:
             files[label] = f"plan{number}-{len(files)}.json"
             plan.save(self.folder / files[label])
             execution = "context_coherent" if label in coherent else "dispatch_combine"
-            self.predicted[name][label] = self._prediction(plan, steps, dispatch, execution)
+            self.predicted[name][label] = self.predictions.of(plan, steps, dispatch, execution)
         run = {"name": name, "dispatch": dispatch, "pass": passes, "plans": files, "routing": f"routing{number}.npz"}
         self.runs.append(run | {"coherent": coherent})
 
     def _save(self, file: str, steps: mp.Steps) -> None:
         tokens = int(steps.tokens[0])
         shape = (steps.num_steps, tokens, steps.num_layers, steps.top_k)
-        source = plans.homes(tokens, self.topology.num_devices)
+        source = plans.homes(tokens, self.predictions.topology.num_devices)
         ids = steps.expert_ids.reshape(shape)
         np.savez(self.folder / file, expert_ids=ids, source=source, hidden=plans.SPEC.hidden_size)
-
-    def _prediction(self, plan: mp.Plan, steps: mp.Steps, dispatch: str, execution: str) -> dict[str, Any]:
-        dedup = dispatch == "node_aware"
-        objective = plans.OBJECTIVE.replace(node_dedup=dedup, execution=execution)
-        judged = evaluate_on(plan, steps, plan.model, self.topology, objective)
-        hops = sum((self.topology.node_size.max() > 1, self.topology.num_nodes > 1)) if dedup else 1
-        # What is the same under every plan, which the cost model leaves out: tokens handled on their own ranks, and
-        # the numbers of rows that ranks exchange before each dispatch.
-        tokens = int(steps.tokens[0]) / self.topology.num_devices
-        handling = hops * self._hop_seconds * tokens + all_to_all_latency(self.topology, dedup)
-        return {
-            "seconds": (judged.step_seconds + steps.num_layers * handling).tolist(),
-            "transfer": float((judged.dispatch + judged.combine).sum(axis=1).mean()),
-            "compute": float(judged.compute.sum(axis=1).mean()),
-            "load_max_mean": float(judged.load_max_mean.mean()),
-        }
 
     def measured(self, cluster: Cluster) -> list[dict[str, Any]]:
         (self.folder / "work.json").write_text(json.dumps({"runs": self.runs}))
@@ -130,15 +112,16 @@ def compared(times: Sequence[dict[str, Any]], work: Work, run: str) -> list[dict
                 "predicted_transfer_ms": 1e3 * predicted["transfer"],
                 "predicted_compute_ms": 1e3 * predicted["compute"],
                 "predicted_ms": 1e3 * float(np.mean(predicted["seconds"])),
+                "model_ms": 1e3 * float(np.mean(predicted["model"])),
                 "load_max_mean": predicted["load_max_mean"],
             }
         )
     return rows
 
 
-def agreement(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def agreement(rows: Sequence[dict[str, Any]], said: str = "predicted_ms") -> dict[str, float]:
     """Of predicted and measured mean step times over plans."""
-    measured, predicted = (np.array([row[key] for row in rows]) for key in ("mean_ms", "predicted_ms"))
+    measured, predicted = (np.array([row[key] for row in rows]) for key in ("mean_ms", said))
     error = np.abs(predicted / measured - 1.0)
     return {
         "plans": len(rows),
@@ -164,10 +147,11 @@ def main() -> None:
     cluster = Cluster(arguments.hosts, arguments.ranks, arguments.rate)
     with cluster, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calibration = calibrated(cluster, folder)
-        topology = mp.Topology.from_dict(calibration["topology"])
-        work = Work(folder, topology, calibration["token_seconds"])
-        tokens, seconds, devices = arguments.tokens, arguments.seconds, topology.num_devices
+        tokens, seconds = arguments.tokens, arguments.seconds
+        calibration = calibrated(cluster, folder, tokens)
+        work = Work(folder, Predictions(calibration))
+        topology = work.predictions.topology
+        devices = topology.num_devices
         steps = plans.held_steps(held, tokens, arguments.steps, devices)
         every = plans.solved(plans.problem_for(topology, train), tokens, seconds)
         if "compare" in arguments.show:
@@ -182,7 +166,8 @@ def main() -> None:
         if "decode" in arguments.show:
             decode = plans.decode_steps(held, tokens, arguments.steps, devices)
             named, coherent = plans.decoding(topology, train, tokens, seconds)
-            work.add("decode", named, decode, coherent=coherent)
+            for dispatch in ("flat", "node_aware"):
+                work.add(f"decode, {dispatch}", named, decode, dispatch, coherent=coherent)
         times = work.measured(cluster)
     rows = {run["name"]: compared(times, work, run["name"]) for run in work.runs}
     result = {
@@ -190,7 +175,9 @@ def main() -> None:
         "calibration": calibration,
         "rows": rows,
         "agreement": {
-            run: agreement(found) for run, found in rows.items() if run == "forward" or run.startswith("predict")
+            run: {"predicted": agreement(found), "mp.evaluate alone": agreement(found, "model_ms")}
+            for run, found in rows.items()
+            if run == "forward" or run.startswith("predict")
         },
     }
     if arguments.out is not None:
@@ -208,7 +195,13 @@ COMPARED = {
     "load_max_mean": "load max/mean",
     "in_collectives": "in all-to-alls",
 }
-PREDICTED = {"plan": "plan", "mean_ms": "measured ms", "predicted_ms": "predicted ms", "load_max_mean": "load max/mean"}
+PREDICTED = {
+    "plan": "plan",
+    "mean_ms": "measured ms",
+    "predicted_ms": "predicted ms",
+    "model_ms": "mp.evaluate alone ms",
+    "load_max_mean": "load max/mean",
+}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -219,13 +212,11 @@ def report(result: dict[str, Any]) -> str:
         ordered = sorted(rows, key=lambda row: row["mean_ms"])
         lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
         lines += ["| " + " | ".join(_cell(key, row[key]) for key in columns) + " |" for row in ordered]
-        found = result["agreement"].get(run)
-        note = ""
-        if found is not None:
-            note = (
-                f"\n\nPredicted against measured over {found['plans']} plans: Spearman {found['spearman']:.3f}, median error "
-                f"{found['median_error']:.1%}, largest {found['largest_error']:.1%}."
-            )
+        note = "".join(
+            f"\n\n{said} against measured over {found['plans']} plans: Spearman {found['spearman']:.3f}, median error "
+            f"{found['median_error']:.1%}, largest {found['largest_error']:.1%}."
+            for said, found in result["agreement"].get(run, {}).items()
+        )
         parts.append(f"**{run}**\n\n" + "\n".join(lines) + note)
     return "\n\n".join(parts)
 

@@ -47,6 +47,16 @@ def calibrate_command(
             "--experts", min=1, help="Experts a device. Default: the model's over the ranks, as memory allows."
         ),
     ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            min=1,
+            help="Of a step, all ranks together: messages and expert products are timed at the sizes that follow. "
+            "Default: 4096 a rank on GPUs, 1024 on CPUs.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Of weights and activations. Default: bf16 on GPUs, fp32 on CPUs.")
     ] = None,
@@ -82,6 +92,7 @@ def calibrate_command(
         spec,
         dtype=_torch_dtype(dtype),
         experts=experts,
+        tokens=tokens,
         node_size=node_size,
         uniform=uniform,
         listen=note if first else lambda message: None,
@@ -140,6 +151,7 @@ def _show(found: Calibration, as_json: bool) -> None:
     summary = pairs(
         {
             "devices": f"{topology.num_devices} in {topology.num_nodes} nodes ({found.device_dtype})",
+            "tokens of a step": f"{found.tokens:,}",
             "compute a device": _span(topology.compute, quantity("flop/s")),
             "memory bandwidth, reading experts": _span(topology.memory_bandwidth, rates),
             "memory bandwidth, plain copies": rates(found.copy_bandwidth),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ...placement.cost import all_to_all_latency
+from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.topology import Device, Node, Topology
 from ..moe.expert_kinds import ExpertKind
@@ -18,12 +19,14 @@ from ..moe.lost_ranks import naming_lost_ranks
 from .clock import ROUND_SECONDS, Clock
 from .devices import ExpertWork, Products, copy_bandwidth, expert_products, memory_bytes, token_seconds
 from .fit import alike, line, roofline
+from .hops import TimedHop, hop
 from .links import Exchange, exchanges, remote_peers
 from .ranks import Ranks
-from .result import Calibration, LinkTiming, WorkTiming
+from .result import Calibration, HopTiming, LinkTiming, WorkTiming
 
 MOST_WEIGHT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 33}
-TOKENS = 1024
+TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Of a rank in a step, unless told."""
 NOISE = 0.1
 """Devices or nodes whose rate is so near the median of all count as equal to it."""
 
@@ -34,6 +37,7 @@ def calibrate(
     kind: ExpertKind | None = None,
     dtype: torch.dtype | None = None,
     experts: int | None = None,
+    tokens: int | None = None,
     node_size: int | None = None,
     uniform: bool = False,
     round_seconds: float = ROUND_SECONDS,
@@ -41,22 +45,23 @@ def calibrate(
 ) -> Calibration:
     """The topology of the default process group; every rank calls it, and gets the same.
 
-    All ranks work at the same time throughout, as in a step. Links: latency and bandwidth that fit all-to-alls of several
-    sizes. Devices: the flop/s and bytes/s that fit the time of the spec's experts from one token an expert on, rows
-    gathered and summed as the layer does. Values within 10 % of the median of all devices (or nodes) become that median.
+    All ranks work at the same time throughout, as in a step. Links: the latency and bandwidth that fit all-to-alls of the
+    sizes that steps send. Devices: the flop/s and bytes/s that fit the time of the spec's experts for as many tokens as
+    steps bring them, and for one, rows gathered and summed as the layer does. Values within 10 % of the median of all
+    devices (or nodes) become that median.
 
     spec: sizes of an expert, top-k. kind: what an expert computes; default SwiGLU, or GELU for two matrices. dtype: of weights and activations; default bfloat16 on GPUs, float32 on CPUs.
-    experts: a device; default the spec's over the ranks, as far as weights stay below 256 MB (CPU) or 8 GB. node_size:
-    ranks a node, where torchrun's hosts are not the nodes. round_seconds: of each timing. listen: told of progress.
+    experts: a device; default the spec's over the ranks, as far as weights stay below 256 MB (CPU) or 8 GB. tokens: of a
+    step, all ranks together; default 1,024 a rank (CPU) or 4,096. node_size: ranks a node, where torchrun's hosts are not the nodes. round_seconds: of each timing. listen: told of progress.
 
     Raises:
-        InputError: ranks of a node do not follow each other; timings that no rate fits.
+        InputError: `tokens` below one a rank; ranks of a node do not follow each other; timings that no rate fits.
         RankError: a rank is lost on the way.
     """
     world = dist.group.WORLD
     assert world is not None
     with naming_lost_ranks(world):
-        return _calibrate(spec, kind, dtype, experts, node_size, uniform, round_seconds, listen)
+        return _calibrate(spec, kind, dtype, experts, tokens, node_size, uniform, round_seconds, listen)
 
 
 def _calibrate(
@@ -64,6 +69,7 @@ def _calibrate(
     kind: ExpertKind | None,
     dtype: torch.dtype | None,
     experts: int | None,
+    tokens: int | None,
     node_size: int | None,
     uniform: bool,
     round_seconds: float,
@@ -71,32 +77,44 @@ def _calibrate(
 ) -> Calibration:
     device = own_device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if tokens is not None and tokens < dist.get_world_size():
+        raise InputError(f"tokens ({tokens}) of a step: expected one or more for each of {dist.get_world_size()} ranks")
     ranks = Ranks.of_world(device, node_size)
+    here = -(-tokens // ranks.size) if tokens else TOKENS[device.type]
+    most_bytes = here * spec.hidden_size * dtype.itemsize
     clock = Clock(ranks, round_seconds)
     experts = experts or _experts(spec, dtype, ranks)
     work = ExpertWork(spec, kind, experts, dtype, device)
-    listen(f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device")
-    products = expert_products(work, ranks, clock)
+    listen(
+        f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} tokens"
+    )
+    products = expert_products(work, ranks, clock, here * ranks.size)
     busy = products[-1].pairs
     alone = max(ranks.gather(work.timed(ranks, clock, busy, alone=0)[0]))
     listen("expert work timed")
-    copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, TOKENS)
+    copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, here)
     memory = memory_bytes(ranks)
     timed: dict[str, list[Exchange]] = {}
+    hops: dict[str, TimedHop] = {}
+    everyone = dist.group.WORLD
+    assert everyone is not None
     for which, group, wanted in (
         ("intra", ranks.inside, max(map(len, ranks.nodes)) > 1),
         ("inter", ranks.across, len(ranks.nodes) > 1),
-        ("all", None, ranks.size > 1),
+        ("all", everyone, ranks.size > 1),
     ):
-        timed[which] = exchanges(ranks, group, clock) if wanted else []
+        timed[which] = exchanges(ranks, group, clock, most_bytes) if wanted else []
         if wanted:
+            hops[which] = hop(work, ranks, group, clock, here)
             listen(f"links timed: {which}")
     topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
     return Calibration(
         topology,
         tuple(_link_timings(ranks, topology, timed)),
+        tuple(_hop_timings(ranks, topology, hops, work)),
         tuple(_work_timings(topology, work, products)),
         experts,
+        here * ranks.size,
         float(np.median(a_token)),
         float(np.median(copied)),
         products[-1].seconds[0] / alone,
@@ -162,7 +180,8 @@ def _topology(
 
 def _intra_line(timed: Sequence[Exchange], rank: int, size: int) -> tuple[float, float]:
     """(seconds a peer, bytes/s) of a device's links inside its node."""
-    latency, bandwidth = line([found.peer_bytes * (size - 1) for found in timed], [f.seconds[rank] for f in timed])
+    amount, seconds = [found.peer_bytes * (size - 1) for found in timed], [found.seconds[rank] for found in timed]
+    latency, bandwidth = line(amount, seconds, [found.weight for found in timed])
     return latency / (size - 1), bandwidth
 
 
@@ -170,12 +189,13 @@ def _inter_line(timed: Sequence[Exchange], ranks: Ranks, node: int) -> tuple[flo
     """(seconds a node, bytes/s) of a node's links to the others."""
     peers = remote_peers(ranks, node)
     seconds = [max(found.seconds[g] for g in ranks.nodes[node]) for found in timed]
-    latency, bandwidth = line([found.peer_bytes * peers for found in timed], seconds)
+    amount, weight = [found.peer_bytes * peers for found in timed], [found.weight for found in timed]
+    latency, bandwidth = line(amount, seconds, weight)
     return latency / (len(ranks.nodes) - 1), bandwidth
 
 
-def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchange]]) -> list[LinkTiming]:
-    """What was timed beside what the topology says of it."""
+def _link_seconds(ranks: Ranks, topology: Topology, kind: str, peer_bytes: float) -> float:
+    """What the topology says of an all-to-all in which every rank sends each peer so much."""
     sizes, nodes = topology.node_size, topology.num_nodes
     inside, between = sizes - 1, np.array([remote_peers(ranks, node) for node in range(nodes)])
     leaving = sizes * (topology.num_devices - sizes)
@@ -190,10 +210,29 @@ def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchan
         "inter": topology.inter_latency * (nodes - 1),
         "all": all_to_all_latency(topology, node_dedup=False),
     }
+    return float(latencies[kind] + peer_bytes * slopes[kind])
+
+
+def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchange]]) -> list[LinkTiming]:
+    """What was timed beside what the topology says of it."""
     return [
-        LinkTiming(kind, found.peer_bytes, max(found.seconds), float(latencies[kind] + found.peer_bytes * slopes[kind]))
+        LinkTiming(kind, found.peer_bytes, max(found.seconds), _link_seconds(ranks, topology, kind, found.peer_bytes))
         for kind, every in timed.items()
         for found in every
+    ]
+
+
+def _hop_timings(ranks: Ranks, topology: Topology, hops: dict[str, TimedHop], work: ExpertWork) -> list[HopTiming]:
+    row = work.spec.hidden_size * work.dtype.itemsize
+    peers = {"intra": int(topology.node_size.max()), "inter": topology.num_nodes, "all": topology.num_devices}
+    return [
+        HopTiming(
+            kind,
+            found.copies,
+            max(found.seconds),
+            2 * _link_seconds(ranks, topology, kind, found.copies / peers[kind] * row),
+        )
+        for kind, found in hops.items()
     ]
 
 

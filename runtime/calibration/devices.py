@@ -21,7 +21,9 @@ from .ranks import Ranks
 LONGEST = 0.5
 """Seconds of work after which no more is timed."""
 
-MOST_PAIRS = {"cpu": 512, "cuda": 8192}
+LOADS = (0.5, 1.0, 2.0)
+"""Of a device in a step, over the mean of all."""
+
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}
 
 
@@ -71,16 +73,16 @@ class ExpertWork:
         return clock.seconds(whole, alone), clock.seconds(products, alone)
 
 
-def expert_products(work: ExpertWork, ranks: Ranks, clock: Clock) -> list[Products]:
-    """All ranks at once, from one pair an expert on, in steps of four."""
+def expert_products(work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> list[Products]:
+    """All ranks at once: one pair an expert, which is bound by reading, and what a step of `tokens` brings an expert of a
+    device of low, mean and high load."""
+    mean = tokens * work.spec.top_k / work.spec.experts
     found: list[Products] = []
-    pairs = 1
-    while pairs <= MOST_PAIRS[ranks.device.type]:
+    for pairs in sorted({1, *(max(1, round(load * mean)) for load in LOADS)}):
         whole, products = work.timed(ranks, clock, pairs)
         found.append(Products(pairs, tuple(ranks.gather(whole)), tuple(ranks.gather(products))))
         if max(found[-1].seconds) > LONGEST:
             break
-        pairs *= 4
     return found
 
 

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import nnls
 
 from ...placement.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
 
 
-def line(amount: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """(latency, rate) of seconds = latency + amount / rate. amount: increasing.
+def line(amount: Sequence[float], seconds: Sequence[float], weight: Sequence[float]) -> tuple[float, float]:
+    """(latency, rate) of seconds = latency + amount / rate. amount: increasing. weight: how much each timing counts.
 
-    The smallest amount's time is the latency; larger ones, weighted by one over their time, give the rate. A fit of both at
-    once lets small messages, which buffers on the way swallow, spoil the rate at which large ones pass. A larger amount takes
-    no less time: where one was faster, the smaller one's timing was disturbed.
+    Buffers on the way swallow small messages, and large ones may pass slower than those before them: no line holds from one
+    end to the other, so weights say where it has to. A larger amount takes no less time: where one was faster, the smaller
+    one's timing was disturbed.
 
     Raises:
         InputError: fewer than two amounts, or times that do not grow with them.
@@ -26,13 +27,15 @@ def line(amount: Sequence[float], seconds: Sequence[float]) -> tuple[float, floa
     if len(x) < 2 or not (t > 0).all():
         raise InputError(f"a line needs two timings above zero or more, given {t.tolist()} for amounts {x.tolist()}")
     t = np.minimum.accumulate(t[::-1])[::-1]
-    more, longer = x - x[0], t - t[0]
-    slope = (more * longer / t).sum() / (more**2 / t).sum()
-    if slope <= 0:
+    scale = np.sqrt(np.asarray(weight, dtype=np.float64))
+    # Both unknowns in seconds, so that the solver's tolerances mean the same for both.
+    largest = x.max()
+    (latency, longest), _ = nnls(np.stack([scale / t, scale * (x / largest) / t], axis=1), scale)
+    if longest <= 1e-6 * latency:
         raise InputError(
             f"times do not grow with the amount moved: {t.tolist()} s for {x.tolist()} bytes; measure on a quieter machine"
         )
-    return max(0.0, float(t[0] - slope * x[0])), float(1.0 / slope)
+    return float(latency), float(largest / longest)
 
 
 def roofline(arithmetic: Sequence[float], reading: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:

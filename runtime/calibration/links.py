@@ -11,7 +11,13 @@ from .clock import Clock
 from .ranks import Ranks, places_of
 
 SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
-"""Bytes from a rank to each peer."""
+"""Bytes from a rank to each peer, besides those of a step."""
+
+SHARES = (0.125, 0.25, 0.5, 1.0)
+"""Of a rank's tokens that go to one peer, over what placements make of it."""
+
+ELSEWHERE = 1e-4
+"""Weight of other sizes in a fit: they decide only what those of a step leave open."""
 
 LONGEST = {"cpu": 0.2, "cuda": 0.05}
 """Seconds of an all-to-all after which no larger one is timed."""
@@ -19,24 +25,28 @@ LONGEST = {"cpu": 0.2, "cuda": 0.05}
 
 @dataclass(frozen=True)
 class Exchange:
-    """One size of all-to-all. peer_bytes: from a rank to each peer. seconds: [G] on every rank."""
+    """One size of all-to-all. peer_bytes: from a rank to each peer. seconds: [G] on every rank. weight: in a fit."""
 
     peer_bytes: int
     seconds: tuple[float, ...]
+    weight: float
 
 
-def exchanges(ranks: Ranks, group: dist.ProcessGroup | None, clock: Clock) -> list[Exchange]:
-    """Times every size over `group` (None: all ranks); all groups of the kind at the same time."""
+def exchanges(ranks: Ranks, group: dist.ProcessGroup, clock: Clock, most_bytes: int) -> list[Exchange]:
+    """Times every size over `group`; all groups of the kind at the same time. most_bytes: of all rows of
+    a rank in a step."""
     peers = dist.get_world_size(group)
+    of_step = [max(1, round(share * most_bytes)) for share in SHARES]
     found: list[Exchange] = []
-    for size in SIZES:
+    for size in sorted({*SIZES, *of_step}):
         sent = torch.zeros(peers * size, dtype=torch.uint8, device=ranks.device)
         arrived = torch.empty_like(sent)
 
         def exchange(arrived: torch.Tensor = arrived, sent: torch.Tensor = sent) -> None:
             dist.all_to_all_single(arrived, sent, group=group)
 
-        found.append(Exchange(size, tuple(ranks.gather(clock.seconds(exchange)))))
+        weight = 1.0 if of_step[0] <= size <= of_step[-1] else ELSEWHERE
+        found.append(Exchange(size, tuple(ranks.gather(clock.seconds(exchange, apart=True))), weight))
         if max(found[-1].seconds) > LONGEST[ranks.device.type]:
             break
     return found

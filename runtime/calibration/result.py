@@ -31,19 +31,38 @@ class WorkTiming:
 
 
 @dataclass(frozen=True)
+class HopTiming:
+    """A hop of the runtime between the ranks of an exchange of the same kind, there and back. copies: rows that a rank sends
+    there, those to itself included. seconds: on the slowest rank. links: of these, what the topology says of the rows."""
+
+    kind: str
+    copies: float
+    seconds: float
+    links: float
+
+    @property
+    def copy_seconds(self) -> float:
+        """What a copy costs beside its time on links: ranks tell each other numbers, order, pack and add up rows."""
+        return max(0.0, self.seconds - self.links) / self.copies
+
+
+@dataclass(frozen=True)
 class Calibration:
     """topology: devices and links with effective rates, as the cost model uses them.
 
-    experts: a device had in `work`. token_seconds: what a token costs its own rank in one hop without any link; the cost model
-    leaves it out, since it is the same under every plan. copy_bandwidth: bytes/s read and written by plain copies.
+    hops: of the runtime; the cost model leaves out what they take beside links. experts: a device had in `work`. tokens: of
+    the steps that sizes were taken from. token_seconds: what a token costs its own rank in one hop without any link; the cost
+    model leaves it out, since it is the same under every plan. copy_bandwidth: bytes/s read and written by plain copies.
     alone: how much faster a device does expert work when the others are idle; well above 1 when ranks share cores.
     device_dtype: for reports, such as "cpu, torch.float32".
     """
 
     topology: Topology
     links: tuple[LinkTiming, ...]
+    hops: tuple[HopTiming, ...]
     work: tuple[WorkTiming, ...]
     experts: int
+    tokens: int
     token_seconds: float
     copy_bandwidth: float
     alone: float
