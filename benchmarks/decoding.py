@@ -4,7 +4,8 @@
     python benchmarks/decoding.py traffic [--steps 20] [--seconds 5] [--solvers contiguous exflow search]
 
 equality: small Mixtral and OLMoE models with random weights under random plans (replicas, unequal and zero shares, devices
-without slots), one, two or four experts a token, flat and node-aware; ranks have different numbers of prompts, some none.
+without slots), one, two or four experts a token, flat and node-aware; ranks have different numbers of prompts, some none;
+half of them compute tokens that stay while others travel.
 Every iteration's logits are compared with those of the whole model in float64 on the whole sequences; an error is the largest
 difference over the largest value. Beside it stands what the whole model in float32 does.
 
@@ -113,7 +114,8 @@ def equality(rank: int, ranks: int, plans: int) -> Figures:
         ]
         plan = random_plan(rng, ranks, spec_of(model))
         for mode, kind in MODES.items():
-            decoder = kind(model, plan, meshes[number // 2 % 2])
+            given = {"overlap": (number + rank) % 2 == 0} if mode == "context_coherent" else {}
+            decoder = kind(model, plan, meshes[number // 2 % 2], **given)
             state = decoder.start(prompts[rank], NEW)
             heard = [(state.sequence_R, state.logits_RV)]
             tokens = [state.token_B]

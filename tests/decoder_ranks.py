@@ -95,7 +95,7 @@ def families(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def plans(rank: int, world: int, folder: Path) -> dict[str, Any]:
-    """Random plans with replicas, one, two and four experts a token."""
+    """Random plans with replicas, one, two and four experts a token; some ranks overlap and some do not."""
     join_group(rank, world, folder)
     meshes = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (2, world // 2))
     different = []
@@ -106,7 +106,8 @@ def plans(rank: int, world: int, folder: Path) -> dict[str, Any]:
         rng = np.random.default_rng([7, number])
         plan = random_plan(rng, 2, world // 2, spec_of(whole, (0, 1)))
         dispatch = (None, "flat")[number // 9]
-        decoder = ContextCoherentDecoder(copy.deepcopy(whole), plan, meshes[number // 3 % 2], dispatch=dispatch)
+        mesh, overlap = meshes[number // 3 % 2], (number + rank) % 2 == 0
+        decoder = ContextCoherentDecoder(copy.deepcopy(whole), plan, mesh, dispatch=dispatch, overlap=overlap)
         ids, mask = prompts(rank, number)
         made = decoder.generate(ids, NEW, attention_mask=mask)
         if not torch.equal(made, generated(whole, rank, number)):

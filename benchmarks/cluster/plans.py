@@ -76,19 +76,27 @@ def solved(problem: mp.Problem, tokens: int, seconds: float) -> dict[str, mp.Pla
 def decoding(
     topology: mp.Topology, train: mp.RoutingTrace, tokens: int, seconds: float
 ) -> tuple[dict[str, mp.Plan], dict[str, int]]:
-    """Plans for decode steps in both modes, and the values of context a token and layer of those that are coherent."""
-    home, stay = problem_for(topology, train), problem_for(topology, train, execution="context_coherent")
+    """Plans for decode steps in both modes, solved for flat dispatch, and the values of context a token and layer of those
+    that are coherent."""
     options: dict[str, Any] = {"seconds": seconds, "seed": 0, "batch": "decode", "step_tokens": tokens}
-    contiguous = mp.solve(home, "contiguous")
-    exflow = mp.solve(stay, "exflow", seconds=seconds, seed=0, form="staged")
-    affine = mp.solve(stay, "search", **options)
-    named = {"contiguous": contiguous, "search": mp.solve(home, "search", **options)}
+    named: dict[str, mp.Plan] = {}
     coherent: dict[str, int] = {}
-    for name, plan in (("contiguous", contiguous), ("exflow", exflow), ("search", affine)):
-        named[f"coherent, {name}"], coherent[f"coherent, {name}"] = plan, 0
-    for label, part in CONTEXT.items():
-        named[f"coherent, search, {label}"] = affine
-        coherent[f"coherent, search, {label}"] = round(part * SPEC.hidden_size)
+    for extra, slots in ((0, ""), (2, ", 2 more slots a device")):
+        home, stay = (
+            problem_for(topology, train, extra, execution=execution, node_dedup=False)
+            for execution in ("dispatch_combine", "context_coherent")
+        )
+        named[f"search{slots}"] = mp.solve(home, "search", **options)
+        affine = {f"coherent, search{slots}": mp.solve(stay, "search", **options)}
+        if not extra:
+            named["contiguous"] = mp.solve(home, "contiguous")
+            affine["coherent, contiguous"] = named["contiguous"]
+            affine["coherent, exflow"] = mp.solve(stay, "exflow", seconds=seconds, seed=0, form="staged")
+        named |= affine
+        coherent |= dict.fromkeys(affine, 0)
+        for label, part in CONTEXT.items():
+            named[f"coherent, search{slots}, {label}"] = affine[f"coherent, search{slots}"]
+            coherent[f"coherent, search{slots}, {label}"] = round(part * SPEC.hidden_size)
     return named, coherent
 
 

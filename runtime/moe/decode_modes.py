@@ -68,6 +68,9 @@ class ContextCoherentDecoder(Decoder):
     layer by layer while later layers run, and the new tokens at the end of an iteration. The prompts themselves go through
     the model as in `DispatchCombineDecoder`.
 
+    overlap: whether tokens that stay are computed while others travel, which reads experts' weights up to three times a
+    layer; None: where that costs less than it hides, by the figures of the plan's topology.
+
     Raises, besides what `Decoder` does:
         UnsupportedError: tokens are to be sent compressed.
     """
@@ -81,13 +84,14 @@ class ContextCoherentDecoder(Decoder):
         mesh: DeviceMesh | ExpertMesh,
         *,
         dispatch: str | MakeDispatcher | None = None,
+        overlap: bool | None = None,
     ) -> None:
         super().__init__(model, plan, mesh, dispatch=dispatch)
         self._moves = {}
         for experts in self.parts.placed:
             # One copy a token has nothing to save between nodes, and one hop is faster than two.
             node_aware = dispatch == "node_aware" or (dispatch is None and experts.spec.top_k > 1)
-            self._moves[experts.layer] = CoherentExperts(experts, self.statistics, node_aware)
+            self._moves[experts.layer] = CoherentExperts(experts, self.statistics, node_aware, overlap)
 
     def _check_dispatch(self, model: nn.Module, dispatch: str | MakeDispatcher | None) -> None:
         check_no_compression(model)
