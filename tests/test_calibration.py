@@ -95,11 +95,23 @@ def test_every_timing_stands_beside_what_the_topology_says_of_it(found: list[dic
 
 
 def test_messages_of_the_sizes_of_steps_are_timed(found: list[dict[str, Any]]) -> None:
-    """64 tokens over 4 ranks, 32 float32 values each: at most 2 kB to a peer, and at least an eighth."""
+    """64 tokens over 4 ranks, two experts each of 8, 128 bytes a row: 3/4 of a rank's 16 tokens go to the other node, 7/16 to
+    a device, and twice that inside a node once those of the other node have come."""
     assert found[0]["tokens"] == 64
-    for kind in ("intra", "inter", "all"):
+    for kind, rows in (("inter", 12.0), ("all", 7.0), ("intra", 14.0)):
         sizes = {row["peer_bytes"] for row in found[0]["links"] if row["kind"] == kind}
-        assert {256, 512, 1024, 2048} <= sizes
+        assert {round(part * rows * 128) for part in (0.5, 1.0)} <= sizes
+
+
+def test_dispatch_is_timed_as_the_runtime_does_it(found: list[dict[str, Any]]) -> None:
+    """16 tokens a rank: at most two copies each to devices, and at most two to nodes before."""
+    flat, staged = found[0]["dispatches"]
+    assert (flat["dispatch"], staged["dispatch"]) == ("flat", "node_aware")
+    assert 16 < flat["copies"] <= 32
+    assert flat["copies"] < staged["copies"] <= 64
+    for timed in (flat, staged):
+        assert timed["seconds"] > 0
+        assert timed["links"] > 0
 
 
 def test_steps_with_less_than_a_token_a_rank_are_refused(found: list[dict[str, Any]]) -> None:

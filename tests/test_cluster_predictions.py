@@ -1,4 +1,4 @@
-"""Predictions of benchmarks/cluster: the cost model's, stage after stage, and what hops take beside links."""
+"""Predictions of benchmarks/cluster: the cost model's, stage after stage, and what dispatch takes beside links."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TOPOLOGY = mp.Topology.from_dict(
 
 
 def calibration(copy_seconds: float) -> dict[str, Any]:
-    hops = [
-        {"kind": kind, "copies": 500.0, "seconds": 0.01 + 500 * copy_seconds, "links": 0.01}
-        for kind in ("intra", "inter", "all")
+    timed = [
+        {"dispatch": dispatch, "copies": 500.0, "seconds": 0.01 + 500 * copy_seconds, "links": 0.01}
+        for dispatch in ("flat", "node_aware")
     ]
-    return {"topology": TOPOLOGY.model_dump(mode="json"), "hops": hops}
+    return {"topology": TOPOLOGY.model_dump(mode="json"), "dispatches": timed}
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,8 @@ def test_two_stages_take_their_sum(case: tuple[mp.Plan, mp.Steps]) -> None:
     assert (np.array(found["seconds"]) > found["model"]).all()
 
 
-def test_copies_cost_what_the_timed_hops_took_beside_links(case: tuple[mp.Plan, mp.Steps]) -> None:
-    """A hop that reaches every device of a token's experts: a rank's share of the copies, in every layer."""
+def test_copies_cost_what_the_timed_dispatch_took_beside_links(case: tuple[mp.Plan, mp.Steps]) -> None:
     plan, steps = case
-    bare, with_hops = (Predictions(calibration(c)).of(plan, steps, "flat", "dispatch_combine") for c in (0.0, 1e-5))
+    bare, with_handling = (Predictions(calibration(c)).of(plan, steps, "flat", "dispatch_combine") for c in (0.0, 1e-5))
     reached = evaluate_on(plan, steps, plan.model, TOPOLOGY, plans.OBJECTIVE).reached.sum(axis=1) / TOPOLOGY.num_devices
-    assert np.array(with_hops["seconds"]) - bare["seconds"] == pytest.approx(1e-5 * reached)
+    assert np.array(with_handling["seconds"]) - bare["seconds"] == pytest.approx(1e-5 * reached)

@@ -2,7 +2,7 @@
 
 The model's own terms come from `placement/cost.py`, with one difference: node-aware dispatch takes the longer of its two
 stages there, as where they overlap, and their sum here, since the runtime runs one after the other. Added is what the model
-leaves out: what the runtime's hops take beside links, by the calibration's own hops, in proportion to copies.
+leaves out: what dispatch and combine take beside links, as the calibration has timed them, in proportion to copies.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moeplace.placement.cost import (
 )
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.replay import Demand, replay
+from moeplace.runtime.calibration.result import DispatchTiming
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -32,9 +33,7 @@ class Predictions:
 
     def __init__(self, calibration: dict[str, Any]) -> None:
         self.topology = mp.Topology.from_dict(calibration["topology"])
-        self._copy_seconds = {
-            row["kind"]: max(0.0, row["seconds"] - row["links"]) / row["copies"] for row in calibration["hops"]
-        }
+        self._copy_seconds = {row["dispatch"]: DispatchTiming(**row).copy_seconds for row in calibration["dispatches"]}
 
     def of(self, plan: mp.Plan, steps: mp.Steps, dispatch: str, execution: str) -> dict[str, Any]:
         """Seconds of each step, and means over steps of their parts."""
@@ -70,9 +69,9 @@ class Predictions:
         return latency + inside + between
 
     def _handled(self, demand: Demand, staged: bool) -> FloatArray:
-        """[S, L] seconds of hops beside links, in proportion to a rank's copies, those that stay on it included."""
+        """[S, L] seconds beside links, in proportion to a rank's copies, those that stay on it included."""
         copies = demand.reached.sum(axis=2) / self.topology.num_devices
-        if not (staged and self.topology.num_nodes > 1 and self.topology.node_size.max() > 1):
-            return np.asarray(copies * self._copy_seconds["all"])
-        entering = demand.node_reached.sum(axis=2) / self.topology.num_devices
-        return np.asarray(entering * self._copy_seconds["inter"] + copies * self._copy_seconds["intra"])
+        if not staged or "node_aware" not in self._copy_seconds:
+            return np.asarray(copies * self._copy_seconds["flat"])
+        copies = copies + demand.node_reached.sum(axis=2) / self.topology.num_devices
+        return np.asarray(copies * self._copy_seconds["node_aware"])

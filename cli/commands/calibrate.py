@@ -160,6 +160,10 @@ def _show(found: Calibration, as_json: bool) -> None:
             "a message inside a node": f"{figure(topology.intra_latency * 1e6)} us",
             "a message between nodes": f"{figure(topology.inter_latency * 1e6)} us",
             "a token's handling on its own rank, a hop": f"{figure(found.token_seconds * 1e6)} us",
+            **{
+                f"a copy in {timed.dispatch} dispatch, beside links": f"{figure(timed.copy_seconds * 1e6)} us"
+                for timed in found.dispatches
+            },
             "a device's speed while others are idle": f"{found.alone:.2f} x",
         }
     )

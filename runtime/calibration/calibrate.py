@@ -18,11 +18,11 @@ from ..moe.expert_kinds import ExpertKind
 from ..moe.lost_ranks import naming_lost_ranks
 from .clock import ROUND_SECONDS, Clock
 from .devices import ExpertWork, Products, copy_bandwidth, expert_products, memory_bytes, token_seconds
+from .dispatches import TimedDispatch, dispatches
 from .fit import alike, line, roofline
-from .hops import TimedHop, hop
-from .links import Exchange, exchanges, remote_peers
+from .links import Exchange, exchanges, remote_peers, rows_to_peer
 from .ranks import Ranks
-from .result import Calibration, HopTiming, LinkTiming, WorkTiming
+from .result import Calibration, DispatchTiming, LinkTiming, WorkTiming
 
 MOST_WEIGHT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 33}
 TOKENS = {"cpu": 1024, "cuda": 4096}
@@ -81,7 +81,7 @@ def _calibrate(
         raise InputError(f"tokens ({tokens}) of a step: expected one or more for each of {dist.get_world_size()} ranks")
     ranks = Ranks.of_world(device, node_size)
     here = -(-tokens // ranks.size) if tokens else TOKENS[device.type]
-    most_bytes = here * spec.hidden_size * dtype.itemsize
+    row_bytes = spec.hidden_size * dtype.itemsize
     clock = Clock(ranks, round_seconds)
     experts = experts or _experts(spec, dtype, ranks)
     work = ExpertWork(spec, kind, experts, dtype, device)
@@ -95,7 +95,6 @@ def _calibrate(
     copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, here)
     memory = memory_bytes(ranks)
     timed: dict[str, list[Exchange]] = {}
-    hops: dict[str, TimedHop] = {}
     everyone = dist.group.WORLD
     assert everyone is not None
     for which, group, wanted in (
@@ -103,15 +102,16 @@ def _calibrate(
         ("inter", ranks.across, len(ranks.nodes) > 1),
         ("all", everyone, ranks.size > 1),
     ):
-        timed[which] = exchanges(ranks, group, clock, most_bytes) if wanted else []
+        expected = round(rows_to_peer(ranks, which, here, spec.top_k) * row_bytes)
+        timed[which] = exchanges(ranks, group, clock, expected) if wanted else []
         if wanted:
-            hops[which] = hop(work, ranks, group, clock, here)
             listen(f"links timed: {which}")
+    through = dispatches(work, ranks, clock, here)
     topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
     return Calibration(
         topology,
         tuple(_link_timings(ranks, topology, timed)),
-        tuple(_hop_timings(ranks, topology, hops, work)),
+        tuple(_dispatch_timings(ranks, topology, through, work)),
         tuple(_work_timings(topology, work, products)),
         experts,
         here * ranks.size,
@@ -222,18 +222,20 @@ def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchan
     ]
 
 
-def _hop_timings(ranks: Ranks, topology: Topology, hops: dict[str, TimedHop], work: ExpertWork) -> list[HopTiming]:
+def _dispatch_timings(
+    ranks: Ranks, topology: Topology, through: dict[str, TimedDispatch], work: ExpertWork
+) -> list[DispatchTiming]:
     row = work.spec.hidden_size * work.dtype.itemsize
     peers = {"intra": int(topology.node_size.max()), "inter": topology.num_nodes, "all": topology.num_devices}
-    return [
-        HopTiming(
-            kind,
-            found.copies,
-            max(found.seconds),
-            2 * _link_seconds(ranks, topology, kind, found.copies / peers[kind] * row),
-        )
-        for kind, found in hops.items()
-    ]
+    result = []
+    for name, found in through.items():
+        kinds = ["all"] if name == "flat" else ["inter", "intra"]
+        links = [
+            2 * _link_seconds(ranks, topology, kind, copies / peers[kind] * row)
+            for kind, copies in zip(kinds, found.copies, strict=True)
+        ]
+        result.append(DispatchTiming(name, sum(found.copies), found.seconds, sum(links)))
+    return result
 
 
 def _work_timings(topology: Topology, work: ExpertWork, products: Sequence[Products]) -> list[WorkTiming]:

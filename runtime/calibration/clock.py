@@ -44,7 +44,18 @@ class Clock:
         dist.barrier()
         return statistics.median(rounds)
 
+    def slowest(self, work: Callable[[], object]) -> float:
+        """[s] from a start together to the end on the last rank, which is another one from call to call: the median."""
+        once = max(self._ranks.gather(min(self._round(work, 1, True), self._round(work, 1, True))))
+        calls = max(ROUNDS, min(MOST_REPEATS, round(ROUNDS * self._round_seconds / max(once, 1e-9))))
+        every: list[list[float]] = [[]] * self._ranks.size
+        dist.all_gather_object(every, self._spans(work, calls, True))
+        return statistics.median(max(one) for one in zip(*every, strict=True))
+
     def _round(self, work: Callable[[], object], repeats: int, apart: bool) -> float:
+        return sum(self._spans(work, repeats, apart))
+
+    def _spans(self, work: Callable[[], object], repeats: int, apart: bool) -> list[float]:
         spans = []
         for calls in [1] * repeats if apart else [repeats]:
             if apart:
@@ -56,7 +67,7 @@ class Clock:
             spans.append((began, self._mark()))
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize(self._ranks.device)
-        return sum(_between(began, ended) for began, ended in spans)
+        return [_between(began, ended) for began, ended in spans]
 
     def _mark(self) -> Any:
         """This moment, of the host or of the device's stream."""

@@ -13,8 +13,8 @@ from .ranks import Ranks, places_of
 SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 """Bytes from a rank to each peer, besides those of a step."""
 
-SHARES = (0.125, 0.25, 0.5, 1.0)
-"""Of a rank's tokens that go to one peer, over what placements make of it."""
+AROUND = (0.5, 0.7, 1.0, 1.4)
+"""Of what a peer is sent when tokens choose devices evenly: what placements make of it."""
 
 ELSEWHERE = 1e-4
 """Weight of other sizes in a fit: they decide only what those of a step leave open."""
@@ -32,11 +32,11 @@ class Exchange:
     weight: float
 
 
-def exchanges(ranks: Ranks, group: dist.ProcessGroup, clock: Clock, most_bytes: int) -> list[Exchange]:
-    """Times every size over `group`; all groups of the kind at the same time. most_bytes: of all rows of
-    a rank in a step."""
+def exchanges(ranks: Ranks, group: dist.ProcessGroup, clock: Clock, expected: int) -> list[Exchange]:
+    """Times every size over `group`; all groups of the kind at the same time. expected: bytes to a
+    peer in a step."""
     peers = dist.get_world_size(group)
-    of_step = [max(1, round(share * most_bytes)) for share in SHARES]
+    of_step = [max(1, round(part * expected)) for part in AROUND]
     found: list[Exchange] = []
     for size in sorted({*SIZES, *of_step}):
         sent = torch.zeros(peers * size, dtype=torch.uint8, device=ranks.device)
@@ -50,6 +50,17 @@ def exchanges(ranks: Ranks, group: dist.ProcessGroup, clock: Clock, most_bytes: 
         if max(found[-1].seconds) > LONGEST[ranks.device.type]:
             break
     return found
+
+
+def rows_to_peer(ranks: Ranks, kind: str, tokens: int, top_k: int) -> float:
+    """Of a rank's tokens, what it sends a peer in an exchange of the kind when tokens choose devices evenly: one copy a node
+    between nodes, one a device else; inside nodes also what came in from the other nodes."""
+    nodes = len(ranks.nodes)
+
+    def reached(places: int) -> float:
+        return tokens * (1.0 - (1.0 - 1.0 / places) ** top_k)
+
+    return {"inter": reached(nodes), "intra": reached(ranks.size) * nodes, "all": reached(ranks.size)}[kind]
 
 
 def remote_peers(ranks: Ranks, node: int) -> int:

@@ -31,18 +31,22 @@ class WorkTiming:
 
 
 @dataclass(frozen=True)
-class HopTiming:
-    """A hop of the runtime between the ranks of an exchange of the same kind, there and back. copies: rows that a rank sends
-    there, those to itself included. seconds: on the slowest rank. links: of these, what the topology says of the rows."""
+class DispatchTiming:
+    """The runtime's dispatch and combine, one after the other without experts, of tokens that choose devices evenly.
 
-    kind: str
+    dispatch: "flat" or "node_aware". copies: rows that a rank sends there, those to itself included, all hops together.
+    seconds: until the last rank is done. links: of these, what the topology says of the rows, hop after hop.
+    """
+
+    dispatch: str
     copies: float
     seconds: float
     links: float
 
     @property
     def copy_seconds(self) -> float:
-        """What a copy costs beside its time on links: ranks tell each other numbers, order, pack and add up rows."""
+        """What a copy costs beside its time on links: ranks tell each other numbers, order, pack and add up rows, and wait
+        for the last of them in every hop."""
         return max(0.0, self.seconds - self.links) / self.copies
 
 
@@ -50,7 +54,7 @@ class HopTiming:
 class Calibration:
     """topology: devices and links with effective rates, as the cost model uses them.
 
-    hops: of the runtime; the cost model leaves out what they take beside links. experts: a device had in `work`. tokens: of
+    dispatches: of the runtime; the cost model leaves out what they take beside links. experts: a device had in `work`. tokens: of
     the steps that sizes were taken from. token_seconds: what a token costs its own rank in one hop without any link; the cost
     model leaves it out, since it is the same under every plan. copy_bandwidth: bytes/s read and written by plain copies.
     alone: how much faster a device does expert work when the others are idle; well above 1 when ranks share cores.
@@ -59,7 +63,7 @@ class Calibration:
 
     topology: Topology
     links: tuple[LinkTiming, ...]
-    hops: tuple[HopTiming, ...]
+    dispatches: tuple[DispatchTiming, ...]
     work: tuple[WorkTiming, ...]
     experts: int
     tokens: int
