@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..moe.hop import Hop
+from ..moe.hop import Departed, Hop
 from .clock import Clock
 from .devices import ExpertWork
 from .ranks import Ranks
@@ -49,7 +49,8 @@ def _timed(hops: list[Hop], work: ExpertWork, ranks: Ranks, clock: Clock, tokens
     copies: list[int] = []
 
     def there_and_back() -> None:
-        taken, arrived = [], (x_TD, weight_TK, slot_TK)
+        taken: list[Departed] = []
+        arrived = x_TD, weight_TK, slot_TK
         for hop in hops:
             taken.append(hop.depart(*arrived))
             arrived = taken[-1].transit.arrive()
