@@ -50,7 +50,7 @@ class Clock:
         calls = max(ROUNDS, min(MOST_REPEATS, round(ROUNDS * self._round_seconds / max(once, 1e-9))))
         every: list[list[float]] = [[]] * self._ranks.size
         dist.all_gather_object(every, self._spans(work, calls, True))
-        return statistics.median(max(one) for one in zip(*every, strict=True))
+        return float(statistics.median(max(one) for one in zip(*every, strict=True)))
 
     def _round(self, work: Callable[[], object], repeats: int, apart: bool) -> float:
         return sum(self._spans(work, repeats, apart))

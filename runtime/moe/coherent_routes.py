@@ -84,8 +84,9 @@ class CoherentRoutes:
     def _out_by_node(self, tokens: Copies, device_P: Tensor, need_TG: Tensor, told: list[Tensor]) -> Underway:
         """First to the rank of equal place in each other node, then inside the node."""
         mesh, size = self._mesh, self._mesh.size
+        intra = mesh.intra
         assert mesh.inter is not None
-        assert mesh.intra is not None
+        assert intra is not None
         width = mesh.node_size
         here, place = divmod(mesh.rank, width)
         inside = slice(here * width, (here + 1) * width)
@@ -105,7 +106,7 @@ class CoherentRoutes:
             both, need_BS = Copies.joined([tokens, landed]), torch.cat([need_TG[:, inside], need_RS])
             by_node = copies_NSNS[:, place, here]
             sent, received = by_node.sum(axis=0), copies_NSNS[:, :, here, place].sum(axis=0)
-            handed_on = self._hop(both, need_BS, mesh.intra, sent, received, devices_NS[here], place)
+            handed_on = self._hop(both, need_BS, intra, sent, received, devices_NS[here], place)
             kept = landed.take(_rows(need_RS[:, place], sent[place] - by_node[here, place]))
             return Copies.joined([kept, handed_on()])
 
