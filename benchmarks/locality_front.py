@@ -2,61 +2,107 @@
 
     python benchmarks/locality_front.py --data DATA --out docs/results/locality_front.md
 
-One node of 4 or 8 devices bound by tokens; the speed of its links goes from fast, where balance is all that counts, to
-slow, where copies do. Figures are of held-out decode steps of 128 sequences: distinct devices a token, and device load
-max/mean of a step. With 8 redundant slots a replica is taken by its share, whatever else the token needs.
+4 or 8 devices hold experts; a node without experts sends every token's copies over one link, so that it is the sum of copies
+that costs, beside the busiest device's compute. The link's speed decides what a copy is worth. Figures are of held-out decode
+steps of 128 sequences: distinct devices a token, and device load max/mean of a step. With 8 redundant slots a replica is taken
+by its share, whatever else the token needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import recordings
 from peers import PEERS, Routing
+from peers.plain_annealing import plain_annealing
 from search_peers import PEER_TOKENS, plan_of
 
 import moeplace as mp
 
-LINKS = (1e12, 1e11, 4e10, 2e10, 1e10, 5e9, 1e9)
-"""Bytes a second of each device's links, at 600 Tflop/s a device."""
+COPIES_WORTH = (1.0, 0.7, 0.5, 0.35, 0.2)
+"""Of one device more a token, in load max/mean of a step."""
+COMPUTE = 6e14
+TOKENS = 128
 MARKS = {
     8: ((2.91, 1.265), (3.04, 1.214), (3.27, 1.193)),
     4: ((2.22, 1.143), (2.47, 1.111)),
 }
-"""Plain annealing over pair swaps, 5 s: (devices a token, load max/mean) published beside this benchmark's data."""
+"""Plain annealing over pair swaps, 5 s: (devices a token, load max/mean) published beside this benchmark's data, of sequences
+split otherwise."""
 
 
-def cluster(devices: int, links: float) -> mp.Topology:
-    device = {"compute": 6e14, "memory": 8e10, "memory_bandwidth": 1e16, "intra_bandwidth": links, "count": devices}
-    return mp.Topology.from_dict({"nodes": [{"devices": [device], "inter_bandwidth": 1e12}], "name": "one node"})
+def cluster(devices: int, worth: float) -> mp.Topology:
+    """Devices with experts on one node and a device without on another, where tokens live as evenly as on the others."""
+    device = {"compute": COMPUTE, "memory": 8e10, "memory_bandwidth": 1e16, "intra_bandwidth": 1e16}
+    model = recordings.GPT_OSS
+    balanced = TOKENS * model.top_k / devices * model.flops_per_token / COMPUTE
+    # There and back, of the tokens at home on the device without experts.
+    copy = 2 * TOKENS / (devices + 1) * model.hidden_size * 2
+    link = copy / (worth * balanced)
+    nodes = [{"devices": [device | {"count": count}], "inter_bandwidth": link} for count in (devices, 1)]
+    return mp.Topology.from_dict({"nodes": nodes, "name": "experts apart"})
+
+
+def searched(
+    devices: int, more: int, statistics: mp.RoutingStatistics, proposals: int
+) -> Iterator[tuple[str, mp.Plan]]:
+    """Search's plans for what a copy may be worth, on the devices with experts alone."""
+    model, slots = recordings.GPT_OSS, recordings.GPT_OSS.experts + more
+    plain = mp.Problem(model, mp.Topology.preset("h100-hgx", 1, devices), statistics, slots=slots)
+    for worth in COPIES_WORTH:
+        problem = mp.Problem(
+            model,
+            cluster(devices, worth),
+            statistics,
+            mp.Objective(node_dedup=False),
+            device_slots=[*plain.slots_per_device.tolist(), 0],
+        )
+        found = mp.solve(problem, "search", seed=0, proposals=proposals, steps=256)
+        plan = mp.Plan(model, plain.topology, found.physical_to_logical, plain.slot_device, found.shares)
+        yield f"search, a copy worth {worth:g}", plan
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the recordings")
-    parser.add_argument("--proposals", type=int, default=20_000, help="search's effort a layer")
+    parser.add_argument("--proposals", type=int, default=6_000, help="effort a layer, search's and plain annealing's")
     parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
     options = parser.parse_args()
     train, held = recordings.gpt_oss(options.data).split("sequence", 0.25, 0)
     statistics = mp.RoutingStatistics.from_trace(train)
-    steps = held.decode_steps(128, 200, 1)
+    steps, drawn = held.decode_steps(TOKENS, 200, 1), train.decode_steps(TOKENS, 256, 0)
     parts = [
         "# Locality against balance\n",
         " ".join((__doc__ or "").split("\n\n", 2)[2].split()) + "\n",
         f"    python benchmarks/locality_front.py --data DATA --proposals {options.proposals}\n",
     ]
     for devices in (8, 4):
-        rows = []
-        for slots in (None, recordings.GPT_OSS.experts + 8):
-            for links in LINKS:
-                problem = mp.Problem(recordings.GPT_OSS, cluster(devices, links), statistics, slots=slots)
-                plan = mp.solve(problem, "search", seed=0, proposals=options.proposals)
-                rows.append((f"search, links {links / 1e9:g} GB/s", slots or 32, *figures(plan, steps, problem)))
-                print(devices, *rows[-1], file=sys.stderr)
-        problem = mp.Problem(recordings.GPT_OSS, cluster(devices, 1e10), statistics)
-        rows += [(name, 32, *figures(mp.solve(problem, name), steps, problem)) for name in ("contiguous", "eplb")]
+        problem = mp.Problem(recordings.GPT_OSS, mp.Topology.preset("h100-hgx", 1, devices), statistics)
+        rows: list[tuple[str, int, float, float]] = []
+
+        def add(
+            name: str,
+            plan: mp.Plan,
+            problem: mp.Problem = problem,
+            rows: list[tuple[str, int, float, float]] = rows,
+        ) -> None:
+            summary = mp.evaluate(plan, steps, problem).summary()
+            rows.append((name, plan.num_slots, summary["devices_per_token"], summary["load_max_mean"]))
+            print(problem.num_devices, *rows[-1], file=sys.stderr)
+
+        for more in (0, 8):
+            for name, plan in searched(devices, more, statistics, options.proposals):
+                add(name, plan)
+        for worth in COPIES_WORTH:
+            device_of = plain_annealing(drawn, devices, 1.0 / worth, options.proposals)
+            add(f"plain annealing, a copy worth {worth:g}", plan_of(problem, device_of, "plain"))
+        for name in ("contiguous", "eplb"):
+            add(name, mp.solve(problem, name))
+        add("eplb", mp.solve(mp.Problem(problem.model, problem.topology, statistics, slots=40), "eplb"))
         routing = Routing(
             train.expert_ids[:: len(train.expert_ids) // PEER_TOKENS],
             32,
@@ -65,11 +111,9 @@ def main() -> None:
             0,
         )
         for peer, partition in PEERS:
-            rows += [
-                (f"{peer}, {setting}", 32, *figures(plan_of(problem, device_of, peer), steps, problem))
-                for setting, device_of in partition(routing).items()
-            ]
-        rows += [("plain annealing, pair swaps", 32, reach, load) for reach, load in MARKS[devices]]
+            for setting, device_of in partition(routing).items():
+                add(f"{peer}, {setting}", plan_of(problem, np.asarray(device_of), peer))
+        rows += [("the marks", 32, reach, load) for reach, load in MARKS[devices]]
         parts.append(f"## {devices} devices\n\n| plan | slots | devices a token | load max/mean |\n|---|---|---|---|")
         parts.append("\n".join(f"| {name} | {slots} | {reach:.2f} | {load:.3f} |" for name, slots, reach, load in rows))
         parts.append("")
@@ -79,11 +123,6 @@ def main() -> None:
         options.out.write_text(text)
     else:
         print(text)
-
-
-def figures(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> tuple[float, float]:
-    summary = mp.evaluate(plan, steps, problem).summary()
-    return summary["devices_per_token"], summary["load_max_mean"]
 
 
 if __name__ == "__main__":
