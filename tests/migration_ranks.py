@@ -189,11 +189,12 @@ def cancelled(rank: int, world: int, mesh: Any) -> bool:
     change.advance(1)
     change.advance(1)
     change.cancel()
+    plan, kept = plan_of(0, world), training.everywhere() == before
     shapes = all(
-        len(layer.row_expert) == (plan_of(0, world).slot_device == rank).sum()
-        for _, layer in expert_layers(training.model)
+        len(layer.row_expert) == plan.slots_per_device[row, rank]
+        for row, (_, layer) in enumerate(expert_layers(training.model))
     )
-    return shapes and training.everywhere() == before and training.plans == {plan_of(0, world).fingerprint}
+    return shapes and kept and training.plans == {plan.fingerprint}
 
 
 def refused(rank: int, world: int, mesh: Any) -> dict[str, str]:
