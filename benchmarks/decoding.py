@@ -19,19 +19,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
-import sys
-import tempfile
-from collections.abc import Callable
-from datetime import timedelta
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers as tf
+from forked_ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
@@ -171,33 +165,6 @@ def traffic(rank: int, ranks: int, cases: list[tuple[str, mp.Plan, str]], routin
             found[f"{name} {mode} {part} between"] = float(rows[away].sum())
         found[f"{name} {mode} exchanges"] = sum(decoder.statistics.all_to_alls.values()) / ranks
     return found
-
-
-def one_rank(
-    work: Callable[..., Figures], rank: int, ranks: int, address: str, results: Queue[Any], given: Any
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=timedelta(minutes=30))
-    found = work(rank, ranks, *given)
-    dist.destroy_process_group()
-    results.put(found)
-
-
-def on_ranks(work: Callable[..., Figures], ranks: int, *given: Any) -> list[Figures]:
-    context = multiprocessing.get_context("fork")
-    results: Queue[Any] = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        address = f"file://{folder}/rendezvous"
-        processes = [
-            context.Process(target=one_rank, args=(work, rank, ranks, address, results, given)) for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit("a rank failed; its error is above")
-    return [results.get() for _ in processes]
 
 
 def show_equality(args: argparse.Namespace) -> None:

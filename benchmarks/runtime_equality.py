@@ -13,16 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import sys
-import tempfile
-from datetime import timedelta
-from multiprocessing.queues import Queue
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from forked_ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
@@ -88,9 +82,8 @@ def error(found: torch.Tensor, expected: torch.Tensor, whole: torch.Tensor) -> f
     return float((found - expected).abs().max() / whole.abs().max()) if expected.numel() else 0.0
 
 
-def one_rank(rank: int, ranks: int, plans: int, address: str, results: Queue[Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
+def differences(rank: int, ranks: int, plans: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The worst on this rank, and what float32 does in one process."""
     meshes = (init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (2, ranks // 2)))
     worst: dict[str, float] = {}
     rounding: dict[str, float] = {}
@@ -122,25 +115,11 @@ def one_rank(rank: int, ranks: int, plans: int, address: str, results: Queue[Any
             for name, value in reference(batch, weights, kind, torch.float32).items():
                 key = name if name in found else "weight gradient"
                 rounding[key] = max(rounding.get(key, 0.0), error(value, expected[name], expected[name]))
-    dist.destroy_process_group()
-    results.put((worst, rounding))
+    return worst, rounding
 
 
 def measure(ranks: int, plans: int) -> dict[str, dict[str, float]]:
-    context = multiprocessing.get_context("fork")
-    results: Queue[Any] = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=one_rank, args=(rank, ranks, plans, f"file://{folder}/rendezvous", results))
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit("a rank failed; its error is above")
-    parts = [results.get() for _ in processes]
+    parts = on_ranks(differences, ranks, plans)
     return {
         title: {name: max(part[i].get(name, 0.0) for part in parts) for name in parts[0][0]}
         for i, title in enumerate(("error", "rounding"))
