@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..placement.plan import Certificate, Stop
+from .compile_time import working_seconds
 
 
 class Feature(Enum):
@@ -44,17 +44,18 @@ class Progress:
 
 @dataclass
 class Budget:
-    """What a solve may spend, and whom it tells. Only `seconds` depends on the machine; None is no limit."""
+    """What a solve may spend, and whom it tells. Only `seconds` depends on the machine; None is no limit. Time in which
+    kernels are compiled, as by the first solve of an installation, is not counted."""
 
     seconds: float | None = None
     seed: int = 0
     progress: Callable[[Progress], None] | None = None
     history: list[tuple[float, float, float | None]] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=working_seconds)
 
     @property
     def elapsed(self) -> float:
-        return time.perf_counter() - self.started
+        return working_seconds() - self.started
 
     @property
     def left(self) -> float | None:

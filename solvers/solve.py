@@ -40,8 +40,9 @@ def solve(
     """Solves `problem` and returns a plan with its certificate.
 
     solver: a name of `solver_names()`; None takes chain where it proves the least mean step time within seconds, and
-    search elsewhere (`plan.provenance.choice` says which and why). seconds: wall-clock budget, None for none. seed:
-    decides every random choice. progress: called with each news. options: the solver's own (see its `solve` method).
+    search elsewhere (`plan.provenance.choice` says which and why). seconds: wall-clock budget, None for none; kernels
+    that the first solve after installation compiles are not counted. seed: decides every random choice. progress:
+    called with each news. options: the solver's own (see its `solve` method).
 
     Raises:
         InputError: unknown solver or option. UnsupportedError: the problem asks for what the solver cannot do; the

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from .compiled import kernel
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -31,7 +32,7 @@ class Links(NamedTuple):
     dedup: bool
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _traffic(count: Any, left: Any, node_left: Any, right: Any, node_right: Any, links: Any, worst: Any) -> None:
     """[S] seconds of the busiest link. count: [U, M, S], its last row counting every owner. left, right: [G] sets of the
     devices before and after; node_left, node_right: [N]."""
@@ -75,7 +76,7 @@ def _traffic(count: Any, left: Any, node_left: Any, right: Any, node_right: Any,
             worst[s] = max(worst[s], max(sent, received) * links.per_node_copy[n])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mean_tables(mean: Any, before: Any, after: Any, links: Any, devices: Any, nodes: Any) -> None:
     """Seconds of one link in the mean step, for every way to stand at it before and after.
 
@@ -118,7 +119,7 @@ def _mean_tables(mean: Any, before: Any, after: Any, links: Any, devices: Any, n
             nodes[y, x] = max(sent, received) * links.per_node_copy[n]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cheapest(
     reached: Any,
     count: Any,
@@ -169,7 +170,7 @@ def _cheapest(
                     best[b], state[b], name[b] = value, a, h
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _within(count: Any, left: Any, node_left: Any, links: Any, result: Any) -> None:
     busiest = np.empty(count.shape[2])
     for a in range(len(result)):

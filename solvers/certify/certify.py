@@ -3,7 +3,6 @@ clock says stop."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ import numpy as np
 from ...placement.problem import Problem
 from ...placement.step_bound import compute_bound, layer_seconds_bound
 from ...placement.steps import Steps
+from ..compile_time import working_seconds
 from .device_sets import DeviceSets, sets_fit
 from .gram import FloatArray
 from .partition import least_over_partitions
@@ -70,19 +70,19 @@ class StepCertificate:
 
         iterations: of a piece, at most (rounded up to whole chunks). Without a limit of seconds sets are left out.
         """
-        begin = time.perf_counter()
+        begin = working_seconds()
         end = begin + seconds
         with ThreadPoolExecutor(THREADS) as pool:
             if self._work is None and sets_fit(self._problem) and np.isfinite(seconds):
                 self._go_through_sets(pool, begin + SET_PART * seconds)
                 tell(self.bound)
             for number, level in enumerate(self._levels):
-                if time.perf_counter() >= end:
+                if working_seconds() >= end:
                     break
                 if number == len(self._cuts):
                     self._cuts.append(self._cut(level, pool, end))
                 for open_ in self._cuts[number].rounds(iterations):
-                    if time.perf_counter() >= end:
+                    if working_seconds() >= end:
                         break
                     list(pool.map(lambda piece: _walk(piece, end), open_))
                     tell(self.bound)
@@ -92,7 +92,7 @@ class StepCertificate:
         """Bounds every layer by the sets that a device can hold, as far as the time goes."""
         problem, layers = self._problem, self._problem.model.layers
         sets = DeviceSets(problem, self._steps, self._weight)
-        if layers * len(sets.members) * SET_SECONDS > THREADS * (end - time.perf_counter()):
+        if layers * len(sets.members) * SET_SECONDS > THREADS * (end - working_seconds()):
             return
         # Where copies between nodes decide, they are not of a device's set, and compute is bounded by itself.
         several = problem.topology.num_nodes > 1
@@ -101,15 +101,15 @@ class StepCertificate:
         def one(layer: int) -> None:
             figures = sets.work(layer)
             if several:
-                left = end - time.perf_counter()
+                left = end - working_seconds()
                 work[layer] = max(work[layer], least_over_partitions(sets.members, figures, sets.devices, left))
             if not several or len(sets.members) <= FEW_SETS:
                 figures = np.concatenate([figures, sets.transfers(layer)])
-                left = end - time.perf_counter()
+                left = end - working_seconds()
                 least = least_over_partitions(sets.members, figures, sets.devices, left)
                 self._layer[layer] = max(self._layer[layer], least)
 
-        list(pool.map(lambda layer: one(layer) if time.perf_counter() < end else None, range(layers)))
+        list(pool.map(lambda layer: one(layer) if working_seconds() < end else None, range(layers)))
         self._work = work
 
     def _cut(self, level: Level, pool: ThreadPoolExecutor, end: float) -> _Cut:
@@ -118,7 +118,7 @@ class StepCertificate:
         pieces = Pieces(self._problem, self._steps, self._weight, level, self._work if alone else None)
 
         def make(span: tuple[int, ...]) -> Piece | None:
-            return pieces.make(span) if time.perf_counter() < end else None
+            return pieces.make(span) if working_seconds() < end else None
 
         spans = pieces.spans()
         return _Cut(list(pool.map(make, spans)), np.array([pieces.known(span) for span in spans]))
@@ -143,7 +143,7 @@ class _Cut:
 
 
 def _walk(piece: Piece, end: float) -> None:
-    if time.perf_counter() < end:
+    if working_seconds() < end:
         piece.saddle.run(CHUNK)
 
 

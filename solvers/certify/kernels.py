@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ..compiled import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def ascend_slopes(ids: Any, weight: Any, slope: Any, gram: Any, step: float, charge: Any) -> None:
     """One proximal step of the slopes towards what `gram` [n, n] makes dearest; adds weight * slope to charge [n, n]."""
     tokens, k = ids.shape
@@ -42,7 +43,7 @@ def ascend_slopes(ids: Any, weight: Any, slope: Any, gram: Any, step: float, cha
                     charge[a, ids[t, j]] += w * chosen
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def intercepts(ids: Any, weight: Any, slope: Any) -> float:
     """Sum of weight times where each supporting line meets r = 0: the least of phi(r) - slope * r over whole r."""
     tokens, k = ids.shape
@@ -56,7 +57,7 @@ def intercepts(ids: Any, weight: Any, slope: Any) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def holders_needed(ids: Any, weight: Any, gram: Any) -> float:
     """Sum of weight times holders needed, by the piecewise linear phi; exact where `gram` is a placement's."""
     tokens, k = ids.shape
@@ -74,7 +75,7 @@ def holders_needed(ids: Any, weight: Any, gram: Any) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def spread_beside(ids: Any, weight: Any, gram: Any, result: Any) -> None:
     """Adds K^T K X to result, K X being weight * r of every expert of every token."""
     tokens, k = ids.shape
@@ -89,7 +90,7 @@ def spread_beside(ids: Any, weight: Any, gram: Any, result: Any) -> None:
                     result[ids[t, i], ids[t, j]] += weight[t] * weight[t] * beside
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def ascend_triangles(gram: Any, price: Any, pair: bool, step: float, charge: Any) -> float:
     """One projected step of the prices of all triangle inequalities; adds them to charge. Returns the prices' constant.
 

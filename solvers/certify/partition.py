@@ -8,10 +8,9 @@ rounds (Gondzio, Gonzalez-Brevis and Munari, Eur. J. Oper. Res. 224, 2013).
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
+from ..compile_time import working_seconds
 from ..ilp_highs import SilentHighs
 from .gram import ROUNDING, FloatArray, IntArray
 
@@ -30,7 +29,7 @@ def least_over_partitions(members: IntArray, cost: FloatArray, sets: int, second
 
     Ends when nothing is left to gain or the seconds are spent; -inf when they were too few.
     """
-    end = time.perf_counter() + seconds
+    end = working_seconds() + seconds
     if members.shape[1] == 1:
         return float(cost.max(axis=1).sum())
     scale = float(cost.mean(axis=1).sum())
@@ -39,7 +38,7 @@ def least_over_partitions(members: IntArray, cost: FloatArray, sets: int, second
     program = _Program(members, cost / scale, sets)
     best = -np.inf
     for _ in range(ROUNDS):
-        left = end - time.perf_counter()
+        left = end - working_seconds()
         if left <= 0.0 or not program.solve(left):
             break
         best = max(best, program.bound)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ..compiled import kernel
 
 M1 = np.uint64(0x5555555555555555)
 M2 = np.uint64(0x3333333333333333)
@@ -14,7 +15,7 @@ H01 = np.uint64(0x0101010101010101)
 ONE, TWO, FOUR, TOP = np.uint64(1), np.uint64(2), np.uint64(4), np.uint64(56)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_reached(chose: Any, led: Any, segment: Any, sets: Any, result: Any) -> None:
     """result[a, q]: tokens of segment q that chose an expert of sets[a] and are led by none of it.
 

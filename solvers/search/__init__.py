@@ -54,7 +54,8 @@ class Search:
                 raise InputError(f"{name} ({value}) must be at least 1")
         if not 0.0 <= certify < float("inf"):
             raise InputError(f"certify ({certify}) must be seconds to spend on the bound, 0 or more")
-        # Compiled kernels: loading them takes a second, which importing the package must not.
+        budget.report(None, None, "loading kernels, compiled at the first use")
+        # Loading takes a second, which importing the package must not.
         from .course import run_search
 
         return run_search(problem, budget, batch, step_tokens, steps, proposals, certify, off_home)

@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from ..compiled import kernel
 from .costs import aim_value, step_cost
 from .proposals import propose
 from .reach import exchange, fill_state, node_rows, walk
 from .slots import accepted, commit, first_moved, first_work, more_moved, remember, shift_work, slot_tables
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def anneal(
     layer: Any,
     rates: Any,

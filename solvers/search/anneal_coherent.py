@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from ..compiled import kernel
 from .costs import aim_value
 from .exchange_traffic import exchange_traffic, recount, token_counts, ways_onward, whole_devices, whole_traffic
 from .proposals import propose
@@ -14,7 +14,7 @@ from .slots import accepted, commit, first_moved, first_work, more_moved, rememb
 from .traffic import account, coherent_step_cost, replace_traffic, support, supports
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def anneal_coherent(
     layer: Any,
     around: Any,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from ..compiled import kernel
 from .costs import aim_value
 from .home_traffic import (
     count_split,
@@ -22,7 +22,7 @@ from .slots import accepted, commit, first_moved, more_moved, remember, slot_tab
 from .traffic import transfer_cost
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def home_step_cost(load: Any, hit: Any, ledger: Any, node_ledger: Any, rates: Any) -> float:
     """Seconds of one step in one layer, latency left out."""
     compute = 0.0
@@ -31,7 +31,7 @@ def home_step_cost(load: Any, hit: Any, ledger: Any, node_ledger: Any, rates: An
     return compute + (1.0 + rates.back) * transfer_cost(ledger, node_ledger, rates)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def anneal_homes(
     layer: Any,
     rates: Any,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ..compiled import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def step_cost(reach: Any, node_reach: Any, load: Any, hit: Any, rates: Any) -> float:
     """Seconds of one step in one layer, latency left out: compute and both transfers."""
     devices, nodes = load.shape[0], node_reach.shape[0]
@@ -41,7 +42,7 @@ def step_cost(reach: Any, node_reach: Any, load: Any, hit: Any, rates: Any) -> f
     return compute + (1.0 + rates.back) * transfer
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def aim_value(cost: Any, aim: Any) -> float:
     """The layer's figure from its step costs [S]."""
     groups = aim.reference.shape[0]
@@ -58,7 +59,7 @@ def aim_value(cost: Any, aim: Any) -> float:
     return (1.0 - aim.worst) * mean + aim.worst * worst
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def idle_chance(share: float, count: float) -> float:
     """Chance that none of `count` tokens draws a replica of that share."""
     if count == 0.0 or share == 0.0:

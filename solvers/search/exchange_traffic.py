@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ..compiled import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def whole_devices(share: Any) -> Any:
     """Device of each expert, for placements without replicas."""
     device_of = np.zeros(share.shape[0], np.int64)
@@ -24,7 +25,7 @@ def whole_devices(share: Any) -> Any:
     return device_of
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def token_counts(layer: Any, device_of: Any, node_of: Any, nodes: int, plain: bool) -> Any:
     """([T, G], [T, N] experts of each token on each device and node); nothing where replicas make them probabilities."""
     tokens, top_k = layer.experts.shape
@@ -39,7 +40,7 @@ def token_counts(layer: Any, device_of: Any, node_of: Any, nodes: int, plain: bo
     return counted, node_counted
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def recount(layer: Any, a: int, b: int, g: int, h: int, node_of: Any, counted: Any, node_counted: Any) -> None:
     """Keeps `token_counts` up to date when a goes from device g to h and b from h to g."""
     m, n = node_of[g], node_of[h]
@@ -53,7 +54,7 @@ def recount(layer: Any, a: int, b: int, g: int, h: int, node_of: Any, counted: A
             node_counted[t, entered] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def ways_onward(layer: Any, around: Any, after_device: Any, node_of: Any, nodes: int, plain: bool) -> Any:
     """([E, S, G], [E, S, N] tokens of each step whose highest-weight expert is e and that need a device, a node, next)."""
     experts, steps, devices = layer.first.shape[0] - 1, layer.counts.shape[0], node_of.shape[0]
@@ -73,7 +74,7 @@ def ways_onward(layer: Any, around: Any, after_device: Any, node_of: Any, nodes:
     return toward, node_toward
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pair(ledgers: Any, s: int, w: int, source: int, target: int, x: float, rates: Any, node_ledgers: Any) -> None:
     """Adds x tokens from a device (or, for source G, evenly from all) to a device in ledger w of step s; merging by node is
     left to `_node_pair`."""
@@ -95,7 +96,7 @@ def _pair(ledgers: Any, s: int, w: int, source: int, target: int, x: float, rate
             node_ledgers[s, w, 1, node_of[target]] += part
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _node_pair(node_ledgers: Any, s: int, w: int, source: int, target: int, x: float, rates: Any) -> None:
     """Adds x tokens from a device (or evenly from all) to a node, where copies to its devices travel as one."""
     if x == 0.0 or not rates.dedup:
@@ -109,7 +110,7 @@ def _node_pair(node_ledgers: Any, s: int, w: int, source: int, target: int, x: f
             node_ledgers[s, w, 1, target] += x / (last - first)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def whole_traffic(
     layer: Any, held: Any, device_of: Any, ways: Any, rates: Any, ledgers: Any, node_ledgers: Any
 ) -> None:
@@ -148,7 +149,7 @@ def whole_traffic(
                     _node_pair(node_ledgers, s, w, source, d, node_pairs[w, s, source, d], rates)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def exchange_traffic(
     layer: Any,
     held: Any,
@@ -277,7 +278,7 @@ def exchange_traffic(
                 node_ledgers[s, w, 0, node] += node_sent
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _turned(
     experts: Any,
     t: int,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from ..compiled import kernel
 from .costs import idle_chance
 from .reach import reach_change
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def serve_rows(share: Any, node_of: Any, nearest: bool, rows: Any, node_rows: Any) -> None:
     """Fills rows [H, G] and node_rows [H, N] with who serves each home's tokens of an expert with shares [G]."""
     devices = share.shape[0]
@@ -43,7 +43,7 @@ def serve_rows(share: Any, node_of: Any, nearest: bool, rows: Any, node_rows: An
                 node_rows[h, n] = 1.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post(ledger: Any, node_ledger: Any, h: int, g: int, amount: float, rates: Any) -> None:
     """Adds tokens of home h that need device g: sent, received inside the node, or arriving from other nodes."""
     m, n = rates.node_of[h], rates.node_of[g]
@@ -58,7 +58,7 @@ def post(ledger: Any, node_ledger: Any, h: int, g: int, amount: float, rates: An
         node_ledger[1, n] += amount
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post_node(node_ledger: Any, m: int, n: int, amount: float) -> None:
     """Adds tokens of node m that need node n, one copy each."""
     if m != n:
@@ -66,7 +66,7 @@ def post_node(node_ledger: Any, m: int, n: int, amount: float) -> None:
         node_ledger[1, n] += amount
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_homes(layer: Any, rows: Any, zeros: Any, soft: Any) -> None:
     """Products of a token's missed chances on every target, from rows [E, H, targets]; see `reach.fill_state`."""
     zeros[:] = 0
@@ -83,7 +83,7 @@ def fill_homes(layer: Any, rows: Any, zeros: Any, soft: Any) -> None:
                     soft[t, g] *= 1.0 - w
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def first_ledgers(
     layer: Any, zeros: Any, soft: Any, node_zeros: Any, node_soft: Any, ledgers: Any, node_ledgers: Any, rates: Any
 ) -> None:
@@ -103,7 +103,7 @@ def first_ledgers(
                     post_node(node_ledgers[s], rates.node_of[h], n, chance)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_split(rows: Any, split: Any, amount: int) -> None:
     """Adds amount to split [H, targets] wherever the rows [H, targets] of an expert are neither 0 nor 1."""
     for h in range(rows.shape[0]):
@@ -112,7 +112,7 @@ def count_split(rows: Any, split: Any, amount: int) -> None:
                 split[h, g] += amount
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def walk_homes(
     layer: Any,
     a: int,
@@ -201,7 +201,7 @@ def walk_homes(
                     gained[s] = 0.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _count_whole(
     layer: Any,
     first: int,
@@ -228,7 +228,7 @@ def _count_whole(
             zeros[t, g] = after
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def idle_of(layer: Any, e: int, rows: Any, g: int, s: int) -> float:
     """Chance that no token of step s has expert e served on device g, from the expert's rows [H, G]."""
     idle = 1.0
@@ -238,7 +238,7 @@ def idle_of(layer: Any, e: int, rows: Any, g: int, s: int) -> float:
     return idle
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def first_home_work(layer: Any, rows: Any, load: Any, hit: Any) -> None:
     """Token-expert pairs and experts read on each device [S, G], from rows [E, H, G]."""
     load[:] = 0.0
@@ -251,7 +251,7 @@ def first_home_work(layer: Any, rows: Any, load: Any, hit: Any) -> None:
                 hit[s, g] += 1.0 - idle_of(layer, e, rows[e], g, s)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def shift_home_work(layer: Any, a: int, b: int, old: Any, new: Any, load: Any, hit: Any) -> None:
     """Changes load and hit [S, G] when the rows of a and b (or -1) go from old to new ([2, H, G] each)."""
     homes, devices = old.shape[1], old.shape[2]

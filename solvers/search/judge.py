@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from ...placement.plan import Certificate, Plan
 from ...placement.problem import Problem
 from ...placement.risk import risk_value
 from ...placement.step_bound import step_seconds_bound
+from ..compile_time import working_seconds
 from .load_bounds import window_bounds
 from .scenario import Scenario
 
@@ -63,16 +63,16 @@ class Judge:
     @property
     def due(self) -> bool:
         """Whether the last judgement is long enough ago for another, beside what it takes (`seconds`)."""
-        return time.perf_counter() - self._ended >= PATIENCE * self.seconds
+        return working_seconds() - self._ended >= PATIENCE * self.seconds
 
     def figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
         """[S] the figure of each scenario step."""
         for known_table, known_shares, known in self._known:
             if np.array_equal(table, known_table) and np.array_equal(shares, known_shares):
                 return known
-        started = time.perf_counter()
+        started = working_seconds()
         result = self._figures(table, shares)
-        self._ended = time.perf_counter()
+        self._ended = working_seconds()
         self.seconds = self._ended - started
         # The best placement is asked for again after others.
         self._known = [*self._known[-3:], (table.copy(), shares.copy(), result)]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from ..compiled import kernel
 from .layout import Moves
 from .proposals import survives
 from .slots import accepted, slot_tables
@@ -48,7 +48,7 @@ class LoadLayer(NamedTuple):
     moves: Moves
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def balance_loads(
     layer: Any,
     slot_expert: Any,
@@ -145,7 +145,7 @@ def balance_loads(
     return best_expert, best_share
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _runs(slot_device: Any, devices: int) -> Any:
     """First slot and number of slots of each device."""
     first, width = np.zeros(devices, np.int64), np.zeros(devices, np.int64)
@@ -155,7 +155,7 @@ def _runs(slot_device: Any, devices: int) -> Any:
     return first, width
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _load(layer: Any, share: Any, loads: Any) -> None:
     """Loads [K, G], slowness included, of shares [E, G]."""
     loads[:] = 0.0
@@ -166,7 +166,7 @@ def _load(layer: Any, share: Any, loads: Any) -> None:
                     loads[k, g] += layer.rows[k, e] * share[e, g] * layer.slowness[g]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _peaks(layer: Any, loads: Any, heaviest: Any) -> float:
     """The layer's figure; `heaviest` [K] gets each row's heaviest device."""
     value = 0.0
@@ -180,7 +180,7 @@ def _peaks(layer: Any, loads: Any, heaviest: Any) -> float:
     return value
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _lift(loads: Any, heaviest: Any, sharpness: float, zero: Any, lifted: Any, sums: Any) -> None:
     """Exponentials [K, G] of loads over each row's heaviest, `zero` [K], and their sums [K]."""
     for k in range(loads.shape[0]):
@@ -191,7 +191,7 @@ def _lift(loads: Any, heaviest: Any, sharpness: float, zero: Any, lifted: Any, s
             sums[k] += lifted[k, g]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw(
     layer: Any, p: int, slot_expert: Any, slot_device: Any, slot_at: Any, replicas: Any, share: Any, changes: Any
 ) -> Any:
@@ -241,13 +241,13 @@ def _draw(
     return 1, q, b, _list(changes, count, b, g, share[b, h])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _list(changes: Any, count: int, expert: int, device: int, amount: float) -> int:
     changes[0][count], changes[1][count], changes[2][count] = expert, device, amount
     return count + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _commit(
     kind: int, p: int, q: int, b: int, slot_expert: Any, slot_device: Any, slot_at: Any, replicas: Any, share: Any
 ) -> None:

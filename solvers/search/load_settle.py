@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from ..compiled import kernel
 from .proposals import survives
 from .slots import slot_tables
 
@@ -14,7 +14,7 @@ LEAST_GAIN = 1e-9
 """A gain below rounding is none, and would let two placements of one load alternate for ever."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def settle(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: float) -> Any:
     """(slot_expert, share) once no exchange lowers the heaviest device of `layer`'s first row, or it is at `enough`.
 
@@ -72,7 +72,7 @@ def settle(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: f
     return slot_expert, share
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _strays(stray: Any, share: Any, expert: int, left: int, joined: int) -> float:
     """What an expert's part on device `left` adds to the limited sum by moving to `joined`."""
     return share[expert, left] * (stray[expert, joined] - stray[expert, left])

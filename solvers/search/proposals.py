@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ..compiled import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def propose(
     slot_expert: Any, slot_device: Any, slot_at: Any, share: Any, replicas: Any, moves: Any, new: Any
 ) -> tuple[int, int, int, int, int]:
@@ -77,7 +78,7 @@ def propose(
     return 1, p, q, a, b
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def survives(e: int, left: int, joined: int, slot_at: Any, failures: Any) -> bool:
     """Whether expert e keeps a replica in every failure [F, G] once it has left a device and joined another (or -1)."""
     for f in range(failures.shape[0]):

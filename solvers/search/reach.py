@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ..compiled import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reach_change(zeros: int, soft: float, old: float, new: float) -> tuple[float, int, float]:
     """(change of the chance of being reached, zero factors, product) when one factor goes from 1-old to 1-new."""
     before = soft if zeros == 0 else 0.0
@@ -28,7 +29,7 @@ def reach_change(zeros: int, soft: float, old: float, new: float) -> tuple[float
     return before - after, zeros, soft
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_state(layer: Any, share: Any, zeros: Any, soft: Any, reach: Any) -> None:
     """Products of a token's factors on every target (device or node), and tokens reaching each target a step."""
     zeros[:] = 0
@@ -48,7 +49,7 @@ def fill_state(layer: Any, share: Any, zeros: Any, soft: Any, reach: Any) -> Non
             reach[s, g] += 1.0 - (soft[t, g] if zeros[t, g] == 0 else 0.0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def walk(layer: Any, a: int, b: int, old: Any, new: Any, zeros: Any, soft: Any, change: Any, apply: bool) -> None:
     """Changes of `reach` [S, targets] when the rows of experts a and b go from old to new ([2, targets] each).
 
@@ -90,7 +91,7 @@ def walk(layer: Any, a: int, b: int, old: Any, new: Any, zeros: Any, soft: Any, 
                     soft[t, g] = p
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def exchange(
     layer: Any, a: int, b: int, g: int, h: int, zeros: Any, soft: Any, plain: bool, change: Any, apply: bool
 ) -> None:
@@ -120,7 +121,7 @@ def exchange(
                 zeros[t, enter] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def node_rows(rows: Any, node_of: Any, result: Any) -> None:
     result[:] = 0.0
     for r in range(rows.shape[0]):

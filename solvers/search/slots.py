@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from ..compiled import kernel
 from .costs import idle_chance
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def slot_tables(slot_expert: Any, slot_device: Any, experts: int, devices: int) -> Any:
     """([E, G] the slot of an expert on a device, -1 where it has none; [E] slots each expert has)."""
     slot_at = np.full((experts, devices), -1, dtype=np.int64)
@@ -21,7 +21,7 @@ def slot_tables(slot_expert: Any, slot_device: Any, experts: int, devices: int) 
     return slot_at, replicas
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def first_work(layer: Any, share: Any, slot_at: Any) -> Any:
     """[S, G] token-expert pairs and experts hit on each device."""
     load = layer.counts @ share
@@ -34,7 +34,7 @@ def first_work(layer: Any, share: Any, slot_at: Any) -> Any:
     return load, hit
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def shift_work(layer: Any, a: int, b: int, old: Any, new: Any, load: Any, hit: Any) -> None:
     """Changes load and hit [S, G] when the rows of experts a and b (or -1) go from old to new ([2, G] each)."""
     for r in range(2):
@@ -49,7 +49,7 @@ def shift_work(layer: Any, a: int, b: int, old: Any, new: Any, load: Any, hit: A
                     hit[s, g] += idle_chance(old[r, g], count) - idle_chance(new[r, g], count)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def commit(
     kind: int,
     p: int,
@@ -82,7 +82,7 @@ def commit(
         replicas[b] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def accepted(value: float, new_value: float, temperature: float) -> bool:
     """Metropolis: what improves always, what worsens with a chance that falls with the temperature."""
     if new_value <= value:
@@ -90,7 +90,7 @@ def accepted(value: float, new_value: float, temperature: float) -> bool:
     return np.random.random() < np.exp((value - new_value) / max(temperature, 1e-300))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def first_moved(slot_expert: Any, slot_device: Any, limit: Any) -> int:
     """Slots that hold what their device did not hold in the plan in force."""
     moved = 0
@@ -101,7 +101,7 @@ def first_moved(slot_expert: Any, slot_device: Any, limit: Any) -> int:
     return moved
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def more_moved(kind: int, p: int, q: int, a: int, b: int, slot_device: Any, limit: Any) -> int:
     """How many more such slots there are after a proposal (see `propose`)."""
     if limit.most < 0 or b < 0:
@@ -114,7 +114,7 @@ def more_moved(kind: int, p: int, q: int, a: int, b: int, slot_device: Any, limi
     return more
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def remember(value: float, moved: int, slot_expert: Any, slot_device: Any, share: Any, limit: Any) -> None:
     """Keeps a placement that is the best so far of those as far from the plan in force."""
     if moved < limit.value.shape[0] and value < limit.value[moved]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from ...placement.errors import SolveError
 from ...placement.problem import Problem
+from ..compiled import kernel
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -61,7 +61,7 @@ def even_layer_share(problem: Problem, layer: int, table: IntArray) -> FloatArra
     return np.asarray(share / share.sum(axis=1, keepdims=True))
 
 
-@njit(cache=True)
+@kernel
 def deal(order: Any, weight: Any, slots_per_device: Any, speed: Any, allowed: Any, holds: Any) -> bool:
     """Deals replicas in `order` to the devices that stay least loaded, into `holds` [E, G]; False where one finds none."""
     free, loaded = slots_per_device.copy(), np.zeros(speed.shape[0])

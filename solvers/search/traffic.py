@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from ..compiled import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def supports(share: Any, node_of: Any, nodes: int) -> Any:
     """Devices and nodes each expert stands on, with its share there: (count, ids, shares) for both."""
     experts, devices = share.shape
@@ -33,7 +34,7 @@ def supports(share: Any, node_of: Any, nodes: int) -> Any:
     return count, where, part, node_count, node_where, node_part
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def support(
     e: int, row: Any, node_of: Any, count: Any, where: Any, part: Any, node_count: Any, node_where: Any, node_part: Any
 ) -> None:
@@ -53,7 +54,7 @@ def support(
                 node_count[e] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reach_of(experts: Any, first: int, count: Any, where: Any, part: Any, targets: Any, chance: Any, mark: Any) -> int:
     """Targets any of experts[first:] reaches and with what chance; returns how many. `mark` is all False around it."""
     found = 0
@@ -73,7 +74,7 @@ def reach_of(experts: Any, first: int, count: Any, where: Any, part: Any, target
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def post(
     ledger: Any,
     node_ledger: Any,
@@ -111,7 +112,7 @@ def post(
                 node_ledger[1, n] += weight * node_chance[n]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def transfer_cost(ledger: Any, node_ledger: Any, rates: Any) -> float:
     """Seconds of one all-to-all, latency left out."""
     slowest = 0.0
@@ -131,7 +132,7 @@ def transfer_cost(ledger: Any, node_ledger: Any, rates: Any) -> float:
     return slowest
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def account(
     layer: Any,
     around: Any,
@@ -220,7 +221,7 @@ def account(
             )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def replace_traffic(
     layer: Any,
     around: Any,
@@ -256,7 +257,7 @@ def replace_traffic(
                     account(layer, around, t, weight, here, before, after, ledgers[s], node_ledgers[s], rates, work)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def coherent_step_cost(load: Any, hit: Any, ledgers: Any, node_ledgers: Any, rates: Any) -> float:
     compute = 0.0
     for g in range(load.shape[0]):
