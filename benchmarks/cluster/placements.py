@@ -153,9 +153,9 @@ def main() -> None:
         topology = work.predictions.topology
         devices = topology.num_devices
         steps = plans.held_steps(held, tokens, arguments.steps, devices)
-        every = plans.solved(plans.problem_for(topology, train), tokens, seconds)
+        every = plans.solved(topology, train, tokens, seconds)
         if "compare" in arguments.show:
-            more = plans.solved(plans.problem_for(topology, train, extra=2), tokens, seconds)
+            more = plans.solved(topology, train, tokens, seconds, extra=2)
             more = {f"{label}, 2 more slots a device": plan for label, plan in more.items() if label != "contiguous"}
             work.add("forward", every | more, steps)
             work.add("forward and backward", every | more, steps, passes="forward and backward")

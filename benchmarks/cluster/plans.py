@@ -61,15 +61,19 @@ def homes(tokens: int, devices: int) -> np.ndarray[Any, Any]:
     return np.repeat(np.arange(devices), tokens // devices)
 
 
-def solved(problem: mp.Problem, tokens: int, seconds: float) -> dict[str, mp.Plan]:
-    """Every peer's plan and search's."""
+def solved(
+    topology: mp.Topology, train: mp.RoutingTrace, tokens: int, seconds: float, extra: int = 0
+) -> dict[str, mp.Plan]:
+    """Every peer's plan and search's, which knows that the runtime takes replicas near the token."""
     found = {}
+    problem = problem_for(topology, train, extra)
     for name, options in PEERS:
         try:
             found[name] = mp.solve(problem, name, seconds=seconds, seed=0, **options)
         except mp.UnsupportedError:
             continue
-    found["search"] = mp.solve(problem, "search", seconds=seconds, seed=0, batch="prefill", step_tokens=tokens)
+    near = problem_for(topology, train, extra, replica_choice="nearest")
+    found["search"] = mp.solve(near, "search", seconds=seconds, seed=0, batch="prefill", step_tokens=tokens)
     return found
 
 
@@ -82,10 +86,8 @@ def decoding(
     named: dict[str, mp.Plan] = {}
     coherent: dict[str, int] = {}
     for extra, slots in ((0, ""), (2, ", 2 more slots a device")):
-        home, stay = (
-            problem_for(topology, train, extra, execution=execution, node_dedup=False)
-            for execution in ("dispatch_combine", "context_coherent")
-        )
+        home = problem_for(topology, train, extra, node_dedup=False, replica_choice="nearest")
+        stay = problem_for(topology, train, extra, node_dedup=False, execution="context_coherent")
         named[f"search{slots}"] = mp.solve(home, "search", **options)
         affine = {f"coherent, search{slots}": mp.solve(stay, "search", **options)}
         if not extra:
