@@ -36,8 +36,8 @@ class LSHCompression:
     """
 
     rate: float = 0.2
-    hashes: int = 6
-    dimension: int = 4
+    hashes: int = 3
+    dimension: int = 16
     residual: Residual = "scaled"
     error_bound: float | None = None
     scope: Scope = "all"
