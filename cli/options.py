@@ -293,14 +293,7 @@ class SolveOptions:
         ),
     ] = None
     seconds: Annotated[
-        float,
-        Option(
-            "--seconds",
-            metavar="S",
-            min=0.01,
-            help="Time limit of a solve; the first search after installation also compiles, once.",
-            rich_help_panel=SOLVING,
-        ),
+        float, Option("--seconds", metavar="S", min=0.01, help="Time limit of a solve.", rich_help_panel=SOLVING)
     ] = 30.0
 
 
