@@ -126,7 +126,7 @@ def compare(every: list[Given], devices: int, seeds: int) -> list[Row]:
     rows += [of(f"LSH, scaled, {n} hashes", rate=0.2, residual="scaled", hashes=n) for n in (1, 2, 3, 4)]
     rows += [
         of(f"LSH, scaled, dimension {d}, {h} hashes", rate=0.2, residual="scaled", dimension=d, hashes=h)
-        for d, h in ((1, 10), (2, 8), (4, 6), (8, 4), (16, 3), (32, 3), (64, 3), (hidden, 1), (hidden, 3))
+        for d, h in ((1, 10), (2, 8), (4, 6), (8, 4), (16, 4), (32, 3), (64, 3), (hidden, 1), (hidden, 3))
     ]
     rows += [of(f"LSH, none, dimension {d}", rate=0.2, residual="none", dimension=d, hashes=2) for d in (2, 8, 32)]
     for share in (0.2, share8):

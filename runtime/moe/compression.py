@@ -36,7 +36,7 @@ class LSHCompression:
     """
 
     rate: float = 0.2
-    hashes: int = 3
+    hashes: int = 4
     dimension: int = 16
     residual: Residual = "scaled"
     error_bound: float | None = None
