@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -38,6 +40,7 @@ class Server:
         self._reader.start()
         self.url = str(self.wait_for("serving")["url"])
         self.wait_for("Application startup complete.")
+        self._wait_for_answers()
 
     def client(self, token: str | None = None) -> mp.Client:
         return mp.Client(self.url, token)
@@ -52,6 +55,18 @@ class Server:
             assert self.process.poll() is None or self._reader.is_alive(), f"the server ended: {self.log[-5:]}"
             time.sleep(0.02)
         raise AssertionError(f"no {message!r} {fields} in the log: {self.log[-20:]}")
+
+    def _wait_for_answers(self) -> None:
+        """The log says that the application is ready a moment before its socket listens."""
+        address = urlsplit(self.url)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                socket.create_connection((address.hostname, address.port), timeout=PATIENCE).close()
+                return
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline, f"nothing listens at {self.url}: {self.log[-5:]}"
+                time.sleep(0.02)
 
     def worker_pid(self) -> int:
         """The newest worker process."""

@@ -26,8 +26,9 @@ sys.path.insert(0, str(FOLDER))
 from hosts import Cluster, HostError, NamespacesUnavailableError  # noqa: E402
 
 UP_AND_IDLE = """
-import sys, time
+import signal, sys, time
 from hosts import Cluster
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
 with Cluster(hosts=2) as cluster:
     for host in range(2):
         cluster.start(host, ["sleep", sys.argv[1]])
