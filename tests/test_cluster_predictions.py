@@ -124,9 +124,11 @@ def test_copies_cost_what_the_timed_dispatch_took_beside_links() -> None:
     for dispatch in ("flat", "node_aware"):
         bare, handled = (Predictions(calibration(c)).of(plan, steps, dispatch, "dispatch_combine") for c in (0.0, 1e-5))
         more = np.array(handled["seconds"]) - bare["seconds"]
-        # With two hops also the copies to nodes: at least one a token and layer.
-        hops = 1e-5 * reached if dispatch == "flat" else 1e-5 * (reached + steps.tokens * steps.num_layers / 4)
-        assert (more >= hops - 1e-12).all() if dispatch == "node_aware" else more == pytest.approx(hops)
+        if dispatch == "flat":
+            assert more == pytest.approx(1e-5 * reached)
+        else:
+            # Also the copies to nodes: at least one a token and layer.
+            assert (more >= 1e-5 * (reached + steps.tokens * steps.num_layers / 4) - 1e-12).all()
 
 
 def test_tokens_that_do_not_come_back_are_predicted_by_the_cost_model() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import moeplace as mp
-from moeplace.placement.cost import compute_seconds
+from moeplace.placement.cost import all_to_all_latency, compute_seconds
 from moeplace.runtime.moe.layer_placement import LayerPlacement
 from moeplace.runtime.moe.replica_choice import ReplicaChoice
 
@@ -71,10 +71,9 @@ class Timeline:
         return sum(self._staged(layer) if staged else self._flat(layer) for layer in layers)
 
     def _flat(self, layer: LayerDemand) -> float:
-        topology, ranks = self._topology, self._topology.num_devices
+        ranks = self._topology.num_devices
         copies = np.eye(ranks)[layer.home].T @ layer.hit
-        size = int(topology.node_size.max())
-        latency = topology.intra_latency * (size - 1) + topology.inter_latency * (ranks - size)
+        latency = all_to_all_latency(self._topology, node_dedup=False)
         done = latency + self._arrival(copies, np.zeros(ranks)) + self._computed(layer)
         return latency + self._arrival(copies.T, done) + self._handled(copies)
 
@@ -91,15 +90,14 @@ class Timeline:
             arrives = hit.any(axis=1)
             np.add.at(between, (layer.home[arrives], members[place[arrives]]), 1.0)
             inside[np.ix_(members, members)] = np.eye(size)[place].T @ hit
-        far, near = topology.inter_latency * (nodes - 1), topology.intra_latency * (size - 1)
-        idle = np.zeros(ranks)
-        done = far + self._arrival(between, idle) + near + self._arrival(inside, idle) + self._computed(layer)
+        latency, idle = all_to_all_latency(topology, node_dedup=True), np.zeros(ranks)
+        done = latency + self._arrival(between, idle) + self._arrival(inside, idle) + self._computed(layer)
         # On the way back ranks of a node wait for each other first, then those of equal place.
         ready = np.empty(ranks)
         for node in range(nodes):
             own = node_of == node
-            ready[own] = near + self._arrival(np.where(own, inside.T, 0.0), np.where(own, done, 0.0))
-        return far + self._arrival(between.T, ready) + self._handled(between + inside)
+            ready[own] = self._arrival(np.where(own, inside.T, 0.0), np.where(own, done, 0.0))
+        return latency + self._arrival(between.T, ready) + self._handled(between + inside)
 
     def _computed(self, layer: LayerDemand) -> FloatArray:
         return compute_seconds(layer.pairs, layer.experts, self._model, self._topology)
