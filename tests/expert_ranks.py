@@ -463,3 +463,20 @@ def wide(rank: int, world: int, folder: Path) -> dict[str, Any]:
         }
     dist.destroy_process_group()
     return found
+
+
+def checkpointed_first(rank: int, world: int, folder: Path) -> dict[str, float]:
+    """Errors of gradients where the process's first forward of a dtype is a checkpointed one."""
+    join_group(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for name, dtype in (("built", torch.float32), ("converted", torch.bfloat16)):
+        layer = layer_of(mesh, world).to(dtype)
+        x = inputs(rank).to(dtype)
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).square().mean().backward()
+        checkpointed = {name: value.grad.clone() for name, value in layer.named_parameters()}
+        layer.zero_grad()
+        layer(x).square().mean().backward()
+        found[name] = worst_of({name: value.grad for name, value in layer.named_parameters()}, checkpointed)
+    dist.destroy_process_group()
+    return found

@@ -67,6 +67,11 @@ def test_activation_checkpointing_changes_nothing(behaviours: list[Any]) -> None
     assert all(found["checkpointing"] < ROUNDING for found in behaviours)
 
 
+def test_a_first_forward_may_be_a_checkpointed_one(tmp_path: Path) -> None:
+    for found in launch("expert_ranks:checkpointed_first", 2, tmp_path):
+        assert found == {"built": 0.0, "converted": 0.0}
+
+
 def test_shared_experts_run_while_tokens_travel(behaviours: list[Any]) -> None:
     for found in behaviours:
         assert found["shared"]["order"] == ["sent", "shared", "waited"]

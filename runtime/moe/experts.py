@@ -77,6 +77,7 @@ class PlacedExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         if seed is not None:
             self.reset_parameters(seed)
+        self._try_kind()
         self.put_in_force(plan, placement)
 
     def _check_together(
@@ -114,6 +115,16 @@ class PlacedExperts(nn.Module):
             return self.optimizer_steps.done if self.training or settings.evaluation else None
 
         return CompressedDispatcher(plain, self.mesh, settings, self.layer, self.spec.hidden_size, steps)
+
+    @torch.no_grad()
+    def _try_kind(self) -> None:
+        """One row through an expert, so that torch's kernels are tried here and not inside a forward that a checkpoint,
+        a compiler or a recorder watches."""
+        weights = dict(self.named_parameters(recurse=False))
+        example = next(iter(weights.values()))
+        count_S = torch.zeros(len(example), dtype=torch.int64, device=example.device)
+        count_S[:1] = 1
+        self.kind.forward(example.new_zeros(int(count_S.sum()), self.spec.hidden_size), count_S, weights)
 
     def put_in_force(self, plan: Plan, placement: LayerPlacement) -> None:
         """Routes by `placement` from now on. `row_expert` and the parameters' rows must already be its own."""
