@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from random_plans import random_plan
 from ranks import join_group
-from small_models import FAMILIES, olmoe, tokens
+from small_models import FAMILIES, olmoe, openai_privacy_filter, tokens
 from torch.distributed.device_mesh import init_device_mesh
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 import moeplace as mp
 
@@ -96,4 +97,30 @@ def refused(mesh: Any) -> dict[str, str]:
         mp.parallelize(model, random_plan(rng, 2, 2, spec), mesh)
     except mp.UnsupportedError as refusal:
         said["function"] = str(refusal)
+    for name in ("layout", "one_rank_only"):
+        # On one rank alone the module computes something else than its class says.
+        other = openai_privacy_filter() if name == "layout" else olmoe()
+        if name == "one_rank_only" and dist.get_rank() == 2:
+            other.model.layers[1].mlp.experts.__class__ = Halved
+        plan = random_plan(np.random.default_rng(0), 2, 2, spec_of(other, (0, 1)))
+        before = torch.get_rng_state()
+        try:
+            mp.parallelize(other, plan, mesh)
+        except mp.MoeplaceError as refusal:
+            said[name] = f"{type(refusal).__name__}: {refusal}"
+        assert torch.equal(before, torch.get_rng_state())
+    with torch.device("meta"):
+        other = openai_privacy_filter()
+    try:
+        mp.parallelize(other, random_plan(np.random.default_rng(0), 2, 2, spec_of(other, (0, 1))), mesh)
+    except mp.UnsupportedError as refusal:
+        said["meta"] = str(refusal)
     return said
+
+
+class Halved(OlmoeExperts):
+    """Looks like the class that it derives from."""
+
+    def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
+        half: torch.Tensor = super().forward(*arguments) / 2
+        return half

@@ -57,6 +57,12 @@ def gpt_oss(**changes: Any) -> torch.nn.Module:
                   num_local_experts=8, num_experts_per_tok=4, **{"sliding_window": 16, **changes})  # fmt: skip
 
 
+def openai_privacy_filter() -> torch.nn.Module:
+    """Experts with gpt-oss's settings, whose gate and up stand one behind the other."""
+    return _built(tf.OpenAIPrivacyFilterForTokenClassification, tf.OpenAIPrivacyFilterConfig, intermediate_size=24,
+                  num_hidden_layers=2, head_dim=8, num_local_experts=8, num_experts_per_tok=2)  # fmt: skip
+
+
 FAMILIES: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] = {
     "mixtral": (mixtral, (0, 1)),
     "olmoe": (olmoe, (0, 1)),

@@ -56,3 +56,20 @@ def test_models_and_plans_that_do_not_fit_are_refused(families: list[Any], case:
     for found in families:
         with pytest.raises(mp.InputError, match=words):
             raise mp.InputError(found["refused"].get(case, "nothing was refused"))
+
+
+@pytest.mark.parametrize("case", ["layout", "meta"])
+def test_experts_that_only_look_like_a_known_kind_are_refused(families: list[Any], case: str) -> None:
+    for found in families:
+        said = found["refused"].get(case, "nothing was refused")
+        assert "model.layers.0.mlp.experts (OpenAIPrivacyFilterExperts) was taken for GptOss(alpha=1.702" in said
+        assert "computes something else" in said
+
+
+def test_a_kind_that_one_rank_refuses_does_not_leave_the_others_waiting(families: list[Any]) -> None:
+    for rank, found in enumerate(families):
+        said = found["refused"].get("one_rank_only", "nothing was refused")
+        if rank == 2:
+            assert said.startswith("UnsupportedError: model.layers.1.mlp.experts (Halved) was taken for SwiGLU")
+        else:
+            assert said.startswith("InputError: model and plan: rank 2 refused it")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...placement.errors import InputError, MoeplaceError, UnsupportedError
@@ -20,6 +22,11 @@ from .mesh import ExpertMesh
 
 ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELU": "gelu", "ReLU": "relu"}
 """Activation modules of Transformers and their functions in torch.nn.functional."""
+
+TRIED_EXPERTS, TRIED_ROWS, TRIED_WIDTH = 2, 4, 256
+"""Experts, tokens and inner units on which an expert kind is compared with the module that it stands for."""
+TOLERANCE = 1e-4
+"""Largest relative difference there: float32 rounding of long sums, far below that of another function."""
 
 WHOLE_BLOCKS = ("DeepseekV3MoE",)
 """Blocks that are gate, experts and shared experts and nothing else: replaced whole, so that the latter overlap."""
@@ -39,14 +46,16 @@ def parallelize(
     model: a Transformers 5 model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them) with the same
     weights on every rank. Every rank keeps its own experts and all of the rest. Routers stay as they are, so recording
     (`moeplace.profile`), router losses and callbacks work as before. On the meta device the weights are left to a
-    checkpoint (`load_checkpoint`). dispatch, compression, gradients: as for `PlacedExperts`.
+    checkpoint (`load_checkpoint`). What the experts compute is recognised by their class's settings, then compared with the
+    module's own forward on a few random rows and random weights of its shapes, on the CPU in float32; so also on the meta
+    device, where weights are still missing. The global random state stays as it was. dispatch, compression, gradients: as for `PlacedExperts`.
 
     DistributedDataParallel leaves the experts alone; `fully_shard` wants `ignored_params=expert_parameters(model)`.
 
     Raises, on every rank:
         InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs between
             ranks.
-        UnsupportedError: experts with a function that is not known.
+        UnsupportedError: experts with a function that is not known, or that differs from the one it was taken for.
     """
     mesh = ExpertMesh.of(mesh)
     failure: MoeplaceError | None = None
@@ -57,6 +66,7 @@ def parallelize(
         found = _experts(model)
         kinds = [_kind(name, module) for name, _, module in found]
         spec = _spec(model, found)
+        _check_kinds(found, kinds, spec)
         check_plan(spec, plan, mesh)
     except MoeplaceError as error:
         failure = error
@@ -115,6 +125,74 @@ def _kind(name: str, module: nn.Module) -> ExpertKind:
     raise UnsupportedError(
         f"{name} ({type(module).__name__}): its function is not known; known are gated experts with {sorted(ACTIVATIONS)} "
         "and gpt-oss's. Write an expert kind (moeplace/runtime/moe/expert_kinds.py) and use ExpertParallelMoE"
+    )
+
+
+def _check_kinds(found: list[tuple[str, int, nn.Module]], kinds: list[ExpertKind], spec: ModelSpec) -> None:
+    """Compares every expert kind with its module, once for those built alike.
+
+    Raises:
+        UnsupportedError: the module gives something else, or does not run on its own.
+    """
+    compared = set()
+    for (name, _, module), kind in zip(found, kinds, strict=True):
+        settings = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        shapes = {key: tuple(value.shape) for key, value in module.named_parameters()}
+        built = f"{type(module)} {kind} {shapes} {settings} {module}"
+        if built in compared:
+            continue
+        compared.add(built)
+        # Few inner units tell functions apart as well as all do, in a fraction of the time; a refusal rests on all.
+        failure = _difference(module, kind, spec.replace(ffn_size=min(spec.ffn_size, TRIED_WIDTH)))
+        if failure is not None and spec.ffn_size > TRIED_WIDTH:
+            failure = _difference(module, kind, spec)
+        if failure is not None:
+            raise UnsupportedError(
+                f"{name} ({type(module).__name__}) was taken for {kind}, but {failure}. Write an expert kind "
+                "(moeplace/runtime/moe/expert_kinds.py) and use ExpertParallelMoE"
+            )
+
+
+@torch.no_grad()
+def _difference(module: nn.Module, kind: ExpertKind, spec: ModelSpec) -> str | None:
+    """What tells `kind` from the module's own forward, on random rows and weights; None where nothing does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    count = min(TRIED_EXPERTS, spec.experts)
+    # Large enough to reach the bends and limits of activations.
+    row_TD = 4.0 * drawn(TRIED_ROWS, spec.hidden_size)
+    expert_TK = torch.arange(count, device="cpu").repeat(TRIED_ROWS, 1)
+    weight_TK = drawn(TRIED_ROWS, count)
+    shapes = {key: (count, *shape) for key, shape in kind.shapes(spec).items()}
+    weights = {
+        # Matrices in either orientation: sums of as many terms as the wider side has stay near one, or below.
+        key: drawn(*shape) * (max(shape[1:]) ** -0.5 if len(shape) > 2 else 1.0)
+        for key, shape in shapes.items()
+    }
+    # Parameters that the kind does not know take part as well; what they do must then show.
+    others = {key: drawn(*value.shape) for key, value in module.named_parameters(recurse=False) if key not in weights}
+    alone = copy.copy(module)
+    alone._parameters = {key: nn.Parameter(value, requires_grad=False) for key, value in {**weights, **others}.items()}
+    # The class's own definition; the kernels that Transformers puts in its place may want a GPU.
+    own = getattr(type(module).forward, "__wrapped__", type(module).forward)
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        try:
+            expected_TD = own(alone, row_TD, expert_TK, weight_TK)
+            # The kind takes rows in the order of experts.
+            count_S = torch.full((count,), TRIED_ROWS, device="cpu")
+            out_KTD = kind.forward(row_TD.repeat(count, 1), count_S, weights).view(count, TRIED_ROWS, -1)
+            found_TD = (out_KTD * weight_TK.T[:, :, None]).sum(dim=0)
+            difference = float((found_TD - expected_TD).abs().max() / expected_TD.abs().max())
+        except Exception as error:
+            return f"the two could not be compared ({type(error).__name__}: {error})"
+    if difference <= TOLERANCE:
+        return None
+    return (
+        f"computes something else: on random weights in float32 outputs differ by {difference:.2g} of the largest, where "
+        f"rounding gives less than {TOLERANCE:g}"
     )
 
 
