@@ -15,7 +15,10 @@ import torch.distributed as dist
 from random_plans import SPEC, logical_weights, random_plan
 from ranks import join_group
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 
 import moeplace as mp
 from moeplace.runtime.moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters
@@ -478,5 +481,58 @@ def checkpointed_first(rank: int, world: int, folder: Path) -> dict[str, float]:
         layer.zero_grad()
         layer(x).square().mean().backward()
         found[name] = worst_of({name: value.grad for name, value in layer.named_parameters()}, checkpointed)
+    dist.destroy_process_group()
+    return found
+
+
+def left_out(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """Meshes that leave ranks out, and wrappers and optimizers that take the experts for the same on every rank."""
+    join_group(rank, world, folder)
+    half = plan_of(0, world // 2)
+    found: dict[str, Any] = {}
+    for name in ("dp", "pp"):
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=(name, "ep"))["ep"]
+        try:
+            layer = PlacedExperts(SPEC, half, mesh, 4)
+            out = layer(inputs(rank)[0], torch.arange(3).repeat(5, 1), torch.ones(5, 3))
+            found[name] = list(out.shape)
+        except mp.UnsupportedError as refusal:
+            found[name] = str(refusal)
+    mesh = init_device_mesh("cpu", (world,))
+
+    def zero() -> None:
+        layer = layer_of(mesh, world)
+        optimizer = ZeroRedundancyOptimizer(layer.parameters(), torch.optim.AdamW)
+        losses_of(layer, rank)
+        optimizer.step()
+
+    def zero_of_the_rest() -> None:
+        layer = layer_of(mesh, world)
+        optimizer = ZeroRedundancyOptimizer(layer.gate.parameters(), torch.optim.AdamW)
+        losses_of(layer, rank)
+        optimizer.step()
+
+    def tensor_parallel() -> None:
+        layer = layer_of(mesh, world)
+        for name, value in list(layer.experts.named_parameters()):
+            layer.experts.register_parameter(name, torch.nn.Parameter(DTensor.from_local(value.detach(), mesh)))
+        losses_of(layer, rank)
+
+    cases = {
+        "fully_shard": lambda: losses_of(fully_shard(layer_of(mesh, world)), rank),
+        "fsdp": lambda: losses_of(FSDP(layer_of(mesh, world), device_id=torch.device("cpu")), rank),
+        "fsdp_orig": lambda: losses_of(
+            FSDP(layer_of(mesh, world), device_id=torch.device("cpu"), use_orig_params=True), rank
+        ),
+        "tensor_parallel": tensor_parallel,
+        "zero": zero,
+        "zero_of_the_rest": zero_of_the_rest,
+    }
+    for name, attempt in cases.items():
+        try:
+            attempt()
+            found[name] = ""
+        except mp.UnsupportedError as refusal:
+            found[name] = str(refusal)
     dist.destroy_process_group()
     return found

@@ -151,6 +151,39 @@ def test_nodes_of_one_device_work(behaviours: list[Any]) -> None:
     assert all(found["one_device_a_node"] < ROUNDING for found in behaviours)
 
 
+@pytest.fixture(scope="module")
+def left_out(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return launch("expert_ranks:left_out", 4, tmp_path_factory.mktemp("left_out"))
+
+
+def test_a_mesh_that_leaves_ranks_out_is_refused_but_for_pipeline_stages(left_out: list[Any]) -> None:
+    for rank, found in enumerate(left_out):
+        mine, others = ("[0, 1]", "[2, 3]") if rank < 2 else ("[2, 3]", "[0, 1]")
+        assert f"the mesh has the ranks {mine}, but not {others}" in found["dp"]
+        assert found["pp"] == [5, 16]
+
+
+@pytest.mark.parametrize(
+    ("case", "by"),
+    [
+        ("fully_shard", "fully_shard,"),
+        ("fsdp", "FullyShardedDataParallel"),
+        ("fsdp_orig", "FullyShardedDataParallel"),
+        ("tensor_parallel", "a tensor-parallel plan,"),
+    ],
+)
+def test_experts_taken_over_by_a_sharding_wrapper_are_refused(left_out: list[Any], case: str, by: str) -> None:
+    for found in left_out:
+        assert f"gate_up_proj was taken over by {by}" in found[case]
+        assert "ignored_params=expert_parameters(model)" in found[case]
+
+
+def test_zero_redundancy_over_experts_is_refused_at_its_first_step(left_out: list[Any]) -> None:
+    for found in left_out:
+        assert found["zero"].startswith("ZeroRedundancyOptimizer gives every parameter to one rank")
+        assert found["zero_of_the_rest"] == ""
+
+
 @pytest.mark.parametrize("accident", ["killed", "stopped"])
 def test_a_rank_that_is_lost_is_named_by_the_others_within_the_timeout(accident: str, tmp_path: Path) -> None:
     found = launch(f"expert_ranks:{accident}", 4, tmp_path, dies=[2], seconds=60)

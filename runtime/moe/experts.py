@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from ...placement.errors import InputError, nearest
+from ...placement.errors import InputError, MoeplaceError, UnsupportedError, nearest
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from .agreement import agree
@@ -46,6 +47,8 @@ class PlacedExperts(nn.Module):
     Raises:
         InputError: the plan is for another model, number of ranks or node layout, lacks the layer, or ranks hold
             different plans; all ranks raise.
+        UnsupportedError: the mesh has not all ranks of the world or, sliced from a mesh with a dimension "pp", of the
+            pipeline stage; or, once built, fully_shard or FullyShardedDataParallel takes the expert parameters too.
     """
 
     def __init__(
@@ -84,17 +87,18 @@ class PlacedExperts(nn.Module):
         self, plan: Plan, dispatch: str | MakeDispatcher | None, dtype: torch.dtype | None
     ) -> Dispatcher:
         """Checks what was given; a rank that finds something wrong tells the others, before any waits for it."""
-        failure: InputError | None = None
+        failure: MoeplaceError | None = None
         dispatcher: Dispatcher | None = None
         try:
             if self.gradients not in get_args(Gradients):
                 raise InputError(
                     f"gradients {self.gradients!r} is unknown; {nearest(str(self.gradients), get_args(Gradients))}"
                 )
+            self.mesh.check_covers_world()
             check_plan(self.spec, plan, self.mesh)
             LayerPlacement.of(plan, self.layer)
             dispatcher = self._compressed(_make(dispatch, self.mesh))
-        except InputError as error:
+        except MoeplaceError as error:
             failure = error
         content = f"{plan.fingerprint} {self.layer} {dtype} {self.kind!r} {self.gradients} {type(dispatcher).__name__}"
         agree(self.mesh, f"plan and settings of MoE layer {self.layer}", content, failure)
@@ -134,6 +138,25 @@ class PlacedExperts(nn.Module):
         self.replica_sum = ReplicaSum(placement, self.mesh, self.row_of_slot)
         self.dispatcher.place(placement, torch.from_numpy(self.row_of_slot), len(self.row_expert))
 
+    def __setattr__(self, name: str, value: object) -> None:
+        # fully_shard puts its own parameters in place by setattr, unsharded ones during forward: these no longer tell.
+        if isinstance(value, DTensor):
+            raise self._managed(name, "fully_shard")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        # FullyShardedDataParallel deletes parameters, then puts views of its own in their place.
+        if name in self._parameters:
+            raise self._managed(name, "FullyShardedDataParallel or another wrapper that deletes parameters")
+        super().__delattr__(name)
+
+    def _managed(self, name: str, by: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"layer {self.layer}: {name} was taken over by {by}, as if every rank held the same experts; leave them out: "
+            "fully_shard(model, ignored_params=expert_parameters(model)), FullyShardedDataParallel(model, "
+            "ignored_states=expert_parameters(model))"
+        )
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -165,7 +188,11 @@ class PlacedExperts(nn.Module):
         return self.dispatcher.combine(y_ND, work).view(hidden_states.shape)
 
     def _weights(self) -> Mapping[str, Tensor]:
-        names, values = zip(*self.named_parameters(recurse=False), strict=True)
+        parameters = dict(self.named_parameters(recurse=False))
+        for name, value in parameters.items():
+            if isinstance(value, DTensor):
+                raise self._managed(name, "a tensor-parallel plan")
+        names, values = zip(*parameters.items(), strict=True)
         scale = 1.0 / self.mesh.size if self.gradients == "mean" else 1.0
         if self.replica_sum.any or scale != 1.0:
             values = SharedGradients.apply(self.replica_sum, scale, *values)  # type: ignore[no-untyped-call]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...placement.errors import InputError
+from ...placement.errors import InputError, UnsupportedError
 from ...placement.topology import Topology
+
+STAGES = "pp"
+"""Dimension of a device mesh along which ranks hold different layers, as torchtitan and Transformers name it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,27 @@ class ExpertMesh:
         """Whether there are several nodes of several devices."""
         return self.inter is not None and 1 < self.node_size < self.size
 
+    def check_covers_world(self) -> None:
+        """Raises UnsupportedError unless the mesh has all ranks of the world, or all of this rank's pipeline stage.
+
+        Stages are those of a dimension named "pp" of the mesh that this one was sliced from.
+        """
+        root = self.mesh._get_root_mesh()
+        names, ranks = root.mesh_dim_names or (), root.mesh
+        stages = names.index(STAGES) if STAGES in names and root is not self.mesh else None
+        wanted = set(range(dist.get_world_size()))
+        if stages is not None and set(ranks.flatten().tolist()) == wanted:
+            here = (ranks == self.members[self.rank]).nonzero()[0, stages]
+            wanted = set(ranks.select(stages, int(here)).flatten().tolist())
+        missing = sorted(wanted - set(self.members))
+        if missing:
+            raise UnsupportedError(
+                f"the mesh has the ranks {_short(self.members)}, but not {_short(missing)}: expert gradients would never be "
+                "summed with theirs, for data parallelism of experts does not exist yet. Give a mesh of all ranks (more "
+                f"replicas in the plan serve the same end), or, with pipeline stages, one sliced from a mesh with a "
+                f"dimension named {STAGES!r}, of all ranks of the stage"
+            )
+
     def check_topology(self, topology: Topology) -> None:
         """Raises InputError unless the topology has this mesh's ranks and, in two dimensions, its nodes."""
         if topology.num_devices != self.size:
@@ -84,3 +109,7 @@ class ExpertMesh:
                 f"the mesh has {self.mesh.mesh.shape[0]} nodes of {self.node_size} ranks, the plan's topology nodes of "
                 f"{topology.node_size.tolist()} devices; give a mesh of one dimension for nodes of different sizes"
             )
+
+
+def _short(ranks: Sequence[int]) -> str:
+    return f"{list(ranks[:8])}" if len(ranks) <= 8 else f"[{', '.join(map(str, ranks[:8]))}, ...]"
