@@ -15,8 +15,7 @@ import torch.distributed as dist
 from random_plans import SPEC, logical_weights, random_plan
 from ranks import join_group
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
@@ -520,9 +519,9 @@ def left_out(rank: int, world: int, folder: Path) -> dict[str, Any]:
 
     cases = {
         "fully_shard": lambda: losses_of(fully_shard(layer_of(mesh, world)), rank),
-        "fsdp": lambda: losses_of(FSDP(layer_of(mesh, world), device_id=torch.device("cpu")), rank),
+        "fsdp": lambda: losses_of(FullyShardedDataParallel(layer_of(mesh, world), device_id=torch.device("cpu")), rank),
         "fsdp_orig": lambda: losses_of(
-            FSDP(layer_of(mesh, world), device_id=torch.device("cpu"), use_orig_params=True), rank
+            FullyShardedDataParallel(layer_of(mesh, world), device_id=torch.device("cpu"), use_orig_params=True), rank
         ),
         "tensor_parallel": tensor_parallel,
         "zero": zero,

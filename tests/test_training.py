@@ -37,13 +37,18 @@ def test_a_plain_loop_records_solves_beside_training_and_changes_its_plan(tmp_pa
     assert found[1]["news"] == []
 
 
-def test_the_trainer_calls_back_and_refuses_its_own_clipping(tmp_path: Path) -> None:
+def test_the_trainer_calls_back_and_refuses_its_own_clipping_and_saving(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     found = launch("training_ranks:trainer", 2, tmp_path)
     for rank in found:
-        assert "max_grad_norm (1.0) clips by a norm that differs between ranks" in rank["refused"]
+        assert "max_grad_norm (1.0) clips by a norm that differs between ranks" in rank["refused"]["1.0 no"]
+        assert "save_strategy ('steps') would write the first rank's experts" in rank["refused"]["0.0 steps"]
+        for case in ("pretrained", "part"):
+            assert "moeplace.runtime.save_checkpoint(path, model, optimizer)" in rank["refused"].get(case, "nothing")
+        assert not rank["written"]
         assert rank["rounds"][0] == "round-0001"
         assert rank["trace"]
+    assert "moeplace.runtime.save_checkpoint(path, model, optimizer)" in found[0]["refused"].get("trainer", "nothing")
     assert len(found[0]["losses"]) == 8
 
 

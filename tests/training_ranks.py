@@ -81,26 +81,35 @@ def trainer(rank: int, world: int, folder: Path) -> dict[str, Any]:
     model = olmoe(use_cache=False)
     mp.parallelize(model, index_order(world, model), init_device_mesh("cpu", (world,)))
     data = [{"input_ids": row, "labels": row} for row in tokens(64, 8)]
-    said = ""
+    said: dict[str, str] = {}
     result: dict[str, Any] = {}
-    for norm in (1.0, 0.0):
+    for norm, saving in ((1.0, "no"), (0.0, "steps"), (0.0, "no")):
         callback = RebalanceCallback(
             folder / f"rounds-{norm}", every=4, record_steps=2, solver="eplb", horizon_steps=1e9
         )
         arguments = TrainingArguments(
             output_dir=str(folder / "out"), max_steps=8, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-            max_grad_norm=norm, save_strategy="no", logging_steps=1, disable_tqdm=True, ddp_backend="gloo",
+            max_grad_norm=norm, save_strategy=saving, logging_steps=1, disable_tqdm=True, ddp_backend="gloo",
         )  # fmt: skip
         session = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
         try:
             session.train()
-        except mp.InputError as refusal:
-            said = str(refusal)
+        except (mp.InputError, mp.UnsupportedError) as refusal:
+            said[f"{norm} {saving}"] = str(refusal)
             continue
         result = {
             "losses": [entry["loss"] for entry in session.state.log_history if "loss" in entry],
             "rounds": sorted(path.name for path in (folder / f"rounds-{norm}").iterdir()),
             "trace": (folder / f"rounds-{norm}" / "round-0001" / "trace").is_dir(),
         }
+    for name, save in (
+        ("pretrained", lambda: model.save_pretrained(folder / "saved")),
+        ("part", lambda: model.model.save_pretrained(folder / "saved")),
+        ("trainer", lambda: session._save(str(folder / "saved"))),  # the first rank alone goes on to write
+    ):
+        try:
+            save()
+        except mp.UnsupportedError as refusal:
+            said[name] = str(refusal)
     dist.destroy_process_group()
-    return {**result, "refused": said}
+    return {**result, "refused": said, "written": (folder / "saved" / "model.safetensors").exists()}

@@ -51,11 +51,12 @@ def parallelize(
     device, where weights are still missing. The global random state stays as it was. dispatch, compression, gradients: as for `PlacedExperts`.
 
     DistributedDataParallel leaves the experts alone; `fully_shard` wants `ignored_params=expert_parameters(model)`.
+    `save_pretrained` is refused from now on: `save_checkpoint` writes the experts of all ranks.
 
     Raises, on every rank:
         InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs between
             ranks.
-        UnsupportedError: experts with a function that is not known, or that differs from the one it was taken for.
+        UnsupportedError: the mesh leaves ranks out, pipeline stages aside; experts with a function that is not known, or that differs from the one it was taken for.
     """
     mesh = ExpertMesh.of(mesh)
     failure: MoeplaceError | None = None
@@ -63,6 +64,7 @@ def parallelize(
     kinds: list[ExpertKind] = []
     spec = plan.model
     try:
+        mesh.check_covers_world()
         found = _experts(model)
         kinds = [_kind(name, module) for name, _, module in found]
         spec = _spec(model, found)
@@ -91,7 +93,21 @@ def parallelize(
         placed.requires_grad_(example.requires_grad).train(module.training)
         _replace(model, name, placed)
     exclude_from_ddp(model)
+    for part in model.modules():
+        if hasattr(
+            type(part), "base_model_prefix"
+        ):  # what Transformers' own models have, adapters around them have not
+            vars(part)["save_pretrained"] = _refuse_saving
     return model
+
+
+def _refuse_saving(*_: object, **__: object) -> None:
+    raise UnsupportedError(
+        "save_pretrained (the Transformers Trainer's own saving too) would write this rank's experts as if they were all. Write a "
+        "checkpoint with moeplace.runtime.save_checkpoint(path, model, optimizer) on every rank, and give the Trainer "
+        "save_strategy='no'; torch.distributed.checkpoint reads it into the model in one process, which save_pretrained "
+        "then writes"
+    )
 
 
 def _experts(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
@@ -186,7 +202,7 @@ def _difference(module: nn.Module, kind: ExpertKind, spec: ModelSpec) -> str | N
             out_KTD = kind.forward(row_TD.repeat(count, 1), count_S, weights).view(count, TRIED_ROWS, -1)
             found_TD = (out_KTD * weight_TK.T[:, :, None]).sum(dim=0)
             difference = float((found_TD - expected_TD).abs().max() / expected_TD.abs().max())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever a model's own code raises
             return f"the two could not be compared ({type(error).__name__}: {error})"
     if difference <= TOLERANCE:
         return None
