@@ -205,16 +205,18 @@ def test_a_window_whose_pairs_have_no_sum_in_64_bits_is_refused(store: Store) ->
 
 def test_what_one_sender_brings_about_is_that_senders_alone(store: Store) -> None:
     """Of whatever kind: here a date whose zone has no room for it, and a load that is no array."""
-    held = threading.Event()
+    begun, held = threading.Event(), threading.Event()
     add = store.windows.add_each
 
     def waiting(batches: Sequence[Any]) -> list[int]:
+        begun.set()
         held.wait(60)
         return add(batches)
 
     store.windows.add_each = waiting  # type: ignore[method-assign]
     intake = Intake(store)
     first = intake.put("chat", [window(0)])
+    assert begun.wait(60), "the others are to be one batch"
     edge = datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))
     good = [intake.put(name, [window(number)]) for number, name in enumerate(("chat", "code"), 1)]
     bad = [
