@@ -36,9 +36,7 @@ def check_address(url: str) -> urllib.parse.SplitResult:
     except ValueError:
         valid = False
     if not valid:
-        raise InputError(
-            f"{url!r} is not an address that can be called; expected http://host:port or https://host:port"
-        )
+        raise InputError(f"{url!r} is not the address of a server; expected http://host:port or https://host:port")
     return parts
 
 
