@@ -61,7 +61,7 @@ def shown(url: URL) -> str:
 def _data_folder() -> Path:
     folder = platformdirs.user_data_path("moeplace", appauthor=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(
             f"{folder}: the data folder cannot be created ({error.strerror}); name another database in {VARIABLE}"

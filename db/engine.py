@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import sqlite3
 import time
 from typing import Any
@@ -38,6 +40,13 @@ def _sqlite(url: URL, lock_seconds: float) -> Engine:
         hide_parameters=True,
         connect_args={"timeout": lock_seconds, "isolation_level": None},
     )
+
+    @event.listens_for(engine, "do_connect")
+    def keep_private(_dialect: Any, _record: Any, _arguments: Any, _options: Any) -> None:
+        # It holds secrets. SQLite would make it readable to all, and gives the files beside it the rights of this one.
+        # Where it cannot be made, SQLite says why.
+        with contextlib.suppress(OSError):
+            os.close(os.open(str(url.database), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:

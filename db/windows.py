@@ -23,6 +23,21 @@ from .session import Sessions
 TEXT_LENGTH = 100
 LARGEST = 1 << 53
 """Of one count: JSON readers keep whole numbers up to here exactly."""
+MOST_PAIRS = 1 << 48
+"""Of one window, over all layers and experts: those of as many windows as are kept by default have a sum in 64 bits."""
+EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
+"""Of a window's end: clocks that were never set are let in, moments that other time zones cannot express are not."""
+
+
+def check_ended(ended: datetime) -> datetime:
+    """The end of a window's span, where it can be one.
+
+    Raises:
+        InputError: before 1970 or after 2199.
+    """
+    if not EARLIEST <= ended < LATEST:
+        raise InputError(f"{ended.isoformat()} is no time a window can have ended at; expected 1970 to 2199, in UTC")
+    return ended
 
 
 class Windows:
@@ -157,7 +172,12 @@ def _values(name: str, key: int, window: CountWindow, shape: tuple[int, int]) ->
     if load.min() < 0 or load.max() > LARGEST:
         raise InputError(f"load: counts run from {load.min()} to {load.max()}, expected 0 to {LARGEST}")
     workload = storable("workload", window.workload, TEXT_LENGTH)
-    ended = window.ended.astimezone(UTC)
+    # A sum of int64 wraps around silently.
+    if (pairs := load.sum(dtype=np.float64)) > MOST_PAIRS:
+        raise InputError(
+            f"load: {pairs:.3g} token-expert pairs in one window, at most 2**48 are taken; send shorter ones"
+        )
+    ended = check_ended(window.ended).astimezone(UTC)
     told = repr((storable("source", window.source, TEXT_LENGTH), workload, ended.isoformat()))
     # The same counts have the same narrow form, however wide they were sent.
     counts = narrow(load)

@@ -15,17 +15,47 @@ ANSWER_LIMIT = 1 << 28
 """Bytes an answer may have."""
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def check_address(url: str) -> urllib.parse.SplitResult:
+    """The parts of an http or https address of which a connection can be tried.
+
+    Raises:
+        InputError: another scheme, no host, or a port that cannot be.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")
+    except ValueError:
+        valid = False
+    if not valid:
+        raise InputError(f"{url!r} is not the address of a server; expected http://host:port or https://host:port")
+    return parts
+
+
 @dataclass(frozen=True)
 class EngineServer:
-    """Where an engine answers. key: sent as a bearer token. timeout: seconds to wait for an answer."""
+    """Where an engine answers. key: sent as a bearer token. timeout: seconds to wait for an answer. quote: whether errors
+    quote what was answered; not where others than those who named the address read them.
+
+    Redirects are not followed: they would lead the key elsewhere.
+    """
 
     url: str
     key: str | None = None
     timeout: float = 300.0
+    quote: bool = True
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        parts = check_address(self.url)
+        if parts.query or parts.fragment:
             raise InputError(f"{self.url!r} is not the address of a server; expected http://host:port")
 
     def call(self, method: str, path: str, body: Any = None) -> bytes:
@@ -42,14 +72,18 @@ class EngineServer:
         request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method=method)
         where = f"{method} {self.url.rstrip('/')}{path}"
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            with _OPENER.open(request, timeout=self.timeout) as answer:
                 content: bytes = answer.read(ANSWER_LIMIT + 1)
         except urllib.error.HTTPError as error:
-            told = error.read(300).decode("utf-8", "replace").strip()
-            hint = "; pass the server's key" if error.code in (401, 403) else ""
-            raise AnswerError(
-                f"{where}: answered {error.code} {error.reason}: {told or 'nothing more'}{hint}", error.code
-            ) from None
+            told = f"{where}: answered {error.code}"
+            if self.quote:
+                body = error.read(300).decode("utf-8", "replace").strip()
+                told += f" {error.reason}: {body or 'nothing more'}"
+            if error.code in (401, 403):
+                told += "; pass the server's key"
+            elif 300 <= error.code < 400:
+                told += "; redirects are not followed: give the address it leads to"
+            raise AnswerError(told, error.code) from None
         except TimeoutError:
             raise AnswerError(
                 f"{where}: no answer in {self.timeout:g} s; the server is stuck or busy, or needs a longer timeout"

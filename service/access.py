@@ -25,6 +25,12 @@ _cookie = APIKeyCookie(name=COOKIE, auto_error=False, description="The same toke
 LOCAL = Actor("local", "approve")
 """Who acts where no tokens are asked for."""
 
+PROXIED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
+"""Headers that a proxy adds: whoever sent such a request may be anywhere, whatever address it came from."""
+
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
+HOW_TO_ASK = "make a token (moeplace tokens add NAME --role approve) and start the server with --auth"
+
 
 class Gate:
     """Tells whose request it is. Safe to use from many threads."""
@@ -50,6 +56,7 @@ class Gate:
     def remembered(self, request: Request, token: str | None) -> Actor | None:
         """The same without asking the database; None where that must be asked. Raises HTTPException 403 as `actor`."""
         self._refuse_other_sites(request)
+        self._refuse_other_machines(request)
         if not self._settings.asks_for_tokens:
             return LOCAL
         until, actor = self._known.get(token or "", (0.0, LOCAL))
@@ -57,13 +64,32 @@ class Gate:
 
     def _refuse_other_sites(self, request: Request) -> None:
         origin, host = request.headers.get("origin"), request.headers.get("host", "")
-        if origin and request.method not in ("GET", "HEAD") and urlsplit(origin).netloc != host:
+        if origin and request.method not in ("GET", "HEAD") and origin.partition("://")[2] != host:
             raise HTTPException(403, "this request was made by a page of another site")
-        if not self._settings.asks_for_tokens:
-            # A name that was made to point here would let a page of that site read everything.
-            name = urlsplit(f"//{host}").hostname
-            if name not in ("127.0.0.1", "localhost", "::1", self._settings.host):
-                raise HTTPException(403, f"without tokens only this machine's own names are served, not {name!r}")
+
+    def _refuse_other_machines(self, request: Request) -> None:
+        if self._settings.asks_for_tokens:
+            return
+        passed_on = [name for name in PROXIED if name in request.headers]
+        if passed_on:
+            raise HTTPException(
+                403,
+                f"without tokens no request from a proxy is served, and this has {', '.join(passed_on)}; {HOW_TO_ASK}",
+            )
+        # A name that was made to point here would let a page of that site read everything.
+        host = request.headers.get("host", "")
+        if _name_of(host) not in (*LOOPBACK_NAMES, self._settings.host):
+            raise HTTPException(
+                403, f"without tokens only this machine's own names are served, not {host!r}; {HOW_TO_ASK}"
+            )
+
+
+def _name_of(host: str) -> str | None:
+    """The name in a Host header, without its port; None where that is no address."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 async def caller(

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from ..db.packed_counts import narrow
 from ..db.service_records import CountWindow
+from ..db.windows import TEXT_LENGTH, check_ended
 from ..placement.errors import FileFormatError, InputError
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 MOST_WINDOWS = 512
+DICTIONARY_BATCH = 2
+"""The kind of an Arrow message, as its header has it."""
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
-Name = Annotated[str, Field(max_length=100, pattern=r"^[^\x00]*$")]
+Name = Annotated[str, Field(max_length=TEXT_LENGTH, pattern=r"^[^\x00]*$")]
+
+
+def _possible(ended: datetime) -> datetime:
+    try:
+        return check_ended(ended)
+    except InputError as error:
+        raise ValueError(str(error)) from None
 
 
 class WindowIn(BaseModel):
@@ -27,7 +38,7 @@ class WindowIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ended: AwareDatetime
+    ended: Annotated[AwareDatetime, AfterValidator(_possible)]
     load: list[list[Count]]
     workload: Name = ""
     source: Name = ""
@@ -54,21 +65,23 @@ def from_json(body: bytes) -> list[CountWindow]:
 
 def from_arrow(body: bytes, layers: int, experts: int) -> list[CountWindow]:
     """Reads an Arrow stream of the columns ended (timestamp), load (list of layers * experts integers, layer by layer) and,
-    where wanted, workload and source (text).
+    where wanted, workload and source (text). Buffers must not be compressed: what is decoded is no larger than the body.
 
     Raises:
-        FileFormatError: not an Arrow stream. InputError: a column is missing or of another type; it is named.
+        FileFormatError: not an Arrow stream. InputError: a column is missing or of another type; it is named; or the stream
+            is compressed, or of too many rows.
     """
     import pyarrow as pa
 
     try:
+        rows = _announced_rows(body)
+        if not 1 <= rows <= MOST_WINDOWS:
+            raise InputError(f"windows: {rows} rows, 1 to {MOST_WINDOWS} are taken at once")
         with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
             table = reader.read_all()
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, struct.error) as error:
         raise FileFormatError(f"not an Arrow stream, or damaged ({error})") from None
-    if not 1 <= table.num_rows <= MOST_WINDOWS:
-        raise InputError(f"windows: {table.num_rows} rows, 1 to {MOST_WINDOWS} are taken at once")
     unknown = set(table.column_names) - {"ended", "load", "workload", "source"}
     if unknown or len(set(table.column_names)) != len(table.column_names):
         raise InputError(f"columns {sorted(table.column_names)}: expected ended, load, workload and source, once each")
@@ -79,6 +92,64 @@ def from_arrow(body: bytes, layers: int, experts: int) -> list[CountWindow]:
         CountWindow(ended[row], loads[row], texts["workload"][row], texts["source"][row])
         for row in range(table.num_rows)
     ]
+
+
+def _announced_rows(body: bytes) -> int:
+    """Rows of all batches of an Arrow stream, from the messages' headers; no buffer is touched.
+
+    Compression is refused: a few kilobytes of it become gigabytes.
+
+    Raises:
+        InputError: a buffer is compressed.
+    """
+    import pyarrow as pa
+
+    rows = 0
+    messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(body))
+    while True:
+        try:
+            message = messages.read_next_message()
+        except StopIteration:
+            return rows
+        header = message.metadata.to_pybytes()
+        # The second is how Arrow before 1.0 said it; readers still heed it.
+        if message.type in ("record batch", "dictionary"):
+            length, compressed = _batch_header(header)
+            if compressed or b"ARROW:experimental_compression" in header:
+                raise InputError(
+                    "body: its buffers are compressed; write the Arrow stream without (IpcWriteOptions(compression=None))"
+                )
+            rows += length if message.type == "record batch" else 0
+
+
+def _batch_header(header: bytes) -> tuple[int, bool]:
+    """(rows, whether buffers are compressed) of a record batch or dictionary, from the flatbuffer that describes it.
+
+    Fields by their numbers in Arrow's format/Message.fbs. Raises struct.error for offsets that lead out of the header.
+    """
+
+    def pointed(at: int) -> int:
+        return at + int(struct.unpack_from("<I", header, at)[0])
+
+    def field(table: int, number: int) -> int:
+        """Where a field of a table is, 0 where it is left out."""
+        entries = table - int(struct.unpack_from("<i", header, table)[0])
+        if entries < 0:
+            raise struct.error("a table of negative offset")
+        if int(struct.unpack_from("<H", header, entries)[0]) < 6 + 2 * number:
+            return 0
+        offset = int(struct.unpack_from("<H", header, entries + 4 + 2 * number)[0])
+        return table + offset if offset else 0
+
+    message = pointed(0)
+    batch = pointed(field(message, 2))
+    if struct.unpack_from("<B", header, field(message, 1))[0] == DICTIONARY_BATCH:
+        batch = pointed(field(batch, 1))
+    length = field(batch, 0)
+    rows = int(struct.unpack_from("<q", header, length)[0]) if length else 0
+    if rows < 0:
+        raise struct.error(f"a batch of {rows} rows")
+    return rows, bool(field(batch, 3))
 
 
 def to_arrow(windows: Sequence[CountWindow]) -> bytes:
@@ -130,7 +201,8 @@ def _times(table: Any) -> list[datetime]:
         raise InputError(f"column 'ended' is {column.type}, expected a timestamp")
     try:
         micro = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False).to_pylist()
-        return [(value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC) for value in micro]
+        aware = [value if value.tzinfo else value.replace(tzinfo=UTC) for value in micro]
+        return [check_ended(value).astimezone(UTC) for value in aware]
     except (pa.ArrowException, ValueError, OverflowError) as error:
         raise InputError(f"column 'ended' holds a time out of range ({error})") from None
 
@@ -154,12 +226,15 @@ def _loads(table: Any, layers: int, experts: int) -> Any:
 
 def _texts(table: Any, name: str) -> list[str]:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     if name not in table.column_names:
         return [""] * int(table.num_rows)
     column = _column(table, name)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    texts = column.dictionary if pa.types.is_dictionary(column.type) else column
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
         raise InputError(f"column {name!r} is {column.type}, expected text")
+    # Before one text of a dictionary becomes that of each row.
+    if len(texts) and (pc.max(pc.utf8_length(texts)).as_py() or 0) > TEXT_LENGTH:
+        raise InputError(f"column {name!r} holds texts of more than {TEXT_LENGTH} characters")
     return [str(value) for value in column.to_pylist()]

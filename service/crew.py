@@ -60,9 +60,9 @@ class LocalCrew:
 
 
 def worker_command(name: str, settings: Settings) -> Sequence[str]:
-    """Arguments of Python for a worker process."""
+    """Arguments of Python for a worker process. With -P it imports nothing from the folder it happens to run in."""
     module = __name__.rpartition(".")[0] + ".worker"
-    return ["-m", module, name, str(settings.lease_seconds), str(settings.idle_seconds)]
+    return ["-P", "-m", module, name, str(settings.lease_seconds), str(settings.idle_seconds)]
 
 
 class LocalWorker:

@@ -36,10 +36,15 @@ class Courier:
         for item in due:
             if self._not_before[item.key] > now:
                 continue
-            outcome, taken = send(item)
+            try:
+                outcome, taken = send(item)
+            except Exception as error:
+                # Whatever a receiver brings about, the others' events are still to be sent.
+                log.exception("unexpected error", extra={"delivery": item.key, "url": item.url})
+                outcome, taken = type(error).__name__, False
             last = item.attempts + 1 >= MOST_ATTEMPTS
-            self._store.webhooks.sent(item.key, outcome, state="sent" if taken else "given up" if last else "due")
             self._not_before[item.key] = time.monotonic() + min(3600.0, 2.0 ** (item.attempts + 1))
+            self._store.webhooks.sent(item.key, outcome, state="sent" if taken else "given up" if last else "due")
             if not taken:
                 log.warning("event not taken", extra={"delivery": item.key, "url": item.url, "outcome": outcome})
 
@@ -48,10 +53,10 @@ def send(item: DeliveryRecord) -> tuple[str, bool]:
     """(what came of it, whether it was taken). Redirects are not followed: they could lead anywhere."""
     body = json.dumps({"id": item.key, **item.event}).encode()
     signature = hmac.new(item.secret.encode(), body, hashlib.sha256).hexdigest()
-    target = urlsplit(item.url)
-    path = (target.path or "/") + (f"?{target.query}" if target.query else "")
     headers = {"Content-Type": "application/json", SIGNATURE: f"sha256={signature}", "User-Agent": "moeplace"}
     try:
+        target = urlsplit(item.url)
+        path = (target.path or "/") + (f"?{target.query}" if target.query else "")
         connection = _connection(target.scheme, target.hostname or "", target.port)
         try:
             connection.request("POST", path, body, headers)
@@ -59,7 +64,10 @@ def send(item: DeliveryRecord) -> tuple[str, bool]:
         finally:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return f"{type(error).__name__}: {error}", False
+        # What a receiver answered may stand in it, and no database keeps a NUL in text.
+        return f"{type(error).__name__}: {error}".encode("ascii", "backslashreplace").decode().replace(
+            "\0", "\\0"
+        ), False
     return str(status), 200 <= status < 300
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..db.service_records import CountWindow
 from ..db.store import Store
-from ..placement.errors import MoeplaceError, StoreError
+from ..placement.errors import StoreError
 
 MOST_WAITING = 4096
 """Requests in the queue: beyond, the database does not keep up, and callers are told to come again."""
@@ -85,8 +85,8 @@ class Intake:
         try:
             new = self._store.windows.add_each([(parcel.deployment, parcel.windows) for parcel in parcels])
         except Exception as error:  # noqa: BLE001 - handed to whoever sent it
-            if isinstance(error, MoeplaceError) and not isinstance(error, StoreError) and len(parcels) > 1:
-                # One of them is refused, and with it all: find out which.
+            if not isinstance(error, StoreError) and len(parcels) > 1:
+                # One of them is refused, or cannot be stored for a reason of its own, and with it all: find out which.
                 for parcel in parcels:
                     self._keep([parcel])
                 return

@@ -123,7 +123,7 @@ def ask(held: EngineHold, model: ModelSpec, folder: Path, stop: threading.Event)
         MoeplaceError: as `record_sglang`, or the engine serves another model.
     """
     engine = held.engine
-    server = EngineServer(engine.url, held.secret, ANSWER_SECONDS)
+    server = EngineServer(engine.url, held.secret, ANSWER_SECONDS, quote=False)
 
     def watch(_: float) -> None:
         if stop.is_set():

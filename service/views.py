@@ -11,11 +11,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from ..db.records import ModelRecord, PlanRecord, PlanSummary, StatisticsRecord, TopologyRecord
 from ..db.service_records import WindowRecord
 from ..db.uploads import UPLOAD_LIMIT
+from ..placement.errors import InputError
 from ..placement.model import ModelSpec
 from ..placement.objective import Objective
 from ..placement.plan_file import plan_to_dict
 from ..placement.topology import Topology
-from ..profiler.engine_server import EngineServer
+from ..profiler.engine_server import EngineServer, check_address
 from .plain import PlainObject
 from .policy import Policy
 from .slots import SlotCounts
@@ -257,8 +258,19 @@ class CommentIn(Body):
     comment: Annotated[str, Field(max_length=2000)] = ""
 
 
+def _callable(url: str) -> str:
+    try:
+        check_address(url)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return url
+
+
+Address = Annotated[str, Field(max_length=2000, pattern=r"^https?://[!-~]+$"), AfterValidator(_callable)]
+
+
 class WebhookIn(Body):
-    url: Annotated[str, Field(max_length=2000, pattern=r"^https?://[!-~]+$")]
+    url: Address
 
 
 class EngineIn(Body):
@@ -269,7 +281,7 @@ class EngineIn(Body):
     shown again.
     """
 
-    url: Annotated[str, Field(max_length=2000, pattern=r"^https?://[!-~]+$")]
+    url: Address
     recorder: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[ -~]+$")] = "default"
     every: Annotated[float, Field(ge=1.0, le=86_400.0)] = 60.0
     span: Annotated[float, Field(ge=0.05, le=3600.0)] = 10.0

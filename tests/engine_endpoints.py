@@ -180,6 +180,8 @@ def serving(engine: Any) -> Iterator[str]:
                 return
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
+            for name, value in getattr(engine, "headers", {}).items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
 
@@ -200,10 +202,11 @@ def serving(engine: Any) -> Iterator[str]:
 
 
 class Other:
-    """A server that answers anything the same way."""
+    """A server that answers anything the same way. headers: of each answer."""
 
     def __init__(self, reply: Callable[[], tuple[int, bytes]]) -> None:
         self.reply = reply
+        self.headers: dict[str, str] = {}
 
     def answer(self, *_: Any) -> tuple[int, bytes]:
         return self.reply()

@@ -153,3 +153,27 @@ def test_callers_that_are_too_fast_are_told_when_to_come_again(tmp_path: Path) -
         assert connection.getresponse().status == 200
         with mp.Client(server.url) as client:
             assert list(client.plans()) == [], "the client waits and asks again"
+
+
+PROXIED = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP", "Via")
+
+
+def test_without_tokens_only_this_machine_itself_is_served(
+    tmp_path: Path, server: Server, tokens: dict[str, str]
+) -> None:
+    def told(url: str, **headers: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        connection.request("GET", "/v1/whoami", headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    with serving(str(tmp_path / "x.db"), "--workers", "0") as without:
+        assert told(without.url)[0] == 200
+        assert told(without.url, Host=f"localhost:{urlsplit(without.url).port}")[0] == 200
+        assert told(without.url, Host="[::1]:80")[0] == 200
+        for headers in (*({name: "for=10.0.0.7"} for name in PROXIED), {"Host": "evil.example"}, {"Host": "[bad"}):
+            status_, problem = told(without.url, **headers)
+            assert status_ == 403, headers
+            assert "moeplace tokens add" in problem, "says what to do"
+    for name in PROXIED:
+        assert told(server.url, **{name: "https", "Authorization": f"Bearer {tokens['read']}"})[0] == 200

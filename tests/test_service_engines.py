@@ -118,3 +118,25 @@ def test_one_of_two_servers_asks_and_the_other_takes_over(tmp_path: Path) -> Non
             first.kill()
         with other.client() as client:
             until(client, lambda record: record.windows >= found.windows + 2)
+
+
+def test_an_engines_key_goes_nowhere_else_and_its_answers_are_not_shown(tmp_path: Path) -> None:
+    """Whoever may name an engine's address could otherwise read what stands at any, and have the key sent on."""
+    led: list[Any] = []
+
+    class Elsewhere:
+        def answer(self, method: str, path: str, headers: Any, body: Any) -> tuple[int, bytes]:
+            led.append(headers.get("Authorization"))
+            return 200, b"{}"
+
+    with engine_endpoints.serving(Elsewhere()) as elsewhere:
+        for status in (301, 302, 307, 308, 404, 500):
+            answer = engine_endpoints.Other(lambda status=status: (status, b"credentials of the metadata service"))
+            answer.headers = {"Location": elsewhere + "/server_info"}
+            with engine_endpoints.serving(answer) as url:
+                record = EngineRecord("chat", url, "a", 1.0, 0.05, datetime.now(UTC), None, 0, 0, None, None)
+                with pytest.raises(mp.MoeplaceError) as refused:
+                    ask(EngineHold(record, 1, "", 0, "its-key"), MODEL, tmp_path, Event())
+                assert "credentials" not in str(refused.value)
+                assert status == 404 or str(status) in str(refused.value)
+    assert led == []

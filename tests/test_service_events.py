@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ pytest.importorskip("fastapi", reason="the service is an extra")
 from service_runs import MODEL, PATIENCE, TOPOLOGY, Server, counts, prepared, serving, skewed
 
 import moeplace as mp
-from moeplace.db.service_records import CountWindow
+from moeplace.db import Store
+from moeplace.db.service_records import Actor, CountWindow
+from moeplace.service.delivery import Courier
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -131,3 +134,47 @@ def test_vllm_ascend_gets_its_file(server: Server, tmp_path: Path) -> None:
         content = json.loads(client.export(client.add_plan(plan).id, "vllm-ascend"))
     written = mp.export_plan(plan, "vllm-ascend", tmp_path / "plan.json")
     assert content == json.loads(written.read_text())
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[bad/", "http:///path", "http://:80/", "http://host:99999/", "http://host:0/", "http://host:x/"]
+)
+def test_addresses_that_cannot_be_called_are_refused_when_they_are_given(server: Server, url: str) -> None:
+    with server.client() as client, pytest.raises(mp.InputError, match="url"):
+        client.add_webhook("chat", url)
+
+
+def test_a_webhook_that_cannot_be_called_does_not_keep_others_from_theirs(tmp_path: Path) -> None:
+    """As earlier releases took them, and one whose answer no database keeps."""
+    by = Actor("test", "approve")
+    with (
+        Store.open(tmp_path / "store.db") as store,
+        receiving(refusals=0) as (url, got),
+        answering(b"\x00\xff no HTTP \x00\r\n\r\n") as garbled,
+    ):
+        model, topology = store.add_model(MODEL), store.add_topology(TOPOLOGY)
+        store.deployments.add("chat", model.id, topology.id, {}, by)
+        for address in ("http://[bad/", "http://host:99999/", "http://" + "x" * 70 + ".test/", garbled, url):
+            store.webhooks.add("chat", address, by)
+        plan = mp.solve(mp.Problem(MODEL, TOPOLOGY, mp.RoutingStatistics.from_counts(skewed(2), top_k=2)), "eplb")
+        store.deployments.publish("chat", store.add_plan(plan).id, by, cause="manual")
+        Courier(store).deliver()
+        assert len(got) == 1
+        assert [entry.attempts for entry in store.webhooks.due(10)] == [1, 1, 1, 1]
+
+
+@contextmanager
+def answering(content: bytes) -> Iterator[str]:
+    """A listener that sends this to whoever connects, once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(content)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        thread.join(60)

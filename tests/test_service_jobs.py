@@ -15,7 +15,10 @@ pytest.importorskip("fastapi", reason="the service is an extra")
 from service_runs import MODEL, PATIENCE, TOPOLOGY, counts, prepared, serving, skewed
 
 import moeplace as mp
+from moeplace.db import Store
 from moeplace.db.service_records import CountWindow, DecisionRecord
+from moeplace.service.crew import LocalCrew
+from moeplace.service.settings import Settings
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LONG = {"solver": "search", "seconds": 600.0}
@@ -227,3 +230,20 @@ def wait_for_checks(client: mp.Client, count: int) -> None:
     while len(list(client.checks("chat"))) < count:
         assert time.monotonic() < deadline, list(client.jobs())
         time.sleep(0.2)
+
+
+def test_workers_import_nothing_from_the_folder_they_run_in(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    (planted / "email.py").write_text("raise SystemExit('the planted module ran')")
+    monkeypatch.chdir(planted)
+    with Store.open(file):
+        worker = LocalCrew(Settings(), f"sqlite:///{file}").start("planted:1:1")
+    try:
+        time.sleep(4.0)
+        assert worker.ended() is None
+    finally:
+        worker.stop()
+        worker.wait(PATIENCE)

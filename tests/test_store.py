@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -388,3 +390,19 @@ def _address(url: str) -> str:
     if "://" not in url:
         return f"sqlite:///{url}"
     return url.replace("postgresql://", "postgresql+psycopg://")
+
+
+def test_only_its_owner_may_read_a_new_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds secrets of webhooks and keys of engines."""
+    before = os.umask(0o022)
+    try:
+        monkeypatch.delenv("MOEPLACE_DB", raising=False)
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+        with Store.open() as store, store._sessions.reading() as session:
+            session.execute(text("SELECT count(*) FROM models"))
+            folder = tmp_path / "data" / "moeplace"
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            rights = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
+            assert rights == {f"moeplace.db{tail}": 0o600 for tail in ("", "-wal", "-shm")}
+    finally:
+        os.umask(before)

@@ -37,7 +37,6 @@ from .common import ERRORS, KeyPath, NamePath, Stored
 from .plans import Engine, exported
 
 router = APIRouter(prefix="/v1", tags=["deployments"], responses=ERRORS)
-READ_AT_ONCE_BYTES = 1 << 18
 IfMatch = Annotated[str | None, Header(description="The ETag of what is to be changed; 412 when it is another now.")]
 
 
@@ -100,11 +99,7 @@ async def add_windows(name: NamePath, request: Request, _: Submitter) -> Taken:
         shape = store.windows.known_shape(name)
         if shape is None:
             shape = await run_in_threadpool(store.windows.shape, name)
-        # Handing a small one to a thread takes longer than reading it.
-        if len(body) <= READ_AT_ONCE_BYTES:
-            windows = from_arrow(body, *shape)
-        else:
-            windows = await run_in_threadpool(from_arrow, body, *shape)
+        windows = await run_in_threadpool(from_arrow, body, *shape)
     else:
         raise HTTPException(415, f"Content-Type {kind!r}; expected {JSON} or {ARROW}")
     new = await asyncio.wrap_future(request.app.state.intake.put(name, windows))
