@@ -13,7 +13,7 @@ from moeplace.solvers.search.group_start import groups_on_nodes
 from moeplace.solvers.search.judge import Judge
 from moeplace.solvers.search.layout import Moves
 from moeplace.solvers.search.race import race
-from moeplace.solvers.search.scenario import mean_aim, rates_for, scenario_from
+from moeplace.solvers.search.scenario import mean_aims, rates_for, scenario_from
 from moeplace.solvers.search.starts import even_shares
 
 MODEL = mp.ModelSpec(layers=3, experts=16, top_k=2, groups=4, hidden_size=512, ffn_size=256)
@@ -71,7 +71,7 @@ def test_a_race_keeps_the_better_start_of_every_layer() -> None:
     share = [np.eye(4)[given.slot_device[np.argsort(table)]] for table in good]
     spread = np.eye(4)[given.slot_device[np.argsort(bad)]]
     engine = Engine(given, scenario, rates_for(given, scenario), [Moves(np.ones((16, 4), dtype=bool), False)] * 3, 0)
-    aims = [mean_aim(scenario)] * 3
+    aims = mean_aims(scenario)
     try:
         first = ([good[0], bad, bad], [share[0], spread, spread])
         second = ([bad, good[1], good[2]], [spread, share[1], share[2]])

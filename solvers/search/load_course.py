@@ -113,6 +113,7 @@ class _Balance:
         self._stray = [nowhere] * len(moves) if homes is None else list(homes.stray)
         self._limit = 0.0 if homes is None else homes.most
         self._bounds = window_bounds(problem, scenario.loads)
+        self._scenario = scenario
         self._seeds = np.random.SeedSequence(seed)
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
         self.layers: list[BalancedLayer] = []
@@ -144,18 +145,22 @@ class _Balance:
         heat = hot * (COLD / hot) ** progress
         seeds = self._seeds.spawn(1)[0].generate_state(len(self.layers))
         tasks = [
-            self._pool.submit(self._one, layer, weight, proposals, heat, int(seed) % (1 << 31))
-            for layer, seed in enumerate(seeds)
+            self._pool.submit(self._one, layer, mine, proposals, heat, int(seed) % (1 << 31))
+            for layer, (mine, seed) in enumerate(zip(self._scenario.layer_weights(weight).T, seeds, strict=True))
         ]
         self.layers = [task.result() for task in tasks]
         self._look(weight)
 
     def _look(self, weight: FloatArray) -> None:
-        figures = np.stack([layer.peaks for layer in self.layers]) @ weight
-        self.done = bool(figures.mean() <= (weight @ self._bounds).mean() * (1.0 + TOLERANCE))
+        counts, peaks = self._scenario.layer_weights(weight), np.stack([layer.peaks for layer in self.layers], axis=1)
+        self.done = bool((counts * peaks).sum() <= (counts * self._bounds).sum() * (1.0 + TOLERANCE))
 
     def _one(self, layer: int, weight: FloatArray, proposals: int, heat: float, seed: int) -> BalancedLayer:
+        """weight: [S] what this layer's windows count."""
         state, counted = self.layers[layer], weight > 0
+        if not counted.any():
+            return state
+        weight = weight / weight.sum()
         least = float(weight @ self._bounds[:, layer])
         excess = max(float(weight @ state.peaks) - least, LEAST_EXCESS)
         given = LoadLayer(
@@ -180,7 +185,7 @@ class _Balance:
         return self._placed(layer, table, share)
 
     def _placed(self, layer: int, table: IntArray, share: FloatArray) -> BalancedLayer:
-        return BalancedLayer(table, share, ((self._rows[layer] @ share) * self._slowness).max(axis=1))
+        return BalancedLayer(table, share, np.maximum(1.0, ((self._rows[layer] @ share) * self._slowness).max(axis=1)))
 
     def close(self) -> None:
         """Stops the threads; rounds already handed out end first."""
@@ -194,7 +199,7 @@ def _alone(
     present = np.unique(scenario.workload)
     reference = np.zeros(len(scenario.workloads))
     for w, code in enumerate(present):
-        weight = (scenario.workload == code).astype(np.float64)
+        weight = np.where(scenario.workload == code, scenario.step_weight, 0.0)
         weight /= weight.sum()
         balance.start(tables, weight)
         timed = budget.seconds is not None
