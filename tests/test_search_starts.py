@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
+from conftest import make_trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import moeplace as mp
 from moeplace.solvers.base import Budget
@@ -118,3 +124,31 @@ def test_renamed_devices_bring_tokens_nearer_and_leave_what_stands_together() ->
         MODEL, TOPOLOGY, given.statistics, mp.Objective(execution="context_coherent"), pinned={(0, 0): 1}
     )
     assert not can_align(pinned, allowed_devices(pinned))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.booleans(),
+    st.sampled_from(["dispatch_combine", "context_coherent"]),
+    st.sampled_from([(8, "equal"), (11, "equal"), (11, "free")]),
+    st.sampled_from(["mean", "cvar:0.5", "worst_workload"]),
+)
+def test_the_answer_is_never_worse_than_the_plan_in_force(
+    seed: int, counts: bool, execution: str, shape: tuple[int, str], risk: str
+) -> None:
+    """The plan in force was searched for at length, the answer with a handful of proposals."""
+    trace = make_trace(seed=seed)
+    statistics = mp.RoutingStatistics.from_trace(trace)
+    if counts:
+        statistics = mp.RoutingStatistics.from_counts(statistics.load, top_k=2)
+    model = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=256)
+    objective = mp.Objective(execution=execution, split=shape[1], risk=risk)  # type: ignore[arg-type]
+    asked = mp.Problem(model, mp.Topology.preset("h100-hgx", 2, 2), statistics, objective, slots=shape[0])
+    quick: dict[str, Any] = {"step_tokens": 8, "steps": 4, "seed": seed}
+    current = mp.solve(asked, "search", proposals=3000, **quick)
+    answer = mp.solve(dataclasses.replace(asked, current=current), "search", proposals=5, **quick)
+    assert current.certificate is not None
+    assert answer.certificate is not None
+    assert answer.certificate.objective == current.certificate.objective
+    assert answer.certificate.value <= current.certificate.value * (1 + 1e-12)

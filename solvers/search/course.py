@@ -15,9 +15,9 @@ from ...placement.risk import tail_weight, weighted_mean
 from ..base import Budget, Solution
 from . import Batch
 from .aligned_start import aligned, can_align
-from .certified import certified
+from .certified import Answer, certified
 from .engine import TASTE, Engine
-from .first_placements import allowed_devices, first_placements, made_placements
+from .first_placements import allowed_devices, current_placement, first_placements, made_placements
 from .group_homes import homes_of
 from .homes import with_homes
 from .judge import Judge
@@ -61,7 +61,8 @@ def run_search(
     if scenario.steps is None and problem.max_moves is None:
         homes = None if off_home is None else homes_of(problem, scenario.loads, moves, off_home)
         tables = made_placements(problem, allowed, budget)[0] if homes is None else homes.tables
-        return search_loads(problem, budget, scenario, moves, tables, proposals, homes)
+        current = current_placement(problem, allowed)
+        return search_loads(problem, budget, scenario, moves, tables, current, proposals, homes)
     if off_home is not None:
         raise UnsupportedError(
             "off_home and Problem.max_moved_bytes do not go together; leave one of them out"
@@ -104,7 +105,7 @@ def _search(
         engine.start(*first, aims, taste=0 if limited else TASTE)
     except KeyboardInterrupt:
         engine.start(*first, aims, taste=0)
-        table, certificate, shares = _answer(problem, engine, judge)
+        table, certificate, shares = _or_current(problem, judge, allowed, _answer(problem, engine, judge))
         return Solution(table, certificate, shares=shares, stop="interrupted")
     best = _answer(problem, engine, judge)
     moved: MoveBudget | None = None
@@ -140,6 +141,7 @@ def _search(
     except KeyboardInterrupt:
         stop = "interrupted"
         best = min(best, _answer(problem, engine, judge, moving_aims, moved), key=lambda answer: answer[1].value)
+    best = _or_current(problem, judge, allowed, best)
     if stop != "interrupted":
         best = certified(judge, polished(judge, best, budget), budget, certify)
     return Solution(best[0], best[1], shares=best[2], stop=stop)
@@ -252,6 +254,17 @@ def _regret(
         table, _, shares = _answer(problem, engine, judge)
         reference[code] = weighted_mean(judge.figures(table, shares), mine)
     return reference, worst_aims(scenario, best)
+
+
+def _or_current(problem: Problem, judge: Judge, allowed: npt.NDArray[np.bool_], best: Answer) -> Answer:
+    """The plan in force where it fits the problem and is better than what was found: a race may pass over it, and what is
+    best of each layer by proposals' tokens need not be best on the whole."""
+    current = current_placement(problem, allowed, exact=True)
+    if current is None:
+        return best
+    table, shares = problem.slot_table(current[0]), problem.slot_shares(*current)
+    certificate = judge.certificate(table, shares)
+    return (table, certificate, shares) if certificate.value < best[1].value else best
 
 
 def _answer(

@@ -56,26 +56,28 @@ def search_loads(
     scenario: Scenario,
     moves: Sequence[Moves],
     tables: Sequence[IntArray],
+    current: tuple[list[IntArray], list[FloatArray]] | None,
     proposals: int | None,
     homes: GroupHomes | None,
 ) -> Solution:
-    """Balances the windows' loads [S, L, E] from slot tables [P], one a layer; see `Search` for `proposals`."""
+    """Balances the windows' loads [S, L, E] from slot tables [P], one a layer, or the plan in force (tables and shares
+    [E, G]) in layers where that is better; see `Search` for `proposals`."""
     judge = Judge(problem, scenario)
     windows = WindowWeights(problem, scenario)
-    balance = _Balance(problem, scenario, moves, budget.seed, homes)
+    balance = _Balance(problem, scenario, moves, budget.seed, homes, current)
     stop: Stop = "finished"
     try:
         balance.start(tables, windows.weight)
         if scenario.num_steps == 1 and homes is None:
             balance.level()
-        best = _answer(balance, judge)
+        best = _best_start(balance, judge)
         budget.report(best[1].value, best[1].bound, "start")
         try:
             if problem.objective.risk == "regret":
                 judge.reference = _alone(balance, judge, scenario, tables, proposals or PROPOSALS, budget)
                 windows.reference = judge.reference
                 balance.start(tables, windows.weight)
-                best = _answer(balance, judge)
+                best = _best_start(balance, judge)
             pace = Pace(budget, proposals or PROPOSALS, ROUNDS)
             for round_ in range(ROUNDS):
                 if budget.spent or balance.done:
@@ -103,7 +105,13 @@ class _Balance:
     """Holds one state a layer and improves it, layers side by side on all cores."""
 
     def __init__(
-        self, problem: Problem, scenario: Scenario, moves: Sequence[Moves], seed: int, homes: GroupHomes | None
+        self,
+        problem: Problem,
+        scenario: Scenario,
+        moves: Sequence[Moves],
+        seed: int,
+        homes: GroupHomes | None,
+        current: tuple[list[IntArray], list[FloatArray]] | None,
     ) -> None:
         speed = problem.topology.compute
         self.problem, self._moves = problem, moves
@@ -116,14 +124,25 @@ class _Balance:
         self._scenario = scenario
         self._seeds = np.random.SeedSequence(seed)
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+        self.current = (
+            [] if current is None else [self._placed(layer, *at) for layer, at in enumerate(zip(*current, strict=True))]
+        )
+        if any(
+            (layer.share * stray).sum() > self._limit + 1e-9
+            for layer, stray in zip(self.current, self._stray, strict=False)
+        ):
+            self.current = []
         self.layers: list[BalancedLayer] = []
         self.done = False
         """Whether the figure is within `TOLERANCE` of the bound, by the weights of the last round."""
 
     def start(self, tables: Sequence[IntArray], weight: FloatArray) -> None:
-        """Takes slot tables with equal shares as the state."""
+        """Takes slot tables with equal shares as the state, or the plan in force in layers where that is better."""
         even = even_shares(self.problem, tables)
         self.layers = [self._placed(layer, table, even[layer]) for layer, table in enumerate(tables)]
+        for layer, mine in enumerate(self._scenario.layer_weights(weight).T[: len(self.current)]):
+            if mine @ self.current[layer].peaks <= mine @ self.layers[layer].peaks:
+                self.layers[layer] = self.current[layer]
         self._look(weight)
 
     def level(self) -> None:
@@ -214,9 +233,19 @@ def _alone(
     return reference
 
 
-def _answer(balance: _Balance, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
-    """(slot table [L, P], certificate, shares [L, P])."""
-    rows = [layer.slot_expert for layer in balance.layers]
+def _best_start(balance: _Balance, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
+    """The state, or the whole plan in force: under some risks the better layers are not the better plan."""
+    best = _answer(balance, judge)
+    current = _answer(balance, judge, balance.current) if balance.current else best
+    return min(best, current, key=lambda answer: answer[1].value)
+
+
+def _answer(
+    balance: _Balance, judge: Judge, layers: Sequence[BalancedLayer] | None = None
+) -> tuple[IntArray, Certificate, FloatArray]:
+    """(slot table [L, P], certificate, shares [L, P]) of the state, or of other `layers`."""
+    layers = balance.layers if layers is None else layers
+    rows = [layer.slot_expert for layer in layers]
     table = balance.problem.slot_table(rows)
-    shares = balance.problem.slot_shares(rows, [layer.share for layer in balance.layers])
+    shares = balance.problem.slot_shares(rows, [layer.share for layer in layers])
     return table, judge.certificate(table, shares), shares
