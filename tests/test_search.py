@@ -279,7 +279,7 @@ def test_ctrl_c_at_any_time_gives_the_best_plan_so_far(
 
 
 def test_a_bad_option_is_refused(toy_trace: mp.RoutingTrace) -> None:
-    with pytest.raises(mp.InputError, match="'train' is unknown; known: decode, prefill"):
+    with pytest.raises(mp.InputError, match="option batch is 'train', it takes 'decode' or 'prefill'"):
         mp.solve(problem(toy_trace), "search", batch="train")
     with pytest.raises(mp.InputError, match=r"steps \(0\)"):
         mp.solve(problem(toy_trace), "search", steps=0)
