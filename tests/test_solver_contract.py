@@ -296,3 +296,12 @@ def test_a_value_of_another_type_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(mp.InputError, match="it takes a whole number or none"):
         mp.solve(problem_of(), "search", proposals=True)
     mp.solve(problem_of(), "search", proposals=np.int64(12), certify=0, steps=4)
+
+
+def test_exflow_in_stages_is_no_worse_than_the_plan_in_force() -> None:
+    problem = problem_of(routing(8, 3), topology_of(2, 2))
+    current = mp.solve(problem, "exflow")
+    plan = mp.solve(replace(problem, current=current), "exflow", form="bisect")
+    assert current.certificate is not None
+    assert plan.certificate is not None
+    assert plan.certificate.value <= current.certificate.value * (1 + 1e-12)
