@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -238,25 +237,22 @@ class SolverChoice:
 
     @classmethod
     def parse(cls, text: str) -> SolverChoice:
-        """Reads NAME or NAME:OPTION=VALUE:OPTION=VALUE; values are numbers, true, false, or text.
+        """Reads NAME or NAME:OPTION=VALUE:OPTION=VALUE; values as the solver's own options want them (`read_options`).
 
         Raises:
-            InputError: unknown solver (the nearest is named), or not of that form.
+            InputError: unknown solver or option (the nearest is named), a value it does not take, or not of that form.
         """
-        from ..solvers import solver_named
+        from ..solvers.solve import read_options, solver_named
 
         name, *pairs = text.strip().split(":")
-        solver_named(name)
-        options: dict[str, Any] = {}
+        solver = solver_named(name)
+        options: dict[str, str] = {}
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if not (key and equals):
                 raise InputError(f"solver {text!r}: {pair!r} is not OPTION=VALUE")
-            try:
-                options[key] = json.loads(value)
-            except json.JSONDecodeError:
-                options[key] = value
-        return cls(text.strip(), name, options)
+            options[key] = value
+        return cls(text.strip(), name, read_options(solver, options))
 
     @classmethod
     def best(cls) -> SolverChoice:

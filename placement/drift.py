@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError
+from .load_windows import with_tokens
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -71,7 +72,7 @@ def drift(
 ) -> Drift:
     """Looks for a change among the windows `since`, against all that came before it. Windows are [S, L, E], in time order.
 
-    block: neighbouring windows taken as one observation. permutations: orders drawn, default as many as make p-values well
+    block: neighbouring windows taken as one observation; windows without tokens are left out. permutations: orders drawn, default as many as make p-values well
     below `alpha` possible. An alarm is p <= alpha.
 
     Raises:
@@ -83,9 +84,12 @@ def drift(
         )
     if block < 1 or not 0 < alpha < 1:
         raise InputError(f"block ({block}) must be at least 1 and alpha ({alpha}) between 0 and 1")
+    load, known = np.concatenate([before, since]), with_tokens(np.concatenate([before, since]))
+    # A window without tokens tells nothing of where they go.
+    before, since = before[known[: len(before)]], since[known[len(before) :]]
     if not can_tell(len(before), len(since), block, alpha):
         raise InputError(
-            f"{len(before)} windows before and {len(since)} since cannot tell at {alpha} in blocks of {block}; "
+            f"{len(before)} windows before and {len(since)} since cannot tell at {alpha} in blocks of {block}, windows without tokens left out; "
             "wait for more, or take shorter blocks"
         )
     earlier, later = _blocks(before, block), _blocks(since, block)
@@ -109,11 +113,10 @@ def drift(
         least -= (dependence - 1.0) * float(_Orders(left, scan).draw(CHANCE_ORDERS, rng).max())
     count = math.ceil(20 / alpha) if permutations is None else permutations
     p = _by_chance(_Orders(features * roots, scan), least, count, rng)
-    load = np.concatenate([before, since])
-    moment = len(load) - after * block
+    moment = int(np.flatnonzero(known)[-after * block])
     distances = _hellinger(load[:moment].sum(axis=0), load[moment:].sum(axis=0))
     layer = int(distances.argmax())
-    return Drift(p, after * block, float(distances.mean()), layer, float(distances[layer]), dependence)
+    return Drift(p, len(load) - moment, float(distances.mean()), layer, float(distances[layer]), dependence)
 
 
 def can_tell(before: int, since: int, block: int, alpha: float) -> bool:
@@ -246,8 +249,10 @@ def _features(blocks: FloatArray) -> tuple[FloatArray, FloatArray]:
     """
     total = blocks.sum(axis=2, keepdims=True)
     shares = blocks / np.where(total > 0, total, 1.0)
-    mean = shares.mean(axis=0)
-    features = ((shares - mean) / np.sqrt(np.maximum(mean, 1e-12))).reshape(len(blocks), -1)
+    mean = shares.sum(axis=0) / np.maximum((total > 0).sum(axis=0), 1)
+    # A layer empty in a block is taken for its mean there.
+    left = np.where(total > 0, shares - mean, 0.0)
+    features = (left / np.sqrt(np.maximum(mean, 1e-12))).reshape(len(blocks), -1)
     return np.asarray(features), np.asarray(blocks.sum(axis=(1, 2)))
 
 

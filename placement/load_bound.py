@@ -30,7 +30,7 @@ def load_imbalance_bound(problem: Problem) -> FloatArray:
     load = problem.statistics.total_load
     mean = load.sum(axis=1) / problem.num_devices
     least = least_layer_load(load, problem.layer_slots)
-    return np.where(mean > 0, least / np.where(mean > 0, mean, 1.0), 1.0)
+    return np.maximum(1.0, np.where(mean > 0, least / np.where(mean > 0, mean, 1.0), 1.0))
 
 
 def least_layer_load(load: FloatArray, layer_slots: IntArray) -> FloatArray:
@@ -104,6 +104,8 @@ def device_load_certificate(problem: Problem, table: IntArray, shares: FloatArra
     loads = device_loads(load, table, used, problem.slot_device, problem.num_devices)
     mean = load.sum(axis=1) / problem.num_devices
     imbalance = np.where(mean > 0, loads.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)
-    value = float(imbalance.mean())
+    # A layer without any load is no balanced one: it counts only where all are so.
+    counted = mean > 0 if mean.any() else mean == 0
+    value = max(1.0, float(imbalance[counted].mean()))
     # A balanced placement meets the bound but for rounding, and no bound may lie above its value.
-    return Certificate(LOAD_OBJECTIVE, value, min(value, float(load_imbalance_bound(problem).mean())))
+    return Certificate(LOAD_OBJECTIVE, value, min(value, float(load_imbalance_bound(problem)[counted].mean())))

@@ -1,4 +1,4 @@
-"""Expert loads over successive spans of a stream of tokens, in bounded memory."""
+"""Expert loads over successive spans of a stream of tokens, in bounded memory, and what each of them weighs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,33 @@ FIRST_WINDOW_TOKENS = 256
 
 Stream = tuple[int, str]
 """The tokens one rank recorded of one workload, in the order recorded."""
+
+
+def window_weights(
+    load: npt.NDArray[np.float64], workload: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.float64]:
+    """[S, L] how much each layer of each window of loads [S, L, E] counts, all together 1.
+
+    Layers count alike, and in each its windows by the tokens they hold: what is empty counts nowhere. Of loads without
+    any token all count alike. workload: [S] codes where workloads are compared: each by itself then, all alike.
+    """
+    if workload is not None:
+        present = np.unique(workload)
+        result = np.zeros(load.shape[:2])
+        for code in present:
+            result[workload == code] = window_weights(load[workload == code]) / len(present)
+        return result
+    tokens = load.sum(axis=2)
+    layer = tokens.sum(axis=0)
+    busy = layer > 0
+    if not busy.any():
+        return np.full(tokens.shape, 1.0 / tokens.size)
+    return np.asarray(tokens / np.where(busy, layer, 1.0) / busy.sum())
+
+
+def with_tokens(load: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """[S] which windows of loads [S, L, E] hold any token."""
+    return np.asarray(load.any(axis=(1, 2)))
 
 
 class LoadWindows:

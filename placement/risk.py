@@ -16,24 +16,53 @@ def risk_value(
     step_workload: npt.NDArray[np.int64],
     objective: Objective,
     best: FloatArray | None = None,
+    weight: FloatArray | None = None,
 ) -> float:
     """The objective's figure, in seconds a step.
 
     step_seconds: [S]. step_workload: [S] codes. best: [W] mean step time of each workload's own best plan, which
-    "regret" measures against.
+    "regret" measures against. weight: [S] how much each counts, as windows do by their tokens; None for all alike. What
+    weighs nothing is not looked at.
 
     Raises:
         InputError: regret without `best`.
     """
+    if weight is not None:
+        counted = weight > 0
+        step_seconds, step_workload, weight = step_seconds[counted], step_workload[counted], weight[counted]
     if objective.tail is not None:
-        count = max(1, round(len(step_seconds) * (1.0 - objective.tail)))
-        return float(np.sort(step_seconds)[-count:].mean())
+        return weighted_mean(step_seconds, tail_weight(step_seconds, objective.tail, weight))
     if objective.risk == "mean":
-        return float(step_seconds.mean())
+        return weighted_mean(step_seconds, weight)
     codes = np.unique(step_workload)
-    means = np.array([step_seconds[step_workload == code].mean() for code in codes])
+    parts = [step_workload == code for code in codes]
+    means = np.array([weighted_mean(step_seconds[part], None if weight is None else weight[part]) for part in parts])
     if objective.risk == "worst_workload":
         return float(means.max())
     if best is None:
         raise InputError("risk 'regret' needs the mean step time of each workload's own best plan")
     return float((means - best[codes]).max())
+
+
+def tail_weight(figures: FloatArray, tail: float, weight: FloatArray | None = None) -> FloatArray:
+    """[S] what each of `figures` [S] counts in the mean of the largest 1 - tail of them, all together 1.
+
+    weight: [S] that part is one of weight, the last taken in part; None: one of their number, rounded, at least one.
+    """
+    order = np.argsort(figures)[::-1]
+    taken = np.zeros(len(figures))
+    if weight is None:
+        taken[order[: max(1, round(len(figures) * (1.0 - tail)))]] = 1.0
+    else:
+        before = np.cumsum(weight[order]) - weight[order]
+        taken[order] = np.clip((1.0 - tail) * weight.sum() - before, 0.0, weight[order])
+    return np.asarray(taken / taken.sum())
+
+
+def weighted_mean(figures: FloatArray, weight: FloatArray | None) -> float:
+    """Of figures [S] by weight [S]; None: all alike."""
+    if weight is None:
+        return float(figures.mean())
+    # Above the least of those that count, so that rounding does not end below it.
+    least = figures[weight > 0].min()
+    return float(least + weight @ (figures - least) / weight.sum())

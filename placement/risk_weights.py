@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .objective import Objective
+from .risk import tail_weight
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -29,10 +30,7 @@ def risk_weights(
     """
     count = len(step_seconds)
     if objective.tail is not None:
-        slowest = max(1, round(count * (1.0 - objective.tail)))
-        weight = np.zeros(count)
-        weight[np.argsort(step_seconds)[-slowest:]] = 1.0 / slowest
-        return weight, 0.0
+        return tail_weight(step_seconds, objective.tail), 0.0
     if objective.risk == "mean":
         return np.full(count, 1.0 / count), 0.0
     codes, group = np.unique(step_workload, return_inverse=True)

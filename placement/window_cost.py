@@ -22,6 +22,9 @@ FloatArray = npt.NDArray[np.float64]
 def window_seconds(plan: Plan, load: FloatArray, problem: Problem, step_tokens: int) -> FloatArray:
     """[S] seconds of all MoE layers of a step of `step_tokens` tokens, for the loads [S, L, E] of each window.
 
+    A layer without tokens in a window takes what its other layers take on average; of a window without any nothing is
+    known, and its seconds are 0: leave it out, or weigh windows by their tokens (`window_weights`).
+
     Raises:
         InputError: loads of another shape than the plan's model, or step_tokens below 1.
         UnsupportedError: context-coherent execution, whose times depend on transitions.
@@ -55,4 +58,6 @@ def window_seconds(plan: Plan, load: FloatArray, problem: Problem, step_tokens: 
     moved = (
         transfer_seconds(flows, width(model, objective), topology, latency) for width in (dispatch_bytes, combine_bytes)
     )
-    return np.asarray((compute + sum(moved)).sum(axis=1))
+    busy = total[:, :, 0] > 0
+    seconds = np.where(busy, compute + sum(moved), 0.0).sum(axis=1)
+    return np.asarray(seconds * model.layers / np.maximum(busy.sum(axis=1), 1))

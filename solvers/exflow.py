@@ -51,7 +51,7 @@ class Exflow:
 
         backend: "highs" or "cbc". form: "direct" divides all devices at once; "staged" nodes first, then the devices
         of each node, so that the slow links count most; "bisect" in halves. warm_start: begin from assignment sweeps,
-        so that there is always a plan and never a worse one; False is the program alone. Handing a program of a
+        so that there is always a plan and never a worse one, nor one worse than `Problem.current`; False is the program alone. Handing a program of a
         hundred thousand variables to a backend takes about five seconds, which a shorter time limit cannot cut.
 
         The bound holds for any placement, whatever the form: the best of a transportation bound (`local_weight_bound`), a
@@ -75,6 +75,9 @@ class Exflow:
         floor = max(0.0, 1.0 - kept / total)
         run = _Run(slots, floor, backend, warm_start, budget, stage.total_effort(slots))
         device_of = run.place(transitions, stage, first=True)
+        current = _current_devices(problem) if warm_start else None
+        if current is not None and local_weight(transitions, current) > local_weight(transitions, device_of):
+            device_of = current
         value = max(0.0, 1.0 - local_weight(transitions, device_of) / total)
         bound = min(run.bound, value)
         budget.report(value, bound)
@@ -83,6 +86,14 @@ class Exflow:
             Certificate(TRANSITIONS_OBJECTIVE, value, bound),
             stop="finished" if run.finished else "time limit",
         )
+
+
+def _current_devices(problem: Problem) -> IntArray | None:
+    """[L, E] device of each expert in the plan in force, or None where there is none with these slots and one of each."""
+    current = problem.current
+    if current is None or not np.array_equal(current.slots_per_device, problem.layer_slots):
+        return None
+    return np.asarray(current.holds.argmax(axis=2)) if (current.replicas == 1).all() else None
 
 
 def _semidefinite_bound(transitions: FloatArray, slots: IntArray, budget: Budget) -> float:

@@ -83,9 +83,14 @@ def towards(
 
 
 def layer_shares(
-    loads: FloatArray, table: IntArray, shares: FloatArray, slot_device: IntArray, problem: Problem
+    loads: FloatArray,
+    table: IntArray,
+    shares: FloatArray,
+    slot_device: IntArray,
+    problem: Problem,
+    weight: FloatArray | None = None,
 ) -> LayerShares:
-    """One layer's program. loads: [S, E] tokens of each expert in each step. table, shares, slot_device: [P], with
+    """One layer's program. loads: [S, E] tokens of each expert in each step. weight: [S] what steps count; None: alike. table, shares, slot_device: [P], with
     empty slots or without; their shares stay 0.
 
     Raises:
@@ -118,7 +123,7 @@ def layer_shares(
     upper: Any = vstack([hstack([csr_array(rows / unit), -slowest]) for rows in (arithmetic, reading)])
     equal: Any = hstack([replicas, csr_array((model.experts, steps))])
     solved = linprog(
-        np.concatenate([np.zeros(len(table)), np.full(steps, 1.0 / steps)]),
+        np.concatenate([np.zeros(len(table)), np.full(steps, 1.0 / steps) if weight is None else weight]),
         A_ub=upper,
         b_ub=np.concatenate([np.zeros(steps * devices), -offset / unit]),
         A_eq=equal,

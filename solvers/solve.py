@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -45,7 +48,7 @@ def solve(
     called with each news. options: the solver's own (see its `solve` method).
 
     Raises:
-        InputError: unknown solver or option. UnsupportedError: the problem asks for what the solver cannot do; the
+        InputError: unknown solver or option, or an option's value of the wrong type. UnsupportedError: the problem asks for what the solver cannot do; the
             message names solvers that can. SolveError: no plan within the budget.
     """
     if seconds is not None and not seconds > 0:
@@ -128,9 +131,67 @@ def _check_supported(solver: Solver, problem: Problem) -> None:
 
 
 def check_options(solver: Solver, options: Mapping[str, Any]) -> None:
-    """Raises InputError for an option the solver does not have; the nearest is named."""
+    """Checks names and types of options against the signature of the solver's `solve`.
+
+    Raises:
+        InputError: an option the solver does not have (the nearest is named), or a value of another type than it takes.
+    """
+    for name, value in options.items():
+        kinds = _kinds(solver, name)
+        if not any(_is_of(kind, value) for kind in kinds):
+            raise _wrong(solver, name, value, kinds)
+
+
+def read_options(solver: Solver, options: Mapping[str, str]) -> dict[str, Any]:
+    """Options given as text, each as the type that the signature of the solver's `solve` says.
+
+    Raises:
+        InputError: an option the solver does not have, or text that is nothing it takes; what it takes is named.
+    """
+    return {name: _read(solver, name, text) for name, text in options.items()}
+
+
+TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null")
+
+
+def _read(solver: Solver, name: str, text: str) -> Any:
+    kinds, word = _kinds(solver, name), text.strip().lower()
+    # Any text is text, so that what reads as something else comes first.
+    for kind in sorted(kinds, key=lambda kind: kind is str):
+        if kind is NoneType and word in NONE:
+            return None
+        if kind is bool and word in TRUE + FALSE:
+            return word in TRUE
+        if kind is str or (get_origin(kind) is Literal and text in get_args(kind)):
+            return text
+        if kind in (int, float):
+            with suppress(ValueError):
+                return kind(text)
+    raise _wrong(solver, name, text, kinds)
+
+
+def _kinds(solver: Solver, name: str) -> tuple[Any, ...]:
+    """The types that an option may have."""
     known = set(inspect.signature(solver.solve).parameters) - {"problem", "budget", "options"}
-    for name in options:
-        if name not in known:
-            listed = nearest(name, known) if known else "it takes none"
-            raise InputError(f"solver {solver.name!r} has no option {name!r}; {listed}")
+    if name not in known:
+        listed = nearest(name, known) if known else "it takes none"
+        raise InputError(f"solver {solver.name!r} has no option {name!r}; {listed}")
+    hint = get_type_hints(solver.solve)[name]
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    # True is a whole number to Python, and no number of anything.
+    if kind is bool or isinstance(value, (bool, np.bool_)):
+        return kind is bool and isinstance(value, (bool, np.bool_))
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
+
+
+def _wrong(solver: Solver, name: str, value: Any, kinds: tuple[Any, ...]) -> InputError:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "none"}
+    accepted = [
+        " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else words[kind] for kind in kinds
+    ]
+    return InputError(f"solver {solver.name!r}: option {name} is {value!r}, it takes {' or '.join(accepted)}")

@@ -108,6 +108,8 @@ def test_an_unknown_solver_names_the_nearest(trace: Path) -> None:
 
 def test_an_option_that_is_not_of_the_solver_is_refused(trace: Path) -> None:
     assert "'eplb' has no option 'colour'" in run("solve", trace, *CLUSTER, "-s", "eplb:colour=red").err
+    wrong = "option hierarchical is 'banana', it takes true or false or none"
+    assert wrong in run("solve", trace, *CLUSTER, "-s", "eplb:hierarchical=banana").err
     assert "'colour' is not OPTION=VALUE" in run("solve", trace, *CLUSTER, "-s", "eplb:colour").err
 
 

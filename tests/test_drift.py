@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -137,3 +139,38 @@ def test_a_plan_for_todays_counts_is_applied_and_one_that_gains_nothing_is_not()
     assert "not paid back" in brief.reason
     with pytest.raises(mp.InputError, match="make 2 blocks of 4"):
         decide_on_counts(today, [better], load[:11], problem, step_tokens=4096)
+
+
+def test_windows_without_tokens_are_no_change_and_decide_nothing() -> None:
+    """A night without traffic: neither drift, nor fast windows that speak for a plan."""
+    rng = np.random.default_rng(8)
+    skew = rng.gamma(2.0, size=(3, 16))
+    night = np.zeros((16, 3, 16))
+    before, after = windows(rng, 24, skew), windows(rng, 16, skew)
+    since = np.concatenate([after[:8], night, after[8:]])
+    assert drift(before, since, block=2, alpha=0.01).p > 0.01
+    plain, padded = (drift(before, windows_since, block=2, seed=1) for windows_since in (after, since))
+    assert dataclasses.replace(padded, since=plain.since) == plain
+    assert padded.since - plain.since in (0, len(night))
+    partly = after.copy()
+    partly[8:, 1] = 0.0
+    assert drift(before, partly, block=2, alpha=0.01).p > 0.01
+    moved = np.concatenate([after, night, windows(rng, 8, skew[:, ::-1]), night])
+    assert drift(before, moved, block=2).since == 8 + len(night)
+
+    load = np.concatenate([before, after])
+    problem = problem_for(load)
+    current, candidate = (mp.solve(problem, name) for name in ("contiguous", "eplb"))
+    for risk in ("mean", "cvar:0.9", "worst_workload", "regret"):
+        asked = problem_for(load, objective=mp.Objective(risk=risk))
+        plain, padded = (
+            decide_on_counts(current, [candidate], given, asked, step_tokens=300)
+            for given in (load, np.concatenate([night, load, night]))
+        )
+        assert (plain.action, plain.reason) == (padded.action, padded.reason)
+        for name in ("current", "candidate", "gain_low", "gain_high"):
+            assert getattr(plain.verdicts[0], name) == pytest.approx(getattr(padded.verdicts[0], name))
+    thin = np.concatenate([load[:4], (rng.random((40, 3, 16)) < 0.02).astype(float)])
+    busy = decide_on_counts(current, [candidate], load[:4], problem, step_tokens=300, block=1)
+    weighed = decide_on_counts(current, [candidate], thin, problem, step_tokens=300, block=1)
+    assert weighed.verdicts[0].current == pytest.approx(busy.verdicts[0].current, rel=0.02)

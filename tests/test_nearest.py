@@ -24,7 +24,7 @@ from moeplace.solvers.search.engine import Engine
 from moeplace.solvers.search.homes import deal_homes
 from moeplace.solvers.search.layout import Moves
 from moeplace.solvers.search.near_start import near_layer
-from moeplace.solvers.search.scenario import mean_aim, rates_for, scenario_from
+from moeplace.solvers.search.scenario import mean_aims, rates_for, scenario_from
 
 
 @st.composite
@@ -189,7 +189,7 @@ def test_the_kernels_price_known_homes_as_evaluation_does(
         share = np.zeros((8, 4))
         share[row, given_problem.slot_device] = 1.0
         shares.append(share / share.sum(axis=1, keepdims=True))
-    aims = [mean_aim(scenario)] * 3
+    aims = mean_aims(scenario)
     engine.start(list(table), shares, aims)
     engine.run(aims, proposals=400, hot=1.0, cold=0.5)
     final = np.stack([state.now.cost for state in engine.states], axis=1)

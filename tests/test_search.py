@@ -19,7 +19,7 @@ from moeplace.solvers.base import Budget
 from moeplace.solvers.search.engine import Engine
 from moeplace.solvers.search.layout import Moves
 from moeplace.solvers.search.pace import Pace
-from moeplace.solvers.search.scenario import mean_aim, rates_for, scenario_from
+from moeplace.solvers.search.scenario import mean_aims, rates_for, scenario_from
 
 MODEL = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=256)
 FAST = {"compute": 1e12, "memory": 1e12, "memory_bandwidth": 1e11, "intra_bandwidth": 1e9}
@@ -61,7 +61,7 @@ def test_the_kernels_price_placements_as_evaluation_does(
         share = np.zeros((8, 4))
         share[row, given_problem.slot_device] = 1.0
         shares.append(share / share.sum(axis=1, keepdims=True))
-    aims = [mean_aim(scenario)] * 3
+    aims = mean_aims(scenario)
     engine.start(list(table), shares, aims)
     engine.run(aims, proposals=400, hot=1.0, cold=0.5)
     final = [state.now.cost for state in engine.states]
@@ -279,7 +279,7 @@ def test_ctrl_c_at_any_time_gives_the_best_plan_so_far(
 
 
 def test_a_bad_option_is_refused(toy_trace: mp.RoutingTrace) -> None:
-    with pytest.raises(mp.InputError, match="'train' is unknown; known: decode, prefill"):
+    with pytest.raises(mp.InputError, match="option batch is 'train', it takes 'decode' or 'prefill'"):
         mp.solve(problem(toy_trace), "search", batch="train")
     with pytest.raises(mp.InputError, match=r"steps \(0\)"):
         mp.solve(problem(toy_trace), "search", steps=0)

@@ -128,6 +128,7 @@ def test_the_tail_of_windows_is_lowered_by_cvar() -> None:
     rng = np.random.default_rng(3)
     often, seldom = rng.gamma(3.0, size=(2, 1, 2, 24))
     load = np.concatenate([often] * 18 + [seldom] * 2) * rng.uniform(0.9, 1.1, size=(20, 2, 24))
+    load /= load.sum(axis=2, keepdims=True)
     mean = mp.solve(problem({"": load}, cluster(8), 24), "search")
     tail = mp.solve(problem({"": load}, cluster(8), 24, risk="cvar:0.9"), "search")
 
@@ -243,3 +244,65 @@ def test_a_plan_close_enough_to_its_bound_ends_the_search() -> None:
     assert plan.provenance is not None
     assert plan.provenance.stop == "finished"
     assert plan.provenance.seconds < 15
+
+
+def thin_windows(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """8 busy windows [8, 1, 64], and 56 of four token-expert pairs each."""
+    busy = rng.poisson(rng.gamma(1.0, size=64) * rng.uniform(0.95, 1.05, size=(8, 1, 64)) * 1e5)
+    thin = [np.bincount(rng.integers(64, size=4), minlength=64)[None] for _ in range(56)]
+    return busy.astype(np.float64), np.array(thin, dtype=np.float64)
+
+
+def test_windows_count_by_their_tokens() -> None:
+    """Ten windows of two pairs each are no reason to leave the one that is busy out of balance."""
+    load = np.concatenate([[[[3e6, 1e6, 1e6, 3e6]]], [[[1, 1, 0, 0]]] * 5, [[[1, 0, 1, 0]]] * 5])
+    plan = mp.solve(problem({"": load}, cluster(2), 4), "search")
+    assert peaks(plan, load[0]) == pytest.approx(1.0)
+    busy, thin = thin_windows(np.random.default_rng(0))
+    load = np.concatenate([busy, thin])
+
+    def by_tokens(plan: mp.Plan) -> float:
+        return float(sum(peaks(plan, window)[0] * window.sum() for window in load) / load.sum())
+
+    every, alone = (mp.solve(problem({"": part}, cluster(8), 72), "search") for part in (load, busy))
+    eplb = mp.solve(problem({"": load}, cluster(8), 72), "eplb")
+    assert value_of(every) == pytest.approx(by_tokens(every))
+    assert by_tokens(every) - 1 < 1.3 * (by_tokens(alone) - 1)
+    assert by_tokens(every) < by_tokens(eplb)
+
+
+@pytest.mark.parametrize("risk", ["mean", "cvar:0.5", "cvar:0.99", "worst_workload", "regret"])
+@pytest.mark.parametrize("limit", [None, 1e12])
+def test_what_is_empty_counts_nowhere(risk: str, limit: float | None) -> None:
+    """Windows without a token, and layers of a window without any, change neither plan nor figures."""
+    rng = np.random.default_rng(4)
+    counts = {name: rng.gamma(0.5, size=(4, 2, 12)) * 100 for name in "ab"}
+    counts["a"][1:, 1] = 0.0
+    empty = {
+        "a": np.concatenate([np.zeros((9, 2, 12)), counts["a"]]),
+        "b": np.concatenate([counts["b"], np.zeros((3, 2, 12))]),
+    }
+    start = mp.solve(problem(counts, cluster(4), 12), "contiguous")
+    more: dict[str, Any] = {} if limit is None else {"current": start, "max_moved_bytes": limit}
+    plan, padded = (
+        mp.solve(problem(given, cluster(4), 12, risk=risk, **more), "search", proposals=12_000)
+        for given in (counts, empty)
+    )
+    assert np.array_equal(plan.physical_to_logical, padded.physical_to_logical)
+    assert value_of(plan) == pytest.approx(value_of(padded))
+    assert padded.bound is not None
+    if risk != "regret":
+        assert value_of(padded) >= padded.bound >= 1.0
+
+
+@pytest.mark.parametrize("solver", ["search", "eplb", "contiguous"])
+def test_no_balance_is_below_one_even_of_nothing(solver: str) -> None:
+    load = np.random.default_rng(5).gamma(1.0, size=(3, 2, 8))
+    load[:, 1] = 0.0
+    for given_load in (load, np.zeros((3, 2, 8))):
+        plan = mp.solve(problem({"": given_load}, cluster(2), 8), solver)
+        assert plan.bound is not None
+        assert value_of(plan) >= plan.bound >= 1.0
+    alone = mp.solve(problem({"": load[:, :1]}, cluster(2), 8), solver)
+    both = mp.solve(problem({"": load}, cluster(2), 8), solver)
+    assert value_of(both) == pytest.approx(value_of(alone), rel=1e-3)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
+from conftest import make_trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import moeplace as mp
 from moeplace.solvers.base import Budget
@@ -13,7 +19,7 @@ from moeplace.solvers.search.group_start import groups_on_nodes
 from moeplace.solvers.search.judge import Judge
 from moeplace.solvers.search.layout import Moves
 from moeplace.solvers.search.race import race
-from moeplace.solvers.search.scenario import mean_aim, rates_for, scenario_from
+from moeplace.solvers.search.scenario import mean_aims, rates_for, scenario_from
 from moeplace.solvers.search.starts import even_shares
 
 MODEL = mp.ModelSpec(layers=3, experts=16, top_k=2, groups=4, hidden_size=512, ffn_size=256)
@@ -71,7 +77,7 @@ def test_a_race_keeps_the_better_start_of_every_layer() -> None:
     share = [np.eye(4)[given.slot_device[np.argsort(table)]] for table in good]
     spread = np.eye(4)[given.slot_device[np.argsort(bad)]]
     engine = Engine(given, scenario, rates_for(given, scenario), [Moves(np.ones((16, 4), dtype=bool), False)] * 3, 0)
-    aims = [mean_aim(scenario)] * 3
+    aims = mean_aims(scenario)
     try:
         first = ([good[0], bad, bad], [share[0], spread, spread])
         second = ([bad, good[1], good[2]], [spread, share[1], share[2]])
@@ -118,3 +124,31 @@ def test_renamed_devices_bring_tokens_nearer_and_leave_what_stands_together() ->
         MODEL, TOPOLOGY, given.statistics, mp.Objective(execution="context_coherent"), pinned={(0, 0): 1}
     )
     assert not can_align(pinned, allowed_devices(pinned))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.booleans(),
+    st.sampled_from(["dispatch_combine", "context_coherent"]),
+    st.sampled_from([(8, "equal"), (11, "equal"), (11, "free")]),
+    st.sampled_from(["mean", "cvar:0.5", "worst_workload"]),
+)
+def test_the_answer_is_never_worse_than_the_plan_in_force(
+    seed: int, counts: bool, execution: str, shape: tuple[int, str], risk: str
+) -> None:
+    """The plan in force was searched for at length, the answer with a handful of proposals."""
+    trace = make_trace(seed=seed)
+    statistics = mp.RoutingStatistics.from_trace(trace)
+    if counts:
+        statistics = mp.RoutingStatistics.from_counts(statistics.load, top_k=2)
+    model = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=256)
+    objective = mp.Objective(execution=execution, split=shape[1], risk=risk)  # type: ignore[arg-type]
+    asked = mp.Problem(model, mp.Topology.preset("h100-hgx", 2, 2), statistics, objective, slots=shape[0])
+    quick: dict[str, Any] = {"step_tokens": 8, "steps": 4, "seed": seed}
+    current = mp.solve(asked, "search", proposals=3000, **quick)
+    answer = mp.solve(dataclasses.replace(asked, current=current), "search", proposals=5, **quick)
+    assert current.certificate is not None
+    assert answer.certificate is not None
+    assert answer.certificate.objective == current.certificate.objective
+    assert answer.certificate.value <= current.certificate.value * (1 + 1e-12)

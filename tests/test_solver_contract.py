@@ -12,7 +12,7 @@ import pytest
 import moeplace as mp
 from moeplace.solvers.base import Feature, Needs, Progress, Solver
 from moeplace.solvers.registry import SOLVERS
-from moeplace.solvers.solve import required_features
+from moeplace.solvers.solve import read_options, required_features, solver_named
 
 EXPERTS, LAYERS = 6, 3
 # Budgets small enough for a test; solvers not named here run as a user would run them.
@@ -249,3 +249,59 @@ def test_an_unknown_solver_names_the_nearest() -> None:
 def test_a_time_limit_must_be_positive(seconds: float) -> None:
     with pytest.raises(mp.InputError, match="must be positive"):
         mp.solve(problem_of(), "contiguous", seconds=seconds)
+
+
+def test_options_given_as_text_are_what_the_solver_takes() -> None:
+    eplb, search, exflow = (solver_named(name) for name in ("eplb", "search", "exflow"))
+    for text, value in {
+        "False": False,
+        "0": False,
+        "no": False,
+        "off": False,
+        "true": True,
+        "On": True,
+        "none": None,
+    }.items():
+        assert read_options(eplb, {"hierarchical": text}) == {"hierarchical": value}
+    read = read_options(search, {"batch": "prefill", "steps": "4", "certify": "1e1", "proposals": "none"})
+    assert read == {"batch": "prefill", "steps": 4, "certify": 10.0, "proposals": None}
+    assert type(read["certify"]) is float
+    assert read_options(exflow, {"form": "1", "warm_start": "no"}) == {"form": "1", "warm_start": False}
+
+
+@pytest.mark.parametrize(
+    ("solver", "option", "text", "accepted"),
+    [
+        ("eplb", "hierarchical", "banana", "true or false or none"),
+        ("search", "proposals", "abc", "a whole number or none"),
+        ("search", "steps", "1.5", "a whole number or none"),
+        ("search", "batch", "train", "'decode' or 'prefill'"),
+        ("moetuner", "tolerance", "little", "a number"),
+    ],
+)
+def test_a_wrong_value_names_the_option_the_text_and_what_is_accepted(
+    solver: str, option: str, text: str, accepted: str
+) -> None:
+    wrong = f"solver '{solver}': option {option} is '{text}', it takes {accepted}"
+    with pytest.raises(mp.InputError, match=wrong):
+        read_options(solver_named(solver), {option: text})
+    with pytest.raises(mp.InputError, match=wrong):
+        mp.solve(problem_of(), solver, **{option: text})
+
+
+@pytest.mark.parametrize("given", [{"hierarchical": "False"}, {"hierarchical": 0}, {"hierarchical": 1.0}])
+def test_a_value_of_another_type_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(mp.InputError, match="it takes true or false or none"):
+        mp.solve(problem_of(), "eplb", **given)
+    with pytest.raises(mp.InputError, match="it takes a whole number or none"):
+        mp.solve(problem_of(), "search", proposals=True)
+    mp.solve(problem_of(), "search", proposals=np.int64(12), certify=0, steps=4)
+
+
+def test_exflow_in_stages_is_no_worse_than_the_plan_in_force() -> None:
+    problem = problem_of(routing(8, 3), topology_of(2, 2))
+    current = mp.solve(problem, "exflow")
+    plan = mp.solve(replace(problem, current=current), "exflow", form="bisect")
+    assert current.certificate is not None
+    assert plan.certificate is not None
+    assert plan.certificate.value <= current.certificate.value * (1 + 1e-12)

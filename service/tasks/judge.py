@@ -9,6 +9,7 @@ from ...db.store import Store
 from ...placement.decide import Decision, decide
 from ...placement.decide_counts import LEAST_BLOCKS, decide_on_counts
 from ...placement.errors import InputError
+from ...placement.load_windows import with_tokens
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.problem import Problem
@@ -73,7 +74,7 @@ def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: P
         held.load,
         problem,
         step_tokens=policy.step_tokens,
-        block=max(1, min(policy.block, len(held.load) // LEAST_BLOCKS)),
+        block=max(1, min(policy.block, int(with_tokens(held.load).sum()) // LEAST_BLOCKS)),
         confidence=policy.confidence,
         horizon_steps=policy.horizon_steps,
     )

@@ -16,14 +16,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ...db.service_records import ClaimedJob, DeploymentRecord, Finding, Judgement, Outcome, WindowRecord
 from ...db.store import Store
 from ...placement.decide_counts import LEAST_BLOCKS
 from ...placement.drift import can_tell, drift
 from ...placement.errors import InputError
+from ...placement.load_windows import window_weights, with_tokens
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.problem import Problem
+from ...placement.risk import weighted_mean
 from ...placement.statistics import RoutingStatistics
 from ...placement.topology import Topology
 from ...placement.window_cost import window_seconds
@@ -60,8 +65,8 @@ class _Look:
         self._reference = None if deployment.reference_id is None else stored_statistics(store, deployment.reference_id)
         newest = store.windows.page(deployment.name, limit=self._policy.searched)
         self._last = newest[-1].key if newest else 0
-        # What was joined is one observation of many windows: it cannot stand beside single ones.
-        self._windows = [window for window in newest if window.merged == 1]
+        # What was joined is one observation of many windows: it cannot stand beside single ones. What is empty is none.
+        self._windows = [window for window in newest if window.merged == 1 and window.pairs]
         self._since = [window for window in self._windows if window.key > deployment.reference_window]
 
     def outcome(self, report: Report) -> Outcome:
@@ -72,10 +77,13 @@ class _Look:
             return self._quiet({"status": "no new windows"})
         routing = from_windows(self._since[-policy.recent :], self._model)
         seconds = window_seconds(self._current, routing.load, self._problem(routing), policy.step_tokens)
-        figures: dict[str, Any] = {**balance(self._current, routing), "step_seconds": float(seconds.mean())}
+        figures: dict[str, Any] = {
+            **balance(self._current, routing),
+            "step_seconds": weighted_mean(seconds, _weight(routing)),
+        }
         if self._reference is None:
             return self._judged(self._since[-policy.recent :], "first plan", figures, report)
-        known = len(self._reference.load)
+        known = int(with_tokens(self._reference.load).sum())
         if can_tell(known, len(self._since), policy.block, policy.false_alarm):
             load = from_windows(self._since, self._model).load
             found = drift(self._reference.load, load, block=policy.block, alpha=policy.false_alarm)
@@ -113,7 +121,9 @@ class _Look:
             **self._policy.options,
         )
         paid, possible = (
-            float(window_seconds(plan, newer.load, self._problem(newer), self._policy.step_tokens).mean())
+            weighted_mean(
+                window_seconds(plan, newer.load, self._problem(newer), self._policy.step_tokens), _weight(newer)
+            )
             for plan in (self._current, fresh)
         )
         regret = paid / possible - 1.0
@@ -153,6 +163,11 @@ class _Look:
 
     def _problem(self, routing: RoutingStatistics) -> Problem:
         return Problem(self._model, self._topology, routing, self._policy.objective, slots=self._policy.slots)
+
+
+def _weight(routing: RoutingStatistics) -> npt.NDArray[np.float64]:
+    """[S] what each window counts."""
+    return np.asarray(window_weights(routing.load).sum(axis=1))
 
 
 def _plan_in_force(deployment: DeploymentRecord, store: Store, model: ModelSpec, topology: Topology) -> Plan:

@@ -11,12 +11,13 @@ from ...placement.errors import UnsupportedError
 from ...placement.failures import failure_mask
 from ...placement.plan import Certificate, Stop
 from ...placement.problem import Problem
+from ...placement.risk import tail_weight, weighted_mean
 from ..base import Budget, Solution
 from . import Batch
 from .aligned_start import aligned, can_align
-from .certified import certified
+from .certified import Answer, certified
 from .engine import TASTE, Engine
-from .first_placements import allowed_devices, first_placements, made_placements
+from .first_placements import allowed_devices, current_placement, first_placements, made_placements
 from .group_homes import homes_of
 from .homes import with_homes
 from .judge import Judge
@@ -26,7 +27,7 @@ from .load_course import search_loads
 from .pace import Pace
 from .polish import polished
 from .race import Start, race
-from .scenario import Scenario, mean_aim, rates_for, scenario_from, weighted_aim, worst_aim
+from .scenario import Scenario, mean_aims, rates_for, scenario_from, weighted_aims, worst_aims
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -60,7 +61,8 @@ def run_search(
     if scenario.steps is None and problem.max_moves is None:
         homes = None if off_home is None else homes_of(problem, scenario.loads, moves, off_home)
         tables = made_placements(problem, allowed, budget)[0] if homes is None else homes.tables
-        return search_loads(problem, budget, scenario, moves, tables, proposals, homes)
+        current = current_placement(problem, allowed)
+        return search_loads(problem, budget, scenario, moves, tables, current, proposals, homes)
     if off_home is not None:
         raise UnsupportedError(
             "off_home and Problem.max_moved_bytes do not go together; leave one of them out"
@@ -89,7 +91,7 @@ def _search(
     starts, limited = first_placements(problem, allowed, budget), problem.max_moves is not None
     # Layers of one placement cannot be mixed with another's where neighbours matter.
     whole = problem.objective.execution == "context_coherent"
-    aims = [_first_aim(problem, scenario)] * problem.model.layers
+    aims = _first_aims(problem, scenario)
     first, price = starts[0], 0.0
     try:
         if whole and scenario.steps is not None:
@@ -103,11 +105,11 @@ def _search(
         engine.start(*first, aims, taste=0 if limited else TASTE)
     except KeyboardInterrupt:
         engine.start(*first, aims, taste=0)
-        table, certificate, shares = _answer(problem, engine, judge)
+        table, certificate, shares = _or_current(problem, judge, allowed, _answer(problem, engine, judge))
         return Solution(table, certificate, shares=shares, stop="interrupted")
     best = _answer(problem, engine, judge)
     moved: MoveBudget | None = None
-    moving_aims = problem.objective.tail is not None
+    moving_aims, tail = problem.objective.tail is not None, scenario.step_weight
     try:
         if not whole and len(starts) > 1:
             first = race(engine, starts, aims, budget, proposals)
@@ -134,11 +136,12 @@ def _search(
             budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
             if last:
                 break
-            aims = _tail_aims(problem, engine, aims)
+            aims, tail = _tail_aims(scenario, problem, engine, aims, tail)
         stop = "finished" if budget.seconds is None else "time limit"
     except KeyboardInterrupt:
         stop = "interrupted"
         best = min(best, _answer(problem, engine, judge, moving_aims, moved), key=lambda answer: answer[1].value)
+    best = _or_current(problem, judge, allowed, best)
     if stop != "interrupted":
         best = certified(judge, polished(judge, best, budget), budget, certify)
     return Solution(best[0], best[1], shares=best[2], stop=stop)
@@ -195,7 +198,7 @@ def _as_dispatched(
     moves = _moves(problem, allowed)
     engine = Engine(relaxed, scenario, rates_for(relaxed, scenario), moves, budget.seed)
     try:
-        aims = [_first_aim(problem, scenario)] * problem.model.layers
+        aims = _first_aims(problem, scenario)
         engine.start(*start, aims, taste=0)
         moved = None if problem.max_moves is None else MoveBudget(problem, engine, coupled=False)
         engine.start(*start, aims)
@@ -210,22 +213,22 @@ def _as_dispatched(
     return ([layer.slot_expert for layer in placed], [layer.share for layer in placed]), price
 
 
-def _first_aim(problem: Problem, scenario: Scenario) -> Aim:
-    return worst_aim(scenario) if problem.objective.risk == "worst_workload" else mean_aim(scenario)
+def _first_aims(problem: Problem, scenario: Scenario) -> list[Aim]:
+    return worst_aims(scenario) if problem.objective.risk == "worst_workload" else mean_aims(scenario)
 
 
-def _tail_aims(problem: Problem, engine: Engine, aims: list[Aim]) -> list[Aim]:
-    """Under cvar, steps that are slow over all layers weigh more in the next round; other aims stay."""
+def _tail_aims(
+    scenario: Scenario, problem: Problem, engine: Engine, aims: list[Aim], weight: FloatArray
+) -> tuple[list[Aim], FloatArray]:
+    """Under cvar, steps that are slow over all layers weigh more than by `weight` [S] in the next round; other aims stay."""
     tail = problem.objective.tail
     if tail is None:
-        return aims
-    seconds = np.sum([state.now.cost for state in engine.states], axis=0)
-    count = max(1, round(len(seconds) * (1.0 - tail)))
-    slow = np.zeros(len(seconds))
-    slow[np.argsort(seconds)[-count:]] = 1.0 / count
+        return aims, weight
+    figures = scenario.over_layers(np.stack([state.now.cost for state in engine.states], axis=1))
+    slow = tail_weight(figures, tail, None if scenario.weight is None else scenario.step_weight)
     # Half of the last weights stay, else two sets of steps would take turns at being slow.
-    weight = 0.5 * aims[0].weight + 0.5 * slow
-    return [weighted_aim(weight)] * len(aims)
+    weight = 0.5 * weight + 0.5 * slow
+    return weighted_aims(scenario, weight), weight
 
 
 def _regret(
@@ -237,8 +240,8 @@ def _regret(
     reference = np.zeros(len(scenario.workloads))
     best = np.zeros((len(present), layers))
     for w, code in enumerate(present):
-        mine = scenario.workload == code
-        aims = [weighted_aim(mine.astype(np.float64))] * layers
+        mine = np.where(scenario.workload == code, scenario.step_weight, 0.0)
+        aims = weighted_aims(scenario, mine)
         now = [state.now for state in engine.states]
         engine.start([layer.slot_expert for layer in now], [layer.share for layer in now], aims)
         # A quarter of all effort, over all workloads; with a time limit, a first taste tells how much that is.
@@ -249,8 +252,19 @@ def _regret(
                 engine.run(aims, pace.proposals(taste), HOT, COLD)
         best[w] = [state.value for state in engine.states]
         table, _, shares = _answer(problem, engine, judge)
-        reference[code] = judge.figures(table, shares)[mine].mean()
-    return reference, [worst_aim(scenario, best[:, layer].copy()) for layer in range(layers)]
+        reference[code] = weighted_mean(judge.figures(table, shares), mine)
+    return reference, worst_aims(scenario, best)
+
+
+def _or_current(problem: Problem, judge: Judge, allowed: npt.NDArray[np.bool_], best: Answer) -> Answer:
+    """The plan in force where it fits the problem and is better than what was found: a race may pass over it, and what is
+    best of each layer by proposals' tokens need not be best on the whole."""
+    current = current_placement(problem, allowed, exact=True)
+    if current is None:
+        return best
+    table, shares = problem.slot_table(current[0]), problem.slot_shares(*current)
+    certificate = judge.certificate(table, shares)
+    return (table, certificate, shares) if certificate.value < best[1].value else best
 
 
 def _answer(

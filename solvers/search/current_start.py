@@ -30,16 +30,31 @@ def from_current(
     load = problem.statistics.workload_load.sum(axis=0)
     tables, shares = [], []
     for layer, held in enumerate(current.holds):
-        fits = (
-            (held.sum(axis=0) == problem.layer_slots[layer]).all()
-            and not (held & ~allowed[layer]).any()
-            and not any((held[:, failure].sum(axis=1) == held.sum(axis=1)).any() for failure in failures)
-        )
-        kept = held if fits else _nearest(held, problem.layer_slots[layer], allowed[layer], failures, load[layer])
+        usable = _layer_fits(problem, layer, held, allowed[layer], failures)
+        kept = held if usable else _nearest(held, problem.layer_slots[layer], allowed[layer], failures, load[layer])
         tables.append(np.concatenate([np.flatnonzero(column) for column in kept.T]).astype(np.int64))
-        free = fits and problem.objective.split == "free"
+        free = usable and problem.objective.split == "free"
         shares.append(current.device_share[layer].copy() if free else kept / kept.sum(axis=1, keepdims=True))
     return tables, shares
+
+
+def fits(problem: Problem, current: Plan, allowed: BoolArray, failures: BoolArray) -> bool:
+    """Whether a plan in force is itself an answer to the problem: its slots and every constraint kept, no expert twice on
+    a device, and equal shares where the objective wants them."""
+    if not np.array_equal(current.slots_per_device, problem.layer_slots):
+        return False
+    even = current.holds / np.maximum(current.holds.sum(axis=2, keepdims=True), 1)
+    return all(
+        _layer_fits(problem, layer, held, allowed[layer], failures) for layer, held in enumerate(current.holds)
+    ) and (problem.objective.split == "free" or bool(np.allclose(current.device_share, even)))
+
+
+def _layer_fits(problem: Problem, layer: int, held: BoolArray, allowed: BoolArray, failures: BoolArray) -> bool:
+    return bool(
+        (held.sum(axis=0) == problem.layer_slots[layer]).all()
+        and not (held & ~allowed).any()
+        and not any((held[:, failure].sum(axis=1) == held.sum(axis=1)).any() for failure in failures)
+    )
 
 
 def _nearest(held: BoolArray, slots: IntArray, allowed: BoolArray, failures: BoolArray, load: FloatArray) -> BoolArray:

@@ -12,7 +12,7 @@ from ...placement.failures import failure_mask
 from ...placement.problem import Problem
 from ..base import Budget, fill_slots
 from ..exflow_start import assignment_sweeps
-from .current_start import from_current
+from .current_start import fits, from_current
 from .group_start import groups_on_nodes
 from .near_start import near_layer
 from .race import Start
@@ -39,17 +39,28 @@ def allowed_devices(problem: Problem) -> npt.NDArray[np.bool_]:
 
 def first_placements(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) -> list[Start]:
     """First placements; the plan in force alone where moves from it are limited."""
-    given: list[Start] = []
-    if problem.current is not None:
+    if problem.current is not None and problem.max_moves is not None:
         failures = failure_mask(problem.tolerates, problem.num_devices)
-        given.append(from_current(problem, problem.current, allowed, failures))
-        if problem.max_moves is not None:
-            return given
+        return [from_current(problem, problem.current, allowed, failures)]
+    given = current_placement(problem, allowed)
     made = made_placements(problem, allowed, budget)
     starts: list[Start] = [(tables, even_shares(problem, tables)) for tables in made]
     if problem.objective.split == "free" and problem.has_replicas:
         starts.append((made[0], _one_serves(problem, made[0])))
-    return starts + given
+    return starts + ([] if given is None else [given])
+
+
+def current_placement(problem: Problem, allowed: npt.NDArray[np.bool_], exact: bool = False) -> Start | None:
+    """The plan in force, or the nearest placement that fits the problem. exact: itself or none."""
+    if problem.current is None:
+        return None
+    failures = failure_mask(problem.tolerates, problem.num_devices)
+    if exact and not fits(problem, problem.current, allowed, failures):
+        return None
+    # Where nothing near it is found, other starts have to do: only a limit of moves needs it.
+    with contextlib.suppress(SolveError):
+        return from_current(problem, problem.current, allowed, failures)
+    return None
 
 
 def made_placements(problem: Problem, allowed: npt.NDArray[np.bool_], budget: Budget) -> list[list[IntArray]]:

@@ -45,7 +45,7 @@ class Judge:
     def __post_init__(self) -> None:
         steps = self.scenario.steps
         self.bound = (
-            window_bounds(self.problem, self.scenario.loads).mean(axis=1)
+            self.scenario.over_layers(window_bounds(self.problem, self.scenario.loads))
             if steps is None
             else step_seconds_bound(steps, self.problem)
         )
@@ -55,7 +55,7 @@ class Judge:
         """What is minimised, with its unit."""
         risk = self.problem.objective.risk
         if self.scenario.steps is None:
-            return f"device load max/mean of recorded windows, mean over layers, {risk}"
+            return f"device load max/mean of recorded windows by their tokens, mean over layers, {risk}"
         origin = " of tokens drawn from recorded transitions" if self.scenario.imagined else ""
         chosen = ", nearest replicas" if self.problem.objective.replica_choice == "nearest" else ""
         return f"predicted step seconds on {self.scenario.num_steps} scenario steps{origin}, {risk}{chosen}"
@@ -98,13 +98,14 @@ class Judge:
         objective = self.problem.objective
         if objective.risk == "regret" and self.reference is None:
             objective = objective.replace(risk="worst_workload")
-        return risk_value(figures, self.scenario.workload, objective, self.reference)
+        weight = None if self.scenario.weight is None else self.scenario.step_weight
+        return risk_value(figures, self.scenario.workload, objective, self.reference, weight)
 
     def _load_figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
         problem, speed = self.problem, self.problem.topology.compute
         slowness = speed.sum() / speed
-        result = np.empty(self.scenario.num_steps)
+        peaks = np.empty((self.scenario.num_steps, problem.model.layers))
         for s, loads in enumerate(self.scenario.loads):
             carried = device_loads(loads, table, shares, problem.slot_device, problem.num_devices) * slowness
-            result[s] = carried.max(axis=1).mean()
-        return result
+            peaks[s] = np.maximum(1.0, carried.max(axis=1))
+        return self.scenario.over_layers(peaks)

@@ -12,7 +12,10 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def window_bounds(problem: Problem, loads: FloatArray) -> FloatArray:
-    """[S, L] lower bounds of the largest device load over the mean, devices counted by speed; loads [S, L, E]."""
+    """[S, L] lower bounds of the largest device load over the mean, devices counted by speed, at least 1.
+
+    loads: [S, L, E], each layer of each window summing to 1, or to 0 where it is empty.
+    """
     speed = problem.topology.compute
     packed = least_layer_load(loads, problem.layer_slots) * (speed.sum() / speed.max())
-    return np.asarray(np.maximum(loads.sum(axis=2), packed))
+    return np.asarray(np.maximum(1.0, packed))

@@ -56,26 +56,28 @@ def search_loads(
     scenario: Scenario,
     moves: Sequence[Moves],
     tables: Sequence[IntArray],
+    current: tuple[list[IntArray], list[FloatArray]] | None,
     proposals: int | None,
     homes: GroupHomes | None,
 ) -> Solution:
-    """Balances the windows' loads [S, L, E] from slot tables [P], one a layer; see `Search` for `proposals`."""
+    """Balances the windows' loads [S, L, E] from slot tables [P], one a layer, or the plan in force (tables and shares
+    [E, G]) in layers where that is better; see `Search` for `proposals`."""
     judge = Judge(problem, scenario)
     windows = WindowWeights(problem, scenario)
-    balance = _Balance(problem, scenario, moves, budget.seed, homes)
+    balance = _Balance(problem, scenario, moves, budget.seed, homes, current)
     stop: Stop = "finished"
     try:
         balance.start(tables, windows.weight)
         if scenario.num_steps == 1 and homes is None:
             balance.level()
-        best = _answer(balance, judge)
+        best = _best_start(balance, judge)
         budget.report(best[1].value, best[1].bound, "start")
         try:
             if problem.objective.risk == "regret":
                 judge.reference = _alone(balance, judge, scenario, tables, proposals or PROPOSALS, budget)
                 windows.reference = judge.reference
                 balance.start(tables, windows.weight)
-                best = _answer(balance, judge)
+                best = _best_start(balance, judge)
             pace = Pace(budget, proposals or PROPOSALS, ROUNDS)
             for round_ in range(ROUNDS):
                 if budget.spent or balance.done:
@@ -103,7 +105,13 @@ class _Balance:
     """Holds one state a layer and improves it, layers side by side on all cores."""
 
     def __init__(
-        self, problem: Problem, scenario: Scenario, moves: Sequence[Moves], seed: int, homes: GroupHomes | None
+        self,
+        problem: Problem,
+        scenario: Scenario,
+        moves: Sequence[Moves],
+        seed: int,
+        homes: GroupHomes | None,
+        current: tuple[list[IntArray], list[FloatArray]] | None,
     ) -> None:
         speed = problem.topology.compute
         self.problem, self._moves = problem, moves
@@ -113,16 +121,28 @@ class _Balance:
         self._stray = [nowhere] * len(moves) if homes is None else list(homes.stray)
         self._limit = 0.0 if homes is None else homes.most
         self._bounds = window_bounds(problem, scenario.loads)
+        self._scenario = scenario
         self._seeds = np.random.SeedSequence(seed)
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+        self.current = (
+            [] if current is None else [self._placed(layer, *at) for layer, at in enumerate(zip(*current, strict=True))]
+        )
+        if any(
+            (layer.share * stray).sum() > self._limit + 1e-9
+            for layer, stray in zip(self.current, self._stray, strict=False)
+        ):
+            self.current = []
         self.layers: list[BalancedLayer] = []
         self.done = False
         """Whether the figure is within `TOLERANCE` of the bound, by the weights of the last round."""
 
     def start(self, tables: Sequence[IntArray], weight: FloatArray) -> None:
-        """Takes slot tables with equal shares as the state."""
+        """Takes slot tables with equal shares as the state, or the plan in force in layers where that is better."""
         even = even_shares(self.problem, tables)
         self.layers = [self._placed(layer, table, even[layer]) for layer, table in enumerate(tables)]
+        for layer, mine in enumerate(self._scenario.layer_weights(weight).T[: len(self.current)]):
+            if mine @ self.current[layer].peaks <= mine @ self.layers[layer].peaks:
+                self.layers[layer] = self.current[layer]
         self._look(weight)
 
     def level(self) -> None:
@@ -144,18 +164,22 @@ class _Balance:
         heat = hot * (COLD / hot) ** progress
         seeds = self._seeds.spawn(1)[0].generate_state(len(self.layers))
         tasks = [
-            self._pool.submit(self._one, layer, weight, proposals, heat, int(seed) % (1 << 31))
-            for layer, seed in enumerate(seeds)
+            self._pool.submit(self._one, layer, mine, proposals, heat, int(seed) % (1 << 31))
+            for layer, (mine, seed) in enumerate(zip(self._scenario.layer_weights(weight).T, seeds, strict=True))
         ]
         self.layers = [task.result() for task in tasks]
         self._look(weight)
 
     def _look(self, weight: FloatArray) -> None:
-        figures = np.stack([layer.peaks for layer in self.layers]) @ weight
-        self.done = bool(figures.mean() <= (weight @ self._bounds).mean() * (1.0 + TOLERANCE))
+        counts, peaks = self._scenario.layer_weights(weight), np.stack([layer.peaks for layer in self.layers], axis=1)
+        self.done = bool((counts * peaks).sum() <= (counts * self._bounds).sum() * (1.0 + TOLERANCE))
 
     def _one(self, layer: int, weight: FloatArray, proposals: int, heat: float, seed: int) -> BalancedLayer:
+        """weight: [S] what this layer's windows count."""
         state, counted = self.layers[layer], weight > 0
+        if not counted.any():
+            return state
+        weight = weight / weight.sum()
         least = float(weight @ self._bounds[:, layer])
         excess = max(float(weight @ state.peaks) - least, LEAST_EXCESS)
         given = LoadLayer(
@@ -180,7 +204,7 @@ class _Balance:
         return self._placed(layer, table, share)
 
     def _placed(self, layer: int, table: IntArray, share: FloatArray) -> BalancedLayer:
-        return BalancedLayer(table, share, ((self._rows[layer] @ share) * self._slowness).max(axis=1))
+        return BalancedLayer(table, share, np.maximum(1.0, ((self._rows[layer] @ share) * self._slowness).max(axis=1)))
 
     def close(self) -> None:
         """Stops the threads; rounds already handed out end first."""
@@ -194,7 +218,7 @@ def _alone(
     present = np.unique(scenario.workload)
     reference = np.zeros(len(scenario.workloads))
     for w, code in enumerate(present):
-        weight = (scenario.workload == code).astype(np.float64)
+        weight = np.where(scenario.workload == code, scenario.step_weight, 0.0)
         weight /= weight.sum()
         balance.start(tables, weight)
         timed = budget.seconds is not None
@@ -209,9 +233,19 @@ def _alone(
     return reference
 
 
-def _answer(balance: _Balance, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
-    """(slot table [L, P], certificate, shares [L, P])."""
-    rows = [layer.slot_expert for layer in balance.layers]
+def _best_start(balance: _Balance, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
+    """The state, or the whole plan in force: under some risks the better layers are not the better plan."""
+    best = _answer(balance, judge)
+    current = _answer(balance, judge, balance.current) if balance.current else best
+    return min(best, current, key=lambda answer: answer[1].value)
+
+
+def _answer(
+    balance: _Balance, judge: Judge, layers: Sequence[BalancedLayer] | None = None
+) -> tuple[IntArray, Certificate, FloatArray]:
+    """(slot table [L, P], certificate, shares [L, P]) of the state, or of other `layers`."""
+    layers = balance.layers if layers is None else layers
+    rows = [layer.slot_expert for layer in layers]
     table = balance.problem.slot_table(rows)
-    shares = balance.problem.slot_shares(rows, [layer.share for layer in balance.layers])
+    shares = balance.problem.slot_shares(rows, [layer.share for layer in layers])
     return table, judge.certificate(table, shares), shares

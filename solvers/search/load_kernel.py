@@ -24,6 +24,8 @@ REFRESH = 4096
 """Proposals after which sums are made anew, so that rounding does not add up."""
 LOST = 1e-6
 """A sum of exponentials that has changed by this factor is made anew too, from another zero."""
+MOST = 600.0
+"""An exponent's limit: a row that counts little may rise far beside those that sharpness was chosen for."""
 COOLED = 0.01
 """The last temperature, relative to the first."""
 REPLICA_MOVES, SHARE_MOVES = 0.3, 0.25
@@ -79,6 +81,8 @@ def balance_loads(
     new_sums = np.empty(rows)
     best, best_expert, best_share = np.inf, slot_expert.copy(), share.copy()
     strayed, temperature = 0.0, hot
+    # A row is aimed at as often as it counts.
+    upto = np.cumsum(layer.weight)
     cooling = COOLED ** (1.0 / max(1, proposals))
     for turn in range(proposals + 1):
         if turn % REFRESH == 0 or turn == proposals:
@@ -93,7 +97,7 @@ def balance_loads(
         temperature *= cooling
         p = np.random.randint(slot_expert.shape[0])
         if np.random.random() < AIMED:
-            g = heaviest[np.random.randint(rows)]
+            g = heaviest[min(rows - 1, np.searchsorted(upto, np.random.random() * upto[-1]))]
             p = first_slot[g] + np.random.randint(width[g])
         kind, q, b, count = _draw(layer, p, slot_expert, slot_device, slot_at, replicas, share, changes)
         if kind == 0:
@@ -119,7 +123,7 @@ def balance_loads(
             new_sums[k] = sums[k]
             for i in range(found):
                 g = touched[i]
-                risen[k, i] = np.exp(sharpness * (loads[k, g] + shift[k, i] - zero[k]))
+                risen[k, i] = np.exp(min(MOST, sharpness * (loads[k, g] + shift[k, i] - zero[k])))
                 new_sums[k] += risen[k, i] - lifted[k, g]
             # What is left of a sum when nearly all is taken away is rounding.
             change += layer.weight[k] * np.log(max(new_sums[k] / sums[k], LOST))

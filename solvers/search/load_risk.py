@@ -1,4 +1,4 @@
-"""Which recorded windows count how much, so that balancing their weighted mean serves the objective's risk."""
+"""Which recorded windows count how much beside their tokens, so that balancing their weighted mean serves the objective's risk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...placement.problem import Problem
+from ...placement.risk import tail_weight
 from .scenario import Scenario
 
 FloatArray = npt.NDArray[np.float64]
@@ -26,25 +27,23 @@ class WindowWeights:
         self._workload = scenario.workload
         self._learnt = 0
         self.reference: FloatArray | None = None
-        present, windows = np.unique(scenario.workload, return_counts=True)
-        count = np.zeros(len(scenario.workloads))
-        count[present] = windows
-        self._windows = count[scenario.workload]
+        self._even = scenario.step_weight
+        size = np.bincount(scenario.workload, weights=self._even)
+        self._part = self._even / size[scenario.workload]
+        """[S] what each window is of its workload."""
         if problem.objective.risk in ("worst_workload", "regret"):
-            self.weight = 1.0 / (len(present) * self._windows)
+            self.weight = self._part / (size > 0).sum()
         else:
-            self.weight = np.full(scenario.num_steps, 1.0 / scenario.num_steps)
+            self.weight = self._even
 
     def learn(self, figures: FloatArray, bound: FloatArray) -> None:
         """Shifts weight to where `figures` [S] of a plan lie high; bound: [S]."""
         tail = self._objective.tail
         if tail is not None:
-            slow = np.zeros(len(figures))
-            slow[np.argsort(figures)[-max(1, round(len(figures) * (1.0 - tail))) :]] = 1.0
-            self._shift(slow)
+            self._shift(tail_weight(figures, tail, self._even))
         elif self._objective.risk != "mean":
             base = bound if self.reference is None else self.reference[self._workload]
-            above = np.bincount(self._workload, weights=(figures - base) / self._windows)[self._workload]
+            above = np.bincount(self._workload, weights=(figures - base) * self._part)[self._workload]
             # A loss may be negative under regret, its reference being a plan found, not the best there is.
             above = np.maximum(above - min(0.0, float(above.min())), LEAST_EXCESS)
             self._shift(self.weight * above)

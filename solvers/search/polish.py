@@ -30,13 +30,15 @@ def polished(judge: Judge, answer: Answer, budget: Budget) -> Answer:
         return answer
     table, certificate, shares = answer
     brief = Budget(None if budget.seconds is None else PART * budget.seconds)
-    aim = shares.copy()
+    aim, weights = shares.copy(), scenario.layer_weights(scenario.step_weight)
     with suppress(KeyboardInterrupt):
         for layer in range(len(table)):
             if brief.spent:
                 break
             loads = scenario.loads[:, layer]
-            aim[layer] = layer_shares(loads, table[layer], shares[layer], problem.slot_device, problem).shares
+            aim[layer] = layer_shares(
+                loads, table[layer], shares[layer], problem.slot_device, problem, weights[:, layer]
+            ).shares
         better = towards(shares, aim, certificate.value, lambda tried: judge.certificate(table, tried).value)
         if better is not None:
             answer = table, judge.certificate(table, better), better

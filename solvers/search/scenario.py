@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from ...placement.cost import combine_bytes, dispatch_bytes
 from ...placement.drawn_tokens import draw_tokens
+from ...placement.load_windows import window_weights, with_tokens
 from ...placement.problem import Problem
-from ...placement.statistics import RoutingStatistics
 from ...placement.steps import Steps
 from ...placement.trace import RoutingTrace
 from . import Batch
@@ -29,7 +29,8 @@ class Scenario:
     """Steps (None when only counts were recorded), loads [S, L, E] of each step, and the workload [S] of each.
 
     imagined: the steps' tokens were drawn from transitions, none having been recorded. walked: the tokens of the steps that
-    proposals are priced on, in order; None for all.
+    proposals are priced on, in order; None for all. weight: [S, L] how much each layer of each window counts (see
+    `window_weights`); None for steps, which all count alike.
     """
 
     steps: Steps | None
@@ -38,6 +39,32 @@ class Scenario:
     workloads: tuple[str, ...]
     imagined: bool = False
     walked: npt.NDArray[np.int64] | None = None
+    weight: npt.NDArray[np.float64] | None = None
+
+    @property
+    def step_weight(self) -> npt.NDArray[np.float64]:
+        """[S] how much each step or window counts, all together 1."""
+        if self.weight is None:
+            return np.full(self.num_steps, 1.0 / self.num_steps)
+        return np.asarray(self.weight.sum(axis=1))
+
+    def layer_weights(self, weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """[S, L] what each layer's figures count, where steps or windows count by `weight` [S].
+
+        As many times the number of layers that hold tokens as sums over layers want: each sums to 1 where it is
+        `step_weight`.
+        """
+        if self.weight is None:
+            return np.repeat(weight[:, None], self.loads.shape[1], axis=1)
+        busy = int((self.weight > 0).any(axis=0).sum())
+        return np.asarray(self.weight * (weight / self.weight.sum(axis=1))[:, None] * busy)
+
+    def over_layers(self, figures: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """[S] one figure a step or window from those of its layers [S, L]: their sum, or on windows their weighted mean."""
+        if self.weight is None:
+            return np.asarray(figures.sum(axis=1))
+        # Above 1, which no layer is below, so that rounding does not end there.
+        return np.asarray(1.0 + (self.weight * (figures - 1.0)).sum(axis=1) / self.weight.sum(axis=1))
 
     @property
     def num_steps(self) -> int:
@@ -91,7 +118,7 @@ def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int |
     sample, imagined = statistics.sample, False
     if sample is None or not sample.num_tokens:
         if problem.objective.execution != "context_coherent" or statistics.transitions is None:
-            return _from_windows(statistics)
+            return _from_windows(problem)
         # Without the combine it is transitions that cost: tokens that show the recorded ones can be priced.
         sample, imagined = draw_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
     if batch == "prefill" and steps is None:
@@ -139,11 +166,18 @@ def _join(parts: list[Steps]) -> Steps:
     )
 
 
-def _from_windows(statistics: RoutingStatistics) -> Scenario:
-    """Each window's loads scaled to one token-expert pair a layer, so that windows of any length count the same."""
-    total = statistics.load.sum(axis=2, keepdims=True)
-    loads = statistics.load / np.where(total > 0, total, 1.0)
-    return Scenario(None, loads, statistics.window_workload, statistics.workloads)
+def _from_windows(problem: Problem) -> Scenario:
+    """The windows that hold tokens, each scaled to one token-expert pair a layer; what they count is kept beside them."""
+    statistics = problem.statistics
+    counted = with_tokens(statistics.load)
+    if not counted.any():
+        counted[0] = True
+    load = statistics.load[counted]
+    total = load.sum(axis=2, keepdims=True)
+    loads = load / np.where(total > 0, total, 1.0)
+    workload = statistics.window_workload[counted]
+    compared = workload if problem.objective.risk in ("worst_workload", "regret") else None
+    return Scenario(None, loads, workload, statistics.workloads, weight=window_weights(load, compared))
 
 
 def rates_for(problem: Problem, scenario: Scenario) -> Rates:
@@ -175,25 +209,31 @@ def rates_for(problem: Problem, scenario: Scenario) -> Rates:
     )
 
 
-def mean_aim(scenario: Scenario) -> Aim:
-    """Every step counts the same."""
-    even = np.full(scenario.num_steps, 1.0 / scenario.num_steps)
-    return Aim(even, np.zeros(scenario.num_steps, np.int64), even, np.zeros(1), 0.0)
+def mean_aims(scenario: Scenario) -> list[Aim]:
+    """One a layer: every step counts the same, every window by its tokens."""
+    return weighted_aims(scenario, scenario.step_weight)
 
 
-def worst_aim(scenario: Scenario, reference: npt.NDArray[np.float64] | None = None) -> Aim:
-    """The worst workload counts, with a little of the mean so that the others are not left to drift.
+def worst_aims(scenario: Scenario, reference: npt.NDArray[np.float64] | None = None) -> list[Aim]:
+    """One a layer: the worst workload counts, with a little of the mean so that the others are not left to drift.
 
-    reference: [W] each workload's own best, subtracted (regret).
+    reference: [W, L] each workload's own best, subtracted (regret).
     """
     present, group = np.unique(scenario.workload, return_inverse=True)
-    sizes = np.bincount(group)
-    even = np.full(scenario.num_steps, 1.0 / scenario.num_steps)
-    best = np.zeros(len(present)) if reference is None else reference
-    return Aim(even, group.astype(np.int64), 1.0 / sizes[group], best, 0.95)
+    size = np.bincount(group, weights=scenario.step_weight)
+    even = scenario.layer_weights(scenario.step_weight)
+    alone = scenario.layer_weights(scenario.step_weight / size[group])
+    best = np.zeros((len(present), even.shape[1])) if reference is None else reference
+    return [
+        Aim(even[:, layer].copy(), group.astype(np.int64), alone[:, layer].copy(), best[:, layer].copy(), 0.95)
+        for layer in range(even.shape[1])
+    ]
 
 
-def weighted_aim(weight: npt.NDArray[np.float64]) -> Aim:
-    """Steps count by weight (normalised here)."""
-    scaled = weight / weight.sum()
-    return Aim(scaled, np.zeros(len(scaled), np.int64), scaled, np.zeros(1), 0.0)
+def weighted_aims(scenario: Scenario, weight: npt.NDArray[np.float64]) -> list[Aim]:
+    """One a layer: steps or windows count by weight [S] (normalised here)."""
+    none = np.zeros(scenario.num_steps, np.int64)
+    return [
+        Aim(mine.copy(), none, mine.copy(), np.zeros(1), 0.0)
+        for mine in scenario.layer_weights(weight / weight.sum()).T
+    ]
