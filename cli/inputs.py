@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..placement.errors import InputError, MoeplaceError, nearest
 from .options import BatchOptions, ModelOptions, ObjectiveOptions, TopologyOptions
@@ -164,14 +164,26 @@ def read_topology(options: TopologyOptions) -> Topology:
     raise InputError(f"--topology {name!r} is neither a preset nor a file; {nearest(name, PRESETS)}")
 
 
-def read_objective(options: ObjectiveOptions) -> Objective:
+def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Objective:
+    """The objective of the options. engine: what the plan is for, whose choice among replicas holds where none is given.
+
+    Raises:
+        InputError: a setting out of range.
+    """
     from ..placement.objective import Objective
+    from ..runtime.exporters.registry import engine_names, exporter_named
+
+    choice: Literal["share", "nearest"] = "share"
+    if options.replica_choice is not None:
+        choice = options.replica_choice.value
+    elif engine is not None and engine in engine_names() and options.execution.value == "dispatch_combine":
+        choice = exporter_named(engine).replica_choice
 
     return Objective(
         execution=options.execution.value,
         risk=options.risk,
         split=options.split.value,
-        replica_choice=options.replica_choice.value,
+        replica_choice=choice,
         dispatch_dtype=options.dispatch_dtype,
     )
 

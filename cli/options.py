@@ -184,15 +184,16 @@ class ObjectiveOptions:
         ),
     ] = Split.equal
     replica_choice: Annotated[
-        ReplicaChoice,
+        ReplicaChoice | None,
         Option(
             "--replica-choice",
             metavar="share|nearest",
             help="Which replica the engine lets serve a token: any by its share, or the nearest to the token's rank "
-            "(SGLang's static and dynamic dispatch).",
+            "(SGLang's static and dynamic dispatch). Default: as the engine of --for does, else share.",
+            show_default=False,
             rich_help_panel=OBJECTIVE,
         ),
-    ] = ReplicaChoice.share
+    ] = None
     dispatch_dtype: Annotated[
         str,
         Option(

@@ -134,7 +134,7 @@ def _spec_fields(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
     quantisation = fields.get("quantization_config")
     method = str(quantisation.get("quant_method", "")) if isinstance(quantisation, Mapping) else ""
-    moe_layers = _moe_layers(fields, first(("num_hidden_layers",)))
+    moe_layers = _moe_layers(fields, first(("num_hidden_layers",)), origin)
     return {
         "layers": len(moe_layers),
         "moe_layers": moe_layers,
@@ -142,18 +142,48 @@ def _spec_fields(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
         "top_k": first(_TOP_K),
         "hidden_size": first(("hidden_size",)),
         "ffn_size": first(_FFN),
-        "groups": int(fields.get("n_group") or fields.get("num_expert_groups") or 1),
+        "groups": _whole(fields, "n_group", origin) or _whole(fields, "num_expert_groups", origin) or 1,
         "expert_dtype": method if method in DTYPE_BYTES else "bf16",
         "name": str(fields.get("_name_or_path") or fields.get("model_type") or ""),
     }
 
 
-def _moe_layers(fields: Mapping[str, Any], hidden_layers: int) -> tuple[int, ...]:
-    """Absolute indices of the layers that hold experts: DeepSeek's dense head, Qwen's sparse step and dense list."""
-    dense = set(range(int(fields.get("first_k_dense_replace") or 0))) | set(fields.get("mlp_only_layers") or ())
-    step = int(fields.get("decoder_sparse_step") or fields.get("moe_layer_freq") or 1)
+def _moe_layers(fields: Mapping[str, Any], hidden_layers: int, origin: str) -> tuple[int, ...]:
+    """Absolute indices of the layers that hold experts: DeepSeek's dense head, Qwen's sparse step and dense list, a 0 or 1
+    for each layer (MiMo-V2, MiniMax-M3), or a word for each."""
+    listed = fields.get("mlp_only_layers") or ()
+    if not isinstance(listed, list | tuple) or not all(type(layer) is int for layer in listed):
+        raise _not_understood(fields, "mlp_only_layers", origin, "a list of layer numbers")
+    dense = set(range(_whole(fields, "first_k_dense_replace", origin) or 0)) | set(listed)
     kinds = fields.get("mlp_layer_types")
     if isinstance(kinds, list) and len(kinds) == hidden_layers:
-        return tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
-    offset = 1 if fields.get("decoder_sparse_step") else 0
-    return tuple(i for i in range(hidden_layers) if i not in dense and (i + offset) % step == 0)
+        layers = [i for i, kind in enumerate(kinds) if kind == "sparse"]
+    elif isinstance(flags := fields.get("moe_layer_freq"), list | tuple):
+        if len(flags) != hidden_layers or not all(type(flag) in (int, bool) and flag in (0, 1) for flag in flags):
+            wanted = f"a step, or a list of {hidden_layers} numbers, 1 for a layer with experts and 0 for one without"
+            raise _not_understood(fields, "moe_layer_freq", origin, wanted)
+        layers = [i for i, flag in enumerate(flags) if flag and i not in dense]
+    else:
+        sparse = _whole(fields, "decoder_sparse_step", origin)
+        step = sparse or _whole(fields, "moe_layer_freq", origin) or 1
+        offset = 1 if sparse else 0
+        layers = [i for i in range(hidden_layers) if i not in dense and (i + offset) % step == 0]
+    if not layers:
+        raise InputError(
+            f"{origin}: none of its {hidden_layers} layers holds experts; is this a mixture-of-experts model?"
+        )
+    return tuple(layers)
+
+
+def _whole(fields: Mapping[str, Any], name: str, origin: str) -> int | None:
+    """A field that is a whole number, or not there."""
+    value = fields.get(name)
+    if value is not None and (type(value) is not int or value < 0):
+        raise _not_understood(fields, name, origin, "a whole number")
+    return value
+
+
+def _not_understood(fields: Mapping[str, Any], name: str, origin: str, wanted: str) -> InputError:
+    text = str(fields[name])
+    shown = text if len(text) <= 60 else f"{text[:60]}..."
+    return InputError(f"{origin}: {name} is {shown}, expected {wanted}")

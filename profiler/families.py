@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ..placement.model import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+
+logger = logging.getLogger(__name__)
 
 Routing = tuple["Tensor", "Tensor | None"]
 Extract = Callable[["Module", tuple[Any, ...], Mapping[str, Any], Any], Routing]
@@ -133,7 +136,7 @@ def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
     """The spec from the Transformers config of `model` or of what it wraps, with the layers that really route.
 
-    None for a model without such a config.
+    None for a model without such a config, or, with a warning, where the config cannot be read.
 
     Raises:
         UnsupportedError: the modules hold another number of experts than the config, as under expert parallelism.
@@ -143,7 +146,8 @@ def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
         return None
     try:
         spec = ModelSpec.from_config(config)
-    except InputError:
+    except InputError as error:
+        logger.warning("the recording will not say how large the model is: %s", error)
         return None
     held = sites[0].num_experts
     if held != spec.experts:

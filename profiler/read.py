@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..placement.errors import FileFormatError, InputError
 from ..placement.statistics import RoutingStatistics
@@ -17,6 +17,7 @@ from .megatron_trace import is_megatron, read_megatron
 from .routed_experts import is_routed_experts, read_routed_experts
 from .sglang_records import is_sglang, read_sglang
 from .statistics_file import is_statistics, read_statistics
+from .tokens_or_loads import check_tokens
 from .trace_files import read_trace
 from .trace_shards import is_trace
 from .trtllm_statistics import is_trtllm, read_trtllm
@@ -67,16 +68,22 @@ def reader_of(path: str | Path) -> Reader:
     raise FileFormatError(f"{source}: no known format of routing record; known: {'; '.join(r.name for r in READERS)}")
 
 
-def read_any(path: str | Path, **options: Any) -> RoutingTrace | RoutingStatistics:
+def read_any(
+    path: str | Path, *, kind: Literal["tokens"] | None = None, **options: Any
+) -> RoutingTrace | RoutingStatistics:
     """Reads a routing record, whatever known format it has. A trace comes whole into memory: for one of many shards,
     `aggregate` gives the statistics in bounded memory.
 
+    kind: "tokens" says that an array of whole numbers holds expert ids, where its numbers leave that open
+    (see `tokens_or_loads.check_tokens`); other formats say themselves what they hold.
     options: what the format does not say and its reader takes: num_experts, layers, top_k, assignments, ...
 
     Raises:
-        InputError: no such path, or an option that the format's reader does not take. FileFormatError: no known format, or
-            a damaged file.
+        InputError: no such path, or an option that the format's reader does not take. FileFormatError: no known format,
+            a damaged file, or whole numbers that may be expert ids or loads.
     """
+    if kind not in (None, "tokens"):
+        raise InputError(f'kind {kind!r} is unknown; "tokens" is known, and None leaves it to what the file holds')
     reader = reader_of(path)
     for name in options:
         if name not in reader.options:
@@ -84,4 +91,6 @@ def read_any(path: str | Path, **options: Any) -> RoutingTrace | RoutingStatisti
             raise InputError(
                 f"{path} is a {reader.name}: {name} says nothing about it; options of this format: {known}"
             )
+    if kind is None and reader.read in (read_exflow, read_routed_experts):
+        check_tokens(Path(path), options.get("num_experts"))
     return reader.read(Path(path), **options)

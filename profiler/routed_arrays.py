@@ -56,6 +56,19 @@ def npy_mapped(source: Path) -> Ids:
     return np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
 
 
+def npy_mapped_table(source: Path) -> Ids | None:
+    """[rows, columns] whole numbers of an .npy file, mapped: none where it is damaged or holds something else; None for three dimensions."""
+    with source.open("rb") as handle:
+        start = handle.read(START)
+    shape, fortran, dtype, begin = npy_shape(source, "array", start)
+    wanted = math.prod(shape) * dtype.itemsize
+    if len(shape) == 3 and dtype.kind in "iu":
+        return None
+    if len(shape) != 2 or dtype.kind not in "iu" or min(shape) < 1 or wanted > source.stat().st_size - begin:
+        return np.empty((0, 0), np.int64)
+    return np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
+
+
 def npz_arrays(source: Path) -> dict[str, Ids]:
     """The arrays of an .npz by name, each [T, L, K].
 

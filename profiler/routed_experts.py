@@ -188,12 +188,12 @@ def _shape(source: Path, pieces: list[tuple[Piece, int | None]]) -> tuple[int, i
     for top_k in range(min(int(width), 64), 0, -1):
         if width % top_k == 0:
             layers = int(width) // top_k
-            if _filled(ids.reshape(-1, layers, top_k)).all():
+            if is_filled(ids.reshape(-1, layers, top_k)).all():
                 return layers, top_k
     raise FileFormatError(ask)
 
 
-def _filled(ids: Ids) -> npt.NDArray[np.bool_]:
+def is_filled(ids: Ids) -> npt.NDArray[np.bool_]:
     """[T, L] where experts differ, or all are the same: 0 of a dense layer, -1 of a cached token."""
     ordered = np.sort(ids, axis=2)
     steps = np.diff(ordered, axis=2)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..placement.errors import InputError, MoeplaceError
+from ..placement.errors import InputError
 from .hooks_counts import merge_counts
 from .profile import MODES, Mode, profile
 
@@ -151,7 +151,7 @@ class _Attachment:
             self._other.add(type(inner))
             logger.info("not recording %s: %s", type(inner).__name__, error)
             return
-        except MoeplaceError as error:
+        except Exception as error:  # noqa: BLE001 - whatever recording fails at, the script goes on
             self._end()
             self._report(error)
             return
@@ -159,7 +159,7 @@ class _Attachment:
         recorder.on_error = self._report
         try:
             recorder.__enter__()
-        except (MoeplaceError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - as above
             self._report(error)
         else:
             atexit.register(self._finish, recorder.close, os.getpid())

@@ -33,6 +33,8 @@ def main(what: str, folder: Path) -> None:
         called = torch.nn.parallel.DistributedDataParallel(model)
     if what == "compiled":
         called = torch.compile(model, backend="eager")
+    if what == "odd":
+        model.config.n_group = [4]
     if what == "spoiled":
         (folder / "out").mkdir()
         (folder / "out" / "rank00000-00000.parquet").write_bytes(b"")

@@ -12,6 +12,8 @@ import yaml
 from cli_runs import run, toy_model, toy_trace_folder
 
 import moeplace as mp
+from moeplace.cli.inputs import read_objective
+from moeplace.cli.options import ObjectiveOptions, ReplicaChoice
 from moeplace.placement.objective import Objective
 from moeplace.runtime.engine_problems import check_plan_for, problem_for, target_names
 from moeplace.runtime.permute_rows import expert_order
@@ -94,6 +96,14 @@ def test_solve_for_an_engine_and_export_to_it(trace: Path, tmp_path: Path) -> No
     assert ended.code == 1
     assert "trtllm cannot run such a plan (TensorRT-LLM 1.0 or newer)" in ended.err
     assert not (tmp_path / "no.json").exists()
+
+
+def test_for_an_engine_the_objective_chooses_replicas_as_it_does_unless_told() -> None:
+    assert read_objective(ObjectiveOptions(), "sglang").replica_choice == "nearest"
+    for other in ("vllm", "vllm-ascend", "trtllm", "permute", None):
+        assert read_objective(ObjectiveOptions(), other).replica_choice == "share"
+    told = ObjectiveOptions(replica_choice=ReplicaChoice.share)
+    assert read_objective(told, "sglang").replica_choice == "share"
 
 
 def test_a_solver_that_breaks_the_limits_leaves_no_plan(tmp_path: Path) -> None:

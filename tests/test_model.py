@@ -117,3 +117,38 @@ def test_a_config_without_experts_says_which_fields_were_looked_for(tmp_path: Pa
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(mp.InputError, match="not JSON"):
         mp.ModelSpec.from_config(tmp_path)
+
+
+ROUTED = {"num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 8, "intermediate_size": 16}
+
+
+def test_a_zero_or_one_for_each_layer_says_which_layers_hold_experts() -> None:
+    """As MiMo-V2-Flash and MiniMax-M3 write moe_layer_freq."""
+    assert mp.ModelSpec.from_config({**ROUTED, "moe_layer_freq": [0, 1, 1, 1]}).moe_layers == (1, 2, 3)
+    both = {**ROUTED, "moe_layer_freq": [1, 1, 0, 1], "first_k_dense_replace": 1}
+    assert mp.ModelSpec.from_config(both).moe_layers == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("moe_layer_freq", [0, 1, 1]),
+        ("moe_layer_freq", [0, 1, 2, 1]),
+        ("moe_layer_freq", "every"),
+        ("n_group", [4]),
+        ("num_expert_groups", "two"),
+        ("first_k_dense_replace", [1]),
+        ("decoder_sparse_step", [2, 2]),
+        ("mlp_only_layers", 1),
+        ("mlp_only_layers", [[0, 1]]),
+    ],
+)
+def test_a_field_that_is_not_understood_is_named_with_its_value(field: str, value: object) -> None:
+    with pytest.raises(mp.InputError) as caught:
+        mp.ModelSpec.from_config({**ROUTED, field: value})
+    assert f"{field} is {value}" in str(caught.value)
+
+
+def test_a_config_whose_layers_are_all_dense_is_no_moe_model() -> None:
+    with pytest.raises(mp.InputError, match="none of its 4 layers holds experts"):
+        mp.ModelSpec.from_config({**ROUTED, "first_k_dense_replace": 4})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from small_models import olmoe, tokens  # noqa: E402
 from moeplace.profiler.profile import profile  # noqa: E402
 from moeplace.profiler.run_script import run_recorded  # noqa: E402
 from moeplace.profiler.statistics_file import read_statistics  # noqa: E402
-from moeplace.profiler.trace_files import read_trace  # noqa: E402
+from moeplace.profiler.trace_files import read_header, read_trace  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = str(HERE / "recorded_script.py")
@@ -27,7 +28,8 @@ SCRIPT = str(HERE / "recorded_script.py")
 
 @pytest.fixture(autouse=True)
 def _path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    # What is there stays: it may say which checkout is tested.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -77,6 +79,15 @@ def test_a_recording_that_fails_lets_the_script_finish_and_says_so(
     assert (tmp_path / "finished0").exists()
     assert "recording failed: process" in caplog.text
     assert "already holds a trace" in caplog.text
+
+
+def test_a_config_that_cannot_be_read_is_told_and_the_script_recorded_without_the_model_s_sizes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_recorded([sys.executable, SCRIPT, "odd", str(tmp_path)], tmp_path / "out") == 0
+    assert "n_group is [4], expected a whole number" in capfd.readouterr().err
+    assert read_header(tmp_path / "out").model is None
+    np.testing.assert_array_equal(read_trace(tmp_path / "out").expert_ids, expected(tmp_path).expert_ids)
 
 
 def test_a_command_without_a_model_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:

@@ -281,6 +281,46 @@ def test_a_truncated_exflow_trace_takes_no_memory_and_is_refused(tmp_path: Path)
         read_exflow(tmp_path / "e.npy")
 
 
+# Ids or loads
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        np.array([[7, 1, 4], [2, 9, 3]]),
+        np.random.default_rng(0).integers(0, 5000, (20, 6, 32)),
+        np.random.default_rng(0).integers(0, 9000, (58, 256)),
+        # Counts of experts so unlike that none ever meets another: each layer adds up to the same.
+        np.random.default_rng(0).multinomial(400, [0.7, 0.2, 0.07, 0.03], (500, 6)),
+    ],
+    ids=["two rows", "windows", "DeepSeek-V3", "unlike experts"],
+)
+def test_whole_numbers_that_may_be_loads_are_not_taken_for_tokens(tmp_path: Path, table: Any) -> None:
+    np.save(tmp_path / "c.npy", table)
+    with pytest.raises(mp.FileFormatError, match=r"may be expert ids .* or loads .*kind=.tokens"):
+        read_any(tmp_path / "c.npy")
+
+
+def test_ids_that_no_loads_could_be_are_read_without_being_told(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "exflow.npy", rng.integers(0, 64, (2000, 24)))
+    np.save(tmp_path / "routed.npy", rng.random((200, 6, 32)).argsort(axis=2)[:, :, :4])
+    for name in ("exflow.npy", "routed.npy"):
+        assert isinstance(read_any(tmp_path / name), mp.RoutingTrace)
+
+
+def test_who_says_that_numbers_are_ids_or_how_many_experts_there_are_is_believed(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.array([[7, 1, 4], [2, 9, 3]]))
+    for told in ({"kind": "tokens"}, {"num_experts": 10}):
+        assert read_any(tmp_path / "c.npy", **told).num_experts == 10
+    # Counts below E in a table as wide as E may be loads still.
+    np.save(tmp_path / "d.npy", np.eye(3, dtype=int))
+    with pytest.raises(mp.FileFormatError, match="may be expert ids"):
+        read_any(tmp_path / "d.npy", num_experts=3)
+    with pytest.raises(mp.InputError, match="'loads' is unknown"):
+        read_any(tmp_path / "c.npy", kind="loads")  # type: ignore[arg-type]
+
+
 # By content
 
 
@@ -299,7 +339,7 @@ def test_a_record_is_read_by_what_it_holds_whatever_its_name(tmp_path: Path, toy
     read = read_any(tmp_path / "s.dat")
     assert isinstance(read, mp.RoutingStatistics)
     assert_same(read, statistics)
-    exflow = read_any(tmp_path / "e.npy")
+    exflow = read_any(tmp_path / "e.npy", kind="tokens")
     assert isinstance(exflow, mp.RoutingTrace)
     assert exflow.top_k == 1
 

@@ -56,7 +56,7 @@ def sglang(ids: Array, prompt: int = 5) -> dict[str, Any]:
 
 
 def read(path: Path, **more: Any) -> mp.RoutingTrace:
-    trace = read_routed_experts(path, **more) if more else read_any(path)
+    trace = read_routed_experts(path, **more) if more else read_any(path, kind="tokens")
     assert isinstance(trace, mp.RoutingTrace)
     return trace
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -30,12 +31,13 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(arguments: list[str], folder: Path) -> None:
+def run(arguments: list[str], folder: Path) -> str:
     environment = {**os.environ, "MOEPLACE_DB": str(folder / "store.db"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def test_its_commands_run_in_the_order_they_stand_in(workplace: Path) -> None:
@@ -51,6 +53,16 @@ def test_its_commands_run_in_the_order_they_stand_in(workplace: Path) -> None:
         )
         words = [sys.executable if word == "python" else word for word in shorter.split()]
         run([sys.executable, "-m", "moeplace.cli", *words[1:]], workplace)
+
+
+def test_its_comparison_shows_that_search_gains_on_contiguous(workplace: Path) -> None:
+    (line,) = [line for line in commands() if line.startswith("moeplace compare ")]
+    words = line.replace("contiguous,eplb,search", "search").split()
+    rows = json.loads(run([sys.executable, "-m", "moeplace.cli", *words[1:], "--steps", "8", "--json"], workplace))[
+        "rows"
+    ]
+    times = {row["solver"]: row["step_seconds_mean"] for row in rows}
+    assert times["search"] < times["contiguous"]
 
 
 def test_its_python_runs(workplace: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,11 @@ from ..storing import keep_statistics
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec
+
+
+class Kind(StrEnum):
+    tokens = "tokens"
+
 
 READING = "What the record does not say"
 
@@ -81,11 +87,23 @@ class ReadOptions:
         ),
     ] = None
 
+    kind: Annotated[
+        Kind | None,
+        typer.Option(
+            "--as",
+            metavar="tokens",
+            help="Whole numbers (.npy, .npz) that may be expert ids or loads: tokens says they are ids.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None
+
     def given(self) -> dict[str, Any]:
         """The options that were given, as readers take them."""
         from ...runtime.exporters.trtllm import read_assignments
 
         found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found["kind"] = None if self.kind is None else self.kind.value
         if self.assignments is not None:
             found["assignments"] = read_assignments(self.assignments)
         return {name: value for name, value in found.items() if value is not None}

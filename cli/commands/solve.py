@@ -137,7 +137,7 @@ def solve_command(
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(batch)
     if certify is not None:
         choice = choice.certified(certify)
-    cluster, goal = read_topology(topology), read_objective(objective)
+    cluster, goal = read_topology(topology), read_objective(objective, engine)
     in_force = None if current is None else read_plan(current, storage.db)
     with working("counting the routing") as update:
         record, statistics, used = training_statistics(routing, held_out, seed, update)

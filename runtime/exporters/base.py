@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
@@ -28,6 +28,11 @@ class Exporter(Protocol):
     @property
     def requires(self) -> str:
         """The engine and the versions that read the file."""
+        ...
+
+    @property
+    def replica_choice(self) -> Literal["share", "nearest"]:
+        """Which replica the engine lets serve a token, in the objective's terms."""
         ...
 
     @property

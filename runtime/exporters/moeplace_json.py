@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
@@ -17,6 +18,7 @@ class MoeplaceJson:
     name = "moeplace"
     requires = "moeplace"
     constraints: frozenset[Constraint] = frozenset()
+    replica_choice: Literal["share", "nearest"] = "share"
 
     def write(self, plan: Plan, path: Path) -> None:
         plan.save(path)

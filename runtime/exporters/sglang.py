@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class SGLang:
     name = "sglang"
     requires = "SGLang 0.4.6.post5 or newer"
     constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES})
+    replica_choice: Literal["share", "nearest"] = "nearest"
 
     def write(self, plan: Plan, path: Path, *, hidden_layers: int | None = None) -> None:
         """hidden_layers: `num_hidden_layers` of the model; wanted when dense layers follow the last MoE layer."""

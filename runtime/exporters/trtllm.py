@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.files import read_text, write_text
@@ -31,6 +31,7 @@ class TensorRTLLM:
     name = "trtllm"
     requires = "TensorRT-LLM 1.0 or newer"
     constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES})
+    replica_choice: Literal["share", "nearest"] = "share"
 
     def write(self, plan: Plan, path: Path, *, extra_layers: Sequence[int] = ()) -> None:
         """extra_layers: MoE layers the plan does not know (DeepSeek-V3's MTP layer 61), laid out as slot i mod E."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from ...placement.errors import FileFormatError
 from ...placement.files import write_text
@@ -26,6 +27,7 @@ class VLLM:
     name = "vllm"
     requires = "a vLLM with pull request 49572 (no release up to 0.33 reads a placement file)"
     constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES})
+    replica_choice: Literal["share", "nearest"] = "share"
 
     def write(self, plan: Plan, path: Path) -> None:
         write_text(path, json.dumps(plan.physical_to_logical.tolist()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class VLLMAscend:
     name = "vllm-ascend"
     requires = "vLLM-Ascend 0.14 to 0.23"
     constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES, Constraint.SPREAD_REPLICAS})
+    replica_choice: Literal["share", "nearest"] = "share"
 
     def write(self, plan: Plan, path: Path) -> None:
         devices = plan.topology.num_devices
