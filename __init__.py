@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from .placement.version import __version__
 
 if TYPE_CHECKING:
-    from .placement.binding import binding_terms
     from .placement.decide import Decision, Verdict, decide
     from .placement.errors import (
         EngineError,
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedError,
     )
-    from .placement.evaluate import Evaluation, evaluate
+    from .placement.evaluate import Evaluation, binding_terms, evaluate
     from .placement.failures import Failure, single_failures, survives
     from .placement.model import ModelSpec
     from .placement.objective import Objective
@@ -93,13 +92,9 @@ __all__ = [
 ]
 
 _HOME = {
-    ".placement.binding": ("binding_terms",),
+    ".placement.evaluate": ("Evaluation", "binding_terms", "evaluate"),
     ".solvers.shares": ("optimal_shares",),
-    ".placement.decide": (
-        "Decision",
-        "Verdict",
-        "decide",
-    ),
+    ".placement.decide": ("Decision", "Verdict", "decide"),
     ".placement.errors": (
         "EngineError",
         "FileFormatError",
@@ -110,30 +105,14 @@ _HOME = {
         "StoreError",
         "UnsupportedError",
     ),
-    ".placement.evaluate": (
-        "Evaluation",
-        "evaluate",
-    ),
-    ".placement.failures": (
-        "Failure",
-        "single_failures",
-        "survives",
-    ),
+    ".placement.failures": ("Failure", "single_failures", "survives"),
     ".placement.model": ("ModelSpec",),
     ".placement.objective": ("Objective",),
-    ".placement.plan": (
-        "Certificate",
-        "Plan",
-        "Provenance",
-    ),
+    ".placement.plan": ("Certificate", "Plan", "Provenance"),
     ".placement.problem": ("Problem",),
     ".placement.statistics": ("RoutingStatistics",),
     ".placement.steps": ("Steps",),
-    ".placement.topology": (
-        "Device",
-        "Node",
-        "Topology",
-    ),
+    ".placement.topology": ("Device", "Node", "Topology"),
     ".placement.trace": ("RoutingTrace",),
     ".profiler": (
         "aggregate",
@@ -144,26 +123,12 @@ _HOME = {
         "write_statistics",
         "write_trace",
     ),
-    ".runtime": (
-        "ExpertParallelMoE",
-        "apply",
-        "parallelize",
-    ),
+    ".runtime": ("ExpertParallelMoE", "apply", "parallelize"),
     ".runtime.exporters": ("export_plan",),
     ".service.client": ("Client",),
-    ".solvers": (
-        "solve",
-        "solver_names",
-    ),
-    ".solvers.pareto": (
-        "Front",
-        "pareto",
-    ),
-    ".solvers.what_if": (
-        "Change",
-        "WhatIf",
-        "what_if",
-    ),
+    ".solvers": ("solve", "solver_names"),
+    ".solvers.pareto": ("Front", "pareto"),
+    ".solvers.what_if": ("Change", "WhatIf", "what_if"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

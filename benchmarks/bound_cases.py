@@ -8,7 +8,7 @@ import numpy as np
 from mixtral_ilp import DOMAINS, transitions_of_a_whole_model
 
 import moeplace as mp
-from moeplace.placement.drawn_tokens import draw_tokens
+from moeplace.placement.synthetic import draw_tokens
 
 GPT_OSS = mp.ModelSpec(
     name="gpt-oss-20b", layers=24, experts=32, top_k=4, hidden_size=2880, ffn_size=2880, expert_dtype="mxfp4"

@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging
 
 from moeplace.runtime import LSHCompression, PlacedExperts, load_checkpoint
-from moeplace.runtime.moe.compressed import CompressedDispatcher
 from moeplace.runtime.moe.data_parallel import expert_layers
+from moeplace.runtime.moe.lsh import CompressedDispatcher
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from compressed_training import add_model_arguments, load_domains, spread_model

@@ -36,7 +36,7 @@ from engine_parsers import extract, load_source, stand_in, version
 
 import moeplace as mp
 from moeplace.profiler.read import read_any
-from moeplace.profiler.routed_experts import read_routed_experts
+from moeplace.profiler.readers.routed_experts import read_routed_experts
 
 RUNS = 20
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import moeplace as mp
-from moeplace.db.service_records import CountWindow
+from moeplace.db.records import CountWindow
 
 T = TypeVar("T")
 MODEL = mp.ModelSpec(layers=3, experts=16, top_k=2, hidden_size=1024, ffn_size=512, name="toy")

@@ -28,12 +28,10 @@ from torch.utils.benchmark import Timer
 
 import moeplace as mp
 from moeplace.runtime import LSHCompression
-from moeplace.runtime.moe.clustering import cluster
-from moeplace.runtime.moe.compressed import CompressedDispatcher
-from moeplace.runtime.moe.cross_polytope import rotations
 from moeplace.runtime.moe.dispatcher import flat
-from moeplace.runtime.moe.expert_kinds import Groups, SwiGLU
+from moeplace.runtime.moe.expert_mlps import Groups, SwiGLU
 from moeplace.runtime.moe.layer_placement import LayerPlacement
+from moeplace.runtime.moe.lsh import CompressedDispatcher, cluster, rotations
 from moeplace.runtime.moe.mesh import ExpertMesh
 
 Run = Callable[[], Any]

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 import moeplace as mp
-from moeplace.placement.drawn_tokens import draw_tokens
-from moeplace.placement.load_bound import device_loads
+from moeplace.placement.bounds import device_loads
+from moeplace.placement.synthetic import draw_tokens
 from moeplace.solvers.eplb import rebalance
 
 Array = npt.NDArray[np.float64]

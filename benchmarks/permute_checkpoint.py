@@ -25,7 +25,7 @@ import json, re, sys, time
 from pathlib import Path
 import numpy as np
 import moeplace as mp
-from moeplace.runtime.permute import permute_checkpoint
+from moeplace.runtime.permute.checkpoint import permute_checkpoint
 def peak():  # kilobytes; unlike ru_maxrss it does not inherit the parent's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 source, out, invert = sys.argv[1], sys.argv[2], sys.argv[3] == "invert"

@@ -20,9 +20,9 @@ from forked_ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
-from moeplace.runtime.moe.expert_kinds import GELU, ExpertKind, SwiGLU
+from moeplace.runtime.moe.expert_mlps import GELU, ExpertKind, SwiGLU
 from moeplace.runtime.moe.experts import PlacedExperts
-from moeplace.runtime.moe.reference import reference_experts
+from moeplace.runtime.moe.layer import reference_experts
 
 SPEC = mp.ModelSpec(layers=1, experts=16, top_k=4, hidden_size=64, ffn_size=96, expert_dtype="fp32")
 TOKENS = 24

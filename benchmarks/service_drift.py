@@ -26,10 +26,10 @@ from drifting_traffic import Traffic, stationary, turns, week
 
 import moeplace as mp
 from moeplace.db import Store
-from moeplace.db.service_records import Actor, CountWindow
+from moeplace.db.records import Actor, CountWindow
+from moeplace.placement.cost import window_seconds
 from moeplace.placement.drift import can_tell, drift
 from moeplace.placement.migration import migration
-from moeplace.placement.window_cost import window_seconds
 from moeplace.service.policy import Policy
 from moeplace.service.settings import Settings
 from moeplace.service.tasks import task_of

@@ -35,7 +35,7 @@ from fault_scene import MODEL, Postgres, Pusher, Server, counts, folder, prepare
 
 import moeplace as mp
 from moeplace.profiler.trace_files import write_trace
-from moeplace.service.transport import Transport
+from moeplace.service.client import Transport
 
 PIECE = 1 << 13
 BATCH, MOST_BATCHES = 200, 200

@@ -29,9 +29,9 @@ import numpy.typing as npt
 import psutil
 
 import moeplace as mp
-from moeplace.db.service_records import CountWindow
+from moeplace.db.records import CountWindow
+from moeplace.service.client import Transport
 from moeplace.service.counts import ARROW, to_arrow
-from moeplace.service.transport import Transport
 
 LAYERS, EXPERTS, TOP_K = 58, 256, 8
 Loads = npt.NDArray[np.int64]

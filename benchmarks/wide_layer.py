@@ -25,12 +25,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moeplace as mp
 from moeplace.runtime.moe.dispatcher import Dispatcher, flat, node_aware
-from moeplace.runtime.moe.experts import rows_of_slots
+from moeplace.runtime.moe.experts import ReplicaChoice, ReplicaSum, rows_of_slots
+from moeplace.runtime.moe.layer import SigmoidRouter
 from moeplace.runtime.moe.layer_placement import LayerPlacement
 from moeplace.runtime.moe.mesh import ExpertMesh
-from moeplace.runtime.moe.replica_choice import ReplicaChoice
-from moeplace.runtime.moe.replica_sum import ReplicaSum
-from moeplace.runtime.moe.routers import SigmoidRouter
 
 NODE = 8
 EXPERTS, SLOTS, TOP_K, GROUPS, OPEN_GROUPS, HIDDEN = 256, 288, 8, 8, 4, 7168

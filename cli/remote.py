@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, UnsupportedError
-from .progress import Update
+from .output import Update
 
 if TYPE_CHECKING:
-    from ..db.service_records import CountWindow, JobRecord
+    from ..db.records import CountWindow, JobRecord
     from ..placement.failures import Kind
     from ..placement.plan import Plan
     from ..placement.problem import Problem
     from ..placement.statistics import RoutingStatistics
-    from ..service.client import Client
-    from ..service.requests import ChangesRequest, StudyRequest
+    from ..service.client import ChangesRequest, Client, StudyRequest
     from .comparison import Parted
-    from .inputs import Routing, SolverChoice
     from .options import StepOptions
+    from .parse import Routing, SolverChoice
 
 TOKEN = "MOEPLACE_TOKEN"
 SENT_AT_ONCE = 128
@@ -208,7 +207,7 @@ def windows_of(statistics: RoutingStatistics, path: Path) -> list[CountWindow]:
     """
     import numpy as np
 
-    from ..db.service_records import CountWindow
+    from ..db.records import CountWindow
 
     whole = np.rint(statistics.load)
     if not np.array_equal(whole, statistics.load):

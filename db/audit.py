@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from .service_records import Actor, AuditRecord
-from .service_schema import AuditRow
+from .records import Actor, AuditRecord
+from .schema import AuditRow
 from .session import Sessions
 
 

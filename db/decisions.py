@@ -13,9 +13,8 @@ from . import audit
 from .content import storable
 from .deployment_rows import deployment_row, plan_id
 from .deployments import publish
-from .schema import PlanRow
-from .service_records import Actor, DecisionRecord
-from .service_schema import DecisionRow, DeploymentRow
+from .records import Actor, DecisionRecord
+from .schema import DecisionRow, DeploymentRow, PlanRow
 from .session import Sessions
 from .webhooks import announce
 

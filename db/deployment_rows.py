@@ -9,9 +9,8 @@ from sqlalchemy.orm import Session
 
 from ..placement.errors import NotFoundError, nearest
 from .content import ID_DIGITS
-from .schema import ModelRow, PlanRow, StatisticsRow, TopologyRow
-from .service_records import DeploymentRecord
-from .service_schema import DeploymentRow
+from .records import DeploymentRecord
+from .schema import DeploymentRow, ModelRow, PlanRow, StatisticsRow, TopologyRow
 
 
 def deployment_row(session: Session, name: str) -> DeploymentRow:

@@ -13,10 +13,9 @@ from ..placement.errors import ConflictError, InputError, NotFoundError
 from . import audit
 from .content import ID_DIGITS, plain
 from .deployment_rows import deployment_row, plan_id, record
+from .records import Actor, Cause, CheckRecord, DeploymentRecord, PublicationRecord
 from .references import check_name, find
-from .schema import ModelRow, PlanRow, TopologyRow
-from .service_records import Actor, Cause, CheckRecord, DeploymentRecord, PublicationRecord
-from .service_schema import CheckRow, DecisionRow, DeploymentRow, PublicationRow
+from .schema import CheckRow, DecisionRow, DeploymentRow, ModelRow, PlanRow, PublicationRow, TopologyRow
 from .session import Sessions
 from .webhooks import announce
 

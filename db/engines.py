@@ -13,8 +13,8 @@ from ..placement.errors import NotFoundError
 from . import audit
 from .content import storable
 from .deployment_rows import deployment_row
-from .service_records import Actor, EngineHold, EngineRecord
-from .service_schema import DeploymentRow, EngineRow
+from .records import Actor, EngineHold, EngineRecord
+from .schema import DeploymentRow, EngineRow
 from .session import Sessions
 
 

@@ -13,8 +13,7 @@ from sqlalchemy.orm import Session
 from ..placement.errors import InputError
 from ..placement.model import ModelSpec
 from ..placement.objective import Objective
-from ..placement.plan import Plan
-from ..placement.plan_file import plan_to_dict
+from ..placement.plan import Plan, plan_to_dict
 from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
 from .content import (

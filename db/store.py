@@ -16,10 +16,11 @@ from ..placement.objective import Objective
 from ..placement.plan import Plan
 from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
-from . import convert, upkeep
-from .address import resolve, shown
+from . import content as convert
+from . import upkeep
 from .audit import Audit
 from .content import storable
+from .database import resolve, shown
 from .decisions import Decisions
 from .deployments import Deployments
 from .engines import Engines

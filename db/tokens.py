@@ -11,9 +11,9 @@ from sqlalchemy import select
 
 from ..placement.errors import ConflictError, InputError, NotFoundError, nearest
 from . import audit
+from .records import Actor, Role, TokenRecord
 from .references import check_name
-from .service_records import Actor, Role, TokenRecord
-from .service_schema import TokenRow
+from .schema import TokenRow
 from .session import Sessions
 
 PREFIX = "mp_"

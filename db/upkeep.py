@@ -9,11 +9,10 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from ..placement.errors import InputError, nearest
-from .migrate import revision
 from .records import StoreDescription
 from .references import ROWS, Kind, find
-from .schema import Base, EvaluationRow, ExportRow, PlanRow
-from .service_schema import DecisionRow, DeploymentRow, PublicationRow
+from .schema import Base, DecisionRow, DeploymentRow, EvaluationRow, ExportRow, PlanRow, PublicationRow
+from .session import revision
 
 
 def table(kind: Kind) -> Any:

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from ..placement.errors import ConflictError, InputError, NotFoundError
 from .content import sha256_digits, storable
-from .service_records import UploadRecord
-from .service_schema import UploadPartRow, UploadRow
+from .records import UploadRecord
+from .schema import UploadPartRow, UploadRow
 from .session import Sessions
 
 UPLOAD_LIMIT = 1 << 28

@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 from ..placement.errors import NotFoundError
 from . import audit
 from .deployment_rows import deployment_row
-from .service_records import Actor, DeliveryRecord, WebhookRecord
-from .service_schema import DeliveryRow, DeploymentRow, WebhookRow
+from .records import Actor, DeliveryRecord, WebhookRecord
+from .schema import DeliveryRow, DeploymentRow, WebhookRow
 from .session import Sessions
 
 

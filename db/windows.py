@@ -14,10 +14,8 @@ from sqlalchemy.orm import Session, undefer
 from ..placement.errors import InputError
 from .content import storable
 from .deployment_rows import deployment_row
-from .packed_counts import narrow, pack, unpack
-from .schema import ModelRow
-from .service_records import CountWindow, WindowRecord
-from .service_schema import DeploymentRow, JoinedRow, WindowRow
+from .records import CountWindow, WindowRecord, narrow, pack, unpack
+from .schema import DeploymentRow, JoinedRow, ModelRow, WindowRow
 from .session import Sessions
 
 TEXT_LENGTH = 100

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import moeplace as mp
 from moeplace.runtime import ContextCoherentDecoder, DispatchCombineDecoder
-from moeplace.runtime.moe.decode_statistics import DecodeStatistics
+from moeplace.runtime.moe.coherent import DecodeStatistics
 from moeplace.runtime.moe.decoder import Decoder
 
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
+from .cost import window_seconds
 from .errors import InputError
 from .evaluate import evaluate
 from .migration import Migration, migration
 from .plan import Plan
 from .problem import Problem
-from .risk import risk_value
+from .risk import risk_value, weighted_mean
+from .statistics import window_weights, with_tokens
 from .steps import Steps
 from .trace import RoutingTrace
-
-FloatArray = npt.NDArray[np.float64]
 
 RESAMPLED_STEPS = 50
 """Steps built from each draw of sequences: beyond these, the sequences drawn and not the steps decide the figure."""
@@ -152,7 +152,7 @@ def _figures(
     return result
 
 
-def _workload_means(seconds: FloatArray, workload: npt.NDArray[np.int64], count: int) -> FloatArray:
+def _workload_means(seconds: FloatArray, workload: IntArray, count: int) -> FloatArray:
     """[W] mean step seconds of each workload, 0 where it has no step."""
     return np.bincount(workload, weights=seconds, minlength=count) / np.maximum(
         np.bincount(workload, minlength=count), 1
@@ -196,3 +196,58 @@ def _reason(verdict: Verdict, applied: bool, confidence: float, horizon: float) 
     if verdict.gain_low <= 0:
         return f"no candidate is proven better: the best {measured}"
     return f"the best candidate {measured}, but {cost}, not paid back within {horizon:,.0f} steps"
+
+
+# Keep or apply, judged on count windows: what `decide` is for tokens.
+
+
+LEAST_BLOCKS = 4
+
+
+def decide_on_counts(
+    current: Plan,
+    candidates: Sequence[Plan],
+    load: FloatArray,
+    problem: Problem,
+    *,
+    step_tokens: int,
+    block: int = 4,
+    resamples: int = 400,
+    confidence: float = 0.95,
+    horizon_steps: float = 100_000.0,
+    seed: int = 0,
+) -> Decision:
+    """Judges candidates on held-out windows [S, L, E] in time order, priced by `window_seconds`.
+
+    Windows count by the tokens they hold, those without any not at all (see `window_weights`). Draws are of blocks of
+    neighbouring windows with replacement, since neighbours are alike (Kuensch 1989). The other arguments are those of
+    `decide`.
+
+    Raises:
+        InputError: fewer than 4 blocks of windows with tokens, a level out of range, plans of another model or cluster.
+    """
+    check_levels(len(candidates), resamples, confidence, horizon_steps)
+    load = load[with_tokens(load)]
+    count = len(load) // block
+    if count < LEAST_BLOCKS:
+        raise InputError(
+            f"{len(load)} held-out windows with tokens make {count} blocks of {block}; at least {LEAST_BLOCKS} are needed to judge on"
+        )
+    moves = [migration(current, plan) for plan in candidates]
+    held = load[len(load) - count * block :]
+    seconds = np.stack([window_seconds(plan, held, problem, step_tokens) for plan in (current, *candidates)])
+    workload = np.zeros(len(held), np.int64)
+    weight = window_weights(held).sum(axis=1)
+    best = np.array([min(weighted_mean(row, weight) for row in seconds)])
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(count, size=(resamples, count))[:, :, None] * block + np.arange(block)).reshape(resamples, -1)
+    figures = np.array(
+        [
+            [
+                risk_value(row[chosen], workload, problem.objective, best, weight[chosen])
+                for chosen in (np.arange(len(held)), *draws)
+            ]
+            for row in seconds
+        ]
+    )
+    return conclude(figures, moves, confidence, horizon_steps)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
-from .failures import Failure, lost_experts
+from .failures import Failure, failure_mask, lost_experts
+from .layer_slots import in_table, own_slots
 from .model import ModelSpec
-from .plan import EMPTY, Plan, Provenance, equal_shares
+from .plan import EMPTY, Certificate, Plan, Provenance, equal_shares
 from .steps import Steps
 from .topology import Topology
 from .version import __version__
-
-IntArray = npt.NDArray[np.int64]
 
 
 def survivors(devices: int, failure: Failure) -> IntArray:
@@ -122,4 +122,156 @@ def grown_slots(slots: IntArray, total: int, room: IntArray) -> IntArray | None:
         if not free.any():
             return None
         result[int(np.argmin(np.where(free, result, np.iinfo(np.int64).max)))] += 1
+    return result
+
+
+# The least that makes a plan whole again after a failure: lost experts are loaded, nothing else moves.
+
+
+def repaired(plan: Plan, failure: Failure, device_slots: IntArray, load: FloatArray) -> Plan:
+    """The surviving slots as they stand, with every lost expert in an empty slot or in place of a spare replica.
+
+    device_slots: [G] slots a layer of each surviving device, or [L, G] of each layer, at least those it has. load: [L, E]
+    tokens each expert gets; heaviest first, lost experts go where the most loaded device stays least loaded. Slots still
+    empty then take another replica of the experts with most load each. Replicas share equally.
+
+    Raises:
+        InputError: fewer slots than experts, or a device with fewer slots than it holds.
+    """
+    left = survivors(plan.topology.num_devices, failure)
+    present = plan.slots_per_device[:, left]
+    wanted = np.broadcast_to(device_slots, present.shape)
+    short = (wanted.sum(axis=1) < plan.model.experts) | (wanted < present).any(axis=1)
+    for layer in np.flatnonzero(short)[:1]:
+        raise InputError(
+            f"slots a device {wanted[layer].tolist()} must be at least the {present[layer].tolist()} in use and "
+            f"{plan.model.experts} in all, in layer {plan.moe_layers[layer]}"
+        )
+    kept = plan.filled & np.isin(plan.slot_device, left)
+    rows = []
+    for layer, slots in enumerate(wanted):
+        device = np.searchsorted(left, plan.slot_device[kept[layer]])
+        more = np.repeat(np.arange(len(left)), slots - present[layer])
+        order = np.argsort(np.concatenate([device, more]), kind="stable")
+        row = np.concatenate([plan.physical_to_logical[layer, kept[layer]], np.full(len(more), EMPTY)])[order]
+        rows.append(_fill(row, np.repeat(np.arange(len(left)), slots), load[layer]))
+    return Plan(
+        model=plan.model,
+        topology=plan.topology.without(failure.devices),
+        physical_to_logical=in_table(rows, own_slots(wanted)),
+        slot_device=np.repeat(np.arange(len(left)), wanted.max(axis=0)),
+        provenance=Provenance(
+            solver="repaired",
+            version=__version__,
+            options={"lost": failure.name, "plan": plan.fingerprint},
+            stop="given",
+            trace_fingerprint=plan.provenance.trace_fingerprint,
+        ),
+    )
+
+
+def _fill(row: IntArray, slot_device: IntArray, load: FloatArray) -> IntArray:
+    """[P] a layer's slots with every expert in one of them and none empty."""
+    row = row.copy()
+    count = np.bincount(row[row != EMPTY], minlength=len(load))
+    missing = np.flatnonzero(count == 0)
+    for expert in missing[np.argsort(-load[missing], kind="stable")]:
+        empty = np.flatnonzero(row == EMPTY)
+        spare = empty if len(empty) else np.flatnonzero(count[row] > 1)
+        slot = min(spare, key=lambda slot: (_most_loaded(row, slot_device, load, int(slot), int(expert)), slot))
+        if row[slot] != EMPTY:
+            count[row[slot]] -= 1
+        row[slot] = expert
+        count[expert] += 1
+    for slot in np.flatnonzero(row == EMPTY):
+        here = np.zeros(len(load), dtype=bool)
+        mine = row[slot_device == slot_device[slot]]
+        here[mine[mine != EMPTY]] = True
+        # Where the device holds every expert already, any expert serves.
+        row[slot] = int(np.argmax(np.where(here, -1.0, load / count)))
+        count[row[slot]] += 1
+    return row
+
+
+def _most_loaded(row: IntArray, slot_device: IntArray, load: FloatArray, slot: int, expert: int) -> float:
+    """Load of the most loaded device when the slot goes to the expert, replicas sharing equally."""
+    changed = row.copy()
+    changed[slot] = expert
+    filled = changed != EMPTY
+    count = np.bincount(changed[filled], minlength=len(load))
+    each = load[changed[filled]] / count[changed[filled]]
+    return float(np.bincount(slot_device[filled], weights=each).max())
+
+
+# Replicas that stand by: they hold weights and serve no tokens until others are lost.
+
+
+def with_standbys(plan: Plan, device_slots: IntArray, failures: Sequence[Failure], load: FloatArray) -> Plan | None:
+    """The plan with further slots and none empty, so that every expert keeps a replica in each failure; step times stay.
+
+    device_slots: [G] slots a layer of each device. load: [L, E] tokens each expert gets; slots that no expert needs go to
+    the heaviest. Each expert in need gets one standby (a matching of experts and slots), so None does not mean that no
+    plan with these slots survives.
+
+    Raises:
+        InputError: a device has fewer slots than the plan uses.
+    """
+    present = plan.slots_per_device
+    for used in present[(device_slots < present).any(axis=1)][:1]:
+        raise InputError(f"slots a device {device_slots.tolist()} must be at least the {used.tolist()} in use")
+    mask = failure_mask(failures, plan.topology.num_devices)
+    tables, shares = [], []
+    for layer, filled in enumerate(plan.filled):
+        more = np.repeat(np.arange(len(device_slots)), device_slots - present[layer])
+        row = _standbys(plan.holds[layer], more, mask, load[layer])
+        if row is None:
+            return None
+        order = np.argsort(np.concatenate([plan.slot_device[filled], more]), kind="stable")
+        tables.append(np.concatenate([plan.physical_to_logical[layer, filled], row])[order])
+        shares.append(np.concatenate([plan.shares[layer, filled], np.zeros(len(row))])[order])
+    certificate = plan.certificate
+    return replace(
+        plan,
+        physical_to_logical=np.stack(tables),
+        slot_device=np.repeat(np.arange(len(device_slots)), device_slots),
+        shares=np.stack(shares),
+        # The bound was proven for fewer slots; with these a plan might do better.
+        certificate=None if certificate is None else Certificate(certificate.objective, certificate.value),
+        provenance=replace(
+            plan.provenance,
+            options={
+                **plan.provenance.options,
+                "standbys": int(device_slots.sum() - present.sum(axis=1).min()),
+                "tolerates": [f.name for f in failures],
+            },
+        ),
+        predicted={},
+    )
+
+
+def _standbys(holds: BoolArray, more: IntArray, failures: BoolArray, load: FloatArray) -> IntArray | None:
+    """[len(more)] experts of a layer's further slots. holds: [E, G]. more: [new slots] device of each."""
+    from scipy.optimize import linear_sum_assignment
+
+    # [E, F] failures that would take every replica.
+    fatal = ~np.any(holds[:, None, :] & ~failures[None], axis=2)
+    wanting = np.flatnonzero(fatal.any(axis=1))
+    helps = ~holds & ~(fatal.astype(np.int64) @ failures.astype(np.int64) > 0)
+    if len(wanting) > len(more):
+        return None
+    result = np.full(len(more), -1, dtype=np.int64)
+    if len(wanting):
+        useless = ~helps[np.ix_(wanting, more)]
+        experts, slots = linear_sum_assignment(useless.astype(float))
+        if useless[experts, slots].any():
+            return None
+        result[slots] = wanting[experts]
+    held = holds.copy()
+    held[result[result >= 0], more[result >= 0]] = True
+    for slot in np.flatnonzero(result < 0):
+        free = ~held[:, more[slot]]
+        if not free.any():
+            return None
+        result[slot] = int(np.argmax(np.where(free, load, -1.0)))
+        held[result[slot], more[slot]] = True
     return result

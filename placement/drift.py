@@ -25,12 +25,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from .errors import InputError
-from .load_windows import with_tokens
-
-FloatArray = npt.NDArray[np.float64]
+from .statistics import with_tokens
 
 LEAST_SINCE = 2
 """Blocks after a change that can be told at all."""
@@ -128,7 +126,7 @@ def can_tell(before: int, since: int, block: int, alpha: float) -> bool:
 class _Scan:
     """The statistic for changes that leave so many rows after them. weights: [B] of rows, with mean 1."""
 
-    def __init__(self, weights: FloatArray, sizes: npt.NDArray[np.int64]) -> None:
+    def __init__(self, weights: FloatArray, sizes: IntArray) -> None:
         self._roots, self._sizes = np.sqrt(weights), sizes
         behind = np.cumsum(weights[::-1])[sizes - 1]
         self._share = behind / weights.sum()
@@ -193,11 +191,11 @@ def _by_chance(orders: _Orders, least: float, permutations: int, rng: np.random.
     return (1 + as_large) / (1 + permutations)
 
 
-def _dependence(correlations: FloatArray, sizes: npt.NDArray[np.int64], count: int) -> FloatArray:
+def _dependence(correlations: FloatArray, sizes: IntArray, count: int) -> FloatArray:
     """[sizes] by what factor these correlations of rows 1, 2, ... apart enlarge the statistic."""
     lags = np.arange(1, len(correlations) + 1)
 
-    def of_mean(rows: npt.NDArray[np.int64]) -> FloatArray:
+    def of_mean(rows: IntArray) -> FloatArray:
         kept = np.maximum(0.0, 1.0 - lags / rows[:, None])
         return np.asarray((1.0 + 2.0 * (kept * correlations).sum(axis=1)) / rows)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .binding_codes import NOTHING, compute_binding, transfer_binding
-from .cost import all_to_all_latency, combine_bytes, compute_seconds, dispatch_bytes, transfer_seconds
+from .._types import FloatArray, IntArray
+from .cost import Flows, all_to_all_latency, combine_bytes, compute_seconds, dispatch_bytes, transfer_seconds
 from .errors import InputError
 from .model import ModelSpec
 from .objective import Objective
@@ -21,7 +21,32 @@ from .risk import risk_value
 from .steps import Steps
 from .topology import Topology
 
-FloatArray = npt.NDArray[np.float64]
+# Which term of the cost model a layer waits for, as one small number a step, layer and phase. Compute: device g doing
+# arithmetic is g, reading weights G + g. Transfers: the links of device g inside its node are g, those of node n are
+# G + n; latency, where it is longer than what the busiest link takes, is -1; nothing to wait for -2.
+
+
+CodeArray = npt.NDArray[np.int16]
+
+LATENCY, NOTHING = -1, -2
+"""No link: latency alone, or a phase that does not take place."""
+
+
+def compute_binding(tokens: FloatArray, seconds: FloatArray, model: ModelSpec, topology: Topology) -> CodeArray:
+    """[...] codes of the slowest device and its slower term. tokens: [..., G] pairs; seconds: [..., G] of both terms."""
+    slowest = seconds.argmax(axis=-1)
+    worked = np.take_along_axis(tokens, slowest[..., None], axis=-1)[..., 0]
+    arithmetic = worked * model.flops_per_token / topology.compute[slowest]
+    reads = arithmetic < np.take_along_axis(seconds, slowest[..., None], axis=-1)[..., 0]
+    return np.asarray(slowest + np.where(reads, seconds.shape[-1], 0), dtype=np.int16)
+
+
+def transfer_binding(flows: Flows, bytes_per_copy: float, topology: Topology, latency: float) -> CodeArray:
+    """[...] codes of the busiest link, or of latency."""
+    links = np.concatenate([flows.intra / topology.intra_bandwidth, flows.inter / topology.inter_bandwidth], axis=-1)
+    waits = links.max(axis=-1) * bytes_per_copy < latency
+    busy = np.where(links.max(axis=-1) > 0, links.argmax(axis=-1), NOTHING)
+    return np.asarray(np.where(waits, LATENCY, busy), dtype=np.int16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +61,9 @@ class Evaluation:
     waited for, as codes that `binding_terms` reads.
     """
 
-    tokens: npt.NDArray[np.int64]
+    tokens: IntArray
     top_k: int
-    step_workload: npt.NDArray[np.int64]
+    step_workload: IntArray
     workloads: tuple[str, ...]
     dispatch: FloatArray
     compute: FloatArray
@@ -178,3 +203,64 @@ def _check_same(plan: Plan, steps: Steps, problem: Problem) -> None:
             f"the steps were recorded on rank {int(steps.source.max())}, the topology has {problem.num_devices} "
             "devices; drop the source ranks (dataclasses.replace(steps, source=None)) to spread tokens evenly"
         )
+
+
+# What a plan's layers wait for: which term of the cost model binds, in how many steps, for how long, and where.
+
+
+PHASES = ("dispatch", "compute", "combine")
+TERMS = ("compute", "memory", "intra", "inter", "latency")
+"""Arithmetic of a device; its reading of weights; links inside a node; links between nodes; latency alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class BindingTerms:
+    """Per layer, phase and term, over the steps of an evaluation.
+
+    steps: [L, 3, 5] fraction of steps in which the term binds the phase. seconds: [L, 3, 5] mean seconds a step of the
+    phases it binds; their sum is the mean step time. device_steps: [L, 3, G] fraction of steps in which that device is
+    the one waited for (its arithmetic, its memory or its links); node_steps: [L, 3, N] the same of nodes' links.
+    Phases are `PHASES`, terms `TERMS`.
+    """
+
+    steps: FloatArray
+    seconds: FloatArray
+    device_steps: FloatArray
+    node_steps: FloatArray
+
+    def term_seconds(self) -> dict[str, float]:
+        """Mean seconds of a step that wait for each term, over all layers."""
+        return dict(zip(TERMS, self.seconds.sum(axis=(0, 1)).tolist(), strict=True))
+
+    def layer_seconds(self) -> FloatArray:
+        """[L, 5] mean seconds of a step that wait for each term in each layer."""
+        return np.asarray(self.seconds.sum(axis=1))
+
+
+def binding_terms(evaluation: Evaluation) -> BindingTerms:
+    """Reads an evaluation's codes. Where terms tie, the earlier of `TERMS` and the lower device is named."""
+    devices, nodes = evaluation.device_bytes.shape[1], evaluation.node_bytes.shape[1]
+    layers = evaluation.dispatch.shape[1]
+    steps, seconds = np.zeros((2, layers, len(PHASES), len(TERMS)))
+    device_steps, node_steps = np.zeros((layers, len(PHASES), devices)), np.zeros((layers, len(PHASES), nodes))
+    for phase, name in enumerate(PHASES):
+        codes, spent = getattr(evaluation, f"{name}_at"), getattr(evaluation, name)
+        first, second = ("compute", "memory") if name == "compute" else ("intra", "inter")
+        kinds = {
+            first: (codes >= 0) & (codes < devices),
+            second: codes >= devices,
+            "latency": codes == LATENCY,
+        }
+        for term, binds in kinds.items():
+            steps[:, phase, TERMS.index(term)] = binds.mean(axis=0)
+            seconds[:, phase, TERMS.index(term)] = np.where(binds, spent, 0.0).mean(axis=0)
+        on_node = second == "inter"
+        for layer in range(layers):
+            column = codes[:, layer]
+            column = column[(column != NOTHING) & (column != LATENCY)]
+            owners = column if on_node else column % devices
+            counted = np.bincount(owners, minlength=devices + nodes) / len(codes)
+            device_steps[layer, phase] = counted[:devices]
+            if on_node:
+                node_steps[layer, phase] = counted[devices : devices + nodes]
+    return BindingTerms(steps, seconds, device_steps, node_steps)

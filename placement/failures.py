@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import BoolArray
 from .errors import InputError
 from .plan import Plan
 from .topology import Topology
 
-BoolArray = npt.NDArray[np.bool_]
 Kind = Literal["device", "node"]
 KINDS: tuple[Kind, ...] = ("device", "node")
 

@@ -12,12 +12,11 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .._types import BoolArray, IntArray
 from .errors import InputError
 from .model import ModelSpec
 from .plan import EMPTY
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 T = TypeVar("T", np.int64, np.float64)
 
 Slots = int | Sequence[int]

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import BoolArray, IntArray
 from .errors import InputError
 from .plan import Plan
 from .topology import Topology
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +53,7 @@ def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = N
     return migration_from(current.holds, candidate, bytes_per_expert)
 
 
-def migration_from(held: npt.NDArray[np.bool_], candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
+def migration_from(held: BoolArray, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
     """The moves to `candidate` from any state of its devices. held: [L, E, G] whether a device holds an expert.
 
     Raises:

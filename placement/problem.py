@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
 from .failures import Failure, failure_mask
 from .layer_slots import DeviceSlots, Slots, in_table, own_slots, slots_by_layer, spanned
@@ -17,10 +17,6 @@ from .objective import Objective
 from .plan import Plan
 from .statistics import RoutingStatistics
 from .topology import Topology
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

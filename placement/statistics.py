@@ -4,16 +4,209 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError, UnsupportedError
 from .trace import RoutingTrace
 
-FloatArray = npt.NDArray[np.float64]
+# Expert loads over successive spans of a stream of tokens, in bounded memory, and what each of them weighs.
+
+
+MAX_WINDOWS = 256
+FIRST_WINDOW_TOKENS = 256
+
+Stream = tuple[int, str]
+"""The tokens one rank recorded of one workload, in the order recorded."""
+
+
+def window_weights(load: FloatArray, workload: IntArray | None = None) -> FloatArray:
+    """[S, L] how much each layer of each window of loads [S, L, E] counts, all together 1.
+
+    Layers count alike, and in each its windows by the tokens they hold: what is empty counts nowhere. Of loads without
+    any token all count alike. workload: [S] codes where workloads are compared: each by itself then, all alike.
+    """
+    if workload is not None:
+        present = np.unique(workload)
+        result = np.zeros(load.shape[:2])
+        for code in present:
+            result[workload == code] = window_weights(load[workload == code]) / len(present)
+        return result
+    tokens = load.sum(axis=2)
+    layer = tokens.sum(axis=0)
+    busy = layer > 0
+    if not busy.any():
+        return np.full(tokens.shape, 1.0 / tokens.size)
+    return np.asarray(tokens / np.where(busy, layer, 1.0) / busy.sum())
+
+
+def with_tokens(load: FloatArray) -> BoolArray:
+    """[S] which windows of loads [S, L, E] hold any token."""
+    return np.asarray(load.any(axis=(1, 2)))
+
+
+class LoadWindows:
+    """Loads [L, E] of each window: window i of a workload holds the i-th span of `window_tokens` tokens of every rank.
+
+    When there are more than 256 windows (or more than one each, for more workloads than that), neighbours are joined and
+    `window_tokens` doubles. Spans are numbered from the start of their stream, so the windows depend neither on how the
+    stream was cut into blocks nor on how many accumulators counted parts of it.
+
+    preceding: tokens of each stream that come before the first block added here.
+    """
+
+    def __init__(self, layers: int, experts: int, preceding: Mapping[Stream, int] | None = None) -> None:
+        self._layers, self._experts = layers, experts
+        self._seen: dict[Stream, int] = dict(preceding or {})
+        self._counts: dict[tuple[str, int], IntArray] = {}
+        self.window_tokens = FIRST_WINDOW_TOKENS
+
+    def add(self, stream: Stream, expert_ids: npt.NDArray[np.unsignedinteger[Any]]) -> None:
+        """Counts the next tokens [n, L, k] of a stream."""
+        first = self._seen.get(stream, 0)
+        done, tokens = 0, len(expert_ids)
+        while done < tokens:
+            window = (first + done) // self.window_tokens
+            stop = min(tokens, (window + 1) * self.window_tokens - first)
+            self._put((stream[1], window), self._loads(expert_ids[done:stop]))
+            self._shrink()
+            done = stop
+        self._seen[stream] = first + tokens
+
+    def merge(self, other: LoadWindows) -> None:
+        """Adds what another instance counted; its streams are numbered as it was told when built."""
+        while self.window_tokens < other.window_tokens:
+            self._double()
+        ratio = self.window_tokens // other.window_tokens
+        for (workload, window), loads in other._counts.items():
+            self._put((workload, window // ratio), loads.copy())
+        for stream, tokens in other._seen.items():
+            self._seen[stream] = max(tokens, self._seen.get(stream, 0))
+        self._shrink()
+
+    def workload_load(self, workload: str) -> IntArray:
+        """[L, E] over all windows of a workload."""
+        total = np.zeros((self._layers, self._experts), np.int64)
+        for (name, _), loads in self._counts.items():
+            if name == workload:
+                total += loads
+        return total
+
+    def result(self, workloads: tuple[str, ...]) -> tuple[FloatArray, IntArray]:
+        """Loads [S, L, E] and the workload [S] of each window, by workload and in time order."""
+        code_of = {name: code for code, name in enumerate(workloads)}
+        keys = sorted(self._counts, key=lambda key: (code_of[key[0]], key[1]))
+        load = np.empty((len(keys), self._layers, self._experts))
+        for row, key in enumerate(keys):
+            load[row] = self._counts[key]
+        return load, np.array([code_of[name] for name, _ in keys], dtype=np.int64)
+
+    def _loads(self, expert_ids: npt.NDArray[np.unsignedinteger[Any]]) -> IntArray:
+        layers, experts = self._layers, self._experts
+        index = expert_ids + (np.arange(layers) * experts)[:, None]
+        return np.bincount(index.ravel(), minlength=layers * experts).reshape(layers, experts)
+
+    def _put(self, key: tuple[str, int], loads: IntArray) -> None:
+        if key in self._counts:
+            self._counts[key] += loads
+        else:
+            self._counts[key] = loads
+
+    def _shrink(self) -> None:
+        while len(self._counts) > MAX_WINDOWS and len(self._counts) > len({name for name, _ in self._counts}):
+            self._double()
+
+    def _double(self) -> None:
+        old, self._counts = self._counts, {}
+        self.window_tokens *= 2
+        for (workload, window), loads in old.items():
+            self._put((workload, window // 2), loads)
+
+
+# A sample of whole sequences that does not depend on the order in which tokens arrive.
+
+
+SPAN_TOKENS = 4096
+
+HashArray = npt.NDArray[np.uint64]
+
+
+class TokenSample:
+    """Keeps at most `limit` tokens: whole sequences, and of sequences longer than 4,096 tokens whole spans of that many.
+
+    Every (sequence, span) has a hash; kept are those of the smallest hashes whose tokens together stay within the limit.
+    What lies past that cut now lies past it for good, so it can be dropped while tokens still arrive, and the result is
+    the same however the tokens are cut into blocks or shared between accumulators. Gate weights and steps are not kept:
+    a part of a step is not a step.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._span = min(SPAN_TOKENS, max(1, limit // 4))
+        self._cut = np.uint64(np.iinfo(np.uint64).max)
+        self._blocks: list[tuple[RoutingTrace, HashArray]] = []
+        self._held = 0
+
+    def add(self, block: RoutingTrace) -> None:
+        self._keep(replace(block, gate_weights=None, step=None), span_hash(block, self._span))
+
+    def merge(self, other: TokenSample) -> None:
+        """Adds another sample of the same limit, as if its tokens had come after these."""
+        if other._cut < self._cut:
+            self._cut_at(other._cut)
+        for block, hashes in other._blocks:
+            self._keep(block, hashes)
+
+    def result(self) -> RoutingTrace | None:
+        """The sample in order of sequence and position, or None when it is empty."""
+        self._drop()
+        if not self._held:
+            return None
+        joined = RoutingTrace.concatenate([block for block, _ in self._blocks])
+        return joined.select(np.lexsort((joined.position, joined.sequence)))
+
+    def _keep(self, block: RoutingTrace, hashes: HashArray) -> None:
+        kept = hashes < self._cut
+        count = int(kept.sum())
+        if count:
+            self._blocks.append((block.select(kept), hashes[kept]))
+            self._held += count
+        if self._held > self.limit + self.limit // 4:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._held <= self.limit:
+            return
+        hashes, counts = np.unique(np.concatenate([hashes for _, hashes in self._blocks]), return_counts=True)
+        self._cut_at(hashes[np.searchsorted(np.cumsum(counts), self.limit, side="right")])
+
+    def _cut_at(self, cut: np.uint64) -> None:
+        self._cut = cut
+        blocks, self._blocks, self._held = self._blocks, [], 0
+        while blocks:
+            block, hashes = blocks.pop(0)
+            kept = hashes < cut
+            if kept.any():
+                self._blocks.append((block.select(kept), hashes[kept]))
+                self._held += int(kept.sum())
+
+
+def span_hash(trace: RoutingTrace, span_tokens: int) -> HashArray:
+    """[T] hash of each token's sequence and span: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), twice."""
+    with np.errstate(over="ignore"):
+        return _mix(_mix(trace.sequence.view(np.uint64)) ^ (trace.position // span_tokens).view(np.uint64))
+
+
+def _mix(values: HashArray) -> HashArray:
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +223,7 @@ class RoutingStatistics:
     experts: int
     moe_layers: tuple[int, ...]
     load: FloatArray
-    window_workload: npt.NDArray[np.int64]
+    window_workload: IntArray
     workloads: tuple[str, ...] = ("",)
     top_k: int | None = None
     coactivation: FloatArray | None = None
@@ -124,7 +317,6 @@ class RoutingStatistics:
     @classmethod
     def from_trace(cls, trace: RoutingTrace, sample_tokens: int = 200_000) -> RoutingStatistics:
         """Counts a trace held in memory; `moeplace.profiler.aggregate` does the same for shards of any size."""
-        from .accumulate import StatisticsAccumulator
 
         accumulator = StatisticsAccumulator.like(trace, sample_tokens=sample_tokens)
         accumulator.add(trace)
@@ -188,3 +380,228 @@ def _layers(moe_layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
     if len(layers) != count:
         raise InputError(f"moe_layers names {len(layers)} layers, the counts have {count}")
     return tuple(layers)
+
+
+# Counting routing block by block in bounded memory.
+
+
+PAIR_TABLE_LIMIT = 1 << 29
+"""Entries of co-activation and transition tables over all workloads (8 bytes each)."""
+
+NARROW = np.uint32
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+Counts = npt.NDArray[np.integer[Any]]
+
+
+class StatisticsAccumulator:
+    """Adds up blocks of a trace into `RoutingStatistics`; parts may be counted apart and merged.
+
+    Totals, windows, sample and fingerprint do not depend on the sizes of the blocks, nor on how many accumulators shared
+    the work, as long as each is told in `preceding` how many tokens of each (rank, workload) come before its first
+    block. Memory is that of the result: the pair tables of each workload, 256 windows, and the sample.
+
+    Raises:
+        InputError: tables of this many experts, layers and workloads would not fit in memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        moe_layers: Sequence[int],
+        top_k: int,
+        sample_tokens: int = 200_000,
+        preceding: Mapping[Stream, int] | None = None,
+    ) -> None:
+        if sample_tokens < 0:
+            raise InputError(f"sample_tokens ({sample_tokens}) must be 0 or more")
+        self._experts, self._layers, self._top_k = num_experts, tuple(moe_layers), top_k
+        self._windows = LoadWindows(len(self._layers), num_experts, preceding)
+        self._sample = TokenSample(sample_tokens)
+        self._pairs: dict[str, _PairCounts] = {}
+
+    @classmethod
+    def like(
+        cls, trace: RoutingTrace, *, sample_tokens: int = 200_000, preceding: Mapping[Stream, int] | None = None
+    ) -> Self:
+        """An empty accumulator for blocks of the trace's shape."""
+        return cls(
+            num_experts=trace.num_experts,
+            moe_layers=trace.moe_layers,
+            top_k=trace.top_k,
+            sample_tokens=sample_tokens,
+            preceding=preceding,
+        )
+
+    def add(self, block: RoutingTrace) -> None:
+        """Counts the tokens of a block.
+
+        Raises:
+            InputError: the block is of another model.
+        """
+        given = (block.num_experts, block.moe_layers, block.top_k)
+        expected = (self._experts, self._layers, self._top_k)
+        for name, here, there in zip(("num_experts", "moe_layers", "top_k"), given, expected, strict=True):
+            if here != there:
+                raise InputError(f"StatisticsAccumulator.add: {name} is {here}, the blocks before had {there}")
+        for (source, workload), tokens in streams(block):
+            counts = self._counts_of(workload)
+            for part in np.array_split(tokens, -(-len(tokens) // counts.chunk)):
+                ids = block.expert_ids[part]
+                counts.add(ids)
+                self._windows.add((source, workload), ids)
+        if self._sample.limit:
+            self._sample.add(block)
+
+    def merge(self, other: StatisticsAccumulator) -> None:
+        """Adds what another accumulator counted of the same trace, as if its blocks had come after these."""
+        for workload, counts in other._pairs.items():
+            self._counts_of(workload).merge(counts)
+        self._windows.merge(other._windows)
+        self._sample.merge(other._sample)
+
+    def finish(self) -> RoutingStatistics:
+        """The statistics of all tokens so far. Only workloads that have tokens are named, in order of their names.
+
+        The fingerprint is SHA-256 over the exact counts (tokens, loads, pairs of each workload), so that the same tokens
+        give the same one in whatever blocks, order or number of workers they were counted.
+
+        Raises:
+            InputError: no token was counted.
+        """
+        names = tuple(sorted(self._pairs))
+        if not names:
+            raise InputError("no token was counted: the trace is empty; record some routing first")
+        layers, experts = len(self._layers), self._experts
+        coactivation = np.empty((len(names), layers, experts, experts))
+        transitions = np.empty((len(names), layers - 1, experts, experts))
+        digest = hashlib.sha256(repr((experts, self._layers, self._top_k, names)).encode())
+        for code, name in enumerate(names):
+            counts = self._pairs[name]
+            counts.count()
+            digest.update(repr(counts.tokens).encode())
+            for table in (*self._windows.workload_load(name), *counts.together, *counts.onward):
+                digest.update(np.ascontiguousarray(table, dtype="<i8").data)
+            coactivation[code] = counts.together
+            coactivation[code] += counts.together.transpose(0, 2, 1)
+            np.divide(counts.onward, self._top_k, out=transitions[code])
+        load, window_workload = self._windows.result(names)
+        sample = self._sample.result()
+        return RoutingStatistics(
+            experts=experts,
+            moe_layers=self._layers,
+            load=load,
+            window_workload=window_workload,
+            workloads=names,
+            top_k=self._top_k,
+            coactivation=coactivation,
+            transitions=transitions,
+            sample=None if sample is None else _renamed(sample, names),
+            tokens=sum(counts.tokens for counts in self._pairs.values()),
+            fingerprint=digest.hexdigest(),
+        )
+
+    def _counts_of(self, workload: str) -> _PairCounts:
+        if workload not in self._pairs:
+            entries = (len(self._pairs) + 1) * (2 * len(self._layers) - 1) * self._experts**2
+            if entries > PAIR_TABLE_LIMIT:
+                raise InputError(
+                    f"co-activation and transitions of {len(self._layers)} layers, {self._experts} experts and more than "
+                    f"{len(self._pairs)} workloads need {entries * 8 / 1e9:.1f} GB; give fewer workload tags, or record "
+                    "counts only"
+                )
+            self._pairs[workload] = _PairCounts(len(self._layers), self._experts, self._top_k)
+        return self._pairs[workload]
+
+
+class _PairCounts:
+    """How often experts went together in one workload. Tokens wait until a chunk that suits the cache is full.
+
+    together: [L, E, E] pairs of one layer, each in one of its two orders. onward: [L-1, E, E] pairs of a layer and the
+    next. Four bytes a count serve until so many tokens have come that a count could pass them.
+    """
+
+    def __init__(self, layers: int, experts: int, top_k: int) -> None:
+        self._experts, self._top_k = experts, top_k
+        self.together: Counts = np.zeros((layers, experts, experts), NARROW)
+        self.onward: Counts = np.zeros((layers - 1, experts, experts), NARROW)
+        self.tokens = 0
+        self.chunk = min(16384, max(512, (1 << 19) // top_k**2))
+        self._waiting: list[Ids] = []
+        self._waiting_tokens = 0
+
+    def add(self, ids: Ids) -> None:
+        self._expect(len(ids))
+        self._waiting.append(ids)
+        self._waiting_tokens += len(ids)
+        if self._waiting_tokens >= self.chunk:
+            self.count()
+
+    def _expect(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self.onward.dtype == NARROW and self.tokens > np.iinfo(NARROW).max:
+            self.together, self.onward = self.together.astype(np.int64), self.onward.astype(np.int64)
+
+    def merge(self, other: _PairCounts) -> None:
+        other.count()
+        self._expect(other.tokens)
+        _increase(self.together, other.together)
+        _increase(self.onward, other.onward)
+
+    def count(self) -> None:
+        """Counts the waiting tokens: one histogram over E*E bins a table and layer.
+
+        Index rows run along tokens, which lets numpy add whole vectors: on 256 experts, top-8, half the time of a sparse
+        matrix product or of the same with index rows of k experts.
+        """
+        if not self._waiting_tokens:
+            return
+        experts, k = self._experts, self._top_k
+        joined = np.concatenate(self._waiting)
+        self._waiting, self._waiting_tokens = [], 0
+        columns = np.ascontiguousarray(joined.transpose(1, 2, 0))
+        index = np.empty((k, k, len(joined)), np.int64)
+        half = np.empty((k * (k - 1) // 2, len(joined)), np.int64)
+        first = columns[0].astype(np.int64)
+        for layer in range(len(columns)):
+            scaled = first * experts
+            row = 0
+            for i in range(k - 1):
+                np.add(scaled[i], first[i + 1 :], out=half[row : row + k - 1 - i])
+                row += k - 1 - i
+            if k > 1:
+                _increase(self.together[layer], _histogram(half, experts))
+            if layer + 1 < len(columns):
+                following = columns[layer + 1].astype(np.int64)
+                np.add(scaled[:, None], following[None], out=index)
+                _increase(self.onward[layer], _histogram(index, experts))
+                first = following
+
+
+def _increase(table: Counts, counts: Counts) -> None:
+    np.add(table, counts, out=table, casting="unsafe")
+
+
+def _histogram(index: Counts, experts: int) -> Counts:
+    return np.bincount(index.reshape(-1), minlength=experts * experts).reshape(experts, experts)
+
+
+def streams(block: RoutingTrace) -> list[tuple[Stream, IntArray]]:
+    """The tokens of each (rank, workload) of a block, in the order recorded; rank 0 where ranks are unknown."""
+    width = len(block.workloads)
+    source = np.zeros(block.num_tokens, np.int64) if block.source is None else block.source
+    ranks, rank_code = np.unique(source, return_inverse=True)
+    code = rank_code * width + block.workload
+    order = np.argsort(code, kind="stable")
+    starts = np.flatnonzero(np.diff(code[order], prepend=-1))
+    parts = np.split(order, starts[1:]) if len(order) else []
+    return [((int(ranks[code[p[0]] // width]), block.workloads[code[p[0]] % width]), p) for p in parts]
+
+
+def _renamed(sample: RoutingTrace, workloads: tuple[str, ...]) -> RoutingTrace:
+    code_of = {name: code for code, name in enumerate(workloads)}
+    # A name that no token of the sample has may be unknown here; its code is then never used.
+    codes = np.array([code_of.get(name, 0) for name in sample.workloads], np.int64)[sample.workload]
+    codes.flags.writeable = False
+    return replace(sample, workload=codes, workloads=workloads)

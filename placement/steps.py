@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._types import IntArray
 from .errors import InputError
 
 
@@ -22,11 +23,11 @@ class Steps:
     """
 
     expert_ids: npt.NDArray[np.unsignedinteger[Any]]
-    offsets: npt.NDArray[np.int64]
+    offsets: IntArray
     num_experts: int
     moe_layers: tuple[int, ...]
-    source: npt.NDArray[np.int64] | None = None
-    workload: npt.NDArray[np.int64] | None = None
+    source: IntArray | None = None
+    workload: IntArray | None = None
     workloads: tuple[str, ...] = ("",)
 
     def __post_init__(self) -> None:
@@ -48,17 +49,17 @@ class Steps:
         return int(self.expert_ids.shape[2])
 
     @property
-    def tokens(self) -> npt.NDArray[np.int64]:
+    def tokens(self) -> IntArray:
         """[S] tokens in each step."""
         return np.asarray(np.diff(self.offsets))
 
     @cached_property
-    def step_of(self) -> npt.NDArray[np.int64]:
+    def step_of(self) -> IntArray:
         """[T] step of each token."""
         return np.repeat(np.arange(self.num_steps), self.tokens)
 
     @cached_property
-    def step_workload(self) -> npt.NDArray[np.int64]:
+    def step_workload(self) -> IntArray:
         """[S] the workload most of a step's tokens belong to."""
         if self.workload is None:
             return np.zeros(self.num_steps, np.int64)
@@ -66,7 +67,7 @@ class Steps:
         votes = np.bincount(self.step_of * width + self.workload, minlength=self.num_steps * width)
         return np.asarray(votes.reshape(self.num_steps, width).argmax(axis=1))
 
-    def loads(self) -> npt.NDArray[np.int64]:
+    def loads(self) -> IntArray:
         """[S, L, E] tokens each expert got in each step and layer."""
         layers, experts = self.num_layers, self.num_experts
         result = np.empty((self.num_steps, layers, experts), dtype=np.int64)

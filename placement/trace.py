@@ -11,9 +11,76 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .._types import IntArray
 from .errors import InputError
 from .steps import Steps
-from .trace_columns import check_ids, column, frozen, order_within, workload_codes
+
+# Checks and conversions of the columns a trace is built from.
+
+
+def check_ids(ids: npt.NDArray[Any], num_experts: int, moe_layers: tuple[int, ...]) -> None:
+    """Refuses ids outside 0..num_experts-1 and tokens with an expert twice, naming the first token and layer."""
+    if not 1 <= num_experts <= 65536:
+        raise InputError(f"num_experts ({num_experts}) must be between 1 and 65536")
+    if not ids.size:
+        return
+    if int(ids.min()) < 0 or int(ids.max()) >= num_experts:
+        token, layer, rank = (int(i) for i in np.argwhere((ids < 0) | (ids >= num_experts))[0])
+        raise InputError(
+            f"expert_ids[{token}, {layer}, {rank}] (model layer {moe_layers[layer]}) is {ids[token, layer, rank]}; "
+            f"ids must be from 0 to {num_experts - 1} (num_experts is {num_experts})"
+        )
+    if ids.shape[2] > 1:
+        ordered = np.sort(ids, axis=2)
+        twice = (ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2)
+        if twice.any():
+            token, layer = (int(i) for i in np.argwhere(twice)[0])
+            raise InputError(
+                f"token {token} chose the same expert twice in model layer {moe_layers[layer]}: "
+                f"{ids[token, layer].tolist()}; a token's experts must differ"
+            )
+
+
+def column(name: str, values: npt.ArrayLike | None, tokens: int) -> IntArray | None:
+    """[T] whole numbers, one a token, or None."""
+    if values is None:
+        return None
+    given = np.asarray(values)
+    if given.shape != (tokens,) or not np.issubdtype(given.dtype, np.integer):
+        raise InputError(f"{name} must be {tokens} integers, one a token; given {given.dtype} {given.shape}")
+    if given.dtype == np.uint64 and tokens and int(given.max()) >= 1 << 63:
+        raise InputError(f"{name} holds {int(given.max())}, more than a 64-bit signed integer")
+    return np.array(given, dtype=np.int64)
+
+
+def workload_codes(workload: Any, tokens: int) -> tuple[tuple[str, ...], IntArray]:
+    """Names in order, and each token's index into them."""
+    if workload is None:
+        return ("",), np.zeros(tokens, np.int64)
+    tags = np.asarray(workload)
+    if tags.shape != (tokens,):
+        raise InputError(f"workload must be {tokens} tags, one a token; given shape {tags.shape}")
+    names, codes = np.unique(tags.astype(str), return_inverse=True)
+    return tuple(str(name) for name in names) or ("",), codes.astype(np.int64)
+
+
+def order_within(sequence: IntArray) -> IntArray:
+    """[T] how many tokens of the same sequence came before."""
+    order = np.argsort(sequence, kind="stable")
+    ordered = sequence[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else ordered
+    lengths = np.diff(np.append(starts, len(ordered)))
+    position = np.empty(len(ordered), dtype=np.int64)
+    position[order] = np.arange(len(ordered)) - np.repeat(starts, lengths)
+    return position
+
+
+def frozen(array: Any) -> Any:
+    """The array, no longer writable."""
+    if array is not None:
+        array.flags.writeable = False
+    return array
+
 
 IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -36,13 +103,13 @@ class RoutingTrace:
     expert_ids: IdArray
     num_experts: int
     moe_layers: tuple[int, ...]
-    sequence: npt.NDArray[np.int64]
-    position: npt.NDArray[np.int64]
-    workload: npt.NDArray[np.int64]
+    sequence: IntArray
+    position: IntArray
+    workload: IntArray
     workloads: tuple[str, ...] = ("",)
     gate_weights: npt.NDArray[np.float16] | None = None
-    step: npt.NDArray[np.int64] | None = None
-    source: npt.NDArray[np.int64] | None = None
+    step: IntArray | None = None
+    source: IntArray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -256,7 +323,7 @@ class RoutingTrace:
         rng = np.random.default_rng(seed)
         order, starts, lengths = self._sequences()
         count = self.num_tokens // tokens if steps is None else steps
-        chosen: list[npt.NDArray[np.int64]] = []
+        chosen: list[IntArray] = []
         have = 0
         while have < count * tokens:
             for i in rng.permutation(len(starts)):
@@ -283,13 +350,13 @@ class RoutingTrace:
                 f"the trace has {self.num_tokens} tokens, a step needs {least}; record more or ask for less"
             )
 
-    def _sequences(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _sequences(self) -> tuple[IntArray, IntArray, IntArray]:
         """Tokens ordered by sequence and position, and each sequence's start and length in that order."""
         order = np.lexsort((self.position, self.sequence))
         starts = np.concatenate([[0], np.flatnonzero(np.diff(self.sequence[order])) + 1]).astype(np.int64)
         return order, starts, np.diff(np.append(starts, self.num_tokens))
 
-    def _steps(self, tokens: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], as_recorded: bool = False) -> Steps:
+    def _steps(self, tokens: IntArray, offsets: IntArray, as_recorded: bool = False) -> Steps:
         # Batches made here run on ranks nobody recorded: only steps as they were recorded keep their source ranks.
         return Steps(
             expert_ids=self.expert_ids[tokens],
@@ -302,13 +369,11 @@ class RoutingTrace:
         )
 
 
-def _held_out_units(
-    units: npt.NDArray[np.int64], workload: npt.NDArray[np.int64], held_out: float, seed: int
-) -> npt.NDArray[np.int64]:
+def _held_out_units(units: IntArray, workload: IntArray, held_out: float, seed: int) -> IntArray:
     """A share of the units of each workload (a unit counts under the workload of its first token)."""
     rng = np.random.default_rng(seed)
     names, first = np.unique(units, return_index=True)
-    kept: list[npt.NDArray[np.int64]] = []
+    kept: list[IntArray] = []
     for code in np.unique(workload[first]):
         mine = names[workload[first] == code]
         count = min(max(round(len(mine) * held_out), 1), max(len(mine) - 1, 0))

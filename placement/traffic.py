@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from .cost import combine_bytes, dispatch_bytes
 from .model import ModelSpec
-from .nearest import nearest_counts
 from .objective import Objective
 from .plan import Plan
+from .replay import nearest_counts
 from .steps import Steps
 from .topology import Topology
 
-FloatArray = npt.NDArray[np.float64]
 ShareArray = npt.NDArray[np.float32]
 
 
@@ -90,7 +90,7 @@ def _blocks(steps: Steps, tokens: int = 1 << 16) -> list[tuple[int, npt.NDArray[
     return [(start, ids[start : start + tokens]) for start in range(0, len(ids), tokens)]
 
 
-def _homes(source: npt.NDArray[np.int64] | None, tokens: int, topology: Topology) -> ShareArray:
+def _homes(source: IntArray | None, tokens: int, topology: Topology) -> ShareArray:
     """[T, H] where tokens are before the first layer: their source rank, or every device evenly."""
     devices = topology.num_devices
     if source is None:

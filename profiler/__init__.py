@@ -1,9 +1,9 @@
 """Records routing from live models, reads what was recorded, and counts it."""
 
 from .aggregate import aggregate
-from .hooks_counts import merge_counts
 from .profile import profile
 from .read import read_any
+from .recorders import merge_counts
 from .statistics_file import read_statistics, write_statistics
 from .trace_files import TraceWriter, read_trace, scan_trace, write_trace
 

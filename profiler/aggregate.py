@@ -10,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..placement.accumulate import StatisticsAccumulator
 from ..placement.errors import InputError, MoeplaceError
-from ..placement.load_windows import Stream
-from ..placement.statistics import RoutingStatistics
-from .trace_shards import TraceShard, count_streams, read_row_group, trace_shards
+from ..placement.statistics import RoutingStatistics, StatisticsAccumulator, Stream
+from .trace_files import TraceShard, count_streams, read_row_group, trace_shards
 
 IDS_PER_TASK = 1 << 28
 IDS_WORTH_A_PROCESS = 1 << 26

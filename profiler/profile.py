@@ -12,9 +12,7 @@ from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from .families import Extract, find_sites, spec_of
 from .hooks import ForwardHooks
-from .hooks_counts import CountSink
-from .hooks_ranks import rank_and_world
-from .hooks_tokens import TokenSink
+from .recorders import CountSink, TokenSink, rank_and_world
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -11,16 +11,15 @@ from typing import Any, Literal
 from ..placement.errors import FileFormatError, InputError
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
-from .exflow_npy import is_exflow, read_exflow
-from .load_history import is_load_history, read_load_history
-from .megatron_trace import is_megatron, read_megatron
-from .routed_experts import is_routed_experts, read_routed_experts
-from .sglang_records import is_sglang, read_sglang
+from .readers.exflow import is_exflow, read_exflow
+from .readers.load_history import is_load_history, read_load_history
+from .readers.megatron import is_megatron, read_megatron
+from .readers.routed_experts import is_routed_experts, read_routed_experts
+from .readers.sglang import is_sglang, read_sglang
+from .readers.trtllm import is_trtllm, read_trtllm
 from .statistics_file import is_statistics, read_statistics
 from .tokens_or_loads import check_tokens
-from .trace_files import read_trace
-from .trace_shards import is_trace
-from .trtllm_statistics import is_trtllm, read_trtllm
+from .trace_files import is_trace, read_trace
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError
-from .hooks_counts import merge_counts
 from .profile import MODES, Mode, profile
+from .recorders import merge_counts
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -17,7 +17,7 @@ from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace, id_dtype
-from .routed_arrays import npy_shape
+from .readers.routed_arrays import npy_shape
 from .zip_members import checked_members
 
 FORMAT = "moeplace.statistics"

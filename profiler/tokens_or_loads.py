@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..placement.errors import FileFormatError
-from .routed_arrays import MAGIC, Ids, npy_mapped, npy_mapped_table, npz_arrays
-from .routed_experts import ROUTED, is_filled
+from .readers.routed_arrays import MAGIC, Ids, npy_mapped, npy_mapped_table, npz_arrays
+from .readers.routed_experts import ROUTED, is_filled
 
 MOST_LAYERS = 512
 """More rows than any model has layers."""

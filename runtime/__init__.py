@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from .calibration.result import Calibration
     from .moe.checkpoint import load_checkpoint, save_checkpoint
     from .moe.compression import CompressionStatistics, LSHCompression
-    from .moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters
-    from .moe.decode_modes import ContextCoherentDecoder, DispatchCombineDecoder
-    from .moe.expert_rows_sent import expert_rows
+    from .moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters, expert_rows
+    from .moe.decoder import ContextCoherentDecoder, DispatchCombineDecoder
     from .moe.experts import PlacedExperts
     from .moe.layer import ExpertParallelMoE
     from .moe.migrate import Migration, apply

@@ -10,10 +10,10 @@ from ..placement.errors import InputError, UnsupportedError, nearest
 from ..placement.layer_slots import spanned
 from ..placement.plan import Plan
 from ..placement.problem import Problem
-from .exporters.constraints import Constraint
+from .exporters.base import Constraint
 from .exporters.export import check_export
 from .exporters.registry import engine_names, exporter_named
-from .permute_rows import PERMUTE_CONSTRAINTS, expert_order
+from .permute.rows import PERMUTE_CONSTRAINTS, expert_order
 
 PERMUTE = "permute"
 """A permuted checkpoint or model, beside the engines that read a file."""

@@ -11,7 +11,7 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
-from ..db.service_records import ROLES, Actor, Role
+from ..db.records import ROLES, Actor, Role
 from ..db.store import Store
 from .settings import Settings
 

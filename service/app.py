@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
-from ..db.address import resolve
+from ..db.database import resolve
 from ..db.store import Store
 from ..placement.version import __version__
 from . import background, problems
@@ -15,16 +15,14 @@ from .access import Gate
 from .delivery import Courier
 from .description import describe
 from .intake import Intake
-from .limits import BodyLimit, RateLimit
-from .metrics import Metrics
-from .observe import Observe
+from .middleware import BodyLimit, Metrics, Observe, RateLimit
 from .pages.routes import router as pages
-from .pages.studies import router as studies
+from .pages.routes import router as studies
 from .polling import Poller
-from .pool import Pool, Reaper, crew_for
 from .routes import ROUTERS
 from .settings import Settings
 from .shards import Shards
+from .workers import Pool, Reaper, crew_for
 
 DESCRIPTION = """Keeps expert placements of mixture-of-experts deployments right while their traffic drifts.
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from ..db.outcomes import SERVICE
+from ..db.jobs import SERVICE
 from ..db.store import Store
 from ..placement.errors import MoeplaceError
 from .policy import Policy

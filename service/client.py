@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.client
+import json
+import random
+import secrets
+import selectors
+import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Unpack
-from urllib.parse import quote, urlencode
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
+from urllib.parse import quote, urlencode, urlsplit
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, TypeAdapter
 
 from ..db.jobs import ENDED
-from ..db.service_records import (
+from ..db.records import (
     Actor,
     AuditRecord,
     CheckRecord,
@@ -27,16 +36,324 @@ from ..db.service_records import (
     UploadRecord,
     WebhookRecord,
 )
-from ..placement.errors import InputError, MoeplaceError, SolveError
+from ..db.uploads import PIECE_LIMIT
+from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError, SolveError, StoreError
+from ..placement.failures import Kind
+from ..placement.layer_slots import Slots
 from ..placement.model import ModelSpec
-from ..placement.plan import Plan
-from ..placement.plan_file import plan_from_dict, plan_to_dict
+from ..placement.objective import Objective
+from ..placement.plan import Plan, plan_from_dict, plan_to_dict
 from ..placement.topology import Topology
-from .calls import Calls, adapter
 from .counts import ARROW, to_arrow
 from .policy import Policy
-from .requests import DecideRequest, ParetoRequest, SolveRequest, WhatIfRequest
 from .views import ModelView, PlanView, StatisticsView, Taken, TopologyView, WebhookMade, WindowView
+
+# HTTP for the client: one connection kept open a thread, and what failed tried again where that cannot do it twice.
+
+
+ATTEMPTS = 5
+MOST_WAIT = 20.0
+ERRORS: Mapping[int, type[MoeplaceError]] = {404: NotFoundError, 409: ConflictError, 422: InputError, 503: StoreError}
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Transport:
+    """Threads: any number; each has its own connection."""
+
+    def __init__(self, url: str, token: str | None, timeout: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"{url!r} is not the address of a service; expected http://host:port or https://host")
+        if parts.scheme == "http" and token and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+            # Said once, here: a token sent in the clear is anybody's.
+            import warnings
+
+            warnings.warn(f"the token goes to {parts.hostname} unencrypted; use https", stacklevel=3)
+        self._parts, self._token, self._timeout = parts, token, timeout
+        self._local = threading.local()
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        again: bool = False,
+        timeout: float | None = None,
+    ) -> Answer:
+        """One request. again: it may be sent several times, when the service is away or busy.
+
+        Raises:
+            NotFoundError, ConflictError, InputError, StoreError: as the service says. MoeplaceError: any other refusal, or
+                the service cannot be reached.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            last = attempt == ATTEMPTS or not again
+            wait = min(MOST_WAIT, 0.2 * 2**attempt) * (0.5 + random.random())
+            try:
+                answer = self._once(method, path, body, headers or {}, timeout or self._timeout)
+            except (OSError, http.client.HTTPException) as error:
+                self._drop()
+                if last:
+                    raise MoeplaceError(
+                        f"the service at {self._parts.netloc} cannot be reached ({type(error).__name__}: {error})"
+                    ) from None
+            else:
+                if answer.status < 400:
+                    return answer
+                if last or answer.status not in (429, 503):
+                    raise _error(answer)
+                retry = answer.headers.get("retry-after", "")
+                wait = max(wait, float(retry)) if retry.isdigit() else wait
+            time.sleep(min(wait, MOST_WAIT))
+        raise AssertionError("unreachable")
+
+    def stream(self, path: str) -> http.client.HTTPResponse:
+        """A response to be read line by line, on a connection of its own."""
+        connection = self._connect(self._timeout)
+        connection.request("GET", self._parts.path.rstrip("/") + path, headers=self._headers({}))
+        response = connection.getresponse()
+        if response.status >= 400:
+            raise _error(Answer(response.status, {}, response.read()))
+        return response
+
+    def close(self) -> None:
+        """Closes this thread's connection."""
+        self._drop()
+
+    def _once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout: float) -> Answer:
+        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        if connection is not None and _closed_meanwhile(connection):
+            self._drop()
+            connection = None
+        if connection is None:
+            connection = self._local.connection = self._connect(timeout)
+        connection.timeout = timeout
+        if connection.sock is not None:
+            connection.sock.settimeout(timeout)
+        connection.request(method, self._parts.path.rstrip("/") + path, body, self._headers(headers))
+        response = connection.getresponse()
+        content = response.read()
+        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
+
+    def _connect(self, timeout: float) -> http.client.HTTPConnection:
+        host, port = self._parts.hostname or "", self._parts.port
+        if self._parts.scheme == "https":
+            return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+
+    def _headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        own = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        return {"Accept": "application/json", **own, **headers}
+
+    def _drop(self) -> None:
+        connection = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close()
+            self._local.connection = None
+
+
+def _closed_meanwhile(connection: http.client.HTTPConnection) -> bool:
+    """Whether the service ended a connection that was idle: then, and only then, there is something to read."""
+    if connection.sock is None:
+        return False
+    with selectors.DefaultSelector() as ready:
+        ready.register(connection.sock, selectors.EVENT_READ)
+        return bool(ready.select(0))
+
+
+def _error(answer: Answer) -> MoeplaceError:
+    try:
+        detail = str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = f"the service answered {answer.status}"
+    kind = ERRORS.get(answer.status, MoeplaceError)
+    return kind(detail)
+
+
+# Calls of the client: objects out and in, lists page by page, files piece by piece, jobs asked for once.
+
+
+T = TypeVar("T")
+ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+class Calls:
+    """What every method of the client is made of."""
+
+    def __init__(self, url: str, token: str | None = None, *, timeout: float = 60.0) -> None:
+        self._transport = Transport(url, token, timeout)
+        self._timeout = timeout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection of this thread."""
+        self._transport.close()
+
+    def _submit(self, path: str, body: Mapping[str, Any]) -> JobRecord:
+        # A key of its own makes sending it again safe.
+        headers = {"Idempotency-Key": secrets.token_hex(16), "Content-Type": "application/json"}
+        given = {key: value for key, value in body.items() if value is not None}
+        content = json.dumps(given, default=_plain).encode()
+        answer = self._transport.call("POST", path, content, headers, again=True)
+        record: JobRecord = adapter(JobRecord).validate_json(answer.body)
+        return record
+
+    def _upload(self, announced: Mapping[str, Any], content: bytes) -> UploadRecord:
+        body = {**announced, "sha256": hashlib.sha256(content).hexdigest(), "total_bytes": len(content)}
+        record = self._ask(UploadRecord, "POST", "/v1/uploads", body, again=True)
+        while record.state == "open" and record.received_bytes < len(content):
+            start = record.received_bytes
+            headers = {"Content-Type": "application/octet-stream", "Upload-Offset": str(start)}
+            piece = content[start : start + PIECE_LIMIT]
+            try:
+                self._transport.call("PATCH", f"/v1/uploads/{record.key}", piece, headers)
+            except InputError:
+                raise
+            except MoeplaceError:
+                # Perhaps it arrived, perhaps the service is away: ask how far it is.
+                time.sleep(0.5)
+            record = self._ask(UploadRecord, "GET", f"/v1/uploads/{record.key}")
+        return self._ask(UploadRecord, "POST", f"/v1/uploads/{record.key}/finish", again=True)
+
+    def _pages(
+        self,
+        kind: type[T],
+        path: str,
+        filters: Mapping[str, Any] | None = None,
+        cursor: str = "before",
+        limit: int = 200,
+    ) -> Iterator[T]:
+        query = {key: value for key, value in (filters or {}).items() if value is not None}
+        while True:
+            page = self._json("GET", f"{path}?{urlencode({**query, 'limit': limit})}")
+            for item in page["items"]:
+                yield adapter(kind).validate_python(item)
+            if page["next"] is None:
+                return
+            query[cursor] = page["next"]
+
+    def _ask(self, kind: type[T], method: str, path: str, body: Any = None, *, again: bool = False) -> T:
+        found: T = adapter(kind).validate_python(self._json(method, path, body, again=again))
+        return found
+
+    def _json(self, method: str, path: str, body: Any = None, *, again: bool = False) -> Any:
+        content = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        return self._transport.call(method, path, content, headers, again=again or method == "GET").json()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise InputError(f"{value!r} cannot be sent; plain data is wanted")
+
+
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """Reads a kind of record from plain data."""
+    if kind not in ADAPTERS:
+        ADAPTERS[kind] = TypeAdapter(kind)
+    return ADAPTERS[kind]
+
+
+# What may be asked for besides what a call's arguments name, by job. See the views of the API for what each means.
+
+
+Routing = Literal["counts", "tokens"]
+Options = Mapping[str, Any]
+
+
+class SolveRequest(TypedDict, total=False):
+    """`POST /v1/solve`."""
+
+    routing: Routing
+    windows: int
+    model: str
+    topology: str
+    statistics: str
+    solver: str
+    options: Options
+    seconds: float
+    seed: int
+    slots: Slots | None
+    objective: Objective
+
+
+class DecideRequest(TypedDict, total=False):
+    """`POST /v1/decide`."""
+
+    current: str
+    routing: Routing
+    record: bool
+
+
+class StepsRequest(TypedDict, total=False):
+    """The steps of a `StudyRequest`."""
+
+    batch: Literal["decode", "prefill"]
+    tokens: int
+    count: int | None
+
+
+class StudyRequest(TypedDict, total=False):
+    """What `POST /v1/what-if` and `POST /v1/pareto` have in common."""
+
+    routing: Routing
+    windows: int
+    statistics: str
+    held_out: str
+    steps: StepsRequest
+    solver: str
+    options: Options
+    seconds: float
+    seed: int
+    objective: Objective
+
+
+class ChangesRequest(TypedDict, total=False):
+    """The changes of a `WhatIfRequest`."""
+
+    lose: Sequence[str]
+    n_1: bool
+    devices: int | None
+    nodes: int | None
+    topology: str | None
+    slots: Slots | None
+
+
+class WhatIfRequest(StudyRequest, total=False):
+    """`POST /v1/what-if`."""
+
+    plan: str
+    changes: ChangesRequest
+    ready: bool
+    max_moved_bytes: float | None
+
+
+class ParetoRequest(StudyRequest, total=False):
+    """`POST /v1/pareto`."""
+
+    model: str
+    topology: str
+    current: str | None
+    redundant: Sequence[int] | None
+    tolerate: Sequence[Kind | None]
+    max_moved: Sequence[float | None] | None
 
 
 @dataclass(frozen=True)

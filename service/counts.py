@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
-from ..db.packed_counts import narrow
-from ..db.service_records import CountWindow
+from ..db.records import CountWindow, narrow
 from ..db.windows import TEXT_LENGTH, check_ended
 from ..placement.errors import FileFormatError, InputError
 

@@ -11,7 +11,7 @@ import ssl
 import time
 from urllib.parse import urlsplit
 
-from ..db.service_records import DeliveryRecord
+from ..db.records import DeliveryRecord
 from ..db.store import Store
 
 log = logging.getLogger("moeplace.service.delivery")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ..db.service_records import CountWindow
+from ..db.records import CountWindow
 from ..db.store import Store
 from ..placement.errors import StoreError
 

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ..placement.objective import Objective
 from ..placement.validation import Record
-from .plain import PlainObject
-from .slots import SlotCounts
+
+# Free-form JSON from requests that every later reader can take: valid text, finite numbers, bounded depth.
+
+
+MOST_CHARACTERS = 20_000
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (ValueError, RecursionError):
+        raise ValueError("must hold finite numbers and valid text, not nested too deep") from None
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{len(text)} characters of JSON, at most {MOST_CHARACTERS} are taken")
+    return value
+
+
+PlainObject = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
+# How many slots a request may ask for: one number for all layers, or one for each.
+
+
+SlotCount = Annotated[int, Field(ge=1, le=65_536)]
+SlotCounts = SlotCount | Annotated[list[SlotCount], Field(min_length=1, max_length=1024)]
+
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..db.service_records import CountWindow, EngineHold
+from ..db.records import CountWindow, EngineHold
 from ..db.store import Store
 from ..placement.errors import FileFormatError, InputError, MoeplaceError
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
-from ..profiler.engine_server import EngineServer
-from ..profiler.record_sglang import record_sglang
+from ..profiler.engine_servers import EngineServer, record_sglang
 from .settings import Settings
 
 log = logging.getLogger("moeplace.service.polling")

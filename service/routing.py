@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..db.service_records import WindowRecord
+from ..db.records import WindowRecord
 from ..db.store import Store
 from ..placement.errors import FileFormatError, InputError
 from ..placement.model import ModelSpec
@@ -19,8 +19,7 @@ from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
 from ..profiler.aggregate import aggregate
 from ..profiler.statistics_file import read_statistics, write_statistics
-from ..profiler.trace_files import read_header, read_trace
-from ..profiler.trace_shards import trace_shards
+from ..profiler.trace_files import read_header, read_trace, trace_shards
 
 SAMPLE_TOKENS = 200_000
 UNPACKED_LIMIT = 1 << 30

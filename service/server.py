@@ -7,8 +7,7 @@ import signal
 
 from ..db.store import Store
 from ..placement.errors import InputError
-from .logs import configure
-from .settings import Settings
+from .settings import Settings, configure
 
 log = logging.getLogger("moeplace.service")
 

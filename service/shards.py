@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..db.service_records import UploadRecord
+from ..db.records import UploadRecord
 from ..db.store import Store
 from ..placement.errors import InputError, StoreError, UnsupportedError
 

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..db.service_records import ClaimedJob, Outcome
+from ..db.records import ClaimedJob, Outcome
 from ..db.store import Store
 from ..placement.errors import MoeplaceError, StoreError
 from ..solvers.base import Progress
-from .logs import configure
+from .settings import configure
 from .tasks import task_of
 
 log = logging.getLogger("moeplace.service.worker")

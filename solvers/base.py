@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from ..placement.plan import Certificate, Stop
-from .compile_time import working_seconds
+
+# How long this process has spent compiling kernels: once an installation, so no time limit of a solve includes it.
+
+
+class CompileTime:
+    """Wall time between `begin` and `end`; stretches that overlap or lie in each other count once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open, self._since, self._total = 0, 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of all stretches so far, one that has not ended included."""
+        with self._lock:
+            return self._total + (time.perf_counter() - self._since if self._open else 0.0)
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._open:
+                self._since = time.perf_counter()
+            self._open += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                self._total += time.perf_counter() - self._since
+
+
+COMPILE_TIME = CompileTime()
+"""Of this process, kept by `compiled.kernel`."""
+
+
+def working_seconds() -> float:
+    """A clock that stands still while kernels are compiled: differences are seconds."""
+    return time.perf_counter() - COMPILE_TIME.seconds
 
 
 class Feature(Enum):
@@ -79,9 +117,9 @@ class Budget:
 class Solution:
     """A solver's answer: the slot table [L, P], shares [L, P] (None: equal), what is proven, why it stopped."""
 
-    physical_to_logical: npt.NDArray[np.int64]
+    physical_to_logical: IntArray
     certificate: Certificate
-    shares: npt.NDArray[np.float64] | None = None
+    shares: FloatArray | None = None
     stop: Stop = "finished"
 
 
@@ -105,7 +143,7 @@ class Solver(Protocol):
     def solve(self) -> Callable[..., Solution]: ...
 
 
-def fill_slots(device_of: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def fill_slots(device_of: IntArray) -> IntArray:
     """[L, P] slot table from [L, E] the device of each expert (no replicas), experts in increasing order a device.
 
     Every device must get exactly as many experts as it has slots.

@@ -3,28 +3,170 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import Literal
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from ..placement.errors import InputError, UnsupportedError, nearest
+from .._types import BoolArray, FloatArray, IntArray
+from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.evaluate import evaluate_on
 from ..placement.plan import Certificate, Plan
 from ..placement.problem import Problem
 from ..placement.steps import Steps
 from ..placement.trace import RoutingTrace
 from .base import Budget, Feature, Needs, Solution, fill_slots
-from .layer_chain import allowed_states, by_pairs, cheapest_placements, check_time
-from .placements import PlacementSpace, device_sets
-from .step_costs import StepCosts
-from .viterbi import cheapest_path
+from .step_costs import PlacementSpace, StepCosts, device_sets
+
+# The cheapest path through layers of states: exact for any cost with a term a layer and a term a neighbouring pair.
+
+
+def cheapest_path(unary: Sequence[FloatArray], pair: Callable[[int], FloatArray]) -> tuple[IntArray, float]:
+    """One state a layer, such that the sum of the states' and the neighbours' costs is least (Viterbi 1967).
+
+    unary: L arrays, [S_l] cost of each state of layer l; layers may have different numbers of states.
+    pair: pair(l) is the [S_l, S_{l+1}] cost of layer l's state followed by layer l+1's. Called once for each l from 0
+    to L-2, in order; one matrix is held at a time. Costs may be +inf (not allowed), never NaN.
+
+    Returns ([L] states, their cost); of equally cheap states the first is taken. The cost is +inf when every path is
+    forbidden.
+
+    Raises:
+        InputError: no layer, a layer without states, or a matrix of the wrong shape.
+    """
+    if not unary or any(costs.ndim != 1 or not len(costs) for costs in unary):
+        raise InputError(f"cheapest_path: every layer needs at least one state, given {[np.shape(c) for c in unary]}")
+    reached = np.asarray(unary[0], dtype=np.float64)
+    came_from: list[IntArray] = []
+    for layer, costs in enumerate(unary[1:]):
+        through = np.asarray(pair(layer), dtype=np.float64)
+        if through.shape != (len(reached), len(costs)):
+            raise InputError(
+                f"cheapest_path: pair({layer}) has shape {through.shape}, expected {(len(reached), len(costs))}"
+            )
+        through = through + reached[:, None]
+        best = through.argmin(axis=0)
+        came_from.append(best)
+        reached = through[best, np.arange(len(costs))] + costs
+    states = [int(reached.argmin())]
+    for best in reversed(came_from):
+        states.append(int(best[states[-1]]))
+    return np.array(states[::-1], dtype=np.int64), float(reached.min())
+
+
+# The cheapest sequence of placements, layer after layer, up to the renaming of devices that are alike. Such devices
+# may be renamed throughout a plan without changing its cost. So a layer's state is a placement up to renaming, the
+# cost between two layers' states is the least over the second's renamings, and following the cheapest path fixes each
+# layer's names in turn. 8 experts on 4 devices: 105 states instead of 2,520 placements.
+
+
+BLOCK_PAIRS = 1 << 21
+"""Pairs of placements priced at once: bounds memory to some tens of MB."""
+
+
+class Predecessors(Protocol):
+    """Called with a layer and reached[a], [R], the least cost of a path to each of its placements.
+
+    Returns for each placement [R] of the next layer the least of reached[a] and the cost of the pair, over all a and
+    renamings of the latter; which a; which renaming. A pair's cost must not change when both are renamed alike.
+    """
+
+    def __call__(self, layer: int, reached: FloatArray) -> tuple[FloatArray, IntArray, IntArray]: ...
+
+
+class PairCost(Protocol):
+    """Cost between two layers' placements, unchanged when both are renamed alike.
+
+    Called with a layer, representatives [A] of it and renamings [H, G] of the next layer's; returns [H, A, R].
+    """
+
+    def __call__(self, layer: int, left: IntArray, relabellings: IntArray) -> FloatArray: ...
+
+
+def cheapest_placements(
+    space: PlacementSpace, unary: Sequence[FloatArray], predecessors: Predecessors, budget: Budget
+) -> tuple[IntArray, float]:
+    """[L, E] device of each expert, and the least sum of unary[l] [R] and pair costs (Viterbi 1967).
+
+    Raises:
+        SolveError: the budget's seconds ran out; nothing short of the whole chain proves or places anything.
+    """
+    reached = unary[0]
+    steps: list[tuple[IntArray, IntArray]] = []
+    for layer, costs in enumerate(unary[1:]):
+        check_time(budget, layer, len(unary))
+        least, state, name = predecessors(layer, reached)
+        steps.append((state, name))
+        reached = least + costs
+    path, names = [int(reached.argmin())], []
+    for came_from, named in reversed(steps):
+        names.append(int(named[path[-1]]))
+        path.append(int(came_from[path[-1]]))
+    devices = np.arange(len(space.slots))
+    device_of = np.empty((len(unary), space.representatives.shape[1]), dtype=np.int64)
+    for layer, here in enumerate(reversed(path)):
+        if layer:
+            devices = devices[space.relabellings[names[-layer]]]
+        device_of[layer] = devices[space.representatives[here]]
+    return device_of, float(reached.min())
+
+
+def by_pairs(space: PlacementSpace, pair: PairCost) -> Predecessors:
+    """Predecessors found by pricing every pair, some tens of MB at a time."""
+    states = len(space.representatives)
+    height = max(1, min(len(space.relabellings), BLOCK_PAIRS // states**2))
+    width = max(1, BLOCK_PAIRS // (states * height))
+
+    def predecessors(layer: int, reached: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
+        least, state, name = np.full(states, np.inf), np.zeros(states, np.int64), np.zeros(states, np.int64)
+        for left in range(0, states, width):
+            some = np.arange(left, min(left + width, states))
+            for first in range(0, len(space.relabellings), height):
+                costs = pair(layer, some, space.relabellings[first : first + height]) + reached[some][:, None]
+                flat = costs.reshape(-1, states)
+                row = flat.argmin(axis=0)
+                better = flat[row, np.arange(states)] < least
+                least = np.where(better, flat[row, np.arange(states)], least)
+                state = np.where(better, some[row % len(some)], state)
+                name = np.where(better, first + row // len(some), name)
+        return least, state, name
+
+    return predecessors
+
+
+def allowed_states(problem: Problem, space: PlacementSpace) -> BoolArray:
+    """[L, R] which placements respect the problem's pinned and forbidden devices.
+
+    Raises:
+        SolveError: no placement of a layer does; the layer is named.
+    """
+    placed = space.representatives
+    allowed = np.ones((problem.model.layers, len(placed)), dtype=bool)
+    for (layer, expert), device in problem.pinned.items():
+        allowed[layer] &= placed[:, expert] == device
+    for (layer, expert), devices in problem.forbidden.items():
+        allowed[layer] &= ~np.isin(placed[:, expert], devices)
+    stuck = np.flatnonzero(~allowed.any(axis=1))
+    if len(stuck):
+        raise SolveError(
+            f"no placement of MoE layer {stuck[0]} respects its pinned and forbidden devices with "
+            f"{list(space.slots)} slots a device; loosen Problem.pinned or Problem.forbidden there"
+        )
+    return allowed
+
+
+def check_time(budget: Budget, layer: int, layers: int) -> None:
+    """Raises SolveError once the budget's seconds are spent; tells the listener of progress otherwise."""
+    if budget.spent:
+        raise SolveError(
+            f"chain had come to layer {layer} of {layers} when its {budget.seconds} s ran out, and has no plan before "
+            "the last; give it more time, or use a solver that stops early (search, exflow, moetuner)"
+        )
+    budget.report(None, None, f"layer {layer} of {layers}")
+
 
 __all__ = ["Chain", "cheapest_path"]
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 Minimise = Literal["transitions", "step"]
 Batch = Literal["decode", "prefill"]
 

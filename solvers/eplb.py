@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from .._types import IntArray
+from ..placement.bounds import device_load_certificate
 from ..placement.errors import UnsupportedError
 from ..placement.layer_slots import alike_layers, even_slots
-from ..placement.load_bound import device_load_certificate
 from ..placement.problem import Problem
 from .base import Budget, Feature, Needs, Solution
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating]
 
 

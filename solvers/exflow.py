@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from ..placement.errors import SolveError
 from ..placement.plan import RELATIVE_TOLERANCE, Certificate
 from ..placement.problem import Problem
@@ -17,9 +17,6 @@ from .exflow_program import SCALE, check_size, exflow_program
 from .exflow_stages import Stage, stages
 from .exflow_start import assignment_sweeps, local_weight
 from .ilp import check_backend, solve_ilp
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 BOUND_SHARE = 0.2
 """Part of the time left that goes into the semidefinite bound before the program."""

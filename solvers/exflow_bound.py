@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from .base import Budget
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 def local_weight_bound(transitions: FloatArray, slots: IntArray, budget: Budget, share: float = 0.2) -> float:

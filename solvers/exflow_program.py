@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from ..placement.errors import SolveError, UnsupportedError
 from .base import Budget
 from .ilp import add_row
@@ -17,8 +17,6 @@ from .symmetry import forbidden_names, renaming
 if TYPE_CHECKING:
     import pulp
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 SCALE = 1e6
 """Objective of a program whose every transition crosses: tolerances of 1e-6 then are a part in 1e12."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import IntArray
 from ..placement.errors import InputError, nearest
-
-IntArray = npt.NDArray[np.int64]
 
 FORMS = ("direct", "staged", "bisect")
 

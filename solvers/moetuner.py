@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from ..placement.cost import dispatch_bytes
 from ..placement.errors import InputError
 from ..placement.plan import Certificate
@@ -15,9 +15,6 @@ from .base import Budget, Feature, Needs, Solution, fill_slots
 from .ilp import check_backend
 from .moetuner_clusters import LayerClusters, cluster_layer
 from .moetuner_mapping import MappingTask, check_method, map_clusters, pair_cost
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 class MoeTuner:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from .base import Budget
 from .ilp import add_row, solve_ilp
 from .symmetry import forbidden_names, renaming
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 SCALE = 1e6
 """A layer's load inside the program, so that solver tolerances are small beside it."""

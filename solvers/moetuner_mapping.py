@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from itertools import permutations, product
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import BoolArray, FloatArray, IntArray
 from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.plan import RELATIVE_TOLERANCE
 from ..placement.topology import Topology
 from .base import Budget
+from .chain import cheapest_path
 from .ilp import solve_ilp
 from .moetuner_program import mapping_program
-from .viterbi import cheapest_path
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 METHODS = ("auto", "ilp", "chain")
 CHAIN_AUTO = 720
@@ -40,7 +37,7 @@ class MappingTask:
     nodes: IntArray | None
 
     @property
-    def allowed(self) -> npt.NDArray[np.bool_]:
+    def allowed(self) -> BoolArray:
         """[G, G] whether a cluster may stand on a device."""
         return np.asarray(self.kinds[:, None] == self.kinds[None, :])
 
@@ -185,7 +182,7 @@ def _start(task: MappingTask) -> IntArray:
     return min(stay, follow, key=task.seconds)
 
 
-def _floor(traffic: FloatArray, cost: FloatArray, allowed: npt.NDArray[np.bool_]) -> FloatArray:
+def _floor(traffic: FloatArray, cost: FloatArray, allowed: BoolArray) -> FloatArray:
     fastest_first = np.sort(cost, axis=1)
     floors = np.zeros(len(traffic))
     for layer, heaviest_first in enumerate(-np.sort(-traffic, axis=2)):

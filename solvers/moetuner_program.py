@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import BoolArray, FloatArray, IntArray
 from ..placement.errors import SolveError, UnsupportedError
 from .base import Budget
 from .ilp import add_row
@@ -16,8 +16,6 @@ from .ilp import add_row
 if TYPE_CHECKING:
     import pulp
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 SCALE = 1e6
 """Objective inside the program if every layer's largest flow took the slowest link."""
@@ -49,7 +47,7 @@ class MappingProgram:
     model: pulp.LpProblem
     traffic: FloatArray
     cost: FloatArray
-    allowed: npt.NDArray[np.bool_]
+    allowed: BoolArray
     floors: FloatArray
     links: tuple[Link, ...]
     nodes: IntArray | None
@@ -84,7 +82,7 @@ class MappingProgram:
 def mapping_program(
     traffic: FloatArray,
     cost: FloatArray,
-    allowed: npt.NDArray[np.bool_],
+    allowed: BoolArray,
     floors: FloatArray,
     nodes: IntArray | None,
     budget: Budget,
@@ -153,7 +151,7 @@ def mapping_program(
     return MappingProgram(model, traffic, cost, allowed, floors, tuple(links), nodes, unit)
 
 
-def _check_size(traffic: FloatArray, cost: FloatArray, floors: FloatArray, heavy: list[npt.NDArray[np.bool_]]) -> None:
+def _check_size(traffic: FloatArray, cost: FloatArray, floors: FloatArray, heavy: list[BoolArray]) -> None:
     speeds = np.concatenate([np.unique(row[row > 0]) for row in cost])
     count = 0
     for weights, floor, pairs in zip(traffic, floors, heavy, strict=True):
@@ -170,7 +168,7 @@ def _limit_sums(
     model: pulp.LpProblem,
     on: Mapping[tuple[int, int], pulp.LpVariable],
     y: Mapping[Link, pulp.LpVariable],
-    allowed: npt.NDArray[np.bool_],
+    allowed: BoolArray,
 ) -> None:
     """No more clusters than a class has devices can be in it: seen from the cluster here, and from the one there."""
     from_here: dict[tuple[int, int], list[Link]] = {}
@@ -195,7 +193,7 @@ def _classes(
     d: int,
     traffic: FloatArray,
     cost: FloatArray,
-    allowed: npt.NDArray[np.bool_],
+    allowed: BoolArray,
     floor: float,
 ) -> tuple[list[Link], float]:
     """The classes of devices by how long the flow takes to them from d, all but the slowest, and the slowest's time."""

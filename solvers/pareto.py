@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..placement.degraded import grown_slots, slot_room
-from ..placement.dominance import non_dominated
+from .._types import BoolArray, IntArray
+from ..placement.degraded import grown_slots, slot_room, with_standbys
 from ..placement.errors import InputError, SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate
 from ..placement.failures import KINDS, Failure, Kind, single_failures, survives
 from ..placement.migration import Migration, migration
 from ..placement.plan import Plan
 from ..placement.problem import Problem
-from ..placement.standby import with_standbys
 from ..placement.steps import Steps
 from .solve import solve
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
+# Which of several alternatives nothing beats.
+
+
+def non_dominated(figures: npt.ArrayLike) -> BoolArray:
+    """[N] whether no row of figures [N, K], all to be small, is at most as large everywhere and smaller somewhere.
+
+    Of equal rows all stay.
+    """
+    values = np.asarray(figures, dtype=np.float64)
+    result = np.ones(len(values), dtype=bool)
+    for i, row in enumerate(values):
+        result[i] = not ((values <= row).all(axis=1) & (values < row).any(axis=1)).any()
+    return result
 
 
 @dataclass(frozen=True)
@@ -254,3 +265,47 @@ def _best(points: Sequence[Point]) -> BoolArray:
         for point in points
     ]
     return non_dominated(figures)
+
+
+# The front of step time against its price, as plain values.
+
+
+def front_data(front: Front, problem: Problem, files: Sequence[Path], stored: Sequence[str]) -> dict[str, Any]:
+    """The front as JSON has it. files, stored: where each point's plan went, empty when nowhere."""
+    fastest = min((point.seconds for point in front.points), default=0.0)
+    points = [
+        {
+            "point": point.name,
+            "best": bool(front.best[i]),
+            "redundant_slots": point.redundant,
+            "slots": point.plan.num_slots,
+            "tolerate": None if point.wish is None else point.wish.tolerate,
+            "max_moved_bytes": None if point.wish is None else point.wish.max_moved,
+            "survives": {
+                kind: {"survived": point.survived[kind], "of": total} for kind, total in front.failures.items()
+            },
+            "bytes_moved": None if point.migration is None else point.migration.bytes_moved,
+            "migration_seconds": None if point.migration is None else point.migration.seconds,
+            "risk_seconds": point.seconds,
+            "ratio": point.seconds / fastest,
+            **point.evaluation.summary(),
+            "solver": point.plan.provenance.solver,
+            "stop": point.plan.provenance.stop,
+            "fingerprint": point.plan.fingerprint,
+            "file": str(files[i]) if files else None,
+            "stored_as": stored[i] if stored else None,
+        }
+        for i, point in enumerate(front.points)
+    ]
+    return {
+        "model": problem.model.model_dump(mode="json"),
+        "topology": {
+            "name": problem.topology.name,
+            "nodes": problem.topology.num_nodes,
+            "devices": problem.num_devices,
+        },
+        "objective": problem.objective.model_dump(mode="json"),
+        "points": points,
+        "refused": [{"point": wish.name, "reason": reason} for wish, reason in front.refused],
+        "interrupted": front.interrupted,
+    }

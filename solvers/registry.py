@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from .base import Solver
+from .baselines import Contiguous, RandomPlacement, RoundRobin
 from .chain import Chain
-from .contiguous import Contiguous
 from .eplb import Eplb
 from .exflow import Exflow
 from .moetuner import MoeTuner
-from .random_placement import RandomPlacement
-from .round_robin import RoundRobin
 from .search import Search
 
 SOLVERS: tuple[Solver, ...] = (

@@ -12,16 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .._types import FloatArray, IntArray
 from ..placement.errors import SolveError
 from ..placement.evaluate import evaluate
 from ..placement.plan import EMPTY, Plan
 from ..placement.problem import Problem
 from ..placement.steps import Steps
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 STRIDES = (1.0, 0.5, 0.25)
 """How far to go towards the program's shares; transfers and reading may turn on the way."""

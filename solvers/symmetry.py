@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
+from .._types import IntArray
 
 
 def renaming(names: IntArray, kinds: Sequence[Hashable]) -> IntArray:

@@ -7,23 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..placement.degraded import degraded, grown_layer_slots, rehomed, slot_room, survivors
+from .._types import BoolArray, IntArray
+from ..placement.degraded import degraded, grown_layer_slots, rehomed, repaired, slot_room, survivors
 from ..placement.errors import SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate, evaluate_on
-from ..placement.failures import Failure, failure_mask, single_failures
+from ..placement.failures import KINDS, Failure, failure_mask, single_failures, survives
 from ..placement.layer_slots import Slots, slots_by_layer, spanned
 from ..placement.migration import Migration, migration_from
 from ..placement.plan import Plan
 from ..placement.problem import Problem
-from ..placement.repair import repaired
 from ..placement.steps import Steps
 from ..placement.topology import Topology
 from .solve import solve
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,3 +236,115 @@ def _problem_after(problem: Problem, change: Change, slots: IntArray) -> Problem
         current=None,
         max_moved_bytes=None,
     )
+
+
+# The changes of a cluster that somebody asks about, from their names and numbers.
+
+
+def changes_asked(
+    cluster: Topology,
+    *,
+    lose: Sequence[str] = (),
+    n_1: bool = False,
+    devices: int | None = None,
+    nodes: int | None = None,
+    topology: Topology | None = None,
+    slots: Slots | None = None,
+) -> list[Change]:
+    """Each change on its own; the loss of every single device and node where nothing else is asked.
+
+    lose: failures by name (`Failure.named`). n_1: all single failures besides. devices, nodes: the plan's cluster with so
+    many of them. topology: another cluster. slots: a layer of the ready plans, or one number for each layer;
+    alone, a change of its own.
+
+    Raises:
+        InputError: a failure of what is not there, or a size that the cluster cannot have.
+    """
+    changes = []
+    if topology is not None:
+        changes.append(Change.moving(f"{topology.name}, {topology.num_devices} devices", topology, slots))
+    if nodes is not None:
+        resized = cluster.resized(nodes=nodes)
+        changes.append(Change.resizing(f"{nodes} node{'s' if nodes > 1 else ''}", cluster, resized, slots))
+    if devices is not None:
+        resized = cluster.resized(devices=devices)
+        changes.append(Change.resizing(f"{devices} device{'s' if devices > 1 else ''}", cluster, resized, slots))
+    failures = [Failure.named(name, cluster) for name in lose]
+    if slots is not None and not (changes or failures or n_1):
+        return [Change.resizing(f"{spanned(np.asarray(slots))} slots", cluster, cluster, slots)]
+    if n_1 or not (changes or failures):
+        failures += [failure for failure in single_failures(cluster) if failure not in failures]
+    return changes + [Change.losing(failure, cluster, slots) for failure in failures]
+
+
+# What changes do to a plan, as plain values.
+
+
+Survival = dict[str, dict[str, int]]
+About = Callable[[Outcome, str, Plan], Mapping[str, Any]]
+"""What else to tell of a plan, given the outcome it belongs to and its kind, "ready" or "repaired"."""
+
+
+def survival(plan: Plan) -> Survival:
+    """Of the single device and node failures, how many leave every expert a replica."""
+    result: Survival = {}
+    for kind in KINDS:
+        kept = survives(plan, single_failures(plan.topology, (kind,)))
+        result[kind] = {"survived": int(kept.sum()), "of": len(kept)}
+    return result
+
+
+def what_if_data(plan: Plan, result: WhatIf, about: About) -> dict[str, Any]:
+    """The outcomes as JSON has them."""
+    return {
+        "plan": plan.fingerprint,
+        "slots": plan.num_slots,
+        "survives": survival(plan),
+        "now": result.before.summary(),
+        "interrupted": result.interrupted,
+        "changes": [_row(plan, outcome, result, about) for outcome in result.outcomes],
+    }
+
+
+def _row(plan: Plan, outcome: Outcome, result: WhatIf, about: About) -> dict[str, Any]:
+    change = outcome.change
+    return {
+        "change": change.name,
+        "devices": change.topology.num_devices,
+        "nodes": change.topology.num_nodes,
+        "survives": outcome.survives,
+        "experts_lost": int(outcome.lost.sum()),
+        "lost": {
+            str(layer): row.nonzero()[0].tolist()
+            for layer, row in zip(plan.moe_layers, outcome.lost, strict=True)
+            if row.any()
+        },
+        "lost_load": outcome.lost_load,
+        "degraded": _what_if_data_judged(outcome.degraded, result),
+        "repaired": _what_if_data_judged(outcome.repaired, result, outcome, "repaired", about),
+        "ready": _what_if_data_judged(outcome.ready, result, outcome, "ready", about),
+        "extra_slots": outcome.extra_slots,
+        "reason": outcome.reason or None,
+    }
+
+
+def _what_if_data_judged(
+    judged: Judged | None, result: WhatIf, outcome: Outcome | None = None, kind: str = "", about: About | None = None
+) -> dict[str, Any] | None:
+    if judged is None:
+        return None
+    more = {} if outcome is None or about is None else about(outcome, kind, judged.plan)
+    return {
+        **judged.evaluation.summary(),
+        "ratio": float(judged.evaluation.step_seconds.mean() / result.before.step_seconds.mean()),
+        "slots": judged.plan.num_slots,
+        "device_slots": judged.plan.slots_per_device.max(axis=0).tolist(),
+        "moves": judged.migration.moves,
+        "bytes_moved": judged.migration.bytes_moved,
+        "bytes_reloaded": judged.migration.bytes_reloaded,
+        "migration_seconds": judged.migration.seconds,
+        "survives": survival(judged.plan),
+        "stop": judged.plan.provenance.stop,
+        "fingerprint": judged.plan.fingerprint,
+        **more,
+    }

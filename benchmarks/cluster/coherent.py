@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import moeplace as mp
-from moeplace.runtime.moe.coherent import CoherentExperts, Standing
-from moeplace.runtime.moe.decode_statistics import DecodeStatistics
+from moeplace.runtime.moe.coherent import CoherentExperts, DecodeStatistics, Standing
+from moeplace.runtime.moe.decoder import RowGather
 from moeplace.runtime.moe.experts import PlacedExperts
 from moeplace.runtime.moe.mesh import ExpertMesh
-from moeplace.runtime.moe.row_gather import RowGather
 
 
 class CoherentLayers(nn.Module):

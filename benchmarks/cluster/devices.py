@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moeplace.placement.model import ModelSpec
-from moeplace.runtime.moe.expert_kinds import SwiGLU
+from moeplace.runtime.moe.expert_mlps import SwiGLU
 
 
 @dataclass(frozen=True)

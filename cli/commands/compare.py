@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..comparison import Comparison
+from ..comparison import Comparison, Request, run_comparison
 from ..options import (
     SOLVING,
     AsJson,
@@ -22,8 +22,7 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note
-from ..rows import comparison_rows, comparison_tables
-from ..running import Request, run_comparison
+from ..tables import comparison_rows, comparison_tables
 
 Solvers = Annotated[
     str | None,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..comparison import BASELINE, part, solving_statistics
-from ..inputs import read_objective, read_plan, read_routing
 from ..options import JUDGING, STORE, AsJson, HeldOutOptions, ObjectiveOptions, ServerOptions, StoreOptions
-from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds
-from ..progress import working
+from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
+from ..parse import read_objective, read_plan, read_routing
 from ..remote import service
 
 if TYPE_CHECKING:

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..binding_rows import binding_rows, binding_table
 from ..comparison import Parted, compare, make_steps, part, solving_statistics
-from ..inputs import Routing, read_objective, read_plan, read_routing
 from ..options import (
     JUDGING,
     AsJson,
@@ -21,10 +19,10 @@ from ..options import (
     ServerOptions,
     StepOptions,
 )
-from ..output import emit, note
-from ..progress import working
-from ..rows import comparison_rows, comparison_tables
-from ..storing import keep_evaluations
+from ..output import emit, note, working
+from ..parse import Routing, read_objective, read_plan, read_routing
+from ..save import keep_evaluations
+from ..tables import binding_rows, binding_table, comparison_rows, comparison_tables
 from .compare import comparison_data
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..inputs import read_plan, whole_numbers
 from ..options import AsJson, KeepOptions, PlanReference, ServerOptions
 from ..output import emit, pairs
+from ..parse import read_plan, whole_numbers
 from ..remote import service
-from ..storing import keep_export
+from ..save import keep_export
 
 
 def export_command(

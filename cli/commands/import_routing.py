@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...placement.errors import InputError
-from ..inputs import Routing, read_routing, whole_numbers
 from ..options import STORE, AsJson, KeepOptions, ServerOptions
-from ..output import Table, count, emit, pairs
-from ..progress import working
+from ..output import Table, count, emit, pairs, working
+from ..parse import Routing, read_routing, whole_numbers
 from ..remote import send_record
-from ..storing import keep_statistics
+from ..save import keep_statistics
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec

@@ -9,16 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..comparison import Parted, make_steps, part, solving_statistics
-from ..inputs import (
-    SolverChoice,
-    read_model,
-    read_objective,
-    read_plan,
-    read_routing,
-    read_size,
-    read_topology,
-    split_list,
-)
 from ..options import (
     SOLVING,
     STORE,
@@ -33,11 +23,20 @@ from ..options import (
     StepOptions,
     TopologyOptions,
 )
-from ..output import emit, note
-from ..pareto_rows import pareto_table
-from ..progress import working
+from ..output import emit, note, working
+from ..parse import (
+    SolverChoice,
+    read_model,
+    read_objective,
+    read_plan,
+    read_routing,
+    read_size,
+    read_topology,
+    split_list,
+)
 from ..remote import Study, service, sweep_remotely
-from ..storing import keep_judged_plans
+from ..save import keep_judged_plans
+from ..tables import pareto_table
 
 if TYPE_CHECKING:
     from ...placement.failures import Kind
@@ -134,8 +133,7 @@ def pareto_command(
       moeplace pareto trace --topology h100-hgx --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
-    from ...solvers.front_data import front_data
-    from ...solvers.pareto import pareto
+    from ...solvers.pareto import front_data, pareto
 
     if len(steps.kinds) > 1:
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")

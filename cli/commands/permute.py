@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..inputs import read_plan
 from ..options import AsJson, KeepOptions
-from ..output import emit, pairs
-from ..progress import working
-from ..storing import keep_export
+from ..output import emit, pairs, working
+from ..parse import read_plan
+from ..save import keep_export
 
 
 def permute_command(
@@ -46,7 +45,7 @@ def permute_command(
       moeplace permute Mixtral-8x7B --plan plan.json --out Mixtral-8x7B-placed
       moeplace permute Mixtral-8x7B-placed --plan plan.json --out Mixtral-8x7B --invert
     """
-    from ...runtime.permute import permute_checkpoint
+    from ...runtime.permute.checkpoint import permute_checkpoint
 
     placed = read_plan(plan, storage.db)
     with working(f"writing {out}") as update:

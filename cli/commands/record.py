@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...placement.errors import InputError
-from ..inputs import Routing
 from ..options import AsJson
-from ..output import count, emit, note, pairs
-from ..progress import working
+from ..output import count, emit, note, pairs, working
+from ..parse import Routing
 from .import_routing import renumbered
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics
     from ...placement.trace import RoutingTrace
-    from ...profiler.engine_server import EngineServer
+    from ...profiler.engine_servers import EngineServer
 
 RECORDER, REQUESTS = "SGLang's recorder", "Requests"
 
@@ -130,7 +129,7 @@ def record_command(
       moeplace record --sglang http://localhost:30000 --seconds 60 --out counts.npz
       moeplace record --vllm http://localhost:8000 --prompts prompts.txt --model config.json --out trace
     """
-    from ...profiler.engine_server import EngineServer
+    from ...profiler.engine_servers import EngineServer
 
     if (sglang is None) == (vllm is None):
         raise typer.BadParameter("give --sglang URL or --vllm URL, one of them")
@@ -157,7 +156,7 @@ def record_command(
 def _recorder(
     server: EngineServer, seconds: float, folder: Path | None, mode: Kept | None
 ) -> tuple[dict[str, Any], RoutingTrace | RoutingStatistics]:
-    from ...profiler.record_sglang import record_sglang, recorder_folder
+    from ...profiler.engine_servers import record_sglang, recorder_folder
 
     with working(f"recording {server.url}") as update:
         done = record_sglang(
@@ -183,8 +182,8 @@ def _requests(
     model: Path | None,
 ) -> tuple[dict[str, Any], RoutingTrace]:
     from ...placement.model import ModelSpec, hidden_layers
-    from ...profiler.record_requests import read_requests, record_requests
-    from ...profiler.routed_experts import read_routed_experts
+    from ...profiler.engine_servers import read_requests, record_requests
+    from ...profiler.readers.routed_experts import read_routed_experts
 
     known: dict[str, Any] = {}
     if model is not None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..comparison import Comparison
+from ..comparison import Comparison, Request, run_comparison
 from ..options import (
     AsJson,
     HeldOutOptions,
@@ -24,8 +24,7 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note
-from ..rows import comparison_rows, comparison_tables
-from ..running import Request, run_comparison
+from ..tables import comparison_rows, comparison_tables
 from .compare import Plans, Solvers, comparison_data
 
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..binding_rows import binding_rows, binding_table
-from ..inputs import SolverChoice, read_model, read_objective, read_plan, read_size, read_slots, read_topology
 from ..options import (
     SOLVING,
     STORE,
@@ -24,11 +22,12 @@ from ..options import (
     SolveOptions,
     TopologyOptions,
 )
-from ..output import Table, emit, note, pairs, percent, quantity, seconds
-from ..progress import solve_listener, working
+from ..output import Table, emit, note, pairs, percent, quantity, seconds, solve_listener, working
+from ..parse import SolverChoice, read_model, read_objective, read_plan, read_size, read_slots, read_topology
 from ..remote import solve_remotely
-from ..storing import keep_plan
-from ..training import training_statistics
+from ..routing_split import training_statistics
+from ..save import keep_plan
+from ..tables import binding_rows, binding_table
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..inputs import existing, read_routing
 from ..options import AsJson, RoutingPath
-from ..output import Column, Table, count, emit, note, number, percent
-from ..progress import working
-from ..training import count_parquet
+from ..output import Column, Table, count, emit, note, number, percent, working
+from ..parse import existing, read_routing
+from ..routing_split import count_parquet
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics
@@ -51,7 +50,7 @@ def stats_command(
 def read_statistics(path: Path, sample_tokens: int, update: Any) -> RoutingStatistics:
     """Statistics of any record."""
     from ...placement.statistics import RoutingStatistics
-    from ...profiler.trace_shards import is_trace
+    from ...profiler.trace_files import is_trace
 
     if is_trace(existing(path)):
         return count_parquet(path, update, sample_tokens)

@@ -15,7 +15,7 @@ from ..output import Column, Table, emit, note
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from ...db.service_records import Actor
+    from ...db.records import Actor
 
 tokens_app = typer.Typer(
     help="Make, list and revoke access tokens of the service.\n\nExample:\n\n  moeplace tokens add ci --role submit"
@@ -108,7 +108,7 @@ def revoke_command(name: Name, storage: StoreOptions) -> None:
 
 
 def _operator() -> Actor:
-    from ...db.service_records import Actor
+    from ...db.records import Actor
 
     try:
         user = getpass.getuser()

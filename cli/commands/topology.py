@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..grouping import grouped
-from ..inputs import read_topology
 from ..options import AsJson, TopologyOptions
 from ..output import Column, Table, emit, note, quantity
+from ..parse import read_topology
 
 if TYPE_CHECKING:
     from ...placement.topology import Topology
@@ -45,7 +45,7 @@ def list_command(as_json: AsJson = False) -> None:
 
       moeplace topology list
     """
-    from ...placement.presets import PRESETS
+    from ...placement.topology import PRESETS
 
     rows = [{"name": name, **box._asdict()} for name, box in PRESETS.items()]
     columns = [Column("name", "preset", right=False), Column("devices", "devices\na node"), *DEVICE_COLUMNS]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..comparison import make_steps, part, solving_statistics
-from ..inputs import SolverChoice, read_objective, read_plan, read_routing, read_size, read_slots, read_topology
 from ..options import (
     CLUSTER,
     SOLVING,
@@ -23,10 +22,10 @@ from ..options import (
     StoreOptions,
     TopologyOptions,
 )
-from ..output import emit, note
-from ..progress import working
+from ..output import emit, note, working
+from ..parse import SolverChoice, read_objective, read_plan, read_routing, read_size, read_slots, read_topology
 from ..remote import Study, service, what_if_remotely
-from ..what_if_rows import what_if_table
+from ..tables import what_if_table
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
@@ -162,9 +161,7 @@ def whatif_command(
       moeplace whatif production trace --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
-    from ...solvers.changes import changes_asked
-    from ...solvers.what_if import what_if
-    from ...solvers.what_if_data import what_if_data
+    from ...solvers.what_if import changes_asked, what_if, what_if_data
 
     if remote.server is not None and solver is None:
         raise typer.BadParameter("a service is told which solver to use: give --solver")

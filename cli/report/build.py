@@ -10,12 +10,9 @@ from ...placement.errors import InputError, nearest
 from ...placement.layer_slots import spanned
 from ..comparison import Comparison, Entry
 from ..output import Column
-from ..rows import comparison_rows, comparison_tables, reading_notes
-from .affinity import affinity_figure
-from .figure import Figure
-from .load import load_figure
-from .times import breakdown_figure, distribution_figure
-from .traffic import traffic_figure
+from ..tables import comparison_rows, comparison_tables, reading_notes
+from .figures import Figure
+from .sections import affinity_figure, breakdown_figure, distribution_figure, load_figure, traffic_figure
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...placement.files import write_text
 from ..output import milliseconds, quantity
-from ..pareto_rows import pareto_columns, pareto_notes
+from ..tables import pareto_columns, pareto_notes
 from .build import Line
-from .figure import Figure, make_figure
+from .figures import Figure, Theme, axis, base_layout, make_figure
 from .page import render
-from .theme import Theme, axis, base_layout
 
 if TYPE_CHECKING:
     from ...placement.problem import Problem
@@ -41,7 +40,7 @@ def write_front_page(page: FrontPage, path: str | Path) -> None:
 
 def build_front_page(front: Front, problem: Problem, steps: str, held_out: str) -> FrontPage:
     """Plots of step time over memory, over failures survived, and over bytes moved where a plan is in force."""
-    from ...solvers.front_data import front_data
+    from ...solvers.pareto import front_data
 
     model, topology = problem.model, problem.topology
     data = front_data(front, problem, [], [])

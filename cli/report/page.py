@@ -9,7 +9,7 @@ from typing import Any
 
 from ...placement.files import write_text
 from .build import Report
-from .figure import Figure
+from .figures import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,6 +1,6 @@
 """Plans as the files that serving engines read, and back."""
 
-from .constraints import Constraint
+from .base import Constraint
 from .export import check_export, engine_constraints, engine_usage, export_plan, read_exported
 from .registry import engine_names
 

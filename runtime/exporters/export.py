@@ -10,8 +10,7 @@ from ...placement.errors import InputError, UnsupportedError, nearest
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import Exporter
-from .constraints import Constraint, violations
+from .base import Constraint, Exporter, violations
 from .registry import exporter_named
 
 

@@ -9,7 +9,7 @@ from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .constraints import Constraint
+from .base import Constraint
 
 
 class MoeplaceJson:

@@ -20,8 +20,7 @@ from ...placement.files import write_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .constraints import Constraint
-from .tables import expert_row, plan_of_rows, read_json
+from .base import Constraint, expert_row, plan_of_rows, read_json
 
 KEY = "physical_to_logical_map"
 

@@ -17,8 +17,7 @@ from ...placement.files import read_text, write_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .constraints import Constraint
-from .tables import FILE_LIMIT, expert_row, plan_of_rows
+from .base import FILE_LIMIT, Constraint, expert_row, plan_of_rows
 
 SLOTS, ASSIGNMENTS, UPDATES = "num_slots", "initial_global_assignments", "layer_updates_per_iter"
 DEEPEST = 4

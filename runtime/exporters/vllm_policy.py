@@ -16,15 +16,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..._types import FloatArray, IntArray
 from ...placement.errors import InputError, UnsupportedError
 from ...placement.plan import Plan
 from .export import check_export
 
 PLAN_VARIABLE = "MOEPLACE_VLLM_PLAN"
 
-Rebalance = Callable[[npt.NDArray[np.float64], int, int, int, int], npt.NDArray[np.int64] | None]
+Rebalance = Callable[[FloatArray, int, int, int, int], IntArray | None]
 """(load [L, E], slots, expert groups, nodes, ranks) -> physical_to_logical [L, P], or None to leave it to vLLM."""
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,7 @@ def plan_rebalancer(plan: Plan) -> Rebalance:
     check_export(plan, "vllm")
     expected = (plan.model.layers, plan.model.experts)
 
-    def rebalance(
-        load: npt.NDArray[np.float64], slots: int, groups: int, nodes: int, ranks: int
-    ) -> npt.NDArray[np.int64] | None:
+    def rebalance(load: FloatArray, slots: int, groups: int, nodes: int, ranks: int) -> IntArray | None:
         if load.shape != expected:
             log.warning(
                 "moeplace: the plan is for a model of %s layers x experts, leaving %s to vLLM", expected, load.shape
@@ -121,7 +119,7 @@ def policy_class(rebalance: Rebalance, base: Any) -> type:
     return type("MoeplacePolicy", (base,), {"replaced": base, "rebalance_experts": classmethod(rebalance_experts)})
 
 
-def logical_maps(table: npt.NDArray[np.int64], experts: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def logical_maps(table: IntArray, experts: int) -> tuple[IntArray, IntArray]:
     """From [L, P]: the slots of each expert [L, E, R] padded with -1, and their number [L, E]."""
     counts = np.stack([np.bincount(row, minlength=experts) for row in table])
     slots = np.full((len(table), experts, int(counts.max())), -1, dtype=np.int64)

@@ -5,8 +5,10 @@ B sequences of all ranks, T tokens that stand here, K experts a token, D hidden 
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,19 +16,302 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...placement.errors import InputError, MoeplaceError
+from ..._types import IntArray
+from ...placement.errors import InputError, MoeplaceError, UnsupportedError
 from ...placement.plan import Plan
-from .agreement import agree
-from .coherent import Standing
-from .context import visible
-from .decode_state import DecodeState
-from .decode_statistics import DecodeStatistics
-from .decoder_parts import DecoderParts, LayerParts, check_decoder
+from .all_to_all import Flight
+from .coherent import CoherentExperts, DecodeStatistics, Standing
+from .coordination import agree, gather
+from .dispatcher import HopDispatcher
 from .experts import MakeDispatcher, PlacedExperts
+from .layer import ExpertParallelMoE
 from .mesh import ExpertMesh
 from .parallelize import parallelize
-from .prefill import prefill
-from .row_gather import RowGather
+
+# Rows of all ranks on every rank, different numbers from each, while other work goes on. W columns of a row, G
+# devices.
+
+
+class RowGather:
+    """One gathering. On a mesh of two dimensions a row crosses to each other node once, and is handed on inside.
+
+    Every rank calls `hand_on` and `finish` at the same points of its work.
+    """
+
+    def __init__(self, mesh: ExpertMesh, statistics: DecodeStatistics, part: str, row_RW: Tensor, count_G: IntArray):
+        """row_RW: this rank's rows. count_G: [G] rows of every rank."""
+        self._mesh, self._statistics, self._part = mesh, statistics, part
+        self._parts: list[Tensor] = []
+        self._flight: Flight | None = None
+        if not mesh.nested:
+            self._stages = [(mesh.group, count_G, np.arange(mesh.size))]
+        else:
+            assert mesh.inter is not None
+            assert mesh.intra is not None
+            here, place = divmod(mesh.rank, mesh.node_size)
+            count_NS = count_G.reshape(-1, mesh.node_size)
+            peers = np.arange(mesh.size).reshape(-1, mesh.node_size)
+            self._stages = [
+                (mesh.inter, count_NS[:, place], peers[:, place]),
+                (mesh.intra, count_NS.sum(axis=0), peers[here]),
+            ]
+        self._row_RW = row_RW
+        self._launch()
+
+    def _launch(self) -> None:
+        group, count, devices = self._stages.pop(0)
+        others = devices != self._mesh.rank
+        row_RW = torch.cat([self._row_RW, *self._parts])
+        sent = np.where(others, len(row_RW), 0)
+        message = row_RW.repeat(int(others.sum()), 1)
+        self._flight = Flight(group, sent.tolist(), np.where(others, count, 0).tolist())
+        self._flight.launch(message, (self._flight.sent, self._flight.received))
+        rows_G = np.zeros(self._mesh.size, dtype=np.int64)
+        rows_G[devices] = sent
+        self._statistics.sent(self._part, rows_G, row_RW.shape[1] * row_RW.element_size())
+
+    def hand_on(self) -> None:
+        """Begins the second stage, if there is one that has not begun; waits for the first."""
+        if self._stages:
+            self._land()
+            self._launch()
+
+    def finish(self) -> Tensor:
+        """[sum of the others' rows, W], in no promised order."""
+        self.hand_on()
+        self._land()
+        return torch.cat(self._parts)
+
+    def _land(self) -> None:
+        assert self._flight is not None
+        with self._statistics.timing(self._part):
+            self._parts.append(self._flight.land())
+
+
+# Keys and values of all sequences' context on this rank, and what attention may see of it. B sequences, H heads, S
+# positions, d head width, R tokens that stand here, one of a sequence.
+
+
+class Context:
+    """Takes the place of a Transformers cache in attention: one new token of some of the sequences at a time.
+
+    sequences, capacity: B and S. first: number of the first sequence held here.
+    """
+
+    def __init__(self, sequences: int, capacity: int, first: int = 0) -> None:
+        self.sequences, self.capacity, self.first = sequences, capacity, first
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._standing_R = self._position_R = torch.empty(0, dtype=torch.int64)
+        self._limit = 0
+
+    def allocate(self, layer: int, shape: Sequence[int], like: Tensor) -> None:
+        """Room for a layer. shape: heads and width of keys, heads and width of values."""
+        if layer not in self._keys:
+            heads, width, value_heads, value_width = shape
+            self._keys[layer] = like.new_zeros(self.sequences, heads, self.capacity, width)
+            self._values[layer] = like.new_zeros(self.sequences, value_heads, self.capacity, value_width)
+
+    def write(self, layer: int, sequence_R: Tensor, position_R: Tensor, key_RHd: Tensor, value_RHd: Tensor) -> None:
+        self._keys[layer][sequence_R - self.first, :, position_R] = key_RHd
+        self._values[layer][sequence_R - self.first, :, position_R] = value_RHd
+
+    def packed(self, layer: int, sequence_R: Tensor, position_R: Tensor) -> Tensor:
+        """[R, W] keys, values, sequence and position of single tokens, for other ranks."""
+        key, value = self._keys[layer], self._values[layer]
+        row_R = sequence_R - self.first
+        place_R2 = torch.stack([sequence_R, position_R], dim=1).int().view(key.dtype)
+        return torch.cat(
+            [key[row_R, :, position_R].flatten(1), value[row_R, :, position_R].flatten(1), place_R2], dim=1
+        )
+
+    def unpack(self, layer: int, row_RW: Tensor) -> None:
+        """Takes in what other ranks have packed."""
+        key, value = self._keys[layer], self._values[layer]
+        width, end = key.shape[1] * key.shape[3], row_RW.shape[1] - 8 // key.element_size()
+        sequence_R, position_R = row_RW[:, end:].contiguous().view(torch.int32).long().unbind(dim=1)
+        self.write(
+            layer,
+            sequence_R,
+            position_R,
+            row_RW[:, :width].view(len(row_RW), key.shape[1], key.shape[3]),
+            row_RW[:, width:end].view(len(row_RW), value.shape[1], value.shape[3]),
+        )
+
+    def stand(self, sequence_R: Tensor, position_R: Tensor, limit: int) -> None:
+        """The tokens of the next attention. limit: positions that any of them may see."""
+        self._standing_R, self._position_R, self._limit = sequence_R, position_R, limit
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
+        """What attention calls: [R, H, 1, d] of the new tokens in, [R, H, limit, d] of their sequences out."""
+        self.write(layer, self._standing_R, self._position_R, key_states[:, :, 0], value_states[:, :, 0])
+        row_R = self._standing_R - self.first
+        return self._keys[layer][row_R, :, : self._limit], self._values[layer][row_R, :, : self._limit]
+
+
+def visible(position_B: Tensor, limit: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, 1, 1, limit] to add to attention scores: zero for what a token at that position sees.
+
+    window: how many positions back it sees, its own among them; None for all.
+    """
+    key_S = torch.arange(limit, device=position_B.device)
+    seen_BS = key_S <= position_B[:, None]
+    if window is not None:
+        seen_BS &= key_S > position_B[:, None] - window
+    hidden = torch.zeros(seen_BS.shape, dtype=dtype, device=position_B.device)
+    return hidden.masked_fill(~seen_BS, torch.finfo(dtype).min)[:, None, None, :]
+
+
+# A batch of sequences being decoded: what every rank knows of all of them. B sequences of all ranks, in order of
+# their ranks; G ranks.
+
+
+@dataclass(eq=False)
+class DecodeState:
+    """token_B: the newest token of each sequence, which has not been through the model. position_B: its place in the
+    sequence. active_B: sequences that are not at their end. count_G: sequences of each rank.
+
+    logits_RV, sequence_R: what the latest iteration made of the tokens that ended on this rank.
+    """
+
+    context: Context
+    token_B: Tensor
+    position_B: Tensor
+    active_B: Tensor
+    count_G: IntArray
+    rank: int
+    logits_RV: Tensor
+    sequence_R: Tensor
+    gathering: dict[int, RowGather] = field(default_factory=dict)
+
+    @property
+    def own(self) -> slice:
+        """This rank's sequences among B."""
+        first = int(self.count_G[: self.rank].sum())
+        return slice(first, first + int(self.count_G[self.rank]))
+
+    def at_home(self) -> tuple[Tensor, IntArray]:
+        """(this rank's active sequences, [G] active sequences of every rank)."""
+        number_B = torch.arange(len(self.token_B), device=self.token_B.device)
+        own = number_B[self.own]
+        home_B = np.repeat(np.arange(len(self.count_G)), self.count_G)
+        active = np.bincount(home_B[self.active_B.cpu().numpy()], minlength=len(self.count_G))
+        return own[self.active_B[self.own]], active
+
+
+# The parts of a Transformers decoder whose experts are placed, to be run one after the other.
+
+
+FAMILIES = ("deepseek_v3", "gpt_oss", "mixtral", "olmoe", "qwen3_moe")
+"""Model types of Transformers that are known to be built as `DecoderParts` says."""
+
+ATTENTION = ("eager", "sdpa")
+"""Implementations of attention that take a mask of scores."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerParts:
+    """x + attention(input_norm(x)), then x + feed-forward(output_norm(x)): `dense`, or router, experts and shared experts.
+
+    index: in the model. window: positions that attention sees, None for all.
+    """
+
+    index: int
+    input_norm: nn.Module
+    attention: nn.Module
+    window: int | None
+    output_norm: nn.Module
+    dense: nn.Module | None = None
+    router: nn.Module | None = None
+    experts: PlacedExperts | None = None
+    shared: nn.Module | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderParts:
+    """embed: token ids to the residual stream. rotate: (any tensor, position ids) to position embeddings. head: the
+    residual stream to logits. cache_name: the argument of attention that takes the cache."""
+
+    embed: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    layers: tuple[LayerParts, ...]
+    head: Callable[[Tensor], Tensor]
+    cache_name: str
+
+    @property
+    def placed(self) -> tuple[PlacedExperts, ...]:
+        return tuple(layer.experts for layer in self.layers if layer.experts is not None)
+
+    @classmethod
+    def of(cls, model: Any) -> DecoderParts:
+        """model: passes `check_decoder`, and `parallelize` has been there."""
+        inner = model.model
+        attention = inner.layers[0].self_attn
+        return cls(
+            embed=inner.embed_tokens,
+            rotate=inner.rotary_emb,
+            layers=tuple(_layer(model.config, index, layer) for index, layer in enumerate(inner.layers)),
+            head=lambda x: model.lm_head(inner.norm(x)),
+            # Transformers 5 changed its name on the way.
+            cache_name="cache" if "cache" in inspect.signature(attention.forward).parameters else "past_key_values",
+        )
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raises unless the model can be run part by part, with all ranks' context, to the same logits.
+
+    Raises:
+        InputError: the model is in training mode.
+        UnsupportedError: a family, attention implementation, position embedding or way of sending that is not known to fit.
+    """
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", type(model).__name__)
+    if family not in FAMILIES or not hasattr(model, "lm_head"):
+        raise UnsupportedError(
+            f"{type(model).__name__} ({family}) cannot be decoded layer by layer; known are the causal language models of "
+            f"{', '.join(FAMILIES)}. Use mp.parallelize and the model's own generate(synced_gpus=True)"
+        )
+    if model.training:
+        raise InputError("the model is in training mode; call model.eval() before decoding")
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in ATTENTION:
+        raise UnsupportedError(
+            f"attention implementation {implementation!r} takes no mask of scores; call "
+            f"model.set_attn_implementation({ATTENTION[0]!r}) or ({ATTENTION[-1]!r})"
+        )
+    rope = getattr(model.get_submodule("model.rotary_emb"), "rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise UnsupportedError(
+            f"position embeddings of type {rope!r} change with the longest sequence that a rank has seen, so ranks would "
+            "differ; decode with mp.parallelize and the model's own generate(synced_gpus=True)"
+        )
+
+
+def check_no_compression(model: nn.Module) -> None:
+    """Raises unless tokens travel whole: what was compressed needs the way back, which this mode does not have.
+
+    Raises:
+        UnsupportedError: a layer's tokens are sent by something else than plain hops.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, PlacedExperts) and type(module.dispatcher) is not HopDispatcher:
+            raise UnsupportedError(
+                f"{name}: tokens are sent by {type(module.dispatcher).__name__}; context-coherent execution sends them whole, "
+                "since a compressed token is restored where it came from, and there it does not return. Use "
+                "dispatch='flat' or 'node_aware', or decode with DispatchCombineDecoder"
+            )
+
+
+def _layer(config: Any, index: int, layer: Any) -> LayerParts:
+    window = getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
+    block = layer.mlp
+    parts: dict[str, Any] = {"dense": block}
+    if isinstance(block, ExpertParallelMoE):
+        parts = {"router": block.gate, "experts": block.experts, "shared": block.shared_experts}
+    elif isinstance(getattr(block, "experts", None), PlacedExperts):
+        parts = {"router": block.router if hasattr(block, "router") else block.gate, "experts": block.experts}
+    return LayerParts(index, layer.input_layernorm, layer.self_attn, window, layer.post_attention_layernorm, **parts)
+
 
 Routing = tuple[Tensor, Tensor]
 """[L, B, K] expert ids and gate weights to use in the place of the routers'."""
@@ -233,3 +518,205 @@ class Decoder(ABC):
     @abstractmethod
     def _experts(self, layer: LayerParts, standing: Standing, routing: Routing | None) -> Standing:
         """Tokens through the experts of one layer."""
+
+
+# Prompts through the model, rank by rank, and their context to all ranks where the mode of decoding needs it. b
+# prompts of this rank, W columns, B prompts of all ranks, G ranks.
+
+
+def prefill(
+    decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int, settings: str
+) -> DecodeState:
+    """The state after the prompts; `Decoder.start` says more."""
+    mesh, statistics = decoder.mesh, decoder.statistics
+    failure: InputError | None = None
+    length_b = torch.empty(0, dtype=torch.int64)
+    try:
+        length_b = _lengths(input_ids, attention_mask, new_tokens)
+    except InputError as error:
+        failure = error
+    agree(mesh, "settings of decoding", f"{new_tokens} {settings}", failure)
+    told = gather(mesh, torch.tensor([len(length_b), int(length_b.sum())], device=mesh.device)).cpu().numpy()
+    count_G, context_G = told[:, 0], told[:, 1]
+    total = int(count_G.sum())
+    if not total:
+        raise InputError("no rank has a prompt; give at least one of them input_ids of one row or more")
+    first = int(count_G[: mesh.rank].sum())
+    number_b = torch.arange(first, first + len(length_b), device=mesh.device)
+    cache, logits_bV = _through_model(decoder, input_ids, attention_mask)
+    token_b = logits_bV.argmax(dim=-1)
+    own = torch.stack([number_b, length_b.to(mesh.device), token_b], dim=1)
+    every = torch.cat([own, RowGather(mesh, statistics, "ids", own, count_G).finish()])
+    _, position_B, token_B = every[every[:, 0].argsort()].unbind(dim=1)
+    here, start = (total, 0) if decoder.holds_all else (len(length_b), first)
+    context = Context(here, int(position_B.max()) + new_tokens, start)
+    state = DecodeState(
+        context,
+        token_B,
+        position_B,
+        torch.ones_like(token_B, dtype=torch.bool),
+        count_G,
+        mesh.rank,
+        logits_bV,
+        number_b,
+    )
+    sequence_R = number_b.repeat_interleave(length_b.to(mesh.device))
+    position_R = torch.cat([torch.arange(n, device=mesh.device) for n in [0, *length_b.tolist()]])
+    column_R = position_R + (input_ids.shape[-1] - length_b.to(mesh.device))[sequence_R - first]
+    shape_L4 = gather(mesh, _shapes(cache, len(decoder.parts.layers)).to(mesh.device)).amax(dim=0).tolist()
+    for layer in decoder.parts.layers:
+        context.allocate(layer.index, shape_L4[layer.index], logits_bV)
+        if len(sequence_R):
+            kept = cache.layers[layer.index]
+            row = sequence_R - first
+            context.write(
+                layer.index, sequence_R, position_R, kept.keys[row, :, column_R], kept.values[row, :, column_R]
+            )
+        if decoder.holds_all:
+            row_RW = context.packed(layer.index, sequence_R, position_R)
+            context.unpack(layer.index, RowGather(mesh, statistics, "context", row_RW, context_G).finish())
+    return state
+
+
+def _lengths(input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int) -> Tensor:
+    """[b] tokens of each prompt."""
+    if new_tokens < 1:
+        raise InputError(f"new tokens ({new_tokens}) must be at least 1")
+    if input_ids.ndim != 2:
+        raise InputError(f"input_ids has shape {list(input_ids.shape)}, expected [prompts, tokens]")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape:
+        raise InputError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(input_ids.shape)}")
+    length_b = mask.bool().sum(dim=1)
+    if len(length_b) and int(length_b.min()) < 1:
+        raise InputError(f"prompt {int(length_b.argmin())} of this rank is empty; give every prompt a token at least")
+    column = torch.arange(mask.shape[1], device=mask.device)
+    if not torch.equal(mask.bool(), column >= mask.shape[1] - length_b[:, None]):
+        raise InputError("attention_mask has zeros elsewhere than on the left; pad prompts on the left")
+    return length_b
+
+
+def _through_model(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Any, Tensor]:
+    """(cache, [b, vocabulary] logits of each prompt's last token). A rank without prompts takes part in every layer."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model: Any = decoder.model
+    if not len(input_ids):
+        weight = model.lm_head.weight
+        for experts in decoder.parts.placed:
+            none = weight.new_empty(0, experts.spec.top_k)
+            experts(weight.new_empty(0, experts.spec.hidden_size), none.long(), none)
+        return cache, weight.new_empty(0, len(weight))
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    output = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=(mask.long().cumsum(dim=-1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+        **{decoder.parts.cache_name: cache},
+    )
+    return cache, output.logits[:, -1]
+
+
+def _shapes(cache: Any, layers: int) -> Tensor:
+    """[layers, 4] heads and width of keys, heads and width of values; zeros where nothing is held."""
+    shape_L4 = torch.zeros(layers, 4, dtype=torch.int64)
+    for row, kept in zip(shape_L4, cache.layers, strict=False):
+        row[:] = torch.tensor([*kept.keys.shape[1::2], *kept.values.shape[1::2]])
+    return shape_L4
+
+
+# The two ways of decoding: tokens go to their experts and come back, or stay with them. T tokens that stand here, K
+# experts a token, D hidden size, N token-expert pairs computed here, G devices.
+
+
+class DispatchCombineDecoder(Decoder):
+    """A token lives on the rank of its sequence; its experts' outputs come back to it, two all-to-alls a layer."""
+
+    holds_all = False
+
+    def _check_dispatch(self, model: nn.Module, dispatch: str | MakeDispatcher | None) -> None:
+        pass
+
+    def _experts(self, layer: LayerParts, standing: Standing, routing: Routing | None) -> Standing:
+        experts, statistics = layer.experts, self.statistics
+        assert experts is not None
+        x_TD = layer.output_norm(standing.residual_TD)
+        expert_TK, weight_TK = self._routed(layer, x_TD, standing.sequence_T, routing)
+        dispatcher = experts.dispatcher
+        with statistics.timing("dispatch"):
+            sent = dispatcher.dispatch(x_TD, experts.replica_choice.slots(expert_TK.long()), weight_TK.float())
+        with statistics.timing("experts"):
+            shared_TD = None if layer.shared is None else layer.shared(x_TD)
+        with statistics.timing("dispatch"):
+            work = sent.wait()
+        with statistics.timing("experts"):
+            weights = dict(experts.named_parameters(recurse=False))
+            y_ND = experts.kind.forward(work.row_ND, work.count_S, weights)
+        with statistics.timing("combine"):
+            output_TD = dispatcher.combine(y_ND, work)
+        if isinstance(dispatcher, HopDispatcher):
+            self._record(dispatcher, x_TD, expert_TK.shape[1])
+        if shared_TD is not None:
+            output_TD = output_TD + shared_TD
+        return Standing(standing.residual_TD + output_TD, standing.sequence_T, standing.count_G)
+
+    def _record(self, dispatcher: HopDispatcher, x_TD: Tensor, top_k: int) -> None:
+        width = x_TD.shape[1] * x_TD.element_size()
+        for part, hops, side in (("dispatch", dispatcher.copies, 8 * top_k), ("combine", dispatcher.returned, 0)):
+            for rows, devices in zip(hops, dispatcher.devices, strict=True):
+                rows_G = np.zeros(self.mesh.size, dtype=np.int64)
+                rows_G[devices] = np.where(devices == self.mesh.rank, 0, rows)
+                self.statistics.sent(part, rows_G, width, side)
+                self.statistics.all_to_alls[part] += 1
+
+
+class ContextCoherentDecoder(Decoder):
+    """A token moves to the device of its highest-weight expert and stays there (ExFlow): one all-to-all a layer with one
+    expert a token, a second for the other experts' outputs with more.
+
+    Every rank holds the context of all sequences: keys and values of prompts are gathered at the start, those of new tokens
+    layer by layer while later layers run, and the new tokens at the end of an iteration. The prompts themselves go through
+    the model as in `DispatchCombineDecoder`.
+
+    overlap: whether tokens that stay are computed while others travel, which reads experts' weights up to three times a
+    layer; None: where that costs less than it hides, by the figures of the plan's topology.
+
+    Raises, besides what `Decoder` does:
+        UnsupportedError: tokens are to be sent compressed.
+    """
+
+    holds_all = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        mesh: DeviceMesh | ExpertMesh,
+        *,
+        dispatch: str | MakeDispatcher | None = None,
+        overlap: bool | None = None,
+    ) -> None:
+        super().__init__(model, plan, mesh, dispatch=dispatch)
+        self._moves = {}
+        for experts in self.parts.placed:
+            # One copy a token has nothing to save between nodes, and one hop is faster than two.
+            node_aware = dispatch == "node_aware" or (dispatch is None and experts.spec.top_k > 1)
+            self._moves[experts.layer] = CoherentExperts(experts, self.statistics, node_aware, overlap)
+
+    def _check_dispatch(self, model: nn.Module, dispatch: str | MakeDispatcher | None) -> None:
+        check_no_compression(model)
+        if dispatch is not None and not isinstance(dispatch, str):
+            raise UnsupportedError(
+                "context-coherent execution sends tokens whole, since a compressed token is restored where it came from, and "
+                "there it does not return; give dispatch='flat' or 'node_aware', or use DispatchCombineDecoder"
+            )
+
+    def _experts(self, layer: LayerParts, standing: Standing, routing: Routing | None) -> Standing:
+        assert layer.experts is not None
+        with self.statistics.timing("attention"):
+            x_TD = layer.output_norm(standing.residual_TD)
+            expert_TK, weight_TK = self._routed(layer, x_TD, standing.sequence_T, routing)
+        return self._moves[layer.experts.layer].move(standing, weight_TK, expert_TK, layer.output_norm, layer.shared)

@@ -2,28 +2,233 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ...placement.errors import InputError, MoeplaceError, UnsupportedError, nearest
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
-from .agreement import agree
-from .compressed import CompressedDispatcher
 from .compression import LSHCompression
+from .coordination import agree, naming_lost_ranks
 from .dispatcher import Dispatcher, HopDispatcher, flat, node_aware
-from .expert_kinds import ExpertKind, SwiGLU
+from .expert_mlps import ExpertKind, SwiGLU
 from .layer_placement import LayerPlacement
+from .lsh import CompressedDispatcher
 from .mesh import ExpertMesh
-from .optimizer_steps import OptimizerSteps
-from .replica_choice import ReplicaChoice
-from .replica_sum import ReplicaSum, SharedGradients
+
+# Counts the optimizer steps that a module's parameters have taken: what a schedule of its own goes by; and refuses
+# those of an optimizer that takes every rank's experts for the same. Forward passes would not do: gradient
+# accumulation makes several a step, activation checkpointing repeats them.
+
+
+_counts: weakref.WeakSet[OptimizerSteps] = weakref.WeakSet()
+_hooked = False
+
+
+class OptimizerSteps:
+    """done: steps of optimizers that hold any of the module's own parameters, since this was made."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self.done = 0
+        _watch()
+        _counts.add(self)
+
+    def among(self, held: set[int]) -> bool:
+        """Whether any of the module's own parameters is among these, by id."""
+        module = self._module()
+        return module is not None and any(id(value) in held for value in module.parameters(recurse=False))
+
+
+def _watch() -> None:
+    global _hooked
+    if not _hooked:
+        register_optimizer_step_pre_hook(_steps)
+        register_optimizer_step_post_hook(_stepped)
+        _hooked = True
+
+
+def _steps(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # Torch's class, without importing it: nothing can be one before its module is there.
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None or not isinstance(optimizer, module.ZeroRedundancyOptimizer):
+        return
+    held = _held(optimizer)
+    if any(count.among(held) for count in list(_counts)):
+        raise UnsupportedError(
+            "ZeroRedundancyOptimizer gives every parameter to one rank, which sends it to the others; but every rank has its "
+            "own experts. Give it the other parameters only, and the experts (expert_parameters(model)) to an "
+            "optimizer of their own"
+        )
+
+
+def _stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    held = _held(optimizer)
+    for count in list(_counts):
+        if count.among(held):
+            count.done += 1
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(value) for group in optimizer.param_groups for value in group["params"]}
+
+
+# Which replica serves a token: by share, near ones first, without chance and without asking other ranks. T tokens of
+# this rank, K experts a token, P slots, E experts, R most replicas of an expert.
+
+
+class ReplicaChoice:
+    """The slots of a rank's tokens under one placement."""
+
+    def __init__(self, placement: LayerPlacement, rank: int, device: torch.device) -> None:
+        self._slots_ER = torch.from_numpy(placement.slots_of).to(device)
+        self._replicated = bool((placement.replicas > 1).any())
+        # Rounding must not push the last edge below 1, nor a token past the last slot that has a share.
+        edges = np.cumsum(placement.quota(rank), axis=1)
+        edges[edges > 1.0 - 1e-9] = 2.0
+        self._edges_ER = torch.from_numpy(edges).to(device)
+        # Ranks start at different fractions of a slot, so that few tokens each are balanced over all ranks together.
+        self._start = _bit_reversed(rank, placement.devices)
+
+    def slots(self, expert_TK: Tensor) -> Tensor:
+        """[T, K] slot of each chosen expert.
+
+        The i-th of an expert's n tokens here goes where the fraction (i + start) / n falls among the quotas.
+        """
+        if not self._replicated:
+            return self._slots_ER[expert_TK, 0]
+        expert_N = expert_TK.flatten()
+        order_N = expert_N.argsort(stable=True)
+        count_E = torch.zeros(len(self._slots_ER), dtype=torch.int64, device=expert_N.device)
+        count_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))
+        begin_E = count_E.cumsum(0) - count_E
+        sorted_N = expert_N[order_N]
+        place_N = torch.arange(len(expert_N), device=expert_N.device) - begin_E[sorted_N]
+        fraction_N = (place_N + self._start) / count_E[sorted_N]
+        replica_N = (self._edges_ER[sorted_N] <= fraction_N[:, None]).sum(dim=1)
+        slot_N = torch.empty_like(expert_N)
+        slot_N[order_N] = self._slots_ER[sorted_N, replica_N]
+        return slot_N.view_as(expert_TK)
+
+
+def _bit_reversed(rank: int, size: int) -> float:
+    """A fraction in (0, 1): neighbouring ranks far apart, all ranks evenly spread (van der Corput)."""
+    bits = max(1, (size - 1).bit_length())
+    reversed_rank = int(f"{rank:0{bits}b}"[::-1], 2)
+    return (reversed_rank + 0.5) / (1 << bits)
+
+
+# Gradients of replicas summed over their ranks, the same bits on each, so that replicas stay equal for ever. m rows
+# of weights here whose expert has replicas, n parameters of one expert.
+
+
+class ReplicaSum:
+    """Who holds what, for one layer under one placement.
+
+    Each replicated expert's gradient is cut into as many pieces as devices hold it; a holder gathers one piece from all,
+    adds them in the order of devices, and hands the sum back. That moves 2 (h - 1) / h gradients a holder, the least
+    possible, and every piece is added up by one rank only.
+    """
+
+    def __init__(self, placement: LayerPlacement, mesh: ExpertMesh, row_of_slot: np.ndarray[Any, Any]) -> None:
+        self._mesh = mesh
+        holders = [np.unique(placement.device[placement.expert == e]) for e in range(placement.experts)]
+        self.any = bool((placement.replicas > 1).any())
+        mine = [e for e in np.flatnonzero(placement.replicas > 1) if mesh.rank in holders[e]]
+        self._holders = [holders[e].tolist() for e in mine]
+        rows = [row_of_slot[(placement.expert == e) & (placement.device == mesh.rank)].tolist() for e in mine]
+        self._first = [row[0] for row in rows]
+        """The row that stands for an expert; twins on this device are added to it first."""
+        self._twins = [(row[0], other) for row in rows for other in row[1:]]
+
+    def reduce(self, grads: list[Tensor]) -> list[Tensor]:
+        """Gradients [S, ...] with the rows of replicated experts summed over all their replicas."""
+        grads = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+        for first, other in self._twins:
+            for grad in grads:
+                grad[first] += grad[other]
+        flat_mn = torch.cat([grad[self._first].flatten(1) for grad in grads], dim=1)
+        total_mn = self._exchange(flat_mn)
+        start = 0
+        for grad in grads:
+            size = grad[0].numel() if len(grad) else 0
+            if self._first:
+                grad[self._first] = total_mn[:, start : start + size].reshape(-1, *grad.shape[1:])
+            for first, other in self._twins:
+                grad[other] = grad[first]
+            start += size
+        return grads
+
+    def _exchange(self, flat_mn: Tensor) -> Tensor:
+        size, rank = self._mesh.size, self._mesh.rank
+        cuts = [_cuts(flat_mn.shape[1], holders) for holders in self._holders]
+        shared = [[i for i, holders in enumerate(self._holders) if peer in holders] for peer in range(size)]
+        # To each peer its pieces of what both hold, from each peer this rank's pieces; back again the sums.
+        theirs = [[flat_mn[i, slice(*cuts[i][peer])] for i in shared[peer]] for peer in range(size)]
+        lengths = [[_length(cuts[i][rank]) for i in shared[peer]] for peer in range(size)]
+        arrived = self._all_to_all(flat_mn, theirs, lengths)
+        sums: list[Tensor | None] = [None] * len(self._holders)
+        for peer in range(size):
+            for i, piece in zip(shared[peer], arrived[peer], strict=True):
+                total = sums[i]
+                sums[i] = piece if total is None else total + piece
+        done = [[part for i in shared[peer] if (part := sums[i]) is not None] for peer in range(size)]
+        back = self._all_to_all(flat_mn, done, [[len(piece) for piece in pieces] for pieces in theirs])
+        result = torch.empty_like(flat_mn)
+        for peer in range(size):
+            for i, piece in zip(shared[peer], back[peer], strict=True):
+                result[i, slice(*cuts[i][peer])] = piece
+        return result
+
+    def _all_to_all(self, like: Tensor, pieces: list[list[Tensor]], lengths: list[list[int]]) -> list[list[Tensor]]:
+        sent = [sum(len(piece) for piece in part) for part in pieces]
+        received = [sum(part) for part in lengths]
+        every = [piece for part in pieces for piece in part]
+        message = torch.cat(every) if every else like.new_empty(0)
+        buffer = like.new_empty(sum(received))
+        with naming_lost_ranks(self._mesh.group):
+            dist.all_to_all_single(buffer, message, received, sent, group=self._mesh.group)
+        return [
+            list(torch.split(part, sizes)) if sizes else []
+            for part, sizes in zip(torch.split(buffer, received), lengths, strict=True)
+        ]
+
+
+class SharedGradients(Function):
+    """Identity on an expert layer's parameters; backward sums what replicas got, and scales."""
+
+    @staticmethod
+    def forward(ctx: Any, replicas: ReplicaSum, scale: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.replicas, ctx.scale = replicas, scale
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        summed = ctx.replicas.reduce(list(grads)) if ctx.replicas.any else list(grads)
+        return None, None, *(grad if ctx.scale == 1.0 else grad * ctx.scale for grad in summed)
+
+
+def _cuts(length: int, holders: list[int]) -> dict[int, tuple[int, int]]:
+    """The piece of `length` numbers that each holder adds up."""
+    edges = [length * i // len(holders) for i in range(len(holders) + 1)]
+    return {holder: (edges[i], edges[i + 1]) for i, holder in enumerate(holders)}
+
+
+def _length(piece: tuple[int, int]) -> int:
+    return piece[1] - piece[0]
+
 
 Gradients = Literal["mean", "sum"]
 MakeDispatcher = Callable[[ExpertMesh], Dispatcher]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -14,17 +15,166 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...placement.errors import InputError, MoeplaceError, RankError
+from ..._types import IntArray
+from ...placement.errors import InputError, MoeplaceError, RankError, UnsupportedError
 from ...placement.migration import migration
 from ...placement.plan import Plan
-from .agreement import agree
-from .ballot import Ballot
+from .coordination import Ballot, agree, silent_ranks
 from .data_parallel import expert_layers
-from .expert_rows import RowTensor, assign_rows, row_tensors
 from .experts import PlacedExperts, check_plan
 from .layer_placement import LayerPlacement
-from .lost_ranks import silent_ranks
-from .transfer import Parcel, transfer
+from .mesh import ExpertMesh
+
+# Rows from rank to rank: many messages, peer to peer, with a bound on the bytes under way.
+
+
+@dataclass(frozen=True, eq=False)
+class Parcel:
+    """One row of one tensor from device to device. content: what to send or where to receive, None on other ranks."""
+
+    source: int
+    target: int
+    bytes: int
+    content: Tensor | None
+
+
+def transfer(
+    parcels: list[Parcel], mesh: ExpertMesh, group: dist.ProcessGroup, chunk_bytes: int, timeout: timedelta
+) -> None:
+    """Moves all parcels. Every rank calls this with the same list, contents aside.
+
+    chunk_bytes: most bytes a rank has under way, in and out.
+
+    Raises:
+        RuntimeError: of the backend, when a peer is gone or `timeout` has passed.
+    """
+    for window in _windows(parcels, chunk_bytes):
+        pending = []
+        for parcel, start, stop in window:
+            if parcel.content is None:
+                continue
+            piece = parcel.content.flatten().view(torch.uint8)[start:stop]
+            if parcel.source == mesh.rank:
+                pending.append(dist.P2POp(dist.isend, piece, mesh.members[parcel.target], group))
+            else:
+                pending.append(dist.P2POp(dist.irecv, piece, mesh.members[parcel.source], group))
+        if pending:
+            for work in dist.batch_isend_irecv(pending):
+                work.wait(timeout)
+
+
+def _windows(parcels: list[Parcel], chunk_bytes: int) -> Iterator[list[tuple[Parcel, int, int]]]:
+    """Runs of (parcel, first byte, end) in which no rank has more than `chunk_bytes` under way."""
+    window: list[tuple[Parcel, int, int]] = []
+    busy: dict[int, int] = {}
+    for parcel in parcels:
+        for start in range(0, parcel.bytes, chunk_bytes):
+            stop = min(start + chunk_bytes, parcel.bytes)
+            size = stop - start
+            if max(busy.get(parcel.source, 0), busy.get(parcel.target, 0)) + size > chunk_bytes:
+                yield window
+                window, busy = [], {}
+            window.append((parcel, start, stop))
+            for device in (parcel.source, parcel.target):
+                busy[device] = busy.get(device, 0) + size
+    if window:
+        yield window
+
+
+# Everything that belongs to an expert row by row: its parameters and what an optimizer keeps for them.
+
+
+@dataclass(frozen=True, eq=False)
+class RowTensor:
+    """One tensor [S, ...] with a row for each of a rank's experts. replace: puts a tensor of more or fewer rows there."""
+
+    name: str
+    value: Tensor
+    replace: Callable[[Tensor], None]
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.value.shape[1:], dtype=np.int64)) * self.value.element_size()
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value.dtype} {list(self.value.shape[1:])}"
+
+
+def row_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None) -> list[RowTensor]:
+    """The layer's parameters, each followed by its optimizer state.
+
+    Raises:
+        InputError: a gradient waits to be used; it would be lost.
+        UnsupportedError: optimizer state that has no row for each expert.
+    """
+    result = []
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.grad is not None and bool(parameter.grad.any()):
+            raise InputError(
+                f"layer {module.layer}: {name} has a gradient; change the plan between optimizer.zero_grad() and the next "
+                "backward"
+            )
+        result.append(RowTensor(name, parameter.detach(), _replace_data(parameter)))
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for key in sorted(state, key=str):
+            value = state[key]
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if len(value) != len(parameter):
+                raise UnsupportedError(
+                    f"layer {module.layer}: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for {name} "
+                    f"{list(parameter.shape)}, which has no row for each expert; use an optimizer that works element by "
+                    "element, as Adam does"
+                )
+            result.append(RowTensor(f"{name}.{key}", value, _replace_entry(state, key)))
+    return result
+
+
+def _replace_data(parameter: nn.Parameter) -> Callable[[Tensor], None]:
+    def replace(value: Tensor) -> None:
+        parameter.grad = None
+        # A loss of an earlier step that is still alive keeps the parameter's gradient accumulator, with the old shape; torch
+        # makes a new one when the type changes, on the way.
+        other = torch.float32 if value.dtype == torch.float64 else torch.float64
+        parameter.data = value.new_empty(0, dtype=other)
+        parameter.data = value
+
+    return replace
+
+
+def _replace_entry(state: dict[str, Tensor], key: str) -> Callable[[Tensor], None]:
+    def replace(value: Tensor) -> None:
+        state[key] = value
+
+    return replace
+
+
+def assign_rows(placement: LayerPlacement, rank: int, row_expert: IntArray) -> tuple[IntArray, dict[int, int]]:
+    """Which expert each row holds once `placement` is in force, and where the changed rows' content comes from.
+
+    Experts that stay keep their rows (in their order, where the number of rows changes). Gives ([S'] expert of each row,
+    {row: the old row it takes its content from, or -1 where it has to come from another rank}) for the rows that change.
+    """
+    wanted = placement.expert[placement.on_device(rank)].tolist()
+    kept: list[int] = []
+    for row, expert in enumerate(row_expert.tolist()):
+        if expert in wanted:
+            wanted.remove(expert)
+            kept.append(row)
+    size = len(kept) + len(wanted)
+    places = {row: row for row in kept} if size == len(row_expert) else dict(zip(kept, range(size), strict=False))
+    result = np.full(size, -1, dtype=np.int64)
+    source = {}
+    for row, place in places.items():
+        result[place] = row_expert[row]
+        if size != len(row_expert):
+            source[place] = row
+    for place, expert in zip(np.flatnonzero(result < 0).tolist(), sorted(wanted), strict=True):
+        result[place] = expert
+        held = [row for row in kept if row_expert[row] == expert]
+        source[place] = held[0] if held else -1
+    return result, source
+
 
 CHUNK_BYTES = 64 << 20
 

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...placement.errors import InputError, MoeplaceError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
-from .agreement import agree
 from .compression import LSHCompression
+from .coordination import agree
 from .data_parallel import exclude_from_ddp
-from .expert_kinds import ExpertKind, GptOss, SwiGLU
+from .expert_mlps import ExpertKind, GptOss, SwiGLU
 from .experts import Gradients, MakeDispatcher, PlacedExperts, check_plan
 from .layer import ExpertParallelMoE
 from .mesh import ExpertMesh

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
-import numpy as np
-import numpy.typing as npt
+from ..._types import FloatArray
 
 WIDTH, HEIGHT = 560, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 28
@@ -17,8 +16,6 @@ KEY = 20
 """Height of the line above a plot that says what its level means."""
 LEVELS = 9
 """Shades of a heat map, in classes h0 to h8."""
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from ...db.service_records import DeploymentRecord
+from ..._types import FloatArray
+from ...db.records import DeploymentRecord
 from ...db.store import Store
+from ...placement.bounds import device_loads
 from ...placement.cost import dispatch_bytes
-from ...placement.load_bound import device_loads
 from ...placement.migration import migration
 from ...placement.objective import Objective
 from ...placement.plan import Plan
@@ -19,7 +19,6 @@ from ..policy import Policy
 from ..routing import from_windows
 from ..tasks.judge import default_plan
 
-FloatArray = npt.NDArray[np.float64]
 SHOWN_MOVES = 200
 
 

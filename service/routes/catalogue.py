@@ -11,9 +11,8 @@ from ...db.records import Record
 from ...placement.errors import InputError, NotFoundError
 from ...placement.topology import Topology
 from ..access import Reader, Submitter
-from ..paging import Limit, Page, etag_of, page_of, unchanged
 from ..views import ModelIn, ModelView, StatisticsView, TopologyFull, TopologyIn, TopologyView
-from .common import ERRORS, RefPath, Stored
+from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], responses=ERRORS)
 MOST_DEVICES = 4096

@@ -9,19 +9,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from ...db.service_records import (
-    CheckRecord,
-    DecisionRecord,
-    DecisionState,
-    DeploymentRecord,
-    PublicationRecord,
-    WebhookRecord,
-)
+from ...db.records import CheckRecord, DecisionRecord, DecisionState, DeploymentRecord, PublicationRecord, WebhookRecord
 from ...db.store import Store
 from ...placement.errors import NotFoundError
 from ..access import Approver, Reader, Submitter
 from ..counts import ARROW, JSON, from_arrow, from_json
-from ..paging import Before, Limit, Page, etag_of, matches, page_of, unchanged
 from ..policy import Policy
 from ..views import (
     CommentIn,
@@ -33,7 +25,7 @@ from ..views import (
     WebhookMade,
     WindowView,
 )
-from .common import ERRORS, KeyPath, NamePath, Stored
+from .common import ERRORS, Before, KeyPath, Limit, NamePath, Page, Stored, etag_of, matches, page_of, unchanged
 from .plans import Engine, exported
 
 router = APIRouter(prefix="/v1", tags=["deployments"], responses=ERRORS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from ...db.service_records import EngineRecord
+from ...db.records import EngineRecord
 from ...placement.errors import InputError
 from ..access import Approver, Reader
 from ..views import EngineIn

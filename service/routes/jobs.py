@@ -14,16 +14,15 @@ from pydantic import TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
 from ...db.jobs import ENDED
-from ...db.service_records import JobRecord, JobState
+from ...db.records import JobRecord, JobState
 from ...db.store import Store
 from ...placement.objective import Objective
 from ...solvers.solve import check_options, solver_named
 from ..access import Reader, Submitter
-from ..paging import Before, Limit, Page, page_of
 from ..policy import Policy
 from ..settings import Settings
 from ..views import DecideIn, SolveIn
-from .common import ERRORS, KeyPath, Stored
+from .common import ERRORS, Before, KeyPath, Limit, Page, Stored, page_of
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=ERRORS)
 Idempotency = Annotated[

@@ -6,11 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from ...db.service_records import Actor, AuditRecord
+from ...db.records import Actor, AuditRecord
 from ...placement.version import __version__
 from ..access import Approver, Reader
-from ..paging import Before, Limit, Page, page_of
-from .common import ERRORS, Stored
+from .common import ERRORS, Before, Limit, Page, Stored, page_of
 
 router = APIRouter(tags=["operations"], responses=ERRORS)
 Text = Annotated[str | None, Query(max_length=200, pattern=r"^[ -~]*$")]

@@ -10,15 +10,13 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
 from ...placement.errors import FileFormatError, InputError
-from ...placement.plan import Plan
-from ...placement.plan_file import plan_from_dict
+from ...placement.plan import Plan, plan_from_dict
 from ...runtime.exporters import export_plan
 from ...runtime.exporters.export import engine_usage
 from ..access import Reader, Submitter
-from ..paging import Limit, Page, etag_of, page_of, unchanged
 from ..views import PlanFull, PlanIn, PlanView
 from .catalogue import Older
-from .common import ERRORS, RefPath, Stored
+from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
 
 router = APIRouter(prefix="/v1", tags=["plans"], responses=ERRORS)
 Engine = Literal["moeplace", "sglang", "vllm", "vllm-ascend", "trtllm"]

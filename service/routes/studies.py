@@ -6,15 +6,15 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 
-from ...db.service_records import JobRecord
+from ...db.records import JobRecord
 from ...db.store import Store
 from ...solvers.solve import check_options, solver_named
 from ..access import Submitter
 from ..policy import Policy
 from ..settings import Settings
 from ..tasks.judge import default_plan
-from ..tasks.what_if import wanted_changes
-from ..views_studies import MOST_PARTS, ParetoIn, StudyIn, WhatIfIn
+from ..tasks.studies import wanted_changes
+from ..views import MOST_PARTS, ParetoIn, StudyIn, WhatIfIn
 from .catalogue import MOST_DEVICES
 from .common import ERRORS, Stored
 from .jobs import Idempotency

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
 from ...db.content import ID_DIGITS, statistics_fingerprint
-from ...db.service_records import UploadRecord
+from ...db.records import UploadRecord
 from ...db.store import Store
 from ...db.uploads import PIECE_LIMIT
 from ..access import Reader, Submitter

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from ...placement.errors import InputError, nearest
 from .base import Task
-from .front import SweepFront
 from .judge import Judge
 from .solve import Solve
+from .studies import AskWhatIf, SweepFront
 from .watch import Watch
-from .what_if import AskWhatIf
 
 TASKS: tuple[Task, ...] = (Solve(), Judge(), Watch(), AskWhatIf(), SweepFront())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...db.service_records import ClaimedJob, Outcome
+from ...db.records import ClaimedJob, Outcome
 from ...db.store import Store
 from ...placement.model import ModelSpec
 from ...placement.objective import Objective
@@ -14,8 +14,7 @@ from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy
 from ..routing import from_windows, stored_statistics, to_bytes
-from .base import Report
-from .split import solving_traces, solving_windows
+from .base import Report, solving_traces, solving_windows
 
 
 class Solve:

@@ -17,27 +17,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ...db.service_records import ClaimedJob, DeploymentRecord, Finding, Judgement, Outcome, WindowRecord
+from ..._types import FloatArray
+from ...db.records import ClaimedJob, DeploymentRecord, Finding, Judgement, Outcome, WindowRecord
 from ...db.store import Store
-from ...placement.decide_counts import LEAST_BLOCKS
+from ...placement.cost import window_seconds
+from ...placement.decide import LEAST_BLOCKS
 from ...placement.drift import can_tell, drift
 from ...placement.errors import InputError
-from ...placement.load_windows import window_weights, with_tokens
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ...placement.risk import weighted_mean
-from ...placement.statistics import RoutingStatistics
+from ...placement.statistics import RoutingStatistics, window_weights, with_tokens
 from ...placement.topology import Topology
-from ...placement.window_cost import window_seconds
 from ...solvers import solve
 from ..policy import Policy
 from ..routing import from_windows, stored_statistics, to_bytes
 from .base import Report
-from .figures import balance, decision_figures
-from .judge import default_plan, on_counts
+from .judge import balance, decision_figures, default_plan, on_counts
 
 
 class Watch:
@@ -165,7 +163,7 @@ class _Look:
         return Problem(self._model, self._topology, routing, self._policy.objective, slots=self._policy.slots)
 
 
-def _weight(routing: RoutingStatistics) -> npt.NDArray[np.float64]:
+def _weight(routing: RoutingStatistics) -> FloatArray:
     """[S] what each window counts."""
     return np.asarray(window_weights(routing.load).sum(axis=1))
 

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from ..._types import FloatArray
+from ...placement.bounds import compute_bound, layer_seconds_bound
 from ...placement.problem import Problem
-from ...placement.step_bound import compute_bound, layer_seconds_bound
 from ...placement.steps import Steps
-from ..compile_time import working_seconds
+from ..base import working_seconds
 from .device_sets import DeviceSets, sets_fit
-from .gram import FloatArray
 from .partition import least_over_partitions
 from .pieces import Level, Piece, Pieces, levels
 

@@ -7,13 +7,10 @@ less the ones that may be there already. With one expert a device that is all th
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from ..._types import FloatArray, IntArray
 from ...placement.problem import Problem
 from ...placement.steps import Steps
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 def link_floors(problem: Problem, steps: Steps, loads: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compile_time import working_seconds
+from ..._types import FloatArray, IntArray
+from ..base import working_seconds
 from ..ilp_highs import SilentHighs
-from .gram import ROUNDING, FloatArray, IntArray
+from .sdp import ROUNDING
 
 CLOSE = 2e-3
 """Rounds end when the bound is this near, relatively, to the value of the program's own sets."""

@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..._types import FloatArray, IntArray
+from ...placement.bounds import compute_bound
 from ...placement.cost import all_to_all_latency, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
-from ...placement.step_bound import compute_bound
 from ...placement.steps import Steps
-from .gram import FloatArray, GramSpace, IntArray
 from .link_floors import link_floors
-from .saddle import Saddle
-from .terms import Entries, HoldersNeeded, RowSums, SlowestDevice, Term, Triangles, split_between_two
+from .sdp import Entries, GramSpace, HoldersNeeded, RowSums, Saddle, SlowestDevice, Term, Triangles, split_between_two
 
 Transfer = tuple[list[Term], float]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
+from ..._types import FloatArray, IntArray
 from ...placement.problem import Problem
-from ...placement.risk_weights import risk_weights
+from ...placement.risk import risk_weights
 from ...placement.steps import Steps
 from .certify import StepCertificate
-from .gram import FloatArray
 
 QUICK_ITERATIONS = 50
 """Iterations that bring most of what there is to gain."""
@@ -22,7 +21,7 @@ QUICK_SECONDS = 0.7
 def risk_bound(
     problem: Problem,
     steps: Steps,
-    workload: npt.NDArray[np.int64],
+    workload: IntArray,
     step_seconds: FloatArray,
     reference: FloatArray | None,
     seconds: float | None,

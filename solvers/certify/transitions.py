@@ -14,11 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from ..._types import FloatArray, IntArray
 from .certify import CHUNK, CLOSED, MOST, THREADS
-from .gram import FloatArray, GramSpace, IntArray
 from .pieces import TRIANGLE_ITEMS, entry_limits, row_sums
-from .saddle import Saddle
-from .terms import Linear, Term, Triangles
+from .sdp import GramSpace, Linear, Saddle, Term, Triangles
 
 
 def spectral_kept(weights: FloatArray, slots: IntArray) -> float:

@@ -56,6 +56,6 @@ class Search:
             raise InputError(f"certify ({certify}) must be seconds to spend on the bound, 0 or more")
         budget.report(None, None, "loading kernels, compiled at the first use")
         # Loading takes a second, which importing the package must not.
-        from .course import run_search
+        from .driver import run_search
 
         return run_search(problem, budget, batch, step_tokens, steps, proposals, certify, off_home)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.errors import SolveError
 from ...placement.plan import Plan
 from ...placement.problem import Problem
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 PROGRAM_SECONDS = 30.0
 """For the program of one layer; 256 experts on 32 devices take a fraction of a second."""

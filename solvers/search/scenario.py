@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ..._types import FloatArray, IntArray
 from ...placement.cost import combine_bytes, dispatch_bytes
-from ...placement.drawn_tokens import draw_tokens
-from ...placement.load_windows import window_weights, with_tokens
 from ...placement.problem import Problem
+from ...placement.statistics import window_weights, with_tokens
 from ...placement.steps import Steps
+from ...placement.synthetic import draw_tokens
 from ...placement.trace import RoutingTrace
 from . import Batch
-from .layout import Aim, LayerTokens, Rates
+from .kernel_types import Aim, Floats, Ints, LayerTokens, Rates
 
 SCENARIO_TOKENS = 65_536
 """Tokens of a scenario when the number of steps is not given, at most: whole plans are judged on all of them."""
@@ -34,21 +36,21 @@ class Scenario:
     """
 
     steps: Steps | None
-    loads: npt.NDArray[np.float64]
-    workload: npt.NDArray[np.int64]
+    loads: FloatArray
+    workload: IntArray
     workloads: tuple[str, ...]
     imagined: bool = False
-    walked: npt.NDArray[np.int64] | None = None
-    weight: npt.NDArray[np.float64] | None = None
+    walked: IntArray | None = None
+    weight: FloatArray | None = None
 
     @property
-    def step_weight(self) -> npt.NDArray[np.float64]:
+    def step_weight(self) -> FloatArray:
         """[S] how much each step or window counts, all together 1."""
         if self.weight is None:
             return np.full(self.num_steps, 1.0 / self.num_steps)
         return np.asarray(self.weight.sum(axis=1))
 
-    def layer_weights(self, weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def layer_weights(self, weight: FloatArray) -> FloatArray:
         """[S, L] what each layer's figures count, where steps or windows count by `weight` [S].
 
         As many times the number of layers that hold tokens as sums over layers want: each sums to 1 where it is
@@ -59,7 +61,7 @@ class Scenario:
         busy = int((self.weight > 0).any(axis=0).sum())
         return np.asarray(self.weight * (weight / self.weight.sum(axis=1))[:, None] * busy)
 
-    def over_layers(self, figures: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def over_layers(self, figures: FloatArray) -> FloatArray:
         """[S] one figure a step or window from those of its layers [S, L]: their sum, or on windows their weighted mean."""
         if self.weight is None:
             return np.asarray(figures.sum(axis=1))
@@ -136,7 +138,7 @@ def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int |
     return Scenario(drawn, loads, drawn.step_workload, statistics.workloads, imagined, _thinned(drawn, seed))
 
 
-def _thinned(steps: Steps, seed: int) -> npt.NDArray[np.int64] | None:
+def _thinned(steps: Steps, seed: int) -> IntArray | None:
     """Tokens to walk over, the same part of every step drawn at random; None for all."""
     part = WALKED_TOKENS / max(1, len(steps.expert_ids))
     if part >= 1.0:
@@ -214,7 +216,7 @@ def mean_aims(scenario: Scenario) -> list[Aim]:
     return weighted_aims(scenario, scenario.step_weight)
 
 
-def worst_aims(scenario: Scenario, reference: npt.NDArray[np.float64] | None = None) -> list[Aim]:
+def worst_aims(scenario: Scenario, reference: FloatArray | None = None) -> list[Aim]:
     """One a layer: the worst workload counts, with a little of the mean so that the others are not left to drift.
 
     reference: [W, L] each workload's own best, subtracted (regret).
@@ -230,10 +232,80 @@ def worst_aims(scenario: Scenario, reference: npt.NDArray[np.float64] | None = N
     ]
 
 
-def weighted_aims(scenario: Scenario, weight: npt.NDArray[np.float64]) -> list[Aim]:
+def weighted_aims(scenario: Scenario, weight: FloatArray) -> list[Aim]:
     """One a layer: steps or windows count by weight [S] (normalised here)."""
     none = np.zeros(scenario.num_steps, np.int64)
     return [
         Aim(mine.copy(), none, mine.copy(), np.zeros(1), 0.0)
         for mine in scenario.layer_weights(weight / weight.sum()).T
     ]
+
+
+# Scenario tokens with a home device each, laid out for the kernels.
+
+
+class HomeTokens(NamedTuple):
+    """One layer of scenario steps whose tokens have homes. T tokens in order of home and step, k experts each, H homes.
+
+    experts: [T, k] int32. home, step_of: [T] int32. first, tokens: CSR lists of the tokens of each (expert, home)
+    ([E * H + 1], [T * k]). counts: [E, H, S] tokens that chose the expert, those not walked over too. nearest: whether a token takes the replica
+    nearest to its home, or any by share.
+    """
+
+    experts: npt.NDArray[np.int32]
+    home: npt.NDArray[np.int32]
+    step_of: npt.NDArray[np.int32]
+    first: Ints
+    tokens: npt.NDArray[np.int32]
+    counts: Floats
+    nearest: bool
+
+
+def with_homes(scenario: Scenario, problem: Problem, seed: int) -> Scenario:
+    """The scenario, its tokens dealt to home devices where the choice of replicas depends on homes.
+
+    Each step's tokens are dealt evenly in random order: one draw of what an even spread means, so that a token is
+    priced once rather than once a device.
+    """
+    wanted = problem.objective.replica_choice == "nearest" and problem.has_replicas
+    if scenario.steps is None or scenario.steps.source is not None or not wanted:
+        return scenario
+    return replace(scenario, steps=deal_homes(scenario.steps, problem.num_devices, seed))
+
+
+def deal_homes(steps: Steps, devices: int, seed: int) -> Steps:
+    """The steps, each one's tokens dealt evenly over devices."""
+    rng = np.random.default_rng(seed)
+    source = np.empty(len(steps.expert_ids), np.int64)
+    for start, end in zip(steps.offsets[:-1], steps.offsets[1:], strict=True):
+        # What does not divide evenly goes to devices drawn anew, not always to the first.
+        rounds = -(-int(end - start) // devices)
+        dealt = np.concatenate([rng.permutation(devices) for _ in range(rounds)])[: end - start]
+        source[start:end] = rng.permutation(dealt)
+    return replace(steps, source=source)
+
+
+def home_tokens(scenario: Scenario, layer: int, problem: Problem) -> HomeTokens:
+    """One layer of a scenario whose tokens have homes."""
+    steps, devices = scenario.steps, problem.num_devices
+    assert steps is not None
+    assert steps.source is not None
+    groups = problem.model.experts * devices
+    cell = (steps.expert_ids[:, layer].astype(np.int64) * devices + steps.source[:, None]) * steps.num_steps
+    counts = np.bincount((cell + steps.step_of[:, None]).ravel(), minlength=groups * steps.num_steps).astype(np.float64)
+    walked = np.arange(len(steps.source)) if scenario.walked is None else scenario.walked
+    order = walked[np.argsort(steps.source[walked], kind="stable")]
+    ids = np.ascontiguousarray(steps.expert_ids[order, layer], dtype=np.int32)
+    home, step_of = steps.source[order].astype(np.int32), steps.step_of[order].astype(np.int32)
+    group = (ids * devices + home[:, None]).ravel()
+    first = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=groups))]).astype(np.int64)
+    tokens = (np.argsort(group, kind="stable") // ids.shape[1]).astype(np.int32)
+    return HomeTokens(
+        ids,
+        home,
+        step_of,
+        first,
+        tokens,
+        counts.reshape(problem.model.experts, devices, steps.num_steps),
+        problem.objective.replica_choice == "nearest",
+    )

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.errors import SolveError
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 PROGRAM_SECONDS = 30.0
 """For the integer program that takes over where dealing fails; it settles a layer of 256 experts in a few."""

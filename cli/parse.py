@@ -1,0 +1,317 @@
+"""What a command is given, read and checked: routing, the model's shape, the cluster, plans, solvers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..placement.errors import InputError, MoeplaceError, nearest
+from .options import BatchOptions, ModelOptions, ObjectiveOptions, TopologyOptions
+
+if TYPE_CHECKING:
+    from ..placement.model import ModelSpec
+    from ..placement.objective import Objective
+    from ..placement.plan import Plan
+    from ..placement.statistics import RoutingStatistics
+    from ..placement.topology import Topology
+    from ..placement.trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Routing as it was found: a trace, or statistics (with a token sample where they keep one).
+
+    model: the recorded model, where the record names it.
+    """
+
+    path: Path
+    trace: RoutingTrace | None
+    statistics: RoutingStatistics | None
+    model: ModelSpec | None = None
+
+    @property
+    def tokens(self) -> RoutingTrace:
+        """Token-level routing.
+
+        Raises:
+            InputError: the record holds counts only.
+        """
+        if self.trace is not None:
+            return self.trace
+        if self.statistics is not None and self.statistics.sample is not None and self.statistics.sample.num_tokens:
+            return self.statistics.sample
+        raise InputError(
+            f"{self.path} holds counts only, and plans are judged on the experts single tokens chose; "
+            "record in token mode (`moeplace profile --mode tokens`)"
+        )
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the record says of the model, in ModelSpec's terms."""
+        if self.trace is not None:
+            trace = self.trace
+            return {
+                "layers": trace.num_layers,
+                "experts": trace.num_experts,
+                "top_k": trace.top_k,
+                "moe_layers": trace.moe_layers,
+            }
+        assert self.statistics is not None
+        shape = {
+            "layers": self.statistics.num_layers,
+            "experts": self.statistics.experts,
+            "moe_layers": self.statistics.moe_layers,
+        }
+        return shape if self.statistics.top_k is None else shape | {"top_k": self.statistics.top_k}
+
+
+def read_routing(path: Path, given: Mapping[str, Any] | None = None, known: Mapping[str, Any] | None = None) -> Routing:
+    """Reads any record of routing. given: options of its reader, refused where it has no use for them. known: more, used
+    where it has.
+
+    Raises:
+        InputError: no such file, or an option it does not take. FileFormatError: not a record, or damaged.
+    """
+    from ..placement.statistics import RoutingStatistics
+    from ..profiler.read import read_any, reader_of
+
+    existing(path)
+    useful = {name: value for name, value in (known or {}).items() if name in reader_of(path).options} if known else {}
+    record = read_any(path, **{**useful, **(given or {})})
+    if isinstance(record, RoutingStatistics):
+        return Routing(path, None, record)
+    return Routing(path, record, None, recorded_model(path))
+
+
+def existing(path: Path) -> Path:
+    """The path, when something is there.
+
+    Raises:
+        InputError: nothing is.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    return path
+
+
+def recorded_model(path: Path) -> ModelSpec | None:
+    """The model a Parquet trace says it is of; None for other records and for traces that do not know."""
+    from ..profiler.trace_files import is_trace, read_header
+
+    return read_header(path).model if is_trace(path) else None
+
+
+def read_model(options: ModelOptions, routing: Routing) -> ModelSpec:
+    """The model's shape: from --model, from the record, or from the sizes given; single options override.
+
+    Raises:
+        InputError: nothing tells the model's sizes, or the model is not the recorded one.
+    """
+    from ..placement.model import ModelSpec
+
+    given = {
+        name: value
+        for name in ("hidden_size", "ffn_size", "top_k", "groups", "expert_dtype")
+        if (value := getattr(options, name)) is not None
+    }
+    if options.model is not None:
+        spec = ModelSpec.from_config(options.model).replace(**given)
+    elif routing.model is not None:
+        spec = routing.model.replace(**given)
+    else:
+        fields = {**routing.shape, **given}
+        missing = [f"--{name.replace('_', '-')}" for name in ("hidden_size", "ffn_size", "top_k") if name not in fields]
+        if missing:
+            raise InputError(
+                f"{routing.path} does not say how large the model is; give --model config.json, or {' and '.join(missing)}"
+            )
+        spec = ModelSpec(**fields)
+    recorded = routing.shape
+    if recorded["layers"] == spec.layers and recorded["moe_layers"] != spec.moe_layers:
+        raise InputError(
+            f"{routing.path} numbers its layers {_span(recorded['moe_layers'])}, the model's MoE layers are "
+            f"{_span(spec.moe_layers)}; if they are the same layers, `moeplace import {routing.path} --model CONFIG "
+            "--out DIR` writes the record with the model's numbers"
+        )
+    return spec
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    contiguous = layers == tuple(range(layers[0], layers[-1] + 1)) and len(layers) > 1
+    return f"{layers[0]}-{layers[-1]}" if contiguous else ",".join(map(str, layers))
+
+
+def read_topology(options: TopologyOptions) -> Topology:
+    """A preset's cluster, or the one a file describes.
+
+    Raises:
+        InputError: unknown preset (the nearest is named), no such file, or a count that a file does not take.
+    """
+    from ..placement.topology import PRESETS, Topology
+
+    name = options.topology
+    if name in PRESETS:
+        return Topology.preset(name, options.nodes or 1, options.devices_per_node)
+    if name.endswith((".yaml", ".yml", ".json")) or Path(name).is_file():
+        if options.nodes is not None or options.devices_per_node is not None:
+            raise InputError(f"--nodes and --devices-per-node go with a preset; {name} says itself how many it has")
+        return Topology.load(name)
+    raise InputError(f"--topology {name!r} is neither a preset nor a file; {nearest(name, PRESETS)}")
+
+
+def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Objective:
+    """The objective of the options. engine: what the plan is for, whose choice among replicas holds where none is given.
+
+    Raises:
+        InputError: a setting out of range.
+    """
+    from ..placement.objective import Objective
+    from ..runtime.exporters.registry import engine_names, exporter_named
+
+    choice: Literal["share", "nearest"] = "share"
+    if options.replica_choice is not None:
+        choice = options.replica_choice.value
+    elif engine is not None and engine in engine_names() and options.execution.value == "dispatch_combine":
+        choice = exporter_named(engine).replica_choice
+
+    return Objective(
+        execution=options.execution.value,
+        risk=options.risk,
+        split=options.split.value,
+        replica_choice=choice,
+        dispatch_dtype=options.dispatch_dtype,
+    )
+
+
+def read_plan(reference: str, db: str | None, server: str | None = None) -> Plan:
+    """A plan from a file, or else from the database, or the service where one is named, by name or id.
+
+    Raises:
+        InputError: neither; both are named.
+    """
+    from ..db import Store
+    from ..placement.plan import Plan
+
+    if Path(reference).is_file() or reference.endswith(".json"):
+        return Plan.load(reference)
+    try:
+        if server is not None:
+            from .remote import service
+
+            with service(server) as client:
+                return client.plan(reference)
+        with Store.open(db) as store:
+            return store.plan(reference).plan
+    except MoeplaceError as error:
+        raise InputError(f"{reference!r} is not a file, and not a stored plan either: {error}") from None
+
+
+def read_size(option: str, text: str) -> float:
+    """Bytes from a number with or without a unit (B, kB, MB, GB, TB, and KiB, MiB, GiB, TiB).
+
+    Raises:
+        InputError: not of that form; the option is named.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(?:([kMGT]?)(i?)B)?\s*", text, re.IGNORECASE)
+    if match is None or match[1].count(".") > 1 or match[1] == ".":
+        raise InputError(f"{option} {text!r} is not a size; give bytes, or a number with a unit such as 20GB")
+    value, prefix, binary = float(match[1]), match[2] or "", match[3]
+    return value * float(1024 if binary else 1000) ** ["", "k", "m", "g", "t"].index(prefix.lower())
+
+
+def read_slots(text: str | None) -> int | list[int] | None:
+    """Slots a layer from `72`, or from `72,64,80` one number for each layer.
+
+    Raises:
+        InputError: not of that form.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"--slots {text!r} must be a whole number above 0, or one for each layer with commas between")
+    counts = [int(part) for part in parts]
+    return counts if len(counts) > 1 else counts[0]
+
+
+@dataclass(frozen=True)
+class SolverChoice:
+    """A solver's name with options for it, as typed: `exflow:form=staged`; without a name, whichever suits best."""
+
+    label: str
+    solver: str | None
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> SolverChoice:
+        """Reads NAME or NAME:OPTION=VALUE:OPTION=VALUE; values as the solver's own options want them (`read_options`).
+
+        Raises:
+            InputError: unknown solver or option (the nearest is named), a value it does not take, or not of that form.
+        """
+        from ..solvers.solve import read_options, solver_named
+
+        name, *pairs = text.strip().split(":")
+        solver = solver_named(name)
+        options: dict[str, str] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not (key and equals):
+                raise InputError(f"solver {text!r}: {pair!r} is not OPTION=VALUE")
+            options[key] = value
+        return cls(text.strip(), name, read_options(solver, options))
+
+    @classmethod
+    def best(cls) -> SolverChoice:
+        """Leaves it to the problem which solver runs."""
+        return cls("best", None, {})
+
+    def certified(self, seconds: float) -> SolverChoice:
+        """The choice, with time for a better bound.
+
+        Raises:
+            InputError: the solver named has no use for it.
+        """
+        if self.solver not in (None, "search"):
+            raise InputError(
+                f"--certify is for the solver search; the bound of {self.solver} takes no time of its own: leave it out"
+            )
+        return replace(self, options={**self.options, "certify": seconds})
+
+    def for_steps(self, batch: BatchOptions) -> SolverChoice:
+        """The choice, with the first kind of steps wanted passed on to a solver that minimises the time of steps."""
+        from inspect import signature
+
+        from ..solvers import solver_named
+
+        kind, tokens = next(iter(batch.kinds.items()))
+        wanted: dict[str, Any] = {"batch": kind, "step_tokens": tokens}
+        if self.solver is not None:
+            known = signature(solver_named(self.solver).solve).parameters
+            wanted = {name: value for name, value in wanted.items() if name in known}
+        return replace(self, options={**wanted, **self.options})
+
+
+def split_list(text: str | None) -> list[str]:
+    """The entries of a comma-separated list."""
+    return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+
+
+def whole_numbers(option: str, text: str | None) -> list[int] | None:
+    """The numbers of a list like `0,3-60`; None where nothing was given.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for entry in split_list(text):
+        first, _, last = entry.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()) or len(entry) > 12:
+            raise InputError(f"{option} {text!r}: {entry!r} is not a number or a range like 3-60")
+        numbers.extend(range(int(first), min(int(last or first), int(first) + 100_000) + 1))
+    return numbers

@@ -1,0 +1,314 @@
+"""The table that shows a front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .comparison import BASELINE, Comparison, Entry
+from .output import Column, Table, figure, milliseconds, number, percent, quantity, seconds
+
+if TYPE_CHECKING:
+    from ..placement.evaluate import Evaluation
+
+# What a plan's layers wait for, as rows of plain values, and the table that shows them.
+
+
+SHOWN = 5
+"""Layers in a table, the slowest first; JSON has them all."""
+NAMED = 2
+"""Devices or nodes named in a cell."""
+
+COLUMNS = (
+    Column("layer", "layer", right=False),
+    Column("seconds", "step ms", milliseconds),
+    Column("compute", "compute", percent),
+    Column("memory", "memory", percent),
+    Column("intra", "links in\nnodes", percent),
+    Column("inter", "links be-\ntween nodes", percent),
+    Column("latency", "latency", percent),
+    Column("slowest", "slowest devices,\nin steps", right=False),
+    Column("busiest", "busiest links,\nin steps", right=False),
+)
+
+
+def binding_rows(evaluation: Evaluation, moe_layers: Sequence[int]) -> list[dict[str, Any]]:
+    """A row a layer: mean seconds of a step, and by phase the fraction of steps and the seconds each term binds, and the
+    fraction of steps in which each device or node is the one waited for (those never waited for are left out)."""
+    from ..placement.evaluate import PHASES, TERMS, binding_terms
+
+    found = binding_terms(evaluation)
+    rows = []
+    for i, layer in enumerate(moe_layers):
+        phases = {
+            phase: {
+                "steps": dict(zip(TERMS, found.steps[i, p].tolist(), strict=True)),
+                "seconds": dict(zip(TERMS, found.seconds[i, p].tolist(), strict=True)),
+                "devices": {g: share for g, share in enumerate(found.device_steps[i, p].tolist()) if share},
+                "nodes": {n: share for n, share in enumerate(found.node_steps[i, p].tolist()) if share},
+            }
+            for p, phase in enumerate(PHASES)
+        }
+        terms = dict(zip(TERMS, found.layer_seconds()[i].tolist(), strict=True))
+        rows.append({"layer": layer, "seconds": sum(terms.values()), "terms": terms, "phases": phases})
+    return rows
+
+
+def binding_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Shares of the step time by term, of all layers together and of the slowest ones."""
+    slowest = sorted(rows, key=lambda row: -row["seconds"])[:SHOWN]
+    shown = [_cells("all", rows)] + ([_cells(str(row["layer"]), [row]) for row in slowest] if len(rows) > 1 else [])
+    notes = [
+        f"Shares of the step time by what it waits for; the {len(slowest)} slowest of {len(rows)} layers below all."
+    ]
+    columns = [column for column in COLUMNS if column.key != "inter" or any(row.get("inter") for row in shown)]
+    return Table(columns, shown, title, notes)
+
+
+def _cells(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = sum(row["seconds"] for row in rows)
+    terms = {term: sum(row["terms"][term] for row in rows) for term in rows[0]["terms"]}
+    shares = {term: spent / seconds if seconds else 0.0 for term, spent in terms.items()}
+    links = {f"node {n}": share for n, share in _mean(rows, "dispatch", "nodes").items()}
+    links |= {str(g): share for g, share in _mean(rows, "dispatch", "devices").items()}
+    slowest = {str(g): share for g, share in _mean(rows, "compute", "devices").items()}
+    return {"layer": name, "seconds": seconds, **shares, "slowest": _named(slowest), "busiest": _named(links)}
+
+
+def _mean(rows: list[dict[str, Any]], phase: str, kind: str) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for row in rows:
+        for index, share in row["phases"][phase][kind].items():
+            found[index] = found.get(index, 0.0) + share / len(rows)
+    return found
+
+
+def _named(shares: dict[str, float]) -> str | None:
+    most = sorted(shares.items(), key=lambda entry: -entry[1])[:NAMED]
+    return ", ".join(f"{name} ({percent(share)})" for name, share in most) or None
+
+
+# A comparison as rows of plain values, and the table that shows them.
+
+
+FIGURES = (
+    "load_max_mean",
+    "load_max_mean_p99",
+    "devices_per_token",
+    "nodes_per_token",
+    "cross_device_fraction",
+    "cross_node_fraction",
+    "local_transitions",
+    "node_local_transitions",
+    "step_seconds_mean",
+    "step_seconds_p50",
+    "step_seconds_p95",
+    "step_seconds_p99",
+    "compute_seconds",
+    "transfer_seconds",
+    "device_bytes_max",
+    "node_bytes_max",
+    "device_memory_max",
+)
+
+ROWS_COLUMNS = (
+    Column("solver", "plan", right=False),
+    Column("load_max_mean", "load\nmax/mean", number(3)),
+    Column("devices_per_token", "devices\na token", number(2)),
+    Column("nodes_per_token", "nodes\na token", number(2)),
+    Column("cross_device_fraction", "cross\ndevice", percent),
+    Column("cross_node_fraction", "cross\nnode", percent),
+    Column("local_transitions", "local\ntransitions", percent),
+    Column("step_seconds_mean", "step ms\nmean", milliseconds),
+    Column("step_seconds_p50", "step ms\np50", milliseconds),
+    Column("step_seconds_p99", "step ms\np99", milliseconds),
+    Column("ratio", f"time to\n{BASELINE}", number(3)),
+    Column("value", "value", figure),
+    Column("bound", "bound", figure),
+    Column("gap", "gap", percent),
+    Column("solve_seconds", "solve s", seconds),
+)
+RISK = Column("risk_seconds", "risk ms", milliseconds)
+
+
+def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row for each kind of steps and entry, kinds in turn; keys are the same in every row, None where unknown."""
+    return [_row(comparison, entry, kind) for kind in comparison.steps for entry in comparison.entries]
+
+
+def _row(comparison: Comparison, entry: Entry, kind: str) -> dict[str, Any]:
+    plan, evaluation = entry.plan, entry.evaluations.get(kind)
+    certificate = None if plan is None else plan.certificate
+    summary = {} if evaluation is None else evaluation.summary()
+    base = comparison.baseline.evaluations.get(kind)
+    row: dict[str, Any] = {
+        "solver": entry.name,
+        "steps": kind,
+        "status": "ok" if plan is not None else "failed",
+        "reason": entry.reason.removeprefix(f"{entry.name}: ") or None,
+        **{name: summary.get(name) for name in FIGURES},
+        "risk": comparison.problem.objective.risk,
+        "risk_seconds": None if evaluation is None else comparison.risk(entry, kind),
+        "ratio": None,
+        "objective": None if certificate is None else certificate.objective,
+        "value": None if certificate is None else certificate.value,
+        "bound": None if certificate is None else certificate.bound,
+        "gap": None if plan is None else plan.gap,
+        "proven_optimal": None if plan is None else plan.proven_optimal,
+        "stop": None if plan is None else plan.provenance.stop,
+        "solve_seconds": None if plan is None or plan.provenance.stop == "given" else plan.provenance.seconds,
+    }
+    if evaluation is not None and base is not None:
+        row["ratio"] = float(evaluation.step_seconds.mean() / base.step_seconds.mean())
+    return row
+
+
+def comparison_tables(comparison: Comparison, rows: list[dict[str, Any]]) -> list[Table]:
+    """One table a kind of steps; remarks stand below the last."""
+    columns = [column for column in ROWS_COLUMNS if column.key != "nodes_per_token" or _several_nodes(comparison)]
+    columns = [column for column in columns if column.key != "cross_node_fraction" or _several_nodes(comparison)]
+    if comparison.problem.objective.risk != "mean":
+        columns.insert(next(i for i, column in enumerate(columns) if column.key == "ratio"), RISK)
+    tables = []
+    for kind, steps in comparison.steps.items():
+        mine = [row for row in rows if row["steps"] == kind]
+        tables.append(Table(columns, mine, title=f"{kind}: {steps.num_steps} steps of {int(steps.tokens[0])} tokens"))
+    notes = reading_notes(comparison, rows) + failure_notes(comparison, rows)
+    last = tables[-1]
+    tables[-1] = Table(last.columns, last.rows, last.title, notes)
+    return tables
+
+
+def _several_nodes(comparison: Comparison) -> bool:
+    return comparison.problem.topology.num_nodes > 1
+
+
+def reading_notes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[str]:
+    """What the figures mean and where they come from."""
+    objective = comparison.problem.objective
+    solvers: dict[str, list[str]] = {}
+    for row in _once(comparison, rows):
+        if row["objective"]:
+            solvers.setdefault(row["objective"], []).append(row["solver"])
+    return [
+        f"{comparison.parted.description}. {objective.execution}, replicas split {objective.split}.",
+        "Step times are predicted. Value, bound and gap are of each solver's own objective on the training part:",
+        *(f"  {', '.join(names)}: {name}" for name, names in solvers.items()),
+    ]
+
+
+def failure_notes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[str]:
+    """Why a solver has no plan, a line each."""
+    return [
+        f"{row['solver']}: no plan. {row['reason']}" for row in _once(comparison, rows) if row["status"] == "failed"
+    ]
+
+
+def _once(comparison: Comparison, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first = next(iter(comparison.steps))
+    return [row for row in rows if row["steps"] == first]
+
+
+# The table that shows what changes do to a plan.
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
+WHAT_IF_ROWS_COLUMNS = (
+    Column("change", "change", right=False),
+    Column("survives", "every expert\nsurvives", _yes),
+    Column("experts_lost", "experts\nlost"),
+    Column("lost_load", "their\ntokens", percent),
+    Column("degraded_ms", "as is\nms", milliseconds),
+    Column("repaired_ms", "repaired\nms", milliseconds),
+    Column("repaired_bytes", "to load", quantity("B")),
+    Column("slots", "slots"),
+    Column("extra_slots", "more on\nsurvivors"),
+    Column("ready_ms", "ready\nms", milliseconds),
+    Column("ratio", "to\nnow", number(3)),
+    Column("ready_moved", "to move", quantity("B")),
+    Column("ready_loaded", "to load", quantity("B")),
+    Column("ready_survives", "survives\nthen", right=False),
+)
+
+
+def written_survival(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """`devices 3/8, nodes 0/2`."""
+    return ", ".join(f"{kind}s {count['survived']}/{count['of']}" for kind, count in counts.items() if count["of"])
+
+
+def what_if_table(data: Mapping[str, Any], described: str) -> Table:
+    """A line a change, and what to read out of them."""
+    rows = [_shown(row) for row in data["changes"]]
+    used = [
+        c
+        for c in WHAT_IF_ROWS_COLUMNS
+        if c.key in ("change", "survives") or any(row.get(c.key) is not None for row in rows)
+    ]
+    now = f"Now: {data['now']['step_seconds_mean'] * 1e3:.3f} ms in {data['slots']} slots a layer"
+    counts = written_survival(data["survives"])
+    notes = [f"{now}; single failures in which every expert survives: {counts or 'none, there is one device'}."]
+    if any(row["extra_slots"] for row in data["changes"]):
+        notes.append("Where survivors need more slots than they have, engines must be started with those.")
+    notes += [f"{row['change']}: no ready plan. {row['reason']}" for row in data["changes"] if row["reason"]]
+    return Table(used, rows, footnotes=(*notes, described))
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    degraded, repaired, ready = row["degraded"] or {}, row["repaired"] or {}, row["ready"] or {}
+    return {
+        "change": row["change"],
+        "survives": row["survives"],
+        "experts_lost": row["experts_lost"],
+        "lost_load": row["lost_load"],
+        "degraded_ms": degraded.get("step_seconds_mean"),
+        "repaired_ms": repaired.get("step_seconds_mean"),
+        "repaired_bytes": repaired.get("bytes_reloaded"),
+        "slots": ready.get("slots"),
+        "extra_slots": row["extra_slots"] or None,
+        "ready_ms": ready.get("step_seconds_mean"),
+        "ratio": ready.get("ratio"),
+        "ready_moved": ready.get("bytes_moved"),
+        "ready_loaded": ready.get("bytes_reloaded"),
+        "ready_survives": written_survival(ready["survives"]) if ready else None,
+    }
+
+
+PARETO_ROWS_COLUMNS = (
+    Column("point", "plan", right=False),
+    Column("best", "", lambda best: "*" if best else "", right=False),
+    Column("redundant_slots", "redundant\nslots"),
+    Column("device_memory_max", "memory\na device", quantity("B")),
+    Column("bytes_moved", "to move", quantity("B")),
+    Column("survives", "survives single failures", written_survival, right=False),
+    Column("step_seconds_mean", "step ms\nmean", milliseconds),
+    Column("step_seconds_p99", "step ms\np99", milliseconds),
+    Column("risk_seconds", "judged by\nms", milliseconds),
+    Column("ratio", "to the\nfastest", number(3)),
+    Column("stored_as", "stored as", right=False),
+)
+
+
+def pareto_columns(data: Mapping[str, Any]) -> list[Column]:
+    """The columns that say something about these points, their name first."""
+    points = data["points"]
+    hidden = {key for key in ("bytes_moved", "stored_as") if all(point[key] is None for point in points)}
+    hidden |= {"risk_seconds"} if data["objective"]["risk"] in ("mean", "regret") else set()
+    return [column for column in PARETO_ROWS_COLUMNS if column.key not in hidden]
+
+
+def pareto_notes(data: Mapping[str, Any]) -> list[str]:
+    """What is marked, and which wishes have no plan."""
+    moved = "bytes moved, " if any(point["bytes_moved"] is not None for point in data["points"]) else ""
+    return [
+        f"* no other plan here is at least as good in everything: step time, redundant slots, {moved}device failures "
+        "survived, node failures survived.",
+        *(f"{refused['point']}: no plan. {refused['reason']}" for refused in data["refused"]),
+    ]
+
+
+def pareto_table(data: Mapping[str, Any], described: str) -> Table:
+    """A line a point."""
+    return Table(pareto_columns(data), data["points"], footnotes=(*pareto_notes(data), described))

@@ -1,0 +1,245 @@
+"""Connections to either kind of database, and when a transaction takes the writers' lock."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc, make_url
+from sqlalchemy.exc import ArgumentError
+
+from ..placement.errors import StoreError
+
+# Which database a user means, and how to show it without its password.
+
+
+VARIABLE = "MOEPLACE_DB"
+DEFAULT_FILE = "moeplace.db"
+POSTGRES = ("postgres", "postgresql", "postgresql+psycopg")
+
+
+def resolve(given: str | os.PathLike[str] | None) -> URL:
+    """The address of the database: `given`, else the environment's MOEPLACE_DB, else a file in the user's data folder.
+
+    A file path, `sqlite:///file`, or `postgresql://user@host/database`. The data folder is created, others are not.
+
+    Raises:
+        StoreError: not an address, a kind of database that is not supported, or a folder that is not there.
+    """
+    text = os.fspath(given) if given is not None else os.environ.get(VARIABLE, "")
+    if given is not None and not text:
+        raise StoreError(
+            f"the database address is empty; give a file, a URL, or leave it out for the {VARIABLE} variable"
+        )
+    if not text:
+        return _file(_data_folder() / DEFAULT_FILE)
+    if "://" not in text:
+        return _file(Path(text))
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        # The text is not shown: what cannot be parsed may hold a password anywhere.
+        raise StoreError("the database URL cannot be read; expected " + _FORMS) from None
+    if url.drivername in POSTGRES:
+        if not url.database:
+            raise StoreError(f"{shown(url)} names no database; expected {_FORMS}")
+        return url.set(drivername="postgresql+psycopg")
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+        if url.query or url.host:
+            raise StoreError(f"{shown(url)}: an SQLite URL is sqlite:///file (four slashes for /file), without options")
+        return _file(Path(url.database or ""))
+    raise StoreError(f"{url.drivername!r} databases are not supported; expected {_FORMS}")
+
+
+_FORMS = "a file path, sqlite:///file, or postgresql://user@host:5432/database"
+
+
+def shown(url: URL) -> str:
+    """The address for messages, without passwords."""
+    secrets = [key for key in url.query if "password" in key.lower()]
+    return url.difference_update_query(secrets).render_as_string(hide_password=True)
+
+
+def _data_folder() -> Path:
+    folder = platformdirs.user_data_path("moeplace", appauthor=False)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: the data folder cannot be created ({error.strerror}); name another database in {VARIABLE}"
+        ) from None
+    return folder
+
+
+def _file(path: Path) -> URL:
+    if str(path) in ("", ".", ":memory:"):
+        raise StoreError("a database in memory is gone with its process; give a file")
+    try:
+        path = path.expanduser().absolute()
+        if path.is_dir():
+            raise StoreError(f"{path}: a folder; give a file in it, such as {path / DEFAULT_FILE}")
+        if not path.parent.is_dir():
+            raise StoreError(
+                f"{path.parent}: no such folder for the database {path.name}; create it, or name another file"
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"{str(path)!r} cannot be used as a database file ({error}); name another file") from None
+    return URL.create("sqlite", database=str(path))
+
+
+# What went wrong in the database, said to the person who has to do something about it.
+
+
+_DONE = "nothing of this change was stored"
+
+# By SQLite's primary result code, https://www.sqlite.org/rescode.html
+_SQLITE = {
+    sqlite3.SQLITE_BUSY: "locked: another process has been writing for too long; wait for it or end it, then repeat; "
+    + _DONE,
+    sqlite3.SQLITE_FULL: "the disk is full; free some space, then repeat; " + _DONE,
+    sqlite3.SQLITE_IOERR: "reading or writing failed (disk or quota full, file size limit, or a failing disk); "
+    "make room, then repeat; " + _DONE,
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that the folder exists and that you may read and write in it",
+    sqlite3.SQLITE_READONLY: "may not be written; check the permissions of the file and of its folder "
+    "(SQLite writes beside it), or name another file",
+    sqlite3.SQLITE_PERM: "may not be opened; check the permissions of the file and of its folder",
+    sqlite3.SQLITE_NOTADB: "not an SQLite database; name another file, or move this one away",
+    sqlite3.SQLITE_CORRUPT: "damaged; restore a copy, or save what is left with `sqlite3 FILE .recover`",
+    sqlite3.SQLITE_TOOBIG: "this is larger than SQLite stores in one piece; keep a smaller token sample",
+}
+
+# By SQLSTATE or its class (first two characters), https://www.postgresql.org/docs/current/errcodes-appendix.html
+_POSTGRES = {
+    "55P03": "locked: another process has been writing for too long; wait for it or end it, then repeat; " + _DONE,
+    "57014": "the server cancelled the statement (its statement_timeout, or an administrator); " + _DONE,
+    "53100": "the server's disk is full; free some space there, then repeat; " + _DONE,
+    "3F000": "no schema to create tables in; create the one the search_path names",
+    "42501": "this role may not do that; grant it the rights on the database and its schema",
+    "40": "the server aborted this change in favour of another; repeat; " + _DONE,
+    "57": "the server is shutting down or starting up; try again later",
+    "08": "the connection was lost; repeat: what was stored already is found again, not doubled",
+}
+
+
+def explain(error: exc.SQLAlchemyError, url: URL) -> str:
+    """One line: which database, what happened, what to do, and what the database itself said."""
+    cause = error.orig if isinstance(error, exc.DBAPIError) else None
+    said = " ".join(str(cause or error).split())
+    return f"database {shown(url)}: {_meaning(error, cause)} ({said})"
+
+
+def _meaning(error: exc.SQLAlchemyError, cause: BaseException | None) -> str:
+    if isinstance(cause, sqlite3.Error):
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+        return _SQLITE.get(code, "the database refused")
+    if isinstance(error, exc.TimeoutError):
+        return "every connection of this process is in use; use fewer threads"
+    state = getattr(cause, "sqlstate", None) or ""
+    if state:
+        return _POSTGRES.get(state) or _POSTGRES.get(state[:2]) or "the server refused"
+    if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
+        return _POSTGRES["08"]
+    if isinstance(error, exc.DBAPIError) and type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
+        return "cannot be reached; check that the server runs, its address, the names of database and user, and the password"
+    return "the database refused"
+
+
+WRITES = "moeplace_writes"
+CONNECT_SECONDS = 10
+
+
+def connect(url: URL, lock_seconds: float) -> Engine:
+    """An engine whose transactions, under the execution option WRITES, begin by waiting for all other writers.
+
+    Writers of one database (of one PostgreSQL schema) run one at a time, so that looking for a row and adding it where
+    it is missing is one step. Readers never wait.
+
+    Raises:
+        StoreError: PostgreSQL is asked for and its driver is not installed.
+    """
+    if url.get_backend_name() == "sqlite":
+        return _sqlite(url, lock_seconds)
+    return _postgres(url, lock_seconds)
+
+
+def _sqlite(url: URL, lock_seconds: float) -> Engine:
+    # No pool: opening the file is cheap, and a connection carried over a fork would corrupt the file.
+    engine = create_engine(
+        url,
+        poolclass=NullPool,
+        hide_parameters=True,
+        connect_args={"timeout": lock_seconds, "isolation_level": None},
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def keep_private(_dialect: Any, _record: Any, _arguments: Any, _options: Any) -> None:
+        # It holds secrets. SQLite would make it readable to all, and gives the files beside it the rights of this one.
+        # Where it cannot be made, SQLite says why.
+        with contextlib.suppress(OSError):
+            os.close(os.open(str(url.database), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = FULL")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # Taking the lock at once: a transaction that reads first and writes later would fail when another wrote between.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
+
+    return engine
+
+
+def _postgres(url: URL, lock_seconds: float) -> Engine:
+    if importlib.util.find_spec("psycopg") is None:
+        raise StoreError(f"{shown(url)}: the PostgreSQL driver is not installed; pip install 'moeplace[postgres]'")
+    timeout = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_SECONDS}
+    # READ COMMITTED, whatever the server's default: what the last writer stored is seen once its lock is ours.
+    engine = create_engine(
+        url, pool_pre_ping=True, hide_parameters=True, connect_args=timeout, isolation_level="READ COMMITTED"
+    )
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        if _writes(connection):
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, round(lock_seconds * 1000))}")
+            connection.exec_driver_sql(
+                "SELECT pg_advisory_xact_lock(hashtext('moeplace'), hashtext(coalesce(current_schema(), '')))"
+            )
+
+    return engine
+
+
+def _writes(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get(WRITES))
+
+
+def use_write_ahead_log(engine: Engine, lock_seconds: float) -> None:
+    """Lets an SQLite file be read while it is written. Stays with the file; elsewhere does nothing.
+
+    A file system that cannot do it (some network ones) keeps the rollback journal, which is as safe and slower.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+    deadline = time.monotonic() + lock_seconds
+    connection = engine.raw_connection()
+    try:
+        while True:
+            try:
+                connection.cursor().execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.Error as error:
+                # SQLite does not wait for other connections here, whatever the timeout. Any other error comes again,
+                # and is reported, at the first transaction.
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    return
+            time.sleep(0.02)
+    finally:
+        connection.close()

@@ -1,0 +1,175 @@
+"""All ranks or none: a decision that every rank that lives reads the same, whoever dies while it is taken."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from ...placement.errors import InputError, RankError
+from .mesh import ExpertMesh
+
+# When a collective fails: which rank is gone.
+
+
+ANSWER = timedelta(seconds=5)
+"""How long the survivors of a failed collective wait for one another's sign of life."""
+
+_failures: Counter[str] = Counter()
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(group: dist.ProcessGroup) -> Iterator[None]:
+    """Turns a failure of the backend inside the block into a RankError that names the ranks that do not answer.
+
+    A backend says which socket broke, not which rank; and ranks that only waited for a survivor break as well. So each
+    survivor signs in the store, and those who do not sign are the ones that are gone.
+
+    Raises:
+        RankError: a collective in the block failed or ran past the group's timeout.
+    """
+    try:
+        yield
+    except RankError:
+        raise
+    except (dist.DistError, RuntimeError) as error:
+        raise RankError(describe(group, error)) from error
+
+
+def describe(group: dist.ProcessGroup, error: BaseException) -> str:
+    """One sentence: who of `group` gave no sign of life within five seconds of the failure."""
+    said = " ".join(str(error).split())[:200]
+    silent = silent_ranks(group)
+    if silent is None:
+        return f"a collective failed and the store of the process group is gone with rank 0 or its launcher ({said})"
+    if not silent:
+        return f"a collective failed though every rank still answers ({said})"
+    names = ", ".join(str(rank) for rank in silent)
+    return f"rank {names} did not answer within {ANSWER.seconds} s of a failed collective: it died or hangs ({said})"
+
+
+def silent_ranks(group: dist.ProcessGroup) -> list[int] | None:
+    """Global ranks of `group` that do not sign in; None when the store itself is gone."""
+    name = group.group_name
+    _failures[name] += 1
+    members = dist.get_process_group_ranks(group)
+    try:
+        store = PrefixStore(f"moeplace/lost/{name}/{_failures[name]}", _get_default_store())
+        store.set(str(dist.get_rank()), "here")
+    except (dist.DistError, RuntimeError):
+        return None
+    silent = []
+    patience = ANSWER
+    for rank in members:
+        try:
+            store.wait([str(rank)], patience)
+        except (dist.DistError, RuntimeError):
+            silent.append(rank)
+            patience = timedelta(milliseconds=100)  # all had the same time to sign
+    return silent
+
+
+# Ranks make sure that they mean the same thing before any of them waits for the others.
+
+
+def agree(mesh: ExpertMesh, what: str, content: str, failure: Exception | None = None) -> None:
+    """Every rank of the mesh calls this with its own `content`; all return, or all raise.
+
+    failure: why this rank cannot go on; it is raised here, after the others have been told.
+
+    Raises:
+        InputError: another rank gave other content, or cannot go on; both are named.
+        RankError: a rank did not come.
+    """
+    mine = torch.zeros(33, dtype=torch.uint8)
+    mine[0] = failure is not None
+    mine[1:] = torch.frombuffer(bytearray(hashlib.sha256(content.encode()).digest()), dtype=torch.uint8)
+    mine = mine.to(mesh.device)
+    rows = gather(mesh, mine).cpu()
+    if failure is not None:
+        raise failure
+    refused = [mesh.members[i] for i in range(mesh.size) if rows[i, 0]]
+    if refused:
+        raise InputError(f"{what}: rank {_names(refused)} refused it; see the error there")
+    differ = [mesh.members[i] for i in range(mesh.size) if not torch.equal(rows[i, 1:], rows[mesh.rank, 1:])]
+    if differ:
+        raise InputError(
+            f"{what}: rank {_names(differ)} has another one than rank {mesh.members[mesh.rank]}; give every rank the "
+            "same, for instance by reading one file"
+        )
+
+
+def gather(mesh: ExpertMesh, value: Tensor) -> Tensor:
+    """[G, ...] the values of all ranks, of one shape."""
+    every = [torch.empty_like(value) for _ in range(mesh.size)]
+    with naming_lost_ranks(mesh.group):
+        dist.all_gather(every, value, group=mesh.group)
+    return torch.stack(every)
+
+
+def _names(ranks: list[int]) -> str:
+    return ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
+
+
+POLL = timedelta(milliseconds=5)
+
+
+class Ballot:
+    """One decision of a mesh's ranks, kept in the process group's store.
+
+    A rank that is ready says so; the last of all writes "commit". A rank that fails, or has waited too long, writes
+    "abort". The store takes the first of these writes and refuses the rest, so there is one outcome, also for ranks
+    that were waiting when another died. The store must live: torchrun keeps it outside the ranks.
+    """
+
+    def __init__(self, mesh: ExpertMesh, name: str) -> None:
+        self._mesh = mesh
+        self._store: Store = PrefixStore(f"moeplace/ballot/{name}", _get_default_store())
+
+    def abort(self, reason: str) -> str:
+        """This rank cannot go on. Gives the reason that the ranks were first told."""
+        try:
+            self._decide(f"abort rank {self._mesh.members[self._mesh.rank]}: {reason}")
+            return self._store.get("decision").decode().removeprefix("abort ")
+        except (dist.DistError, RuntimeError):
+            return f"{reason}; the store of the process group is gone, with rank 0 or its launcher"
+
+    @property
+    def decided(self) -> bool:
+        return bool(self._store.check(["decision"]))
+
+    def ready(self, timeout: timedelta) -> None:
+        """This rank has everything; returns when all ranks have.
+
+        Raises:
+            RankError: a rank failed or did not come within `timeout`; then no rank returns from its `ready`.
+        """
+        try:
+            self._store.set(f"ready/{self._mesh.rank}", "")
+            if self._store.add("count", 1) == self._mesh.size:
+                self._decide("commit")
+            end = time.monotonic() + timeout.total_seconds()
+            while not self.decided:
+                if time.monotonic() > end:
+                    self._decide(f"abort rank {self._missing()} did not come within {timeout.total_seconds():g} s")
+                time.sleep(POLL.total_seconds())
+            outcome = self._store.get("decision").decode()
+        except (dist.DistError, RuntimeError) as error:
+            raise RankError(f"the store of the process group is gone, with rank 0 or its launcher ({error})") from error
+        if outcome != "commit":
+            raise RankError(outcome.removeprefix("abort "))
+
+    def _decide(self, outcome: str) -> None:
+        self._store.compare_set("decision", "", outcome[:2000])
+
+    def _missing(self) -> str:
+        late = [i for i in range(self._mesh.size) if not self._store.check([f"ready/{i}"])]
+        return ", ".join(str(self._mesh.members[i]) for i in late)

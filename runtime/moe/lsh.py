@@ -1,0 +1,425 @@
+"""Dispatch of clusters in place of tokens (LSH-MoE, 2024), on top of plain dispatch, which carries all that stays alone.
+
+A cluster is of pairs of a token and a slot, so that one expert's output serves all its members and each member keeps its
+own gate weight, applied here, at the sender. With c the cluster's mean, s the residual's scale and w a pair's weight,
+
+    y = E(c) + s (x - c)        out = sum over the token's pairs of w y
+
+and autograd through just that: with g a pair's gradient of y, G their sum over a cluster of n, dx = s g + (J^T G - s G) / n, and
+of a weight <d out, y>. One row a cluster travels, there and back, forward and backward.
+
+T tokens, K slots a token, P slots, D hidden size, M most clusters, X projected size of all hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...placement.errors import InputError
+from .compression import CompressionStatistics, LSHCompression
+from .dispatcher import HopDispatcher, Sent, Work
+from .layer_placement import LayerPlacement
+from .mesh import ExpertMesh
+
+# Cross-polytope hashing: the nearest of the 2 d unit vectors along the axes of a randomly rotated space of d
+# dimensions. Andoni et al., Practical and Optimal LSH for Angular Distance, 2015; as in LSH-MoE, 2024. Here each hash
+# projects to its own small space: at full width nearly every token would have a code of its own. N rows, D hidden
+# size, H hashes, d dimensions of one hash.
+
+
+def rotations(hidden_size: int, hashes: int, dimension: int, seed: int) -> Tensor:
+    """[D, H * d] of float32: for each hash d orthonormal directions, drawn from `seed`; the same everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(hashes, hidden_size, dimension, generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(drawn).Q
+    return basis.movedim(0, 1).reshape(hidden_size, hashes * dimension).float()
+
+
+def digits(projected: Tensor, dimension: int) -> Tensor:
+    """[N, H] hash values below 2 d of rows projected to [N, H * d]: twice the longest coordinate's index, one more if it
+    is negative."""
+    p_NHd = projected.view(len(projected), -1, dimension)
+    longest = p_NHd.abs().argmax(dim=-1, keepdim=True)
+    return (2 * longest + (p_NHd.gather(-1, longest) < 0)).squeeze(-1)
+
+
+# Pairs of a token and a slot to clusters, by sorting their hash codes; as many clusters as a target allows. Every
+# choice rests on integers and on sums in a fixed order, so that the same batch gives the same clusters again, as
+# activation checkpointing needs. The host never waits for the device: what depends on data has a fixed, sufficient
+# size. T tokens, K slots a token, N = T K pairs, P slots, H hashes, d dimensions of one, M most clusters of two or
+# more.
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """Clusters of two pairs or more, in order of their slots; the rest of the M places are empty.
+
+    row_TK: [T, K] the cluster of each pair, M for pairs alone. token_N, offset_M: tokens of one cluster behind another's, and
+    where each begins; offset_M has one more, the end. slot_M: [M] -1 for empty places. size_M: [M].
+    levels: whole hashes that counted.
+    """
+
+    row_TK: Tensor
+    token_N: Tensor
+    offset_M: Tensor
+    slot_M: Tensor
+    size_M: Tensor
+    levels: Tensor
+
+
+def cluster(
+    projected_TX: Tensor,
+    slot_TK: Tensor,
+    scope_TK: Tensor,
+    target: Tensor,
+    slots: int,
+    dimension: int,
+    largest_target: int,
+) -> Clusters:
+    """Clusters of the pairs in scope such that they and the pairs alone are at most `target`, or one a slot.
+
+    projected_TX: [T, H * d]. target: a number, on the device. largest_target: that it cannot pass, known to the host. As many whole hashes count as the target allows; of the next
+    one, where it parts clusters of the largest squared error a new cluster, until the target is reached. Hashes see
+    tokens relative to the mean of their slot, since what a slot's tokens have in common says nothing about who is alike.
+    """
+    tokens, top_k = slot_TK.shape
+    pairs = tokens * top_k
+    slot_N = torch.where(scope_TK, slot_TK, slots).flatten()
+    token_N = torch.arange(tokens, device=slot_N.device).repeat_interleave(top_k)
+    p_NX = _centred(projected_TX, slot_N, token_N, slots)
+    digit_NH = digits(p_NX, dimension)
+    hashes = digit_NH.shape[1]
+
+    key_N = slot_N
+    for h in range(hashes):
+        key_N = key_N * (2 * dimension) + digit_NH[:, h]
+    key_N, order_N = key_N.sort(stable=True)
+    inside_N = slot_N[order_N] < slots
+
+    begins = [_changes(key_N.div((2 * dimension) ** (hashes - h), rounding_mode="floor")) for h in range(hashes + 1)]
+    begin_HN = torch.stack([*begins, begins[-1]])
+    count_H = (begin_HN & inside_N).sum(dim=1)
+    level = ((count_H[:-1] <= target).sum() - 1).clamp(min=0).view(1)
+    begin_N = begin_HN.index_select(0, level)[0]
+    finer_N = begin_HN.index_select(0, level + 1)[0]
+    spare = target - count_H.index_select(0, level)[0]
+    begin_N = begin_N | (finer_N & _worth_parting(begin_N, finer_N, inside_N, p_NX[order_N], spare))
+    most = min(pairs // 2, max(largest_target, slots))
+    return _arranged(begin_N, inside_N, order_N, token_N, slot_N, most, top_k, level[0])
+
+
+def _centred(projected_TX: Tensor, slot_N: Tensor, token_N: Tensor, slots: int) -> Tensor:
+    """[N, X] each pair's projection less its slot's mean; zero out of scope, where values may be NaN."""
+    by_slot = slot_N.argsort(stable=True)
+    count_P = torch.zeros(slots + 1, dtype=torch.int64, device=slot_N.device)
+    count_P.scatter_add_(0, slot_N, torch.ones_like(slot_N))
+    mean_PX = F.embedding_bag(token_N[by_slot], projected_TX, count_P.cumsum(0) - count_P, mode="mean")
+    difference = projected_TX[token_N] - mean_PX[slot_N]
+    return torch.where((slot_N < slots)[:, None], difference, 0.0)
+
+
+def _changes(key_N: Tensor) -> Tensor:
+    """Where a value differs from the one before it."""
+    first = torch.ones_like(key_N, dtype=torch.bool)
+    first[1:] = key_N[1:] != key_N[:-1]
+    return first
+
+
+def _worth_parting(begin_N: Tensor, finer_N: Tensor, inside_N: Tensor, p_NX: Tensor, spare: Tensor) -> Tensor:
+    """[N] whether a pair's cluster is parted by the next hash: largest squared error a new cluster first."""
+    pairs = len(begin_N)
+    id_N = begin_N.cumsum(0) - 1
+    place_N = torch.arange(pairs, device=begin_N.device)
+    offset_C = torch.full((pairs + 1,), pairs, dtype=torch.int64, device=begin_N.device)
+    offset_C.scatter_reduce_(0, id_N, place_N, "amin")
+    new_C = torch.zeros(pairs, dtype=torch.int64, device=begin_N.device)
+    new_C.scatter_add_(0, id_N, (finer_N & ~begin_N & inside_N).long())
+    size_C = torch.zeros_like(new_C).scatter_add_(0, id_N, torch.ones_like(id_N))
+    sum_CX = F.embedding_bag(place_N, p_NX, offset_C[:-1], mode="sum")
+    square_C = F.embedding_bag(place_N, p_NX.square().sum(dim=1, keepdim=True), offset_C[:-1], mode="sum")[:, 0]
+    error_C = square_C - sum_CX.square().sum(dim=1) / size_C.clamp(min=1)
+    gain_C = torch.where(new_C > 0, error_C / new_C.clamp(min=1), -1.0)
+    order_C = gain_C.argsort(descending=True, stable=True)
+    chosen_C = torch.empty_like(new_C, dtype=torch.bool)
+    chosen_C[order_C] = new_C[order_C].cumsum(0) <= spare
+    return chosen_C[id_N]
+
+
+def _arranged(
+    begin_N: Tensor,
+    inside_N: Tensor,
+    order_N: Tensor,
+    token_N: Tensor,
+    slot_N: Tensor,
+    most: int,
+    top_k: int,
+    levels: Tensor,
+) -> Clusters:
+    """Numbers clusters of two or more, and brings their members to the front."""
+    pairs = len(begin_N)
+    id_N = begin_N.cumsum(0) - 1
+    size_C = torch.zeros(pairs, dtype=torch.int64, device=begin_N.device).scatter_add_(0, id_N, torch.ones_like(id_N))
+    several_N = (size_C[id_N] > 1) & inside_N
+    row_N = torch.where(several_N, (begin_N & several_N).cumsum(0) - 1, most)
+    members_first = torch.where(several_N, several_N.cumsum(0) - 1, several_N.sum() + (~several_N).cumsum(0) - 1)
+    sorted_token_N = token_N[order_N]
+    member_token_N = torch.empty_like(sorted_token_N).scatter_(0, members_first, sorted_token_N)
+    size_M = torch.zeros(most + 1, dtype=torch.int64, device=begin_N.device)
+    size_M.scatter_add_(0, row_N, torch.ones_like(row_N))
+    slot_M = torch.full((most + 1,), -1, dtype=torch.int64, device=begin_N.device)
+    slot_M.scatter_(0, row_N, slot_N[order_N])
+    row_in_order = torch.empty_like(row_N).scatter_(0, order_N, row_N)
+    size_M = size_M[:most]
+    end_M = size_M.cumsum(0)
+    offset_M = torch.cat([end_M.new_zeros(1), end_M])
+    return Clusters(row_in_order.view(-1, top_k), member_token_N, offset_M, slot_M[:most], size_M, levels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compressed:
+    """What combine needs beside the plain dispatcher's own. row_TK: [T, K] a pair's cluster, M if it is alone."""
+
+    plain: Work
+    x_TD: Tensor
+    centroid_MD: Tensor
+    slot_M: Tensor
+    size_M: Tensor
+    row_TK: Tensor
+    weight_TK: Tensor
+
+
+class CompressedDispatcher:
+    """plain: carries rows with several slots each, -1 for none. layer: gives each layer its own rotations.
+    steps: optimizer steps done, None where nothing is to be compressed.
+
+    The clusters of a batch depend on it, the settings and the number of steps alone: an activation checkpoint's second
+    forward pass makes the same. Each rank clusters its own tokens; ranks need not agree on settings.
+
+    counts: [E] of the latest forward pass, rows sent from this rank for each expert, a cluster as one.
+    """
+
+    def __init__(
+        self,
+        plain: HopDispatcher,
+        mesh: ExpertMesh,
+        settings: LSHCompression,
+        layer: int,
+        hidden_size: int,
+        steps: Callable[[], int | None],
+    ) -> None:
+        settings.check_hidden_size(hidden_size)
+        self._plain, self._mesh, self.settings, self._layer, self._steps = plain, mesh, settings, layer, steps
+        self._rotation: tuple[int, Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor, int, int] | None = None
+        self.counts = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def copies(self) -> tuple[tuple[int, ...], ...]:
+        """Of the latest dispatch, rows sent to each rank, hop by hop."""
+        return self._plain.copies
+
+    @property
+    def statistics(self) -> CompressionStatistics | None:
+        """Of the latest forward pass; None before the first that compressed. The host waits for the device."""
+        if self._latest is None:
+            return None
+        count, error, there, back = self._latest
+        plain, sent, pairs, clusters, clustered, refused, digits = count.tolist()
+        square, whole, scale = error.tolist()
+        return CompressionStatistics(
+            plain,
+            sent,
+            plain * (there + back),
+            sent * (there + back),
+            pairs,
+            clusters,
+            clustered,
+            refused,
+            (square / whole) ** 0.5 if whole > 0 else 0.0,
+            digits,
+            scale,
+        )
+
+    def place(self, placement: LayerPlacement, row_of_slot_P: Tensor, rows: int) -> None:
+        self._plain.place(placement, row_of_slot_P, rows)
+        where = self._mesh.device
+        device_P = torch.from_numpy(placement.device.copy()).to(where)
+        node_of = torch.from_numpy(placement.node_of.copy()).to(where)
+        node_P, own_node = node_of[device_P], int(placement.node_of[self._mesh.rank])
+        own_P = device_P == self._mesh.rank
+        self._unit_P = device_P
+        if self._plain.two_stage:
+            # One copy serves all slots of another node, or of one device of this node.
+            self._unit_P = torch.where(node_P == own_node, len(node_of) + device_P, node_P)
+        self._units = int(torch.unique(self._unit_P).numel())
+        self._own_unit = len(node_of) + self._mesh.rank if self._plain.two_stage else self._mesh.rank
+        self._scope_P = {
+            "all": torch.ones_like(own_P),
+            "off_device": ~own_P,
+            "off_node": node_P != own_node,
+        }[self.settings.scope]
+        self._expert_P = torch.from_numpy(placement.expert.copy()).to(where)
+        self._experts = placement.experts
+        codes = (2 * self.settings.dimension) ** self.settings.hashes
+        if (len(device_P) + 1) * codes >= 1 << 62:
+            raise InputError(f"{codes} codes of {len(device_P)} slots do not fit 64 bits; take fewer hashes")
+
+    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Sent:
+        steps = self._steps()
+        settings = self.settings
+        if steps is None or steps < settings.warm_up or settings.rate == 1.0 or slot_TK.numel() < 2:
+            self._latest = None
+            self.counts = self._counted(slot_TK)
+            return self._plain.dispatch(x_TD, slot_TK, weight_TK)
+        x_TD_float = x_TD.float()
+        with torch.no_grad():
+            square_T = x_TD_float.square().sum(dim=1)
+            # A token that is not finite would spoil its cluster.
+            scope_TK = self._scope_P[slot_TK] & square_T.isfinite()[:, None]
+            unit_TK = self._unit_P[slot_TK]
+            target = (settings.rate * _distinct(unit_TK, scope_TK).double()).long()
+            projected_TX = x_TD_float @ self._rotations(x_TD.shape[1], steps, x_TD.device)
+            largest = int(settings.rate * len(x_TD) * min(slot_TK.shape[1], self._units))
+            clusters = cluster(projected_TX, slot_TK, scope_TK, target, len(self._unit_P), settings.dimension, largest)
+        most = len(clusters.slot_M)
+        mean_MD = F.embedding_bag(clusters.token_N, x_TD_float, clusters.offset_M, mode="mean")[:most]
+        with torch.no_grad():
+            slot_M, square_M, error_M = self._within_bound(clusters, mean_MD, square_T)
+            row_TK = torch.cat([torch.where(slot_M < 0, most, _range(slot_M)), slot_M.new_tensor([most])])[
+                clusters.row_TK
+            ]
+            self._note(x_TD, slot_TK, unit_TK, scope_TK, clusters, slot_M, row_TK, square_M, error_M)
+        centroid_MD = mean_MD.to(x_TD.dtype)
+        alone_TK = row_TK == most
+        top_k = slot_TK.shape[1]
+        sent = self._plain.dispatch(
+            torch.cat([x_TD, centroid_MD]),
+            torch.cat([torch.where(alone_TK, slot_TK, -1), F.pad(slot_M[:, None], (0, top_k - 1), value=-1)]),
+            torch.cat([torch.where(alone_TK, weight_TK, 0.0), weight_TK.new_ones(most, 1).expand(-1, top_k)]),
+        )
+        weight_TK = torch.where(alone_TK, 0.0, weight_TK)
+        return _UnderWay(sent, (x_TD_float, centroid_MD.float(), slot_M, clusters.size_M, row_TK, weight_TK))
+
+    def combine(self, y_ND: Tensor, work: Work) -> Tensor:
+        if not isinstance(work.state, _Compressed):
+            return self._plain.combine(y_ND, work)
+        state = work.state
+        result = self._plain.combine(y_ND, state.plain)
+        alone_TD, y_MD = result[: len(state.x_TD)], result[len(state.x_TD) :]
+        offset_MD, scale = self._restoring(y_MD.float(), state)
+        table = torch.cat([offset_MD, offset_MD.new_zeros(1, offset_MD.shape[1])])
+        together_TD = F.embedding_bag(state.row_TK, table, per_sample_weights=state.weight_TK, mode="sum")
+        if scale is not None:
+            together_TD = together_TD + state.x_TD * (scale * state.weight_TK.sum(dim=1, keepdim=True))
+        whole_TD: Tensor = alone_TD.float() + together_TD
+        return whole_TD.to(result.dtype)
+
+    def _restoring(self, y_MD: Tensor, state: _Compressed) -> tuple[Tensor, Tensor | None]:
+        """(E(c) - s c of each cluster, s or None for no residual)."""
+        if self.settings.residual == "none":
+            return y_MD, None
+        scale = y_MD.new_ones(())
+        if self.settings.residual == "scaled":
+            with torch.no_grad():
+                scale = _slope(state.centroid_MD, y_MD, state.size_M, state.slot_M, len(self._unit_P))
+        if self._latest is not None:
+            self._latest[1][2] = scale
+        return y_MD - scale * state.centroid_MD, scale
+
+    def _rotations(self, hidden_size: int, steps: int, where: torch.device) -> Tensor:
+        settings = self.settings
+        age = 0 if settings.rotation_steps is None else steps // settings.rotation_steps
+        if self._rotation is None or self._rotation[0] != age:
+            seed = ((settings.seed * 1_000_003 + self._layer) * 1_000_003 + age) % (1 << 63)
+            self._rotation = age, rotations(hidden_size, settings.hashes, settings.dimension, seed).to(where)
+        return self._rotation[1]
+
+    def _within_bound(self, clusters: Clusters, mean_MD: Tensor, square_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """([M] slots, -1 for empty places and for clusters past the bound; [M] sums of |x|^2 and of |x - c|^2)."""
+        most = len(clusters.slot_M)
+        square_M = F.embedding_bag(clusters.token_N, square_T[:, None], clusters.offset_M, mode="sum")[:most, 0]
+        error_M = (square_M - clusters.size_M * mean_MD.square().sum(dim=1)).clamp(min=0.0)
+        if self.settings.error_bound is None:
+            return clusters.slot_M, square_M, error_M
+        past_M = error_M > self.settings.error_bound**2 * square_M
+        return torch.where(past_M, -1, clusters.slot_M), square_M, error_M
+
+    def _note(
+        self,
+        x_TD: Tensor,
+        slot_TK: Tensor,
+        unit_TK: Tensor,
+        scope_TK: Tensor,
+        clusters: Clusters,
+        slot_M: Tensor,
+        row_TK: Tensor,
+        square_M: Tensor,
+        error_M: Tensor,
+    ) -> None:
+        used_M = slot_M >= 0
+        alone_TK = row_TK == len(slot_M)
+        away_TK = unit_TK != self._own_unit
+        away_M = used_M & (self._unit_P[slot_M] != self._own_unit)
+        count = torch.stack(
+            [
+                _distinct(unit_TK, away_TK),
+                _distinct(unit_TK, away_TK & alone_TK) + away_M.sum(),
+                scope_TK.sum(),
+                used_M.sum(),
+                (clusters.size_M * used_M).sum(),
+                (clusters.size_M * (~used_M & (clusters.slot_M >= 0))).sum(),
+                clusters.levels,
+            ]
+        )
+        error = torch.stack([(error_M * used_M).sum(), (square_M * used_M).sum(), error_M.new_zeros(())])
+        row = x_TD.shape[1] * x_TD.element_size()
+        self._latest = count, error, row + 8 * slot_TK.shape[1], row
+        self.counts = self._counted(torch.where(alone_TK, slot_TK, -1), slot_M)
+
+    def _counted(self, *slots: Tensor) -> Tensor:
+        slot_N = torch.cat([part.flatten() for part in slots])
+        expert_N = torch.where(slot_N < 0, self._experts, self._expert_P[slot_N])
+        count_E = torch.zeros(self._experts + 1, dtype=torch.int64, device=slot_N.device)
+        return count_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))[:-1]
+
+
+class _UnderWay:
+    def __init__(self, sent: Sent, own: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+        self._sent, self._own = sent, own
+
+    def wait(self) -> Work:
+        plain = self._sent.wait()
+        return Work(plain.row_ND, plain.count_S, _Compressed(plain, *self._own))
+
+
+def _range(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)
+
+
+def _distinct(unit_TK: Tensor, valid_TK: Tensor) -> Tensor:
+    """How many different units the valid entries of each row name, in all."""
+    sorted_TK = torch.where(valid_TK, unit_TK, -1).sort(dim=1).values
+    first_TK = sorted_TK >= 0
+    first_TK[:, 1:] &= sorted_TK[:, 1:] != sorted_TK[:, :-1]
+    return first_TK.sum()
+
+
+def _slope(centroid_MD: Tensor, y_MD: Tensor, size_M: Tensor, slot_M: Tensor, slots: int) -> Tensor:
+    """The s that best predicts differences between outputs from differences between centroids of one slot, by least
+    squares, clusters weighing as their members: the best multiple of the identity in the place of the experts' Jacobians."""
+    weight_M = torch.where(slot_M < 0, 0, size_M).float()[:, None]
+    slot_M = torch.where(slot_M < 0, slots, slot_M)
+    total_P = weight_M.new_zeros(slots + 1, 1).index_add_(0, slot_M, weight_M).clamp_(min=1.0)
+
+    def centred(value_MD: Tensor) -> Tensor:
+        sum_PD = value_MD.new_zeros(slots + 1, value_MD.shape[1]).index_add_(0, slot_M, weight_M * value_MD)
+        return value_MD - (sum_PD / total_P)[slot_M]
+
+    from_MD, to_MD = centred(centroid_MD), centred(y_MD)
+    spread = (weight_M * from_MD.square()).sum()
+    return torch.where(spread > 0, (weight_M * from_MD * to_MD).sum() / spread, 0.0)

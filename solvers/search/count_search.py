@@ -1,0 +1,709 @@
+"""The course of a search on counts alone: rounds of balancing every layer on all recorded load vectors together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..._types import BoolArray, FloatArray, IntArray
+from ...placement.plan import Certificate, Stop
+from ...placement.problem import Problem
+from ...placement.risk import tail_weight
+from ..base import Budget, Solution
+from ..jit import kernel
+from .evaluator import Judge, window_bounds
+from .kernel_types import Moves
+from .moves import accepted, slot_tables, survives
+from .multistart import Pace
+from .scenario import Scenario
+from .starts import GroupHomes, balanced_layer, even_layer_share, even_shares
+
+# Which recorded windows count how much beside their tokens, so that balancing their weighted mean serves the
+# objective's risk.
+
+
+LEAST_EXCESS = 1e-9
+
+
+class WindowWeights:
+    """`weight` [S], summing to 1, and what is learnt from a plan's figures about it.
+
+    Under `worst_workload` and `regret` the workloads that lie above the others gain weight in proportion (multiplicative
+    weights, Arora, Hazan and Kale 2012), which raises the mean of what is left to the worst. `reference` [W] is what
+    regret is measured against.
+    """
+
+    def __init__(self, problem: Problem, scenario: Scenario) -> None:
+        self._objective = problem.objective
+        self._workload = scenario.workload
+        self._learnt = 0
+        self.reference: FloatArray | None = None
+        self._even = scenario.step_weight
+        size = np.bincount(scenario.workload, weights=self._even)
+        self._part = self._even / size[scenario.workload]
+        """[S] what each window is of its workload."""
+        if problem.objective.risk in ("worst_workload", "regret"):
+            self.weight = self._part / (size > 0).sum()
+        else:
+            self.weight = self._even
+
+    def learn(self, figures: FloatArray, bound: FloatArray) -> None:
+        """Shifts weight to where `figures` [S] of a plan lie high; bound: [S]."""
+        tail = self._objective.tail
+        if tail is not None:
+            self._shift(tail_weight(figures, tail, self._even))
+        elif self._objective.risk != "mean":
+            base = bound if self.reference is None else self.reference[self._workload]
+            above = np.bincount(self._workload, weights=(figures - base) * self._part)[self._workload]
+            # A loss may be negative under regret, its reference being a plan found, not the best there is.
+            above = np.maximum(above - min(0.0, float(above.min())), LEAST_EXCESS)
+            self._shift(self.weight * above)
+
+    def _shift(self, towards: FloatArray) -> None:
+        # By less each time (fictitious play), else two sets of windows would take turns for ever.
+        self._learnt += 1
+        self.weight = self.weight + (towards / towards.sum() - self.weight) / (self._learnt + 1)
+
+
+# Shares that level a single load vector exactly, by handing on what is too much from device to device.
+
+
+def level_layer(
+    load: FloatArray, slots: IntArray, speed: FloatArray, moves: Moves
+) -> tuple[IntArray, FloatArray] | None:
+    """A layer's slots [P] and shares [E, G] in exact balance of one load vector [E], or None where this finds none.
+
+    slots, speed: [G] of each device.
+    """
+    spare = int(slots.sum()) - len(load)
+    if spare < len(slots) - 1 or len(moves.failures):
+        return None
+    # One slot is kept free on every device but the one with most, and more on the roomiest while there are any.
+    kept = (np.arange(len(slots)) != int(slots.argmax())).astype(np.int64)
+    for _ in range(spare - int(kept.sum())):
+        kept[int((slots - kept).argmax())] += 1
+    if (slots < kept).any():
+        return None
+    table = balanced_layer(load, slots - kept, speed / speed.mean(), moves.allowed)
+    base = np.empty(len(load), dtype=np.int64)
+    base[table] = np.repeat(np.arange(len(slots)), slots - kept)
+    return level_shares(load, slots, speed, moves.allowed, base)
+
+
+def level_shares(
+    load: FloatArray, slots: IntArray, speed: FloatArray, allowed: BoolArray, base: IntArray
+) -> tuple[IntArray, FloatArray] | None:
+    """A layer's slots [P] and shares [E, G] under which every device carries load in proportion to its speed, or None.
+
+    Wrap-around filling (McNaughton 1959): each device in turn, the least loaded first, is topped up to its due from one
+    expert of the most loaded, and is done; at most G - 1 experts are split in two at a time, so G - 1 extra slots suffice.
+    load: [E]. slots: [G]. speed: [G]. allowed: [E, G]. base: [E] the device of each expert, one of them at least a slot
+    short of full everywhere but on one device. None where some expert to hand on would have to be two, or where the
+    topped-up device may not hold it. Slots left over are given replicas of share 0.
+    """
+    experts, devices = allowed.shape
+    due = load.sum() * speed / speed.sum()
+    share = np.zeros((experts, devices))
+    share[np.arange(experts), base] = 1.0
+    held = share > 0
+    carried = np.bincount(base, weights=load, minlength=devices)
+    free = slots - np.bincount(base, minlength=devices)
+    waiting = list(range(devices))
+    while len(waiting) > 1:
+        lack = (due - carried)[waiting]
+        candidates = [
+            d for d in np.argsort(-lack, kind="stable") if free[waiting[d]] > 0 or abs(lack[d]) <= 1e-12 * due.sum()
+        ]
+        if not candidates or lack[candidates[0]] < -1e-12 * due.sum():
+            return None
+        taker = waiting.pop(candidates[0])
+        need = due[taker] - carried[taker]
+        if need <= 1e-12 * due.sum():
+            continue
+        pieces = share[:, waiting] * load[:, None]
+        fits = (pieces >= need) & ~held[:, [taker]] & allowed[:, [taker]]
+        if not fits.any():
+            return None
+        over = np.where(fits.any(axis=0), (carried - due)[waiting], -np.inf)
+        giver = int(over.argmax())
+        # The smallest piece that is large enough: large ones stay for those who need more.
+        expert = int(np.where(fits[:, giver], pieces[:, giver], np.inf).argmin())
+        giver = waiting[giver]
+        part = need / load[expert]
+        share[expert, giver] -= part
+        share[expert, taker] += part
+        held[expert, taker] = True
+        carried[giver] -= need
+        carried[taker] += need
+        free[taker] -= 1
+    for device in range(devices):
+        extra = np.flatnonzero(~held[:, device] & allowed[:, device])[: free[device]]
+        if len(extra) < free[device]:
+            return None
+        held[extra, device] = True
+    table = np.concatenate([np.flatnonzero(held[:, g]) for g in range(devices)]).astype(np.int64)
+    return table, np.maximum(share, 0.0) / np.maximum(share, 0.0).sum(axis=1, keepdims=True)
+
+
+# Balancing one layer on several load vectors at once, where loads are all that is known. The figure is a weighted
+# mean over load rows of the heaviest device's load. It has plateaus: a move that leaves every row's heaviest device
+# alone changes nothing. So the walk follows, for each row, the soft maximum (1 / sharpness) ln sum_g exp(sharpness *
+# load_g), which falls when any heavy device gets lighter, and which takes two exponentials a row and exchange. The
+# figure itself decides what is kept.
+
+
+Floats = FloatArray
+
+REFRESH = 4096
+"""Proposals after which sums are made anew, so that rounding does not add up."""
+LOST = 1e-6
+"""A sum of exponentials that has changed by this factor is made anew too, from another zero."""
+MOST = 600.0
+"""An exponent's limit: a row that counts little may rise far beside those that sharpness was chosen for."""
+COOLED = 0.01
+"""The last temperature, relative to the first."""
+REPLICA_MOVES, SHARE_MOVES = 0.3, 0.25
+"""Of all proposals, how many give a slot to another expert, and, with free shares, how many shift share."""
+AIMED = 0.5
+"""How many take their first slot from a row's heaviest device rather than from anywhere."""
+
+
+class LoadLayer(NamedTuple):
+    """One layer as the kernel reads it. K load rows, E experts, G devices.
+
+    rows: [K, E], each summing to 1. weight: [K], summing to 1. slowness: [G], such that a row spread in proportion to
+    speed gives every device 1. stray: [E, G] what all of an expert's load on a device adds to a sum that may not
+    exceed `limit`.
+    """
+
+    rows: Floats
+    weight: Floats
+    slowness: Floats
+    stray: Floats
+    limit: float
+    moves: Moves
+
+
+@kernel
+def balance_loads(
+    layer: Any,
+    slot_expert: Any,
+    slot_device: Any,
+    share: Any,
+    proposals: int,
+    sharpness: float,
+    hot: float,
+    enough: float,
+    seed: int,
+) -> Any:
+    """Anneals for `proposals`, from temperature `hot` to a hundredth; ends early at a figure of at most `enough`.
+
+    slot_expert: [P]. slot_device: [P]. share: [E, G]. No expert may stand twice on one device.
+    Returns the best placement seen, the start included: (slot_expert, share).
+    """
+    np.random.seed(seed)
+    experts, devices = share.shape
+    rows = layer.rows.shape[0]
+    slot_expert, share = slot_expert.copy(), share.copy()
+    slot_at, replicas = slot_tables(slot_expert, slot_device, experts, devices)
+    first_slot, width = _runs(slot_device, devices)
+    loads, lifted = np.empty((rows, devices)), np.empty((rows, devices))
+    heaviest, zero, sums = np.zeros(rows, np.int64), np.empty(rows), np.empty(rows)
+    changes = (np.empty(2 * devices, np.int64), np.empty(2 * devices, np.int64), np.empty(2 * devices))
+    where, touched = np.full(devices, -1, np.int64), np.empty(devices, np.int64)
+    shift, risen = np.zeros((rows, devices)), np.empty((rows, devices))
+    new_sums = np.empty(rows)
+    best, best_expert, best_share = np.inf, slot_expert.copy(), share.copy()
+    strayed, temperature = 0.0, hot
+    # A row is aimed at as often as it counts.
+    upto = np.cumsum(layer.weight)
+    cooling = COOLED ** (1.0 / max(1, proposals))
+    for turn in range(proposals + 1):
+        if turn % REFRESH == 0 or turn == proposals:
+            _load(layer, share, loads)
+            value = _peaks(layer, loads, heaviest)
+            _lift(loads, heaviest, sharpness, zero, lifted, sums)
+            strayed = (layer.stray * share).sum()
+            if value < best:
+                best, best_expert[:], best_share[:] = value, slot_expert, share
+            if best <= enough or turn == proposals:
+                break
+        temperature *= cooling
+        p = np.random.randint(slot_expert.shape[0])
+        if np.random.random() < AIMED:
+            g = heaviest[min(rows - 1, np.searchsorted(upto, np.random.random() * upto[-1]))]
+            p = first_slot[g] + np.random.randint(width[g])
+        kind, q, b, count = _draw(layer, p, slot_expert, slot_device, slot_at, replicas, share, changes)
+        if kind == 0:
+            continue
+        more = 0.0
+        found = 0
+        for i in range(count):
+            e, g, part = changes[0][i], changes[1][i], changes[2][i]
+            more += layer.stray[e, g] * part
+            if where[g] < 0:
+                where[g] = found
+                touched[found] = g
+                shift[:, found] = 0.0
+                found += 1
+            for k in range(rows):
+                shift[k, where[g]] += layer.rows[k, e] * part * layer.slowness[g]
+        for i in range(found):
+            where[touched[i]] = -1
+        if more > 0.0 and strayed + more > layer.limit:
+            continue
+        change = 0.0
+        for k in range(rows):
+            new_sums[k] = sums[k]
+            for i in range(found):
+                g = touched[i]
+                risen[k, i] = np.exp(min(MOST, sharpness * (loads[k, g] + shift[k, i] - zero[k])))
+                new_sums[k] += risen[k, i] - lifted[k, g]
+            # What is left of a sum when nearly all is taken away is rounding.
+            change += layer.weight[k] * np.log(max(new_sums[k] / sums[k], LOST))
+        if not accepted(0.0, change / sharpness, temperature):
+            continue
+        strayed += more
+        for k in range(rows):
+            sums[k] = new_sums[k]
+            for i in range(found):
+                loads[k, touched[i]] += shift[k, i]
+                lifted[k, touched[i]] = risen[k, i]
+        for i in range(count):
+            share[changes[0][i], changes[1][i]] += changes[2][i]
+        _commit(kind, p, q, b, slot_expert, slot_device, slot_at, replicas, share)
+        value = _peaks(layer, loads, heaviest)
+        if sums.min() < LOST or sums.max() > 1.0 / LOST:
+            _lift(loads, heaviest, sharpness, zero, lifted, sums)
+        # Rounding alone is no progress; what follows copies the placement.
+        if value < best * (1.0 - 1e-9):
+            best, best_expert[:], best_share[:] = value, slot_expert, share
+            if best <= enough:
+                break
+    return best_expert, best_share
+
+
+@kernel
+def _runs(slot_device: Any, devices: int) -> Any:
+    """First slot and number of slots of each device."""
+    first, width = np.zeros(devices, np.int64), np.zeros(devices, np.int64)
+    for p in range(slot_device.shape[0] - 1, -1, -1):
+        first[slot_device[p]] = p
+        width[slot_device[p]] += 1
+    return first, width
+
+
+@kernel
+def _load(layer: Any, share: Any, loads: Any) -> None:
+    """Loads [K, G], slowness included, of shares [E, G]."""
+    loads[:] = 0.0
+    for e in range(share.shape[0]):
+        for g in range(share.shape[1]):
+            if share[e, g] > 0.0:
+                for k in range(loads.shape[0]):
+                    loads[k, g] += layer.rows[k, e] * share[e, g] * layer.slowness[g]
+
+
+@kernel
+def _peaks(layer: Any, loads: Any, heaviest: Any) -> float:
+    """The layer's figure; `heaviest` [K] gets each row's heaviest device."""
+    value = 0.0
+    for k in range(loads.shape[0]):
+        top = 0
+        for g in range(1, loads.shape[1]):
+            if loads[k, g] > loads[k, top]:
+                top = g
+        heaviest[k] = top
+        value += layer.weight[k] * loads[k, top]
+    return value
+
+
+@kernel
+def _lift(loads: Any, heaviest: Any, sharpness: float, zero: Any, lifted: Any, sums: Any) -> None:
+    """Exponentials [K, G] of loads over each row's heaviest, `zero` [K], and their sums [K]."""
+    for k in range(loads.shape[0]):
+        zero[k] = loads[k, heaviest[k]]
+        sums[k] = 0.0
+        for g in range(loads.shape[1]):
+            lifted[k, g] = np.exp(sharpness * (loads[k, g] - zero[k]))
+            sums[k] += lifted[k, g]
+
+
+@kernel
+def _draw(
+    layer: Any, p: int, slot_expert: Any, slot_device: Any, slot_at: Any, replicas: Any, share: Any, changes: Any
+) -> Any:
+    """A random change that begins at slot p: (kind, slot q, expert b, how many changes of share it lists).
+
+    Kinds: 0 none, 1 exchange p and q, 2 give p to b, 3 shift share from p to q. changes: (expert, device, amount).
+    """
+    experts, devices = share.shape
+    g, a = slot_device[p], slot_expert[p]
+    draw = np.random.random() if slot_expert.shape[0] > experts else 1.0
+    if draw < REPLICA_MOVES:
+        b = np.random.randint(experts)
+        if replicas[a] < 2 or slot_at[b, g] >= 0 or not layer.moves.allowed[b, g]:
+            return 0, p, a, 0
+        if not survives(a, g, -1, slot_at, layer.moves.failures):
+            return 0, p, a, 0
+        count = 0
+        part = 1.0 / (replicas[b] + 1.0)
+        for h in range(devices):
+            if h != g and slot_at[a, h] >= 0:
+                if layer.moves.free:
+                    gain = share[a, g] / (replicas[a] - 1.0)
+                else:
+                    gain = 1.0 / (replicas[a] - 1.0) - share[a, h]
+                count = _list(changes, count, a, h, gain)
+            if slot_at[b, h] >= 0:
+                count = _list(changes, count, b, h, -share[b, h] * part if layer.moves.free else part - share[b, h])
+        count = _list(changes, count, a, g, -share[a, g])
+        return 2, p, b, _list(changes, count, b, g, part)
+    if layer.moves.free and draw < REPLICA_MOVES + SHARE_MOVES:
+        h = np.random.randint(devices)
+        if h == g or slot_at[a, h] < 0 or share[a, g] <= 0.0:
+            return 0, p, a, 0
+        amount = share[a, g] * (1.0 if np.random.random() < 0.05 else np.random.random() ** 3)
+        count = _list(changes, 0, a, g, -amount)
+        return 3, slot_at[a, h], a, _list(changes, count, a, h, amount)
+    q = np.random.randint(slot_expert.shape[0])
+    h, b = slot_device[q], slot_expert[q]
+    if slot_at[a, h] >= 0 or slot_at[b, g] >= 0 or not layer.moves.allowed[a, h] or not layer.moves.allowed[b, g]:
+        return 0, p, a, 0
+    failures = layer.moves.failures
+    if not survives(a, g, h, slot_at, failures) or not survives(b, h, g, slot_at, failures):
+        return 0, p, a, 0
+    count = _list(changes, 0, a, g, -share[a, g])
+    count = _list(changes, count, a, h, share[a, g])
+    count = _list(changes, count, b, h, -share[b, h])
+    return 1, q, b, _list(changes, count, b, g, share[b, h])
+
+
+@kernel
+def _list(changes: Any, count: int, expert: int, device: int, amount: float) -> int:
+    changes[0][count], changes[1][count], changes[2][count] = expert, device, amount
+    return count + 1
+
+
+@kernel
+def _commit(
+    kind: int, p: int, q: int, b: int, slot_expert: Any, slot_device: Any, slot_at: Any, replicas: Any, share: Any
+) -> None:
+    """Carries out on slots what `_draw` proposed; a share that rounding left beside 0 becomes 0."""
+    a, g, h = slot_expert[p], slot_device[p], slot_device[q]
+    if kind == 3:
+        if share[a, g] < 1e-12:
+            share[a, h] += share[a, g]
+            share[a, g] = 0.0
+        return
+    share[a, g] = 0.0
+    slot_at[a, g] = -1
+    slot_at[b, g] = p
+    slot_expert[p] = b
+    if kind == 1:
+        share[b, h] = 0.0
+        slot_at[b, h] = -1
+        slot_at[a, h] = q
+        slot_expert[q] = a
+    else:
+        replicas[a] -= 1
+        replicas[b] += 1
+
+
+# The quick way down on one load vector: the best exchange with the heaviest device, for as long as one lowers it.
+
+
+LEAST_GAIN = 1e-9
+"""A gain below rounding is none, and would let two placements of one load alternate for ever."""
+
+
+@kernel
+def settle(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: float) -> Any:
+    """(slot_expert, share) once no exchange lowers the heaviest device of `layer`'s first row, or it is at `enough`.
+
+    layer: a `LoadLayer`. slot_expert: [P]. slot_device: [P]. share: [E, G].
+    """
+    experts, devices = share.shape
+    slots = slot_expert.shape[0]
+    slot_expert, share = slot_expert.copy(), share.copy()
+    slot_at, _ = slot_tables(slot_expert, slot_device, experts, devices)
+    carried, loads = np.empty(slots), np.zeros(devices)
+    for p in range(slots):
+        carried[p] = layer.rows[0, slot_expert[p]] * share[slot_expert[p], slot_device[p]]
+        loads[slot_device[p]] += carried[p] * layer.slowness[slot_device[p]]
+    strayed = (layer.stray * share).sum()
+    allowed, failures = layer.moves.allowed, layer.moves.failures
+    while True:
+        g = int(loads.argmax())
+        if loads[g] <= enough:
+            break
+        least, best_p, best_q = loads[g] * (1.0 - LEAST_GAIN), -1, -1
+        for p in range(slots):
+            if slot_device[p] != g:
+                continue
+            a = slot_expert[p]
+            for q in range(slots):
+                h = slot_device[q]
+                less = carried[p] - carried[q]
+                if h == g or less <= 0.0:
+                    continue
+                peak = max(loads[g] - less * layer.slowness[g], loads[h] + less * layer.slowness[h])
+                if peak >= least:
+                    continue
+                b = slot_expert[q]
+                if slot_at[a, h] >= 0 or slot_at[b, g] >= 0 or not allowed[a, h] or not allowed[b, g]:
+                    continue
+                if not survives(a, g, h, slot_at, failures) or not survives(b, h, g, slot_at, failures):
+                    continue
+                more = _strays(layer.stray, share, a, g, h) + _strays(layer.stray, share, b, h, g)
+                if more > 0.0 and strayed + more > layer.limit:
+                    continue
+                least, best_p, best_q = peak, p, q
+        if best_p < 0:
+            break
+        p, q = best_p, best_q
+        h, a, b = slot_device[q], slot_expert[p], slot_expert[q]
+        strayed += _strays(layer.stray, share, a, g, h) + _strays(layer.stray, share, b, h, g)
+        less = carried[p] - carried[q]
+        loads[g] -= less * layer.slowness[g]
+        loads[h] += less * layer.slowness[h]
+        carried[p], carried[q] = carried[q], carried[p]
+        slot_at[a, g], slot_at[b, h], slot_at[a, h], slot_at[b, g] = -1, -1, q, p
+        slot_expert[p], slot_expert[q] = b, a
+        share[a, h], share[a, g] = share[a, g], 0.0
+        share[b, g], share[b, h] = share[b, h], 0.0
+    return slot_expert, share
+
+
+@kernel
+def _strays(stray: Any, share: Any, expert: int, left: int, joined: int) -> float:
+    """What an expert's part on device `left` adds to the limited sum by moving to `joined`."""
+    return share[expert, left] * (stray[expert, joined] - stray[expert, left])
+
+
+PROPOSALS = 120_000
+"""A layer, when neither they nor seconds are given."""
+ROUNDS, ALONE_ROUNDS = 12, 4
+HOT, COLD = 1.0, 0.3
+"""First temperature of the first round and of the last, in a layer's excess over its bound, a slot."""
+LEAPS = 1000
+"""Slots below which the first round is hotter, in proportion: with few slots every exchange is a leap."""
+TOLERANCE = 1e-3
+"""A figure this close to its bound, relatively, is good enough; a layer is done at half of it."""
+LOAD_COURSE_LEAST_EXCESS = 1e-6
+"""What a layer is taken to lie above its bound at least, so that sharpness stays finite."""
+
+
+@dataclass(frozen=True)
+class BalancedLayer:
+    """A layer's experts of its own slots [P], shares [E, G], and heaviest load over the mean in each window [S]."""
+
+    slot_expert: IntArray
+    share: FloatArray
+    peaks: FloatArray
+
+
+def search_loads(
+    problem: Problem,
+    budget: Budget,
+    scenario: Scenario,
+    moves: Sequence[Moves],
+    tables: Sequence[IntArray],
+    current: tuple[list[IntArray], list[FloatArray]] | None,
+    proposals: int | None,
+    homes: GroupHomes | None,
+) -> Solution:
+    """Balances the windows' loads [S, L, E] from slot tables [P], one a layer, or the plan in force (tables and shares
+    [E, G]) in layers where that is better; see `Search` for `proposals`."""
+    judge = Judge(problem, scenario)
+    windows = WindowWeights(problem, scenario)
+    balance = _Balance(problem, scenario, moves, budget.seed, homes, current)
+    stop: Stop = "finished"
+    try:
+        balance.start(tables, windows.weight)
+        if scenario.num_steps == 1 and homes is None:
+            balance.level()
+        best = _best_start(balance, judge)
+        budget.report(best[1].value, best[1].bound, "start")
+        try:
+            if problem.objective.risk == "regret":
+                judge.reference = _alone(balance, judge, scenario, tables, proposals or PROPOSALS, budget)
+                windows.reference = judge.reference
+                balance.start(tables, windows.weight)
+                best = _best_start(balance, judge)
+            pace = Pace(budget, proposals or PROPOSALS, ROUNDS)
+            for round_ in range(ROUNDS):
+                if budget.spent or balance.done:
+                    break
+                with pace.timing():
+                    balance.run(windows.weight, pace.proposals(round_), round_ / (ROUNDS - 1))
+                answer = _answer(balance, judge)
+                if answer[1].value < best[1].value:
+                    best = answer
+                budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
+                windows.learn(judge.figures(answer[0], answer[2]), judge.bound)
+            stop = "time limit" if budget.spent else "finished"
+        except KeyboardInterrupt:
+            stop = "interrupted"
+    finally:
+        balance.close()
+    certificate = best[1]
+    if homes is not None:
+        limited = f"{certificate.objective}, at most {homes.most:g} of a layer's load off its groups' home nodes"
+        certificate = replace(certificate, objective=limited)
+    return Solution(best[0], certificate, shares=best[2], stop=stop)
+
+
+class _Balance:
+    """Holds one state a layer and improves it, layers side by side on all cores."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        scenario: Scenario,
+        moves: Sequence[Moves],
+        seed: int,
+        homes: GroupHomes | None,
+        current: tuple[list[IntArray], list[FloatArray]] | None,
+    ) -> None:
+        speed = problem.topology.compute
+        self.problem, self._moves = problem, moves
+        self._rows = scenario.loads.transpose(1, 0, 2).copy()
+        self._slowness = speed.sum() / speed
+        nowhere = np.zeros((problem.model.experts, problem.num_devices))
+        self._stray = [nowhere] * len(moves) if homes is None else list(homes.stray)
+        self._limit = 0.0 if homes is None else homes.most
+        self._bounds = window_bounds(problem, scenario.loads)
+        self._scenario = scenario
+        self._seeds = np.random.SeedSequence(seed)
+        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+        self.current = (
+            [] if current is None else [self._placed(layer, *at) for layer, at in enumerate(zip(*current, strict=True))]
+        )
+        if any(
+            (layer.share * stray).sum() > self._limit + 1e-9
+            for layer, stray in zip(self.current, self._stray, strict=False)
+        ):
+            self.current = []
+        self.layers: list[BalancedLayer] = []
+        self.done = False
+        """Whether the figure is within `TOLERANCE` of the bound, by the weights of the last round."""
+
+    def start(self, tables: Sequence[IntArray], weight: FloatArray) -> None:
+        """Takes slot tables with equal shares as the state, or the plan in force in layers where that is better."""
+        even = even_shares(self.problem, tables)
+        self.layers = [self._placed(layer, table, even[layer]) for layer, table in enumerate(tables)]
+        for layer, mine in enumerate(self._scenario.layer_weights(weight).T[: len(self.current)]):
+            if mine @ self.current[layer].peaks <= mine @ self.layers[layer].peaks:
+                self.layers[layer] = self.current[layer]
+        self._look(weight)
+
+    def level(self) -> None:
+        """Of a single window, with shares free: levels layers exactly where handing on load from device to device does."""
+        problem = self.problem
+        if problem.objective.split != "free":
+            return
+        for layer, moves in enumerate(self._moves):
+            levelled = level_layer(self._rows[layer][0], problem.layer_slots[layer], problem.topology.compute, moves)
+            if levelled is not None:
+                placed = self._placed(layer, *levelled)
+                if placed.peaks[0] < self.layers[layer].peaks[0]:
+                    self.layers[layer] = placed
+        self._look(np.ones(1))
+
+    def run(self, weight: FloatArray, proposals: int, progress: float) -> None:
+        """One round of at most `proposals` a layer, windows counting by `weight` [S]. progress: 0 first, 1 last."""
+        hot = HOT + LEAPS / self.problem.num_slots
+        heat = hot * (COLD / hot) ** progress
+        seeds = self._seeds.spawn(1)[0].generate_state(len(self.layers))
+        tasks = [
+            self._pool.submit(self._one, layer, mine, proposals, heat, int(seed) % (1 << 31))
+            for layer, (mine, seed) in enumerate(zip(self._scenario.layer_weights(weight).T, seeds, strict=True))
+        ]
+        self.layers = [task.result() for task in tasks]
+        self._look(weight)
+
+    def _look(self, weight: FloatArray) -> None:
+        counts, peaks = self._scenario.layer_weights(weight), np.stack([layer.peaks for layer in self.layers], axis=1)
+        self.done = bool((counts * peaks).sum() <= (counts * self._bounds).sum() * (1.0 + TOLERANCE))
+
+    def _one(self, layer: int, weight: FloatArray, proposals: int, heat: float, seed: int) -> BalancedLayer:
+        """weight: [S] what this layer's windows count."""
+        state, counted = self.layers[layer], weight > 0
+        if not counted.any():
+            return state
+        weight = weight / weight.sum()
+        least = float(weight @ self._bounds[:, layer])
+        excess = max(float(weight @ state.peaks) - least, LOAD_COURSE_LEAST_EXCESS)
+        given = LoadLayer(
+            self._rows[layer][counted],
+            weight[counted],
+            self._slowness,
+            self._stray[layer],
+            self._limit,
+            self._moves[layer],
+        )
+        slot_device, enough = self.problem.layer_slot_device(layer), least * (1.0 + 0.5 * TOLERANCE)
+        table, share = state.slot_expert, state.share
+        if counted.sum() == 1:
+            table, share = settle(given, table, slot_device, share, enough)
+            excess = max(float((given.rows[0] @ share * self._slowness).max()) - least, LOAD_COURSE_LEAST_EXCESS)
+        # A device this much above the others is felt, and ln G of them together are not mistaken for one.
+        sharpness = np.log(self.problem.num_devices) / excess
+        hot = heat * excess / len(table)
+        table, share = balance_loads(given, table, slot_device, share, proposals, sharpness, hot, enough, seed)
+        if self.problem.objective.split == "equal":
+            share = even_layer_share(self.problem, layer, table)
+        return self._placed(layer, table, share)
+
+    def _placed(self, layer: int, table: IntArray, share: FloatArray) -> BalancedLayer:
+        return BalancedLayer(table, share, np.maximum(1.0, ((self._rows[layer] @ share) * self._slowness).max(axis=1)))
+
+    def close(self) -> None:
+        """Stops the threads; rounds already handed out end first."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _alone(
+    balance: _Balance, judge: Judge, scenario: Scenario, tables: Sequence[IntArray], proposals: int, budget: Budget
+) -> FloatArray:
+    """[W] figure of each workload's own plan, which regret is measured against: a quarter of all effort, over them."""
+    present = np.unique(scenario.workload)
+    reference = np.zeros(len(scenario.workloads))
+    for w, code in enumerate(present):
+        weight = np.where(scenario.workload == code, scenario.step_weight, 0.0)
+        weight /= weight.sum()
+        balance.start(tables, weight)
+        timed = budget.seconds is not None
+        pace = Pace(
+            budget, max(1, proposals // 4), rounds=4 * ROUNDS * (len(present) - w) // 3 if timed else ALONE_ROUNDS
+        )
+        for round_ in range(ALONE_ROUNDS):
+            with pace.timing():
+                balance.run(weight, pace.proposals(round_), round_ / (ALONE_ROUNDS - 1))
+        table, _, shares = _answer(balance, judge)
+        reference[code] = weight @ judge.figures(table, shares)
+    return reference
+
+
+def _best_start(balance: _Balance, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
+    """The state, or the whole plan in force: under some risks the better layers are not the better plan."""
+    best = _answer(balance, judge)
+    current = _answer(balance, judge, balance.current) if balance.current else best
+    return min(best, current, key=lambda answer: answer[1].value)
+
+
+def _answer(
+    balance: _Balance, judge: Judge, layers: Sequence[BalancedLayer] | None = None
+) -> tuple[IntArray, Certificate, FloatArray]:
+    """(slot table [L, P], certificate, shares [L, P]) of the state, or of other `layers`."""
+    layers = balance.layers if layers is None else layers
+    rows = [layer.slot_expert for layer in layers]
+    table = balance.problem.slot_table(rows)
+    shares = balance.problem.slot_shares(rows, [layer.share for layer in layers])
+    return table, judge.certificate(table, shares), shares

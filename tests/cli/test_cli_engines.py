@@ -1,0 +1,232 @@
+"""The commands that stand between plans, records and engines: solve --for, export, permute, import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from cli_runs import run, toy_model, toy_trace_folder
+
+import moeplace as mp
+from moeplace.cli.options import ObjectiveOptions, ReplicaChoice
+from moeplace.cli.parse import read_objective
+from moeplace.placement.objective import Objective
+from moeplace.runtime.engine_problems import check_plan_for, problem_for, target_names
+from moeplace.runtime.permute.rows import expert_order
+
+SEARCH = ("--solver", "search:steps=20:proposals=200", "--seconds", "5")
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEPLACE_DB", str(tmp_path / "store.db"))
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    return toy_trace_folder(tmp_path / "trace", toy_model())
+
+
+def problem(devices: int = 4, **changes: Any) -> mp.Problem:
+    experts, groups = changes.pop("experts", 8), changes.pop("groups", 1)
+    spec = mp.ModelSpec(layers=2, experts=experts, top_k=2, hidden_size=8, ffn_size=8, groups=groups)
+    load = np.random.default_rng(0).integers(1, 100, (3, 2, experts))
+    topology = mp.Topology.preset("gb200-nvl72", devices_per_node=devices)
+    return mp.Problem(spec, topology, mp.RoutingStatistics.from_counts(load), **changes)
+
+
+# solve --for
+
+
+@pytest.mark.parametrize("engine", target_names())
+def test_a_solved_problem_of_an_engine_needs_no_repair(engine: str) -> None:
+    narrowed = problem_for(problem(slots=8 if engine == "permute" else 12), engine)
+    check_plan_for(mp.solve(narrowed, "search", seconds=5, steps=10, proposals=200), engine)
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm", "vllm-ascend", "trtllm"])
+def test_slots_are_the_fewest_the_engine_can_run_unless_given(engine: str) -> None:
+    assert problem_for(problem(experts=10), engine).num_slots == 12
+    assert problem_for(problem(experts=12), engine).num_slots == 12
+    with pytest.raises(mp.UnsupportedError, match="14 do not divide over 4 devices; use 12 or 16"):
+        problem_for(problem(experts=10, slots=14), engine)
+    with pytest.raises(mp.UnsupportedError, match="use 12$"):
+        problem_for(problem(experts=10, device_slots=[4, 3, 2, 1]), engine)
+    with pytest.raises(
+        mp.UnsupportedError, match="this problem's have 8 to 12; use one number for all, a multiple of 4"
+    ):
+        problem_for(problem(slots=[8, 12]), engine)
+    with pytest.raises(mp.UnsupportedError, match="split='free'; use equal"):
+        problem_for(problem(objective=Objective(split="free")), engine)
+
+
+def test_a_permuted_model_has_no_replicas_and_even_devices() -> None:
+    with pytest.raises(mp.UnsupportedError, match="12 slots a layer for 8 experts leave room for replicas; use 8"):
+        problem_for(problem(slots=12), "permute")
+    with pytest.raises(mp.UnsupportedError, match="10 experts do not divide over 4 devices; use 2"):
+        problem_for(problem(experts=10), "permute")
+    assert not problem_for(problem(), "permute").forbidden
+    with pytest.raises(mp.InputError, match="did you mean 'sglang'"):
+        problem_for(problem(), "sglan")
+
+
+@pytest.mark.parametrize(("experts", "groups", "devices"), [(16, 4, 4), (16, 8, 4), (16, 2, 8), (12, 4, 6), (24, 3, 4)])
+def test_experts_keep_to_the_rows_of_their_group(experts: int, groups: int, devices: int) -> None:
+    asked = problem_for(problem(devices, experts=experts, groups=groups, forbidden={(0, 0): [devices - 1]}), "permute")
+    assert devices - 1 in asked.forbidden[0, 0]
+    plan = mp.solve(asked, "search", seconds=5, steps=10, proposals=200)
+    order = expert_order(plan)
+    np.testing.assert_array_equal(order * groups // experts, np.tile(np.arange(experts) * groups // experts, (2, 1)))
+    with pytest.raises(mp.UnsupportedError, match="these do: .*search"):
+        mp.solve(asked, "eplb")
+
+
+def test_solve_for_an_engine_and_export_to_it(trace: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    cluster = ("--topology", "gb200-nvl72", "--devices-per-node", 3)
+    done = run("solve", trace, *cluster, *SEARCH, "--for", "sglang", "-o", plan, "--json")
+    assert done.code == 0, done.err
+    assert done.data["slots"] == 9
+    assert run("export", plan, "--for", "sglang", "-o", tmp_path / "x.json").code == 0
+    ended = run("solve", trace, *cluster, *SEARCH, "--for", "trtllm", "--slots", 10, "-o", tmp_path / "no.json")
+    assert ended.code == 1
+    assert "trtllm cannot run such a plan (TensorRT-LLM 1.0 or newer)" in ended.err
+    assert not (tmp_path / "no.json").exists()
+
+
+def test_for_an_engine_the_objective_chooses_replicas_as_it_does_unless_told() -> None:
+    assert read_objective(ObjectiveOptions(), "sglang").replica_choice == "nearest"
+    for other in ("vllm", "vllm-ascend", "trtllm", "permute", None):
+        assert read_objective(ObjectiveOptions(), other).replica_choice == "share"
+    told = ObjectiveOptions(replica_choice=ReplicaChoice.share)
+    assert read_objective(told, "sglang").replica_choice == "share"
+
+
+def test_a_solver_that_breaks_the_limits_leaves_no_plan(tmp_path: Path) -> None:
+    load = np.ones((1, 1, 4))
+    load[0, 0, 0] = 100
+    mp.write_statistics(mp.RoutingStatistics.from_counts(load), tmp_path / "s.npz")
+    sizes = ("--hidden-size", 8, "--ffn-size", 8, "--top-k", 2)
+    cluster = ("--topology", "gb200-nvl72", "--devices-per-node", 2)
+    common = ("solve", tmp_path / "s.npz", *sizes, *cluster, "--slots", 8, "--for", "vllm-ascend", "-s")
+    ended = run(*common, "eplb", "-o", tmp_path / "p.json")
+    assert ended.code == 1
+    assert "a device may hold an expert once" in ended.err
+    assert not (tmp_path / "p.json").exists()
+    assert run(*common, "search:steps=5:proposals=50", "--seconds", 5, "-o", tmp_path / "p.json").code == 0
+
+
+# export
+
+
+def test_layers_an_engine_counts_beside_the_plans_can_be_named(trace: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    run("solve", trace, "--topology", "gb200-nvl72", "--devices-per-node", 4, "-s", "contiguous", "-o", plan)
+    done = run("export", plan, "--for", "sglang", "--hidden-layers", 6, "-o", tmp_path / "s.json")
+    assert done.code == 0, done.err
+    assert len(json.loads((tmp_path / "s.json").read_text())["physical_to_logical_map"]) == 6
+    assert run("export", plan, "--for", "trtllm", "--extra-layers", "3,5-6", "-o", tmp_path / "t.yaml").code == 0
+    assert list(yaml.safe_load((tmp_path / "t.yaml").read_text())["initial_global_assignments"]) == [0, 1, 2, 3, 5, 6]
+    ended = run("export", plan, "--for", "vllm", "--hidden-layers", 6, "-o", tmp_path / "v.json")
+    assert ended.code == 1
+    assert "no option 'hidden_layers'" in ended.err
+    ended = run("export", plan, "--for", "trtllm", "--extra-layers", "three", "-o", tmp_path / "t.yaml")
+    assert "'three' is not a number or a range" in ended.err
+
+
+# permute
+
+
+def test_a_permuted_checkpoint_gives_the_same_logits_and_comes_back(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="permuting models needs torch")
+    models = pytest.importorskip("permute_models")
+    torch.set_num_threads(1)
+    original = tmp_path / "original"
+    model = models.build("mixtral")
+    model.save_pretrained(original, max_shard_size="20KB")
+    plan = models.random_plan(original, seed=1)
+    plan.save(tmp_path / "plan.json")
+    done = run("permute", original, "--plan", tmp_path / "plan.json", "--out", tmp_path / "placed", "--json")
+    assert done.code == 0, done.err
+    assert len(done.data["weight_files"]) > 1
+    assert done.data["bytes"] == sum(file.stat().st_size for file in original.glob("*.safetensors"))
+    torch.testing.assert_close(models.logits(models.load(tmp_path / "placed")), models.logits(model))
+    exports = run("plans", "show", run("plans", "list", "--json").data[0]["id"], "--json").data["exports"]
+    assert [export["format"] for export in exports] == ["permute"]
+    again = run(
+        "permute", tmp_path / "placed", "--plan", tmp_path / "plan.json", "--out", tmp_path / "back", "--invert"
+    )
+    assert again.code == 0, again.err
+    for file in original.glob("*.safetensors"):
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+    ended = run("permute", tmp_path / "placed", "--plan", tmp_path / "plan.json", "--out", tmp_path / "twice")
+    assert ended.code == 1
+    assert "permuted already" in ended.err
+    ended = run("permute", original, "--plan", tmp_path / "plan.json", "--out", tmp_path / "placed")
+    assert ended.code == 1
+    assert "exists already" in ended.err
+
+
+# import
+
+
+def test_experts_and_layer_numbers_a_record_lacks_are_given(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.array([[0, 5, 2], [3, 4, 2]]))
+    common = ("import", tmp_path / "t.npy", "--out", tmp_path / "trace", "--json")
+    done = run(*common, "--num-experts", 16, "--moe-layers", "3,5-6")
+    assert done.code == 0, done.err
+    assert (done.data["experts"], done.data["moe_layers"]) == (16, [3, 5, 6])
+    assert mp.read_trace(tmp_path / "trace").moe_layers == (3, 5, 6)
+    assert "names 2 layers" in run(*common, "--moe-layers", "3-4").err
+    assert "--moe-layers names 2 layers" in run(*common, "--moe-layers", "3,3,4").err
+
+
+def test_options_a_format_has_no_use_for_are_refused_but_a_models_are_not(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.array([[0, 5, 2], [3, 4, 2]]))
+    common = ("import", tmp_path / "t.npy", "--out", tmp_path / "trace")
+    ended = run(*common, "--top-k", 2)
+    assert ended.code == 1
+    assert "ExFlow" in ended.err
+    assert "top_k says nothing about it; options of this format: num_experts" in ended.err
+    config = {"model_type": "mixtral", "num_hidden_layers": 3, "num_local_experts": 8, "num_experts_per_tok": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 8, "intermediate_size": 8}))
+    assert run(*common, "--model", tmp_path / "config.json").code == 0
+
+
+def test_slots_of_a_load_balancer_are_mapped_back_by_its_file(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    folder = tmp_path / "record"
+    folder.mkdir()
+    (folder / "meta_info.json").write_text(json.dumps({"num_experts": 6, "num_experts_per_token": 2}))
+    save_file({f"1_{layer}": torch.arange(6) + layer for layer in (3, 4)}, folder / "rank0.safetensors")
+    rows = {3: [0, 1, 2, 3, 0, 1], 4: [3, 2, 1, 0, 3, 2]}
+    balancer = tmp_path / "balancer.yaml"
+    balancer.write_text(
+        yaml.safe_dump({"num_slots": 6, "layer_updates_per_iter": 0, "initial_global_assignments": rows})
+    )
+    done = run("import", folder, "--assignments", balancer, "--out", tmp_path / "s.npz", "--json")
+    assert done.code == 0, done.err
+    load = mp.read_statistics(tmp_path / "s.npz").load
+    np.testing.assert_array_equal(load[0], [[3 + 7, 4 + 8, 5, 6], [7, 6, 5 + 9, 4 + 8]])
+    for content, message in (
+        ("num_slots: 6", "expected num_slots and initial_global_assignments"),
+        ("num_slots: 6\ninitial_global_assignments: {3: [0, 1]}", r"initial_global_assignments[3] is not a list of 6"),
+        ("num_slots: 6\ninitial_global_assignments: {3: &a [0], 4: *a}", "aliases and tags"),
+    ):
+        balancer.write_text(content)
+        ended = run("import", folder, "--assignments", balancer, "--out", tmp_path / "s.npz")
+        assert ended.code == 1
+        assert message in ended.err
+
+
+def test_a_history_is_summed_into_windows(tmp_path: Path) -> None:
+    entries = [{"logical_expert_load": [[i, 1.0]]} for i in range(1, 5)]
+    (tmp_path / "h.json").write_text(json.dumps({"load_history": entries}))
+    done = run("import", tmp_path / "h.json", "--entries-per-window", 2, "--out", tmp_path / "s.npz")
+    assert done.code == 0, done.err
+    np.testing.assert_array_equal(mp.read_statistics(tmp_path / "s.npz").load[:, 0], [[3, 2], [7, 2]])

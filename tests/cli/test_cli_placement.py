@@ -1,0 +1,299 @@
+"""solve, evaluate, compare, export and plans on a small trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_runs import CLUSTER, JUDGED, run, toy_model, toy_trace_folder
+from traces import make_trace
+
+import moeplace as mp
+from moeplace.profiler.statistics_file import write_statistics
+
+
+@pytest.fixture(autouse=True)
+def _own_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOEPLACE_DB", str(tmp_path / "store.db"))
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_trace_folder(tmp_path_factory.mktemp("toy") / "trace", toy_model())
+
+
+@pytest.fixture
+def plan(trace: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    assert run("solve", trace, *CLUSTER, "-s", "eplb", "--seed", "3", "-o", path).code == 0
+    return path
+
+
+def test_solve_writes_and_stores_the_plan_it_summarises(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    summary = run("solve", trace, *CLUSTER, "-s", "eplb", "-o", path, "--name", "first", "--json").data
+    plan = mp.Plan.load(path)
+    assert summary["fingerprint"] == plan.fingerprint
+    assert (summary["value"], summary["bound"], summary["gap"]) == (plan.certificate.value, plan.bound, plan.gap)  # type: ignore[union-attr]
+    shown = run("plans", "show", "first", "--json").data
+    assert shown["id"] == summary["stored_as"]
+    assert shown["fingerprint"] == plan.fingerprint
+    assert [row["name"] for row in run("plans", "list", "--json").data] == ["first"]
+
+
+def test_solve_takes_a_number_of_slots_for_each_layer(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    done = run("solve", trace, *CLUSTER, "-s", "eplb", "--slots", "8,12,10", "-o", path, "--json")
+    assert (done.data["slots"], done.data["layer_slots"]) == (12, [8, 12, 10])
+    plan = mp.Plan.load(path)
+    assert plan.filled.sum(axis=1).tolist() == [8, 12, 10]
+    assert "in 8 to 12 slots on" in run("plans", "show", done.data["stored_as"]).out
+    stored = run("plans", "show", done.data["stored_as"], "--json").data
+    assert stored["fingerprint"] == plan.fingerprint
+    judged = run("evaluate", path, trace, *JUDGED, "--json").data["rows"]
+    assert judged[-1]["step_seconds_mean"] > 0
+    wrong = run("solve", trace, *CLUSTER, "-s", "eplb", "--slots", "8,12")
+    assert wrong.code != 0
+    assert "one for each of the 3 MoE layers" in wrong.err
+    assert "must be a whole number above 0" in run("solve", trace, *CLUSTER, "--slots", "8,,9").err
+
+
+def test_solve_holds_out_what_evaluate_judges_on(trace: Path, plan: Path) -> None:
+    whole = make_trace(0)
+    solved = mp.Plan.load(plan)
+    train, _ = whole.split(held_out=0.25, seed=3)
+    assert solved.provenance.trace_fingerprint == mp.RoutingStatistics.from_trace(train).fingerprint
+    judged = run("evaluate", plan, trace, *JUDGED, "--json")
+    assert judged.err == ""
+    assert judged.data["routing"]["train_fingerprint"] == solved.provenance.trace_fingerprint
+    assert judged.data["routing"]["seed"] == 3
+
+
+def test_evaluate_warns_when_the_plan_saw_all_of_the_routing(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    run("solve", trace, *CLUSTER, "-s", "eplb", "--held-out", "0", "-o", path)
+    assert "flatter" in run("evaluate", path, trace, *JUDGED).err
+
+
+def test_evaluate_gives_the_librarys_figures(trace: Path, plan: Path) -> None:
+    _, held = make_trace(0).split(held_out=0.25, seed=3)
+    steps = held.decode_steps(concurrency=8, steps=12, seed=3)
+    loaded = mp.Plan.load(plan)
+    problem = mp.Problem(loaded.model, loaded.topology, mp.RoutingStatistics.from_trace(held))
+    expected = mp.evaluate(loaded, steps, problem).summary()
+    rows = run("evaluate", plan, trace, *JUDGED, "--json").data["rows"]
+    row = next(row for row in rows if row["solver"] == "plan")
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    base = next(row for row in rows if row["solver"] == "contiguous")
+    assert row["ratio"] == pytest.approx(row["step_seconds_mean"] / base["step_seconds_mean"])
+
+
+def test_evaluations_are_kept_with_their_plan(trace: Path, plan: Path) -> None:
+    run("evaluate", plan, trace, "--decode", "8", "--prefill", "32", "--steps", "5")
+    identity = run("plans", "list", "--json").data[0]["id"]
+    kept = run("plans", "show", identity, "--json").data["evaluations"]
+    assert [entry["steps"] for entry in kept] == ["decode 8, 5 steps", "prefill 32, 5 steps"]
+    assert all(entry["step_seconds_mean"] > 0 for entry in kept)
+
+
+def test_compare_has_a_row_for_each_solver_and_says_why_one_has_no_plan(trace: Path) -> None:
+    done = run("compare", trace, *CLUSTER, *JUDGED, "--slots", "12", "--solvers", "eplb,chain,round_robin", "--json")
+    rows = {row["solver"]: row for row in done.data["rows"]}
+    assert list(rows) == ["contiguous", "eplb", "chain", "round_robin"]
+    assert rows["contiguous"]["ratio"] == 1.0
+    assert rows["eplb"]["status"] == "ok"
+    refused = rows["chain"]
+    assert (refused["status"], refused["step_seconds_mean"], refused["ratio"]) == ("failed", None, None)
+    assert "chain" in refused["reason"]
+    table = run("compare", trace, *CLUSTER, *JUDGED, "--slots", "12", "--solvers", "eplb,chain").out
+    assert refused["reason"] in table
+
+
+def test_compare_judges_plans_in_force_beside_solvers(trace: Path, plan: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "plans"
+    done = run(
+        "compare", trace, *CLUSTER, *JUDGED, "--solvers", "round_robin", "--plans", plan, "--save", saved, "--json"
+    )
+    assert [row["solver"] for row in done.data["rows"]] == ["contiguous", "plan", "round_robin"]
+    assert sorted(path.name for path in saved.iterdir()) == ["contiguous.json", "round_robin.json"]
+    assert mp.Plan.load(saved / "round_robin.json").provenance.solver == "round_robin"
+
+
+def test_compare_is_the_same_twice(trace: Path) -> None:
+    def rows() -> list[dict[str, object]]:
+        data = run("compare", trace, *CLUSTER, *JUDGED, "--solvers", "eplb,random", "--seed", "5", "--json").data
+        return [{key: value for key, value in row.items() if key != "solve_seconds"} for row in data["rows"]]
+
+    assert rows() == rows()
+
+
+def test_regret_is_measured_against_the_best_of_the_compared(trace: Path) -> None:
+    done = run("compare", trace, *CLUSTER, *JUDGED, "--solvers", "eplb,random", "--risk", "regret", "--json")
+    regrets = [row["risk_seconds"] for row in done.data["rows"]]
+    assert min(regrets) >= 0.0
+    assert max(regrets) > 0.0
+
+
+def test_a_trace_of_another_model_is_refused(trace: Path, plan: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    from moeplace.profiler.trace_files import write_trace
+
+    write_trace(make_trace(0, experts=6), other)
+    ended = run("evaluate", plan, other, *JUDGED)
+    assert ended.code == 1
+    assert "experts" in ended.err
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "hidden_size": 8, "intermediate_size": 8}'
+    )
+    refused = run("compare", trace, *CLUSTER, *JUDGED, "--model", config)
+    assert "experts is 8, ModelSpec.experts is 16" in refused.err
+
+
+def test_a_plan_for_other_devices_is_refused_by_name(trace: Path, plan: Path) -> None:
+    ended = run("compare", trace, "--topology", "h100-hgx", *JUDGED, "--solvers", "eplb", "--plans", plan)
+    assert ended.code == 1
+    assert "plan 'plan'" in ended.err
+    assert "4 devices" in ended.err
+
+
+def test_a_model_is_described_by_options_where_the_record_does_not(tmp_path: Path) -> None:
+    bare = toy_trace_folder(tmp_path / "bare")
+    asked = run("solve", bare, *CLUSTER, "-s", "eplb")
+    assert asked.code == 1
+    assert "--hidden-size and --ffn-size" in asked.err
+    path = tmp_path / "plan.json"
+    sizes = ("--hidden-size", "64", "--ffn-size", "128")
+    assert run("solve", bare, *CLUSTER, *sizes, "-s", "eplb", "-o", path).code == 0
+    assert mp.Plan.load(path).model == toy_model(name="")
+
+
+def test_counts_serve_to_solve_and_not_to_judge(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(1, 50, size=(3, 8))
+    path = tmp_path / "counts.npz"
+    write_statistics(mp.RoutingStatistics.from_counts({"decode": counts}, top_k=2), path)
+    sizes = ("--hidden-size", "64", "--ffn-size", "128")
+    assert run("solve", path, *CLUSTER, *sizes, "-s", "eplb").code == 0
+    assert run("stats", path, "--json").data["has_transitions"] is False
+    ended = run("compare", path, *CLUSTER, *sizes)
+    assert ended.code == 1
+    assert "counts only" in ended.err
+
+
+def test_a_trace_too_small_to_part_says_what_to_do(tmp_path: Path) -> None:
+    from moeplace.profiler.trace_files import write_trace
+
+    write_trace(make_trace(0, sequences=1), tmp_path / "one", model=toy_model())
+    ended = run("solve", tmp_path / "one", *CLUSTER, "-s", "eplb")
+    assert ended.code == 1
+    assert "--held-out-by" in ended.err
+    assert run("solve", tmp_path / "one", *CLUSTER, "-s", "eplb", "--held-out-by", "time").code == 0
+
+
+def test_no_plan_is_lost_for_lack_of_a_place(trace: Path) -> None:
+    assert run("solve", trace, *CLUSTER, "-s", "eplb", "--no-store").code == 2
+
+
+def test_the_plan_file_is_there_even_when_the_database_is_not(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    ended = run("solve", trace, *CLUSTER, "-s", "eplb", "-o", path, "--db", tmp_path / "no" / "folder" / "x.db")
+    assert ended.code == 1
+    assert mp.Plan.load(path).provenance.solver == "eplb"
+
+
+def test_export_writes_what_the_engine_reads_and_notes_it(plan: Path, tmp_path: Path) -> None:
+    from moeplace.runtime.exporters import read_exported
+
+    path = tmp_path / "location.json"
+    done = run("export", plan, "--for", "sglang", "-o", path, "--json").data
+    loaded = mp.Plan.load(plan)
+    assert (
+        read_exported(path, "sglang", loaded.model, loaded.topology).physical_to_logical == loaded.physical_to_logical
+    ).all()
+    assert "--init-expert-location" in done["usage"]
+    identity = run("plans", "list", "--json").data[0]["id"]
+    assert run("plans", "show", identity, "--json").data["exports"][0]["sha256"] == done["sha256"]
+
+
+def test_export_refuses_unknown_engines(plan: Path, tmp_path: Path) -> None:
+    assert "did you mean 'sglang'" in run("export", plan, "--for", "sglan", "-o", tmp_path / "x").err
+
+
+def test_stored_plans_are_renamed_used_by_name_and_deleted(trace: Path, plan: Path) -> None:
+    identity = run("plans", "list", "--json").data[0]["id"]
+    assert run("plans", "rename", identity[:8], "production").code == 0
+    judged = run("evaluate", "production", trace, *JUDGED, "--json").data
+    assert [row["solver"] for row in judged["rows"]] == ["contiguous", "production"]
+    assert run("plans", "delete", "production").code == 0
+    assert run("plans", "list", "--json").data == []
+    assert "No plans" in run("plans", "list").out
+
+
+def test_solvers_of_step_times_are_told_which_steps(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    base = ("solve", trace, *CLUSTER, "-s", "search:proposals=10", "--seconds", "1", "-o", path)
+    assert run(*base, "--prefill", "32").code == 0
+    assert {"batch": "prefill", "step_tokens": 32}.items() <= mp.Plan.load(path).provenance.options.items()
+    assert run(*base, "--decode", "16").code == 0
+    assert {"batch": "decode", "step_tokens": 16}.items() <= mp.Plan.load(path).provenance.options.items()
+    assert run(*base, "--decode", "16", "--prefill", "32").code == 2
+
+
+def test_plans_of_one_name_are_told_apart(trace: Path, plan: Path, tmp_path: Path) -> None:
+    twin, solver = tmp_path / "other" / "plan.json", tmp_path / "round_robin.json"
+    twin.parent.mkdir()
+    for copy in (twin, solver):
+        copy.write_bytes(plan.read_bytes())
+    done = run(
+        "compare", trace, *CLUSTER, *JUDGED, "--solvers", "round_robin", "--plans", f"{plan},{twin},{solver}", "--json"
+    )
+    names = [row["solver"] for row in done.data["rows"]]
+    assert names == ["contiguous", "plan", "plan (2)", "round_robin", "round_robin (2)"]
+
+
+def test_without_a_solver_the_plan_says_which_was_chosen_and_why(trace: Path, tmp_path: Path) -> None:
+    arguments = ("solve", trace, *CLUSTER, "--decode", "8", "-o", tmp_path / "plan.json")
+    summary = run(*arguments, "--json").data
+    assert (summary["solver"], summary["proven_optimal"]) == ("chain", True)
+    assert "chosen because" in run(*arguments).out
+    assert run(*arguments, "--risk", "cvar:0.9", "--seconds", "1", "--json").data["solver"] == "search"
+
+
+def test_no_more_is_moved_than_allowed(trace: Path, plan: Path, tmp_path: Path) -> None:
+    size = toy_model().bytes_per_expert
+    options = (*CLUSTER, "-s", "search:proposals=50:steps=4", "--decode", "8", "--current", plan)
+    arguments = ("solve", trace, *options, "-o", tmp_path / "new.json")
+    summary = run(*arguments, "--max-moved", f"{4 * size / 1000} kB", "--json").data
+    assert summary["bytes_moved"] == summary["experts_moved"] * size
+    assert summary["experts_moved"] <= 4
+    assert "moved" in run(*arguments, "--max-moved", "0").out
+    assert "is not a size" in run(*arguments, "--max-moved", "4 bits").err
+    assert "does not support a limit of bytes moved" in run(*arguments, "--max-moved", "0", "-s", "eplb").err
+
+
+def test_what_layers_wait_for_is_shown_after_solving_and_judging(trace: Path, plan: Path) -> None:
+    judged = run("evaluate", plan, trace, *JUDGED, "--json").data
+    (rows,) = judged["binding"].values()
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    mean = next(row for row in judged["rows"] if row["solver"] == "plan")["step_seconds_mean"]
+    assert sum(row["seconds"] for row in rows) == pytest.approx(mean)
+    for row in rows:
+        assert sum(row["terms"].values()) == pytest.approx(row["seconds"])
+        assert all(sum(phase["steps"].values()) == pytest.approx(1.0) for phase in row["phases"].values())
+    assert "what layers of plan wait for" in run("evaluate", plan, trace, *JUDGED).out
+    solved = run("solve", trace, *CLUSTER, "-s", "eplb", "--decode", "8", "-o", plan)
+    assert "what layers wait for" in solved.out
+
+
+def test_plans_are_judged_by_the_replicas_that_the_engine_takes(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "wide.json"
+    assert run("solve", trace, *CLUSTER, "-s", "eplb", "--slots", "16", "-o", path, "--no-store").code == 0
+    crossing = {}
+    for rule in ("share", "nearest"):
+        done = run("evaluate", path, trace, *JUDGED, "--replica-choice", rule, "--json", "--no-store")
+        crossing[rule] = done.data["rows"][-1]["cross_node_fraction"]
+    assert crossing["nearest"] < crossing["share"]
+    refused = run("evaluate", path, trace, *JUDGED, "--replica-choice", "nearest", "--execution", "context_coherent")
+    assert refused.code != 0
+    assert "needs tokens with a home device" in refused.err

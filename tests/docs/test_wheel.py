@@ -1,0 +1,87 @@
+"""The distribution: a wheel built from the tree, alone in an empty environment, runs the main job from another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from traces import make_trace
+
+import moeplace as mp
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    return next(folder.glob("moeplace-*.whl"))
+
+
+def test_the_wheel_holds_every_package_and_nothing_else_of_the_tree(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if name.endswith(".py")}
+    rooms = ["placement", "profiler", "solvers", "compat", "runtime", "db", "cli", "training", "service"]
+    expected = {"moeplace/__init__.py", "moeplace/__main__.py"} | {
+        f"moeplace/{path.relative_to(ROOT).as_posix()}" for room in rooms for path in (ROOT / room).rglob("*.py")
+    }
+    assert packed == expected
+    assert any(name.endswith("page.html.j2") for name in names)
+    assert {"moeplace/service/pages/templates/index.html", "moeplace/service/pages/static/style.css"} <= set(names)
+    assert "moeplace/py.typed" in names
+
+
+@pytest.mark.timeout(900)
+def test_the_wheel_runs_the_main_job_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", str(wheel)], check=True, timeout=800)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    mp.write_trace(make_trace(seed=0), elsewhere / "trace")
+    command = tmp_path / "env" / "bin" / "moeplace"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MOEPLACE"))}
+    environment["MOEPLACE_DB"] = f"sqlite:///{elsewhere / 'plans.db'}"
+
+    def moeplace(*arguments: str) -> str:
+        done = subprocess.run(
+            [command, *arguments],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    sizes = ["--hidden-size", "64", "--ffn-size", "64"]
+    assert moeplace("--version").split()[-1] == mp.__version__
+    solved = moeplace(
+        "solve",
+        "trace",
+        "-t",
+        "h100-hgx",
+        "--devices-per-node",
+        "2",
+        *sizes,
+        "--solver",
+        "chain",
+        "-o",
+        "plan.json",
+        "--json",
+    )
+    json.loads(solved)
+    assert mp.Plan.load(elsewhere / "plan.json").proven_optimal
+    moeplace("export", "plan.json", "--for", "sglang", "-o", "location.json")
+    assert set(json.loads((elsewhere / "location.json").read_text())) == {"physical_to_logical_map"}
+    assert len(json.loads(moeplace("plans", "list", "--json"))) == 1

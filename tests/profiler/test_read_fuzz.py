@@ -1,0 +1,39 @@
+"""Changed records give a result or the typed error, in bounded memory, and run nothing: a short run of the benchmark."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_readers.py"
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        ("sglang stat", "sglang per_pass", "sglang per_token"),
+        ("sglang responses", "vllm responses", "routed array", "exflow"),
+        ("trtllm", "megatron", "load history"),
+        ("moeplace trace", "moeplace statistics"),
+    ],
+)
+def test_changed_records_raise_only_the_typed_error_take_little_memory_and_run_nothing(
+    records: tuple[str, ...],
+) -> None:
+    pytest.importorskip("torch", reason="SGLang's records are read with torch")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--count", "250", "--only", *records],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, [result["failures"] for result in results] or done.stderr
+    assert [result["record"] for result in results] == list(records)
+    # Changes that were all refused, or all harmless, would test nothing.
+    assert all(result["read"] and result["refused"] for result in results), results

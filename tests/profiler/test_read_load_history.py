@@ -1,0 +1,183 @@
+"""The ADRS benchmark's load histories, read as a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moeplace as mp
+from moeplace.profiler import json_stream
+from moeplace.profiler.json_stream import JsonStream
+from moeplace.profiler.read import read_any
+from moeplace.profiler.readers.load_history import is_load_history, read_load_history
+
+
+def loads(entries: int, layers: int = 3, experts: int = 5) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(entries).integers(1, 3000, (entries, layers, experts))
+
+
+def write(path: Path, table: np.ndarray[Any, Any], **more: Any) -> Path:
+    history = [{"logical_expert_load": entry} for entry in table.tolist()]
+    path.write_text(json.dumps({"load_history": history} | more))
+    return path
+
+
+def test_every_entry_is_a_window_in_order(tmp_path: Path) -> None:
+    table = loads(7)
+    statistics = read_any(write(tmp_path / "load", table))
+    assert isinstance(statistics, mp.RoutingStatistics)
+    np.testing.assert_array_equal(statistics.load, table)
+    assert statistics.moe_layers == (0, 1, 2)
+    assert statistics.top_k is None
+
+
+def test_entries_are_summed_into_windows(tmp_path: Path) -> None:
+    table = loads(7)
+    statistics = read_load_history(write(tmp_path / "a", table), entries_per_window=3)
+    np.testing.assert_array_equal(statistics.load, [table[:3].sum(0), table[3:6].sum(0), table[6:].sum(0)])
+
+
+def test_dense_layers_keep_the_numbers_of_the_others_and_idle_entries_go(tmp_path: Path) -> None:
+    table = loads(4)
+    table[:, 0] = 0
+    table[2] = 0
+    statistics = read_load_history(write(tmp_path / "a", table))
+    assert statistics.moe_layers == (1, 2)
+    np.testing.assert_array_equal(statistics.load, table[[0, 1, 3], 1:])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_where_the_file_is_cut_into_chunks_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None
+) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    table = loads(3)
+    history = [{"step": i, "logical_expert_load": entry, "é": [1.5, None]} for i, entry in enumerate(table.tolist())]
+    content = {"seed": 12345, "load_history": history, "name": "é {[", "end": -1.25e3}
+    (tmp_path / "a").write_text(json.dumps(content, indent=indent, ensure_ascii=False), encoding="utf-8")
+    np.testing.assert_array_equal(read_load_history(tmp_path / "a").load, table)
+
+
+def test_the_file_is_never_in_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK", 1 << 16)
+    path = write(tmp_path / "a", loads(3000, 4, 64))
+    size = path.stat().st_size
+    tracemalloc.start()
+    try:
+        statistics = read_load_history(path, entries_per_window=100)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(statistics.load) == 30
+    assert peak < size / 3
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "cut off": ('{"load_history": [{"logical_expert_load": [[1, 2]]}, {"log', "damaged JSON"),
+    "cut off after an entry": ('{"load_history": [{"logical_expert_load": [[1, 2]]}', "cut off"),
+    "cut off before the end": ('{"load_history": [{"logical_expert_load": [[1, 2]]}]', "cut off, expected '}'"),
+    "more after the end": ('{"load_history": [{"logical_expert_load": [[1]]}]} x', "expected the end"),
+    "a history that is none": ('{"load_history": 5}', "expected '\\['"),
+    "no entries": ('{"load_history": []}', "load_history is empty"),
+    "the name as a value": ('{"a": "load_history", "b": {"load_history": []}}', "missing"),
+    "an entry without loads": ('{"load_history": [{"load": [[1]]}]}', r"load_history\[0\].logical_expert_load"),
+    "a flat load": ('{"load_history": [{"logical_expert_load": [1, 2]}]}', r"not \[layers\]\[experts\]"),
+    "a ragged load": ('{"load_history": [{"logical_expert_load": [[1, 2], [3]]}]}', r"not \[layers\]\[experts\]"),
+    "text": ('{"load_history": [{"logical_expert_load": [["1"]]}]}', "of numbers"),
+    "truth values": ('{"load_history": [{"logical_expert_load": [[true]]}]}', "of numbers"),
+    "shapes that differ": (
+        '{"load_history": [{"logical_expert_load": [[1]]}, {"logical_expert_load": [[1, 2]]}]}',
+        r"load_history\[1\].logical_expert_load has shape \(1, 2\), the first \(1, 1\)",
+    ),
+    "negative loads": ('{"load_history": [{"logical_expert_load": [[1, -2]]}]}', "window 0, layer 0, expert 1"),
+    "not a number": ('{"load_history": [{"logical_expert_load": [[1, NaN]]}]}', "non-finite"),
+    "a number too large": ('{"load_history": [{"logical_expert_load": [[1' + "0" * 400 + "]]}]}", "too large"),
+    "all zero": ('{"load_history": [{"logical_expert_load": [[0, 0]]}]}', "every count is 0"),
+    "nested deeply": ('{"load_history": [' + "[" * 100_000, "damaged JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_with_a_history_is_said(tmp_path: Path, case: str) -> None:
+    text, message = BAD[case]
+    (tmp_path / "a").write_text(text)
+    with pytest.raises(mp.FileFormatError, match=message):
+        read_any(tmp_path / "a")
+
+
+def test_a_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK", 100)
+    (tmp_path / "a").write_text("[" + "1, " * 5000)
+    with (
+        JsonStream(tmp_path / "a", limit=1000) as stream,
+        pytest.raises(mp.FileFormatError, match="more than 1,000 char"),
+    ):
+        stream.value()
+
+
+def test_other_json_is_not_taken_and_options_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text('{"plan": 1}')
+    assert not is_load_history(tmp_path / "a")
+    with pytest.raises(mp.InputError, match="at least 1"):
+        read_load_history(write(tmp_path / "b", loads(1)), entries_per_window=0)
+    with pytest.raises(mp.InputError, match="no such file"):
+        read_load_history(tmp_path / "c")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=15,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.text(max_size=5), st.lists(json_values, max_size=3), max_size=4), st.integers(1, 9))
+def test_any_json_comes_out_as_it_went_in(content: dict[str, list[Any]], chunk: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "CHUNK", chunk)
+        path = Path(folder) / "a"
+        path.write_text(json.dumps(content, ensure_ascii=chunk % 2 == 0), encoding="utf-8")
+        with JsonStream(path) as stream:
+            read = {key: [stream.value() for _ in stream.items()] for key in stream.fields()}
+            stream.end()
+        assert read == content
+
+
+ORIGINAL = json.dumps({"n": 1, "load_history": [{"logical_expert_load": x} for x in loads(3).tolist()]}).encode()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, len(ORIGINAL) - 1),
+            st.one_of(
+                st.binary(min_size=1, max_size=4),
+                st.sampled_from([b"-", b"9999999", b"[", b"null", b'"', b"1e999", b"}{"]),
+            ),
+        ),
+        max_size=4,
+    ),
+    st.floats(0, 2),
+)
+def test_changed_bytes_raise_only_the_typed_error(edits: list[tuple[int, bytes]], cut: float) -> None:
+    content = bytearray(ORIGINAL)
+    for at, change in edits:
+        content[at : at + len(change)] = change
+    del content[int(cut * len(content)) + 1 :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a"
+        path.write_bytes(content)
+        with contextlib.suppress(mp.InputError):
+            read_load_history(path)

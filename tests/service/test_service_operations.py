@@ -1,0 +1,130 @@
+"""Running the service: its documentation, its log, back-up and restore."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the service is an extra")
+from service_runs import MODEL, counts, prepared, serving, skewed
+
+import moeplace as mp
+from moeplace.db import Store
+from moeplace.db.records import CountWindow
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "service.md"
+
+
+def test_the_documented_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = re.findall(r"^```py\n(.*?)^```$", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    with serving(str(tmp_path / "store.db")) as server:
+        exec(code, {"URL": server.url, "TOKEN": None})  # noqa: S102 - our own page
+        assert capsys.readouterr().out == "1\n16\n"
+        assert server.stop() == 0
+    requests = [entry for entry in server.log if entry["message"] == "request"]
+    assert {"method", "path", "status", "ms", "time", "level"} <= set(requests[0])
+
+
+def test_the_documented_policy_defaults_are_the_real_ones() -> None:
+    from moeplace.service.policy import Policy
+
+    rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    for row in rows:
+        names, values = (cell.strip() for cell in row.strip("|").split("|")[:2])
+        fields = re.findall(r"`(\w+)`", names)
+        defaults = [getattr(Policy(), field) for field in fields]
+        for field, default in zip(fields, defaults, strict=True):
+            if isinstance(default, int | float | str):
+                assert f"{default:g}".replace("+", "") if isinstance(default, float) else str(default)
+                told = str(int(default)) if isinstance(default, float) and default.is_integer() else str(default)
+                assert told in values, (field, told, values)
+
+
+def test_a_back_up_made_while_serving_restores_everything(url: str, tmp_path: Path) -> None:
+    """The documented commands, with windows coming in meanwhile."""
+    postgres = url.startswith("postgres")
+    tools = ("pg_dump", "pg_restore") if postgres else ("sqlite3",)
+    if any(shutil.which(tool) is None for tool in tools):
+        pytest.skip(f"{' and '.join(tools)} not installed")
+    copy = tmp_path / "copy"
+    with serving(url, "--workers", "0") as server, server.client() as client:
+        prepared(client)
+        statistics = mp.RoutingStatistics.from_counts(skewed(0), top_k=2)
+        view = client.add_plan(mp.solve(mp.Problem(MODEL, mp.Topology.preset("h100-hgx", 2, 2), statistics), "eplb"))
+        client.publish("chat", view.id)
+        client.push_windows("chat", [CountWindow(datetime.now(UTC), counts(i, skewed(0))) for i in range(5)])
+        before = (client.totals("chat"), client.deployment("chat"), [p.id for p in client.plans()])
+        if postgres:
+            schema = url.rpartition("%3D")[2]
+            base = url.partition("?")[0]
+            subprocess.run(["pg_dump", "-Fc", "-n", schema, "-f", str(copy), base], check=True)
+        else:
+            subprocess.run(["sqlite3", url, f".backup {copy}"], check=True)
+        client.push("chat", counts(9, skewed(0)))
+    if postgres:
+        subprocess.run(["pg_restore", "--clean", "--if-exists", "-d", base, str(copy)], check=True)
+    else:
+        for leftover in (url, f"{url}-wal", f"{url}-shm"):
+            Path(leftover).unlink(missing_ok=True)
+        os.rename(copy, url)
+    with Store.open(url) as store:
+        assert store.windows.totals("chat") == before[0]
+    with serving(url, "--workers", "0") as server, server.client() as client:
+        assert (client.totals("chat"), client.deployment("chat"), [p.id for p in client.plans()]) == before
+
+
+def test_the_deployment_files_run_what_exists(tmp_path: Path) -> None:
+    """Containers start `moeplace` with arguments it takes, probe routes it has, and name the variable it reads."""
+    import yaml
+
+    from moeplace.cli.document import commands
+    from moeplace.db.database import VARIABLE
+
+    folder = DOCS.parents[1] / "deploy"
+    compose = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["service"]
+    manifests = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
+    containers = [
+        container
+        for manifest in manifests
+        if manifest["kind"] == "Deployment"
+        for container in manifest["spec"]["template"]["spec"]["containers"]
+    ]
+    assert len(containers) == 2
+    serve = dict(commands())["moeplace serve"]
+    for words in [compose["command"], *(container["args"] for container in containers)]:
+        assert words[0] == "serve"
+        serve.make_context("serve", [str(word) for word in words[1:]])
+    assert list(compose["environment"]) == [VARIABLE]
+    with serving(str(tmp_path / "store.db"), "--workers", "0") as server:
+        import urllib.request
+
+        for container in containers:
+            assert [entry["name"] for entry in container["env"]] == [VARIABLE]
+            for probe in ("readinessProbe", "livenessProbe"):
+                with urllib.request.urlopen(server.url + container[probe]["httpGet"]["path"]) as answer:
+                    assert answer.status == 200
+    dockerfile = (folder / "Dockerfile").read_text()
+    assert 'ENTRYPOINT ["moeplace"]' in dockerfile
+    assert "/health" in dockerfile
+
+
+def test_the_deployment_files_are_what_compose_and_kubernetes_take() -> None:
+    """By their schemas: fields that they do not know are refused."""
+    import yaml
+
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    compose_spec = pytest.importorskip("compose_spec")
+    folder = DOCS.parents[1] / "deploy"
+    compose = compose_spec.PyCompose.from_yaml((folder / "compose.yaml").read_text())
+    compose.validate()
+    compose.validate_volumes()
+    manifests = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
+    assert [manifest["kind"] for manifest in manifests] == ["Deployment", "Deployment", "Service"]
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)

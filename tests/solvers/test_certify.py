@@ -1,0 +1,435 @@
+"""Bounds by relaxed Gram matrices: never above the best placement, whatever the cluster, the replicas and the risk, and close."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moeplace as mp
+from moeplace.placement.bounds import step_seconds_bound
+from moeplace.placement.cost import combine_bytes, dispatch_bytes
+from moeplace.placement.evaluate import evaluate_on
+from moeplace.placement.risk import risk_value, risk_weights
+from moeplace.solvers.certify.certify import StepCertificate
+from moeplace.solvers.certify.device_sets import DeviceSets, sets_fit
+from moeplace.solvers.certify.link_floors import link_floors
+from moeplace.solvers.certify.partition import least_over_partitions
+from moeplace.solvers.certify.proof import risk_bound
+from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
+from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
+
+SLOW_LINKS = {"compute": 1e12, "memory": 8e10, "memory_bandwidth": 2e12, "intra_bandwidth": 2e8}
+
+
+def cluster(nodes: list[int], uneven: bool = False) -> mp.Topology:
+    """Links slow enough to count, and, if asked, devices and nodes of different speed."""
+    entries = []
+    for number, size in enumerate(nodes):
+        factor = 1.0 + number if uneven else 1.0
+        devices = [
+            SLOW_LINKS | {"compute": 1e12 * factor, "intra_bandwidth": 2e8 * (1.0 + (uneven and d == 0))}
+            for d in range(size)
+        ]
+        entries.append({"devices": devices, "inter_bandwidth": 1e8 * size * factor})
+    return mp.Topology.from_dict({"nodes": entries, "intra_latency": 1e-6, "inter_latency": 1e-6})
+
+
+def routed(rng: np.random.Generator, tokens: int, layers: int, experts: int, top_k: int) -> np.ndarray:
+    """Ids with skew and co-activation: neighbours of a drawn centre are likelier."""
+    ids = np.empty((tokens, layers, top_k), dtype=np.int64)
+    skew = rng.dirichlet(np.full(experts, 0.8), size=layers)
+    for t in range(tokens):
+        centre = rng.integers(experts)
+        for layer in range(layers):
+            near = np.exp(-np.minimum((np.arange(experts) - centre) % experts, 3))
+            odds = skew[layer] * near + 1e-3
+            ids[t, layer] = rng.choice(experts, size=top_k, replace=False, p=odds / odds.sum())
+    return ids
+
+
+def problem_and_steps(
+    seed: int, topology: mp.Topology, layers: int, experts: int, top_k: int, sources: bool = False, **fields: object
+) -> tuple[mp.Problem, mp.Steps]:
+    rng = np.random.default_rng(seed)
+    tokens = 24
+    ids = routed(rng, tokens, layers, experts, top_k)
+    trace = mp.RoutingTrace.from_arrays(
+        ids,
+        num_experts=experts,
+        step=np.arange(tokens) // 8,
+        workload=np.where(np.arange(tokens) < 8, "a", "b"),
+        source=rng.integers(topology.num_devices, size=tokens) if sources else None,
+    )
+    problem = mp.Problem(
+        model=mp.ModelSpec(layers=layers, experts=experts, top_k=top_k, hidden_size=512, ffn_size=256),
+        topology=topology,
+        statistics=mp.RoutingStatistics.from_trace(trace),
+        **fields,  # type: ignore[arg-type]
+    )
+    return problem, trace.recorded_steps()
+
+
+def all_tables(problem: mp.Problem, layer: int = 0) -> list[np.ndarray]:
+    """Every way to fill a layer's own slots with all experts, up to the order within a device and without doubles there."""
+    sizes, experts = problem.layer_slots[layer].tolist(), problem.model.experts
+    contents = [list(itertools.combinations(range(experts), size)) for size in sizes]
+    return [
+        np.array(list(itertools.chain(*chosen)))
+        for chosen in itertools.product(*contents)
+        if len(set(itertools.chain(*chosen))) == experts
+    ]
+
+
+def least_risk(problem: mp.Problem, steps: mp.Steps) -> float:
+    """The least risk over all plans with equal shares (two layers at most)."""
+    tables = all_tables(problem)
+    best = np.inf
+    for chosen in itertools.product(tables, repeat=problem.model.layers):
+        plan = mp.Plan(problem.model, problem.topology, np.stack(chosen), problem.slot_device)
+        seconds = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
+        best = min(best, risk_value(seconds, steps.step_workload, problem.objective))
+    return best
+
+
+def bound_of(problem: mp.Problem, steps: mp.Steps, seconds: float = 0.25) -> float:
+    tables = problem.slot_table([all_tables(problem, layer)[0] for layer in range(problem.model.layers)])
+    plan = mp.Plan(problem.model, problem.topology, tables, problem.slot_device)
+    figures = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
+    return risk_bound(problem, steps, steps.step_workload, figures, None, seconds)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    nodes=st.sampled_from([[3], [2, 2], [1, 1], [1, 2], [1, 1, 1]]),
+    uneven=st.booleans(),
+    spare=st.integers(0, 1),
+    top_k=st.integers(1, 3),
+    dedup=st.booleans(),
+    sources=st.booleans(),
+    risk=st.sampled_from(["mean", "cvar:0.5", "worst_workload"]),
+)
+def test_no_plan_of_one_layer_is_below_the_bound(
+    seed: int, nodes: list[int], uneven: bool, spare: int, top_k: int, dedup: bool, sources: bool, risk: str
+) -> None:
+    problem, steps = problem_and_steps(
+        seed,
+        cluster(nodes, uneven),
+        layers=1,
+        experts=5,
+        top_k=top_k,
+        sources=sources,
+        slots=5 + spare,
+        objective=mp.Objective(risk=risk, node_dedup=dedup),
+    )
+    assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    nodes=st.sampled_from([[2], [1, 1], [2, 1], [2, 2]]),
+    uneven=st.booleans(),
+    spare=st.integers(0, 1),
+    top_k=st.integers(1, 2),
+    dedup=st.booleans(),
+    sources=st.booleans(),
+)
+def test_no_context_coherent_plan_is_below_the_bound(
+    seed: int, nodes: list[int], uneven: bool, spare: int, top_k: int, dedup: bool, sources: bool
+) -> None:
+    problem, steps = problem_and_steps(
+        seed,
+        cluster(nodes, uneven),
+        layers=2,
+        experts=4,
+        top_k=top_k,
+        sources=sources,
+        slots=4 + (spare if sum(nodes) < 4 else 0),
+        objective=mp.Objective(execution="context_coherent", node_dedup=dedup),
+    )
+    assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(1, [3], 6), (1, [1, 2], 6), (1, [1, 1], 6), (1, [2, 2], 4), (2, [2], 6), (2, [1, 1], 4)]),
+    uneven=st.booleans(),
+    top_k=st.integers(1, 3),
+    dedup=st.booleans(),
+    sources=st.booleans(),
+    execution=st.sampled_from(["dispatch_combine", "context_coherent"]),
+    risk=st.sampled_from(["mean", "cvar:0.5", "worst_workload"]),
+)
+def test_no_plan_is_below_the_bound_by_a_devices_sets(
+    seed: int,
+    shape: tuple[int, list[int], int],
+    uneven: bool,
+    top_k: int,
+    dedup: bool,
+    sources: bool,
+    execution: str,
+    risk: str,
+) -> None:
+    layers, nodes, experts = shape
+    problem, steps = problem_and_steps(
+        seed,
+        cluster(nodes, uneven),
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        sources=sources,
+        objective=mp.Objective(execution=execution, risk=risk, node_dedup=dedup),  # type: ignore[arg-type]
+    )
+    assert sets_fit(problem)
+    assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
+
+
+def test_sets_prove_one_expert_a_device_optimal_and_two_nearly() -> None:
+    for experts, devices, most in ((4, 4, 1e-9), (6, 3, 0.03)):
+        problem, steps = problem_and_steps(4, cluster([devices]), layers=1, experts=experts, top_k=2)
+        least = least_risk(problem, steps)
+        assert (1 - most) * least <= bound_of(problem, steps, seconds=1.0) <= least * (1 + 1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 2), (6, 2), (6, 3), (4, 1)]), st.integers(1, 3))
+def test_no_partition_costs_less_than_the_least_over_partitions(
+    seed: int, shape: tuple[int, int], figures: int
+) -> None:
+    (experts, size), rng = shape, np.random.default_rng(seed)
+    members = np.array(list(itertools.combinations(range(experts), size)))
+    cost = rng.gamma(0.5, size=(figures, len(members)))
+    count = experts // size
+    best = min(
+        cost[:, list(chosen)].max(axis=1).sum()
+        for chosen in itertools.combinations(range(len(members)), count)
+        if len(set(members[list(chosen)].ravel())) == experts
+    )
+    bound = least_over_partitions(members, cost, count, 5.0)
+    assert 0.0 <= bound <= best * (1 + 1e-12)
+    assert least_over_partitions(members, cost, count, 0.0) in (-np.inf, bound)
+
+
+def test_sets_are_added_until_many_are_bounded_as_closely_as_all_at_once() -> None:
+    rng = np.random.default_rng(0)
+    members = np.array(list(itertools.combinations(range(24), 4)))
+    # A cost that one partition alone keeps to: every expert has three that it belongs with.
+    home = rng.permutation(24) // 4
+    apart = np.array([len(set(home[row])) - 1 for row in members])
+    found = least_over_partitions(members, 1.0 + apart[None] + 0.1 * rng.random((2, len(members))), 6, 30.0)
+    assert 2.0 <= found <= 2.2
+
+
+def test_what_reaches_a_set_from_elsewhere_is_counted_as_by_hand() -> None:
+    problem, steps = problem_and_steps(
+        6, cluster([3]), layers=2, experts=6, top_k=2, objective=mp.Objective(execution="context_coherent")
+    )
+    sets = DeviceSets(problem, steps, np.full(steps.num_steps, 1.0 / steps.num_steps))
+    floors = link_floors(problem, steps, steps.loads().astype(float))
+    dispatch, combine = np.split(sets.transfers(1) * steps.num_steps, 2)
+    out_bytes, back_bytes = (
+        dispatch_bytes(problem.model, problem.objective),
+        combine_bytes(problem.model, problem.objective),
+    )
+    for number, members in enumerate(sets.members):
+        for s, block in enumerate(steps.blocks()):
+            touched = np.isin(block[:, 1], members).any(axis=1)
+            back = (touched & ~np.isin(block[:, 1, 0], members)).sum()
+            there = np.sort(np.bincount(block[touched, 0, 0], minlength=6))[-2:].sum()
+            out, links = touched.sum() - there, problem.topology.intra_bandwidth[0]
+            assert dispatch[s, number] == pytest.approx(2e-6 + max(out / links, floors[0][s, 1]) * out_bytes)
+            assert combine[s, number] == pytest.approx(2e-6 + max(back / links, floors[1][s, 1]) * back_bytes)
+    assert np.ptp(combine) > 0.0
+
+
+@pytest.mark.parametrize("choice", ["share", "nearest"])
+def test_shares_of_any_size_stay_above_the_bound(choice: str) -> None:
+    problem, steps = problem_and_steps(
+        3,
+        cluster([2, 2], uneven=True),
+        layers=2,
+        experts=6,
+        top_k=3,
+        slots=10,
+        objective=mp.Objective(split="free", replica_choice=choice),
+    )
+    bound = bound_of(problem, steps, seconds=1.0)
+    rng = np.random.default_rng(0)
+    tables = all_tables(problem)
+    for _ in range(200):
+        table = np.stack([tables[i] for i in rng.integers(len(tables), size=2)])
+        raw = rng.random(table.shape) ** 3 + 1e-3
+        sums = np.stack([np.bincount(row, weights=weight) for row, weight in zip(table, raw, strict=True)])
+        plan = mp.Plan(
+            problem.model,
+            problem.topology,
+            table,
+            problem.slot_device,
+            raw / np.take_along_axis(sums, table, axis=1),
+        )
+        judged = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective)
+        assert bound <= judged.risk() * (1 + 1e-12)
+
+
+def test_the_bound_rises_with_time_and_is_far_above_that_of_single_terms() -> None:
+    problem, steps = problem_and_steps(1, cluster([4]), layers=1, experts=8, top_k=2)
+    weight = np.full(steps.num_steps, 1.0 / steps.num_steps)
+    certificate = StepCertificate(problem, steps, weight)
+    seen = [certificate.bound]
+    assert seen[0] == pytest.approx(float(weight @ step_seconds_bound(steps, problem)))
+    certificate.improve(20.0, seen.append, iterations=400)
+    assert seen == sorted(seen)
+    least = least_risk(problem, steps)
+    assert seen[-1] <= least
+    assert least - seen[-1] < 0.5 * (least - seen[0])
+
+
+def test_search_proves_its_plan_closer_when_asked_to() -> None:
+    problem, _ = problem_and_steps(2, cluster([2, 2]), layers=2, experts=8, top_k=2)
+    plain = mp.solve(problem, "search", proposals=300, step_tokens=8)
+    told: list[mp.Progress] = []
+    certified = mp.solve(problem, "search", proposals=300, step_tokens=8, certify=1.0, progress=told.append)
+    assert certified.fingerprint == plain.fingerprint
+    assert plain.certificate is not None
+    assert certified.certificate is not None
+    assert certified.certificate.objective == plain.certificate.objective
+    assert certified.certificate.value == plain.certificate.value
+    assert plain.bound is not None
+    assert certified.bound is not None
+    assert plain.bound <= certified.bound <= certified.certificate.value
+    bounds = [news.bound for news in told if news.bound is not None]
+    assert bounds == sorted(bounds)
+    with pytest.raises(mp.InputError, match="certify"):
+        mp.solve(problem, "search", certify=-1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["mean", "cvar:0.6", "worst_workload", "regret"]))
+def test_weighted_steps_never_exceed_the_risk_and_meet_it_at_the_plan_they_are_from(seed: int, risk: str) -> None:
+    rng = np.random.default_rng(seed)
+    objective = mp.Objective(risk=risk)
+    workload, best = rng.integers(3, size=12), rng.random(3)
+    seconds, other = rng.random(12) + 1, rng.random(12) + 1
+    weight, offset = risk_weights(seconds, workload, objective, best)
+    assert weight.sum() == pytest.approx(1.0)
+    assert weight @ other + offset <= risk_value(other, workload, objective, best) + 1e-12
+    assert weight @ seconds + offset == pytest.approx(risk_value(seconds, workload, objective, best), rel=0.02)
+
+
+def gram_of(device_of: np.ndarray) -> np.ndarray:
+    return np.asarray(device_of[:, None] == device_of[None, :], dtype=float)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(1, 2))
+def test_least_cost_over_the_space_is_at_most_that_of_any_placement(seed: int, even: bool, layers: int) -> None:
+    rng = np.random.default_rng(seed)
+    slots = np.array([2, 2, 2] if even else [3, 2, 1])
+    space = GramSpace.of(np.tile(slots, (layers, 1)), 6)
+    assert space.even == even
+    cost = rng.standard_normal((space.items, space.items))
+    cost = cost + cost.T
+    device_of = np.concatenate([rng.permutation(np.repeat(np.arange(3), slots)) for _ in range(layers)])
+    gram = gram_of(device_of)
+    assert space.least(cost) <= (cost * gram).sum() + 1e-9
+    np.testing.assert_allclose(space.project(gram), gram, atol=1e-8)
+    nearest = space.project(cost)
+    np.testing.assert_allclose(space.project(nearest), nearest, atol=1e-7)
+    # The nearest point: no member lies further along the way to where projection came from.
+    assert ((cost - nearest) * (gram - nearest)).sum() <= 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.integers(1, 5))
+def test_holders_needed_are_counted_exactly_and_bounded_by_every_line(seed: int, holders: int, top_k: int) -> None:
+    rng = np.random.default_rng(seed)
+    device_of = rng.integers(holders, size=9)
+    ids = np.stack([rng.choice(9, size=top_k, replace=False) for _ in range(20)])
+    weight = rng.random(20) + 0.1
+    exact = float(weight @ [len(set(device_of[row])) for row in ids])
+    terms = [HoldersNeeded(ids, weight, 9)] + ([split_between_two(ids, weight, 9)] if holders == 2 else [])
+    gram, elsewhere = gram_of(device_of), gram_of(rng.integers(holders, size=9))
+    assert terms[0].cost(gram) == pytest.approx(exact)
+    for term in terms:
+        term.begin(elsewhere)
+        for _ in range(3):
+            assert (term.charge() * gram).sum() + term.constant() <= exact + 1e-9
+            term.ascend(rng.random((9, 9)), float(rng.random()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4))
+def test_triangle_prices_charge_no_placement(seed: int, holders: int) -> None:
+    rng = np.random.default_rng(seed)
+    gram = gram_of(rng.integers(holders, size=7))
+    term = Triangles(7, holders)
+    for _ in range(3):
+        noise = rng.standard_normal((7, 7))
+        term.ascend(noise + noise.T, 0.3)
+        assert (term.charge() * gram).sum() + term.constant() <= 1e-9
+
+
+def test_simplex_projection_is_the_nearest_point() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((50, 6)) * 2
+    nearest = simplex_rows(points)
+    np.testing.assert_allclose(nearest.sum(axis=1), 1.0)
+    assert (nearest >= 0).all()
+    corners = np.eye(6)
+    # No corner lies on the far side of the plane through the nearest point.
+    assert (((points - nearest)[:, None] * (corners[None] - nearest[:, None])).sum(axis=2) <= 1e-9).all()
+
+
+def most_kept(weights: np.ndarray, slots: list[int]) -> float:
+    """The most weight any two placements keep, by going through all of them."""
+    experts = len(weights)
+    placements = {
+        tuple(int(g) for g in order) for order in itertools.permutations(np.repeat(np.arange(len(slots)), slots))
+    }
+    held = np.stack([np.eye(len(slots))[list(placed)] for placed in placements])
+    flat = held.reshape(len(held), -1)
+    return float(((weights.T[None] @ held).reshape(len(held), experts * len(slots)) @ flat.T).max())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([[3, 3], [2, 2, 2], [3, 2, 1], [4, 2]]))
+def test_no_two_placements_keep_more_transitions_than_the_bounds(seed: int, slots: list[int]) -> None:
+    weights = np.random.default_rng(seed).random((6, 6)) ** 4
+    best, sizes = most_kept(weights, slots), np.array(slots)
+    assert spectral_kept(weights, sizes) >= best * (1 - 1e-9)
+    closer = kept_at_most(weights[None], sizes, 5.0, iterations=200)
+    assert best * (1 - 1e-9) <= closer <= spectral_kept(weights, sizes) + 1e-9
+    assert kept_at_most(weights[None], sizes, 0.0) >= best * (1 - 1e-9)
+
+
+def test_the_spectral_bound_is_the_formula_for_equal_slots() -> None:
+    weights = np.random.default_rng(0).random((12, 12))
+    centred = weights - weights.mean(axis=0) - weights.mean(axis=1)[:, None] + weights.mean()
+    formula = weights.sum() / 4 + 3 * np.linalg.svd(centred)[1][:3].sum()
+    assert spectral_kept(weights, np.full(4, 3)) == pytest.approx(formula)
+
+
+def test_the_semidefinite_bound_is_nearly_exact_at_ten_experts() -> None:
+    rng = np.random.default_rng(5)
+    weights = rng.random((10, 10)) ** 6
+    placed = [np.isin(np.arange(10), half) for half in itertools.combinations(range(10), 5)]
+    held = np.array(placed, dtype=float)
+    best = float((held @ weights @ held.T + (1 - held) @ weights @ (1 - held).T).max())
+    bound = kept_at_most(weights[None], np.array([5, 5]), 20.0)
+    assert best * (1 - 1e-9) <= bound <= 1.02 * best
+
+
+def test_sixty_four_experts_are_bounded_far_below_the_spectrum() -> None:
+    rng = np.random.default_rng(0)
+    owner, after = rng.permutation(64) // 8, rng.permutation(64) // 8
+    weights = rng.gamma(0.4, size=(64, 64)) * np.where(owner[:, None] == after[None, :], 6.0, 1.0)
+    kept = float(weights[owner[:, None] == after[None, :]].sum() / weights.sum())
+    spectral = spectral_kept(weights, np.full(8, 8)) / weights.sum()
+    semidefinite = kept_at_most(weights[None], np.full(8, 8), 60.0, iterations=100) / weights.sum()
+    assert kept <= semidefinite <= 0.8 * spectral

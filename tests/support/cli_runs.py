@@ -1,0 +1,52 @@
+"""Running the commands in tests, and a small trace for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from traces import make_trace
+from typer.testing import CliRunner
+
+import moeplace as mp
+from moeplace.cli.app import app
+from moeplace.profiler.trace_files import write_trace
+
+CLUSTER = ("--topology", "h100-hgx", "--nodes", "2", "--devices-per-node", "2")
+JUDGED = ("--decode", "8", "--steps", "12")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """stdout as JSON; fails when anything else stands there."""
+        return json.loads(self.out)
+
+
+def run(*arguments: object) -> Run:
+    """Runs a command in this process; an error that is not a refusal is raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Run(result.exit_code, result.stdout, result.stderr)
+
+
+def toy_model(**changes: Any) -> mp.ModelSpec:
+    """The model of `make_trace`, with sizes."""
+    fields = {"layers": 3, "experts": 8, "top_k": 2, "hidden_size": 64, "ffn_size": 128, "name": "toy"}
+    return mp.ModelSpec(**{**fields, **changes})
+
+
+def toy_trace_folder(folder: Path, model: mp.ModelSpec | None = None, seed: int = 0) -> Path:
+    """Writes the toy trace, with its model unless None is wanted."""
+    write_trace(make_trace(seed), folder, model=model)
+    return folder
