@@ -343,7 +343,7 @@ class PlacedExperts(nn.Module):
         self.replica_sum = ReplicaSum(placement, self.mesh, self.row_of_slot)
         self.dispatcher.place(placement, torch.from_numpy(self.row_of_slot), len(self.row_expert))
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # fully_shard puts its own parameters in place by setattr, unsharded ones during forward: these no longer tell.
         if isinstance(value, DTensor):
             raise self._managed(name, "fully_shard")
