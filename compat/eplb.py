@@ -57,8 +57,8 @@ def rebalance_experts(weight: Any, num_replicas: int, num_groups: int, num_nodes
         num_gpus: GPUs; physical expert i stands on GPU i // (num_replicas / num_gpus).
 
     Returns:
-        physical_to_logical_map [L, num_replicas], the expert of each physical expert; logical_to_physical_map [L, E, X],
-        the physical experts of each, padded with -1, X being the most replicas an expert has in any layer; and
+        physical_to_logical_map [L, num_replicas], the expert of each physical expert; logical_to_physical_map [L, E,
+        X], the physical experts of each, padded with -1, X being the most replicas an expert has in any layer; and
         expert_count [L, E], its replicas. int64, of the kind of `weight`; tensors are on the CPU, as theirs.
 
     Raises:
@@ -166,7 +166,7 @@ def lighten(load: FloatArray, table: IntArray, nodes: int, devices: int) -> IntA
 
 
 def _move_replicas(load: FloatArray, table: IntArray, nodes: int, devices: int) -> tuple[IntArray, BoolArray]:
-    """Gives an expert of each layer's heaviest device another's slot, where that lowers the peak: (table, which did)."""
+    """Gives an expert of each layer's heaviest device another's slot, where that lowers the peak: (table, changed)."""
     layers, slots = table.shape
     table, moved = table.copy(), np.zeros(layers, dtype=bool)
     spare = slots - load.shape[1]

@@ -1,4 +1,4 @@
-"""A plan on another cluster than its own: what is left of it after a failure, repaired, and with replicas that stand by.
+"""A plan on another cluster than its own: what a failure leaves of it, its repair, and replicas that stand by.
 
 L layers, E experts, G devices, P slots of a layer, F failures.
 """
@@ -242,7 +242,7 @@ def _most_loaded(row: IntArray, slot_device: IntArray, load: FloatArray, slot: i
 
 
 def with_standbys(plan: Plan, device_slots: IntArray, failures: Sequence[Failure], load: FloatArray) -> Plan | None:
-    """The plan with further slots and none empty, so that every expert keeps a replica in each failure; step times stay.
+    """The plan with further slots, so that every expert keeps a replica in each failure; none is empty, step times stay.
 
     Args:
         plan: whose replicas keep their slots and shares.
@@ -251,8 +251,8 @@ def with_standbys(plan: Plan, device_slots: IntArray, failures: Sequence[Failure
         load: [L, E] tokens each expert gets; slots that no expert needs go to the heaviest.
 
     Returns:
-        The plan, or None where none was found. Each expert in need gets one standby (a matching of experts and slots), so
-        None does not mean that no plan with these slots survives.
+        The plan, or None where none was found. Each expert in need gets one standby (a matching of experts and slots),
+        so None does not mean that no plan with these slots survives.
 
     Raises:
         InputError: a device has fewer slots than the plan uses.

@@ -13,7 +13,7 @@ from .base import Budget, Feature, Needs, Solution
 
 
 class Contiguous:
-    """Slot i holds expert i mod E: equal contiguous blocks a device, spare slots from expert 0 on (as vLLM lays out)."""
+    """Slot i holds expert i mod E: equal contiguous blocks a device, spare slots from expert 0 on, as in vLLM."""
 
     name = "contiguous"
     supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS})

@@ -341,8 +341,11 @@ def _check_placements(space: PlacementSpace, neighbours: bool) -> None:
 
 
 def step_work(problem: Problem, space: PlacementSpace, steps: int) -> float:
-    """Estimated seconds of the step objective on one core, from what was measured: 0.1 us a device's figure of a layer's
-    own placements; for pairs 1.5 ns a device, and one pair in twenty priced in full, device by device and step."""
+    """Estimated seconds of the step objective on one core.
+
+    As measured: 0.1 us a device's figure of a layer's own placements; for pairs 1.5 ns a device, and one pair in twenty
+    priced in full, device by device and step.
+    """
     devices, layers, states = problem.num_devices, problem.model.layers, space.count_representatives
     seconds = 1e-7 * states * steps * devices * layers
     if problem.objective.execution == "context_coherent":

@@ -160,11 +160,11 @@ def pareto(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Front:
-    """Solves `problem` with every configuration of the sweep, and judges the plans on `steps`, which no solver has seen.
+    """Solves `problem` with every configuration of the sweep, and judges the plans on held-out steps.
 
     With free shares, a plan for more slots is at least as good on the steps solved on as those found before for fewer,
-    whose replicas may stand by in the slots beyond. Under regret, which is against the best of the plans at hand, points
-    are judged by their mean step.
+    whose replicas may stand by in the slots beyond. Under regret, which is against the best of the plans at hand,
+    points are judged by their mean step.
 
     Args:
         problem: its slots are swept, so it names none, and no failures to tolerate.
@@ -240,7 +240,7 @@ def redundancy_steps(problem: Problem) -> list[int]:
 
 
 def problem_for(config: ParetoConfig, problem: Problem, current: Plan | None = None) -> Problem:
-    """The problem with a configuration's slots, dealt evenly as far as memory goes, and the failures it can ask to survive.
+    """The problem with a configuration's slots, as even as memory allows, and the failures it can ask to survive.
 
     Raises:
         SolveError: the devices do not hold so many slots, or the slots allow no failure of that kind.

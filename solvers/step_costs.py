@@ -110,8 +110,8 @@ def device_sets(device_of: IntArray, devices: int) -> BoolArray:
 
 
 class Links(NamedTuple):
-    """Seconds a copy takes on each device's links [G] and each node's [N]; node_of: [G]; first: [N+1] the run of devices
-    of each node; dedup: one copy a (token, node) between nodes."""
+    """Seconds a copy takes on each device's links [G] and each node's [N]; node_of: [G]; first: [N+1] the run of
+    devices of each node; dedup: one copy a (token, node) between nodes."""
 
     per_copy: FloatArray
     per_node_copy: FloatArray
@@ -122,8 +122,8 @@ class Links(NamedTuple):
 
 @kernel
 def _traffic(count: Any, left: Any, node_left: Any, right: Any, node_right: Any, links: Any, worst: Any) -> None:
-    """[S] seconds of the busiest link. count: [U, M, S], its last row counting every owner. left, right: [G] sets of the
-    devices before and after; node_left, node_right: [N]."""
+    """[S] seconds of the busiest link. count: [U, M, S], its last row counting every owner. left, right: [G] sets of
+    the devices before and after; node_left, node_right: [N]."""
     steps = worst.shape[0]
     everyone = count.shape[0] - 1
     worst[:] = 0.0
@@ -269,8 +269,8 @@ def _within(count: Any, left: Any, node_left: Any, links: Any, result: Any) -> N
 class SetTraffic:
     """Prices what travels from tokens' owners, for placements [R] and renamings of devices [H, G].
 
-    device_sets: [R, G] which of M sets of experts each device holds; node_sets: [R, N] for nodes; sets: [M, E] all sets.
-    Tokens come as owned [S, E, M]: of each step, by the expert whose device owns them, those that need each set.
+    device_sets: [R, G] which of M sets of experts each device holds; node_sets: [R, N] for nodes; sets: [M, E] all
+    sets. Tokens come as owned [S, E, M]: of each step, by the expert whose device owns them, those that need each set.
     """
 
     def __init__(
@@ -322,8 +322,8 @@ class SetTraffic:
         return result
 
     def cheapest_before(self, reached: FloatArray, owned: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
-        """For each placement of a layer, the least of reached[a] [R] plus the mean seconds from placement a of the layer
-        before, over all a and renamings: ([R] that least, [R] a, [R] the renaming)."""
+        """For each placement of a layer, the least of reached[a] [R] plus the mean seconds from placement a of the
+        layer before, over all a and renamings: ([R] that least, [R] a, [R] the renaming)."""
         count = self._counted(owned)
         ways, ends = (self._ways, self._node_ways), (self._ends, self._node_ends)
         tables = np.zeros((len(ends[0]), len(ways[0]))), np.zeros((len(ends[1]), len(ways[1])))
@@ -417,8 +417,8 @@ class StepCosts:
         return result
 
     def cheapest_before(self, layer: int, reached: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
-        """For each placement [R] of layer + 1, the least of reached[a] [R] plus the seconds of the dispatch from the owners
-        of the layer before under placement a, over all a and renamings: (that least, a, the renaming)."""
+        """For each placement [R] of layer + 1, the least of reached[a] [R] plus the seconds of the dispatch from the
+        owners of the layer before under placement a, over all a and renamings: (that least, a, the renaming)."""
         before, after = self._steps.expert_ids[:, layer], self._steps.expert_ids[:, layer + 1]
         least, state, name = self._traffic.cheapest_before(reached, self._owned(before[:, 0], after))
         return least + self._latency, state, name

@@ -32,10 +32,9 @@ class Change:
     """Another cluster for a plan.
 
     Attributes:
-        name: shown to the user.
-        topology: the other cluster.
-        origin: [G] the rank that each of its devices has in the plan's cluster, -1 for a new device.
-        slots: P a layer of the ready plan, or [L] numbers, one a layer; by default those of the devices that stay, or as
+        name: shown to the user. topology: the other cluster. origin: [G] the rank that each of its devices has in the
+        plan's cluster, -1 for a new device. slots: P a layer of the ready plan, or [L] numbers, one a layer; by default
+        those of the devices that stay, or as
             many as the plan has where there are new ones, and always enough for every expert.
     """
 
