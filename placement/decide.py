@@ -8,14 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from .._types import FloatArray, IntArray
+from .._types import FloatArray
 from .cost import window_seconds
 from .errors import InputError
 from .evaluate import evaluate
 from .migration import Migration, migration
 from .plan import Plan
 from .problem import Problem
-from .risk import risk_value, weighted_mean
+from .risk import best_by_workload, risk_value, weighted_mean
 from .statistics import window_weights, with_tokens
 from .steps import Steps
 from .trace import RoutingTrace
@@ -135,7 +135,7 @@ def _figures(
     steps = held if isinstance(held, Steps) else held.decode_steps(concurrency, steps=200, seed=seed)
     whole = [evaluate(plan, steps, problem) for plan in plans]
     # Regret compares with each workload's best plan at hand.
-    best = np.min([_workload_means(e.step_seconds, e.step_workload, len(steps.workloads)) for e in whole], axis=0)
+    best = best_by_workload([e.step_seconds for e in whole], steps.step_workload, len(steps.workloads))
     result = np.empty((len(plans), resamples + 1))
     result[:, 0] = [evaluation.risk(best) for evaluation in whole]
     for draw in range(1, resamples + 1):
@@ -150,13 +150,6 @@ def _figures(
         if progress is not None:
             progress(draw)
     return result
-
-
-def _workload_means(seconds: FloatArray, workload: IntArray, count: int) -> FloatArray:
-    """[W] mean step seconds of each workload, 0 where it has no step."""
-    return np.bincount(workload, weights=seconds, minlength=count) / np.maximum(
-        np.bincount(workload, minlength=count), 1
-    )
 
 
 def _redraw_sequences(trace: RoutingTrace, rng: np.random.Generator) -> RoutingTrace:
