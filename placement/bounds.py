@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from .._types import FloatArray, IntArray
-from .cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from .cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
 from .layer_slots import alike_layers
 from .plan import Certificate, equal_shares
 from .problem import Problem
@@ -184,18 +184,14 @@ def layer_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
 
 def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
     """[S, L] seconds of the slowest device's expert work, from expert loads [S, L, E]."""
-    model, topology = problem.model, problem.topology
-    flat = loads.reshape(-1, loads.shape[2])
-    shared = flat.sum(axis=1) / topology.compute.sum()
-    packed = least_layer_load(loads, problem.layer_slots).ravel() / topology.compute.max()
-    hit = (flat > 0).sum(axis=1).astype(np.float64)
-    read = hit / topology.memory_bandwidth.sum()
-    if not problem.has_replicas:
-        # Whole experts: some device reads at least the average, rounded up.
-        holders = int((problem.slots_per_device > 0).sum())
-        read = np.maximum(read, np.ceil(hit / holders) / topology.memory_bandwidth.max())
-    seconds = np.maximum(np.maximum(shared, packed) * model.flops_per_token, read * model.bytes_per_expert)
-    return np.asarray(seconds.reshape(loads.shape[:2]))
+    devices = Roofline.of(problem.model, problem.topology)
+    together, fastest = devices.pooled(np.zeros(1, np.int64)), devices.fastest()
+    pairs, hit = loads.sum(axis=2), (loads > 0).sum(axis=2).astype(np.float64)
+    packed = least_layer_load(loads, problem.layer_slots)
+    # Whole experts: some device reads at least the average, rounded up.
+    holders = int((problem.slots_per_device > 0).sum())
+    whole = np.zeros(hit.shape) if problem.has_replicas else np.ceil(hit / holders)
+    return np.maximum(together.seconds(pairs, hit), fastest.seconds(packed, whole))
 
 
 def _transfer_bound(tokens: FloatArray, slots: IntArray, problem: Problem, homes_known: bool) -> FloatArray:
@@ -207,7 +203,7 @@ def _transfer_bound(tokens: FloatArray, slots: IntArray, problem: Problem, homes
     topology, objective, model = problem.topology, problem.objective, problem.model
     latency = all_to_all_latency(topology, objective.node_dedup)
     sizes, devices = topology.node_size, topology.num_devices
-    node_slots = np.add.reduceat(slots, np.concatenate([[0], np.cumsum(sizes)[:-1]]))
+    node_slots = np.add.reduceat(slots, topology.node_start)
     reached = fewest_holders(slots, model.top_k)
     nodes_reached = fewest_holders(node_slots, model.top_k)
     bytes_out, bytes_back = dispatch_bytes(model, objective), combine_bytes(model, objective)

@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .._types import FloatArray, IntArray
-from .cost import Flows, all_to_all_latency, combine_bytes, compute_seconds, dispatch_bytes, transfer_seconds
+from .cost import (
+    Flows,
+    Roofline,
+    all_to_all_latency,
+    combine_bytes,
+    compute_seconds,
+    dispatch_bytes,
+    link_seconds,
+    transfer_seconds,
+)
 from .errors import InputError
 from .model import ModelSpec
 from .objective import Objective
@@ -36,14 +45,14 @@ def compute_binding(tokens: FloatArray, seconds: FloatArray, model: ModelSpec, t
     """[...] codes of the slowest device and its slower term. tokens: [..., G] pairs; seconds: [..., G] of both terms."""
     slowest = seconds.argmax(axis=-1)
     worked = np.take_along_axis(tokens, slowest[..., None], axis=-1)[..., 0]
-    arithmetic = worked * model.flops_per_token / topology.compute[slowest]
+    arithmetic = worked * Roofline.of(model, topology).per_pair[slowest]
     reads = arithmetic < np.take_along_axis(seconds, slowest[..., None], axis=-1)[..., 0]
     return np.asarray(slowest + np.where(reads, seconds.shape[-1], 0), dtype=np.int16)
 
 
 def transfer_binding(flows: Flows, bytes_per_copy: float, topology: Topology, latency: float) -> CodeArray:
     """[...] codes of the busiest link, or of latency."""
-    links = np.concatenate([flows.intra / topology.intra_bandwidth, flows.inter / topology.inter_bandwidth], axis=-1)
+    links = link_seconds(flows, topology)
     waits = links.max(axis=-1) * bytes_per_copy < latency
     busy = np.where(links.max(axis=-1) > 0, links.argmax(axis=-1), NOTHING)
     return np.asarray(np.where(waits, LATENCY, busy), dtype=np.int16)
@@ -155,18 +164,22 @@ def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Obj
     latency = all_to_all_latency(topology, objective.node_dedup)
     out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
     compute = compute_seconds(demand.tokens, demand.experts_hit, model, topology)
-    dispatch = transfer_seconds(demand.dispatch, out, topology, latency)
-    device_bytes, node_bytes = demand.dispatch.intra * out, demand.dispatch.inter * out
+    outgoing = demand.dispatch.flows(topology, objective.node_dedup)
+    dispatch = transfer_seconds(outgoing, out, topology, latency)
+    device_bytes, node_bytes = outgoing.intra * out, outgoing.inter * out
     combine = np.zeros_like(dispatch)
     combine_at = np.full(combine.shape, NOTHING, dtype=np.int16)
     if demand.combine is not None:
-        combine = transfer_seconds(demand.combine, back, topology, latency)
-        combine_at = transfer_binding(demand.combine, back, topology, latency)
-        device_bytes = device_bytes + demand.combine.intra * back
-        node_bytes = node_bytes + demand.combine.inter * back
+        same = demand.combine is demand.dispatch
+        returning = outgoing if same else demand.combine.flows(topology, objective.node_dedup)
+        combine = transfer_seconds(returning, back, topology, latency)
+        combine_at = transfer_binding(returning, back, topology, latency)
+        device_bytes = device_bytes + returning.intra * back
+        node_bytes = node_bytes + returning.inter * back
+    crossing, node_crossing = demand.dispatch.crossing(topology)
     return {
         "dispatch": dispatch,
-        "dispatch_at": transfer_binding(demand.dispatch, out, topology, latency),
+        "dispatch_at": transfer_binding(outgoing, out, topology, latency),
         "compute_at": compute_binding(demand.tokens, compute, model, topology),
         "combine_at": combine_at,
         "compute": compute.max(axis=2),
@@ -174,10 +187,10 @@ def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Obj
         "device_tokens": demand.tokens,
         "device_bytes": device_bytes.sum(axis=1),
         "node_bytes": node_bytes.sum(axis=1),
-        "reached": demand.reached.sum(axis=2),
-        "node_reached": demand.node_reached.sum(axis=2),
-        "crossing": demand.crossing,
-        "node_crossing": demand.node_crossing,
+        "reached": demand.dispatch.devices.sum(axis=2),
+        "node_reached": demand.dispatch.nodes.sum(axis=2),
+        "crossing": crossing,
+        "node_crossing": node_crossing,
         "local": demand.local,
         "node_local": demand.node_local,
     }

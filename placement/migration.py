@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._types import BoolArray, IntArray
+from .cost import Flows, transfer_seconds
 from .errors import InputError
 from .plan import Plan
 from .topology import Topology
@@ -89,16 +90,10 @@ def migration_from(held: BoolArray, candidate: Plan, bytes_per_expert: float | N
 
 
 def _seconds(source: IntArray, target: IntArray, topology: Topology, size: float) -> float:
-    node = topology.node_of
+    """All moves [M] at once, each of `size` bytes, on the busiest link."""
+    node, devices, nodes = topology.node_of, topology.num_devices, topology.num_nodes
     crossing = node[source] != node[target]
-    devices, nodes = topology.num_devices, topology.num_nodes
-    intra = np.maximum(
-        np.bincount(source[~crossing], minlength=devices), np.bincount(target[~crossing], minlength=devices)
-    )
-    inter = np.maximum(
-        np.bincount(node[source[crossing]], minlength=nodes), np.bincount(node[target[crossing]], minlength=nodes)
-    )
-    slowest: float = max(
-        float((intra * size / topology.intra_bandwidth).max()), float((inter * size / topology.inter_bandwidth).max())
-    )
-    return slowest
+    inside = [np.bincount(end[~crossing], minlength=devices) for end in (source, target)]
+    between = [np.bincount(node[end[crossing]], minlength=nodes) for end in (source, target)]
+    flows = Flows(intra=np.maximum(*inside), inter=np.maximum(*between))
+    return float(transfer_seconds(flows, size, topology, latency=0.0))

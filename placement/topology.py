@@ -125,6 +125,11 @@ class Topology(Record):
         return np.array([len(node.devices) for node in self.nodes], dtype=np.int64)
 
     @cached_property
+    def node_start(self) -> IntArray:
+        """[N] first device of each node."""
+        return np.concatenate([[0], np.cumsum(self.node_size)[:-1]])
+
+    @cached_property
     def node_of(self) -> IntArray:
         """[G] node index of each device."""
         return np.repeat(np.arange(self.num_nodes), self.node_size)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
-from ...placement.cost import combine_bytes, dispatch_bytes
+from ...placement.cost import Roofline, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.statistics import window_weights, with_tokens
 from ...placement.steps import Steps
@@ -200,8 +200,7 @@ def rates_for(problem: Problem, scenario: Scenario) -> Rates:
         )
     out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
     return Rates(
-        model.flops_per_token / topology.compute,
-        model.bytes_per_expert / topology.memory_bandwidth,
+        *Roofline.of(model, topology),
         scenario.tokens_each * out / topology.intra_bandwidth,
         scenario.tokens_each * out / topology.inter_bandwidth,
         back / out,
