@@ -41,7 +41,7 @@ LATENCY, NOTHING = -1, -2
 """No link: latency alone, or a phase that does not take place."""
 
 
-def compute_binding(tokens: FloatArray, seconds: FloatArray, model: ModelSpec, topology: Topology) -> CodeArray:
+def compute_bottleneck(tokens: FloatArray, seconds: FloatArray, model: ModelSpec, topology: Topology) -> CodeArray:
     """[...] codes of the slowest device and its slower term. tokens: [..., G] pairs; seconds: [..., G] of both terms."""
     slowest = seconds.argmax(axis=-1)
     worked = np.take_along_axis(tokens, slowest[..., None], axis=-1)[..., 0]
@@ -50,7 +50,7 @@ def compute_binding(tokens: FloatArray, seconds: FloatArray, model: ModelSpec, t
     return np.asarray(slowest + np.where(reads, seconds.shape[-1], 0), dtype=np.int16)
 
 
-def transfer_binding(flows: Flows, bytes_per_copy: float, topology: Topology, latency: float) -> CodeArray:
+def transfer_bottleneck(flows: Flows, bytes_per_copy: float, topology: Topology, latency: float) -> CodeArray:
     """[...] codes of the busiest link, or of latency."""
     links = link_seconds(flows, topology)
     waits = links.max(axis=-1) * bytes_per_copy < latency
@@ -67,7 +67,7 @@ class Evaluation:
     reached, node_reached: [S, L] devices and nodes a token needs, summed over tokens; crossing, node_crossing: [S, L]
     copies that leave their device or node; local, node_local: [S, L-1] transitions that stay, in tokens.
     device_memory: [G] bytes of expert weights. dispatch_at, compute_at, combine_at: [S, L] what each of these seconds
-    waited for, as codes that `binding_terms` reads.
+    waited for, as codes that `bottleneck_terms` reads.
     """
 
     tokens: IntArray
@@ -173,14 +173,14 @@ def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Obj
         same = demand.combine is demand.dispatch
         returning = outgoing if same else demand.combine.flows(topology, objective.node_dedup)
         combine = transfer_seconds(returning, back, topology, latency)
-        combine_at = transfer_binding(returning, back, topology, latency)
+        combine_at = transfer_bottleneck(returning, back, topology, latency)
         device_bytes = device_bytes + returning.intra * back
         node_bytes = node_bytes + returning.inter * back
     crossing, node_crossing = demand.dispatch.crossing(topology)
     return {
         "dispatch": dispatch,
-        "dispatch_at": transfer_binding(outgoing, out, topology, latency),
-        "compute_at": compute_binding(demand.tokens, compute, model, topology),
+        "dispatch_at": transfer_bottleneck(outgoing, out, topology, latency),
+        "compute_at": compute_bottleneck(demand.tokens, compute, model, topology),
         "combine_at": combine_at,
         "compute": compute.max(axis=2),
         "combine": combine,
@@ -227,7 +227,7 @@ TERMS = ("compute", "memory", "intra", "inter", "latency")
 
 
 @dataclass(frozen=True, eq=False)
-class BindingTerms:
+class BottleneckTerms:
     """Per layer, phase and term, over the steps of an evaluation.
 
     steps: [L, 3, 5] fraction of steps in which the term binds the phase. seconds: [L, 3, 5] mean seconds a step of the
@@ -250,7 +250,7 @@ class BindingTerms:
         return np.asarray(self.seconds.sum(axis=1))
 
 
-def binding_terms(evaluation: Evaluation) -> BindingTerms:
+def bottleneck_terms(evaluation: Evaluation) -> BottleneckTerms:
     """Reads an evaluation's codes. Where terms tie, the earlier of `TERMS` and the lower device is named."""
     devices, nodes = evaluation.device_bytes.shape[1], evaluation.node_bytes.shape[1]
     layers = evaluation.dispatch.shape[1]
@@ -276,4 +276,4 @@ def binding_terms(evaluation: Evaluation) -> BindingTerms:
             device_steps[layer, phase] = counted[:devices]
             if on_node:
                 node_steps[layer, phase] = counted[devices : devices + nodes]
-    return BindingTerms(steps, seconds, device_steps, node_steps)
+    return BottleneckTerms(steps, seconds, device_steps, node_steps)

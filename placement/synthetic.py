@@ -20,7 +20,7 @@ MOST_VALUES = 1 << 32
 """Tokens times layers times experts: more takes minutes to draw."""
 
 
-def draw_steps(
+def sample_steps(
     load: FloatArray, top_k: int, moe_layers: tuple[int, ...], *, step_tokens: int, steps: int, seed: int = 0
 ) -> Steps:
     """`steps` steps of `step_tokens` tokens; step s follows the loads of window s * S // steps of load [S, L, E].
@@ -89,7 +89,7 @@ SHRINK = 5.0
 """Transitions by which a pair is taken to be nearer to chance: few counts say little, and k of them are multiplied."""
 
 
-def draw_tokens(statistics: RoutingStatistics, top_k: int, tokens: int, seed: int = 0) -> RoutingTrace:
+def sample_tokens(statistics: RoutingStatistics, top_k: int, tokens: int, seed: int = 0) -> RoutingTrace:
     """About `tokens` tokens, each a sequence of its own, dealt to workloads by their recorded loads.
 
     An expert's chance is its load times, for each expert of the token in the layer before, what the recorded transitions
