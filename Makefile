@@ -20,7 +20,7 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,service,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,service,test,test-torch]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo

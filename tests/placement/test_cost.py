@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_cost import FAST, step_seconds, topology
+from naive_cost import step_seconds
+from small_clusters import FAST, topology
 
 import moeplace as mp
 from moeplace.placement.evaluate import evaluate_on

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emptied_slots import empty_some
+from every_table import bound_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import make_trace
@@ -20,7 +21,6 @@ from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.migration import migration
 from moeplace.placement.plan import EMPTY
 from moeplace.solvers.base import Feature
-from moeplace.solvers.certify.proof import risk_bound
 from moeplace.solvers.registry import SOLVERS
 from moeplace.solvers.search.evaluator import Judge
 from moeplace.solvers.search.scenario import scenario_from
@@ -260,9 +260,7 @@ def test_no_plan_beats_the_bounds_of_its_layers_slots(
         steps = replace(steps, source=rng.integers(3, size=len(steps.expert_ids)))
     rows = [fillings(own, 4) for own in asked.layer_slots]
     bound = step_seconds_bound(steps, asked)
-    first = mp.Plan(MODEL, CLUSTER, asked.slot_table([choices[0] for choices in rows]), asked.slot_device)
-    figures = mp.evaluate(first, steps, asked).step_seconds
-    proven = risk_bound(asked, steps, steps.step_workload, figures, None, 0.1)
+    proven = bound_of(asked, steps, 0.1)
     for _ in range(12):
         chosen = [choices[int(rng.integers(len(choices)))] for choices in rows]
         plan = mp.Plan(MODEL, CLUSTER, asked.slot_table(chosen), asked.slot_device)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_cost import replicated_step_seconds, topology
+from naive_cost import replicated_step_seconds
+from small_clusters import topology
 from traces import make_trace
 
 import moeplace as mp
