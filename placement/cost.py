@@ -43,7 +43,7 @@ class Roofline(NamedTuple):
         return cls(model.flops_per_token / topology.compute, model.bytes_per_expert / topology.memory_bandwidth)
 
     def seconds(self, pairs: FloatArray, experts_hit: FloatArray) -> FloatArray:
-        """[..., G] seconds of expert work, from [..., G] token-expert pairs and [..., G] experts whose weights are read."""
+        """[..., G] seconds of expert work, from [..., G] token-expert pairs and experts whose weights are read."""
         return np.asarray(np.maximum(pairs * self.per_pair, experts_hit * self.per_read))
 
     def pooled(self, starts: IntArray) -> Roofline:
@@ -105,7 +105,8 @@ def combine_bytes(model: ModelSpec, objective: Objective) -> float:
 
 
 # Copies that cross links, from who holds tokens and which devices they must reach. Between nodes one copy a (token,
-# node) travels when `dedup`, and lands on a device of the node chosen evenly, which fans it out inside (as DeepEP does).
+# node) travels when `dedup`, and lands on a device of the node chosen evenly, which fans it out inside (as DeepEP
+# does).
 
 
 def flows_from_even_sources(reached: FloatArray, node_reached: FloatArray, topology: Topology, dedup: bool) -> Flows:
@@ -211,7 +212,8 @@ def drawn_loads(plan: Plan, load: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def reached_by_draws(on_device: FloatArray, top_k: int, topology: Topology) -> tuple[FloatArray, FloatArray]:
-    """Chances that a token needs a device or node, from the chance [..., G] that one of its choices falls on each device.
+    """Chances that a token needs a device or node, from the chance [..., G] that one of its choices falls on each
+    device.
 
     Returns:
         ([..., G], [..., N]) chances for `top_k` independent choices.

@@ -39,7 +39,10 @@ class Migration:
 def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
     """The moves from `current` to `candidate` on the same devices.
 
-    bytes_per_expert: what travels an expert; default its weights (training adds optimizer state).
+    Args:
+        current: the plan in force.
+        candidate: of the same model, on as many devices.
+        bytes_per_expert: what travels an expert; default its weights (training adds optimizer state).
 
     Raises:
         InputError: the plans are for different models or numbers of devices.
@@ -54,22 +57,27 @@ def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = N
     return migration_from(current.holds, candidate, bytes_per_expert)
 
 
-def migration_from(held: BoolArray, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
-    """The moves to `candidate` from any state of its devices. held: [L, E, G] whether a device holds an expert.
+def migration_from(holds: BoolArray, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
+    """The moves to `candidate` from any state of its devices.
+
+    Args:
+        holds: [L, E, G] whether a device holds an expert now.
+        candidate: the plan to reach.
+        bytes_per_expert: what travels an expert; default its weights.
 
     Raises:
-        InputError: `held` is of another shape than the candidate's experts and devices.
+        InputError: `holds` is of another shape than the candidate's experts and devices.
     """
-    wanted = candidate.holds
-    if held.shape != wanted.shape:
-        raise InputError(f"held has shape {held.shape}, the candidate needs {wanted.shape}")
+    target_holds = candidate.holds
+    if holds.shape != target_holds.shape:
+        raise InputError(f"holds has shape {holds.shape}, the candidate needs {target_holds.shape}")
     topology = candidate.topology
     size = candidate.model.bytes_per_expert if bytes_per_expert is None else bytes_per_expert
-    layers, experts, targets = np.nonzero(wanted & ~held)
+    layers, experts, targets = np.nonzero(target_holds & ~holds)
     sources = np.empty(len(layers), dtype=np.int64)
     sent = np.zeros(topology.num_devices)
     for i, (layer, expert, target) in enumerate(zip(layers, experts, targets, strict=True)):
-        holders = np.flatnonzero(held[layer, expert])
+        holders = np.flatnonzero(holds[layer, expert])
         if not len(holders):
             sources[i] = -1
             continue

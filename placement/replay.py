@@ -36,7 +36,8 @@ ChanceArray = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
 BLOCK_VALUES = 1 << 22
-"""Floats a working array of one block may hold: bounds memory to some 100 MB whatever the number of steps, and stays near
+"""Floats a working array of one block may hold: bounds memory to some 100 MB whatever the number of steps, and stays
+near
 the cache, which is faster."""
 
 
@@ -44,8 +45,8 @@ the cache, which is faster."""
 class Reach:
     """Tokens that need devices and nodes in one all-to-all of each step and layer.
 
-    devices: [S, L, G] and nodes: [S, L, N] tokens that need any expert there. by_holder: ([S, L, H, G], [S, L, H, N]) the
-    same by the device on which the token is; None where tokens are spread evenly over all devices.
+    devices: [S, L, G] and nodes: [S, L, N] tokens that need any expert there. by_holder: ([S, L, H, G], [S, L, H, N])
+    the same by the device on which the token is; None where tokens are spread evenly over all devices.
     """
 
     devices: FloatArray
@@ -83,10 +84,10 @@ class Reach:
 class Demand:
     """Counts of a run of steps.
 
-    tokens: [S, L, G] token-expert pairs computed. experts_hit: [S, L, G] experts whose weights are read.
-    dispatch: who needs whom on the way to experts. combine: on the way back, whose links carry as much in the larger
-    direction; None where nothing returns. local: [S, L-1] share of a token's k x k transitions that stay on their device,
-    summed over tokens; node_local: the same for nodes.
+    tokens: [S, L, G] token-expert pairs computed. experts_hit: [S, L, G] experts whose weights are read. dispatch: who
+    needs whom on the way to experts. combine: on the way back, whose links carry as much in the larger direction; None
+    where nothing returns. local: [S, L-1] share of a token's k x k transitions that stay on their device, summed over
+    tokens; node_local: the same for nodes.
     """
 
     tokens: FloatArray
@@ -113,7 +114,7 @@ def replay(plan: Plan, steps: Steps, topology: Topology, objective: Objective) -
 
 
 class _Block(NamedTuple):
-    """Whole steps. ids: [L, T, k]. bounds: [S+1] where each step begins. source: [T] source ranks, None: spread evenly."""
+    """Whole steps. ids: [L, T, k]. bounds: [S+1] where each step begins. source: [T] ranks, None: even."""
 
     ids: IdArray
     bounds: IntArray
@@ -184,7 +185,7 @@ class _ByShare:
 
 
 def _reach(holder: ChanceArray, hit: ChanceArray, node_hit: ChanceArray, bounds: IntArray) -> Reach:
-    """From chances [L, T, H] that a device holds a token, and that it needs each device [L, T, G] and node [L, T, N]."""
+    """From chances that devices hold a token [L, T, H] and that it needs devices [L, T, G] and nodes [L, T, N]."""
     by_holder = []
     for needed in (hit, node_hit):
         pairs = np.empty((len(bounds) - 1, holder.shape[0], holder.shape[2], needed.shape[2]))
@@ -325,7 +326,7 @@ def expert_counts(ids: IdArray, bounds: IntArray, experts: int) -> FloatArray:
 
 
 def transitions_local(chosen: ChanceArray, top_k: int, bounds: IntArray) -> FloatArray:
-    """[S, L-1] sum over tokens of the share of their k x k transitions that stay where they are, from `chosen_share`."""
+    """[S, L-1] sums over tokens of the share of their k x k transitions that stay, from `chosen_share`."""
     local = np.einsum("ltg,ltg->lt", chosen[:-1], chosen[1:]) / top_k**2
     return sum_steps(local, bounds)
 

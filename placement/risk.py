@@ -1,8 +1,8 @@
 """One figure from many step times, as the objective's risk asks: mean, cvar, worst workload or regret.
 
-Figures [S] are seconds of steps, or of windows whose weights [S] say how much each counts. Workloads are codes [S] into W
-names. Every risk is the largest weighted sum of figures over a set of weights (its dual form; for cvar Rockafellar and
-Uryasev, J. Risk 2, 2000): `risk_value` is that largest sum, `risk_weights` are the weights that reach it.
+Figures [S] are seconds of steps, or of windows whose weights [S] say how much each counts. Workloads are codes [S] into
+W names. Every risk is the largest weighted sum of figures over a set of weights (its dual form; for cvar Rockafellar
+and Uryasev, J. Risk 2, 2000): `risk_value` is that largest sum, `risk_weights` are the weights that reach it.
 """
 
 from __future__ import annotations

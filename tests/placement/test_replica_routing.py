@@ -153,7 +153,7 @@ def test_a_replica_in_each_node_saves_what_crosses() -> None:
 
 
 def test_tokens_without_a_home_have_no_nearest_replica() -> None:
-    with pytest.raises(mp.InputError, match="needs tokens with a home device"):
+    with pytest.raises(mp.InputError, match="needs tokens with a source rank"):
         mp.Objective(execution="context_coherent", replica_choice="nearest")
 
 

@@ -48,7 +48,7 @@ def test_an_expert_of_more_than_one_choice_a_token_gets_one_of_each() -> None:
 
 
 def test_more_than_can_be_drawn_is_refused() -> None:
-    with pytest.raises(mp.InputError, match="too much to draw"):
+    with pytest.raises(mp.InputError, match="too much to sample"):
         sample_steps(np.ones((1, 60, 256)), 8, tuple(range(60)), step_tokens=100_000, steps=1000)
     with pytest.raises(mp.InputError, match="5 of 4 experts"):
         sample_steps(np.ones((1, 1, 4)), 5, (0,), step_tokens=1, steps=1)
