@@ -16,10 +16,15 @@ from .rebalancer import Rebalancer
 class RebalanceCallback(TrainerCallback):
     """`Trainer(..., callbacks=[RebalanceCallback(folder, every=500)])` on a model given to `parallelize`.
 
-    folder and settings: as for `Rebalancer`. max_norm: gradients are clipped by the norm of the whole model. The
-    Trainer's own clipping takes each rank's experts for all there are, and so does its saving:
+    The Trainer's own clipping takes each rank's experts for all there are, and so does its saving:
     TrainingArguments(max_grad_norm=0, save_strategy="no") is needed, and `moeplace.runtime.save_checkpoint` on every rank.
+
     rebalancer: from the first step on.
+
+    Args:
+        folder: as for `Rebalancer`.
+        max_norm: gradients are clipped by the norm of the whole model.
+        settings: as for `Rebalancer`.
 
     Raises:
         InputError: when training begins, with the Trainer's own clipping on.
@@ -30,7 +35,7 @@ class RebalanceCallback(TrainerCallback):
         self._folder, self._max_norm, self._settings = folder, max_norm, settings
         self.rebalancer: Rebalancer | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         if args.max_grad_norm and dist.is_initialized() and dist.get_world_size() > 1:
             raise InputError(
                 f"TrainingArguments.max_grad_norm ({args.max_grad_norm}) clips by a norm that differs between ranks; set it to 0 "
@@ -44,15 +49,15 @@ class RebalanceCallback(TrainerCallback):
                 "optimizer) on every rank"
             )
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        clip_grad_norm_(given["model"], self._max_norm)
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        clip_grad_norm_(values["model"], self._max_norm)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         if self.rebalancer is None:
-            optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
-            self.rebalancer = Rebalancer(given["model"], optimizer, self._folder, **self._settings)
+            optimizer = getattr(values["optimizer"], "optimizer", values["optimizer"])
+            self.rebalancer = Rebalancer(values["model"], optimizer, self._folder, **self._settings)
         self.rebalancer.step()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         if self.rebalancer is not None:
             self.rebalancer.close()

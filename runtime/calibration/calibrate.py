@@ -16,8 +16,8 @@ from ...placement.cost import all_to_all_latency
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.topology import Device, Node, Topology
-from ..moe.coordination import naming_lost_ranks
-from ..moe.expert_mlps import ExpertKind
+from ..moe.coordination import naming_unresponsive_ranks
+from ..moe.expert_mlps import ExpertMLP
 from .measure import (
     ROUND_SECONDS,
     Clock,
@@ -36,6 +36,246 @@ from .measure import (
     token_seconds,
 )
 from .result import Calibration, DispatchTiming, LinkTiming, WorkTiming
+
+MOST_WEIGHT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 33}
+TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Of a rank in a step, by default."""
+NOISE = 0.1
+"""Devices or nodes whose rate is so near the median of all count as equal to it."""
+
+
+def calibrate(
+    spec: ModelSpec,
+    *,
+    kind: ExpertMLP | None = None,
+    dtype: torch.dtype | None = None,
+    experts: int | None = None,
+    tokens: int | None = None,
+    node_size: int | None = None,
+    uniform: bool = False,
+    round_seconds: float = ROUND_SECONDS,
+    listen: Callable[[str], None] = lambda message: None,
+) -> Calibration:
+    """The topology of the default process group; every rank calls it, and gets the same.
+
+    All ranks work at the same time throughout, as in a step. Links: the latency and bandwidth that fit all-to-alls of the
+    sizes that steps send. Devices: the flop/s and bytes/s that fit the time of the spec's experts for as many tokens as
+    steps bring them, and for one, rows gathered and summed as the layer does. Values within 10 % of the median of all
+    devices (or nodes) become that median.
+
+    Args:
+        spec: sizes of an expert, top-k.
+        kind: what an expert computes; default SwiGLU, or GELU for two matrices.
+        dtype: of weights and activations; default bfloat16 on GPUs, float32 on CPUs.
+        experts: a device; default the spec's over the ranks, as far as weights stay below 256 MB (CPU) or 8 GB.
+        tokens: of a step, all ranks together; default 1,024 a rank (CPU) or 4,096.
+        node_size: ranks a node, where torchrun's hosts are not the nodes.
+        uniform: devices and nodes are taken for equal, whatever was measured.
+        round_seconds: of each timing.
+        listen: called with lines of progress.
+
+    Returns:
+        The topology, and the timings it was fitted to.
+
+    Raises:
+        InputError: `tokens` below one a rank; ranks of a node do not follow each other; timings that no rate fits.
+        RankError: a rank is lost on the way.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    with naming_unresponsive_ranks(world):
+        return _calibrate(spec, kind, dtype, experts, tokens, node_size, uniform, round_seconds, listen)
+
+
+def _calibrate(
+    spec: ModelSpec,
+    kind: ExpertMLP | None,
+    dtype: torch.dtype | None,
+    experts: int | None,
+    tokens: int | None,
+    node_size: int | None,
+    uniform: bool,
+    round_seconds: float,
+    listen: Callable[[str], None],
+) -> Calibration:
+    device = own_device()
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if tokens is not None and tokens < dist.get_world_size():
+        raise InputError(f"tokens ({tokens}) of a step: expected one or more for each of {dist.get_world_size()} ranks")
+    ranks = Ranks.of_world(device, node_size)
+    here = -(-tokens // ranks.size) if tokens else TOKENS[device.type]
+    row_bytes = spec.hidden_size * dtype.itemsize
+    clock = Clock(ranks, round_seconds)
+    experts = experts or _experts(spec, dtype, ranks)
+    work = ExpertWork(spec, kind, experts, dtype, device)
+    listen(
+        f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} tokens"
+    )
+    products = expert_products(work, ranks, clock, here * ranks.size)
+    busy = products[-1].pairs
+    alone = max(ranks.gather(work.timed(ranks, clock, busy, alone=0)[0]))
+    listen("expert work timed")
+    copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, here)
+    memory = memory_bytes(ranks)
+    timed: dict[str, list[Exchange]] = {}
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    for link, group, exists in (
+        ("intra", ranks.inside, max(map(len, ranks.nodes)) > 1),
+        ("inter", ranks.across, len(ranks.nodes) > 1),
+        ("all", everyone, ranks.size > 1),
+    ):
+        expected = round(rows_to_peer(ranks, link, here, spec.top_k) * row_bytes)
+        timed[link] = exchanges(ranks, group, clock, expected) if exists else []
+        if exists:
+            listen(f"links timed: {link}")
+    through = dispatches(work, ranks, clock, here)
+    topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
+    return Calibration(
+        topology,
+        tuple(_link_timings(ranks, topology, timed)),
+        tuple(_dispatch_timings(ranks, topology, through, work)),
+        tuple(_work_timings(topology, work, products)),
+        experts,
+        here * ranks.size,
+        float(np.median(a_token)),
+        float(np.median(copied)),
+        products[-1].seconds[0] / alone,
+        f"{device.type}, {dtype}",
+    )
+
+
+def own_device() -> torch.device:
+    """The GPU of this process's local rank where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _experts(spec: ModelSpec, dtype: torch.dtype, ranks: Ranks) -> int:
+    each = spec.matrices * spec.hidden_size * spec.ffn_size * dtype.itemsize
+    return max(1, min(spec.experts // ranks.size, MOST_WEIGHT_BYTES[ranks.device.type] // each))
+
+
+def _topology(
+    ranks: Ranks,
+    work: ExpertWork,
+    products: Sequence[Products],
+    timed: dict[str, list[Exchange]],
+    copied: Sequence[float],
+    memory: Sequence[float],
+    tolerance: float,
+) -> Topology:
+    arithmetic = [one.pairs * work.experts * work.spec.flops_per_token for one in products]
+    reading = [float(work.weight_bytes)] * len(products)
+    rates = [roofline(arithmetic, reading, [one.seconds[g] for one in products]) for g in range(ranks.size)]
+    # A rank alone in its node has no link inside it; what it would move there stays in its memory.
+    intra, intra_latency = list(copied), 0.0
+    if timed["intra"]:
+        lines = {
+            g: _intra_line(timed["intra"], g, len(members))
+            for members in ranks.nodes
+            if len(members) > 1
+            for g in members
+        }
+        intra = [lines[g][1] if g in lines else copied[g] for g in range(ranks.size)]
+        intra_latency = float(np.median([latency for latency, _ in lines.values()]))
+    inter, inter_latency = [sum(intra[g] for g in members) for members in ranks.nodes], 0.0
+    if timed["inter"]:
+        fitted = [_inter_line(timed["inter"], ranks, node) for node in range(len(ranks.nodes))]
+        inter = [bandwidth for _, bandwidth in fitted]
+        inter_latency = float(np.median([latency for latency, _ in fitted]))
+    columns = [alike(values, tolerance) for values in ([c for c, _ in rates], [m for _, m in rates], memory, intra)]
+    devices = [
+        Device(compute=c, memory=m, memory_bandwidth=b, intra_bandwidth=v) for c, b, m, v in zip(*columns, strict=True)
+    ]
+    links = alike(inter, tolerance)
+    first = np.concatenate([[0], np.cumsum([len(members) for members in ranks.nodes])])
+    nodes = tuple(
+        Node(devices=tuple(devices[start:end]), inter_bandwidth=float(links[node]))
+        for node, (start, end) in enumerate(pairwise(first))
+    )
+    name = f"calibrated ({work.device.type})"
+    return Topology(nodes=nodes, intra_latency=intra_latency, inter_latency=inter_latency, name=name)
+
+
+def _intra_line(timed: Sequence[Exchange], rank: int, size: int) -> tuple[float, float]:
+    """(seconds a peer, bytes/s) of a device's links inside its node."""
+    amount, seconds = [one.peer_bytes * (size - 1) for one in timed], [one.seconds[rank] for one in timed]
+    latency, bandwidth = line(amount, seconds, [one.weight for one in timed])
+    return latency / (size - 1), bandwidth
+
+
+def _inter_line(timed: Sequence[Exchange], ranks: Ranks, node: int) -> tuple[float, float]:
+    """(seconds a node, bytes/s) of a node's links to the others."""
+    peers = remote_peers(ranks, node)
+    seconds = [max(one.seconds[g] for g in ranks.nodes[node]) for one in timed]
+    amount, weight = [one.peer_bytes * peers for one in timed], [one.weight for one in timed]
+    latency, bandwidth = line(amount, seconds, weight)
+    return latency / (len(ranks.nodes) - 1), bandwidth
+
+
+def _link_seconds(ranks: Ranks, topology: Topology, kind: str, peer_bytes: float) -> float:
+    """What the topology says of an all-to-all in which every rank sends each peer so much."""
+    sizes, nodes = topology.node_size, topology.num_nodes
+    inside, between = sizes - 1, np.array([remote_peers(ranks, node) for node in range(nodes)])
+    leaving = sizes * (topology.num_devices - sizes)
+    intra_slope = (inside[topology.node_of] / topology.intra_bandwidth).max()
+    slopes = {
+        "intra": intra_slope,
+        "inter": (between / topology.inter_bandwidth).max(),
+        "all": max(intra_slope, (leaving / topology.inter_bandwidth).max()) if nodes > 1 else intra_slope,
+    }
+    latencies = {
+        "intra": topology.intra_latency * int(inside.max()),
+        "inter": topology.inter_latency * (nodes - 1),
+        "all": all_to_all_latency(topology, node_dedup=False),
+    }
+    return float(latencies[kind] + peer_bytes * slopes[kind])
+
+
+def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchange]]) -> list[LinkTiming]:
+    """What was timed beside what the topology says of it."""
+    return [
+        LinkTiming(kind, one.peer_bytes, max(one.seconds), _link_seconds(ranks, topology, kind, one.peer_bytes))
+        for kind, every in timed.items()
+        for one in every
+    ]
+
+
+def _dispatch_timings(
+    ranks: Ranks, topology: Topology, through: dict[str, TimedDispatch], work: ExpertWork
+) -> list[DispatchTiming]:
+    row = work.spec.hidden_size * work.dtype.itemsize
+    peers = {"intra": int(topology.node_size.max()), "inter": topology.num_nodes, "all": topology.num_devices}
+    result = []
+    for name, one in through.items():
+        kinds = ["all"] if name == "flat" else ["inter", "intra"]
+        links = [
+            2 * _link_seconds(ranks, topology, kind, copies / peers[kind] * row)
+            for kind, copies in zip(kinds, one.copies, strict=True)
+        ]
+        result.append(DispatchTiming(name, sum(one.copies), one.seconds, sum(links)))
+    return result
+
+
+def _work_timings(topology: Topology, work: ExpertWork, products: Sequence[Products]) -> list[WorkTiming]:
+    compute, reading = float(np.median(topology.compute)), float(np.median(topology.memory_bandwidth))
+    return [
+        WorkTiming(
+            one.pairs,
+            float(np.median(one.seconds)),
+            float(np.median(one.products_only)),
+            max(
+                one.pairs * work.experts * work.spec.flops_per_token / compute,
+                work.weight_bytes / reading,
+            ),
+        )
+        for one in products
+    ]
+
 
 # Rates from timings: the numbers that make the cost model's formulas fit, by least squares of the relative error.
 
@@ -97,233 +337,3 @@ def alike(values: Sequence[float], tolerance: float) -> FloatArray:
     middle = np.median(result)
     result[np.abs(result / middle - 1.0) <= tolerance] = middle
     return result
-
-
-MOST_WEIGHT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 33}
-TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Of a rank in a step, unless told."""
-NOISE = 0.1
-"""Devices or nodes whose rate is so near the median of all count as equal to it."""
-
-
-def calibrate(
-    spec: ModelSpec,
-    *,
-    kind: ExpertKind | None = None,
-    dtype: torch.dtype | None = None,
-    experts: int | None = None,
-    tokens: int | None = None,
-    node_size: int | None = None,
-    uniform: bool = False,
-    round_seconds: float = ROUND_SECONDS,
-    listen: Callable[[str], None] = lambda message: None,
-) -> Calibration:
-    """The topology of the default process group; every rank calls it, and gets the same.
-
-    All ranks work at the same time throughout, as in a step. Links: the latency and bandwidth that fit all-to-alls of the
-    sizes that steps send. Devices: the flop/s and bytes/s that fit the time of the spec's experts for as many tokens as
-    steps bring them, and for one, rows gathered and summed as the layer does. Values within 10 % of the median of all
-    devices (or nodes) become that median.
-
-    spec: sizes of an expert, top-k. kind: what an expert computes; default SwiGLU, or GELU for two matrices. dtype: of weights and activations; default bfloat16 on GPUs, float32 on CPUs.
-    experts: a device; default the spec's over the ranks, as far as weights stay below 256 MB (CPU) or 8 GB. tokens: of a
-    step, all ranks together; default 1,024 a rank (CPU) or 4,096. node_size: ranks a node, where torchrun's hosts are not the nodes. round_seconds: of each timing. listen: told of progress.
-
-    Raises:
-        InputError: `tokens` below one a rank; ranks of a node do not follow each other; timings that no rate fits.
-        RankError: a rank is lost on the way.
-    """
-    world = dist.group.WORLD
-    assert world is not None
-    with naming_lost_ranks(world):
-        return _calibrate(spec, kind, dtype, experts, tokens, node_size, uniform, round_seconds, listen)
-
-
-def _calibrate(
-    spec: ModelSpec,
-    kind: ExpertKind | None,
-    dtype: torch.dtype | None,
-    experts: int | None,
-    tokens: int | None,
-    node_size: int | None,
-    uniform: bool,
-    round_seconds: float,
-    listen: Callable[[str], None],
-) -> Calibration:
-    device = own_device()
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if tokens is not None and tokens < dist.get_world_size():
-        raise InputError(f"tokens ({tokens}) of a step: expected one or more for each of {dist.get_world_size()} ranks")
-    ranks = Ranks.of_world(device, node_size)
-    here = -(-tokens // ranks.size) if tokens else TOKENS[device.type]
-    row_bytes = spec.hidden_size * dtype.itemsize
-    clock = Clock(ranks, round_seconds)
-    experts = experts or _experts(spec, dtype, ranks)
-    work = ExpertWork(spec, kind, experts, dtype, device)
-    listen(
-        f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} tokens"
-    )
-    products = expert_products(work, ranks, clock, here * ranks.size)
-    busy = products[-1].pairs
-    alone = max(ranks.gather(work.timed(ranks, clock, busy, alone=0)[0]))
-    listen("expert work timed")
-    copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, here)
-    memory = memory_bytes(ranks)
-    timed: dict[str, list[Exchange]] = {}
-    everyone = dist.group.WORLD
-    assert everyone is not None
-    for which, group, wanted in (
-        ("intra", ranks.inside, max(map(len, ranks.nodes)) > 1),
-        ("inter", ranks.across, len(ranks.nodes) > 1),
-        ("all", everyone, ranks.size > 1),
-    ):
-        expected = round(rows_to_peer(ranks, which, here, spec.top_k) * row_bytes)
-        timed[which] = exchanges(ranks, group, clock, expected) if wanted else []
-        if wanted:
-            listen(f"links timed: {which}")
-    through = dispatches(work, ranks, clock, here)
-    topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
-    return Calibration(
-        topology,
-        tuple(_link_timings(ranks, topology, timed)),
-        tuple(_dispatch_timings(ranks, topology, through, work)),
-        tuple(_work_timings(topology, work, products)),
-        experts,
-        here * ranks.size,
-        float(np.median(a_token)),
-        float(np.median(copied)),
-        products[-1].seconds[0] / alone,
-        f"{device.type}, {dtype}",
-    )
-
-
-def own_device() -> torch.device:
-    """The GPU of this process's local rank where there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _experts(spec: ModelSpec, dtype: torch.dtype, ranks: Ranks) -> int:
-    each = spec.matrices * spec.hidden_size * spec.ffn_size * dtype.itemsize
-    return max(1, min(spec.experts // ranks.size, MOST_WEIGHT_BYTES[ranks.device.type] // each))
-
-
-def _topology(
-    ranks: Ranks,
-    work: ExpertWork,
-    products: Sequence[Products],
-    timed: dict[str, list[Exchange]],
-    copied: Sequence[float],
-    memory: Sequence[float],
-    tolerance: float,
-) -> Topology:
-    arithmetic = [found.pairs * work.experts * work.spec.flops_per_token for found in products]
-    reading = [float(work.weight_bytes)] * len(products)
-    rates = [roofline(arithmetic, reading, [found.seconds[g] for found in products]) for g in range(ranks.size)]
-    # A rank alone in its node has no link inside it; what it would move there stays in its memory.
-    intra, intra_latency = list(copied), 0.0
-    if timed["intra"]:
-        lines = {
-            g: _intra_line(timed["intra"], g, len(members))
-            for members in ranks.nodes
-            if len(members) > 1
-            for g in members
-        }
-        intra = [lines[g][1] if g in lines else copied[g] for g in range(ranks.size)]
-        intra_latency = float(np.median([latency for latency, _ in lines.values()]))
-    inter, inter_latency = [sum(intra[g] for g in members) for members in ranks.nodes], 0.0
-    if timed["inter"]:
-        fitted = [_inter_line(timed["inter"], ranks, node) for node in range(len(ranks.nodes))]
-        inter = [bandwidth for _, bandwidth in fitted]
-        inter_latency = float(np.median([latency for latency, _ in fitted]))
-    columns = [alike(values, tolerance) for values in ([c for c, _ in rates], [m for _, m in rates], memory, intra)]
-    devices = [
-        Device(compute=c, memory=m, memory_bandwidth=b, intra_bandwidth=v) for c, b, m, v in zip(*columns, strict=True)
-    ]
-    links = alike(inter, tolerance)
-    first = np.concatenate([[0], np.cumsum([len(members) for members in ranks.nodes])])
-    nodes = tuple(
-        Node(devices=tuple(devices[start:end]), inter_bandwidth=float(links[node]))
-        for node, (start, end) in enumerate(pairwise(first))
-    )
-    name = f"calibrated ({work.device.type})"
-    return Topology(nodes=nodes, intra_latency=intra_latency, inter_latency=inter_latency, name=name)
-
-
-def _intra_line(timed: Sequence[Exchange], rank: int, size: int) -> tuple[float, float]:
-    """(seconds a peer, bytes/s) of a device's links inside its node."""
-    amount, seconds = [found.peer_bytes * (size - 1) for found in timed], [found.seconds[rank] for found in timed]
-    latency, bandwidth = line(amount, seconds, [found.weight for found in timed])
-    return latency / (size - 1), bandwidth
-
-
-def _inter_line(timed: Sequence[Exchange], ranks: Ranks, node: int) -> tuple[float, float]:
-    """(seconds a node, bytes/s) of a node's links to the others."""
-    peers = remote_peers(ranks, node)
-    seconds = [max(found.seconds[g] for g in ranks.nodes[node]) for found in timed]
-    amount, weight = [found.peer_bytes * peers for found in timed], [found.weight for found in timed]
-    latency, bandwidth = line(amount, seconds, weight)
-    return latency / (len(ranks.nodes) - 1), bandwidth
-
-
-def _link_seconds(ranks: Ranks, topology: Topology, kind: str, peer_bytes: float) -> float:
-    """What the topology says of an all-to-all in which every rank sends each peer so much."""
-    sizes, nodes = topology.node_size, topology.num_nodes
-    inside, between = sizes - 1, np.array([remote_peers(ranks, node) for node in range(nodes)])
-    leaving = sizes * (topology.num_devices - sizes)
-    intra_slope = (inside[topology.node_of] / topology.intra_bandwidth).max()
-    slopes = {
-        "intra": intra_slope,
-        "inter": (between / topology.inter_bandwidth).max(),
-        "all": max(intra_slope, (leaving / topology.inter_bandwidth).max()) if nodes > 1 else intra_slope,
-    }
-    latencies = {
-        "intra": topology.intra_latency * int(inside.max()),
-        "inter": topology.inter_latency * (nodes - 1),
-        "all": all_to_all_latency(topology, node_dedup=False),
-    }
-    return float(latencies[kind] + peer_bytes * slopes[kind])
-
-
-def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchange]]) -> list[LinkTiming]:
-    """What was timed beside what the topology says of it."""
-    return [
-        LinkTiming(kind, found.peer_bytes, max(found.seconds), _link_seconds(ranks, topology, kind, found.peer_bytes))
-        for kind, every in timed.items()
-        for found in every
-    ]
-
-
-def _dispatch_timings(
-    ranks: Ranks, topology: Topology, through: dict[str, TimedDispatch], work: ExpertWork
-) -> list[DispatchTiming]:
-    row = work.spec.hidden_size * work.dtype.itemsize
-    peers = {"intra": int(topology.node_size.max()), "inter": topology.num_nodes, "all": topology.num_devices}
-    result = []
-    for name, found in through.items():
-        kinds = ["all"] if name == "flat" else ["inter", "intra"]
-        links = [
-            2 * _link_seconds(ranks, topology, kind, copies / peers[kind] * row)
-            for kind, copies in zip(kinds, found.copies, strict=True)
-        ]
-        result.append(DispatchTiming(name, sum(found.copies), found.seconds, sum(links)))
-    return result
-
-
-def _work_timings(topology: Topology, work: ExpertWork, products: Sequence[Products]) -> list[WorkTiming]:
-    compute, reading = float(np.median(topology.compute)), float(np.median(topology.memory_bandwidth))
-    return [
-        WorkTiming(
-            found.pairs,
-            float(np.median(found.seconds)),
-            float(np.median(found.products_only)),
-            max(
-                found.pairs * work.experts * work.spec.flops_per_token / compute,
-                work.weight_bytes / reading,
-            ),
-        )
-        for found in products
-    ]

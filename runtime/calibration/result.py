@@ -78,18 +78,18 @@ class Calibration:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the reader of the figures should know."""
-        found = []
+        remarks = []
         if self.alone > 1.25:
-            found.append(
+            remarks.append(
                 f"A device works {self.alone:.2f} times as fast while the others are idle: ranks share cores. The cost model "
                 "takes devices to be independent, so plans of unequal load will be faster than it says."
             )
         if self.topology.num_nodes == 1:
-            found.append(
+            remarks.append(
                 "One node: links between nodes were not measured; the file has the node's links inside in their place."
             )
         if self.topology.node_size.max() == 1:
-            found.append(
+            remarks.append(
                 "One rank a node: links inside nodes were not measured; the file has memory bandwidth in their place."
             )
-        return tuple(found)
+        return tuple(remarks)

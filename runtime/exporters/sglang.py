@@ -51,9 +51,9 @@ class SGLang:
         """
         data = read_json(path)
         if not isinstance(data, dict) or set(data) != {KEY} or not isinstance(data[KEY], list):
-            found = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
+            fields = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
             raise FileFormatError(
-                f"{path}: expected one key {KEY!r} holding a list, found {found}; SGLang takes no other key"
+                f"{path}: expected one key {KEY!r} holding a list, found {fields}; SGLang takes no other key"
             )
         table = data[KEY]
         last = model.moe_layers[-1]

@@ -52,8 +52,8 @@ class TensorRTLLM:
         """
         data = _load(path)
         if not isinstance(data, dict) or not set(data) <= {SLOTS, ASSIGNMENTS, UPDATES}:
-            found = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
-            raise FileFormatError(f"{path}: expected the fields {SLOTS}, {ASSIGNMENTS} and {UPDATES}, found {found}")
+            fields = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
+            raise FileFormatError(f"{path}: expected the fields {SLOTS}, {ASSIGNMENTS} and {UPDATES}, found {fields}")
         slots, entries = data.get(SLOTS), data.get(ASSIGNMENTS)
         if type(slots) is not int or slots < model.experts:
             raise FileFormatError(f"{path}: {SLOTS} is {slots!r}, expected a whole number of at least {model.experts}")

@@ -97,6 +97,6 @@ def _entries(data: Any, field: str, origin: str, count: int, what: str) -> list[
 
 
 def _check_number(entry: dict[str, Any], field: str, expected: int, origin: str) -> None:
-    found = entry.get(field)
-    if type(found) is not int or found != expected:
-        raise FileFormatError(f"{origin}: {field} is {str(found)[:40]}, expected {expected}: entries are read in order")
+    value = entry.get(field)
+    if type(value) is not int or value != expected:
+        raise FileFormatError(f"{origin}: {field} is {str(value)[:40]}, expected {expected}: entries are read in order")

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import moeplace as mp
 from moeplace.placement.traffic import device_traffic
 from moeplace.runtime import ContextCoherentDecoder, DispatchCombineDecoder, LSHCompression
-from moeplace.runtime.moe.dispatcher import HopDispatcher
+from moeplace.runtime.moe.dispatcher import AllToAllDispatcher
 
 NEW = 6
 """Tokens generated."""
@@ -319,7 +319,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, list[str]
         "spread": lambda: ContextCoherentDecoder(spread, other_plan, flat),
         "compressed": lambda: ContextCoherentDecoder(squeezed, good, flat),
         "compressing": lambda: ContextCoherentDecoder(
-            model, good, flat, dispatch=lambda mesh: HopDispatcher(mesh, two_stage=False)
+            model, good, flat, dispatch=lambda mesh: AllToAllDispatcher(mesh, two_stage=False)
         ),
         "one_refuses": lambda: ContextCoherentDecoder(model.train() if rank == 3 else olmoe(), good, flat),
         "none": lambda: decoder.generate(ids[:0], 2),

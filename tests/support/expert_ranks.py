@@ -275,9 +275,9 @@ def shared(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
 
     layer = layer_of(flat, world, shared_experts=Shared(SPEC.hidden_size, SPEC.hidden_size), router="sigmoid")
     dispatcher = layer.experts.dispatcher
-    dispatch, finish = dispatcher.dispatch, dispatcher.finish
+    dispatch, receive = dispatcher.dispatch, dispatcher.receive
     dispatcher.dispatch = lambda *a: (seen.append("sent"), dispatch(*a))[1]
-    dispatcher.finish = lambda *a: (seen.append("waited"), finish(*a))[1]
+    dispatcher.receive = lambda *a: (seen.append("waited"), receive(*a))[1]
     both = layer(inputs(rank))
     alone = layer.shared_experts(inputs(rank))
     layer.shared_experts = None
