@@ -65,15 +65,15 @@ def problem_for(problem: Problem, engine: str) -> Problem:
         if not problem.layers_alike:
             slots = spanned(problem.layer_slots.sum(axis=1))
             raise refused(
-                f"every layer has the same slots there, this problem's have {slots}; use one number for all, a multiple of "
-                f"{devices}"
+                f"every layer has the same slots there, this problem's have {slots}; use one number for all, a "
+                f"multiple of {devices}"
             )
         if len(set(problem.slots_per_device.tolist())) > 1:
             below, above = problem.num_slots // devices * devices, -(-problem.num_slots // devices) * devices
             choices = [str(slots) for slots in dict.fromkeys((below, above)) if slots >= experts]
             raise refused(
-                f"every device has the same number of slots there, {problem.num_slots} do not divide over {devices} devices; "
-                f"use {' or '.join(choices)}"
+                f"every device has the same number of slots there, {problem.num_slots} do not divide over {devices} "
+                f"devices; use {' or '.join(choices)}"
             )
     return _grouped(problem) if engine == PERMUTE and problem.model.groups > 1 else problem
 

@@ -22,9 +22,10 @@ from ..solvers import solve
 class Terms:
     """What a new plan is solved for and judged by.
 
-    solver: a name of `solver_names()`, None for the one that fits. seconds: for solving. horizon_steps: for how many steps a
-    plan is expected to stand; migration has to pay within them. bytes_per_expert: what travels an expert and layer. held_out:
-    part of the recorded steps that the plan is judged on. dtype: in which activations travel, both ways.
+    solver: a name of `solver_names()`, None for the one that fits. seconds: for solving. horizon_steps: for how many
+    steps a plan is expected to stand; migration has to pay within them. bytes_per_expert: what travels an expert and
+    layer. held_out: part of the recorded steps that the plan is judged on. dtype: in which activations travel, both
+    ways.
     """
 
     solver: str | None

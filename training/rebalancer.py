@@ -28,16 +28,17 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 class Rebalancer:
     """Call `step()` on every rank after each step's optimizer.step() and zero_grad().
 
-    Every `every` steps, `record_steps` steps are recorded; a process of the first rank then solves and decides on them, and
-    if the decision is to apply, experts move. Meanwhile training goes on; the plan in force changes between two steps on all
-    ranks together.
+    Every `every` steps, `record_steps` steps are recorded; a process of the first rank then solves and decides on them,
+    and if the decision is to apply, experts move. Meanwhile training goes on; the plan in force changes between two
+    steps on all ranks together.
 
     plan: the plan in force. applied: how often it has changed.
 
     Args:
         model: as it is called (wrapped or not), with expert layers (`parallelize`, `ExpertParallelMoE`).
         optimizer: whose state moves with the experts.
-        folder: shared by the ranks; gets a folder a round, with the trace, the plan in force, the answer and its reason.
+        folder: shared by the ranks; gets a folder a round, with the trace, the plan in force, the answer and its
+            reason.
         every: steps from one recording to the next.
         record_steps: steps a recording.
         solver: a name of `solver_names()`, None for the one that fits.

@@ -17,7 +17,8 @@ class RebalanceCallback(TrainerCallback):
     """`Trainer(..., callbacks=[RebalanceCallback(folder, every=500)])` on a model given to `parallelize`.
 
     The Trainer's own clipping takes each rank's experts for all there are, and so does its saving:
-    TrainingArguments(max_grad_norm=0, save_strategy="no") is needed, and `moeplace.runtime.save_checkpoint` on every rank.
+    TrainingArguments(max_grad_norm=0, save_strategy="no") is needed, and `moeplace.runtime.save_checkpoint` on every
+    rank.
 
     rebalancer: from the first step on.
 
@@ -38,15 +39,15 @@ class RebalanceCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         if args.max_grad_norm and dist.is_initialized() and dist.get_world_size() > 1:
             raise InputError(
-                f"TrainingArguments.max_grad_norm ({args.max_grad_norm}) clips by a norm that differs between ranks; set it to 0 "
-                f"and give RebalanceCallback(max_norm={args.max_grad_norm})"
+                f"TrainingArguments.max_grad_norm ({args.max_grad_norm}) clips by a norm that differs between ranks; "
+                f"set it to 0 and give RebalanceCallback(max_norm={args.max_grad_norm})"
             )
         # Here and not when it saves: only the first rank would be refused then, and the others wait for it.
         if args.save_strategy != "no":
             raise UnsupportedError(
-                f"TrainingArguments.save_strategy ({str(args.save_strategy.value)!r}) would write the first rank's experts as if "
-                "they were all; set it to 'no' and write checkpoints with moeplace.runtime.save_checkpoint(path, model, "
-                "optimizer) on every rank"
+                f"TrainingArguments.save_strategy ({str(args.save_strategy.value)!r}) would write the first rank's "
+                "experts as if they were all; set it to 'no' and write checkpoints with "
+                "moeplace.runtime.save_checkpoint(path, model, optimizer) on every rank"
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **values: Any) -> None:

@@ -58,10 +58,10 @@ def calibrate(
 ) -> Calibration:
     """The topology of the default process group; every rank calls it, and gets the same.
 
-    All ranks work at the same time throughout, as in a step. Links: the latency and bandwidth that fit all-to-alls of the
-    sizes that steps send. Devices: the flop/s and bytes/s that fit the time of the spec's experts for as many tokens as
-    steps bring them, and for one, rows gathered and summed as the layer does. Values within 10 % of the median of all
-    devices (or nodes) become that median.
+    All ranks work at the same time throughout, as in a step. Links: the latency and bandwidth that fit all-to-alls of
+    the sizes that steps send. Devices: the flop/s and bytes/s that fit the time of the spec's experts for as many
+    tokens as steps bring them, and for one, rows gathered and summed as the layer does. Values within 10 % of the
+    median of all devices (or nodes) become that median.
 
     Args:
         spec: sizes of an expert, top-k.
@@ -109,7 +109,8 @@ def _calibrate(
     experts = experts or _experts(spec, dtype, ranks)
     work = ExpertWork(spec, kind, experts, dtype, device)
     listen(
-        f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} tokens"
+        f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} "
+        "tokens"
     )
     products = expert_products(work, ranks, clock, here * ranks.size)
     busy = products[-1].pairs
@@ -283,9 +284,9 @@ def _work_timings(topology: Topology, work: ExpertWork, products: Sequence[Produ
 def line(amount: Sequence[float], seconds: Sequence[float], weight: Sequence[float]) -> tuple[float, float]:
     """(latency, rate) of seconds = latency + amount / rate. amount: increasing. weight: how much each timing counts.
 
-    Buffers on the way swallow small messages, and large ones may pass slower than those before them: no line holds from one
-    end to the other, so weights say where it has to. A larger amount takes no less time: where one was faster, the smaller
-    one's timing was disturbed.
+    Buffers on the way swallow small messages, and large ones may pass slower than those before them: no line holds from
+    one end to the other, so weights say where it has to. A larger amount takes no less time: where one was faster, the
+    smaller one's timing was disturbed.
 
     Raises:
         InputError: fewer than two amounts, or times that do not grow with them.
@@ -300,7 +301,8 @@ def line(amount: Sequence[float], seconds: Sequence[float], weight: Sequence[flo
     (latency, longest), _ = nnls(np.stack([scale / t, scale * (x / largest) / t], axis=1), scale)
     if longest <= 1e-6 * latency:
         raise InputError(
-            f"times do not grow with the amount moved: {t.tolist()} s for {x.tolist()} bytes; measure on a quieter machine"
+            f"times do not grow with the amount moved: {t.tolist()} s for {x.tolist()} bytes; measure on a quieter "
+            "machine"
         )
     return float(latency), float(largest / longest)
 

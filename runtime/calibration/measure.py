@@ -30,8 +30,8 @@ from ..moe.mesh import Stage, node_stages
 class Ranks:
     """All ranks of the default process group, seen from one of them.
 
-    nodes: ranks of each node, in order. inside: this rank's node. across: the ranks of equal place on all nodes that have
-    so many. device: where this rank computes.
+    nodes: ranks of each node, in order. inside: this rank's node. across: the ranks of equal place on all nodes that
+    have so many. device: where this rank computes.
     """
 
     nodes: tuple[tuple[int, ...], ...]
@@ -218,8 +218,8 @@ def exchanges(ranks: Ranks, group: dist.ProcessGroup, clock: Clock, expected: in
 
 
 def rows_to_peer(ranks: Ranks, kind: str, tokens: int, top_k: int) -> float:
-    """Of a rank's tokens, what it sends a peer in an exchange of the kind when tokens choose devices evenly: one copy a node
-    between nodes, one a device else; inside nodes also what came in from the other nodes."""
+    """Of a rank's tokens, what it sends a peer in an exchange of the kind when tokens choose devices evenly: one copy a
+    node between nodes, one a device else; inside nodes also what came in from the other nodes."""
     nodes = len(ranks.nodes)
 
     def reached(places: int) -> float:
@@ -248,8 +248,8 @@ COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}
 
 @dataclass(frozen=True)
 class Products:
-    """Expert work at one size. pairs: token-expert pairs of each expert. seconds: [G] with rows gathered before and summed
-    after, as the layer does. products_only: [G] without."""
+    """Expert work at one size. pairs: token-expert pairs of each expert. seconds: [G] with rows gathered before and
+    summed after, as the layer does. products_only: [G] without."""
 
     pairs: int
     seconds: tuple[float, ...]
@@ -293,8 +293,8 @@ class ExpertWork:
 
 
 def expert_products(work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> list[Products]:
-    """All ranks at once: one pair an expert, which is bound by reading, and what a step of `tokens` brings an expert of a
-    device of low, mean and high load."""
+    """All ranks at once: one pair an expert, which is bound by reading, and what a step of `tokens` brings an expert of
+    a device of low, mean and high load."""
     mean = tokens * work.spec.top_k / work.spec.experts
     timed: list[Products] = []
     for pairs in sorted({1, *(max(1, round(load * mean)) for load in LOADS)}):
@@ -315,8 +315,8 @@ def copy_bandwidth(ranks: Ranks, clock: Clock) -> list[float]:
 
 @torch.no_grad()
 def token_seconds(work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> list[float]:
-    """[G] of a token in one hop, on its rank: finding its peers, copying it out, adding up what returns. A hop to nobody
-    but the rank itself, so without any link."""
+    """[G] of a token in one stage, on its rank: finding its peers, copying it out, adding up what returns. A stage to
+    nobody but the rank itself, so without any link."""
     spec = work.spec
     own: list[dist.ProcessGroup] = [dist.new_group([rank]) for rank in range(ranks.size)]
     nobody_else = np.zeros(1, np.int64)
@@ -346,15 +346,16 @@ def memory_bytes(ranks: Ranks) -> list[float]:
 
 @dataclass(frozen=True)
 class TimedDispatch:
-    """Tokens there and back. copies: [hops] of a rank there, to itself and others, mean of all. seconds: on the last rank."""
+    """Tokens there and back. copies: [stages] of a rank there, to itself and others, mean of all. seconds: on the last
+    rank."""
 
     copies: tuple[float, ...]
     seconds: float
 
 
 def dispatches(work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> dict[str, TimedDispatch]:
-    """By name: "flat", and "node_aware" where nodes have several ranks, equally many. tokens: T, each for K devices drawn
-    evenly."""
+    """By name: "flat", and "node_aware" where nodes have several ranks, equally many. tokens: T, each for K devices
+    drawn evenly."""
     if ranks.size == 1:
         return {}
     everyone = dist.group.WORLD

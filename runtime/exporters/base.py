@@ -127,8 +127,8 @@ def _stacked_replicas(plan: Plan) -> str | None:
         if counts.max() > 1:
             device, expert = divmod(int(pairs[counts.argmax()]), plan.model.experts)
             return (
-                f"a device may hold an expert once, device {device} holds expert {expert} {counts.max()} times in layer "
-                f"{layer}: solve with fewer slots, or with a solver that spreads replicas over devices"
+                f"a device may hold an expert once, device {device} holds expert {expert} {counts.max()} times in "
+                f"layer {layer}: solve with fewer slots, or with a solver that spreads replicas over devices"
             )
     return None
 

@@ -51,7 +51,8 @@ def check_export(plan: Plan, engine: str) -> None:
 
 
 def read_exported(path: str | Path, engine: str, model: ModelSpec, topology: Topology) -> Plan:
-    """Reads an engine's file back into a plan of `model` on `topology`. The file is untrusted: it is checked throughout.
+    """Reads an engine's file back into a plan of `model` on `topology`. The file is untrusted: it is checked
+    throughout.
 
     Args:
         path: of the file.
@@ -64,7 +65,8 @@ def read_exported(path: str | Path, engine: str, model: ModelSpec, topology: Top
 
     Raises:
         InputError: unknown engine, no such file.
-        FileFormatError: not that engine's file, or not one of that model on that topology; the layer and field are named.
+        FileFormatError: not that engine's file, or not one of that model on that topology; the layer and field are
+            named.
     """
     return exporter_named(engine).read(Path(path), model, topology)
 

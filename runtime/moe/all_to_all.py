@@ -1,7 +1,7 @@
 """Rows between the ranks of a group while other work goes on, forward and backward.
 
-One message carries activations, gate weights and slots. C rows sent, R rows received, D hidden size, K experts a token, W
-columns of a message.
+One message carries activations, gate weights and slots. C rows sent, R rows received, D hidden size, K experts a token,
+W columns of a message.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .coordination import naming_unresponsive_ranks
 class AsyncAllToAll:
     """One all-to-all of rows: `start` sends, other work may be done, `wait` gives what arrived.
 
-    Autograd goes through it the other way round: the gradient of `wait` sends and that of `start` waits, so whatever runs
-    between the two forward also runs between them backward, while gradients travel.
+    Autograd goes through it the other way round: the gradient of `wait` sends and that of `start` waits, so whatever
+    runs between the two forward also runs between them backward, while gradients travel.
 
     sent, received: rows to and from each rank of the group; in order of rank, as the rows are.
     row_bytes, side_bytes: of one row sent: of the activations, and of weights and slots beside them.

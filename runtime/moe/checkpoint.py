@@ -26,9 +26,9 @@ WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 def save_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Writes the model, and the optimizer's state, with torch.distributed.checkpoint. Every rank calls it.
 
-    Experts are rows of [E, ...] tensors under the names that the model has in one process, each written by one of the ranks
-    that hold it; so the same folder is read by `load_checkpoint` under another plan, and by `torch.distributed.checkpoint`
-    into the model in one process.
+    Experts are rows of [E, ...] tensors under the names that the model has in one process, each written by one of the
+    ranks that hold it; so the same folder is read by `load_checkpoint` under another plan, and by
+    `torch.distributed.checkpoint` into the model in one process.
 
     Args:
         path: of the folder.
@@ -101,8 +101,8 @@ def _last_line(error: BaseException) -> str:
 
 
 class LogicalTensor(Tensor):
-    """[E, ...] of all experts in order, of which this rank holds some rows, as the planners of torch.distributed.checkpoint
-    see it. Only good for saving and loading.
+    """[E, ...] of all experts in order, of which this rank holds some rows, as the planners of
+    torch.distributed.checkpoint see it. Only good for saving and loading.
 
     local: [S, ...] the rows, read and written in place. row_expert: [S] the expert of each.
     """

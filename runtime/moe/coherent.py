@@ -1,4 +1,5 @@
-"""One MoE layer of context-coherent execution: a token moves to the device of its highest-weight expert and stays there.
+"""One MoE layer of context-coherent execution: a token moves to the device of its highest-weight expert and stays
+there.
 
 ExFlow (Yao et al. 2024), with more than one expert a token. T tokens that stand here before the layer, R copies here, C
 rows sent, D hidden size, K experts a token, N token-expert pairs, P slots, G devices.
@@ -26,14 +27,14 @@ from .layer_placement import LayerPlacement
 from .mesh import ExpertMesh
 
 REREAD = 2.0
-"""Arithmetic of the tokens that stayed, over the time to read the experts' weights once, from which on these are computed
-apart: two more readings then cost less than what is computed while rows travel."""
+"""Arithmetic of the tokens that stayed, over the time to read the experts' weights once, from which on these are
+computed apart: two more readings then cost less than what is computed while rows travel."""
 
 
 @dataclass(frozen=True, eq=False)
 class LocalTokens:
-    """Tokens on this rank. residual_TD: the residual stream. sequence_T: the sequence of each. count_G: [G] tokens on each
-    rank, known to all."""
+    """Tokens on this rank. residual_TD: the residual stream. sequence_T: the sequence of each. count_G: [G] tokens on
+    each rank, known to all."""
 
     residual_TD: Tensor
     sequence_T: Tensor
@@ -44,12 +45,13 @@ class CoherentExperts:
     """Moves tokens through the experts of one layer.
 
     The device of a token's highest-weight expert becomes its owner. Its residual stream goes from the owner so far to
-    every device that has one of its experts, once to each; the new owner keeps it, and the other devices send the new owner
-    the weighted sum of their experts' outputs. With one expert a token nothing is sent back: one all-to-all a layer.
+    every device that has one of its experts, once to each; the new owner keeps it, and the other devices send the new
+    owner the weighted sum of their experts' outputs. With one expert a token nothing is sent back: one all-to-all a
+    layer.
 
     Tokens that stay are computed while the others travel, and those that arrive at their new owner while sums travel.
-    overlap: whether to; by default where the plan's topology says that experts are worth reading more than once (`REREAD`).
-    node_aware: one copy a token and node, handed on inside, and sums by node on the way to the owner.
+    overlap: whether to; by default where the plan's topology says that experts are worth reading more than once
+    (`REREAD`). node_aware: one copy a token and node, handed on inside, and sums by node on the way to the owner.
     """
 
     def __init__(
@@ -103,7 +105,8 @@ class CoherentExperts:
         return LocalTokens(metadata.owned.residual_RD + output_TD, metadata.owned.sequence_R, metadata.count_G)
 
     def _worth_it(self, stayed: Copies) -> bool:
-        """Whether tokens that stay are computed apart. Each rank decides for itself: messages are the same either way."""
+        """Whether tokens that stay are computed apart. Each rank decides for itself: messages are the same either
+        way."""
         if self._overlap is not None:
             return self._overlap
         spec, topology, rank = self._experts.spec, self._experts.plan.topology, self._experts.mesh.rank
@@ -225,7 +228,8 @@ class CoherentDispatcher(StagedDispatcher):
         return metadata
 
     def receive(self, metadata: CoherentMetadata) -> tuple[Tensor, Tensor]:
-        """Waits for the tokens that need this device: ([N, D] what is to be computed before `combine`, [S] of each expert)."""
+        """Waits for the tokens that need this device: ([N, D] what is to be computed before `combine`, [S] of each
+        expert)."""
         with self._statistics.timing("dispatch"):
             arrived = self._arrived(metadata)
         with self._statistics.timing("experts"):
@@ -345,7 +349,8 @@ class CoherentDispatcher(StagedDispatcher):
         return parts[0] if len(parts) == 1 else Copies.joined(parts)
 
     def _send_back(self, foreign: Copies, sum_CD: Tensor, owned: Copies) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Starts sending sums to the owners of their tokens; the result waits: (sums, their sequences) for tokens owned here.
+        """Starts sending sums to the owners of their tokens; the result waits: (sums, their sequences) for tokens owned
+        here.
 
         With two stages first to the rank of the owner's place in this node, which adds up, then to the owner's node.
         """
@@ -429,9 +434,9 @@ class DecodeStatistics:
     - `ids`: new tokens
 
     copies: [G] rows sent to each other device, by part. bytes: [G] their bytes, without what describes them;
-    side_bytes: [G] gate weights, slots and numbers of tokens beside them. all_to_alls: exchanges of dispatch and combine,
-    by part, of all layers and iterations. seconds: spent or waited, by part, and `attention`, `experts`, `head`.
-    iterations: of decoding. tokens: of this rank's sequences in them.
+    side_bytes: [G] gate weights, slots and numbers of tokens beside them. all_to_alls: exchanges of dispatch and
+    combine, by part, of all layers and iterations. seconds: spent or waited, by part, and `attention`, `experts`,
+    `head`. iterations: of decoding. tokens: of this rank's sequences in them.
     """
 
     devices: int

@@ -82,10 +82,11 @@ def _squares(layers: list[PlacedExperts]) -> Iterator[Tensor]:
 
 
 def expert_rows(model: nn.Module) -> IntArray:
-    """[L, E] rows that all ranks sent for each expert in their latest forward pass, a cluster as one. Every rank calls it.
+    """[L, E] rows that all ranks sent for each expert in their latest forward pass, a cluster as one. Every rank calls
+    it.
 
-    What placement should be solved on under compression, since a cluster costs as much as one token. One step's counts: of
-    several steps stacked, [S, L, E], `RoutingStatistics.from_counts` makes what solvers read.
+    What placement should be solved on under compression, since a cluster costs as much as one token. One step's counts:
+    of several steps stacked, [S, L, E], `RoutingStatistics.from_counts` makes what solvers read.
 
     Raises:
         InputError: the model has no expert layers, or one without compression.

@@ -3,8 +3,8 @@
 The loop and its two modes come first, then what a batch of sequences carries, prompts, the parts of a model, and how
 ranks tell each other keys, values and tokens.
 
-B sequences of all ranks, in order of their ranks; b of this rank; T tokens that stand here, one of a sequence; K experts a
-token; D hidden size; L MoE layers; G ranks; N token-expert pairs computed here; W columns of a row.
+B sequences of all ranks, in order of their ranks; b of this rank; T tokens that stand here, one of a sequence; K
+experts a token; D hidden size; L MoE layers; G ranks; N token-expert pairs computed here; W columns of a row.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Decoder(ABC):
     """A model whose ranks decode sequences together, each its own.
 
     model: a Transformers model of a known family (`FAMILIES`), in evaluation mode and the same on every rank,
-    or one that `parallelize` has spread by this plan and mesh. dispatch: as for `parallelize`, and the way that decoding
-    sends tokens: "flat", or "node_aware" on a mesh of two dimensions (the default there).
+    or one that `parallelize` has spread by this plan and mesh. dispatch: as for `parallelize`, and the way that
+    decoding sends tokens: "flat", or "node_aware" on a mesh of two dimensions (the default there).
     statistics: of this rank, since the start or its `reset`.
 
     Every rank calls the same methods with the same settings, with any number of sequences, none is fine.
@@ -98,8 +98,8 @@ class Decoder(ABC):
             eos_token_id: tokens that end a sequence (default: those of the model's generation_config); padding follows.
 
         Raises:
-            InputError: no prompt on any rank, an empty prompt, padding elsewhere than on the left, different settings on
-                different ranks.
+            InputError: no prompt on any rank, an empty prompt, padding elsewhere than on the left, different settings
+                on different ranks.
             RankError: a rank died or hangs.
         """
         ends = self._ends(eos_token_id)
@@ -293,12 +293,12 @@ class DispatchCombineDecoder(Decoder):
 
 
 class ContextCoherentDecoder(Decoder):
-    """A token moves to the device of its highest-weight expert and stays there (ExFlow): one all-to-all a layer with one
-    expert a token, a second for the other experts' outputs with more.
+    """A token moves to the device of its highest-weight expert and stays there (ExFlow): one all-to-all a layer with
+    one expert a token, a second for the other experts' outputs with more.
 
-    Every rank holds the context of all sequences: keys and values of prompts are gathered at the start, those of new tokens
-    layer by layer while later layers run, and the new tokens at the end of an iteration. The prompts themselves go through
-    the model as in `DispatchCombineDecoder`.
+    Every rank holds the context of all sequences: keys and values of prompts are gathered at the start, those of new
+    tokens layer by layer while later layers run, and the new tokens at the end of an iteration. The prompts themselves
+    go through the model as in `DispatchCombineDecoder`.
 
     overlap: whether tokens that stay are computed while others travel, which reads experts' weights up to three times a
     layer; None: where that costs less than it hides, by the figures of the plan's topology.
@@ -321,7 +321,7 @@ class ContextCoherentDecoder(Decoder):
         super().__init__(model, plan, mesh, dispatch=dispatch)
         self._moves: dict[int, CoherentExperts] = {}
         for experts in self.parts.placed:
-            # One copy a token has nothing to save between nodes, and one hop is faster than two.
+            # One copy a token has nothing to save between nodes, and one stage is faster than two.
             node_aware = dispatch == "node_aware" or (dispatch is None and experts.spec.top_k > 1)
             self._moves[experts.layer] = CoherentExperts(experts, self.statistics, node_aware, overlap)
 
@@ -329,8 +329,9 @@ class ContextCoherentDecoder(Decoder):
         check_no_compression(model)
         if dispatch is not None and not isinstance(dispatch, str):
             raise UnsupportedError(
-                "context-coherent execution sends tokens whole, since a compressed token is restored where it came from, and "
-                "there it does not return; give dispatch='flat' or 'node_aware', or use DispatchCombineDecoder"
+                "context-coherent execution sends tokens whole, since a compressed token is restored where it came "
+                "from, and there it does not return; give dispatch='flat' or 'node_aware', or use "
+                "DispatchCombineDecoder"
             )
 
     def _experts(
@@ -378,10 +379,11 @@ class DecodeState:
 
 
 class Context:
-    """Keys and values on this rank, in the place of a Transformers cache: one new token of some of the sequences at a time.
+    """Keys and values on this rank, in the place of a Transformers cache: one new token of some of the sequences at a
+    time.
 
-    sequences, capacity: B sequences of S positions. first: number of the first sequence held here. H heads, d head width,
-    R tokens.
+    sequences, capacity: B sequences of S positions. first: number of the first sequence held here. H heads, d head
+    width, R tokens.
     """
 
     def __init__(self, sequences: int, capacity: int, first: int = 0) -> None:
@@ -559,7 +561,8 @@ ATTENTION = ("eager", "sdpa")
 
 @dataclass(frozen=True, eq=False)
 class LayerParts:
-    """x + attention(input_norm(x)), then x + feed-forward(output_norm(x)): `dense`, or router, experts and shared experts.
+    """x + attention(input_norm(x)), then x + feed-forward(output_norm(x)): `dense`, or router, experts and shared
+    experts.
 
     index: in the model. window: positions that attention sees, None for all.
     """
@@ -610,14 +613,15 @@ def check_decoder(model: nn.Module) -> None:
 
     Raises:
         InputError: the model is in training mode.
-        UnsupportedError: a family, attention implementation, position embedding or way of sending that is not known to fit.
+        UnsupportedError: a family, attention implementation, position embedding or way of sending that is not known to
+            fit.
     """
     config = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
     if family not in FAMILIES or not hasattr(model, "lm_head"):
         raise UnsupportedError(
-            f"{type(model).__name__} ({family}) cannot be decoded layer by layer; known are the causal language models of "
-            f"{', '.join(FAMILIES)}. Use mp.parallelize and the model's own generate(synced_gpus=True)"
+            f"{type(model).__name__} ({family}) cannot be decoded layer by layer; known are the causal language models "
+            f"of {', '.join(FAMILIES)}. Use mp.parallelize and the model's own generate(synced_gpus=True)"
         )
     if model.training:
         raise InputError("the model is in training mode; call model.eval() before decoding")
@@ -630,8 +634,8 @@ def check_decoder(model: nn.Module) -> None:
     rope = getattr(model.get_submodule("model.rotary_emb"), "rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise UnsupportedError(
-            f"position embeddings of type {rope!r} change with the longest sequence that a rank has seen, so ranks would "
-            "differ; decode with mp.parallelize and the model's own generate(synced_gpus=True)"
+            f"position embeddings of type {rope!r} change with the longest sequence that a rank has seen, so ranks "
+            "would differ; decode with mp.parallelize and the model's own generate(synced_gpus=True)"
         )
 
 
@@ -639,13 +643,13 @@ def check_no_compression(model: nn.Module) -> None:
     """Raises unless tokens travel whole: what was compressed needs the way back, which this mode does not have.
 
     Raises:
-        UnsupportedError: a layer's tokens are sent by something else than plain hops.
+        UnsupportedError: a layer's tokens are sent by something else than plain all-to-alls.
     """
     for name, module in model.named_modules():
         if isinstance(module, PlacedExperts) and type(module.dispatcher) is not AllToAllDispatcher:
             raise UnsupportedError(
-                f"{name}: tokens are sent by {type(module.dispatcher).__name__}; context-coherent execution sends them whole, "
-                "since a compressed token is restored where it came from, and there it does not return. Use "
+                f"{name}: tokens are sent by {type(module.dispatcher).__name__}; context-coherent execution sends them "
+                "whole, since a compressed token is restored where it came from, and there it does not return. Use "
                 "dispatch='flat' or 'node_aware', or decode with DispatchCombineDecoder"
             )
 
@@ -664,8 +668,8 @@ def _layer(config: Any, index: int, layer: Any) -> LayerParts:
 class RowGather:
     """Rows of all ranks on every rank, different numbers from each, while other work goes on.
 
-    On a mesh of two dimensions a row crosses to each other node once, and is handed on inside. Every rank calls `hand_on`
-    and `finish` at the same points of its work.
+    On a mesh of two dimensions a row crosses to each other node once, and is handed on inside. Every rank calls
+    `hand_on` and `finish` at the same points of its work.
     """
 
     def __init__(self, mesh: ExpertMesh, statistics: DecodeStatistics, part: str, row_RW: Tensor, count_G: IntArray):

@@ -50,7 +50,8 @@ class Dispatcher(Protocol):
         """
 
     def receive(self, metadata: Any) -> tuple[Tensor, Tensor]:
-        """Waits: ([N, D] what the experts here are to compute, one expert's rows behind another's, [S] rows of each)."""
+        """Waits: ([N, D] what the experts here are to compute, one expert's rows behind another's, [S] rows of
+        each)."""
 
     def combine(self, y_ND: Tensor, metadata: Any) -> Tensor:
         """[T, D] the sum of each token's expert outputs, weighted; y_ND: in the order of `receive`."""
@@ -65,7 +66,8 @@ def permute(
         x_RD: [R, D] tokens here.
         weight_RK: [R, K] gate weights.
         slot_RK: [R, K] slots, -1 for none.
-        row_P: [P + 1] row of expert weights of each slot, `rows` where it stands elsewhere; slot -1 reads the last entry.
+        row_P: [P + 1] row of expert weights of each slot, `rows` where it stands elsewhere; slot -1 reads the last
+            entry.
         rows: S.
         pairs: N, how many pairs stand here.
 
@@ -88,8 +90,8 @@ def unpermute(y_ND: Tensor, token_N: Tensor, weight_N: Tensor, rows: int) -> Ten
 
 @dataclass(frozen=True, eq=False)
 class SentCopies:
-    """Copies sent in one stage. row_C: [C] the row here that each is of. rows: here before the stage. pairs: token-expert
-    pairs that arrive."""
+    """Copies sent in one stage. row_C: [C] the row here that each is of. rows: here before the stage. pairs:
+    token-expert pairs that arrive."""
 
     exchange: AsyncAllToAll
     row_C: Tensor
@@ -101,8 +103,8 @@ class SentCopies:
 class DispatchMetadata:
     """One batch between dispatch and combine.
 
-    batch: (rows, gate weights, slots) while nothing has been sent. copies: of each stage begun. rows: R, after the last.
-    token_N, weight_N: see `permute`.
+    batch: (rows, gate weights, slots) while nothing has been sent. copies: of each stage begun. rows: R, after the
+    last. token_N, weight_N: see `permute`.
     """
 
     batch: tuple[Tensor, Tensor, Tensor] | None = None
@@ -129,8 +131,8 @@ class AllToAllStage:
         self._peer_P = torch.cat([self.peer_G[device_P], self.peer_G.new_tensor([self.peers])])
 
     def send(self, x_TD: Tensor, weight_TK: Tensor, slot_TK: Tensor) -> SentCopies:
-        """Starts sending every row once to each peer that has one of its slots, with its weights and slots there (-1: not
-        there). The host waits for the device once, for the numbers of rows."""
+        """Starts sending every row once to each peer that has one of its slots, with its weights and slots there (-1:
+        not there). The host waits for the device once, for the numbers of rows."""
         top_k = slot_TK.shape[1]
         peer_TK = self._peer_P[slot_TK.long()]
         sorted_TK = peer_TK.sort(dim=1).values
@@ -173,8 +175,8 @@ class AllToAllStage:
 class StagedDispatcher:
     """What dispatchers through one stage or two have in common: the stages, and the plan in force.
 
-    two_stage: first between ranks of equal place on the nodes, then inside the node. device_P: [P] the device of each slot.
-    row_P, rows: see `permute`.
+    two_stage: first between ranks of equal place on the nodes, then inside the node. device_P: [P] the device of each
+    slot. row_P, rows: see `permute`.
 
     Raises:
         InputError: two stages on a mesh of one dimension.

@@ -1,10 +1,11 @@
 """The experts of one MoE layer, spread over ranks as a plan says.
 
-The layer itself comes first, then which replica serves a token, gradients of replicas, and the count of optimizer steps.
+The layer itself comes first, then which replica serves a token, gradients of replicas, and the count of optimizer
+steps.
 
 T tokens of this rank, K experts a token, D hidden size, E experts, P slots of the layer, S slots of this rank (rows of
-expert weights), R most replicas of an expert, N token-expert pairs computed here; m rows here whose expert has replicas, n
-parameters of one expert.
+expert weights), R most replicas of an expert, N token-expert pairs computed here; m rows here whose expert has
+replicas, n parameters of one expert.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class PlacedExperts(nn.Module):
         gradients: "mean" divides expert gradients by the number of ranks, as DistributedDataParallel and fully_shard do
             with the others; "sum" leaves the sum over all ranks' losses.
         dtype: of the weights.
-        seed: weights are drawn from (seed, layer, expert), the same under every plan; None leaves them to `load_logical`.
+        seed: weights are drawn from (seed, layer, expert), the same under every plan; None leaves them to
+            `load_logical`.
 
     Raises:
         InputError: the plan is for another model, number of ranks or node layout, lacks the layer, or ranks hold
@@ -169,8 +171,8 @@ class PlacedExperts(nn.Module):
 
     def _managed(self, name: str, by: str) -> UnsupportedError:
         return UnsupportedError(
-            f"layer {self.layer}: {name} was taken over by {by}, as if every rank held the same experts; leave them out: "
-            "fully_shard(model, ignored_params=expert_parameters(model)), FullyShardedDataParallel(model, "
+            f"layer {self.layer}: {name} was taken over by {by}, as if every rank held the same experts; leave them "
+            "out: fully_shard(model, ignored_params=expert_parameters(model)), FullyShardedDataParallel(model, "
             "ignored_states=expert_parameters(model))"
         )
 
@@ -232,7 +234,7 @@ class PlacedExperts(nn.Module):
         """Takes this rank's rows from [E, ...] tensors of all experts in logical order, by parameter name.
 
         Raises:
-            InputError: a name is missing, or a shape is not [E, ...] of the expert kind.
+            InputError: a name is missing, or a shape is not [E, ...] of the expert MLP.
         """
         for name, value in self.named_parameters(recurse=False):
             expected = (self.num_experts, *value.shape[1:])
@@ -326,9 +328,9 @@ def _bit_reversed(rank: int, size: int) -> float:
 class ReplicaSum:
     """Gradients of replicas summed over their ranks, the same bits on each, so that replicas stay equal for ever.
 
-    Each replicated expert's gradient is cut into as many pieces as devices hold it; a holder gathers one piece from all,
-    adds them in the order of devices, and hands the sum back. That moves 2 (h - 1) / h gradients a holder, the least
-    possible, and every piece is added up by one rank only.
+    Each replicated expert's gradient is cut into as many pieces as devices hold it; a holder gathers one piece from
+    all, adds them in the order of devices, and hands the sum back. That moves 2 (h - 1) / h gradients a holder, the
+    least possible, and every piece is added up by one rank only.
     """
 
     def __init__(self, placement: LayerPlacement, mesh: ExpertMesh, row_of_slot: IntArray) -> None:
@@ -422,8 +424,8 @@ def _length(piece: tuple[int, int]) -> int:
 class OptimizerSteps:
     """Counts the optimizer steps that a module's own parameters have taken: what a schedule of its own goes by.
 
-    Forward passes would not do: gradient accumulation makes several a step, activation checkpointing repeats them. Refuses
-    optimizers that take every rank's experts for the same.
+    Forward passes would not do: gradient accumulation makes several a step, activation checkpointing repeats them.
+    Refuses optimizers that take every rank's experts for the same.
 
     done: steps since this was made.
     """
@@ -460,8 +462,8 @@ def _refuse_zero_redundancy(optimizer: Optimizer, args: Any, kwargs: Any) -> Non
     parameters = _parameter_ids(optimizer)
     if any(count.among(parameters) for count in list(_counts)):
         raise UnsupportedError(
-            "ZeroRedundancyOptimizer gives every parameter to one rank, which sends it to the others; but every rank has its "
-            "own experts. Give it the other parameters only, and the experts (expert_parameters(model)) to an "
+            "ZeroRedundancyOptimizer gives every parameter to one rank, which sends it to the others; but every rank "
+            "has its own experts. Give it the other parameters only, and the experts (expert_parameters(model)) to an "
             "optimizer of their own"
         )
 

@@ -54,7 +54,8 @@ class SigmoidRouter(nn.Module):
     """DeepSeek-V3's: sigmoid scores, a bias that only decides who is chosen, groups of experts, scaled weights.
 
     groups: experts stand in so many groups; only the `top_groups` with the largest sum of their two best are open
-    (both 1: no groups). scale: of the normalised weights. bias: a buffer, moved by balancing (`bias += rate * sign(...)`).
+    (both 1: no groups). scale: of the normalised weights. bias: a buffer, moved by balancing (`bias += rate *
+    sign(...)`).
     """
 
     def __init__(

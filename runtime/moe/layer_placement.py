@@ -17,7 +17,8 @@ from ...placement.plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class LayerPlacement:
-    """expert, device, share: [P], one entry a slot that holds an expert, devices not decreasing. node_of: [G]. experts: E."""
+    """expert, device, share: [P], one entry a slot that holds an expert, devices not decreasing. node_of: [G]. experts:
+    E."""
 
     expert: IntArray
     device: IntArray

@@ -1,15 +1,17 @@
-"""Dispatch of clusters in place of tokens (LSH-MoE, 2024), on top of plain dispatch, which carries all that stays alone.
+"""Dispatch of clusters in place of tokens (LSH-MoE, 2024), on top of plain dispatch, which carries all that stays
+alone.
 
-A cluster is of pairs of a token and a slot, so that one expert's output serves all its members and each member keeps its
-own gate weight, applied here, at the sender. With c the cluster's mean, s the residual's scale and w a pair's weight,
+A cluster is of pairs of a token and a slot, so that one expert's output serves all its members and each member keeps
+its own gate weight, applied here, at the sender. With c the cluster's mean, s the residual's scale and w a pair's
+weight,
 
     y = E(c) + s (x - c)        out = sum over the token's pairs of w y
 
-and autograd through just that: with g a pair's gradient of y, G their sum over a cluster of n, dx = s g + (J^T G - s G) / n, and
-of a weight <d out, y>. One row a cluster travels, there and back, forward and backward.
+and autograd through just that: with g a pair's gradient of y, G their sum over a cluster of n, dx = s g + (J^T G - s G)
+/ n, and of a weight <d out, y>. One row a cluster travels, there and back, forward and backward.
 
-T tokens, K slots a token, N = T K pairs, P slots, D hidden size, M most clusters of two or more, H hashes of d dimensions
-each, X = H d.
+T tokens, K slots a token, N = T K pairs, P slots, D hidden size, M most clusters of two or more, H hashes of d
+dimensions each, X = H d.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from .dispatcher import AllToAllDispatcher, DispatchMetadata
 from .layer_placement import LayerPlacement
 from .mesh import ExpertMesh
 
-# Cross-polytope hashing: the nearest of the 2 d unit vectors along the axes of a randomly rotated space of d dimensions.
-# Andoni et al., Practical and Optimal LSH for Angular Distance, 2015; as in LSH-MoE, 2024. Here each hash projects to
-# its own small space: at full width nearly every token would have a code of its own.
+# Cross-polytope hashing: the nearest of the 2 d unit vectors along the axes of a randomly rotated space of d
+# dimensions. Andoni et al., Practical and Optimal LSH for Angular Distance, 2015; as in LSH-MoE, 2024. Here each hash
+# projects to its own small space: at full width nearly every token would have a code of its own.
 
 
 def rotations(hidden_size: int, hashes: int, dimension: int, seed: int) -> Tensor:
@@ -41,24 +43,24 @@ def rotations(hidden_size: int, hashes: int, dimension: int, seed: int) -> Tenso
 
 
 def digits(projected: Tensor, dimension: int) -> Tensor:
-    """[N, H] hash values below 2 d of rows projected to [N, H * d]: twice the longest coordinate's index, one more if it
-    is negative."""
+    """[N, H] hash values below 2 d of rows projected to [N, H * d]: twice the longest coordinate's index, one more if
+    it is negative."""
     p_NHd = projected.view(len(projected), -1, dimension)
     longest = p_NHd.abs().argmax(dim=-1, keepdim=True)
     return (2 * longest + (p_NHd.gather(-1, longest) < 0)).squeeze(-1)
 
 
-# Pairs to clusters, by sorting their hash codes; as many clusters as a target allows. Every choice rests on integers and
-# on sums in a fixed order, so that the same batch gives the same clusters again, as activation checkpointing needs. The
-# host never waits for the device: what depends on data has a fixed, sufficient size.
+# Pairs to clusters, by sorting their hash codes; as many clusters as a target allows. Every choice rests on integers
+# and on sums in a fixed order, so that the same batch gives the same clusters again, as activation checkpointing needs.
+# The host never waits for the device: what depends on data has a fixed, sufficient size.
 
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
     """Clusters of two pairs or more, in order of their slots; the rest of the M places are empty.
 
-    row_TK: [T, K] the cluster of each pair, M for pairs alone. token_N, offset_M: tokens of one cluster behind another's, and
-    where each begins; offset_M has one more, the end. slot_M: [M] -1 for empty places. size_M: [M].
+    row_TK: [T, K] the cluster of each pair, M for pairs alone. token_N, offset_M: tokens of one cluster behind
+    another's, and where each begins; offset_M has one more, the end. slot_M: [M] -1 for empty places. size_M: [M].
     levels: whole hashes that counted.
     """
 
@@ -81,9 +83,9 @@ def cluster(
 ) -> Clusters:
     """Clusters of the pairs in scope such that they and the pairs alone are at most `target`, or one a slot.
 
-    As many whole hashes count as the target allows; of the next one, where it parts clusters of the largest squared error a
-    new cluster, until the target is reached. Hashes see tokens relative to the mean of their slot, since what a slot's tokens
-    have in common says nothing about who is alike.
+    As many whole hashes count as the target allows; of the next one, where it parts clusters of the largest squared
+    error a new cluster, until the target is reached. Hashes see tokens relative to the mean of their slot, since what a
+    slot's tokens have in common says nothing about who is alike.
 
     Args:
         projected_TX: [T, H * d] tokens in the hashes' spaces.
@@ -415,7 +417,8 @@ def _distinct(unit_TK: Tensor, valid_TK: Tensor) -> Tensor:
 
 def _slope(centroid_MD: Tensor, y_MD: Tensor, size_M: Tensor, slot_M: Tensor, slots: int) -> Tensor:
     """The s that best predicts differences between outputs from differences between centroids of one slot, by least
-    squares, clusters weighing as their members: the best multiple of the identity in the place of the experts' Jacobians."""
+    squares, clusters weighing as their members: the best multiple of the identity in the place of the experts'
+    Jacobians."""
     weight_M = torch.where(slot_M < 0, 0, size_M).float()[:, None]
     slot_M = torch.where(slot_M < 0, slots, slot_M)
     total_P = weight_M.new_zeros(slots + 1, 1).index_add_(0, slot_M, weight_M).clamp_(min=1.0)

@@ -69,8 +69,8 @@ class ExpertMesh:
         members = tuple(mesh.mesh.flatten().tolist())
         if mesh.ndim > 2:
             raise InputError(
-                f"mesh has {mesh.ndim} dimensions {tuple(mesh.mesh.shape)}; give its expert-parallel part: one dimension "
-                "of devices, or two: nodes and devices a node"
+                f"mesh has {mesh.ndim} dimensions {tuple(mesh.mesh.shape)}; give its expert-parallel part: one "
+                "dimension of devices, or two: nodes and devices a node"
             )
         if dist.get_rank() not in members:
             raise InputError(f"rank {dist.get_rank()} is not in the mesh of ranks {list(members)}")
@@ -134,10 +134,10 @@ class ExpertMesh:
         missing = sorted(needed - set(self.members))
         if missing:
             raise UnsupportedError(
-                f"the mesh has the ranks {_short(self.members)}, but not {_short(missing)}: expert gradients would never be "
-                "summed with theirs, for data parallelism of experts does not exist yet. Give a mesh of all ranks (more "
-                f"replicas in the plan serve the same end), or, with pipeline stages, one sliced from a mesh with a "
-                f"dimension named {STAGES!r}, of all ranks of the stage"
+                f"the mesh has the ranks {_short(self.members)}, but not {_short(missing)}: expert gradients would "
+                "never be summed with theirs, for data parallelism of experts does not exist yet. Give a mesh of all "
+                "ranks (more replicas in the plan serve the same end), or, with pipeline stages, one sliced from a "
+                f"mesh with a dimension named {STAGES!r}, of all ranks of the stage"
             )
 
     def check_topology(self, topology: Topology) -> None:

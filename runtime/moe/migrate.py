@@ -1,7 +1,7 @@
 """A change of plan between two training steps: experts move, all ranks flip together, or none does.
 
-`apply` and `Migration` come first, then the change of one layer, what belongs to an expert, and how rows travel. S slots of
-a rank (rows of expert weights), S' after the change.
+`apply` and `Migration` come first, then the change of one layer, what belongs to an expert, and how rows travel. S
+slots of a rank (rows of expert weights), S' after the change.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ class Migration:
     calls the same methods.
 
     Experts that a rank must newly hold arrive as replicas without any share: the old plan serves all tokens, while
-    gradients keep the newcomers equal to the others. Once every rank has everything, the new plan comes into force on all
-    of them. A rank that dies or fails before leaves the old plan in force, with nothing lost.
+    gradients keep the newcomers equal to the others. Once every rank has everything, the new plan comes into force on
+    all of them. A rank that dies or fails before leaves the old plan in force, with nothing lost.
 
-    moves: experts that go to a device which does not hold them, the fewest possible. bytes_total: of all of them, weights and
-    optimizer state. bytes_moved: so far. pauses: seconds of each `advance`. done: whether the new plan is in force.
+    moves: experts that go to a device which does not hold them, the fewest possible. bytes_total: of all of them,
+    weights and optimizer state. bytes_moved: so far. pauses: seconds of each `advance`. done: whether the new plan is
+    in force.
 
     Args:
         model: with layers of placed experts.
@@ -367,8 +368,8 @@ def slot_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None)
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.grad is not None and bool(parameter.grad.any()):
             raise InputError(
-                f"layer {module.layer}: {name} has a gradient; change the plan between optimizer.zero_grad() and the next "
-                "backward"
+                f"layer {module.layer}: {name} has a gradient; change the plan between optimizer.zero_grad() and the "
+                "next backward"
             )
         result.append(SlotTensor(name, parameter.detach(), _replace_data(parameter)))
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
@@ -378,9 +379,9 @@ def slot_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None)
                 continue
             if len(value) != len(parameter):
                 raise UnsupportedError(
-                    f"layer {module.layer}: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for {name} "
-                    f"{list(parameter.shape)}, which has no row for each expert; use an optimizer that works element by "
-                    "element, as Adam does"
+                    f"layer {module.layer}: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for "
+                    f"{name} {list(parameter.shape)}, which has no row for each expert; use an optimizer that works "
+                    "element by element, as Adam does"
                 )
             result.append(SlotTensor(f"{name}.{key}", value, _replace_entry(state, key)))
     return result
@@ -389,8 +390,8 @@ def slot_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None)
 def _replace_data(parameter: nn.Parameter) -> Callable[[Tensor], None]:
     def replace(value: Tensor) -> None:
         parameter.grad = None
-        # A loss of an earlier step that is still alive keeps the parameter's gradient accumulator, with the old shape; torch
-        # makes a new one when the type changes, on the way.
+        # A loss of an earlier step that is still alive keeps the parameter's gradient accumulator, with the old shape;
+        # torch makes a new one when the type changes, on the way.
         other = torch.float32 if value.dtype == torch.float64 else torch.float64
         parameter.data = value.new_empty(0, dtype=other)
         parameter.data = value

@@ -24,7 +24,7 @@ ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu
 """Activation modules of Transformers and their functions in torch.nn.functional."""
 
 TRIED_EXPERTS, TRIED_ROWS, TRIED_WIDTH = 2, 4, 256
-"""Experts, tokens and inner units on which an expert kind is compared with the module that it stands for."""
+"""Experts, tokens and inner units on which an expert MLP is compared with the module that it stands for."""
 TOLERANCE = 1e-4
 """Largest relative difference there: float32 rounding of long sums, far below that of another function."""
 
@@ -43,19 +43,20 @@ def parallelize(
 ) -> nn.Module:
     """Spreads the experts of `model` over the mesh as `plan` says, in place.
 
-    Every rank keeps its own experts and all of the rest. Routers stay as they are, so recording (`moeplace.profile`), router
-    losses and callbacks work as before. On the meta device the weights are left to a checkpoint (`load_checkpoint`).
+    Every rank keeps its own experts and all of the rest. Routers stay as they are, so recording (`moeplace.profile`),
+    router losses and callbacks work as before. On the meta device the weights are left to a checkpoint
+    (`load_checkpoint`).
 
-    What the experts compute is recognised by their class's settings, then compared with the module's own forward on a few
-    random rows and random weights of its shapes, on the CPU in float32; so also on the meta device, where weights are still
-    missing. The global random state stays as it was.
+    What the experts compute is recognised by their class's settings, then compared with the module's own forward on a
+    few random rows and random weights of its shapes, on the CPU in float32; so also on the meta device, where weights
+    are still missing. The global random state stays as it was.
 
     DistributedDataParallel leaves the experts alone; `fully_shard` wants `ignored_params=expert_parameters(model)`.
     `save_pretrained` is refused from now on: `save_checkpoint` writes the experts of all ranks.
 
     Args:
-        model: a Transformers 5 model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them) with the
-            same weights on every rank.
+        model: a Transformers 5 model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them) with
+            the same weights on every rank.
         plan: which experts stand where.
         mesh: all ranks; device g of the plan is its g-th.
         dispatch, compression, gradients: as for `PlacedExperts`.
@@ -64,10 +65,10 @@ def parallelize(
         The model.
 
     Raises:
-        InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs between
-            ranks. All errors are raised on every rank.
-        UnsupportedError: the mesh leaves ranks out, pipeline stages aside; experts with a function that is not known, or
-            that differs from the one it was taken for.
+        InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs
+            between ranks. All errors are raised on every rank.
+        UnsupportedError: the mesh leaves ranks out, pipeline stages aside; experts with a function that is not known,
+            or that differs from the one it was taken for.
     """
     mesh = ExpertMesh.of(mesh)
     failure: MoeplaceError | None = None
@@ -115,10 +116,10 @@ def parallelize(
 
 def _refuse_saving(*_: object, **__: object) -> None:
     raise UnsupportedError(
-        "save_pretrained (the Transformers Trainer's own saving too) would write this rank's experts as if they were all. Write a "
-        "checkpoint with moeplace.runtime.save_checkpoint(path, model, optimizer) on every rank, and give the Trainer "
-        "save_strategy='no'; torch.distributed.checkpoint reads it into the model in one process, which save_pretrained "
-        "then writes"
+        "save_pretrained (the Transformers Trainer's own saving too) would write this rank's experts as if they were "
+        "all. Write a checkpoint with moeplace.runtime.save_checkpoint(path, model, optimizer) on every rank, and give "
+        "the Trainer save_strategy='no'; torch.distributed.checkpoint reads it into the model in one process, which "
+        "save_pretrained then writes"
     )
 
 
@@ -133,9 +134,10 @@ def _experts(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
             modules.append((name, int(number[1]), module))
     if not modules:
         raise InputError(
-            f"{type(model).__name__} has no MoE block that is known: looked for modules named 'experts' with a parameter "
-            "'down_proj', as Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and gpt-oss have in Transformers 5. In any other "
-            "model put ExpertParallelMoE where its MoE block is, and give it the weights with experts.load_logical"
+            f"{type(model).__name__} has no MoE block that is known: looked for modules named 'experts' with a "
+            "parameter 'down_proj', as Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and gpt-oss have in Transformers 5. In "
+            "any other model put ExpertParallelMoE where its MoE block is, and give it the weights with "
+            "experts.load_logical"
         )
     return sorted(modules, key=lambda entry: entry[1])
 
@@ -151,13 +153,14 @@ def _kind(name: str, module: nn.Module) -> ExpertMLP:
     if form == (True, False, False) and concatenated and not own_gate and activation is not None:
         return SwiGLU(activation)
     raise UnsupportedError(
-        f"{name} ({type(module).__name__}): its function is not known; known are gated experts with {sorted(ACTIVATIONS)} "
-        "and gpt-oss's. Write an expert kind (moeplace/runtime/moe/expert_mlps.py) and use ExpertParallelMoE"
+        f"{name} ({type(module).__name__}): its function is not known; known are gated experts with "
+        f"{sorted(ACTIVATIONS)} "
+        "and gpt-oss's. Write an expert MLP (moeplace/runtime/moe/expert_mlps.py) and use ExpertParallelMoE"
     )
 
 
 def _check_kinds(modules: list[tuple[str, int, nn.Module]], kinds: list[ExpertMLP], spec: ModelSpec) -> None:
-    """Compares every expert kind with its module, once for those built alike.
+    """Compares every expert MLP with its module, once for those built alike.
 
     Raises:
         UnsupportedError: the module gives something else, or does not run on its own.
@@ -176,7 +179,7 @@ def _check_kinds(modules: list[tuple[str, int, nn.Module]], kinds: list[ExpertML
             failure = _difference(module, kind, spec)
         if failure is not None:
             raise UnsupportedError(
-                f"{name} ({type(module).__name__}) was taken for {kind}, but {failure}. Write an expert kind "
+                f"{name} ({type(module).__name__}) was taken for {kind}, but {failure}. Write an expert MLP "
                 "(moeplace/runtime/moe/expert_mlps.py) and use ExpertParallelMoE"
             )
 
@@ -219,8 +222,8 @@ def _difference(module: nn.Module, kind: ExpertMLP, spec: ModelSpec) -> str | No
     if difference <= TOLERANCE:
         return None
     return (
-        f"computes something else: on random weights in float32 outputs differ by {difference:.2g} of the largest, where "
-        f"rounding gives less than {TOLERANCE:g}"
+        f"computes something else: on random weights in float32 outputs differ by {difference:.2g} of the largest, "
+        f"where rounding gives less than {TOLERANCE:g}"
     )
 
 

@@ -153,8 +153,8 @@ def _check_state(folder: Path, order: IntArray, invert: bool) -> None:
     recorded = read_expert_order(folder)
     if not invert and recorded is not None:
         raise InputError(
-            f"{folder}: permuted already ({ORDER_FILE} is there), and a plan counts the original's experts; permute the "
-            "original, or restore it first with invert=True"
+            f"{folder}: permuted already ({ORDER_FILE} is there), and a plan counts the original's experts; permute "
+            "the original, or restore it first with invert=True"
         )
     if invert and recorded is None:
         raise InputError(f"{folder}: no {ORDER_FILE}, so this is not a permuted checkpoint and cannot be restored")

@@ -51,8 +51,8 @@ _ALIKE = re.compile(
 
 @dataclass(frozen=True)
 class ModelRole:
-    """kind: "router" has all E experts in dimension 0, on every rank; "stacked" has this rank's experts there; "joined" has
-    them one after the other in its memory, whatever its shape; "expert" is of one of this rank's experts alone.
+    """kind: "router" has all E experts in dimension 0, on every rank; "stacked" has this rank's experts there; "joined"
+    has them one after the other in its memory, whatever its shape; "expert" is of one of this rank's experts alone.
 
     layer: as the name says it. stem: the layer's own name. expert: its number on this rank, for "expert". place: equal
     for the tensors that change places with each other.
@@ -98,8 +98,8 @@ def model_role(name: str) -> ModelRole | None:
     if single := _SINGLE.fullmatch(rest):
         return ModelRole("expert", layer, stem, f"{stem}{single[2]}", int(single[1]))
     raise UnsupportedError(
-        f"{name} stands in an MoE layer and its name is not known; leaving it as it is could give wrong results. Known are "
-        "megatron-core up to 0.16 and torchtitan 0.2 and 0.3"
+        f"{name} stands in an MoE layer and its name is not known; leaving it as it is could give wrong results. Known "
+        "are megatron-core up to 0.16 and torchtitan 0.2 and 0.3"
     )
 
 
@@ -124,24 +124,24 @@ def permute_model(
 
     Such an engine gives rank r of an expert-parallel group the r-th block of experts, so that the model then runs the
     plan and computes what it did. Call it between steps, on a model whose experts are in their first order, on
-    every rank; a plan changes another by inverting that one first. Memory: one tensor of one layer's local experts, three
-    times; a DTensor's whole, twice.
+    every rank; a plan changes another by inverting that one first. Memory: one tensor of one layer's local experts,
+    three times; a DTensor's whole, twice.
 
     Args:
         model: of Megatron-LM, its chunks of interleaved pipeline parallelism too, or torchtitan, wrapped or not.
         plan: without replicas, with as many slots on every device.
         optimizer: a plain torch optimizer whose state moves along; Megatron-LM's own ones keep copies out of reach, so
             permute before they are made.
-        expert_group: expert-parallel ranks, in the order of the plan's devices, where the tensors are of a rank's experts
-            alone (Megatron-LM's `parallel_state.get_expert_model_parallel_group()`); DTensors know their own.
+        expert_group: expert-parallel ranks, in the order of the plan's devices, where the tensors are of a rank's
+            experts alone (Megatron-LM's `parallel_state.get_expert_model_parallel_group()`); DTensors know their own.
         invert: undo.
 
     Returns:
         [L, E] the original expert in each row.
 
     Raises:
-        UnsupportedError: a name or a tensor that is not known, an optimizer other than torch's own, a plan that no order
-            of experts can follow; see `expert_order`. Nothing has moved then.
+        UnsupportedError: a name or a tensor that is not known, an optimizer other than torch's own, a plan that no
+            order of experts can follow; see `expert_order`. Nothing has moved then.
         InputError: a model that is not the plan's. Nothing has moved then.
     """
     import torch
@@ -193,8 +193,8 @@ def _with_state(
             continue
         if value.shape != tensor.shape:
             raise UnsupportedError(
-                f"the optimizer's {key} of {name} has shape {list(value.shape)}, the parameter {list(tensor.shape)}: how to "
-                "permute it is not known"
+                f"the optimizer's {key} of {name} has shape {list(value.shape)}, the parameter {list(tensor.shape)}: "
+                "how to permute it is not known"
             )
         yield key, value
 
@@ -221,7 +221,8 @@ def _checked(places: Sequence[Place], plan: Plan, group: ProcessGroup | None) ->
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks != 1 and ranks != plan.topology.num_devices:
         raise InputError(
-            f"expert_group has {ranks} ranks, the plan places on {plan.topology.num_devices} devices: solve for the group"
+            f"expert_group has {ranks} ranks, the plan places on {plan.topology.num_devices} devices: solve for the "
+            "group"
         )
     for place in places:
         _check_size(place, plan.model.experts, ranks)
@@ -255,8 +256,8 @@ def _check_size(place: Place, experts: int, ranks: int) -> None:
         expected = f"{local_experts} experts in dimension 0"
     if not whole:
         raise InputError(
-            f"{place.role.place} has {len(place.tensors)} tensor(s) of shape {list(first.shape)}, expected {expected}; where "
-            "experts are spread over ranks, pass expert_group"
+            f"{place.role.place} has {len(place.tensors)} tensor(s) of shape {list(first.shape)}, expected {expected}; "
+            "where experts are spread over ranks, pass expert_group"
         )
 
 

@@ -16,8 +16,8 @@ PERMUTE_CONSTRAINTS = frozenset({Constraint.NO_REPLICAS, Constraint.EQUAL_SLOTS}
 def expert_order(plan: Plan, groups: int | None = None) -> IntArray:
     """The order of experts by which an engine that deals them in contiguous blocks runs a plan.
 
-    With the experts in this order, an engine that gives device g the g-th block of E / G experts runs the plan. The order
-    is the plan's slot order; with group-limited routing (`groups` > 1, default the plan's model's) slots may be
+    With the experts in this order, an engine that gives device g the g-th block of E / G experts runs the plan. The
+    order is the plan's slot order; with group-limited routing (`groups` > 1, default the plan's model's) slots may be
     exchanged inside a device, so that every block of E / groups rows holds one original group whole.
 
     Args:
@@ -43,11 +43,11 @@ def expert_order(plan: Plan, groups: int | None = None) -> IntArray:
         if order is None:
             size = plan.model.experts // count
             raise UnsupportedError(
-                f"a checkpoint cannot be permuted to this plan: the model routes to {count} groups of {size} experts and "
-                f"reads them as blocks of {size} rows, and the plan parts the groups of layer {layer} otherwise than "
-                "blocks of devices do. Solve so that experts move inside their group or groups move whole (contiguous, "
-                "or the hierarchical EPLB with as many nodes as groups), or use an engine that maps experts after "
-                "routing (sglang, trtllm)"
+                f"a checkpoint cannot be permuted to this plan: the model routes to {count} groups of {size} experts "
+                f"and reads them as blocks of {size} rows, and the plan parts the groups of layer {layer} otherwise "
+                "than blocks of devices do. Solve so that experts move inside their group or groups move whole "
+                "(contiguous, or the hierarchical EPLB with as many nodes as groups), or use an engine that maps "
+                "experts after routing (sglang, trtllm)"
             )
         rows.append(order)
     return np.stack(rows)

@@ -1,4 +1,5 @@
-"""Decoding over ranks, in both modes: the tokens and logits of the whole model. Real Gloo processes, many checks a spawn."""
+"""Decoding over ranks, in both modes: the tokens and logits of the whole model. Real Gloo processes, many checks a
+spawn."""
 
 from __future__ import annotations
 

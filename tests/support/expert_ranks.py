@@ -394,7 +394,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
 
 
 def one_device_a_node(rank: int, world: int, flat: Any, deep: Any) -> float:
-    """Nodes of one device need no second hop."""
+    """Nodes of one device need no second stage."""
     alone = init_device_mesh("cpu", (world, 1))
     plan = random_plan(np.random.default_rng(5), world, 1)
     experts = PlacedExperts(SPEC, plan, alone, 1)
@@ -458,7 +458,7 @@ def wide(rank: int, world: int, folder: Path) -> dict[str, Any]:
             "rows": rows,
             "out": list(out.shape),
             "x_grad": list(x.grad.shape),
-            "copies": [sum(hop) / len(x) for hop in layer.experts.dispatcher.copies],
+            "copies": [sum(stage) / len(x) for stage in layer.experts.dispatcher.copies],
             "grads": all(p.grad is not None for p in layer.experts.parameters()),
         }
     dist.destroy_process_group()

@@ -157,8 +157,8 @@ def failing(rank: int, world: int, mesh: Any) -> dict[str, Any]:
     before, plans = training.everywhere(), training.plans
     whole = migrate.transfer
 
-    def broken(parcels: Any, *rest: Any) -> None:
-        whole(parcels[: len(parcels) // 2], *rest)
+    def broken(messages: Any, *rest: Any) -> None:
+        whole(messages[: len(messages) // 2], *rest)
         raise OSError("no buffer space available")
 
     if rank == 1:
