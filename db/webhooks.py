@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -34,8 +35,8 @@ class Webhooks:
         self._sessions = sessions
 
     def add(self, deployment: str, url: str, by: Actor) -> tuple[WebhookRecord, str]:
-        """A webhook and the secret its events are signed with, which is not shown again."""
-        secret = secrets.token_urlsafe(32)
+        """A webhook and the secret its events are signed with, as Standard Webhooks writes it; it is not shown again."""
+        secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         with self._sessions.writing() as session:
             row = WebhookRow(
                 deployment_key=deployment_row(session, deployment).key,

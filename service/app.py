@@ -12,7 +12,7 @@ from ..db.store import Store
 from ..placement.version import __version__
 from . import background, problems
 from .access import Gate
-from .delivery import Courier
+from .delivery import WebhookSender
 from .description import describe
 from .intake import Intake
 from .middleware import BodyLimit, Metrics, Observe, RateLimit
@@ -48,7 +48,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
                 ("reaper", settings.lease_seconds / 6, reaper.look),
                 ("watchman", 2.0, background.Watchman(store, settings).look),
                 ("engines", min(1.0, settings.lease_seconds / 6), poller.look),
-                ("courier", 1.0, Courier(store).deliver),
+                ("webhooks", 1.0, WebhookSender(store).deliver),
                 ("housekeeping", 600.0, lambda: background.keep_house(store)),
             ):
                 stack.callback(background.Loop(name, every, function).close)
