@@ -17,7 +17,6 @@ from .description import describe
 from .intake import Intake
 from .middleware import BodyLimit, Metrics, Observe, RateLimit
 from .pages.routes import router as pages
-from .pages.routes import router as studies
 from .polling import Poller
 from .routes import ROUTERS
 from .settings import Settings
@@ -69,7 +68,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     app.state.shards = None if settings.traces is None else Shards(settings.traces)
     app.state.metrics, app.state.ready = Metrics(store), False
     problems.install(app)
-    for router in (*ROUTERS, pages, studies):
+    for router in (*ROUTERS, pages):
         app.include_router(router)
 
     describe(app)

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from urllib3 import Retry
 
 from .._http import Answer, Connections, UnansweredError, check_address
@@ -37,15 +37,25 @@ from ..db.records import (
 )
 from ..db.uploads import PIECE_LIMIT
 from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError, SolveError, StoreError
-from ..placement.failures import Kind
-from ..placement.layer_slots import Slots
 from ..placement.model import ModelSpec
-from ..placement.objective import Objective
 from ..placement.plan import Plan, plan_from_dict, plan_to_dict
 from ..placement.topology import Topology
 from .counts import ARROW, to_arrow
 from .policy import Policy
-from .views import ModelView, PlanView, StatisticsView, Taken, TopologyView, WebhookMade, WindowView
+from .schemas import (
+    DecideRequest,
+    JobBody,
+    ModelView,
+    ParetoRequest,
+    PlanView,
+    SolveRequest,
+    StatisticsView,
+    Taken,
+    TopologyView,
+    WebhookMade,
+    WhatIfRequest,
+    WindowView,
+)
 
 ERRORS: Mapping[int, type[MoeplaceError]] = {404: NotFoundError, 409: ConflictError, 422: InputError, 503: StoreError}
 MOST_WAIT = 20
@@ -154,11 +164,16 @@ class Calls:
         """Closes its connections."""
         self._transport.close()
 
-    def _submit(self, path: str, body: Mapping[str, Any]) -> JobRecord:
+    def _submit(self, path: str, kind: type[JobBody], request: Mapping[str, Any]) -> JobRecord:
+        try:
+            body = kind.model_validate({key: value for key, value in request.items() if value is not None})
+        except ValidationError as error:
+            raise InputError(
+                "; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors())
+            ) from None
         # A key of its own makes sending it again safe.
         headers = {"Idempotency-Key": secrets.token_hex(16), "Content-Type": "application/json"}
-        given = {key: value for key, value in body.items() if value is not None}
-        content = json.dumps(given, default=_plain).encode()
+        content = body.model_dump_json(exclude_unset=True).encode()
         answer = self._transport.call("POST", path, content, headers, again=True)
         record: JobRecord = adapter(JobRecord).validate_json(answer.body)
         return record
@@ -207,102 +222,11 @@ class Calls:
         return self._transport.call(method, path, content, headers, again=again or method == "GET").json()
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    raise InputError(f"{value!r} cannot be sent; plain data is wanted")
-
-
 def adapter(kind: Any) -> TypeAdapter[Any]:
     """Reads a kind of record from plain data."""
     if kind not in ADAPTERS:
         ADAPTERS[kind] = TypeAdapter(kind)
     return ADAPTERS[kind]
-
-
-# What may be asked for besides what a call's arguments name, by job. See the views of the API for what each means.
-
-
-Routing = Literal["counts", "tokens"]
-Options = Mapping[str, Any]
-
-
-class SolveRequest(TypedDict, total=False):
-    """`POST /v1/solve`."""
-
-    routing: Routing
-    windows: int
-    model: str
-    topology: str
-    statistics: str
-    solver: str
-    options: Options
-    seconds: float
-    seed: int
-    slots: Slots | None
-    objective: Objective
-
-
-class DecideRequest(TypedDict, total=False):
-    """`POST /v1/decide`."""
-
-    current: str
-    routing: Routing
-    record: bool
-
-
-class StepsRequest(TypedDict, total=False):
-    """The steps of a `StudyRequest`."""
-
-    batch: Literal["decode", "prefill"]
-    tokens: int
-    count: int | None
-
-
-class StudyRequest(TypedDict, total=False):
-    """What `POST /v1/what-if` and `POST /v1/pareto` have in common."""
-
-    routing: Routing
-    windows: int
-    statistics: str
-    held_out: str
-    steps: StepsRequest
-    solver: str
-    options: Options
-    seconds: float
-    seed: int
-    objective: Objective
-
-
-class ChangesRequest(TypedDict, total=False):
-    """The changes of a `WhatIfRequest`."""
-
-    lose: Sequence[str]
-    n_1: bool
-    devices: int | None
-    nodes: int | None
-    topology: str | None
-    slots: Slots | None
-
-
-class WhatIfRequest(StudyRequest, total=False):
-    """`POST /v1/what-if`."""
-
-    plan: str
-    changes: ChangesRequest
-    ready: bool
-    max_moved_bytes: float | None
-
-
-class ParetoRequest(StudyRequest, total=False):
-    """`POST /v1/pareto`."""
-
-    model: str
-    topology: str
-    current: str | None
-    redundant: Sequence[int] | None
-    tolerate: Sequence[Kind | None]
-    max_moved: Sequence[float | None] | None
 
 
 @dataclass(frozen=True)
@@ -412,21 +336,23 @@ class Client(Calls):
         done = self._upload({"kind": "statistics"}, Path(path).read_bytes())
         return str((done.about or {})["statistics"])
 
-    def solve(self, deployment: str | None = None, **request: Unpack[SolveRequest]) -> JobRecord:
-        """Asks for a solve; see `POST /v1/solve` for what may be given. `wait` gives its end."""
-        return self._submit("/v1/solve", {"deployment": deployment, **request})
+    def solve(self, deployment: str | None = None, **request: Any) -> JobRecord:
+        """Asks for a solve; request: what a `SolveRequest` has. `wait` gives its end."""
+        return self._submit("/v1/solve", SolveRequest, {"deployment": deployment, **request})
 
-    def decide(self, deployment: str, candidate: str, **request: Unpack[DecideRequest]) -> JobRecord:
-        """Asks whether a stored plan is worth applying; see `POST /v1/decide`."""
-        return self._submit("/v1/decide", {"deployment": deployment, "candidate": candidate, **request})
+    def decide(self, deployment: str, candidate: str, **request: Any) -> JobRecord:
+        """Asks whether a stored plan is worth applying; request: what a `DecideRequest` has."""
+        return self._submit("/v1/decide", DecideRequest, {"deployment": deployment, "candidate": candidate, **request})
 
-    def what_if(self, deployment: str | None = None, **request: Unpack[WhatIfRequest]) -> JobRecord:
-        """Asks what failures or another cluster do to a plan; see `POST /v1/what-if`. The result has a row a change."""
-        return self._submit("/v1/what-if", {"deployment": deployment, **request})
+    def what_if(self, deployment: str | None = None, **request: Any) -> JobRecord:
+        """Asks what failures or another cluster do to a plan; request: what a `WhatIfRequest` has. The result has a row a
+        change."""
+        return self._submit("/v1/what-if", WhatIfRequest, {"deployment": deployment, **request})
 
-    def pareto(self, deployment: str | None = None, **request: Unpack[ParetoRequest]) -> JobRecord:
-        """Asks for the front of step time against its price; see `POST /v1/pareto`. The result has a row a point."""
-        return self._submit("/v1/pareto", {"deployment": deployment, **request})
+    def pareto(self, deployment: str | None = None, **request: Any) -> JobRecord:
+        """Asks for the front of step time against its price; request: what a `ParetoRequest` has. The result has a row a
+        point."""
+        return self._submit("/v1/pareto", ParetoRequest, {"deployment": deployment, **request})
 
     def job(self, key: int) -> JobRecord:
         """How far a job is."""

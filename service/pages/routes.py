@@ -21,8 +21,8 @@ from ...placement.plan import Plan
 from ..access import COOKIE, Gate
 from ..routes.common import KeyPath, NamePath, Stored
 from ..routes.studies import submit_pareto, submit_what_if
+from ..schemas import ParetoRequest, WhatIfRequest
 from ..tasks.judge import default_plan
-from ..views import ParetoIn, WhatIfIn
 from . import figures
 from .charts import Mark, Series, heat_map, line_chart, scatter
 
@@ -130,9 +130,9 @@ async def ask(name: NamePath, request: Request, actor: Visitor) -> Response:
     needs(actor, "submit")
     store: Store = request.app.state.store
     if kind == "pareto":
-        job = await run_in_threadpool(submit_pareto, ParetoIn(deployment=name), request, store, actor)
+        job = await run_in_threadpool(submit_pareto, ParetoRequest(deployment=name), request, store, actor)
     elif kind == "what-if":
-        job = await run_in_threadpool(submit_what_if, WhatIfIn(deployment=name), request, store, actor)
+        job = await run_in_threadpool(submit_what_if, WhatIfRequest(deployment=name), request, store, actor)
     else:
         raise HTTPException(422, "kind: expected pareto or what-if")
     return RedirectResponse(f"/jobs/{job.key}", 303)

@@ -11,7 +11,7 @@ from ...db.records import Record
 from ...placement.errors import InputError, NotFoundError
 from ...placement.topology import Topology
 from ..access import Reader, Submitter
-from ..views import ModelIn, ModelView, StatisticsView, TopologyFull, TopologyIn, TopologyView
+from ..schemas import ModelIn, ModelView, StatisticsView, TopologyFull, TopologyIn, TopologyView
 from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], responses=ERRORS)

@@ -15,7 +15,7 @@ from ...placement.errors import NotFoundError
 from ..access import Approver, Reader, Submitter
 from ..counts import ARROW, JSON, from_arrow, from_json
 from ..policy import Policy
-from ..views import (
+from ..schemas import (
     CommentIn,
     DeploymentIn,
     PublishIn,

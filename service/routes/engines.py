@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from ...db.records import EngineRecord
 from ...placement.errors import InputError
 from ..access import Approver, Reader
-from ..views import EngineIn
+from ..schemas import EngineIn
 from .common import ERRORS, NamePath, Stored
 
 router = APIRouter(prefix="/v1/deployments/{name}/engine", tags=["deployments"], responses=ERRORS)

@@ -22,6 +22,7 @@ from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy
 from ..routing import from_windows
+from ..schemas import DecideRequest
 from .base import Report, judging_trace, judging_windows
 
 # Decisions and plans as plain figures.
@@ -60,24 +61,22 @@ def decision_figures(decision: Decision) -> dict[str, Any]:
 
 
 class Judge:
-    """Request: candidate (a plan's id), current (another plan to judge against, or null), routing, record."""
+    """Request: a `DecideRequest`."""
 
     kind = "decide"
 
     def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome:
-        request = job.request
-        if job.deployment is None:
-            raise InputError("a decision is made for a deployment")
-        deployment = store.deployments.get(job.deployment)
+        request = DecideRequest.of(job)
+        deployment = store.deployments.get(request.deployment)
         policy = Policy(**deployment.policy)
-        candidate = store.plan(request["candidate"]).plan
+        candidate = store.plan(request.candidate).plan
         model, topology = store.model(deployment.model_id).spec, store.topology(deployment.topology_id).topology
         if candidate.model != model or candidate.topology != topology:
-            raise InputError(f"plan {request['candidate']!r} is for another model or topology than {job.deployment!r}")
-        in_force = request["current"] or deployment.plan_id
+            raise InputError(f"plan {request.candidate!r} is for another model or topology than {deployment.name!r}")
+        in_force = request.current or deployment.plan_id
         current = store.plan(in_force).plan if in_force else default_plan(model, topology)
-        if request["routing"] == "tokens":
-            trace = judging_trace(store, job.deployment)
+        if request.routing == "tokens":
+            trace = judging_trace(store, deployment.name)
             problem = Problem(model, topology, RoutingStatistics.from_trace(trace, 0), policy.objective)
             decision = decide(
                 current,
@@ -89,11 +88,11 @@ class Judge:
                 horizon_steps=policy.horizon_steps,
             )
         else:
-            held = from_windows(judging_windows(store, job.deployment, policy), model)
+            held = from_windows(judging_windows(store, deployment.name, policy), model)
             decision = on_counts(current, candidate, held, policy)
         figures = decision_figures(decision)
         judgement = None
-        if request["record"] and request["current"] is None:
+        if request.record and request.current is None:
             judgement = Judgement(
                 deployment.version, decision.action, decision.reason, figures, policy.publish == "automatic"
             )
