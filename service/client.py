@@ -31,7 +31,9 @@ from ..db.records import (
     DeploymentRecord,
     EngineRecord,
     JobRecord,
+    ModelRecord,
     PublicationRecord,
+    StatisticsRecord,
     UploadRecord,
     WebhookRecord,
 )
@@ -40,16 +42,15 @@ from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoun
 from ..placement.model import ModelSpec
 from ..placement.plan import Plan, plan_from_dict, plan_to_dict
 from ..placement.topology import Topology
+from ..placement.validation import describe
 from .counts import ARROW, to_arrow
 from .policy import Policy
 from .schemas import (
     DecideRequest,
     JobBody,
-    ModelView,
     ParetoRequest,
     PlanView,
     SolveRequest,
-    StatisticsView,
     Taken,
     TopologyView,
     WebhookMade,
@@ -168,9 +169,7 @@ class Calls:
         try:
             body = kind.model_validate({key: value for key, value in request.items() if value is not None})
         except ValidationError as error:
-            raise InputError(
-                "; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors())
-            ) from None
+            raise InputError(describe(kind.__name__, error)) from None
         # A key of its own makes sending it again safe.
         headers = {"Idempotency-Key": secrets.token_hex(16), "Content-Type": "application/json"}
         content = body.model_dump_json(exclude_unset=True).encode()
@@ -247,10 +246,10 @@ class Client(Calls):
     it cannot be reached. What can be sent twice without harm is sent again when the service is away for a moment.
     """
 
-    def add_model(self, spec: ModelSpec, name: str | None = None) -> ModelView:
+    def add_model(self, spec: ModelSpec, name: str | None = None) -> ModelRecord:
         """Keeps a model."""
         body = {"spec": spec.model_dump(mode="json"), "name": name}
-        return self._ask(ModelView, "POST", "/v1/models", body, again=True)
+        return self._ask(ModelRecord, "POST", "/v1/models", body, again=True)
 
     def add_topology(self, topology: Topology, name: str | None = None) -> TopologyView:
         """Keeps a cluster."""
@@ -258,9 +257,9 @@ class Client(Calls):
         answer = self._json("POST", "/v1/topologies", body, again=True)
         return TopologyView(**{field: answer[field] for field in TopologyView.model_fields})
 
-    def models(self) -> Iterator[ModelView]:
+    def models(self) -> Iterator[ModelRecord]:
         """Newest first."""
-        return self._pages(ModelView, "/v1/models")
+        return self._pages(ModelRecord, "/v1/models")
 
     def topologies(self) -> Iterator[TopologyView]:
         """Newest first, without their devices."""
@@ -270,9 +269,9 @@ class Client(Calls):
         """A stored cluster, by name or id."""
         return Topology(**self._json("GET", f"/v1/topologies/{quote(ref, safe='')}")["topology"])
 
-    def statistics(self) -> Iterator[StatisticsView]:
+    def statistics(self) -> Iterator[StatisticsRecord]:
         """Newest first."""
-        return self._pages(StatisticsView, "/v1/statistics")
+        return self._pages(StatisticsRecord, "/v1/statistics")
 
     def add_deployment(
         self, name: str, model: str, topology: str, policy: Policy | Mapping[str, Any] | None = None

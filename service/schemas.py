@@ -15,10 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from .._http import check_address
 from ..db.records import (
     ClaimedJob,
-    ModelRecord,
     PlanRecord,
     PlanSummary,
-    StatisticsRecord,
     TopologyRecord,
     WindowRecord,
 )
@@ -82,17 +80,6 @@ class DeploymentIn(Body):
     policy: Policy = Policy()
 
 
-class ModelView(BaseModel):
-    id: str
-    name: str | None
-    created: datetime
-    spec: ModelSpec
-
-    @classmethod
-    def of(cls, record: ModelRecord) -> ModelView:
-        return cls(id=record.id, name=record.name, created=record.created, spec=record.spec)
-
-
 class TopologyView(BaseModel):
     id: str
     name: str | None
@@ -120,25 +107,6 @@ class TopologyFull(TopologyView):
     @classmethod
     def of(cls, record: TopologyRecord) -> TopologyFull:
         return cls(**TopologyView.of(record).model_dump(), topology=record.topology)
-
-
-class StatisticsView(BaseModel):
-    id: str
-    name: str | None
-    created: datetime
-    experts: int
-    moe_layers: tuple[int, ...]
-    top_k: int | None
-    workloads: tuple[str, ...]
-    windows: int
-    tokens: int
-    sample_tokens: int
-    content_bytes: int
-    content_sha256: str
-
-    @classmethod
-    def of(cls, record: StatisticsRecord) -> StatisticsView:
-        return cls(**{name: getattr(record, name) for name in cls.model_fields})
 
 
 class PlanView(BaseModel):

@@ -22,7 +22,7 @@ from ..access import COOKIE, Gate
 from ..routes.common import KeyPath, NamePath, Stored
 from ..routes.studies import submit_pareto, submit_what_if
 from ..schemas import ParetoRequest, WhatIfRequest
-from ..tasks.judge import default_plan
+from ..tasks.decide import default_plan
 from . import figures
 from .charts import Mark, Series, heat_map, line_chart, scatter
 
@@ -80,7 +80,7 @@ def page(template: str, actor: Actor | None, **values: Any) -> HTMLResponse:
     return HTMLResponse(html, headers={"Cache-Control": "no-store"})
 
 
-def maps_of(found: figures.Comparison) -> dict[str, Any]:
+def maps_of(found: figures.LoadComparison) -> dict[str, Any]:
     """Heat maps of device loads under two plans, and of the traffic under the second."""
     layers = [f"layer {layer}" for layer in found.plan.moe_layers]
     devices = [str(device) for device in range(found.plan.topology.num_devices)]

@@ -13,7 +13,7 @@ from ..access import Submitter
 from ..policy import Policy
 from ..schemas import MOST_PARTS, ChangesRequest, ParetoJob, ParetoRequest, StudyRequest, WhatIfJob, WhatIfRequest
 from ..settings import Settings
-from ..tasks.judge import default_plan
+from ..tasks.decide import default_plan
 from ..tasks.studies import changes_of
 from .catalogue import MOST_DEVICES
 from .common import ERRORS, Stored

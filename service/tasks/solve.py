@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...db.records import ClaimedJob, Outcome
+from ...db.records import ClaimedJob, JobOutcome
 from ...db.store import Store
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
@@ -10,17 +10,17 @@ from ...placement.problem import Problem
 from ...placement.statistics import RoutingStatistics
 from ...solvers import solve
 from ..policy import Policy
-from ..routing import from_windows, stored_statistics, to_bytes
+from ..routing import from_windows, solving_traces, solving_windows, stored_statistics, to_bytes
 from ..schemas import SolveJob
-from .base import Report, solving_traces, solving_windows
+from .base import Report
 
 
-class Solve:
+class SolveTask:
     """Request: a `SolveJob`."""
 
     kind = "solve"
 
-    def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome:
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome:
         request = SolveJob.of(job)
         model, topology = store.model(request.model).spec, store.topology(request.topology).topology
         statistics = _routing(request, store, model)
@@ -41,7 +41,7 @@ class Solve:
             "seconds": plan.provenance.seconds,
             "stop": plan.provenance.stop,
         }
-        return Outcome(result, plan=plan, statistics=statistics, content=to_bytes(statistics))
+        return JobOutcome(result, plan=plan, statistics=statistics, content=to_bytes(statistics))
 
 
 def _routing(request: SolveJob, store: Store, model: ModelSpec) -> RoutingStatistics:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...db.content import id_of_plan
-from ...db.records import ClaimedJob, Outcome
+from ...db.records import ClaimedJob, JobOutcome
 from ...db.store import Store
 from ...placement.errors import InputError, UnsupportedError
 from ...placement.model import ModelSpec
@@ -22,10 +22,18 @@ from ...solvers.pareto import front_data, pareto
 from ...solvers.what_if import Change, changes_asked, what_if, what_if_data
 from ...solvers.what_if import Outcome as Changed
 from ..policy import Policy
-from ..routing import from_windows, stored_statistics, to_bytes
+from ..routing import (
+    from_windows,
+    judging_trace,
+    judging_windows,
+    solving_traces,
+    solving_windows,
+    stored_statistics,
+    to_bytes,
+)
 from ..schemas import ChangesRequest, ParetoJob, StudyJob, WhatIfJob
-from .base import Report, judging_trace, judging_windows, solving_traces, solving_windows, steps_of
-from .judge import default_plan
+from .base import Report, steps_of
+from .decide import default_plan
 
 DECODE_STEPS, PREFILL_STEPS, DRAWN_STEPS = 200, 32, 16
 
@@ -38,9 +46,9 @@ class RoutingSplit:
     steps: Steps
     described: str
 
-    def outcome(self, data: Mapping[str, Any], plans: Sequence[Plan]) -> Outcome:
+    def outcome(self, data: Mapping[str, Any], plans: Sequence[Plan]) -> JobOutcome:
         """What a study on it leaves behind: its figures, its plans, and what they were solved on."""
-        return Outcome(
+        return JobOutcome(
             {**data, "steps": self.described},
             plans=tuple(plans),
             statistics=self.statistics,
@@ -87,12 +95,12 @@ def _replayed(trace: RoutingTrace, request: StudyJob) -> tuple[Steps, str]:
     return trace.decode_steps(tokens or 128, count, seed), f"decode {tokens or 128}: {count} steps, held out"
 
 
-class SweepFront:
+class ParetoTask:
     """Request: a `ParetoJob`."""
 
     kind = "pareto"
 
-    def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome:
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome:
         request = ParetoJob.of(job)
         model, topology = store.model(request.model).spec, store.topology(request.topology).topology
         split = split_routing(request, store, model)
@@ -115,12 +123,12 @@ class SweepFront:
         return split.outcome(data, plans)
 
 
-class AskWhatIf:
+class WhatIfTask:
     """Request: a `WhatIfJob`."""
 
     kind = "what-if"
 
-    def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome:
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome:
         request = WhatIfJob.of(job)
         plan = _asked_plan(request, store)
         split = split_routing(request, store, plan.model)

@@ -24,7 +24,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow
-from moeplace.service.delivery import WebhookSender
+from moeplace.service.webhooks import WebhookSender
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...db.records import ClaimedJob, Judgement, Outcome
+from ...db.records import ClaimedJob, JobOutcome, Judgement
 from ...db.store import Store
 from ...placement.bounds import device_load_certificate
 from ...placement.decide import LEAST_BLOCKS, Decision, decide, decide_on_counts
@@ -21,9 +21,9 @@ from ...placement.statistics import RoutingStatistics, with_tokens
 from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy
-from ..routing import from_windows
+from ..routing import from_windows, judging_trace, judging_windows
 from ..schemas import DecideRequest
-from .base import Report, judging_trace, judging_windows
+from .base import Report
 
 # Decisions and plans as plain figures.
 
@@ -60,12 +60,12 @@ def decision_figures(decision: Decision) -> dict[str, Any]:
     }
 
 
-class Judge:
+class DecideTask:
     """Request: a `DecideRequest`."""
 
     kind = "decide"
 
-    def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome:
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome:
         request = DecideRequest.of(job)
         deployment = store.deployments.get(request.deployment)
         policy = Policy(**deployment.policy)
@@ -97,7 +97,7 @@ class Judge:
                 deployment.version, decision.action, decision.reason, figures, policy.publish == "automatic"
             )
         result = {"action": decision.action, "reason": decision.reason, "figures": figures}
-        return Outcome(result, plan=candidate if judgement else None, judgement=judgement)
+        return JobOutcome(result, plan=candidate if judgement else None, judgement=judgement)
 
 
 def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: Policy) -> Decision:

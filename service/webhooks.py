@@ -14,7 +14,7 @@ from .._http import Connections, UnansweredError
 from ..db.records import DeliveryRecord
 from ..db.store import Store
 
-log = logging.getLogger("moeplace.service.delivery")
+log = logging.getLogger("moeplace.service.webhooks")
 
 TIMEOUT_SECONDS = 10.0
 MOST_ATTEMPTS = 12
