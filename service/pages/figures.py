@@ -13,7 +13,6 @@ from ...db.store import Store
 from ...placement.bounds import device_loads
 from ...placement.cost import dispatch_bytes
 from ...placement.migration import migration
-from ...placement.objective import Objective
 from ...placement.plan import Plan
 from ...placement.replay import traffic_from_counts
 from ..policy import Policy
@@ -64,7 +63,7 @@ def compared(
     if not windows:
         return None
     load = from_windows(windows, store.model(deployment.model_id).spec).total_load
-    objective = Objective(**policy.objective.model_dump())
+    objective = policy.objective
     traffic = traffic_from_counts(after[0], load, policy.step_tokens, objective)
     return LoadComparison(
         plan=after[0],
