@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..compile_time import working_seconds
-from ..ilp_highs import SilentHighs
+from ..mip.highs import QuietHighs
 from .gram import ROUNDING, FloatArray, IntArray
 
 CLOSE = 2e-3
@@ -59,7 +59,7 @@ class _Program:
         self._inside = np.zeros(len(members), dtype=bool)
         self._prices = cost.sum(axis=0)
         self.value, self.bound = np.inf, -np.inf
-        self._solver = SilentHighs()  # type: ignore[no-untyped-call]
+        self._solver = QuietHighs()  # type: ignore[no-untyped-call]
         options: dict[str, bool | float | str] = {
             "output_flag": False,
             "solver": "ipm",

@@ -69,11 +69,13 @@ def whole_program(
     """
     whole = program.integral | program.implied
     if not (np.isfinite(program.lower) & np.isfinite(program.upper)).all():
-        raise UnsupportedError(f"CP-SAT needs bounds of every variable, and the program {program.name!r} has one without")
+        raise UnsupportedError(
+            f"CP-SAT needs bounds of every variable, and the program {program.name!r} has one without"
+        )
     reach = np.maximum(np.abs(program.lower), np.abs(program.upper))
     if reach.max() > 2.0**50:
         raise UnsupportedError(f"CP-SAT cannot count to {reach.max():g}, a bound in the program {program.name!r}")
-    steps = np.where(whole, 1.0, _power(2.0**step_bits / np.maximum(reach, 1e-300)))
+    steps = np.where(whole, 1.0, _power(2.0**step_bits / np.maximum(reach, 1e-30)))
     lower, upper = np.rint(program.lower * steps), np.rint(program.upper * steps)
     lower[whole], upper[whole] = np.ceil(program.lower[whole] - FEASIBLE), np.floor(program.upper[whole] + FEASIBLE)
     ends = np.maximum(np.abs(lower), np.abs(upper))
@@ -129,7 +131,7 @@ def _scales(row: IntArray, rows: int, terms: FloatArray, ends: FloatArray, bits:
     mixed = np.bincount(row, weights=terms != np.rint(terms), minlength=rows) > 0
     most = np.bincount(row, weights=np.abs(terms) * ends, minlength=rows)
     exact = ~mixed & (most < 2.0**52)
-    return np.where(exact, 1.0, _power(2.0**bits / np.maximum(most, 1e-300))), exact
+    return np.where(exact, 1.0, _power(2.0**bits / np.maximum(most, 1e-30))), exact
 
 
 class CpSat:
@@ -193,7 +195,9 @@ class CpSat:
 
 def completed(program: Program, values: FloatArray) -> FloatArray | None:
     """Values with whole numbers rounded and the others the best that go with them; None where none do."""
-    values = np.clip(np.where(program.integral | program.implied, np.rint(values), values), program.lower, program.upper)
+    values = np.clip(
+        np.where(program.integral | program.implied, np.rint(values), values), program.lower, program.upper
+    )
     if (program.integral | program.implied).all():
         return values if program.violation(values) <= FEASIBLE else None
     from .highs import Highs

@@ -36,12 +36,11 @@ class Pdlp:
         interrupter = SolveInterrupter()
         listener = Listener(interrupter.interrupt)
         seconds = request.seconds_left()
-        settings = mathopt.SolveParameters(
-            time_limit=None if seconds is None else datetime.timedelta(seconds=seconds)
-        )
+        settings = mathopt.SolveParameters(time_limit=None if seconds is None else datetime.timedelta(seconds=seconds))
         try:
             answer = run_beside(
-                lambda: mathopt.solve(model, mathopt.SolverType.PDLP, params=settings, interrupter=interrupter), listener
+                lambda: mathopt.solve(model, mathopt.SolverType.PDLP, params=settings, interrupter=interrupter),
+                listener,
             )
         except (RuntimeError, ValueError) as error:
             raise SolveError(f"PDLP failed on the program {program.name!r}: {error}") from error

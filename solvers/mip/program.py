@@ -211,7 +211,9 @@ class ProgramBuilder:
             np.concatenate(parts) for parts in zip(*(self._rows or [empty]), strict=True)
         )
         if not (lower <= upper).all() or not (row_lower <= row_upper).all():
-            raise InputError(f"program {self.name!r} has a variable or row whose lower bound is not below its upper one")
+            raise InputError(
+                f"program {self.name!r} has a variable or row whose lower bound is not below its upper one"
+            )
         return Program(
             self.name,
             cost,

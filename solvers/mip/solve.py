@@ -108,7 +108,9 @@ def solve_program(
         result = _checked(program, backend).solve(program, request)
     if given is not None and given.value <= result.value:
         # What was given counts by its own objective, whatever a backend made of it.
-        result = replace(result, values=given.values, value=given.value, bound=min(result.bound, given.value), infeasible=False)
+        result = replace(
+            result, values=given.values, value=given.value, bound=min(result.bound, given.value), infeasible=False
+        )
     return replace(result, seconds=request.spent)
 
 
@@ -129,7 +131,9 @@ def _portfolio(program: Program, request: Request) -> Result:
     for name, share in (("highs", FIRST_SHARE), ("cpsat", FIRST_SHARE + PLAN_SHARE), ("highs", 1.0)):
         start = request.start if best is None or best.values is None else best.values
         left = max(0.01, share * end - request.spent)
-        result = backend_named(name).solve(program, replace(request, seconds=left, start=start, asked=time.perf_counter()))
+        result = backend_named(name).solve(
+            program, replace(request, seconds=left, start=start, asked=time.perf_counter())
+        )
         best = result if best is None else best_of(best, result)
         gap = max(request.absolute_gap, request.relative_gap * abs(best.value))
         if best.stop == "interrupted" or best.status in ("optimal", "infeasible") or best.value - best.bound <= gap:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...placement.problem import Problem
-from ..moetuner_mapping import pair_cost
+from ..moetuner import pair_cost
 from .race import Start
 from .scenario import Scenario
 

@@ -11,7 +11,7 @@ from ...placement.errors import SolveError
 from ...placement.failures import failure_mask
 from ...placement.problem import Problem
 from ..base import Budget, fill_slots
-from ..exflow_start import assignment_sweeps
+from ..exflow import assignment_sweeps
 from .current_start import from_current
 from .group_start import groups_on_nodes
 from .near_start import near_layer
