@@ -18,12 +18,11 @@ _CLASSES = {
     "highs": (".highs", "Highs"),
     "cpsat": (".cpsat", "CpSat"),
     "cbc": (".cbc", "Cbc"),
-    "pdlp": (".pdlp", "Pdlp"),
 }
 """Where each backend is. Their libraries are imported with them, when first used."""
 
-BACKENDS = (PORTFOLIO, *(name for name in _CLASSES if name != "pdlp"))
-"""Names that programs with integer variables may be solved by."""
+BACKENDS = (PORTFOLIO, *_CLASSES)
+"""Names that programs may be solved by."""
 
 FIRST_SHARE, PLAN_SHARE = 0.1, 0.5
 """Parts of a portfolio's time: for HiGHS, in which small programs end; for CP-SAT, whose plans are the best; HiGHS, whose bounds
@@ -76,7 +75,7 @@ def solve_program(
     Args:
         program: What to solve.
         budget: Gives the seed, and the time together with `seconds`.
-        backend: A name of BACKENDS, or "pdlp" for linear programs. "portfolio": HiGHS where there is
+        backend: A name of BACKENDS. "portfolio": HiGHS where there is
             no limit of time or no integer variable, else HiGHS, CP-SAT and HiGHS again share the time.
         seconds: A limit below what is left of `budget`.
         relative_gap, absolute_gap: At or below which a backend may stop.
