@@ -9,7 +9,7 @@ import highspy
 import numpy as np
 
 from ...placement.errors import SolveError
-from .interrupts import Listener
+from .interrupts import Listener, run_beside
 from .program import Feature, Program, Request, Result, Stop
 
 _CALLBACK = highspy.cb.HighsCallbackType
@@ -63,7 +63,7 @@ class Highs:
         seconds = request.seconds_left()
         if seconds is not None:
             solver.setOptionValue("time_limit", seconds)
-        solver.run()
+        run_beside(solver.run, listener)
         solver.setCallback(None, None)
         listener.settle()
         return _read(solver, program, request, whole, listener.interrupted)
@@ -108,12 +108,9 @@ class _Listener(Listener):
         self.request = request
 
     def on_event(self, kind: Any, message: str, data_out: Any, data_in: Any, data: Any) -> None:
-        # Ctrl-C, delivered while Python runs, may come at any line here.
-        try:
-            if kind == _CALLBACK.kCallbackMipImprovingSolution:
-                bound, value = float(data_out.mip_dual_bound), float(data_out.objective_function_value)
-                self.tell(lambda: self.request.report(value, bound if math.isfinite(bound) else None))
-            elif data_in is not None:
-                data_in.user_interrupt = self.stopping
-        except KeyboardInterrupt:
-            self.interrupt()
+        """Called by HiGHS in the thread that it runs in, where no Ctrl-C is delivered."""
+        if kind == _CALLBACK.kCallbackMipImprovingSolution:
+            bound, value = float(data_out.mip_dual_bound), float(data_out.objective_function_value)
+            self.tell(lambda: self.request.report(value, bound if math.isfinite(bound) else None))
+        elif data_in is not None:
+            data_in.user_interrupt = self.stopping
