@@ -26,8 +26,8 @@ FloatArray = npt.NDArray[np.float64]
 
 SCALE = 1e6
 """Objective of a program whose every transition crosses: tolerances of 1e-6 then are a part in 1e12."""
-MAX_PAIRS = 1_000_000
-"""Pair variables beyond which building and holding the program takes minutes and gigabytes."""
+MAX_PAIRS = 4_000_000
+"""Pair variables beyond which the program and HiGHS's copy of it take more than 2 GB."""
 BOUND_SHARE = 0.2
 """Part of the time left that goes into the semidefinite bound before the program."""
 UNLIMITED_ITERATIONS = 300
@@ -154,7 +154,7 @@ class _Run:
             if value <= self.bound * (1.0 + RELATIVE_TOLERANCE):
                 return start
         seconds = None if stop_at is None else max(0.0, stop_at - budget.elapsed)
-        device_of, bound, stop = _divided_by_program(
+        device_of, bound, stop = divide(
             transitions, slots, budget, self.backend, seconds, start, self.tell if whole else None
         )
         if self.stop == "finished" or stop == "interrupted":
@@ -168,14 +168,14 @@ class _Run:
         self.budget.report(value, max(self.bound, bound or 0.0))
 
 
-def _divided_by_program(
+def divide(
     transitions: FloatArray,
     slots: IntArray,
     budget: Budget,
     backend: str,
     seconds: float | None,
     start: IntArray | None,
-    report: Callable[[float, float | None], None] | None,
+    report: Callable[[float, float | None], None] | None = None,
 ) -> tuple[IntArray, float, Stop]:
     """[L, n] device of each expert, a bound of the crossing share, and why the last program stopped.
 

@@ -35,8 +35,8 @@ METHODS = ("auto", "ilp", "chain")
 CHAIN_AUTO = 720
 CHAIN_LIMIT = 5040
 """Permutations of a layer's clusters up to which the chain is taken unasked, and at all (7 devices: seconds a layer)."""
-MAX_LINKS = 200_000
-"""Link variables beyond which the second program takes too long to build and hold."""
+MAX_LINKS = 1_000_000
+"""Link variables beyond which the second program takes more than 2 GB."""
 
 
 class MoeTuner:

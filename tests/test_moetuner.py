@@ -343,7 +343,7 @@ def test_a_second_program_too_large_to_build_is_refused() -> None:
         kinds=np.zeros(devices, np.int64),
         nodes=None,
     )
-    with pytest.raises(mp.UnsupportedError, match=r"would have [0-9,]+ link variables \(limit 200,000\).*search"):
+    with pytest.raises(mp.UnsupportedError, match=r"would have [0-9,]+ link variables \(limit 1,000,000\).*search"):
         map_clusters(task, Budget(), method="ilp")
 
 

@@ -23,7 +23,19 @@ MAY_IMPORT = {
     "cli": {"placement", "profiler", "solvers", "runtime", "db", "service"},
     "service": {"placement", "profiler", "solvers", "runtime", "db"},
 }
-HEAVY = {"torch", "transformers", "pyarrow", "pulp", "highspy", "ortools", "scipy", "sqlalchemy", "alembic", "plotly", "pandas"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "pyarrow",
+    "pulp",
+    "highspy",
+    "ortools",
+    "scipy",
+    "sqlalchemy",
+    "alembic",
+    "plotly",
+    "pandas",
+}
 
 
 def imports_of(path: Path) -> list[tuple[str, list[str]]]:

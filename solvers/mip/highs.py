@@ -44,8 +44,7 @@ class Highs:
         }
         for name, value in options.items():
             solver.setOptionValue(name, value)
-        if solver.passModel(handed(program)) == highspy.HighsStatus.kError:
-            raise SolveError(f"HiGHS refuses the program {program.name!r}")
+        hand_over(solver, program)
         listener = _Listener(request)
         # HiGHS holds the data object by address only: it must outlive the run, as this listener does.
         solver.setCallback(listener.on_event, listener)
@@ -85,21 +84,31 @@ def _read(solver: Any, program: Program, request: Request, whole: bool, interrup
     return Result(Highs.name, stop, values, value, bound, infeasible, request.spent, prices)
 
 
-def handed(program: Program) -> Any:
-    """The program as HiGHS's own object."""
-    lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = program.variables, program.rows
-    lp.col_cost_, lp.offset_ = program.cost, program.constant
-    lp.col_lower_, lp.col_upper_ = program.lower, program.upper
-    lp.row_lower_, lp.row_upper_ = program.row_lower, program.row_upper
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    lp.a_matrix_.start_ = program.row_start.astype(np.int32)
-    lp.a_matrix_.index_ = program.column.astype(np.int32)
-    lp.a_matrix_.value_ = program.coefficient
-    if program.integral.any():
-        kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
-        lp.integrality_ = [kinds[i] for i in program.integral.astype(int).tolist()]
-    return lp
+def hand_over(solver: QuietHighs, program: Program) -> None:
+    """Gives a program's arrays to HiGHS.
+
+    Raises:
+        SolveError: HiGHS refused them.
+    """
+    status = solver.passModel(
+        program.variables,
+        program.rows,
+        len(program.column),
+        int(highspy.MatrixFormat.kRowwise),
+        int(highspy.ObjSense.kMinimize),
+        program.constant,
+        program.cost,
+        program.lower,
+        program.upper,
+        program.row_lower,
+        program.row_upper,
+        program.row_start.astype(np.int32),
+        program.column.astype(np.int32),
+        program.coefficient,
+        program.integral.astype(np.int32),
+    )
+    if status == highspy.HighsStatus.kError:
+        raise SolveError(f"HiGHS refuses the program {program.name!r}")
 
 
 class _Listener(Listener):
