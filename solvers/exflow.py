@@ -26,8 +26,8 @@ FloatArray = npt.NDArray[np.float64]
 
 SCALE = 1e6
 """Objective of a program whose every transition crosses: tolerances of 1e-6 then are a part in 1e12."""
-MAX_PAIRS = 4_000_000
-"""Pair variables beyond which the program and HiGHS's copy of it take more than 2 GB."""
+MAX_PAIRS = 5_000_000
+"""Pair variables beyond which the program and HiGHS's copy of it take more than 2.5 GB."""
 BOUND_SHARE = 0.2
 """Part of the time left that goes into the semidefinite bound before the program."""
 UNLIMITED_ITERATIONS = 300
@@ -61,10 +61,16 @@ class Exflow:
     ) -> Solution:
         """Places the experts; see `Solver` for the contract.
 
-        backend: "highs" or "cbc". form: "direct" divides all devices at once; "staged" nodes first, then the devices
-        of each node, so that the slow links count most; "bisect" in halves. warm_start: begin from assignment sweeps,
-        so that there is always a plan and never a worse one; False is the program alone. Handing a program of a
-        hundred thousand variables to a backend takes about five seconds, which a shorter time limit cannot cut.
+        Args:
+            problem, budget: As of every solver.
+            backend: A name of `mip.BACKENDS`. "portfolio" shares the time between CP-SAT, for plans, and HiGHS, for bounds.
+            form: "direct" divides all devices at once; "staged" nodes first, then the devices of each node, so that the slow
+                links count most; "bisect" in halves.
+            warm_start: Begin from assignment sweeps, so that there is always a plan and never a worse one; False is the
+                program alone.
+
+        Returns:
+            The plan, with a certificate of the share of transitions that cross devices.
 
         The bound holds for any placement, whatever the form: the best of a transportation bound (`local_weight_bound`), a
         semidefinite one (`kept_at_most`) and what the backend proved of the first program, since what crosses between groups of

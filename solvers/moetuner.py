@@ -62,9 +62,15 @@ class MoeTuner:
     ) -> Solution:
         """Places the experts; see `Solver` for the contract.
 
-        backend: "highs" or "cbc". tolerance: relative gap at which each program may stop, the paper's by default (see
-        `cluster_layer` for the first). program2: "ilp", "chain" (exact, few devices) or "auto". warm_start: begin
-        from greedy solutions, so that there is always a plan. The first program gets half of the time limit.
+        Args:
+            problem, budget: As of every solver. The first program gets half of the time limit.
+            backend: A name of `mip.BACKENDS`.
+            tolerance: Relative gap at which each program may stop, the paper's by default (see `cluster_layer` for the first).
+            program2: "ilp", "chain" (exact, few devices) or "auto".
+            warm_start: Begin from greedy solutions, so that there is always a plan.
+
+        Returns:
+            The plan, with a certificate of the second program.
 
         The certificate speaks of the second program: its value and bound hold among plans with these clusters, and
         its text says how far from their targets the clusters are, and have to be. Clusters of other loads may allow

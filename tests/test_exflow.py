@@ -310,7 +310,7 @@ def test_statistics_without_transitions_are_refused() -> None:
 def test_a_program_too_large_to_build_is_refused_before_any_work() -> None:
     transitions = np.ones((10, 256, 256))
     problem = problem_of(transitions, topology_of([[1.0] * 8]))
-    with pytest.raises(mp.UnsupportedError, match=r"5,242,880 pair variables \(limit 4,000,000\).*search"):
+    with pytest.raises(mp.UnsupportedError, match=r"5,242,880 pair variables \(limit 5,000,000\).*search"):
         solved(problem)
 
 
