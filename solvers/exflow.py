@@ -159,6 +159,8 @@ class _Run:
             budget.report(value, self.bound, "assignment sweeps")
             if value <= self.bound * (1.0 + RELATIVE_TOLERANCE):
                 return start
+        if start is not None and self.stop == "interrupted":
+            return start
         seconds = None if stop_at is None else max(0.0, stop_at - budget.elapsed)
         device_of, bound, stop = divide(
             transitions, slots, budget, self.backend, seconds, start, self.tell if whole else None

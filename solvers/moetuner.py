@@ -89,8 +89,14 @@ class MoeTuner:
         clusters = _clusters(problem, load, budget, backend, tolerance, warm_start)
         cluster_of = np.stack([layer.cluster_of for layer in clusters])
         task = _task(problem, transitions, cluster_of)
+        interrupted = any(layer.stop == "interrupted" for layer in clusters)
         mapped = map_clusters(
-            task, budget, method=program2, backend=backend, tolerance=tolerance, warm_start=warm_start
+            task,
+            Budget(seconds=1e-9, seed=budget.seed) if interrupted and warm_start else budget,
+            method=program2,
+            backend=backend,
+            tolerance=tolerance,
+            warm_start=warm_start,
         )
         budget.report(mapped.seconds, mapped.bound)
         device_of = np.take_along_axis(mapped.device_of, cluster_of, axis=1)
@@ -109,8 +115,10 @@ def _clusters(
     sizes = problem.slots_per_device
     compute = np.where(sizes > 0, problem.topology.compute, 0.0)
     half = None if budget.left is None else budget.elapsed + budget.left / 2
-    clusters = []
+    clusters: list[LayerClusters] = []
     for layer, name in enumerate(problem.model.moe_layers):
+        # After Ctrl-C what is left gets its start.
+        interrupted = warm_start and any(done.stop == "interrupted" for done in clusters)
         budget.report(None, None, f"clustering the experts of layer {name}")
         clusters.append(
             cluster_layer(
@@ -120,7 +128,11 @@ def _clusters(
                 budget,
                 backend=backend,
                 tolerance=tolerance,
-                seconds=None if half is None else max(0.0, half - budget.elapsed) / (len(load) - layer),
+                seconds=0.0
+                if interrupted
+                else None
+                if half is None
+                else max(0.0, half - budget.elapsed) / (len(load) - layer),
                 warm_start=warm_start,
             )
         )

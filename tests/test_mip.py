@@ -302,7 +302,7 @@ def test_cp_sat_finds_the_optimum_of_floats_and_bounds_it_from_below(program: Pr
         return
     assert found.value == pytest.approx(best, rel=1e-5, abs=1e-5)
     assert found.bound <= best + 1e-12 * max(1.0, abs(best))
-    assert found.bound == pytest.approx(best, rel=1e-3, abs=1e-3)
+    assert found.bound == pytest.approx(best, rel=1e-5, abs=1e-5)
     assert program.violation(found.solution(program)) <= FEASIBLE
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -241,6 +243,22 @@ def test_a_time_limit_gives_a_plan_with_its_gap_and_no_claim_of_optimality(backe
     assert solution.stop == "time limit"
     assert solution.certificate.gap is not None
     assert solution.certificate.gap > 1e-3
+    value = transfer_seconds(problem, transitions, devices_of(problem, solution))
+    assert solution.certificate.value == pytest.approx(value)
+
+
+def test_ctrl_c_gives_the_plan_so_far() -> None:
+    transitions = random_transitions(0, 6, 32, tokens=20_000, sharpness=0.5)
+    problem = problem_of(transitions, topology_of([[1.0] * 4, [1.0] * 4]))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(2.0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    try:
+        timer.start()
+        solution = solved(problem, seconds=60.0, tolerance=0.0)
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, before)
+    assert solution.stop == "interrupted"
     value = transfer_seconds(problem, transitions, devices_of(problem, solution))
     assert solution.certificate.value == pytest.approx(value)
 

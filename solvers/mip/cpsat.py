@@ -24,7 +24,7 @@ WORKERS = 8
 """Fixed, so that the same strategies run whatever cores there are. Taking turns in a fixed order (`interleave_search`) instead of
 one worker needed 40 s where eight took a tenth of one."""
 
-ROW_BITS, OBJECTIVE_BITS, STEP_BITS = 36, 44, 24
+ROW_BITS, OBJECTIVE_BITS, STEP_BITS = 50, 50, 24
 """What a row's terms and the objective's may sum up to, and how many values a variable that is not whole may take."""
 
 
