@@ -21,7 +21,7 @@ from bound_cases import GPT_OSS, MIXTRAL, OLMOE, deepseek, gpt_oss, of_recorded_
 import moeplace as mp
 from moeplace.solvers.base import Budget
 from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
-from moeplace.solvers.exflow_start import assignment_sweeps, local_weight
+from moeplace.solvers.exflow import assignment_sweeps, local_weight
 
 DECODE, PREFILL = ("decode", 128), ("prefill", 4096)
 MODES = ("dispatch_combine", "context_coherent")

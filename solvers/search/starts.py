@@ -14,9 +14,9 @@ from ...placement.errors import InputError, SolveError, UnsupportedError
 from ...placement.failures import failure_mask
 from ...placement.problem import Problem
 from ..base import Budget, fill_slots
-from ..exflow_start import assignment_sweeps
+from ..exflow import assignment_sweeps
 from ..jit import kernel
-from ..moetuner_mapping import pair_cost
+from ..moetuner import pair_cost
 from .current_start import fits, from_current
 from .kernel_types import Moves
 from .multistart import Start

@@ -32,6 +32,7 @@ HEAVY = {
     "pyarrow",
     "pulp",
     "highspy",
+    "ortools",
     "scipy",
     "sqlalchemy",
     "alembic",
