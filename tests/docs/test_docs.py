@@ -159,13 +159,14 @@ def test_counts_worked_out_by_hand_are_those_of_the_replay() -> None:
     plan = mp.solve(problem, "contiguous")
     (demand,) = replay(plan, names["steps"], names["topology"], objective)
     assert demand.tokens[0, 0, 0] == 6
-    assert demand.reached[0, 0].tolist() == [6, 5, 3, 2]
-    assert demand.node_reached[0, 0].tolist() == [7, 4]
-    assert demand.dispatch.inter[0, 0].max() == 3.5
-    assert demand.dispatch.intra[0, 0].max() == 3
+    assert demand.dispatch.devices[0, 0].tolist() == [6, 5, 3, 2]
+    assert demand.dispatch.nodes[0, 0].tolist() == [7, 4]
+    flows = demand.dispatch.flows(names["topology"], objective.node_dedup)
+    assert (flows.inter[0, 0].max(), flows.intra[0, 0].max()) == (3.5, 3)
     assert all_to_all_latency(names["topology"], node_dedup=True) == pytest.approx(13e-6)
     (coherent,) = replay(plan, names["steps"], names["topology"], problem.objective)
-    assert (coherent.dispatch.inter[0, 1].max(), coherent.dispatch.intra[0, 1].max()) == (3, 4)
+    flows = coherent.dispatch.flows(names["topology"], problem.objective.node_dedup)
+    assert (flows.inter[0, 1].max(), flows.intra[0, 1].max()) == (3, 4)
 
 
 def uneven_case(dedup: bool) -> tuple[mp.Plan, mp.Steps, mp.Problem]:
