@@ -62,9 +62,11 @@ class Reach:
         """[H, G] copies as they travel between devices, over all steps and layers (`copies_between`)."""
         if self.by_holder is None:
             devices = topology.num_devices
-            every = (np.tile(tokens.sum(axis=(0, 1)) / devices, (devices, 1)) for tokens in (self.devices, self.nodes))
-            return copies_between(*every, topology, dedup)
-        return copies_between(*(pairs.sum(axis=(0, 1)) for pairs in self.by_holder), topology, dedup)
+            pairs = np.tile(self.devices.sum(axis=(0, 1)) / devices, (devices, 1))
+            node_pairs = np.tile(self.nodes.sum(axis=(0, 1)) / devices, (devices, 1))
+        else:
+            pairs, node_pairs = self.by_holder[0].sum(axis=(0, 1)), self.by_holder[1].sum(axis=(0, 1))
+        return copies_between(pairs, node_pairs, topology, dedup)
 
     def crossing(self, topology: Topology) -> tuple[FloatArray, FloatArray]:
         """([S, L] tokens that need another device, each device counted, [S, L] another node)."""

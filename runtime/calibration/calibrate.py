@@ -272,7 +272,7 @@ def _inter_line(timed: Sequence[Exchange], ranks: Ranks, node: int) -> tuple[flo
 def _link_seconds(ranks: Ranks, topology: Topology, kind: str, peer_bytes: float) -> float:
     """What the topology says of an all-to-all in which every rank sends each peer so much."""
     sizes, nodes = topology.node_size, topology.num_nodes
-    inside = (sizes - 1.0)[topology.node_of]
+    inside = (sizes - 1)[topology.node_of].astype(np.float64)
     between = np.array([remote_peers(ranks, node) for node in range(nodes)], dtype=np.float64)
     leaving = sizes * (topology.num_devices - sizes)
     flows = {

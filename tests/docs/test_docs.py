@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.placement.bounds import step_seconds_bound
+from moeplace.placement.bounds import least_device_load, step_seconds_bound
 from moeplace.placement.cost import all_to_all_latency
 from moeplace.placement.replay import replay
 from moeplace.profiler.trace_files import TraceHeader, trace_schema
@@ -225,9 +225,7 @@ def test_the_step_bound_as_printed_is_the_codes_and_below_the_plan() -> None:
         transfer = 2 * latency + len(ids) * 500 * 3 * links
         least = [
             counts.sum() * F / topology.compute.sum(),
-            mp.placement.load_bound.least_device_load(counts[None].astype(float), problem.slots_per_device)[0]
-            * F
-            / topology.compute.max(),
+            least_device_load(counts[None].astype(float), problem.slots_per_device)[0] * F / topology.compute.max(),
             (counts > 0).sum() * B / topology.memory_bandwidth.sum(),
         ]
         assert bound[s] == pytest.approx(transfer + max(least))
