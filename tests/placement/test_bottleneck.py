@@ -55,8 +55,9 @@ def test_terms_are_those_of_the_formulas_step_by_step(execution: str, cluster: s
                 ]
             ]
             phases = {"compute": max(work, key=lambda entry: entry[0])}
-            for name, flows, width in (("dispatch", demand.dispatch, 1), ("combine", demand.combine, 2)):
-                assert flows is not None
+            for name, reach, width in (("dispatch", demand.dispatch, 1), ("combine", demand.combine, 2)):
+                assert reach is not None
+                flows = reach.flows(topology, problem.objective.node_dedup)
                 size = MODEL.hidden_size * width
                 waits = [(flows.intra[s, layer, g] * size / topology.intra_bandwidth[g], "intra", g) for g in range(4)]
                 waits += [
@@ -95,6 +96,16 @@ def test_one_device_waits_for_no_link() -> None:
     assert found.seconds[:, [0, 2]].sum() == 0.0
     assert found.steps[:, [0, 2]].sum() == 0.0
     np.testing.assert_allclose(found.device_steps[:, 1], 1.0)
+
+
+def test_no_device_waits_for_weights_that_are_read_at_once() -> None:
+    """However arithmetic is rounded: what is priced and what is compared are one figure."""
+    device = FAST | {"compute": 3.7e11, "memory_bandwidth": 1e30}
+    problem = problem_on([{"devices": [device] * 4}])
+    judged = mp.evaluate(mp.solve(problem, "round_robin"), make_trace(seed=4).decode_steps(29, 50), problem)
+    found = bottleneck_terms(judged)
+    assert found.term_seconds()["compute"] > 0.0
+    assert not found.steps[:, :, TERMS.index("memory")].any()
 
 
 def test_the_old_name_still_works_and_says_what_to_write() -> None:

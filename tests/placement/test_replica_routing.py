@@ -1,4 +1,4 @@
-"""Replicas taken near the token's home: priced exactly, searched for, and never below the bound."""
+"""Replicas taken near the token's source rank: priced exactly, searched for, and never below the bound."""
 
 from __future__ import annotations
 
