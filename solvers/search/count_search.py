@@ -16,10 +16,10 @@ from ...placement.problem import Problem
 from ...placement.risk import tail_weight
 from ..base import Budget, Solution
 from ..jit import kernel
-from .evaluator import Judge, window_bounds
-from .kernel_types import Moves
+from .evaluator import Evaluator, window_bounds
+from .kernel_types import MoveRules
 from .moves import accepted, slot_tables, survives
-from .multistart import Pace
+from .multistart import CoolingSchedule
 from .scenario import Scenario
 from .starts import GroupHomes, balanced_layer, even_layer_share, even_shares
 
@@ -74,7 +74,7 @@ class WindowWeights:
 
 
 def level_layer(
-    load: FloatArray, slots: IntArray, speed: FloatArray, moves: Moves
+    load: FloatArray, slots: IntArray, speed: FloatArray, moves: MoveRules
 ) -> tuple[IntArray, FloatArray] | None:
     """A layer's slots [P] and shares [E, G] in exact balance of one load vector [E], or None where this finds none.
 
@@ -157,8 +157,6 @@ def level_shares(
 # figure itself decides what is kept.
 
 
-Floats = FloatArray
-
 REFRESH = 4096
 """Proposals after which sums are made anew, so that rounding does not add up."""
 LOST = 1e-6
@@ -173,7 +171,7 @@ AIMED = 0.5
 """How many take their first slot from a row's heaviest device rather than from anywhere."""
 
 
-class LoadLayer(NamedTuple):
+class CountLayer(NamedTuple):
     """One layer as the kernel reads it. K load rows, E experts, G devices.
 
     rows: [K, E], each summing to 1. weight: [K], summing to 1. slowness: [G], such that a row spread in proportion to
@@ -181,16 +179,16 @@ class LoadLayer(NamedTuple):
     exceed `limit`.
     """
 
-    rows: Floats
-    weight: Floats
-    slowness: Floats
-    stray: Floats
+    rows: FloatArray
+    weight: FloatArray
+    slowness: FloatArray
+    stray: FloatArray
     limit: float
-    moves: Moves
+    moves: MoveRules
 
 
 @kernel
-def balance_loads(
+def anneal_counts(
     layer: Any,
     slot_expert: Any,
     slot_device: Any,
@@ -423,10 +421,10 @@ LEAST_GAIN = 1e-9
 
 
 @kernel
-def settle(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: float) -> Any:
+def steepest_swap(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: float) -> Any:
     """(slot_expert, share) once no exchange lowers the heaviest device of `layer`'s first row, or it is at `enough`.
 
-    layer: a `LoadLayer`. slot_expert: [P]. slot_device: [P]. share: [E, G].
+    layer: a `CountLayer`. slot_expert: [P]. slot_device: [P]. share: [E, G].
     """
     experts, devices = share.shape
     slots = slot_expert.shape[0]
@@ -495,7 +493,7 @@ LEAPS = 1000
 """Slots below which the first round is hotter, in proportion: with few slots every exchange is a leap."""
 TOLERANCE = 1e-3
 """A figure this close to its bound, relatively, is good enough; a layer is done at half of it."""
-LOAD_COURSE_LEAST_EXCESS = 1e-6
+LEAST_LAYER_EXCESS = 1e-6
 """What a layer is taken to lie above its bound at least, so that sharpness stays finite."""
 
 
@@ -508,11 +506,11 @@ class BalancedLayer:
     peaks: FloatArray
 
 
-def search_loads(
+def search_counts(
     problem: Problem,
     budget: Budget,
     scenario: Scenario,
-    moves: Sequence[Moves],
+    moves: Sequence[MoveRules],
     tables: Sequence[IntArray],
     current: tuple[list[IntArray], list[FloatArray]] | None,
     proposals: int | None,
@@ -520,7 +518,7 @@ def search_loads(
 ) -> Solution:
     """Balances the windows' loads [S, L, E] from slot tables [P], one a layer, or the plan in force (tables and shares
     [E, G]) in layers where that is better; see `Search` for `proposals`."""
-    judge = Judge(problem, scenario)
+    evaluator = Evaluator(problem, scenario)
     windows = WindowWeights(problem, scenario)
     balance = _Balance(problem, scenario, moves, budget.seed, homes, current)
     stop: Stop = "finished"
@@ -528,25 +526,25 @@ def search_loads(
         balance.start(tables, windows.weight)
         if scenario.num_steps == 1 and homes is None:
             balance.level()
-        best = _best_start(balance, judge)
+        best = _best_start(balance, evaluator)
         budget.report(best[1].value, best[1].bound, "start")
         try:
             if problem.objective.risk == "regret":
-                judge.reference = _alone(balance, judge, scenario, tables, proposals or PROPOSALS, budget)
-                windows.reference = judge.reference
+                evaluator.reference = _alone(balance, evaluator, scenario, tables, proposals or PROPOSALS, budget)
+                windows.reference = evaluator.reference
                 balance.start(tables, windows.weight)
-                best = _best_start(balance, judge)
-            pace = Pace(budget, proposals or PROPOSALS, ROUNDS)
+                best = _best_start(balance, evaluator)
+            schedule = CoolingSchedule(budget, proposals or PROPOSALS, ROUNDS)
             for round_ in range(ROUNDS):
                 if budget.spent or balance.done:
                     break
-                with pace.timing():
-                    balance.run(windows.weight, pace.proposals(round_), round_ / (ROUNDS - 1))
-                answer = _answer(balance, judge)
+                with schedule.timing():
+                    balance.run(windows.weight, schedule.proposals(round_), round_ / (ROUNDS - 1))
+                answer = _answer(balance, evaluator)
                 if answer[1].value < best[1].value:
                     best = answer
                 budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
-                windows.learn(judge.figures(answer[0], answer[2]), judge.bound)
+                windows.learn(evaluator.figures(answer[0], answer[2]), evaluator.bound)
             stop = "time limit" if budget.spent else "finished"
         except KeyboardInterrupt:
             stop = "interrupted"
@@ -566,13 +564,13 @@ class _Balance:
         self,
         problem: Problem,
         scenario: Scenario,
-        moves: Sequence[Moves],
+        moves: Sequence[MoveRules],
         seed: int,
         homes: GroupHomes | None,
         current: tuple[list[IntArray], list[FloatArray]] | None,
     ) -> None:
         speed = problem.topology.compute
-        self.problem, self._moves = problem, moves
+        self.problem, self._rules = problem, moves
         self._rows = scenario.loads.transpose(1, 0, 2).copy()
         self._slowness = speed.sum() / speed
         nowhere = np.zeros((problem.model.experts, problem.num_devices))
@@ -608,7 +606,7 @@ class _Balance:
         problem = self.problem
         if problem.objective.split != "free":
             return
-        for layer, moves in enumerate(self._moves):
+        for layer, moves in enumerate(self._rules):
             levelled = level_layer(self._rows[layer][0], problem.layer_slots[layer], problem.topology.compute, moves)
             if levelled is not None:
                 placed = self._placed(layer, *levelled)
@@ -639,24 +637,24 @@ class _Balance:
             return state
         weight = weight / weight.sum()
         least = float(weight @ self._bounds[:, layer])
-        excess = max(float(weight @ state.peaks) - least, LOAD_COURSE_LEAST_EXCESS)
-        given = LoadLayer(
+        excess = max(float(weight @ state.peaks) - least, LEAST_LAYER_EXCESS)
+        given = CountLayer(
             self._rows[layer][counted],
             weight[counted],
             self._slowness,
             self._stray[layer],
             self._limit,
-            self._moves[layer],
+            self._rules[layer],
         )
         slot_device, enough = self.problem.layer_slot_device(layer), least * (1.0 + 0.5 * TOLERANCE)
         table, share = state.slot_expert, state.share
         if counted.sum() == 1:
-            table, share = settle(given, table, slot_device, share, enough)
-            excess = max(float((given.rows[0] @ share * self._slowness).max()) - least, LOAD_COURSE_LEAST_EXCESS)
+            table, share = steepest_swap(given, table, slot_device, share, enough)
+            excess = max(float((given.rows[0] @ share * self._slowness).max()) - least, LEAST_LAYER_EXCESS)
         # A device this much above the others is felt, and ln G of them together are not mistaken for one.
         sharpness = np.log(self.problem.num_devices) / excess
         hot = heat * excess / len(table)
-        table, share = balance_loads(given, table, slot_device, share, proposals, sharpness, hot, enough, seed)
+        table, share = anneal_counts(given, table, slot_device, share, proposals, sharpness, hot, enough, seed)
         if self.problem.objective.split == "equal":
             share = even_layer_share(self.problem, layer, table)
         return self._placed(layer, table, share)
@@ -670,7 +668,12 @@ class _Balance:
 
 
 def _alone(
-    balance: _Balance, judge: Judge, scenario: Scenario, tables: Sequence[IntArray], proposals: int, budget: Budget
+    balance: _Balance,
+    evaluator: Evaluator,
+    scenario: Scenario,
+    tables: Sequence[IntArray],
+    proposals: int,
+    budget: Budget,
 ) -> FloatArray:
     """[W] figure of each workload's own plan, which regret is measured against: a quarter of all effort, over them."""
     present = np.unique(scenario.workload)
@@ -680,30 +683,30 @@ def _alone(
         weight /= weight.sum()
         balance.start(tables, weight)
         timed = budget.seconds is not None
-        pace = Pace(
+        schedule = CoolingSchedule(
             budget, max(1, proposals // 4), rounds=4 * ROUNDS * (len(present) - w) // 3 if timed else ALONE_ROUNDS
         )
         for round_ in range(ALONE_ROUNDS):
-            with pace.timing():
-                balance.run(weight, pace.proposals(round_), round_ / (ALONE_ROUNDS - 1))
-        table, _, shares = _answer(balance, judge)
-        reference[code] = weight @ judge.figures(table, shares)
+            with schedule.timing():
+                balance.run(weight, schedule.proposals(round_), round_ / (ALONE_ROUNDS - 1))
+        table, _, shares = _answer(balance, evaluator)
+        reference[code] = weight @ evaluator.figures(table, shares)
     return reference
 
 
-def _best_start(balance: _Balance, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
+def _best_start(balance: _Balance, evaluator: Evaluator) -> tuple[IntArray, Certificate, FloatArray]:
     """The state, or the whole plan in force: under some risks the better layers are not the better plan."""
-    best = _answer(balance, judge)
-    current = _answer(balance, judge, balance.current) if balance.current else best
+    best = _answer(balance, evaluator)
+    current = _answer(balance, evaluator, balance.current) if balance.current else best
     return min(best, current, key=lambda answer: answer[1].value)
 
 
 def _answer(
-    balance: _Balance, judge: Judge, layers: Sequence[BalancedLayer] | None = None
+    balance: _Balance, evaluator: Evaluator, layers: Sequence[BalancedLayer] | None = None
 ) -> tuple[IntArray, Certificate, FloatArray]:
     """(slot table [L, P], certificate, shares [L, P]) of the state, or of other `layers`."""
     layers = balance.layers if layers is None else layers
     rows = [layer.slot_expert for layer in layers]
     table = balance.problem.slot_table(rows)
     shares = balance.problem.slot_shares(rows, [layer.share for layer in layers])
-    return table, judge.certificate(table, shares), shares
+    return table, evaluator.certificate(table, shares), shares

@@ -34,7 +34,7 @@ PATIENCE = 6
 
 
 @dataclass
-class Judge:
+class Evaluator:
     """Prices placements of a problem.
 
     reference: [W] what regret is measured against, in the figure's unit. proven: a lower bound of the risk's value known
@@ -64,7 +64,7 @@ class Judge:
         risk = self.problem.objective.risk
         if self.scenario.steps is None:
             return f"device load max/mean of recorded windows by their tokens, mean over layers, {risk}"
-        origin = " of tokens drawn from recorded transitions" if self.scenario.imagined else ""
+        origin = " of tokens drawn from recorded transitions" if self.scenario.synthetic else ""
         chosen = ", nearest replicas" if self.problem.objective.replica_choice == "nearest" else ""
         return f"predicted step seconds on {self.scenario.num_steps} scenario steps{origin}, {risk}{chosen}"
 

@@ -18,7 +18,7 @@ from ..exflow_start import assignment_sweeps
 from ..jit import kernel
 from ..moetuner_mapping import pair_cost
 from .current_start import fits, from_current
-from .kernel_types import Moves
+from .kernel_types import MoveRules
 from .multistart import Start
 from .scenario import Scenario
 from .tolerant_start import tolerant_layer
@@ -201,7 +201,7 @@ class GroupHomes:
     tables: tuple[IntArray, ...]
 
 
-def homes_of(problem: Problem, loads: FloatArray, moves: Sequence[Moves], most: float) -> GroupHomes:
+def homes_of(problem: Problem, loads: FloatArray, moves: Sequence[MoveRules], most: float) -> GroupHomes:
     """Homes that even out the nodes' loads, and a start with every group at home. loads: [S, L, E].
 
     Raises:
@@ -272,7 +272,7 @@ def _assigned(problem: Problem, loads: FloatArray, slots: IntArray) -> IntArray:
     return node
 
 
-def _at_home(problem: Problem, load: FloatArray, slots: IntArray, home: IntArray, moves: Moves) -> IntArray:
+def _at_home(problem: Problem, load: FloatArray, slots: IntArray, home: IntArray, moves: MoveRules) -> IntArray:
     """[P_l] a balanced table with every expert's replicas on its home node."""
     topology = problem.topology
     tables = []
@@ -360,7 +360,7 @@ def aligned(problem: Problem, scenario: Scenario, start: Start, whole_nodes: boo
             # The first sweep goes on from where it is; what follows has no place yet.
             if sweep and layer < layers - 1:
                 price += onward[layer] @ cost[place[layer + 1]]
-            place[layer] = _renamed(price, node_of) if whole_nodes else _aligned_start_assigned(price)
+            place[layer] = _renamed(price, node_of) if whole_nodes else _assignment(price)
         if sweep and (place == before).all():
             break
     return _moved(problem, tables, shares, place)
@@ -380,7 +380,7 @@ def _onward(scenario: Scenario, shares: Sequence[FloatArray]) -> FloatArray:
     return np.asarray(result)
 
 
-def _aligned_start_assigned(price: FloatArray) -> IntArray:
+def _assignment(price: FloatArray) -> IntArray:
     """[G] the device each device's content goes to, of price [content, device]."""
     from scipy.optimize import linear_sum_assignment
 
@@ -390,7 +390,7 @@ def _aligned_start_assigned(price: FloatArray) -> IntArray:
 def _renamed(price: FloatArray, node_of: IntArray) -> IntArray:
     """`_assigned` with the content of a node kept in one node: nodes by the cheapest renaming inside each pair."""
     members = [np.flatnonzero(node_of == node) for node in range(int(node_of.max()) + 1)]
-    inside = [[_aligned_start_assigned(price[np.ix_(mine, theirs)]) for theirs in members] for mine in members]
+    inside = [[_assignment(price[np.ix_(mine, theirs)]) for theirs in members] for mine in members]
     total = np.array(
         [
             [price[mine, theirs[chosen]].sum() for theirs, chosen in zip(members, row, strict=True)]
@@ -398,7 +398,7 @@ def _renamed(price: FloatArray, node_of: IntArray) -> IntArray:
         ]
     )
     place = np.empty(len(node_of), dtype=np.int64)
-    for node, target in enumerate(_aligned_start_assigned(total)):
+    for node, target in enumerate(_assignment(total)):
         place[members[node]] = members[target][inside[node][target]]
     return place
 
