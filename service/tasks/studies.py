@@ -19,8 +19,8 @@ from ...placement.steps import Steps
 from ...placement.synthetic import draw_steps
 from ...placement.topology import Topology
 from ...placement.trace import RoutingTrace
-from ...solvers.pareto import front_data, pareto
-from ...solvers.what_if import Change, changes_asked, what_if, what_if_data
+from ...solvers.pareto import pareto
+from ...solvers.what_if import Change, parse_changes, what_if
 from ...solvers.what_if import Outcome as Changed
 from ..policy import Policy
 from ..routing import from_windows, stored_statistics, to_bytes
@@ -117,7 +117,7 @@ class SweepFront:
             progress=steps_of(report),
         )
         plans = [point.plan for point in front.points]
-        data = front_data(front, problem, [], [id_of_plan(plan) for plan in plans])
+        data = front.to_dict(stored=[id_of_plan(plan) for plan in plans])
         return basis.outcome(data, plans)
 
 
@@ -151,7 +151,7 @@ class AskWhatIf:
             kept.append(found)
             return {"stored_as": id_of_plan(found)}
 
-        return basis.outcome(what_if_data(plan, result, about), kept)
+        return basis.outcome(result.to_dict(about), kept)
 
 
 def asked_plan(job: ClaimedJob, store: Store) -> Plan:
@@ -168,7 +168,7 @@ def wanted_changes(cluster: Topology, wanted: Any, store: Store) -> list[Change]
     """The changes of a request: lose, n_1, devices, nodes, topology (a stored one's id), slots.
 
     Raises:
-        InputError: as `changes_asked`.
+        InputError: as `parse_changes`.
     """
     other = None if wanted["topology"] is None else store.topology(wanted["topology"]).topology
-    return changes_asked(cluster, **{**wanted, "topology": other})
+    return parse_changes(cluster, **{**wanted, "topology": other})

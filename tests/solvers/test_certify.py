@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from every_table import all_tables, bound_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,12 +15,10 @@ from moeplace.placement.bounds import step_seconds_bound
 from moeplace.placement.cost import combine_bytes, dispatch_bytes
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.risk import risk_value, risk_weights
-from moeplace.solvers.certify.certify import StepCertificate
-from moeplace.solvers.certify.device_sets import DeviceSets, sets_fit
-from moeplace.solvers.certify.link_floors import link_floors
+from moeplace.solvers.certify.device_sets import DeviceSets, link_floors, sets_fit
 from moeplace.solvers.certify.partition import least_over_partitions
-from moeplace.solvers.certify.proof import risk_bound
 from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
+from moeplace.solvers.certify.step_time import StepCertificate, risk_bound
 from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
 
 SLOW_LINKS = {"compute": 1e12, "memory": 8e10, "memory_bandwidth": 2e12, "intra_bandwidth": 2e8}
@@ -73,17 +72,6 @@ def problem_and_steps(
     return problem, trace.recorded_steps()
 
 
-def all_tables(problem: mp.Problem, layer: int = 0) -> list[np.ndarray]:
-    """Every way to fill a layer's own slots with all experts, up to the order within a device and without doubles there."""
-    sizes, experts = problem.layer_slots[layer].tolist(), problem.model.experts
-    contents = [list(itertools.combinations(range(experts), size)) for size in sizes]
-    return [
-        np.array(list(itertools.chain(*chosen)))
-        for chosen in itertools.product(*contents)
-        if len(set(itertools.chain(*chosen))) == experts
-    ]
-
-
 def least_risk(problem: mp.Problem, steps: mp.Steps) -> float:
     """The least risk over all plans with equal shares (two layers at most)."""
     tables = all_tables(problem)
@@ -93,13 +81,6 @@ def least_risk(problem: mp.Problem, steps: mp.Steps) -> float:
         seconds = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
         best = min(best, risk_value(seconds, steps.step_workload, problem.objective))
     return best
-
-
-def bound_of(problem: mp.Problem, steps: mp.Steps, seconds: float = 0.25) -> float:
-    tables = problem.slot_table([all_tables(problem, layer)[0] for layer in range(problem.model.layers)])
-    plan = mp.Plan(problem.model, problem.topology, tables, problem.slot_device)
-    figures = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
-    return risk_bound(problem, steps, steps.step_workload, figures, None, seconds)
 
 
 @settings(max_examples=15, deadline=None)
@@ -357,10 +338,10 @@ def test_holders_needed_are_counted_exactly_and_bounded_by_every_line(seed: int,
     gram, elsewhere = gram_of(device_of), gram_of(rng.integers(holders, size=9))
     assert terms[0].cost(gram) == pytest.approx(exact)
     for term in terms:
-        term.begin(elsewhere)
+        term.start(elsewhere)
         for _ in range(3):
-            assert (term.charge() * gram).sum() + term.constant() <= exact + 1e-9
-            term.ascend(rng.random((9, 9)), float(rng.random()))
+            assert (term.dual_matrix() * gram).sum() + term.constant() <= exact + 1e-9
+            term.dual_step(rng.random((9, 9)), float(rng.random()))
 
 
 @settings(max_examples=30, deadline=None)
@@ -371,8 +352,8 @@ def test_triangle_prices_charge_no_placement(seed: int, holders: int) -> None:
     term = Triangles(7, holders)
     for _ in range(3):
         noise = rng.standard_normal((7, 7))
-        term.ascend(noise + noise.T, 0.3)
-        assert (term.charge() * gram).sum() + term.constant() <= 1e-9
+        term.dual_step(noise + noise.T, 0.3)
+        assert (term.dual_matrix() * gram).sum() + term.constant() <= 1e-9
 
 
 def test_simplex_projection_is_the_nearest_point() -> None:
