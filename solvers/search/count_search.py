@@ -1,4 +1,4 @@
-"""The course of a search on counts alone: rounds of balancing every layer on all recorded load vectors together."""
+"""Search on counts alone: every layer balanced on all recorded load vectors together, by swaps and by annealing."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
-from ...placement.plan import Certificate, Stop
+from ...placement.plan import Stop
 from ...placement.problem import Problem
 from ...placement.risk import tail_weight
 from ..base import Budget, Solution
 from ..jit import kernel
-from .evaluator import Evaluator, window_bounds
+from .evaluator import Answer, Evaluator, better, window_bounds
 from .kernel_types import MoveRules
-from .moves import accepted, slot_tables, survives
+from .moves import accepted, copy, copy_all, slot_tables, survives
 from .multistart import CoolingSchedule
 from .scenario import Scenario
 from .starts import GroupHomes, balanced_layer, even_layer_share, even_shares
@@ -171,6 +171,10 @@ AIMED = 0.5
 """How many take their first slot from a row's heaviest device rather than from anywhere."""
 
 
+Changes = tuple[IntArray, IntArray, FloatArray]
+"""Expert, device and amount of each change of share."""
+
+
 class CountLayer(NamedTuple):
     """One layer as the kernel reads it. K load rows, E experts, G devices.
 
@@ -189,16 +193,16 @@ class CountLayer(NamedTuple):
 
 @kernel
 def anneal_counts(
-    layer: Any,
-    slot_expert: Any,
-    slot_device: Any,
-    share: Any,
+    layer: CountLayer,
+    slot_expert: IntArray,
+    slot_device: IntArray,
+    share: FloatArray,
     proposals: int,
     sharpness: float,
     hot: float,
     enough: float,
     seed: int,
-) -> Any:
+) -> tuple[IntArray, FloatArray]:
     """Anneals for `proposals`, from temperature `hot` to a hundredth; ends early at a figure of at most `enough`.
 
     slot_expert: [P]. slot_device: [P]. share: [E, G]. No expert may stand twice on one device.
@@ -226,9 +230,11 @@ def anneal_counts(
             _load(layer, share, loads)
             value = _peaks(layer, loads, heaviest)
             _lift(loads, heaviest, sharpness, zero, lifted, sums)
-            strayed = (layer.stray * share).sum()
+            strayed = _strayed(layer.stray, share)
             if value < best:
-                best, best_expert[:], best_share[:] = value, slot_expert, share
+                best = value
+                copy(slot_expert, best_expert)
+                copy_all(share, best_share)
             if best <= enough or turn == proposals:
                 break
         temperature *= cooling
@@ -240,25 +246,25 @@ def anneal_counts(
         if kind == 0:
             continue
         more = 0.0
-        found = 0
+        changed = 0
         for i in range(count):
             e, g, part = changes[0][i], changes[1][i], changes[2][i]
             more += layer.stray[e, g] * part
             if where[g] < 0:
-                where[g] = found
-                touched[found] = g
-                shift[:, found] = 0.0
-                found += 1
+                where[g] = changed
+                touched[changed] = g
+                shift[:, changed] = 0.0
+                changed += 1
             for k in range(rows):
                 shift[k, where[g]] += layer.rows[k, e] * part * layer.slowness[g]
-        for i in range(found):
+        for i in range(changed):
             where[touched[i]] = -1
         if more > 0.0 and strayed + more > layer.limit:
             continue
         change = 0.0
         for k in range(rows):
             new_sums[k] = sums[k]
-            for i in range(found):
+            for i in range(changed):
                 g = touched[i]
                 risen[k, i] = np.exp(min(MOST, sharpness * (loads[k, g] + shift[k, i] - zero[k])))
                 new_sums[k] += risen[k, i] - lifted[k, g]
@@ -269,7 +275,7 @@ def anneal_counts(
         strayed += more
         for k in range(rows):
             sums[k] = new_sums[k]
-            for i in range(found):
+            for i in range(changed):
                 loads[k, touched[i]] += shift[k, i]
                 lifted[k, touched[i]] = risen[k, i]
         for i in range(count):
@@ -280,14 +286,16 @@ def anneal_counts(
             _lift(loads, heaviest, sharpness, zero, lifted, sums)
         # Rounding alone is no progress; what follows copies the placement.
         if value < best * (1.0 - 1e-9):
-            best, best_expert[:], best_share[:] = value, slot_expert, share
+            best = value
+            copy(slot_expert, best_expert)
+            copy_all(share, best_share)
             if best <= enough:
                 break
     return best_expert, best_share
 
 
 @kernel
-def _runs(slot_device: Any, devices: int) -> Any:
+def _runs(slot_device: IntArray, devices: int) -> tuple[IntArray, IntArray]:
     """First slot and number of slots of each device."""
     first, width = np.zeros(devices, np.int64), np.zeros(devices, np.int64)
     for p in range(slot_device.shape[0] - 1, -1, -1):
@@ -297,7 +305,7 @@ def _runs(slot_device: Any, devices: int) -> Any:
 
 
 @kernel
-def _load(layer: Any, share: Any, loads: Any) -> None:
+def _load(layer: CountLayer, share: FloatArray, loads: FloatArray) -> None:
     """Loads [K, G], slowness included, of shares [E, G]."""
     loads[:] = 0.0
     for e in range(share.shape[0]):
@@ -308,7 +316,7 @@ def _load(layer: Any, share: Any, loads: Any) -> None:
 
 
 @kernel
-def _peaks(layer: Any, loads: Any, heaviest: Any) -> float:
+def _peaks(layer: CountLayer, loads: FloatArray, heaviest: IntArray) -> float:
     """The layer's figure; `heaviest` [K] gets each row's heaviest device."""
     value = 0.0
     for k in range(loads.shape[0]):
@@ -322,7 +330,9 @@ def _peaks(layer: Any, loads: Any, heaviest: Any) -> float:
 
 
 @kernel
-def _lift(loads: Any, heaviest: Any, sharpness: float, zero: Any, lifted: Any, sums: Any) -> None:
+def _lift(
+    loads: FloatArray, heaviest: IntArray, sharpness: float, zero: FloatArray, lifted: FloatArray, sums: FloatArray
+) -> None:
     """Exponentials [K, G] of loads over each row's heaviest, `zero` [K], and their sums [K]."""
     for k in range(loads.shape[0]):
         zero[k] = loads[k, heaviest[k]]
@@ -334,8 +344,15 @@ def _lift(loads: Any, heaviest: Any, sharpness: float, zero: Any, lifted: Any, s
 
 @kernel
 def _draw(
-    layer: Any, p: int, slot_expert: Any, slot_device: Any, slot_at: Any, replicas: Any, share: Any, changes: Any
-) -> Any:
+    layer: CountLayer,
+    p: int,
+    slot_expert: IntArray,
+    slot_device: IntArray,
+    slot_at: IntArray,
+    replicas: IntArray,
+    share: FloatArray,
+    changes: Changes,
+) -> tuple[int, int, int, int]:
     """A random change that begins at slot p: (kind, slot q, expert b, how many changes of share it lists).
 
     Kinds: 0 none, 1 exchange p and q, 2 give p to b, 3 shift share from p to q. changes: (expert, device, amount).
@@ -383,14 +400,22 @@ def _draw(
 
 
 @kernel
-def _list(changes: Any, count: int, expert: int, device: int, amount: float) -> int:
+def _list(changes: Changes, count: int, expert: int, device: int, amount: float) -> int:
     changes[0][count], changes[1][count], changes[2][count] = expert, device, amount
     return count + 1
 
 
 @kernel
 def _commit(
-    kind: int, p: int, q: int, b: int, slot_expert: Any, slot_device: Any, slot_at: Any, replicas: Any, share: Any
+    kind: int,
+    p: int,
+    q: int,
+    b: int,
+    slot_expert: IntArray,
+    slot_device: IntArray,
+    slot_at: IntArray,
+    replicas: IntArray,
+    share: FloatArray,
 ) -> None:
     """Carries out on slots what `_draw` proposed; a share that rounding left beside 0 becomes 0."""
     a, g, h = slot_expert[p], slot_device[p], slot_device[q]
@@ -421,10 +446,22 @@ LEAST_GAIN = 1e-9
 
 
 @kernel
-def steepest_swap(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: float) -> Any:
+def _strayed(stray: FloatArray, share: FloatArray) -> float:
+    """The limited sum of shares [E, G]."""
+    total = 0.0
+    for e in range(share.shape[0]):
+        for g in range(share.shape[1]):
+            total += stray[e, g] * share[e, g]
+    return total
+
+
+@kernel
+def steepest_swap(
+    layer: CountLayer, slot_expert: IntArray, slot_device: IntArray, share: FloatArray, enough: float
+) -> tuple[IntArray, FloatArray]:
     """(slot_expert, share) once no exchange lowers the heaviest device of `layer`'s first row, or it is at `enough`.
 
-    layer: a `CountLayer`. slot_expert: [P]. slot_device: [P]. share: [E, G].
+    slot_expert: [P]. slot_device: [P]. share: [E, G].
     """
     experts, devices = share.shape
     slots = slot_expert.shape[0]
@@ -434,7 +471,7 @@ def steepest_swap(layer: Any, slot_expert: Any, slot_device: Any, share: Any, en
     for p in range(slots):
         carried[p] = layer.rows[0, slot_expert[p]] * share[slot_expert[p], slot_device[p]]
         loads[slot_device[p]] += carried[p] * layer.slowness[slot_device[p]]
-    strayed = (layer.stray * share).sum()
+    strayed = _strayed(layer.stray, share)
     allowed, failures = layer.moves.allowed, layer.moves.failures
     while True:
         g = int(loads.argmax())
@@ -479,7 +516,7 @@ def steepest_swap(layer: Any, slot_expert: Any, slot_device: Any, share: Any, en
 
 
 @kernel
-def _strays(stray: Any, share: Any, expert: int, left: int, joined: int) -> float:
+def _strays(stray: FloatArray, share: FloatArray, expert: int, left: int, joined: int) -> float:
     """What an expert's part on device `left` adds to the limited sum by moving to `joined`."""
     return share[expert, left] * (stray[expert, joined] - stray[expert, left])
 
@@ -527,7 +564,7 @@ def search_counts(
         if scenario.num_steps == 1 and homes is None:
             balance.level()
         best = _best_start(balance, evaluator)
-        budget.report(best[1].value, best[1].bound, "start")
+        budget.report(best.value, best.bound, "start")
         try:
             if problem.objective.risk == "regret":
                 evaluator.reference = _alone(balance, evaluator, scenario, tables, proposals or PROPOSALS, budget)
@@ -541,20 +578,19 @@ def search_counts(
                 with schedule.timing():
                     balance.run(windows.weight, schedule.proposals(round_), round_ / (ROUNDS - 1))
                 answer = _answer(balance, evaluator)
-                if answer[1].value < best[1].value:
-                    best = answer
-                budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
-                windows.learn(evaluator.figures(answer[0], answer[2]), evaluator.bound)
+                best = better(best, answer)
+                budget.report(best.value, best.bound, f"round {round_ + 1} of {ROUNDS}")
+                windows.learn(evaluator.figures(answer.table, answer.shares), evaluator.bound)
             stop = "time limit" if budget.spent else "finished"
         except KeyboardInterrupt:
             stop = "interrupted"
     finally:
         balance.close()
-    certificate = best[1]
+    certificate = best.certificate
     if homes is not None:
         limited = f"{certificate.objective}, at most {homes.most:g} of a layer's load off its groups' home nodes"
         certificate = replace(certificate, objective=limited)
-    return Solution(best[0], certificate, shares=best[2], stop=stop)
+    return Solution(best.table, certificate, shares=best.shares, stop=stop)
 
 
 class _Balance:
@@ -638,7 +674,7 @@ class _Balance:
         weight = weight / weight.sum()
         least = float(weight @ self._bounds[:, layer])
         excess = max(float(weight @ state.peaks) - least, LEAST_LAYER_EXCESS)
-        given = CountLayer(
+        counts = CountLayer(
             self._rows[layer][counted],
             weight[counted],
             self._slowness,
@@ -649,12 +685,12 @@ class _Balance:
         slot_device, enough = self.problem.layer_slot_device(layer), least * (1.0 + 0.5 * TOLERANCE)
         table, share = state.slot_expert, state.share
         if counted.sum() == 1:
-            table, share = steepest_swap(given, table, slot_device, share, enough)
-            excess = max(float((given.rows[0] @ share * self._slowness).max()) - least, LEAST_LAYER_EXCESS)
+            table, share = steepest_swap(counts, table, slot_device, share, enough)
+            excess = max(float((counts.rows[0] @ share * self._slowness).max()) - least, LEAST_LAYER_EXCESS)
         # A device this much above the others is felt, and ln G of them together are not mistaken for one.
         sharpness = np.log(self.problem.num_devices) / excess
         hot = heat * excess / len(table)
-        table, share = anneal_counts(given, table, slot_device, share, proposals, sharpness, hot, enough, seed)
+        table, share = anneal_counts(counts, table, slot_device, share, proposals, sharpness, hot, enough, seed)
         if self.problem.objective.split == "equal":
             share = even_layer_share(self.problem, layer, table)
         return self._placed(layer, table, share)
@@ -694,19 +730,14 @@ def _alone(
     return reference
 
 
-def _best_start(balance: _Balance, evaluator: Evaluator) -> tuple[IntArray, Certificate, FloatArray]:
+def _best_start(balance: _Balance, evaluator: Evaluator) -> Answer:
     """The state, or the whole plan in force: under some risks the better layers are not the better plan."""
     best = _answer(balance, evaluator)
     current = _answer(balance, evaluator, balance.current) if balance.current else best
-    return min(best, current, key=lambda answer: answer[1].value)
+    return better(best, current)
 
 
-def _answer(
-    balance: _Balance, evaluator: Evaluator, layers: Sequence[BalancedLayer] | None = None
-) -> tuple[IntArray, Certificate, FloatArray]:
-    """(slot table [L, P], certificate, shares [L, P]) of the state, or of other `layers`."""
+def _answer(balance: _Balance, evaluator: Evaluator, layers: Sequence[BalancedLayer] | None = None) -> Answer:
+    """The state, or other `layers`."""
     layers = balance.layers if layers is None else layers
-    rows = [layer.slot_expert for layer in layers]
-    table = balance.problem.slot_table(rows)
-    shares = balance.problem.slot_shares(rows, [layer.share for layer in layers])
-    return table, evaluator.certificate(table, shares), shares
+    return evaluator.answer([layer.slot_expert for layer in layers], [layer.share for layer in layers])

@@ -10,7 +10,6 @@ from ..._types import BoolArray, FloatArray, IntArray
 from ..jit import kernel
 from .kernel_types import Change, MoveLimit, MoveRules, Placement, RiskWeights
 
-
 A = TypeVar("A", FloatArray, IntArray)
 
 

@@ -116,7 +116,7 @@ def test_renamed_devices_bring_tokens_nearer_and_leave_what_stands_together() ->
                 ]
                 assert pairs[0] == pairs[1], "devices of a node stay together"
         evaluator = Evaluator(given, scenario)
-        assert evaluator.value(renamed, shares) <= evaluator.value(*start)
+        assert evaluator.answer(renamed, shares).value <= evaluator.answer(*start).value
     pinned = mp.Problem(
         MODEL, TOPOLOGY, given.statistics, mp.Objective(execution="context_coherent"), pinned={(0, 0): 1}
     )
