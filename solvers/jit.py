@@ -1,12 +1,10 @@
-"""Functions compiled by numba: once an installation, kept on disk, and never in the way of a solve.
-
-`python -m moeplace.solvers.jit` compiles them ahead of the first solve, as an image's build does.
-"""
+"""Functions compiled by numba: once an installation, kept on disk, and never in the way of a solve."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +33,12 @@ def kernel(function: F) -> F:
 
 
 @functools.cache
-def _sources() -> str:
-    """A digest of all files that define kernels: each is compiled into those that call it."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        text = path.read_bytes()
-        if b"jit import kernel" in text or path.name == "kernel_types.py":
+def _digest(path: Path) -> str:
+    """Of a file that defines kernels and all such files here: any may be compiled into a kernel of another."""
+    digest = hashlib.sha256(path.read_bytes())
+    for other in sorted(Path(__file__).parent.rglob("*.py")):
+        text = other.read_bytes()
+        if b"jit import kernel" in text or other.name == "kernel_types.py":
             digest.update(text)
     return digest.hexdigest()
 
@@ -50,7 +48,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def __init__(self, function: Callable[..., object]) -> None:
         super().__init__(function)  # type: ignore[no-untyped-call]
-        self._cache_file._source_stamp = _sources()
+        self._cache_file._source_stamp = _digest(Path(inspect.getfile(function)))
 
     def load_overload(self, sig: object, target_context: object) -> object:
         try:

@@ -73,7 +73,9 @@ def test_a_race_keeps_the_better_start_of_every_layer() -> None:
     bad = np.arange(16).reshape(4, 4).T.ravel()
     share = [np.eye(4)[given.slot_device[np.argsort(table)]] for table in good]
     spread = np.eye(4)[given.slot_device[np.argsort(bad)]]
-    annealer = Annealer(given, scenario, rates_for(given, scenario), [MoveRules(np.ones((16, 4), dtype=bool), False)] * 3, 0)
+    annealer = Annealer(
+        given, scenario, rates_for(given, scenario), [MoveRules(np.ones((16, 4), dtype=bool), False)] * 3, 0
+    )
     risks = mean_risks(scenario)
     try:
         first = ([good[0], bad, bad], [share[0], spread, spread])
