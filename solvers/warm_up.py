@@ -5,6 +5,7 @@ Compiled code is for the kind of processor that compiled it; another compiles an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,7 +36,7 @@ def tiny_problems() -> Iterator[Problem]:
 def main() -> None:
     for problem in tiny_problems():
         solve(problem, "search", proposals=12)
-    print(f"compiled in {COMPILE_TIME.seconds:.1f} s")
+    sys.stdout.write(f"compiled in {COMPILE_TIME.seconds:.1f} s\n")
 
 
 if __name__ == "__main__":

@@ -129,9 +129,7 @@ def test_limits_and_defaults_quoted_of_solvers_are_the_codes() -> None:
     assert exflow_program.MAX_PAIRS == 10**6
     assert f"at most {moetuner_program.MAX_LINKS:,}" in page
     assert (moetuner_mapping.CHAIN_AUTO, moetuner_mapping.CHAIN_LIMIT) == (720, 5040)  # 6! and 7!
-    from moeplace.solvers.search import count_search
-    from moeplace.solvers.search import driver
-    from moeplace.solvers.search import scenario
+    from moeplace.solvers.search import count_search, driver, scenario
 
     assert f"{driver.PROPOSALS:,} in all by default" in page
     assert f"{count_search.PROPOSALS:,} proposals a layer, or with the time" in page

@@ -18,7 +18,7 @@ from moeplace.placement.risk import risk_value, risk_weights
 from moeplace.solvers.certify.device_sets import DeviceSets, link_floors, sets_fit
 from moeplace.solvers.certify.partition import least_over_partitions
 from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
-from moeplace.solvers.certify.step_time import StepCertificate, risk_bound
+from moeplace.solvers.certify.step_time import StepCertificate
 from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
 
 SLOW_LINKS = {"compute": 1e12, "memory": 8e10, "memory_bandwidth": 2e12, "intra_bandwidth": 2e8}
