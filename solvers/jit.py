@@ -28,7 +28,7 @@ def kernel(function: F) -> F:
     NUMBA_CACHE_DIR.
     """
     compiled = njit(nogil=True)(function)
-    compiled._cache = _Cache(function)
+    compiled._cache = _Cache(function)  # type: ignore[attr-defined]
     return cast(F, compiled)
 
 
@@ -43,7 +43,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]
+class _Cache(FunctionCache):
     """Compiled code on disk. What another version left there counts as absent, whether it can be read or not."""
 
     def __init__(self, function: Callable[..., object]) -> None:
