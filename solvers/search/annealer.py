@@ -240,7 +240,9 @@ class Annealer:
     def _one(self, layer: int, risk: RiskWeights, proposals: int, hot: float, cold: float, seed: int) -> LayerState:
         state, tokens = self.states[layer], self._tokens[layer]
         walked = anneal(
-            CoherentTokens(tokens, self._around(layer)) if self._coherent else tokens,
+            CoherentTokens(tokens, self._around(layer))
+            if self._coherent and isinstance(tokens, LayerTokens)
+            else tokens,
             self._rates,
             risk,
             self._rules[layer],

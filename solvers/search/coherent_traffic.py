@@ -22,10 +22,10 @@ from .moves import copy, copy_all
 class Supports(NamedTuple):
     """Devices and nodes each expert stands on: how many [E], which [E, G] or [E, N], and its share there."""
 
-    count: IntArray
+    number: IntArray
     where: IntArray
     part: FloatArray
-    node_count: IntArray
+    node_number: IntArray
     node_where: IntArray
     node_part: FloatArray
 
@@ -188,18 +188,7 @@ def delta(
         )
     else:
         replace_traffic(
-            layer,
-            around,
-            a,
-            b,
-            new,
-            state.here,
-            state.before,
-            state.after,
-            ledgers,
-            node_ledgers,
-            rates,
-            state.covered,
+            layer, around, a, b, new, state.here, state.before, state.after, ledgers, node_ledgers, rates, state.covered
         )
     shift_work(layer, a, b, state.old, new, state.new_load, state.new_hit)
     for s in range(state.cost.shape[0]):

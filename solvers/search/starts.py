@@ -70,12 +70,7 @@ def _balanced(load: FloatArray, slots: IntArray, speed: FloatArray, allowed: Boo
 
 
 def _deal_with_detours(
-    order: IntArray,
-    weight: FloatArray,
-    slots: IntArray,
-    speed: FloatArray,
-    allowed: BoolArray,
-    holds: BoolArray,
+    order: IntArray, weight: FloatArray, slots: IntArray, speed: FloatArray, allowed: BoolArray, holds: BoolArray
 ) -> None:
     """Deals replicas into `holds` [E, G], moving others on where no device is left for one."""
     free, loaded = slots.copy(), np.zeros(len(slots))
