@@ -114,11 +114,10 @@ class StepCosts:
         self._topology, self._objective = problem.topology, problem.objective
         self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
         self._load = steps.loads().astype(np.float64)
-        starts = np.concatenate([[0], np.cumsum(problem.topology.node_size)[:-1]])
         self._on_device = device_sets(space.representatives, problem.num_devices)
         self._renamings = space.renamings
         self._sets, self._set_of = _distinct(self._on_device)
-        on_node = np.logical_or.reduceat(self._on_device, starts, axis=1)
+        on_node = np.logical_or.reduceat(self._on_device, problem.topology.node_start, axis=1)
         self._node_sets, self._node_set_of = _distinct(on_node)
         self._all_sets, self._all_set_of = _distinct(np.concatenate([self._on_device, on_node], axis=1))
 

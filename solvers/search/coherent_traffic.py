@@ -14,7 +14,7 @@ import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
 from ..jit import kernel
-from .device_work import compute_seconds, first_work, shift_work, transfer_seconds
+from .device_work import compute_seconds, first_work, post, post_node, shift_work, transfer_seconds
 from .kernel_types import Change, CoherentTokens, Counts, Ids, LayerTokens, Neighbours, Placement, Rates
 from .moves import copy, copy_all
 
@@ -271,7 +271,26 @@ def support(e: int, row: FloatArray, node_of: IntArray, here: Supports) -> None:
 
 
 @kernel
-def cover(
+def cover(experts: Ids, first: int, stand: Supports, covered: Covered) -> tuple[int, int]:
+    """How many devices and nodes any of experts[first:] covers; which, and with what chance, is put into `covered`."""
+    reached = _cover(
+        experts, first, stand.number, stand.where, stand.part, covered.targets, covered.chance, covered.mark
+    )
+    nodes_reached = _cover(
+        experts,
+        first,
+        stand.node_number,
+        stand.node_where,
+        stand.node_part,
+        covered.node_targets,
+        covered.node_chance,
+        covered.node_mark,
+    )
+    return reached, nodes_reached
+
+
+@kernel
+def _cover(
     experts: Ids,
     first: int,
     count: IntArray,
@@ -300,41 +319,24 @@ def cover(
 
 
 @kernel
-def post(
+def post_covered(
     ledger: FloatArray,
     node_ledger: FloatArray,
     h: int,
     weight: float,
     reached: int,
-    targets: IntArray,
-    chance: FloatArray,
     nodes_reached: int,
-    node_targets: IntArray,
-    node_chance: FloatArray,
+    covered: Covered,
     rates: Rates,
 ) -> None:
-    """Adds tokens held by device h that need the targets. ledger: [3, G] sent, received inside the node, arriving from
-    other nodes; node_ledger: [2, N] sent, received."""
-    m = rates.node_of[h]
+    """Adds `weight` tokens held by device h that need what `cover` found: so many devices and nodes."""
     for i in range(reached):
-        g = targets[i]
-        amount = weight * chance[g]
-        n = rates.node_of[g]
-        if n == m:
-            if g != h:
-                ledger[0, h] += amount
-                ledger[1, g] += amount
-        elif rates.dedup:
-            ledger[2, g] += amount
-        else:
-            node_ledger[0, m] += amount
-            node_ledger[1, n] += amount
+        g = covered.targets[i]
+        post(ledger, node_ledger, h, g, weight * covered.chance[g], rates)
     if rates.dedup:
         for i in range(nodes_reached):
-            n = node_targets[i]
-            if n != m:
-                node_ledger[0, m] += weight * node_chance[n]
-                node_ledger[1, n] += weight * node_chance[n]
+            n = covered.node_targets[i]
+            post_node(node_ledger, rates.node_of[h], n, weight * covered.node_chance[n])
 
 
 @kernel
@@ -352,78 +354,26 @@ def account(
     covered: Covered,
 ) -> None:
     """Adds (weight 1) or takes out (-1) token t's traffic in its step's ledgers ([3, 3, G] and [3, 2, N])."""
-    targets, chance, mark, node_targets, node_chance, node_mark = covered
-    count, where, part, node_count, node_where, node_part = here
-    experts = layer.experts[t]
-    devices = rates.node_of.shape[0]
-    reached = cover(experts, 0, count, where, part, targets, chance, mark)
-    nodes_reached = cover(experts, 0, node_count, node_where, node_part, node_targets, node_chance, node_mark)
-    e = around.before[t]
+    experts, e = layer.experts[t], around.before[t]
+    devices, top = rates.node_of.shape[0], layer.experts[t, 0]
+    reached, nodes = cover(experts, 0, here, covered)
     if e < 0:
         for h in range(devices):
-            post(
-                ledgers[0],
-                node_ledgers[0],
-                h,
-                weight / devices,
-                reached,
-                targets,
-                chance,
-                nodes_reached,
-                node_targets,
-                node_chance,
-                rates,
-            )
+            post_covered(ledgers[0], node_ledgers[0], h, weight / devices, reached, nodes, covered, rates)
     else:
-        for i in range(before[0][e]):
-            post(
-                ledgers[0],
-                node_ledgers[0],
-                before[1][e, i],
-                weight * before[2][e, i],
-                reached,
-                targets,
-                chance,
-                nodes_reached,
-                node_targets,
-                node_chance,
-                rates,
-            )
-    top = experts[0]
+        for i in range(before.number[e]):
+            part = weight * before.part[e, i]
+            post_covered(ledgers[0], node_ledgers[0], before.where[e, i], part, reached, nodes, covered, rates)
     if experts.shape[0] > 1:
-        reached = cover(experts, 1, count, where, part, targets, chance, mark)
-        nodes_reached = cover(experts, 1, node_count, node_where, node_part, node_targets, node_chance, node_mark)
-        for i in range(count[top]):
-            post(
-                ledgers[1],
-                node_ledgers[1],
-                where[top, i],
-                weight * part[top, i],
-                reached,
-                targets,
-                chance,
-                nodes_reached,
-                node_targets,
-                node_chance,
-                rates,
-            )
+        reached, nodes = cover(experts, 1, here, covered)
+        for i in range(here.number[top]):
+            part = weight * here.part[top, i]
+            post_covered(ledgers[1], node_ledgers[1], here.where[top, i], part, reached, nodes, covered, rates)
     if around.after.shape[1] > 0:
-        reached = cover(around.after[t], 0, after[0], after[1], after[2], targets, chance, mark)
-        nodes_reached = cover(around.after[t], 0, after[3], after[4], after[5], node_targets, node_chance, node_mark)
-        for i in range(count[top]):
-            post(
-                ledgers[2],
-                node_ledgers[2],
-                where[top, i],
-                weight * part[top, i],
-                reached,
-                targets,
-                chance,
-                nodes_reached,
-                node_targets,
-                node_chance,
-                rates,
-            )
+        reached, nodes = cover(around.after[t], 0, after, covered)
+        for i in range(here.number[top]):
+            part = weight * here.part[top, i]
+            post_covered(ledgers[2], node_ledgers[2], here.where[top, i], part, reached, nodes, covered, rates)
 
 
 @kernel
@@ -539,20 +489,10 @@ def _pair(
     left to `_node_pair`."""
     if x == 0.0:
         return
-    node_of = rates.node_of
-    devices = node_of.shape[0]
+    devices = rates.node_of.shape[0]
     first, last = (source, source + 1) if source < devices else (0, devices)
-    for d in range(first, last):
-        part = x / (last - first)
-        if node_of[d] == node_of[target]:
-            if target != d:
-                ledgers[s, w, 0, d] += part
-                ledgers[s, w, 1, target] += part
-        elif rates.dedup:
-            ledgers[s, w, 2, target] += part
-        else:
-            node_ledgers[s, w, 0, node_of[d]] += part
-            node_ledgers[s, w, 1, node_of[target]] += part
+    for h in range(first, last):
+        post(ledgers[s, w], node_ledgers[s, w], h, target, x / (last - first), rates)
 
 
 @kernel
@@ -560,13 +500,10 @@ def _node_pair(node_ledgers: FloatArray, s: int, w: int, source: int, target: in
     """Adds x tokens from a device (or evenly from all) to a node, where copies to its devices travel as one."""
     if x == 0.0 or not rates.dedup:
         return
-    node_of = rates.node_of
-    devices = node_of.shape[0]
+    devices = rates.node_of.shape[0]
     first, last = (source, source + 1) if source < devices else (0, devices)
-    for d in range(first, last):
-        if node_of[d] != target:
-            node_ledgers[s, w, 0, node_of[d]] += x / (last - first)
-            node_ledgers[s, w, 1, target] += x / (last - first)
+    for h in range(first, last):
+        post_node(node_ledgers[s, w], rates.node_of[h], target, x / (last - first))
 
 
 @kernel

@@ -13,7 +13,7 @@ import numpy as np
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.plan import Stop
 from ...placement.problem import Problem
-from ...placement.risk import tail_weight
+from ...placement.risk import tail_weight, weighted_mean
 from ..base import Budget, Solution
 from ..jit import kernel
 from .evaluator import Answer, Evaluator, better, window_bounds
@@ -726,7 +726,7 @@ def _alone(
             with schedule.timing():
                 balance.run(weight, schedule.proposals(round_), round_ / (ALONE_ROUNDS - 1))
         table, _, shares = _answer(balance, evaluator)
-        reference[code] = weight @ evaluator.figures(table, shares)
+        reference[code] = weighted_mean(evaluator.figures(table, shares), weight)
     return reference
 
 

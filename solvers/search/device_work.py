@@ -40,6 +40,30 @@ def transfer_seconds(ledger: FloatArray, node_ledger: FloatArray, rates: Rates) 
 
 
 @kernel
+def post(ledger: FloatArray, node_ledger: FloatArray, h: int, g: int, amount: float, rates: Rates) -> None:
+    """Adds tokens held by device h that need device g. ledger: [3, G] sent, received inside the node, arriving from other
+    nodes, to be fanned out; node_ledger: [2, N] sent, received, of copies that are not merged by node."""
+    m, n = rates.node_of[h], rates.node_of[g]
+    if m == n:
+        if g != h:
+            ledger[0, h] += amount
+            ledger[1, g] += amount
+    elif rates.dedup:
+        ledger[2, g] += amount
+    else:
+        node_ledger[0, m] += amount
+        node_ledger[1, n] += amount
+
+
+@kernel
+def post_node(node_ledger: FloatArray, m: int, n: int, amount: float) -> None:
+    """Adds tokens held in node m that need node n, where copies to its devices travel as one."""
+    if m != n:
+        node_ledger[0, m] += amount
+        node_ledger[1, n] += amount
+
+
+@kernel
 def idle_chance(share: float, count: float) -> float:
     """Chance that none of `count` tokens draws a replica of that share."""
     if count == 0.0 or share == 0.0:

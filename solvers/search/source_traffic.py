@@ -13,7 +13,7 @@ import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
 from ..jit import kernel
-from .device_work import compute_seconds, idle_chance, transfer_seconds
+from .device_work import compute_seconds, idle_chance, post, post_node, transfer_seconds
 from .even_traffic import coverage_change
 from .kernel_types import Change, Counts, Placement, Rates, SourceTokens
 from .moves import copy, copy_all
@@ -199,29 +199,6 @@ def serve_rows(share: FloatArray, node_of: IntArray, nearest: bool, rows: FloatA
             # Thirds do not add up to one exactly; whole experts must be recognised as whole.
             if node_rows[h, n] > 1.0 - 1e-9:
                 node_rows[h, n] = 1.0
-
-
-@kernel
-def post(ledger: FloatArray, node_ledger: FloatArray, h: int, g: int, amount: float, rates: Rates) -> None:
-    """Adds tokens of source h that need device g: sent, received inside the node, or arriving from other nodes."""
-    m, n = rates.node_of[h], rates.node_of[g]
-    if m == n:
-        if g != h:
-            ledger[0, h] += amount
-            ledger[1, g] += amount
-    elif rates.dedup:
-        ledger[2, g] += amount
-    else:
-        node_ledger[0, m] += amount
-        node_ledger[1, n] += amount
-
-
-@kernel
-def post_node(node_ledger: FloatArray, m: int, n: int, amount: float) -> None:
-    """Adds tokens of node m that need node n, one copy each."""
-    if m != n:
-        node_ledger[0, m] += amount
-        node_ledger[1, n] += amount
 
 
 @kernel
