@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError, UnsupportedError
+from .model import ModelSpec
 from .trace import RoutingTrace
 
 # Expert loads over successive spans of a stream of tokens, in bounded memory, and what each of them weighs.
@@ -217,7 +218,14 @@ class RoutingStatistics:
     coactivation: [W, L, E, E] tokens that chose both experts in a layer (symmetric, zero diagonal).
     transitions: [W, L-1, E, E] expert at layer l to expert at l+1, every pair of a token's k x k counting 1/k, so that
     a token weighs k. sample: whole sequences kept for building steps. Count-only records have none of the last three.
-    tokens: how many tokens were counted (0 when unknown). fingerprint: SHA-256 of what was counted.
+    tokens: how many tokens were counted (0 when unknown). fingerprint: SHA-256 of what was counted. model: what was
+    recorded, where the recording says so.
+
+    Example:
+        >>> import moeplace as mp
+        >>> mp.RoutingStatistics.from_counts([[10, 20, 30, 40]]).total_load.tolist()
+        [[10.0, 20.0, 30.0, 40.0]]
+        >>> mp.RoutingStatistics.from_trace(mp.read_trace("examples/data/olmoe_small"))  # doctest: +SKIP
     """
 
     experts: int
@@ -231,6 +239,7 @@ class RoutingStatistics:
     sample: RoutingTrace | None = None
     tokens: int = 0
     fingerprint: str = ""
+    model: ModelSpec | None = None
 
     def __post_init__(self) -> None:
         layers, width = len(self.moe_layers), len(self.workloads)
@@ -328,13 +337,20 @@ class RoutingStatistics:
         counts: Mapping[str, npt.ArrayLike] | npt.ArrayLike,
         moe_layers: Iterable[int] | None = None,
         top_k: int | None = None,
+        model: ModelSpec | None = None,
     ) -> RoutingStatistics:
         """Statistics from expert loads alone: [L, E], or [T, L, E] for T windows, one array or one a workload.
 
         A single float64 array that cannot be written to is kept as it is; any other is copied once.
 
+        Args:
+            counts: tokens of each expert. moe_layers: [L] absolute layer indices (default: the model's, where one is
+                given, else 0..L-1). top_k: experts a token, where known. model: what was recorded, so that `Problem`
+                need not be told.
+
         Raises:
-            InputError: shapes that disagree, negative or non-finite counts, no counts at all; the workload is named.
+            InputError: shapes that disagree, negative or non-finite counts, no counts at all (the workload is named), or
+                a model of another shape.
         """
         named = dict(counts) if isinstance(counts, Mapping) else {"": counts}
         if not named:
@@ -360,7 +376,12 @@ class RoutingStatistics:
         else:
             shared = np.may_share_memory(windows[0], np.asarray(first)) and windows[0].flags.writeable
             load = windows[0].copy() if shared else windows[0]
+        if moe_layers is None and model is not None and model.layers == load.shape[1]:
+            moe_layers = model.moe_layers
         layers = _layers(moe_layers, load.shape[1])
+        if model is not None:
+            model = model.of_routing(load.shape[2], layers, top_k)
+            top_k = model.top_k
         digest = hashlib.sha256(repr((tuple(named), layers, codes)).encode())
         digest.update(np.ascontiguousarray(load).data)
         return cls(
@@ -372,6 +393,7 @@ class RoutingStatistics:
             top_k=top_k,
             tokens=int(load.sum(axis=(0, 2)).max() / top_k) if top_k else 0,
             fingerprint=digest.hexdigest(),
+            model=model,
         )
 
 
@@ -413,10 +435,12 @@ class StatisticsAccumulator:
         top_k: int,
         sample_tokens: int = 200_000,
         preceding: Mapping[Stream, int] | None = None,
+        model: ModelSpec | None = None,
     ) -> None:
         if sample_tokens < 0:
             raise InputError(f"sample_tokens ({sample_tokens}) must be 0 or more")
         self._experts, self._layers, self._top_k = num_experts, tuple(moe_layers), top_k
+        self._model = model
         self._windows = LoadWindows(len(self._layers), num_experts, preceding)
         self._sample = TokenSample(sample_tokens)
         self._pairs: dict[str, _PairCounts] = {}
@@ -432,6 +456,7 @@ class StatisticsAccumulator:
             top_k=trace.top_k,
             sample_tokens=sample_tokens,
             preceding=preceding,
+            model=trace.model,
         )
 
     def add(self, block: RoutingTrace) -> None:
@@ -500,6 +525,7 @@ class StatisticsAccumulator:
             sample=None if sample is None else _renamed(sample, names),
             tokens=sum(counts.tokens for counts in self._pairs.values()),
             fingerprint=digest.hexdigest(),
+            model=self._model,
         )
 
     def _counts_of(self, workload: str) -> _PairCounts:
