@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .placement.errors import ArgumentTypeError
@@ -33,7 +33,7 @@ def wrong_type(function: str, argument: str, value: Any, *expected: type) -> Arg
 
 
 def _wrong(function: str, argument: str, value: Any, expected: str, sources: Sequence[str]) -> ArgumentTypeError:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     shown = "missing" if value is None else f"{text if len(text) <= 60 else text[:60] + '...'} ({type(value).__name__})"
     hint = f"; get one by {', or '.join(sources)}" if sources else ""
     return ArgumentTypeError(f"{function}: {argument} is {shown}, expected {expected}{hint}")
@@ -49,12 +49,7 @@ def check_types(function: F) -> F:
 
     @functools.cache
     def checks() -> dict[str, tuple[Any, ...]]:
-        hints = get_type_hints(function)
-        kinds = {
-            argument: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            for argument, hint in hints.items()
-            if argument != "return"
-        }
+        kinds = {argument: _kinds(function, argument) for argument in signature.parameters}
         return {argument: known for argument, known in kinds.items() if _checkable(known)}
 
     @functools.wraps(function)
@@ -72,6 +67,16 @@ def check_types(function: F) -> F:
     return cast(F, checked)
 
 
+def _kinds(function: Callable[..., Any], argument: str) -> tuple[Any, ...]:
+    """The types that an argument may have; none where it has no annotation, or one that only type checkers can read."""
+    annotation = function.__annotations__.get(argument)
+    try:
+        hint = get_type_hints(SimpleNamespace(__annotations__={argument: annotation}), function.__globals__)[argument]
+    except NameError:
+        return ()
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
 def _item(kind: Any) -> Any:
     """X of `Sequence[X]`, else None."""
     return get_args(kind)[0] if get_origin(kind) is Sequence else None
@@ -83,6 +88,8 @@ def _ours(kind: Any) -> bool:
 
 def _checkable(kinds: tuple[Any, ...]) -> bool:
     plain = all(isinstance(kind, type) or _ours(_item(kind)) for kind in kinds)
+    # What only has to have some methods says better itself which it lacks.
+    plain = plain and not any(getattr(kind, "_is_protocol", False) for kind in kinds)
     return plain and any(_ours(kind) or _ours(_item(kind)) for kind in kinds)
 
 

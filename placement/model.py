@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from .._display import data_size
 from .errors import InputError
 from .files import read_text
 from .validation import Record
@@ -71,6 +72,12 @@ class ModelSpec(Record):
         if any(b <= a for a, b in zip(self.moe_layers, self.moe_layers[1:], strict=False)) or self.moe_layers[0] < 0:
             raise ValueError(f"moe_layers {self.moe_layers} must be non-negative and increasing")
         return self
+
+    @property
+    def title(self) -> str:
+        """`olmoe, 16 layers, 64 experts, top-8, 0.0126 GB an expert`."""
+        shape = f"{self.layers} layers, {self.experts} experts, top-{self.top_k}"
+        return f"{self.name + ', ' if self.name else ''}{shape}, {data_size(self.bytes_per_expert)} an expert"
 
     @property
     def names_layers(self) -> bool:

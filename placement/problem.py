@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .._arguments import wrong_type
+from .._display import Displayed, plural
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
 from .failures import Failure, failure_mask
@@ -22,8 +23,8 @@ from .topology import Topology
 from .trace import RoutingTrace
 
 
-@dataclass(frozen=True, eq=False, init=False)
-class Problem:
+@dataclass(frozen=True, eq=False, init=False, repr=False)
+class Problem(Displayed):
     """Place the experts of `model` on the devices of `topology`, given `statistics`, to minimise `objective`.
 
     `Problem(trace, topology)` is enough where the recording knows its model; statistics that do are as good. Where it is
@@ -115,6 +116,32 @@ class Problem:
                         f"Problem.{name}[{layer}, {expert}] = {targets}: layer, expert or device out of range "
                         f"({self.model.layers} layers, {self.model.experts} experts, {devices} devices)"
                     )
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        def default(value: object) -> str:
+            return f"{value!r}" if isinstance(value, str) else f"{value}"
+
+        title = f"{self.model.layers} layers of {self.model.experts} experts on {plural(self.num_devices, 'device')}"
+        changed = {name: getattr(self.objective, name) for name in sorted(self.objective.model_fields_set)}
+        routing = self.statistics._summary()
+        rows = {
+            "model": self.model.title,
+            "cluster": self.topology._summary()[0],
+            "routing": f"{routing[0]}; tokens {routing[1]['tokens']}; pairs {routing[1]['pairs']}",
+            "objective": f"{self.objective.risk} of step seconds, {self.objective.execution}"
+            + "".join(
+                f", {name}={default(value)}" for name, value in changed.items() if name not in ("risk", "execution")
+            ),
+            "slots": f"{spanned(self.layer_slots.sum(axis=1))} a layer, {spanned(self.slots_per_device)} a device",
+        }
+        asked = {
+            "pinned": plural(len(self.pinned), "expert") if self.pinned else "",
+            "forbidden": plural(len(self.forbidden), "expert") if self.forbidden else "",
+            "tolerates": plural(len(self.tolerates), "failure") if len(self.tolerates) else "",
+            "in force": "" if self.current is None else self.current._summary()[0],
+            "may move": "" if self.max_moved_bytes is None else f"{self.max_moved_bytes:,.0f} bytes",
+        }
+        return title, rows | {name: text for name, text in asked.items() if text}
 
     def _check_slots(self) -> None:
         needed = self.layer_slots.sum(axis=0) * self.model.bytes_per_expert

@@ -11,6 +11,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
+from .._display import Displayed, names, plural, span
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError, UnsupportedError
 from .model import ModelSpec
@@ -210,8 +212,8 @@ def _mix(values: HashArray) -> HashArray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-@dataclass(frozen=True, eq=False)
-class RoutingStatistics:
+@dataclass(frozen=True, eq=False, repr=False)
+class RoutingStatistics(Displayed):
     """Counts over S windows of routing, W workloads, L MoE layers and E experts.
 
     load: [S, L, E] tokens each expert got in each window. window_workload: [S] index into `workloads`.
@@ -269,6 +271,21 @@ class RoutingStatistics:
             if values is not None and values.size and not (values.min() >= 0 and np.isfinite(values.max())):
                 raise InputError(f"RoutingStatistics.{name} holds negative or non-finite values; counts are wanted")
 
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        title = f"{plural(len(self.load), 'window')}, {self.num_layers} layers, {self.experts} experts"
+        mean = self.total_load.mean(axis=1)
+        ratio = self.total_load.max(axis=1) / np.where(mean > 0, mean, 1.0)
+        pairs = [name for name in ("coactivation", "transitions") if getattr(self, name) is not None]
+        return title, {
+            "model": "not recorded" if self.model is None else self.model.title,
+            "layers": span(self.moe_layers),
+            "tokens": f"{self.tokens:,}" if self.tokens else "unknown",
+            "workloads": names(self.workloads),
+            "expert load": f"max/mean {ratio.mean():.2f}, mean over layers",
+            "pairs": ", ".join(pairs) or "none: loads alone",
+            "sample": "none" if self.sample is None else plural(self.sample.num_tokens, "token"),
+        }
+
     @property
     def num_layers(self) -> int:
         return len(self.moe_layers)
@@ -324,6 +341,7 @@ class RoutingStatistics:
         )
 
     @classmethod
+    @check_types
     def from_trace(cls, trace: RoutingTrace, sample_tokens: int = 200_000) -> RoutingStatistics:
         """Counts a trace held in memory; `moeplace.profiler.aggregate` does the same for shards of any size."""
 

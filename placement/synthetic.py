@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._arguments import check_types
 from .._types import FloatArray, IntArray
 from .errors import InputError
 from .statistics import RoutingStatistics
@@ -20,6 +21,7 @@ MOST_VALUES = 1 << 32
 """Tokens times layers times experts: more takes minutes to draw."""
 
 
+@check_types
 def draw_steps(
     load: FloatArray, top_k: int, moe_layers: tuple[int, ...], *, step_tokens: int, steps: int, seed: int = 0
 ) -> Steps:
@@ -89,6 +91,7 @@ SHRINK = 5.0
 """Transitions by which a pair is taken to be nearer to chance: few counts say little, and k of them are multiplied."""
 
 
+@check_types
 def draw_tokens(statistics: RoutingStatistics, top_k: int, tokens: int, seed: int = 0) -> RoutingTrace:
     """About `tokens` tokens, each a sequence of its own, dealt to workloads by their recorded loads.
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .._display import Displayed, names, plural, span
 from .._types import IntArray
 from .errors import InputError
 from .model import ModelSpec
@@ -88,8 +89,8 @@ def id_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
     return np.uint8 if num_experts <= 256 else np.uint16
 
 
-@dataclass(frozen=True, eq=False)
-class RoutingTrace:
+@dataclass(frozen=True, eq=False, repr=False)
+class RoutingTrace(Displayed):
     """Routing of T tokens through L MoE layers, k experts each. Build it with `from_arrays`, which validates, or read it.
 
     expert_ids: [T, L, k] logical expert ids, the highest gate weight first. gate_weights: [T, L, k] float16, or None.
@@ -117,6 +118,17 @@ class RoutingTrace:
     step: IntArray | None = None
     source: IntArray | None = None
     model: ModelSpec | None = None
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        title = f"{plural(self.num_tokens, 'token')}, {self.num_layers} layers, {self.num_experts} experts, top-{self.top_k}"
+        recorded = [name for name in ("gate_weights", "step", "source") if getattr(self, name) is not None]
+        return title, {
+            "model": "not recorded" if self.model is None else self.model.title,
+            "layers": span(self.moe_layers),
+            "sequences": f"{len(np.unique(self.sequence)):,}",
+            "workloads": names(self.workloads),
+            "columns": ", ".join(["expert_ids", "sequence", "position", "workload", *recorded]),
+        }
 
     @property
     def num_tokens(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
 from ..placement.model import ModelSpec
@@ -44,6 +45,7 @@ TYPES = {
 }
 
 
+@check_types
 def write_statistics(statistics: RoutingStatistics, path: str | Path) -> None:
     """Writes statistics, the sample included, whole or not at all."""
     arrays: dict[str, npt.NDArray[Any] | None] = {

@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
@@ -661,6 +662,7 @@ class TraceWriter:
         self.close()
 
 
+@check_types
 def write_trace(trace: RoutingTrace, folder: str | Path, *, model: ModelSpec | None = None) -> None:
     """Writes a trace held in memory as shards; `read_trace` gives the same trace back.
 

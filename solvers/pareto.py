@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
+from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
 from ..placement.degraded import grown_slots, slot_room, with_standbys
 from ..placement.errors import InputError, SolveError, UnsupportedError
@@ -18,8 +21,11 @@ from ..placement.failures import KINDS, Failure, Kind, single_failures, survives
 from ..placement.migration import Migration, migration
 from ..placement.plan import Plan
 from ..placement.problem import Problem
+from ..placement.progress import Listener, Progress
 from ..placement.steps import Steps
-from .solve import solve
+from .base import Solver
+from .options import SolverOptions
+from .solve import check_seconds, solve
 
 # Which of several alternatives nothing beats.
 
@@ -102,6 +108,7 @@ class Front:
     interrupted: bool = False
 
 
+@check_types
 def pareto(
     problem: Problem,
     steps: Steps,
@@ -110,11 +117,11 @@ def pareto(
     tolerate: Sequence[Kind | None] = (None, *KINDS),
     current: Plan | None = None,
     max_moved: Sequence[float | None] | None = None,
-    solver: str | None = None,
-    seconds: float | None = 10.0,
+    solver: str | Solver | SolverOptions | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Listener | None = None,
 ) -> Front:
     """Solves `problem` with every wish of the sweep, and judges the plans on `steps`, which no solver has seen.
 
@@ -122,8 +129,8 @@ def pareto(
     1/2 and 1 for each expert, as far as memory goes, rounded up to whole slots a device. tolerate: kinds of failures to
     survive. current: the plan in force, which bytes are moved from. max_moved: most bytes to move; default any number,
     and with a plan in force also 1/16 and 1/4 of the weights. solver, seconds, seed: of each solve, options: the
-    solver's own (see `solve`). progress: called with the wishes done, their number and the next one's name.
-    After a keyboard interrupt the points finished so far are returned.
+    solver's own (see `solve`). progress: called before each solve with a `Progress` of the wishes done, their number
+    and the next one's name. After a keyboard interrupt the points finished so far are returned.
 
     With free shares, a plan for more slots is at least as good on the steps solved on as those found before for fewer,
     whose replicas may stand by in the slots beyond. Under regret, which is against the best of the plans at hand, points are judged by their mean step.
@@ -134,6 +141,8 @@ def pareto(
     """
     if problem.slots is not None or problem.device_slots is not None or problem.tolerates:
         raise InputError("pareto sweeps slots and failures to tolerate; leave slots, device_slots and tolerates out")
+    check_seconds(seconds)
+    listener, began = old_listener(progress, ("done", "total", "message"), "pareto"), time.perf_counter()
     limits = max_moved
     if limits is None:
         weights = problem.model.bytes_per_expert * problem.model.experts * problem.model.layers
@@ -152,8 +161,9 @@ def pareto(
     interrupted = False
     try:
         for done, wish in enumerate(wishes):
-            if progress is not None:
-                progress(done, len(wishes), wish.name)
+            if listener is not None:
+                seconds_so_far = time.perf_counter() - began
+                listener(Progress(seconds_so_far, message=wish.name, done=done, total=len(wishes)))
             try:
                 asked = problem_for(wish, problem, current)
                 plan = solve(asked, solver, seconds=seconds, seed=seed, **(options or {}))

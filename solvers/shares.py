@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .._arguments import check_types
 from .._types import FloatArray, IntArray
 from ..placement.errors import SolveError
 from ..placement.evaluate import evaluate
@@ -42,6 +43,7 @@ class OptimalShares:
     price: FloatArray
 
 
+@check_types
 def optimal_shares(plan: Plan, steps: Steps, problem: Problem) -> OptimalShares:
     """Shares that shorten the mean of `steps` for a plan's placement; never worse than the plan's own there.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from .._arguments import check_types
+from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
 from ..placement.degraded import degraded, grown_layer_slots, rehomed, repaired, slot_room, survivors
 from ..placement.errors import SolveError, UnsupportedError
@@ -17,9 +20,12 @@ from ..placement.layer_slots import Slots, slots_by_layer, spanned
 from ..placement.migration import Migration, migration_from
 from ..placement.plan import Plan
 from ..placement.problem import Problem
+from ..placement.progress import Listener, Progress
 from ..placement.steps import Steps
 from ..placement.topology import Topology
-from .solve import solve
+from .base import Solver
+from .options import SolverOptions
+from .solve import check_seconds, solve
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +112,7 @@ class WhatIf:
     interrupted: bool = False
 
 
+@check_types
 def what_if(
     plan: Plan,
     problem: Problem,
@@ -114,11 +121,11 @@ def what_if(
     *,
     ready: bool = True,
     max_moved_bytes: float | None = None,
-    solver: str | None = None,
-    seconds: float | None = 10.0,
+    solver: str | Solver | SolverOptions | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Listener | None = None,
 ) -> WhatIf:
     """Replays `steps` after each change, and solves for the changed cluster.
 
@@ -126,20 +133,24 @@ def what_if(
     failures it tolerates are not asked of ready plans. changes: default the loss of every device and of every node.
     ready: whether to repair and solve; otherwise only survival and the degraded plan are looked at. max_moved_bytes: most
     that ready plans may move between devices, after failures (lost experts are loaded beside that). solver, seconds,
-    seed: of each solve, options: the solver's own (see `solve`). progress: called with the changes done, their number
-    and the next one's name. After a keyboard interrupt the outcomes finished so far are returned.
+    seed: of each solve, options: the solver's own (see `solve`). progress: called before each change with a `Progress` of
+    the changes done, their number and the next one's name. After a keyboard interrupt the outcomes finished so far are
+    returned.
 
     Raises:
         InputError: the plan, the problem and the steps are not about the same model or number of devices.
     """
+    check_seconds(seconds)
+    listener, began = old_listener(progress, ("done", "total", "message"), "what_if"), time.perf_counter()
     before = evaluate(plan, steps, problem)
     if changes is None:
         changes = [Change.losing(failure, plan.topology) for failure in single_failures(plan.topology)]
     outcomes: list[Outcome] = []
     try:
         for done, change in enumerate(changes):
-            if progress is not None:
-                progress(done, len(changes), change.name)
+            if listener is not None:
+                seconds_so_far = time.perf_counter() - began
+                listener(Progress(seconds_so_far, message=change.name, done=done, total=len(changes)))
             outcome = _as_it_is(plan, problem, steps, change)
             if ready:
                 outcome = _solved(
@@ -168,7 +179,7 @@ def _solved(
     plan: Plan,
     problem: Problem,
     steps: Steps,
-    how: tuple[str | None, float | None, int, Mapping[str, Any]],
+    how: tuple[str | Solver | SolverOptions | None, float | None, int, Mapping[str, Any]],
     max_moved_bytes: float | None,
 ) -> Outcome:
     change, experts = outcome.change, problem.model.experts

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..._arguments import check_types
 from ..._types import IntArray
 from ...placement.errors import InputError, MoeplaceError, RankError, UnsupportedError
 from ...placement.migration import migration
@@ -421,6 +422,7 @@ class _Change:
         self._module.put_in_force(self._plan, self._placement)
 
 
+@check_types
 def apply(
     model: nn.Module,
     plan: Plan,

@@ -1,0 +1,17 @@
+from .base import Budget as Budget
+from .base import Feature as Feature
+from .base import Needs as Needs
+from .base import Solution as Solution
+from .base import Solver as Solver
+from .certify.transitions import kept_at_most as kept_at_most
+from .certify.transitions import spectral_kept as spectral_kept
+from .options import ChainOptions as ChainOptions
+from .options import EplbOptions as EplbOptions
+from .options import ExflowOptions as ExflowOptions
+from .options import MoeTunerOptions as MoeTunerOptions
+from .options import SearchOptions as SearchOptions
+from .options import SolverOptions as SolverOptions
+from .solve import solve as solve
+from .solve import solver_named as solver_named
+from .solve import solver_names as solver_names
+from .step_costs import PlacementSpace as PlacementSpace
