@@ -2,6 +2,7 @@ from .calibration.calibrate import calibrate as calibrate
 from .calibration.result import Calibration as Calibration
 from .moe.checkpoint import load_checkpoint as load_checkpoint
 from .moe.checkpoint import save_checkpoint as save_checkpoint
+from .moe.coherent import DecodeStatistics as DecodeStatistics
 from .moe.compression import CompressionStatistics as CompressionStatistics
 from .moe.compression import LSHCompression as LSHCompression
 from .moe.data_parallel import clip_grad_norm_ as clip_grad_norm_
@@ -9,6 +10,7 @@ from .moe.data_parallel import exclude_from_ddp as exclude_from_ddp
 from .moe.data_parallel import expert_parameters as expert_parameters
 from .moe.data_parallel import expert_rows as expert_rows
 from .moe.decoder import ContextCoherentDecoder as ContextCoherentDecoder
+from .moe.decoder import Decoder as Decoder
 from .moe.decoder import DispatchCombineDecoder as DispatchCombineDecoder
 from .moe.experts import PlacedExperts as PlacedExperts
 from .moe.layer import ExpertParallelMoE as ExpertParallelMoE
