@@ -1,5 +1,9 @@
 from .calibration.calibrate import calibrate as calibrate
 from .calibration.result import Calibration as Calibration
+from .exporters import check_export as check_export
+from .exporters import engine_names as engine_names
+from .exporters import export_plan as export_plan
+from .exporters import read_exported as read_exported
 from .moe.checkpoint import load_checkpoint as load_checkpoint
 from .moe.checkpoint import save_checkpoint as save_checkpoint
 from .moe.coherent import DecodeStatistics as DecodeStatistics
@@ -17,3 +21,6 @@ from .moe.layer import ExpertParallelMoE as ExpertParallelMoE
 from .moe.migrate import Migration as Migration
 from .moe.migrate import apply as apply
 from .moe.parallelize import parallelize as parallelize
+from .permute.checkpoint import PermutedCheckpoint as PermutedCheckpoint
+from .permute.checkpoint import permute_checkpoint as permute_checkpoint
+from .permute.model import permute_model as permute_model

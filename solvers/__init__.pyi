@@ -11,7 +11,14 @@ from .options import ExflowOptions as ExflowOptions
 from .options import MoeTunerOptions as MoeTunerOptions
 from .options import SearchOptions as SearchOptions
 from .options import SolverOptions as SolverOptions
+from .pareto import Front as Front
+from .pareto import pareto as pareto
+from .shares import OptimalShares as OptimalShares
+from .shares import optimal_shares as optimal_shares
 from .solve import solve as solve
 from .solve import solver_named as solver_named
 from .solve import solver_names as solver_names
 from .step_costs import PlacementSpace as PlacementSpace
+from .what_if import Change as Change
+from .what_if import WhatIf as WhatIf
+from .what_if import what_if as what_if
