@@ -13,8 +13,10 @@ further down, and those that begin with an underscore, are private: they may cha
 
 import lazy_loader as _lazy
 
+from . import _deprecated
 from .placement.version import __version__ as __version__
 
 # Loading every package takes longer than most commands run: the stub beside this file says where each name is from, for type
 # checkers and for this, and each is imported when first used.
-__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
+_new_name, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
+__getattr__ = _deprecated.renamed(__name__, {"binding_terms": "bottleneck_terms"}, _new_name)

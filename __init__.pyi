@@ -13,9 +13,9 @@ from .placement.errors import RankError as RankError
 from .placement.errors import SolveError as SolveError
 from .placement.errors import StoreError as StoreError
 from .placement.errors import UnsupportedError as UnsupportedError
-from .placement.evaluate import BindingTerms as BindingTerms
+from .placement.evaluate import BottleneckTerms as BottleneckTerms
 from .placement.evaluate import Evaluation as Evaluation
-from .placement.evaluate import binding_terms as binding_terms
+from .placement.evaluate import bottleneck_terms as bottleneck_terms
 from .placement.evaluate import evaluate as evaluate
 from .placement.failures import Failure as Failure
 from .placement.failures import single_failures as single_failures
@@ -29,8 +29,8 @@ from .placement.problem import Problem as Problem
 from .placement.progress import Progress as Progress
 from .placement.statistics import RoutingStatistics as RoutingStatistics
 from .placement.steps import Steps as Steps
-from .placement.synthetic import draw_steps as draw_steps
-from .placement.synthetic import draw_tokens as draw_tokens
+from .placement.synthetic import sample_steps as sample_steps
+from .placement.synthetic import sample_tokens as sample_tokens
 from .placement.topology import Device as Device
 from .placement.topology import Node as Node
 from .placement.topology import Topology as Topology

@@ -1,1 +1,1 @@
-"""The ground floor: models, topologies, routing, plans, and what a plan costs. Imports no other room."""
+"""Models, topologies, routing, plans, and what a plan costs. Imports no other package."""

@@ -14,16 +14,18 @@ from .._display import Displayed, names, plural, span
 from .._types import IntArray
 from .errors import InputError
 
+IdArray = npt.NDArray[np.unsignedinteger[Any]]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steps(Displayed):
     """S steps of tokens, one after the other; step s holds tokens offsets[s] to offsets[s+1].
 
-    expert_ids: [T, L, k], highest gate weight first. offsets: [S+1]. source: [T] home rank of each token, or None
+    expert_ids: [T, L, k], highest gate weight first. offsets: [S+1]. source: [T] source rank of each token, or None
     (then tokens are spread evenly over the devices). workload: [T] index into `workloads`.
     """
 
-    expert_ids: npt.NDArray[np.unsignedinteger[Any]]
+    expert_ids: IdArray
     offsets: IntArray
     num_experts: int
     moe_layers: tuple[int, ...]
@@ -80,14 +82,9 @@ class Steps(Displayed):
 
     def loads(self) -> IntArray:
         """[S, L, E] tokens each expert got in each step and layer."""
-        layers, experts = self.num_layers, self.num_experts
-        result = np.empty((self.num_steps, layers, experts), dtype=np.int64)
-        base = np.arange(layers)[None, :, None] * experts
-        for s, block in enumerate(self.blocks()):
-            result[s] = np.bincount((block + base).ravel(), minlength=layers * experts).reshape(layers, experts)
-        return result
+        return expert_counts(self.expert_ids.transpose(1, 0, 2), self.offsets, self.num_experts)
 
-    def blocks(self) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
+    def blocks(self) -> Iterator[IdArray]:
         """The [tokens, L, k] expert ids of each step in turn."""
         for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
             yield self.expert_ids[start:end]
@@ -105,3 +102,14 @@ class Steps(Displayed):
             source=None if self.source is None else self.source[tokens],
             workload=None if self.workload is None else self.workload[tokens],
         )
+
+
+def expert_counts(ids: IdArray, bounds: IntArray, experts: int) -> IntArray:
+    """[S, L, E] tokens that chose each expert. ids: [L, T, k]; bounds: [S+1] where each step's tokens begin."""
+    layers = ids.shape[0]
+    counts = np.empty((len(bounds) - 1, layers, experts), dtype=np.int64)
+    base = np.arange(layers)[:, None, None] * experts
+    for s in range(len(bounds) - 1):
+        flat = (ids[:, bounds[s] : bounds[s + 1]] + base).ravel()
+        counts[s] = np.bincount(flat, minlength=layers * experts).reshape(layers, experts)
+    return counts

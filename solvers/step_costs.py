@@ -380,11 +380,10 @@ class StepCosts:
         self._topology, self._objective = problem.topology, problem.objective
         self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
         self._load = steps.loads().astype(np.float64)
-        starts = np.concatenate([[0], np.cumsum(problem.topology.node_size)[:-1]])
         self._held = device_sets(space.representatives, problem.num_devices)
         self._relabellings = space.relabellings
         self._sets, self._set_of = _distinct(self._held)
-        node_held = np.logical_or.reduceat(self._held, starts, axis=1)
+        node_held = np.logical_or.reduceat(self._held, problem.topology.node_start, axis=1)
         self._node_sets, self._node_set_of = _distinct(node_held)
         self._all_sets, self._all_set_of = _distinct(np.concatenate([self._held, node_held], axis=1))
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import moeplace as mp
+from moeplace.placement.cost import Roofline
 from moeplace.placement.files import replacing
 
 HERE = Path(__file__).resolve().parent
@@ -94,8 +95,8 @@ def cost_knee(plt: Any) -> Any:
 
 def knee(problem: mp.Problem) -> float:
     """Tokens a step from which an expert of average load computes for longer than its weights are read."""
-    reading = SPEC.bytes_per_expert / problem.topology.memory_bandwidth[0]
-    return float(reading / (SPEC.flops_per_token / problem.topology.compute[0]) * SPEC.experts / SPEC.top_k)
+    work = Roofline.of(SPEC, problem.topology)
+    return float(work.per_read[0] / work.per_pair[0] * SPEC.experts / SPEC.top_k)
 
 
 def solvers(plt: Any) -> Any:

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 
 from ..._arguments import check_types
 from ..._types import FloatArray
-from ...placement.cost import all_to_all_latency
+from ...placement.cost import Flows, Roofline, all_to_all_latency, transfer_seconds
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.topology import Device, Node, Topology
@@ -274,20 +274,20 @@ def _inter_line(timed: Sequence[Exchange], ranks: Ranks, node: int) -> tuple[flo
 def _link_seconds(ranks: Ranks, topology: Topology, kind: str, peer_bytes: float) -> float:
     """What the topology says of an all-to-all in which every rank sends each peer so much."""
     sizes, nodes = topology.node_size, topology.num_nodes
-    inside, between = sizes - 1, np.array([remote_peers(ranks, node) for node in range(nodes)])
+    inside = (sizes - 1)[topology.node_of].astype(np.float64)
+    between = np.array([remote_peers(ranks, node) for node in range(nodes)], dtype=np.float64)
     leaving = sizes * (topology.num_devices - sizes)
-    intra_slope = (inside[topology.node_of] / topology.intra_bandwidth).max()
-    slopes = {
-        "intra": intra_slope,
-        "inter": (between / topology.inter_bandwidth).max(),
-        "all": max(intra_slope, (leaving / topology.inter_bandwidth).max()) if nodes > 1 else intra_slope,
+    flows = {
+        "intra": Flows(inside, np.zeros(nodes)),
+        "inter": Flows(np.zeros(topology.num_devices), between),
+        "all": Flows(inside, leaving.astype(np.float64)),
     }
     latencies = {
         "intra": topology.intra_latency * int(inside.max()),
         "inter": topology.inter_latency * (nodes - 1),
         "all": all_to_all_latency(topology, node_dedup=False),
     }
-    return float(latencies[kind] + peer_bytes * slopes[kind])
+    return float(transfer_seconds(flows[kind], peer_bytes, topology, latencies[kind]))
 
 
 def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchange]]) -> list[LinkTiming]:
@@ -316,16 +316,19 @@ def _dispatch_timings(
 
 
 def _work_timings(topology: Topology, work: ExpertWork, products: Sequence[Products]) -> list[WorkTiming]:
-    compute, reading = float(np.median(topology.compute)), float(np.median(topology.memory_bandwidth))
+    # What was read is the measured weights, whose type need not be the one the model stores.
+    expert_bytes = work.weight_bytes / work.experts
+    typical = Roofline(
+        work.spec.flops_per_token / np.median(topology.compute, keepdims=True),
+        expert_bytes / np.median(topology.memory_bandwidth, keepdims=True),
+    )
+    hit = np.full(1, float(work.experts))
     return [
         WorkTiming(
             found.pairs,
             float(np.median(found.seconds)),
             float(np.median(found.products_only)),
-            max(
-                found.pairs * work.experts * work.spec.flops_per_token / compute,
-                work.weight_bytes / reading,
-            ),
+            float(typical.seconds(found.pairs * hit, hit)[0]),
         )
         for found in products
     ]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...placement.cost import chance_reached
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ..moe.all_to_all import Departed, Hop
@@ -226,7 +227,7 @@ def rows_to_peer(ranks: Ranks, kind: str, tokens: int, top_k: int) -> float:
     nodes = len(ranks.nodes)
 
     def reached(places: int) -> float:
-        return tokens * (1.0 - (1.0 - 1.0 / places) ** top_k)
+        return tokens * float(chance_reached(1.0 / places, top_k))
 
     return {"inter": reached(nodes), "intra": reached(ranks.size) * nodes, "all": reached(ranks.size)}[kind]
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._types import IntArray
+from ...placement.cost import Roofline
 from .all_to_all import Flight
 from .coordination import naming_lost_ranks
 from .dispatcher import Pairs
@@ -428,9 +429,9 @@ class CoherentExperts:
         if self._overlap is not None:
             return self._overlap
         spec, topology = self._experts.spec, self._experts.plan.topology
-        pairs = self._pairs_here(stayed)
-        arithmetic = pairs * spec.flops_per_token / topology.compute[self._mesh.rank]
-        reading = len(self._experts.row_expert) * spec.bytes_per_expert / topology.memory_bandwidth[self._mesh.rank]
+        work, rank = Roofline.of(spec, topology), self._mesh.rank
+        arithmetic = self._pairs_here(stayed) * work.per_pair[rank]
+        reading = len(self._experts.row_expert) * work.per_read[rank]
         return bool(arithmetic >= REREAD * reading)
 
     def _pairs_here(self, copies: Copies) -> int:

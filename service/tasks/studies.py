@@ -16,7 +16,7 @@ from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ...placement.statistics import RoutingStatistics
 from ...placement.steps import Steps
-from ...placement.synthetic import draw_steps
+from ...placement.synthetic import sample_steps
 from ...placement.topology import Topology
 from ...placement.trace import RoutingTrace
 from ...solvers.pareto import front_data, pareto
@@ -75,7 +75,7 @@ def ground(job: ClaimedJob, store: Store, model: ModelSpec) -> Ground:
     tokens = request["steps"]["tokens"] or policy.step_tokens
     count = request["steps"]["count"] or DRAWN_STEPS
     load = from_windows(windows, model).load
-    steps = draw_steps(load, model.top_k, model.moe_layers, step_tokens=tokens, steps=count, seed=request["seed"])
+    steps = sample_steps(load, model.top_k, model.moe_layers, step_tokens=tokens, steps=count, seed=request["seed"])
     return Ground(known, steps, f"{count} steps of {tokens} tokens drawn from the newest {len(windows)} count windows")
 
 

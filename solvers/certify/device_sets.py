@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound, layer_seconds_bound
-from ...placement.cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from ...placement.cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.steps import Steps
 from ..jit import kernel
@@ -111,15 +111,12 @@ class DeviceSets:
         model, loads, floor = problem.model, self._loads[:, layer], self._floor[:, layer, None]
         hits = (loads > 0).astype(np.float64)
         result = floor + np.zeros(len(self.members))
-        for amount, rates, unit in (
-            (loads, topology.compute, model.flops_per_token),
-            (hits, topology.memory_bandwidth, model.bytes_per_expert),
-        ):
+        for amount, seconds in zip((loads, hits), Roofline.of(model, topology), strict=True):
             here = amount[:, self.members].sum(axis=2)
             rest = amount.sum(axis=1, keepdims=True) - here
             # What the others have left to do takes at least as long as all of them together need.
-            others = float(rates.sum() - rates.min())
-            result = np.maximum(result, np.maximum(here / rates.max(), rest / others) * unit)
+            others = float((1.0 / seconds).sum() - 1.0 / seconds.max())
+            result = np.maximum(result, np.maximum(here * seconds.min(), rest / others))
         return self._grouped(result * self._weight[:, None])
 
     def transfers(self, layer: int) -> FloatArray:

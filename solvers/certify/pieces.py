@@ -14,7 +14,7 @@ import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound
-from ...placement.cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from ...placement.cost import Roofline, all_to_all_latency, chance_reached, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.steps import Steps
 from .link_floors import link_floors
@@ -32,15 +32,14 @@ class Level:
 
     slots: [L, H] of each holder. copy: seconds a holder that a token needs costs, a byte, on all links together; evenly:
     the same where homes are spread evenly, and a token's every holder counts. leaving: seconds a byte on the link of the
-    one holder that sends, the fastest; 0 where not all it sends takes that link. arithmetic, reading: [H] rates of a holder.
+    one holder that sends, the fastest; 0 where not all it sends takes that link. work: what expert work costs a holder.
     """
 
     slots: IntArray
     copy: float
     evenly: float
     leaving: float
-    arithmetic: FloatArray
-    reading: FloatArray
+    work: Roofline
 
     @property
     def holders(self) -> int:
@@ -52,7 +51,7 @@ def levels(problem: Problem) -> list[Level]:
     topology, dedup = problem.topology, problem.objective.node_dedup
     sizes, devices, nodes = topology.node_size, topology.num_devices, topology.num_nodes
     slots = problem.layer_slots
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    work = Roofline.of(problem.model, topology)
     smallest, away = float(sizes.min()), 1.0 - float(sizes.max()) / devices
     # Inside nodes: a copy from another node is fanned out from a device chosen evenly, and so passes (size - 1) / size links.
     within = (smallest - 1.0) / smallest if dedup or nodes == 1 else 0.0
@@ -62,27 +61,25 @@ def levels(problem: Problem) -> list[Level]:
         (1.0 if nodes == 1 else within) / links,
         (within if dedup else (smallest - 1.0) / devices) / links,
         1.0 / float(topology.intra_bandwidth.max()) if nodes == 1 else 0.0,
-        topology.compute,
-        topology.memory_bandwidth,
+        work,
     )
     between = Level(
-        np.add.reduceat(slots, starts, axis=1),
+        np.add.reduceat(slots, topology.node_start, axis=1),
         1.0 / trunks if nodes > 1 else 0.0,
         away / trunks,
         1.0 / float(topology.inter_bandwidth.max()) if nodes > 1 else 0.0,
-        np.add.reduceat(topology.compute, starts),
-        np.add.reduceat(topology.memory_bandwidth, starts),
+        work.pooled(topology.node_start),
     )
     if not dedup and nodes > 1:
         # Every copy crosses by itself: devices, not nodes, tell how many.
         inside = replace(inside, evenly=max(inside.evenly, away / trunks))
     found = [level for level in (inside, between) if level.evenly > 0.0]
-    return sorted(found, key=lambda level: -level.evenly * at_random(level.holders, problem.model.top_k))
+    return sorted(found, key=lambda level: -level.evenly * _holders_at_random(level, problem.model.top_k))
 
 
-def at_random(holders: int, experts: int) -> float:
+def _holders_at_random(level: Level, experts: int) -> float:
     """Holders a token needs on average when its experts stand anywhere."""
-    return holders * (1.0 - (1.0 - 1.0 / holders) ** experts)
+    return level.holders * float(chance_reached(1.0 / level.holders, experts))
 
 
 @dataclass(frozen=True)
@@ -156,11 +153,11 @@ class Pieces:
         return 0.5 if self.coherent and 0 < layer < self._problem.model.layers - 1 else 1.0
 
     def _compute(self, layer: int, place: int, space: GramSpace, share: float) -> Term:
-        model, loads = self._problem.model, self._loads[:, layer]
+        fastest, loads = self._level.work.fastest(), self._loads[:, layer]
         work = np.zeros((len(loads), 2, space.items))
         own = slice(place * space.experts, (place + 1) * space.experts)
-        work[:, 0, own] = loads * (model.flops_per_token / self._level.arithmetic.max())
-        work[:, 1, own] = (loads > 0) * (model.bytes_per_expert / self._level.reading.max())
+        work[:, 0, own] = loads * fastest.per_pair
+        work[:, 1, own] = (loads > 0) * fastest.per_read
         return SlowestDevice(work, share * self._weight, self._floor[:, layer])
 
     def _transfers(
@@ -201,7 +198,7 @@ class Pieces:
         counted but taken as `floor` [S] has it, seconds a byte.
         """
         level = self._level
-        random = at_random(level.holders, ids.shape[1]) - held
+        random = _holders_at_random(level, ids.shape[1]) - held
         rate = np.full(len(ids), level.copy if held else level.evenly)
         if owner is not None and level.leaving > 0.0 and not self._problem.has_replicas:
             rate = self._rates(owner)

@@ -98,7 +98,7 @@ def test_text_of_others_does_not_become_markup_in_notebooks() -> None:
         (lambda: mp.evaluate(1, 2, 3), "plan is 1 (int)", "expected Plan"),  # type: ignore[arg-type]
         (lambda: mp.evaluate(PLAN, TRACE, PROBLEM), "steps is <RoutingTrace", "expected Steps"),  # type: ignore[arg-type]
         (lambda: mp.evaluate(PLAN, STEPS, None), "problem is missing", "Problem(trace, topology)"),  # type: ignore[arg-type]
-        (lambda: mp.binding_terms(PLAN), "evaluation is <Plan", "expected Evaluation"),  # type: ignore[arg-type]
+        (lambda: mp.bottleneck_terms(PLAN), "evaluation is <Plan", "expected Evaluation"),  # type: ignore[arg-type]
         (lambda: mp.solve(TRACE), "problem is <RoutingTrace", "expected Problem"),  # type: ignore[arg-type]
         (lambda: mp.solve(PROBLEM, 3), "lacks name", "supports, needs, solve"),  # type: ignore[arg-type]
         (lambda: mp.decide(PLAN, PLAN, STEPS, PROBLEM), "candidates is <Plan", "a sequence of Plan"),  # type: ignore[arg-type]

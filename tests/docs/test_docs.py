@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.placement.bounds import step_seconds_bound
+from moeplace.placement.bounds import least_device_load, step_seconds_bound
 from moeplace.placement.cost import all_to_all_latency
 from moeplace.placement.replay import replay
 from moeplace.profiler.trace_files import TraceHeader, trace_schema
@@ -159,13 +159,14 @@ def test_counts_worked_out_by_hand_are_those_of_the_replay() -> None:
     plan = mp.solve(problem, "contiguous")
     (demand,) = replay(plan, names["steps"], names["topology"], objective)
     assert demand.tokens[0, 0, 0] == 6
-    assert demand.reached[0, 0].tolist() == [6, 5, 3, 2]
-    assert demand.node_reached[0, 0].tolist() == [7, 4]
-    assert demand.dispatch.inter[0, 0].max() == 3.5
-    assert demand.dispatch.intra[0, 0].max() == 3
+    assert demand.dispatch.devices[0, 0].tolist() == [6, 5, 3, 2]
+    assert demand.dispatch.nodes[0, 0].tolist() == [7, 4]
+    flows = demand.dispatch.flows(names["topology"], objective.node_dedup)
+    assert (flows.inter[0, 0].max(), flows.intra[0, 0].max()) == (3.5, 3)
     assert all_to_all_latency(names["topology"], node_dedup=True) == pytest.approx(13e-6)
     (coherent,) = replay(plan, names["steps"], names["topology"], problem.objective)
-    assert (coherent.dispatch.inter[0, 1].max(), coherent.dispatch.intra[0, 1].max()) == (3, 4)
+    flows = coherent.dispatch.flows(names["topology"], problem.objective.node_dedup)
+    assert (flows.inter[0, 1].max(), flows.intra[0, 1].max()) == (3, 4)
 
 
 def uneven_case(dedup: bool) -> tuple[mp.Plan, mp.Steps, mp.Problem]:
@@ -224,9 +225,7 @@ def test_the_step_bound_as_printed_is_the_codes_and_below_the_plan() -> None:
         transfer = 2 * latency + len(ids) * 500 * 3 * links
         least = [
             counts.sum() * F / topology.compute.sum(),
-            mp.placement.load_bound.least_device_load(counts[None].astype(float), problem.slots_per_device)[0]
-            * F
-            / topology.compute.max(),
+            least_device_load(counts[None].astype(float), problem.slots_per_device)[0] * F / topology.compute.max(),
             (counts > 0).sum() * B / topology.memory_bandwidth.sum(),
         ]
         assert bound[s] == pytest.approx(transfer + max(least))

@@ -22,7 +22,7 @@ from small_models import FAMILIES, mixtral, olmoe, tokens
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
-from moeplace.placement.traffic import device_traffic
+from moeplace.placement.replay import device_traffic
 from moeplace.runtime import ContextCoherentDecoder, DispatchCombineDecoder, LSHCompression
 from moeplace.runtime.moe.dispatcher import HopDispatcher
 
