@@ -26,15 +26,16 @@ class Registry(Generic[T]):
     """What is known of one kind, built in and plugged in. Entry points are read once, and only when the built-in ones do not
     answer.
 
-    kind: the word for an entry in messages. group: of the entry points. builtin: in the order they are listed. attributes:
-    what each entry must have; `name` is what it is asked for by.
+    kind: the word for an entry in messages. group: of the entry points. attributes: what each entry must have; `name` is
+    what it is asked for by. builtin: in the order they are listed.
     """
 
-    def __init__(self, kind: str, group: str, builtin: Sequence[T], attributes: Sequence[str]) -> None:
-        self.kind, self.group, self.builtin, self.attributes = kind, group, tuple(builtin), tuple(attributes)
+    def __init__(self, kind: str, group: str, attributes: Sequence[str], *builtin: T) -> None:
+        self.kind, self.group, self.attributes, self.builtin = kind, group, tuple(attributes), builtin
 
     def __iter__(self) -> Iterator[T]:
-        return iter((*self.builtin, *self._plugged_in[0]))
+        yield from self.builtin
+        yield from self._plugged_in[0]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,9 +48,6 @@ class Registry(Generic[T]):
         Raises:
             InputError: unknown name (the nearest is told), or a plug-in that does not load.
         """
-        for entry in self.builtin:
-            if _name(entry) == name:
-                return entry
         for entry in self:
             if _name(entry) == name:
                 return entry

@@ -14,6 +14,13 @@ from .search import Search
 SOLVERS: Registry[Solver] = Registry(
     "solver",
     "moeplace.solvers",
-    (Contiguous(), RoundRobin(), RandomPlacement(), Eplb(), Exflow(), MoeTuner(), Chain(), Search()),
-    attributes=("name", "supports", "needs", "solve"),
+    ("name", "supports", "needs", "solve"),
+    Contiguous(),
+    RoundRobin(),
+    RandomPlacement(),
+    Eplb(),
+    Exflow(),
+    MoeTuner(),
+    Chain(),
+    Search(),
 )

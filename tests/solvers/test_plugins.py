@@ -26,6 +26,16 @@ class Reversed:
 class Half:
     name = "half"
 
+class Lines:
+    name = "their lines of layers"
+    options = frozenset({"num_experts"})
+
+    def recognise(self, path):
+        return path.suffix == ".theirs"
+
+    def read(self, path, num_experts=4):
+        return mp.RoutingTrace.from_arrays(np.loadtxt(path, dtype=int, ndmin=2), num_experts)
+
 class Impostor(Reversed):
     name = "eplb"
 """
@@ -112,3 +122,17 @@ def test_a_plug_in_that_fails_is_named_and_breaks_nothing_else(tmp_path: Path, p
     assert printed[1] == "reversed True"
     assert printed[2].startswith("reversed 0.")
     assert name == "eplb" or said in printed[3]
+
+
+def test_an_installed_reader_reads_what_it_recognises(tmp_path: Path) -> None:
+    install(tmp_path, "[moeplace.readers]\nlines = strangers:Lines\nbroken = strangers:Half\n")
+    (tmp_path / "routing.theirs").write_text("0 1\n2 3\n3 0\n")
+    printed = run(
+        tmp_path,
+        f"""
+        warnings.simplefilter("ignore")
+        trace = mp.read_any({str(tmp_path / "routing.theirs")!r}, num_experts=5)
+        print(trace.num_tokens, trace.num_layers, trace.num_experts)
+        """,
+    )
+    assert printed == "3 2 5\n"
