@@ -169,7 +169,7 @@ def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Obje
         InputError: a setting out of range.
     """
     from ..placement.objective import Objective
-    from ..runtime.exporters.registry import engine_names, exporter_named
+    from ..runtime.exporters.export import engine_names, exporter_named
 
     choice: Literal["share", "nearest"] = "share"
     if options.replica_choice is not None:

@@ -11,8 +11,7 @@ from ..placement.layer_slots import spanned
 from ..placement.plan import Plan
 from ..placement.problem import Problem
 from .exporters.base import Constraint
-from .exporters.export import check_export
-from .exporters.registry import engine_names, exporter_named
+from .exporters.export import check_export, engine_names, exporter_named
 from .permute.rows import PERMUTE_CONSTRAINTS, expert_order
 
 PERMUTE = "permute"

@@ -86,66 +86,52 @@ def calibrate(
     world = dist.group.WORLD
     assert world is not None
     with naming_unresponsive_ranks(world):
-        return _calibrate(spec, kind, dtype, experts, tokens, node_size, uniform, round_seconds, listen)
-
-
-def _calibrate(
-    spec: ModelSpec,
-    kind: ExpertMLP | None,
-    dtype: torch.dtype | None,
-    experts: int | None,
-    tokens: int | None,
-    node_size: int | None,
-    uniform: bool,
-    round_seconds: float,
-    listen: Callable[[str], None],
-) -> Calibration:
-    device = own_device()
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if tokens is not None and tokens < dist.get_world_size():
-        raise InputError(f"tokens ({tokens}) of a step: expected one or more for each of {dist.get_world_size()} ranks")
-    ranks = Ranks.of_world(device, node_size)
-    here = -(-tokens // ranks.size) if tokens else TOKENS[device.type]
-    row_bytes = spec.hidden_size * dtype.itemsize
-    clock = Clock(ranks, round_seconds)
-    experts = experts or _experts(spec, dtype, ranks)
-    work = ExpertWork(spec, kind, experts, dtype, device)
-    listen(
-        f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} "
-        "tokens"
-    )
-    products = expert_products(work, ranks, clock, here * ranks.size)
-    busy = products[-1].pairs
-    alone = max(ranks.gather(work.timed(ranks, clock, busy, alone=0)[0]))
-    listen("expert work timed")
-    copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, here)
-    memory = memory_bytes(ranks)
-    timed: dict[str, list[Exchange]] = {}
-    everyone = dist.group.WORLD
-    assert everyone is not None
-    for link, group, exists in (
-        ("intra", ranks.inside, max(map(len, ranks.nodes)) > 1),
-        ("inter", ranks.across, len(ranks.nodes) > 1),
-        ("all", everyone, ranks.size > 1),
-    ):
-        expected = round(rows_to_peer(ranks, link, here, spec.top_k) * row_bytes)
-        timed[link] = exchanges(ranks, group, clock, expected) if exists else []
-        if exists:
-            listen(f"links timed: {link}")
-    through = dispatches(work, ranks, clock, here)
-    topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
-    return Calibration(
-        topology,
-        tuple(_link_timings(ranks, topology, timed)),
-        tuple(_dispatch_timings(ranks, topology, through, work)),
-        tuple(_work_timings(topology, work, products)),
-        experts,
-        here * ranks.size,
-        float(np.median(a_token)),
-        float(np.median(copied)),
-        products[-1].seconds[0] / alone,
-        f"{device.type}, {dtype}",
-    )
+        device = own_device()
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if tokens is not None and tokens < dist.get_world_size():
+            raise InputError(
+                f"tokens ({tokens}) of a step: expected one or more for each of {dist.get_world_size()} ranks"
+            )
+        ranks = Ranks.of_world(device, node_size)
+        here = -(-tokens // ranks.size) if tokens else TOKENS[device.type]
+        row_bytes = spec.hidden_size * dtype.itemsize
+        clock = Clock(ranks, round_seconds)
+        experts = experts or _experts(spec, dtype, ranks)
+        work = ExpertWork(spec, kind, experts, dtype, device)
+        listen(
+            f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} "
+            "tokens"
+        )
+        products = expert_products(work, ranks, clock, here * ranks.size)
+        busy = products[-1].pairs
+        alone = max(ranks.gather(work.timed(ranks, clock, busy, alone=0)[0]))
+        listen("expert work timed")
+        copied, a_token = copy_bandwidth(ranks, clock), token_seconds(work, ranks, clock, here)
+        memory = memory_bytes(ranks)
+        timed: dict[str, list[Exchange]] = {}
+        for link, group, exists in (
+            ("intra", ranks.inside, max(map(len, ranks.nodes)) > 1),
+            ("inter", ranks.across, len(ranks.nodes) > 1),
+            ("all", world, ranks.size > 1),
+        ):
+            expected = round(rows_to_peer(ranks, link, here, spec.top_k) * row_bytes)
+            timed[link] = exchanges(ranks, group, clock, expected) if exists else []
+            if exists:
+                listen(f"links timed: {link}")
+        through = dispatches(work, ranks, clock, here)
+        topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
+        return Calibration(
+            topology,
+            tuple(_link_timings(ranks, topology, timed)),
+            tuple(_dispatch_timings(ranks, topology, through, work)),
+            tuple(_work_timings(topology, work, products)),
+            experts,
+            here * ranks.size,
+            float(np.median(a_token)),
+            float(np.median(copied)),
+            products[-1].seconds[0] / alone,
+            f"{device.type}, {dtype}",
+        )
 
 
 def own_device() -> torch.device:

@@ -1,8 +1,7 @@
 """Plans as the files that serving engines read, and back."""
 
 from .base import Constraint
-from .export import check_export, engine_constraints, engine_usage, export_plan, read_exported
-from .registry import engine_names
+from .export import check_export, engine_constraints, engine_names, engine_usage, export_plan, read_exported
 
 __all__ = [
     "Constraint",

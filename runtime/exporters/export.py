@@ -1,4 +1,5 @@
-"""The entry points: check a plan against an engine, write its file, read it back."""
+"""The entry points: every engine, check a plan against it, write its file, read it back. A new format is a file and a
+line here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,30 @@ from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
 from .base import Constraint, Exporter, violations
-from .registry import exporter_named
+from .moeplace_json import MoeplaceJson
+from .sglang import SGLang
+from .trtllm import TensorRTLLM
+from .vllm import VLLM
+from .vllm_ascend import VLLMAscend
+
+EXPORTERS: tuple[Exporter, ...] = (MoeplaceJson(), SGLang(), VLLM(), VLLMAscend(), TensorRTLLM())
+
+
+def engine_names() -> tuple[str, ...]:
+    """Names accepted by `export_plan`."""
+    return tuple(exporter.name for exporter in EXPORTERS)
+
+
+def exporter_named(engine: str) -> Exporter:
+    """The exporter of that engine.
+
+    Raises:
+        InputError: unknown engine; the nearest is named.
+    """
+    for exporter in EXPORTERS:
+        if exporter.name == engine:
+            return exporter
+    raise InputError(f"engine {engine!r} is unknown; {nearest(engine, engine_names())}")
 
 
 @check_types

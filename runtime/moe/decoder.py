@@ -39,16 +39,21 @@ Routing = tuple[Tensor, Tensor]
 class Decoder(ABC):
     """A model whose ranks decode sequences together, each its own.
 
-    model: a Transformers model of a known family (`FAMILIES`), in evaluation mode and the same on every rank,
-    or one that `parallelize` has spread by this plan and mesh. dispatch: as for `parallelize`, and the way that
-    decoding sends tokens: "flat", or "node_aware" on a mesh of two dimensions (the default there).
-    statistics: of this rank, since the start or its `reset`.
-
     Every rank calls the same methods with the same settings, with any number of sequences, none is fine.
-    holds_all: whether a rank holds the context of all sequences, or of its own.
 
-    Raises, on every rank:
-        InputError: as `parallelize`; or the model is in training mode.
+    statistics: of this rank, since the start or its `reset`. holds_all: whether a rank holds the context of all
+    sequences, or of its own.
+
+    Args:
+        model: a Transformers model of a known family (`FAMILIES`), in evaluation mode and the same on every rank, or
+            one that `parallelize` has spread by this plan and mesh.
+        plan: which experts stand where.
+        mesh: all ranks; device g of the plan is its g-th.
+        dispatch: as for `parallelize`, and the way that decoding sends tokens: "flat", or "node_aware" on a mesh of two
+            dimensions (the default there).
+
+    Raises:
+        InputError: as `parallelize`; or the model is in training mode. All errors are raised on every rank.
         UnsupportedError: a family or setting of the model that is not known to give the same tokens.
     """
 
