@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 
 import moeplace as mp
-from moeplace.profiler.trace_files import read_trace
 
 TRACE = Path(__file__).resolve().parent / "data" / "olmoe_small"
 CLUSTER = "--topology a100-pcie --nodes 2 --devices-per-node 4"
@@ -105,7 +104,7 @@ def _address(server: subprocess.Popen[bytes], log: Path) -> str:
 
 def _fill(url: str) -> None:
     """Counts of the trace's tokens, window by window, and the first decisions."""
-    trace = read_trace(TRACE)
+    trace = mp.read_trace(TRACE)
     model = mp.ModelSpec(
         layers=len(trace.moe_layers),
         experts=trace.num_experts,

@@ -19,20 +19,7 @@ def main(path: str) -> None:
     train, held = trace.split(by="sequence", held_out=0.25, seed=0)
     steps = held.decode_steps(concurrency=128, steps=200, seed=0)
 
-    spec = mp.ModelSpec(
-        layers=trace.num_layers,
-        experts=trace.num_experts,
-        top_k=trace.top_k,
-        hidden_size=2048,
-        ffn_size=1024,
-        moe_layers=trace.moe_layers,
-    )
-    problem = mp.Problem(
-        model=spec,
-        topology=mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=4),
-        statistics=mp.RoutingStatistics.from_trace(train),
-        objective=mp.Objective(execution="dispatch_combine", risk="mean"),
-    )
+    problem = mp.Problem(train, mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=4))
     today = mp.solve(problem, solver="contiguous")
     plan = mp.solve(problem, solver="search", seconds=10, seed=0)
     assert plan.certificate is not None
@@ -44,6 +31,7 @@ def main(path: str) -> None:
             f"load max/mean {figures['load_max_mean']:.2f}, devices a token {figures['devices_per_token']:.2f}"
         )
     print(f"proven: {plan.certificate.objective} is at most {plan.gap:.1%} above what any plan can reach")
+    print(plan)
     plan.save("plan.json")
     assert mp.Plan.load("plan.json").fingerprint == plan.fingerprint
     print("wrote plan.json")

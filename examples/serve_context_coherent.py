@@ -25,9 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 from transformers.utils import logging
 
 import moeplace as mp
-from moeplace.runtime import ContextCoherentDecoder, DispatchCombineDecoder
-from moeplace.runtime.moe.coherent import DecodeStatistics
-from moeplace.runtime.moe.decoder import Decoder
+from moeplace.runtime import Decoder, DecodeStatistics
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -170,11 +168,11 @@ def main() -> None:
         slot_device=np.arange(spec.experts) * ranks // spec.experts,
     )
 
-    going = DispatchCombineDecoder(model, index_order, mesh)  # moeplace: spreads the model's experts
+    going = mp.DispatchCombineDecoder(model, index_order, mesh)  # moeplace: spreads the model's experts
     served = {"index order, dispatch_combine": serve(going, prompts, args.new_tokens)}
     mp.apply(model, plan)  # moeplace: experts move to where the plan has them
     served["plan, dispatch_combine"] = serve(going, prompts, args.new_tokens)
-    staying = ContextCoherentDecoder(model, plan, mesh)  # moeplace
+    staying = mp.ContextCoherentDecoder(model, plan, mesh)  # moeplace
     served["plan, context_coherent"] = serve(staying, prompts, args.new_tokens)
 
     first = next(iter(served.values())).tokens

@@ -24,8 +24,6 @@ from train_moe import BUILT_IN, SEQUENCE, batches, build_model, load_domains
 from transformers.utils import logging
 
 import moeplace as mp
-from moeplace.runtime import clip_grad_norm_, load_checkpoint, save_checkpoint
-from moeplace.training import Rebalancer
 
 
 def index_order(spec: mp.ModelSpec, topology: mp.Topology) -> mp.Plan:
@@ -97,8 +95,8 @@ def main() -> None:
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     if args.resume:
-        load_checkpoint(args.resume, parallel, optimizer)  # moeplace
-    rebalancer = Rebalancer(  # moeplace
+        mp.load_checkpoint(args.resume, parallel, optimizer)  # moeplace
+    rebalancer = mp.Rebalancer(  # moeplace
         parallel,
         optimizer,
         args.out / "rounds",
@@ -114,7 +112,7 @@ def main() -> None:
         tokens = batch.to(model.device)
         output = parallel(input_ids=tokens, labels=tokens, output_router_logits=True)
         output.loss.backward()
-        clip_grad_norm_(model, 1.0)  # moeplace: one norm over all ranks' experts
+        mp.clip_grad_norm_(model, 1.0)  # moeplace: one norm over all ranks' experts
         optimizer.step()
         optimizer.zero_grad()
         rebalancer.step()  # moeplace
@@ -125,7 +123,7 @@ def main() -> None:
             say(f"step {step}/{args.steps}  loss {float(loss) / ranks:.3f}  {rate:,.0f} tokens/s")
             clock = time.perf_counter()
         if step % args.save_every == 0 or step == args.steps:
-            save_checkpoint(args.out / f"checkpoint-{step}", parallel, optimizer)  # moeplace
+            mp.save_checkpoint(args.out / f"checkpoint-{step}", parallel, optimizer)  # moeplace
         if step == args.steps:
             break
     rebalancer.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._arguments import check_types
 from .._types import FloatArray, IntArray
 from .cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
 from .layer_slots import alike_layers
@@ -114,6 +115,7 @@ def _crowd_heavy(load: FloatArray, slots: IntArray) -> FloatArray:
     return best
 
 
+@check_types
 def device_load_certificate(problem: Problem, table: IntArray, shares: FloatArray | None = None) -> Certificate:
     """The placement's average-load imbalance, mean over layers, with a bound that holds for every placement."""
     used = equal_shares(table, problem.model.experts) if shares is None else shares

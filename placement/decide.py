@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from .._arguments import check_types
+from .._deprecated import old_listener
+from .._display import Displayed, data_size
 from .._types import FloatArray
 from .cost import window_seconds
 from .errors import InputError
@@ -15,6 +19,7 @@ from .evaluate import evaluate
 from .migration import Migration, migration
 from .plan import Plan
 from .problem import Problem
+from .progress import Listener, Progress
 from .risk import best_by_workload, risk_value, weighted_mean
 from .statistics import window_weights, with_tokens
 from .steps import Steps
@@ -45,8 +50,8 @@ class Verdict:
     payback_steps_high: float
 
 
-@dataclass(frozen=True)
-class Decision:
+@dataclass(frozen=True, repr=False)
+class Decision(Displayed):
     """keep, or apply candidate number `chosen`, and why; a verdict for each candidate."""
 
     action: Literal["keep", "apply"]
@@ -56,7 +61,19 @@ class Decision:
     confidence: float
     horizon_steps: float
 
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        rows = {"why": self.reason}
+        for number, verdict in enumerate(self.verdicts):
+            rows[f"candidate {number}"] = (
+                f"{verdict.candidate * 1e3:.4g} ms a step against {verdict.current * 1e3:.4g}, saves "
+                f"{verdict.gain * 1e3:.3g} ms ({verdict.gain_low * 1e3:.3g} to {verdict.gain_high * 1e3:.3g}); moves "
+                f"{data_size(verdict.migration.bytes_moved)}, pays back in {verdict.payback_steps:,.0f} steps"
+            )
+        title = "keep the plan in force" if self.chosen is None else f"apply candidate {self.chosen}"
+        return f"{title}, at confidence {self.confidence:g}", rows
 
+
+@check_types
 def decide(
     current: Plan,
     candidates: Sequence[Plan],
@@ -69,7 +86,7 @@ def decide(
     horizon_steps: float = 100_000.0,
     bytes_per_expert: float | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Listener | None = None,
 ) -> Decision:
     """Judges candidates on held-out routing; keeping is always one of the choices.
 
@@ -86,14 +103,15 @@ def decide(
             its gain is positive and pays the migration back within them; of several, the one that saves most.
         bytes_per_expert: what travels an expert; default its weights.
         seed: of the draws.
-        progress: called with the draws done.
+        progress: called after each draw with a `Progress` of the draws done and their number.
 
     Raises:
         InputError: no candidate, a level out of range, too few resamples for it, plans of another model or cluster.
     """
     check_levels(len(candidates), resamples, confidence, horizon_steps)
     moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
-    figures = _figures([current, *candidates], held_out, problem, concurrency, resamples, seed, progress)
+    listener = old_listener(progress, ("done",), "decide")
+    figures = _figures([current, *candidates], held_out, problem, concurrency, resamples, seed, listener)
     return conclude(figures, moves, confidence, horizon_steps)
 
 
@@ -145,9 +163,10 @@ def _figures(
     concurrency: int,
     resamples: int,
     seed: int,
-    progress: Callable[[int], None] | None,
+    progress: Listener | None,
 ) -> FloatArray:
     """[plans, 1 + resamples] the objective's figure of each plan, on all of `held_out` and then on each draw."""
+    began = time.perf_counter()
     rng = np.random.default_rng(seed)
     steps = held_out if isinstance(held_out, Steps) else held_out.decode_steps(concurrency, steps=200, seed=seed)
     whole = [evaluate(plan, steps, problem) for plan in plans]
@@ -165,7 +184,7 @@ def _figures(
             drawn = _redraw_sequences(held_out, rng).decode_steps(concurrency, RESAMPLED_STEPS, seed + draw)
             result[:, draw] = [evaluate(plan, drawn, problem).risk(best) for plan in plans]
         if progress is not None:
-            progress(draw)
+            progress(Progress(time.perf_counter() - began, message="draws replayed", done=draw, total=resamples))
     return result
 
 

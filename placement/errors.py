@@ -13,6 +13,10 @@ class InputError(MoeplaceError, ValueError):
     """A value, file or record given by the user is not valid."""
 
 
+class ArgumentTypeError(InputError, TypeError):
+    """An argument is of a type that the function does not take."""
+
+
 class NotFoundError(InputError):
     """Nothing is stored under the name or id given."""
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
+from .._display import Displayed, data_size, plural
 from .._types import FloatArray, IntArray
 from .cost import (
     Flows,
@@ -37,8 +39,8 @@ LATENCY, NOTHING = -1, -2
 """Codes of transfers that wait for no link: latency alone, or nothing to send."""
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Displayed):
     """Predicted times and traffic of a plan on S steps of L layers.
 
     tokens: [S] in each step. dispatch, compute, combine: [S, L] seconds. device_tokens: [S, L, G] token-expert pairs.
@@ -70,6 +72,26 @@ class Evaluation:
     dispatch_at: CodeArray
     compute_at: CodeArray
     combine_at: CodeArray
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        figures = self.summary()
+        ms = {name: f"{seconds * 1e3:.4g}" for name, seconds in figures.items() if "seconds" in name}
+        share = {
+            name: f"{value:.1%}" for name, value in figures.items() if name.startswith(("cross", "local", "node_local"))
+        }
+        title = f"{ms['step_seconds_mean']} ms a step, {plural(len(self.tokens), 'step')}, {self.tokens.mean():.4g} tokens each"
+        return title, {
+            "step ms": f"mean {ms['step_seconds_mean']}, p50 {ms['step_seconds_p50']}, p95 {ms['step_seconds_p95']}, "
+            f"p99 {ms['step_seconds_p99']}",
+            "of these": f"compute {ms['compute_seconds']}, transfer {ms['transfer_seconds']}",
+            "device load": f"max/mean {figures['load_max_mean']:.3f}, p99 {figures['load_max_mean_p99']:.3f}",
+            "a token needs": f"{figures['devices_per_token']:.2f} devices, {figures['nodes_per_token']:.2f} nodes",
+            "copies leave": f"their device {share['cross_device_fraction']}, their node {share['cross_node_fraction']}",
+            "transitions": f"stay on a device {share['local_transitions']}, in a node {share['node_local_transitions']}",
+            "busiest links": f"{data_size(figures['device_bytes_max'])} a device and step, "
+            f"{data_size(figures['node_bytes_max'])} a node and step",
+            "weights": f"{data_size(figures['device_memory_max'])} on the fullest device",
+        }
 
     @cached_property
     def step_seconds(self) -> FloatArray:
@@ -114,6 +136,7 @@ class Evaluation:
         }
 
 
+@check_types
 def evaluate(plan: Plan, steps: Steps, problem: Problem) -> Evaluation:
     """Replays `steps` through `plan` under the problem's topology and objective.
 
@@ -246,6 +269,7 @@ class BottleneckTerms:
         return np.asarray(self.seconds.sum(axis=1))
 
 
+@check_types
 def bottleneck_terms(evaluation: Evaluation) -> BottleneckTerms:
     """What the steps of an evaluation waited for.
 

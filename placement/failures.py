@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from .._arguments import check_types
 from .._types import BoolArray
 from .errors import InputError
 from .plan import Plan
@@ -44,6 +45,7 @@ class Failure:
         return cls("+".join(part.strip() for part in name.split("+")), tuple(sorted(lost)))
 
 
+@check_types
 def single_failures(topology: Topology, kinds: Sequence[Kind] = KINDS) -> tuple[Failure, ...]:
     """The loss of each device, and of each node where there are several; what would leave no device is left out."""
     counts = {"device": topology.num_devices, "node": topology.num_nodes}
@@ -78,6 +80,7 @@ def lost_experts(plan: Plan, failure: Failure) -> BoolArray:
     return np.asarray(~holds.any(axis=2))
 
 
+@check_types
 def survives(plan: Plan, failures: Sequence[Failure]) -> BoolArray:
     """[F] whether every expert of every layer keeps a replica in each failure."""
     return np.array([not lost_experts(plan, failure).any() for failure in failures], dtype=bool)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from .._display import data_size
 from .errors import InputError
 from .files import read_text
 from .validation import Record
@@ -27,7 +28,14 @@ class ModelSpec(Record):
     layers: L, MoE layers only. experts: E, routed experts a layer. top_k: k, experts a token and layer.
     hidden_size, ffn_size: widths of the residual stream and of one expert. groups: expert groups of group-limited
     routing (DeepSeek `n_group`), 1 without. expert_dtype: how expert weights are stored. moe_layers: the model's
-    absolute layer indices, 0..L-1 when not given. matrices: weight matrices an expert has (3 for SwiGLU, 2 for GELU).
+    absolute layer indices; when not given 0..L-1, and in a `Problem` those of the routing. matrices: weight matrices an
+    expert has (3 for SwiGLU, 2 for GELU).
+
+    Example:
+        >>> import moeplace as mp
+        >>> mp.ModelSpec(layers=16, experts=64, top_k=8, hidden_size=2048, ffn_size=1024).bytes_per_expert
+        12582912.0
+        >>> mp.ModelSpec.from_config("path/to/model/config.json")  # doctest: +SKIP
     """
 
     layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
@@ -38,18 +46,21 @@ class ModelSpec(Record):
     groups: PositiveInt = 1
     expert_dtype: str = "bf16"
     matrices: PositiveInt = 3
-    moe_layers: tuple[int, ...] = Field(default=(), validate_default=True)
+    moe_layers: tuple[int, ...] = ()
     name: str = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _default_layer_indices(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("moe_layers") and isinstance(data.get("layers"), int):
-            return {**data, "moe_layers": tuple(range(min(max(0, data["layers"]), MOST_LAYERS)))}
+    def _no_layers_named(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "moe_layers" in data and data["moe_layers"] in (None, (), []):
+            return {name: value for name, value in data.items() if name != "moe_layers"}
         return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.moe_layers:
+            # Set past pydantic, which would take it for given by the caller.
+            self.__dict__["moe_layers"] = tuple(range(self.layers))
         if self.top_k > self.experts:
             raise ValueError(f"top_k ({self.top_k}) must not exceed experts ({self.experts})")
         if self.experts % self.groups:
@@ -61,6 +72,44 @@ class ModelSpec(Record):
         if any(b <= a for a, b in zip(self.moe_layers, self.moe_layers[1:], strict=False)) or self.moe_layers[0] < 0:
             raise ValueError(f"moe_layers {self.moe_layers} must be non-negative and increasing")
         return self
+
+    @property
+    def title(self) -> str:
+        """`olmoe, 16 layers, 64 experts, top-8, 0.0126 GB an expert`."""
+        shape = f"{self.layers} layers, {self.experts} experts, top-{self.top_k}"
+        return f"{self.name + ', ' if self.name else ''}{shape}, {data_size(self.bytes_per_expert)} an expert"
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether moe_layers was given. Where not, they are a guess that gives way to the layers of recorded routing."""
+        return "moe_layers" in self.model_fields_set
+
+    def of_routing(self, experts: int, moe_layers: tuple[int, ...], top_k: int | None = None) -> ModelSpec:
+        """This model with the layers that routing names, where it was not itself told which layers hold experts.
+
+        Args:
+            experts: E of the routing. moe_layers: its layers. top_k: experts a token, where the routing says.
+
+        Raises:
+            InputError: the routing is of another model; the field that differs is named.
+        """
+        model = self
+        if not self.names_layers and len(moe_layers) == self.layers and moe_layers != self.moe_layers:
+            model = self.replace(moe_layers=moe_layers)
+        fields = {
+            "experts": (experts, model.experts),
+            "layers": (len(moe_layers), model.layers),
+            "moe_layers": (moe_layers, model.moe_layers),
+            "top_k": (top_k or model.top_k, model.top_k),
+        }
+        for name, (recorded, expected) in fields.items():
+            if recorded != expected:
+                hint = "; leave them out of ModelSpec, or give it the same moe_layers" if name == "moe_layers" else ""
+                raise InputError(
+                    f"the routing was recorded on another model: {name} is {recorded}, "
+                    f"ModelSpec.{name} is {expected}{hint}"
+                )
+        return model
 
     @property
     def bytes_per_expert(self) -> float:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
+from .._arguments import wrong_type
+from .._display import Displayed, data_size
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import FileFormatError, InputError
 from .files import read_text, write_text
@@ -69,17 +71,28 @@ class Provenance:
     choice: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Displayed):
     """An immutable placement of `model` on `topology`.
 
     physical_to_logical: [L, P] expert in each slot, `EMPTY` in those that a layer does without. slot_device: [P] device
     owning each slot, non-decreasing. shares: [L, P] fraction of its expert's tokens each slot serves, 0 in an empty one;
     equal among replicas when left out.
 
+    Example:
+        >>> import numpy as np, moeplace as mp
+        >>> model = mp.ModelSpec(layers=1, experts=4, top_k=1, hidden_size=64, ffn_size=64)
+        >>> topology = mp.Topology.preset("h100-hgx", devices_per_node=2)
+        >>> plan = mp.Plan(model, topology, np.array([[0, 1, 2, 3]]), slot_device=np.array([0, 0, 1, 1]))
+        >>> plan.holds[0, 2].tolist()
+        [False, True]
+        >>> plan = mp.solve(problem)  # doctest: +SKIP
+        >>> plan.save("plan.json")  # doctest: +SKIP
+        >>> mp.export_plan(plan, "sglang", "location.json")  # doctest: +SKIP
+
     Raises:
         InputError: on construction, naming the layer and what is wrong (an id out of range, an expert without a
-            slot, shares that do not sum to one, a device out of range).
+            slot, shares that do not sum to one, a device out of range), or an argument of another type.
     """
 
     model: ModelSpec
@@ -92,6 +105,9 @@ class Plan:
     predicted: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, kind in (("model", ModelSpec), ("topology", Topology)):
+            if not isinstance(getattr(self, name), kind):
+                raise wrong_type("Plan", name, getattr(self, name), kind)
         table = _integers("physical_to_logical", self.physical_to_logical)
         devices = _integers("slot_device", self.slot_device)
         object.__setattr__(self, "physical_to_logical", table)
@@ -104,6 +120,35 @@ class Plan:
             _check_shares(self.model, table, shares)
         shares.flags.writeable = False
         object.__setattr__(self, "shares", shares)
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        made, certificate, predicted = self.provenance, self.certificate, self.predicted
+        gap = "" if self.gap is None else f", gap {self.gap:.2%}"
+        rows = {"model": self.model.title, "cluster": self.topology._summary()[0], "slots": self._slots_in_words()}
+        if made.stop != "given":
+            options = "".join(f", {name}={value}" for name, value in made.options.items())
+            rows["solver"] = (
+                f"{made.solver} {made.version}, seed {made.seed}{options}: {made.stop} in {made.seconds:.3g} s"
+            )
+        if made.choice:
+            rows["chosen"] = made.choice
+        if certificate is not None:
+            rows["value"] = f"{certificate.value:.6g} ({certificate.objective})"
+            rows["bound"] = "nothing proven" if certificate.bound is None else f"{certificate.bound:.6g}{gap}"
+            rows["bound"] += ", proven optimal" if self.proven_optimal else ""
+        if "load_max_mean" in predicted:
+            rows["load"] = f"busiest device {predicted['load_max_mean']:.3f} times the mean, on the routing solved on"
+        if "moves" in predicted:
+            moves, moved = int(predicted["moves"]), data_size(predicted["bytes_moved"])
+            rows["moved"] = f"{moves:,} experts to another device, {moved}, from the plan in force"
+        rows["use"] = 'plan.save("plan.json"), or export_plan(plan, engine, path) with engine of engine_names()'
+        return f"by {made.solver}, {self.model.layers} layers, {self.topology.num_devices} devices{gap}", rows
+
+    def _slots_in_words(self) -> str:
+        slots, spare = self.filled.sum(axis=1), self.filled.sum(axis=1) - self.model.experts
+        low, high = int(slots.min()), int(slots.max())
+        width = f"{low}" if low == high else f"{low} to {high}"
+        return f"{width} a layer" + (f", {int(spare.max())} of them replicas" if spare.any() else "")
 
     @property
     def num_slots(self) -> int:

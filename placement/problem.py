@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from .._arguments import wrong_type
+from .._display import Displayed, plural
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
 from .failures import Failure, failure_mask
@@ -17,11 +20,15 @@ from .objective import Objective
 from .plan import Plan
 from .statistics import RoutingStatistics
 from .topology import Topology
+from .trace import RoutingTrace
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
+@dataclass(frozen=True, eq=False, init=False, repr=False)
+class Problem(Displayed):
     """Place the experts of `model` on the devices of `topology`, given `statistics`, to minimise `objective`.
+
+    `Problem(trace, topology)` is enough where the recording knows its model; statistics that do are as good. Where it is
+    not known, say it: `Problem(trace, topology, model=spec)`, or all three, `Problem(spec, topology, statistics)`.
 
     slots: P, physical slots a layer (default: one an expert), dealt evenly; the first P mod G devices get one more. Or
     [L] numbers, one a layer: the slot table is then as wide as the largest, and layers with fewer leave slots empty.
@@ -31,22 +38,72 @@ class Problem:
     current: the plan in force, where a solver may start. max_moved_bytes: most bytes of expert weights that may travel to
     get from it to the answer, an expert counting once for every device that does not hold it yet.
     tolerates: failures (see `single_failures`) in each of which every expert of every layer must keep a replica.
+
+    Example:
+        >>> import moeplace as mp
+        >>> trace = mp.read_trace("examples/data/olmoe_small")  # doctest: +SKIP
+        >>> topology = mp.Topology.preset("h100-hgx", nodes=2)  # doctest: +SKIP
+        >>> problem = mp.Problem(trace, topology, slots=40)  # doctest: +SKIP
+        >>> faster = dataclasses.replace(problem, objective=mp.Objective(risk="cvar:0.99"))  # doctest: +SKIP
     """
 
     model: ModelSpec
     topology: Topology
     statistics: RoutingStatistics
-    objective: Objective = field(default_factory=Objective)
-    slots: Slots | None = None
-    device_slots: DeviceSlots | None = None
-    pinned: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    forbidden: Mapping[tuple[int, int], Sequence[int]] = field(default_factory=dict)
-    tolerates: Sequence[Failure] = ()
-    current: Plan | None = None
-    max_moved_bytes: float | None = None
+    objective: Objective
+    slots: Slots | None
+    device_slots: DeviceSlots | None
+    pinned: Mapping[tuple[int, int], int]
+    forbidden: Mapping[tuple[int, int], Sequence[int]]
+    tolerates: Sequence[Failure]
+    current: Plan | None
+    max_moved_bytes: float | None
 
-    def __post_init__(self) -> None:
-        self._check_same_model()
+    def __init__(
+        self,
+        routing: RoutingTrace | RoutingStatistics | ModelSpec | None = None,
+        topology: Topology | None = None,
+        statistics: RoutingStatistics | RoutingTrace | None = None,
+        objective: Objective | None = None,
+        slots: Slots | None = None,
+        device_slots: DeviceSlots | None = None,
+        pinned: Mapping[tuple[int, int], int] | None = None,
+        forbidden: Mapping[tuple[int, int], Sequence[int]] | None = None,
+        tolerates: Sequence[Failure] = (),
+        current: Plan | None = None,
+        max_moved_bytes: float | None = None,
+        *,
+        model: ModelSpec | None = None,
+    ) -> None:
+        """See the class. The first argument is a trace, statistics, or the model, told by its type.
+
+        Raises:
+            InputError: no routing, no topology or no model known, an argument of another type, or arguments that do not
+                go together.
+        """
+        if routing is None and statistics is None:
+            raise wrong_type("Problem", "routing", None, RoutingTrace, RoutingStatistics)
+        if not isinstance(topology, Topology):
+            raise wrong_type("Problem", "topology", topology, Topology)
+        model, statistics = _model_and_statistics(routing, statistics, model)
+        for name, value, kind in (("objective", objective, Objective), ("current", current, Plan)):
+            if value is not None and not isinstance(value, kind):
+                raise wrong_type("Problem", name, value, kind)
+        values = {
+            "model": model.of_routing(statistics.experts, statistics.moe_layers, statistics.top_k),
+            "topology": topology,
+            "statistics": statistics,
+            "objective": Objective() if objective is None else objective,
+            "slots": slots,
+            "device_slots": device_slots,
+            "pinned": {} if pinned is None else pinned,
+            "forbidden": {} if forbidden is None else forbidden,
+            "tolerates": tolerates,
+            "current": current,
+            "max_moved_bytes": max_moved_bytes,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         self._check_slots()
         self._check_tolerates()
         self._check_current()
@@ -60,21 +117,31 @@ class Problem:
                         f"({self.model.layers} layers, {self.model.experts} experts, {devices} devices)"
                     )
 
-    def _check_same_model(self) -> None:
-        model, statistics = self.model, self.statistics
-        given = {
-            "experts": (statistics.experts, model.experts),
-            "layers": (statistics.num_layers, model.layers),
-            "moe_layers": (statistics.moe_layers, model.moe_layers),
-            "top_k": (statistics.top_k or model.top_k, model.top_k),
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        def default(value: object) -> str:
+            return f"{value!r}" if isinstance(value, str) else f"{value}"
+
+        title = f"{self.model.layers} layers of {self.model.experts} experts on {plural(self.num_devices, 'device')}"
+        changed = {name: getattr(self.objective, name) for name in sorted(self.objective.model_fields_set)}
+        routing = self.statistics._summary()
+        rows = {
+            "model": self.model.title,
+            "cluster": self.topology._summary()[0],
+            "routing": f"{routing[0]}; tokens {routing[1]['tokens']}; pairs {routing[1]['pairs']}",
+            "objective": f"{self.objective.risk} of step seconds, {self.objective.execution}"
+            + "".join(
+                f", {name}={default(value)}" for name, value in changed.items() if name not in ("risk", "execution")
+            ),
+            "slots": f"{spanned(self.layer_slots.sum(axis=1))} a layer, {spanned(self.slots_per_device)} a device",
         }
-        for name, (recorded, expected) in given.items():
-            if recorded != expected:
-                hint = "; give ModelSpec the same moe_layers" if name == "moe_layers" else ""
-                raise InputError(
-                    f"the routing was recorded on another model: {name} is {recorded}, "
-                    f"ModelSpec.{name} is {expected}{hint}"
-                )
+        asked = {
+            "pinned": plural(len(self.pinned), "expert") if self.pinned else "",
+            "forbidden": plural(len(self.forbidden), "expert") if self.forbidden else "",
+            "tolerates": plural(len(self.tolerates), "failure") if len(self.tolerates) else "",
+            "in force": "" if self.current is None else self.current._summary()[0],
+            "may move": "" if self.max_moved_bytes is None else f"{self.max_moved_bytes:,.0f} bytes",
+        }
+        return title, rows | {name: text for name, text in asked.items() if text}
 
     def _check_slots(self) -> None:
         needed = self.layer_slots.sum(axis=0) * self.model.bytes_per_expert
@@ -185,3 +252,29 @@ class Problem:
             for layer, (row, share) in enumerate(zip(rows, shares, strict=True))
         ]
         return in_table(own, self.own_slots, elsewhere=0)
+
+
+def _model_and_statistics(routing: Any, statistics: Any, model: Any) -> tuple[ModelSpec, RoutingStatistics]:
+    """The model and the statistics of what `Problem` was called with."""
+    if isinstance(routing, ModelSpec):
+        if model is not None:
+            raise InputError("Problem: the model is given twice, as the first argument and as model=")
+        routing, model = None, routing
+    elif routing is not None:
+        if not isinstance(routing, RoutingTrace | RoutingStatistics):
+            raise wrong_type("Problem", "routing", routing, RoutingTrace, RoutingStatistics, ModelSpec)
+        if statistics is not None:
+            raise InputError("Problem: the routing is given twice, as the first argument and as statistics")
+        statistics = routing
+    if not isinstance(statistics, RoutingTrace | RoutingStatistics):
+        raise wrong_type("Problem", "statistics", statistics, RoutingStatistics, RoutingTrace)
+    model = statistics.model if model is None else model
+    if model is None:
+        raise InputError(
+            "Problem: this routing does not say which model it was recorded on; give it, as "
+            "Problem(trace, topology, model=ModelSpec.from_config(folder)) or model=ModelSpec(layers=..., experts=..., "
+            "top_k=..., hidden_size=..., ffn_size=...)"
+        )
+    if not isinstance(model, ModelSpec):
+        raise wrong_type("Problem", "model", model, ModelSpec)
+    return model, RoutingStatistics.from_trace(statistics) if isinstance(statistics, RoutingTrace) else statistics

@@ -29,10 +29,11 @@ from .cost import (
 from .model import ModelSpec
 from .objective import Objective
 from .plan import Plan
-from .steps import IdArray, Steps, expert_counts
+from .steps import Steps
 from .topology import Topology
 
 ChanceArray = npt.NDArray[np.float32]
+IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
 BLOCK_VALUES = 1 << 22
 """Floats a working array of one block may hold: bounds memory to some 100 MB whatever the number of steps, and stays
@@ -148,17 +149,17 @@ class _ByShare:
 
     def dispatch_combine(self, block: _Block) -> Demand:
         """Tokens live on their source ranks, and results return there."""
-        chosen, node_chosen, hit, node_hit = self._token_shares(block.ids)
+        chosen, hit, node_hit = self._hits(block.ids)
         if block.source is None:
             reach = Reach(sum_steps(hit, block.bounds), sum_steps(node_hit, block.bounds), None)
         else:
             one_hot = np.eye(self._topology.num_devices, dtype=np.float32)[block.source]
             reach = _reach(np.broadcast_to(one_hot, (len(hit), *one_hot.shape)), hit, node_hit, block.bounds)
-        return self._demand(block, chosen, node_chosen, reach, reach)
+        return self._demand(block, chosen, reach, reach)
 
     def coherent(self, block: _Block) -> Demand:
         """Tokens stay where the expert of the highest weight ran, which is sent the outputs of the others."""
-        chosen, node_chosen, hit, node_hit = self._token_shares(block.ids)
+        chosen, hit, node_hit = self._hits(block.ids)
         owner = self._share[np.arange(len(block.ids))[:, None], block.ids[:, :, 0]]
         if block.source is None:
             first = np.full(owner[:1].shape, 1.0 / self._topology.num_devices, dtype=np.float32)
@@ -167,24 +168,21 @@ class _ByShare:
         dispatch = _reach(np.concatenate([first, owner[:-1]]), hit, node_hit, block.bounds)
         others = block.ids[:, :, 1:]
         if not others.shape[2]:
-            return self._demand(block, chosen, node_chosen, dispatch, None)
+            return self._demand(block, chosen, dispatch, None)
         combine = _reach(owner, reach_chance(others, self._share), reach_chance(others, self._node_share), block.bounds)
-        return self._demand(block, chosen, node_chosen, dispatch, combine)
+        return self._demand(block, chosen, dispatch, combine)
 
-    def _token_shares(self, ids: IdArray) -> tuple[ChanceArray, ChanceArray, ChanceArray, ChanceArray]:
-        """Shares of a token's experts on each device [L, T, G] and node [L, T, N], then chances that it needs each."""
+    def _hits(self, ids: IdArray) -> tuple[ChanceArray, ChanceArray, ChanceArray]:
+        """[L, T, G] shares of a token's experts on each device; chances that it needs each device, and each node."""
         chosen = chosen_share(ids, self._share)
-        node_chosen = chosen @ self._in_node
         hit = reach_chance(ids, self._share, chosen)
-        return chosen, node_chosen, hit, reach_chance(ids, self._node_share, node_chosen)
+        return chosen, hit, reach_chance(ids, self._node_share, chosen @ self._in_node)
 
-    def _demand(
-        self, block: _Block, chosen: ChanceArray, node_chosen: ChanceArray, dispatch: Reach, combine: Reach | None
-    ) -> Demand:
+    def _demand(self, block: _Block, chosen: ChanceArray, dispatch: Reach, combine: Reach | None) -> Demand:
         top_k, bounds = block.ids.shape[2], block.bounds
         work = _SlotWork(self._plan, len(bounds) - 1)
         work.serve(self._plan.shares, expert_counts(block.ids, bounds, self._plan.model.experts))
-        local, node_local = (transitions_local(part, top_k, bounds) for part in (chosen, node_chosen))
+        local, node_local = (transitions_local(part, top_k, bounds) for part in (chosen, chosen @ self._in_node))
         return Demand(*work.on_devices(), dispatch, combine, local, node_local)
 
 
@@ -271,7 +269,7 @@ class _SlotWork:
         # Two slots of one device may hold the same expert; they split what the device serves.
         return np.asarray(at_slot * (plan.shares / np.where(planned > 0.0, planned, 1.0)))
 
-    def serve(self, served: FloatArray, counts: IntArray) -> None:
+    def serve(self, served: FloatArray, counts: FloatArray) -> None:
         """Takes in tokens that chose each expert [S, L, E], of which each slot serves a fraction [L, P]."""
         # Of an empty slot any expert's counts are read here, and its share of 0 takes none of them.
         at_slot = np.take_along_axis(counts, self._plan.physical_to_logical[None], axis=2)
@@ -285,7 +283,8 @@ class _SlotWork:
         return self._tokens @ owner, (1.0 - self._idle) @ owner
 
 
-# Sums over the tokens of steps: who is reached, and which transitions stay. G stands for devices or nodes.
+# Sums over the tokens of steps: who is reached, how often each expert is chosen, which transitions stay. G stands for
+# devices or nodes.
 
 
 def chosen_share(ids: IdArray, share: npt.NDArray[np.floating[Any]]) -> ChanceArray:
@@ -315,6 +314,17 @@ def reach_chance(ids: IdArray, share: npt.NDArray[np.floating[Any]], chosen: Cha
             all_missed *= missed.take(ids[layer, :, rank], axis=0)
         np.subtract(np.float32(1.0), all_missed, out=result[layer])
     return result
+
+
+def expert_counts(ids: IdArray, bounds: IntArray, experts: int) -> FloatArray:
+    """[S, L, E] tokens that chose each expert, from ids [L, T, k]."""
+    layers = ids.shape[0]
+    counts = np.empty((len(bounds) - 1, layers, experts))
+    base = np.arange(layers)[:, None, None] * experts
+    for s in range(len(bounds) - 1):
+        flat = (ids[:, bounds[s] : bounds[s + 1]] + base).ravel()
+        counts[s] = np.bincount(flat, minlength=layers * experts).reshape(layers, experts)
+    return counts
 
 
 def transitions_local(chosen: ChanceArray, top_k: int, bounds: IntArray) -> FloatArray:

@@ -11,8 +11,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
+from .._display import Displayed, names, plural, span
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError, UnsupportedError
+from .model import ModelSpec
 from .trace import RoutingTrace
 
 # Expert loads over successive spans of a stream of tokens, in bounded memory, and what each of them weighs.
@@ -209,15 +212,22 @@ def _mix(values: HashArray) -> HashArray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-@dataclass(frozen=True, eq=False)
-class RoutingStatistics:
+@dataclass(frozen=True, eq=False, repr=False)
+class RoutingStatistics(Displayed):
     """Counts over S windows of routing, W workloads, L MoE layers and E experts.
 
     load: [S, L, E] tokens each expert got in each window. window_workload: [S] index into `workloads`.
     coactivation: [W, L, E, E] tokens that chose both experts in a layer (symmetric, zero diagonal).
     transitions: [W, L-1, E, E] expert at layer l to expert at l+1, every pair of a token's k x k counting 1/k, so that
     a token weighs k. sample: whole sequences kept for building steps. Count-only records have none of the last three.
-    tokens: how many tokens were counted (0 when unknown). fingerprint: SHA-256 of what was counted.
+    tokens: how many tokens were counted (0 when unknown). fingerprint: SHA-256 of what was counted. model: what was
+    recorded, where the recording says so.
+
+    Example:
+        >>> import moeplace as mp
+        >>> mp.RoutingStatistics.from_counts([[10, 20, 30, 40]]).total_load.tolist()
+        [[10.0, 20.0, 30.0, 40.0]]
+        >>> mp.RoutingStatistics.from_trace(mp.read_trace("examples/data/olmoe_small"))  # doctest: +SKIP
     """
 
     experts: int
@@ -231,6 +241,7 @@ class RoutingStatistics:
     sample: RoutingTrace | None = None
     tokens: int = 0
     fingerprint: str = ""
+    model: ModelSpec | None = None
 
     def __post_init__(self) -> None:
         layers, width = len(self.moe_layers), len(self.workloads)
@@ -259,6 +270,21 @@ class RoutingStatistics:
             # A NaN is the smallest and the largest of all, to numpy.
             if values is not None and values.size and not (values.min() >= 0 and np.isfinite(values.max())):
                 raise InputError(f"RoutingStatistics.{name} holds negative or non-finite values; counts are wanted")
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        title = f"{plural(len(self.load), 'window')}, {self.num_layers} layers, {self.experts} experts"
+        mean = self.total_load.mean(axis=1)
+        ratio = self.total_load.max(axis=1) / np.where(mean > 0, mean, 1.0)
+        pairs = [name for name in ("coactivation", "transitions") if getattr(self, name) is not None]
+        return title, {
+            "model": "not recorded" if self.model is None else self.model.title,
+            "layers": span(self.moe_layers),
+            "tokens": f"{self.tokens:,}" if self.tokens else "unknown",
+            "workloads": names(self.workloads),
+            "expert load": f"max/mean {ratio.mean():.2f}, mean over layers",
+            "pairs": ", ".join(pairs) or "none: loads alone",
+            "sample": "none" if self.sample is None else plural(self.sample.num_tokens, "token"),
+        }
 
     @property
     def num_layers(self) -> int:
@@ -315,6 +341,7 @@ class RoutingStatistics:
         )
 
     @classmethod
+    @check_types
     def from_trace(cls, trace: RoutingTrace, sample_tokens: int = 200_000) -> RoutingStatistics:
         """Counts a trace held in memory; `moeplace.profiler.aggregate` does the same for shards of any size."""
 
@@ -328,13 +355,20 @@ class RoutingStatistics:
         counts: Mapping[str, npt.ArrayLike] | npt.ArrayLike,
         moe_layers: Iterable[int] | None = None,
         top_k: int | None = None,
+        model: ModelSpec | None = None,
     ) -> RoutingStatistics:
         """Statistics from expert loads alone: [L, E], or [T, L, E] for T windows, one array or one a workload.
 
         A single float64 array that cannot be written to is kept as it is; any other is copied once.
 
+        Args:
+            counts: tokens of each expert. moe_layers: [L] absolute layer indices (default: the model's, where one is
+                given, else 0..L-1). top_k: experts a token, where known. model: what was recorded, so that `Problem`
+                need not be told.
+
         Raises:
-            InputError: shapes that disagree, negative or non-finite counts, no counts at all; the workload is named.
+            InputError: shapes that disagree, negative or non-finite counts, no counts at all (the workload is named), or
+                a model of another shape.
         """
         named = dict(counts) if isinstance(counts, Mapping) else {"": counts}
         if not named:
@@ -360,7 +394,12 @@ class RoutingStatistics:
         else:
             shared = np.may_share_memory(windows[0], np.asarray(first)) and windows[0].flags.writeable
             load = windows[0].copy() if shared else windows[0]
+        if moe_layers is None and model is not None and model.layers == load.shape[1]:
+            moe_layers = model.moe_layers
         layers = _layers(moe_layers, load.shape[1])
+        if model is not None:
+            model = model.of_routing(load.shape[2], layers, top_k)
+            top_k = model.top_k
         digest = hashlib.sha256(repr((tuple(named), layers, codes)).encode())
         digest.update(np.ascontiguousarray(load).data)
         return cls(
@@ -372,6 +411,7 @@ class RoutingStatistics:
             top_k=top_k,
             tokens=int(load.sum(axis=(0, 2)).max() / top_k) if top_k else 0,
             fingerprint=digest.hexdigest(),
+            model=model,
         )
 
 
@@ -413,10 +453,12 @@ class StatisticsAccumulator:
         top_k: int,
         sample_tokens: int = 200_000,
         preceding: Mapping[Stream, int] | None = None,
+        model: ModelSpec | None = None,
     ) -> None:
         if sample_tokens < 0:
             raise InputError(f"sample_tokens ({sample_tokens}) must be 0 or more")
         self._experts, self._layers, self._top_k = num_experts, tuple(moe_layers), top_k
+        self._model = model
         self._windows = LoadWindows(len(self._layers), num_experts, preceding)
         self._sample = TokenSample(sample_tokens)
         self._pairs: dict[str, _PairCounts] = {}
@@ -432,6 +474,7 @@ class StatisticsAccumulator:
             top_k=trace.top_k,
             sample_tokens=sample_tokens,
             preceding=preceding,
+            model=trace.model,
         )
 
     def add(self, block: RoutingTrace) -> None:
@@ -500,6 +543,7 @@ class StatisticsAccumulator:
             sample=None if sample is None else _renamed(sample, names),
             tokens=sum(counts.tokens for counts in self._pairs.values()),
             fingerprint=digest.hexdigest(),
+            model=self._model,
         )
 
     def _counts_of(self, workload: str) -> _PairCounts:

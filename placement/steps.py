@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._display import Displayed, names, plural, span
 from .._types import IntArray
 from .errors import InputError
 
 IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class Steps:
+@dataclass(frozen=True, eq=False, repr=False)
+class Steps(Displayed):
     """S steps of tokens, one after the other; step s holds tokens offsets[s] to offsets[s+1].
 
     expert_ids: [T, L, k], highest gate weight first. offsets: [S+1]. source: [T] source rank of each token, or None
@@ -37,6 +38,16 @@ class Steps:
             raise InputError(f"Steps.offsets must run from 0 to {len(self.expert_ids)} tokens, given {self.offsets}")
         if np.any(np.diff(self.offsets) < 1):
             raise InputError("Steps.offsets: every step must hold at least one token")
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        tokens = self.tokens
+        size = f"{tokens[0]}" if tokens.min() == tokens.max() else f"{tokens.min()} to {tokens.max()}"
+        return f"{plural(self.num_steps, 'step')} of {size} tokens", {
+            "layers": span(self.moe_layers),
+            "experts": f"{self.num_experts}, top-{self.top_k}",
+            "workloads": names(self.workloads),
+            "source ranks": "not recorded" if self.source is None else f"{len(np.unique(self.source))}",
+        }
 
     @property
     def num_steps(self) -> int:

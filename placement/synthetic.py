@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._arguments import check_types
 from .._types import FloatArray, IntArray
 from .errors import InputError
 from .statistics import RoutingStatistics
@@ -24,6 +25,7 @@ SHRINK = 5.0
 # as draws do.
 
 
+@check_types
 def sample_steps(
     load: FloatArray, top_k: int, moe_layers: tuple[int, ...], *, step_tokens: int, steps: int, seed: int = 0
 ) -> Steps:
@@ -98,6 +100,7 @@ def _systematic(chance: FloatArray, top_k: int, tokens: int, rng: np.random.Gene
 # From transitions, which a context-coherent step is priced on.
 
 
+@check_types
 def sample_tokens(statistics: RoutingStatistics, top_k: int, tokens: int, seed: int = 0) -> RoutingTrace:
     """About `tokens` tokens, each a sequence of its own, dealt to workloads by their recorded loads.
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, field_validator
 
+from .._display import Displayed, plural
 from .._types import FloatArray, IntArray
 from .errors import FileFormatError, InputError, nearest
 from .files import read_text, write_text
@@ -95,10 +96,17 @@ class Node(Record):
         return _not_empty(devices, "devices")
 
 
-class Topology(Record):
+class Topology(Displayed, Record):
     """A cluster. Devices are ranked node by node, so a node owns a run of ranks; nodes may differ.
 
     intra_latency, inter_latency: seconds a message to one peer costs inside a node and between nodes.
+
+    Example:
+        >>> import moeplace as mp
+        >>> mp.Topology.preset("h100-hgx", nodes=2).num_devices
+        16
+        >>> mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=4)
+        <Topology: a100-pcie, 2 nodes, 8 devices>
     """
 
     nodes: tuple[Node, ...]
@@ -158,6 +166,20 @@ class Topology(Record):
     def inter_bandwidth(self) -> FloatArray:
         """[N] bytes/s of a node's links to other nodes, one direction."""
         return np.array([node.inter_bandwidth for node in self.nodes])
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        def rates(values: FloatArray, unit: float, name: str) -> str:
+            low, high = values.min() / unit, values.max() / unit
+            return f"{low:.4g} {name}" if low == high else f"{low:.4g} to {high:.4g} {name}"
+
+        sizes = sorted(set(self.node_size.tolist()))
+        return f"{self.name}, {plural(self.num_nodes, 'node')}, {plural(self.num_devices, 'device')}", {
+            "devices a node": f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
+            "compute": rates(self.compute, 1e12, "Tflop/s a device"),
+            "memory": f"{rates(self.memory, 1e9, 'GB')} at {rates(self.memory_bandwidth, 1e9, 'GB/s a device')}",
+            "inside a node": f"{rates(self.intra_bandwidth, 1e9, 'GB/s a device')}, {self.intra_latency * 1e6:g} us",
+            "between nodes": f"{rates(self.inter_bandwidth, 1e9, 'GB/s a node')}, {self.inter_latency * 1e6:g} us",
+        }
 
     @property
     def is_uniform(self) -> bool:

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .._display import Displayed, names, plural, span
 from .._types import IntArray
 from .errors import InputError
+from .model import ModelSpec
 from .steps import Steps
 
-# Checks and conversions of the columns a trace is built from.
+IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def check_ids(ids: npt.NDArray[Any], num_experts: int, moe_layers: tuple[int, ...]) -> None:
@@ -82,22 +84,27 @@ def frozen(array: Any) -> Any:
     return array
 
 
-IdArray = npt.NDArray[np.unsignedinteger[Any]]
-
-
 def id_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
     """The narrowest type that holds expert ids below `num_experts`."""
     return np.uint8 if num_experts <= 256 else np.uint16
 
 
-@dataclass(frozen=True, eq=False)
-class RoutingTrace:
-    """Routing of T tokens through L MoE layers, k experts each. Build it with `from_arrays`, which validates.
+@dataclass(frozen=True, eq=False, repr=False)
+class RoutingTrace(Displayed):
+    """Routing of T tokens through L MoE layers, k experts each. Build it with `from_arrays`, which validates, or read it.
 
     expert_ids: [T, L, k] logical expert ids, the highest gate weight first. gate_weights: [T, L, k] float16, or None.
     sequence, position: [T] which sequence a token belongs to and where in it. workload: [T] index into `workloads`.
     step: [T] forward call it was recorded in, or None. source: [T] rank it was recorded on, or None.
-    moe_layers: absolute indices of the L layers in the model.
+    moe_layers: absolute indices of the L layers in the model. model: what was recorded, where the recording says so.
+
+    Example:
+        >>> import moeplace as mp
+        >>> trace = mp.RoutingTrace.from_arrays([[[0, 1]], [[2, 0]], [[1, 2]]], num_experts=3)
+        >>> trace.num_tokens, trace.num_layers, trace.top_k
+        (3, 1, 2)
+        >>> trace = mp.read_trace("examples/data/olmoe_small")  # doctest: +SKIP
+        >>> train, held_out = trace.split(by="sequence", held_out=0.25)  # doctest: +SKIP
     """
 
     expert_ids: IdArray
@@ -110,6 +117,18 @@ class RoutingTrace:
     gate_weights: npt.NDArray[np.float16] | None = None
     step: IntArray | None = None
     source: IntArray | None = None
+    model: ModelSpec | None = None
+
+    def _summary(self) -> tuple[str, dict[str, str]]:
+        title = f"{plural(self.num_tokens, 'token')}, {self.num_layers} layers, {self.num_experts} experts, top-{self.top_k}"
+        recorded = [name for name in ("gate_weights", "step", "source") if getattr(self, name) is not None]
+        return title, {
+            "model": "not recorded" if self.model is None else self.model.title,
+            "layers": span(self.moe_layers),
+            "sequences": f"{len(np.unique(self.sequence)):,}",
+            "workloads": names(self.workloads),
+            "columns": ", ".join(["expert_ids", "sequence", "position", "workload", *recorded]),
+        }
 
     @property
     def num_tokens(self) -> int:
@@ -146,16 +165,24 @@ class RoutingTrace:
         step: npt.ArrayLike | None = None,
         source: npt.ArrayLike | None = None,
         moe_layers: Sequence[int] | None = None,
+        model: ModelSpec | None = None,
     ) -> RoutingTrace:
         """Validates arrays and puts each token's experts in order of gate weight, highest first.
 
-        expert_ids: [T, L, k], or [T, L] for top-1. Without gate_weights the order given is taken as theirs.
-        workload: [T] tags (strings, or anything that prints). sequence defaults to one sequence, position to the
-        order within each sequence.
+        Args:
+            expert_ids: [T, L, k], or [T, L] for top-1. Without gate_weights their order is taken as that of the weights.
+            num_experts: E, experts a layer.
+            gate_weights: [T, L, k], or [T, L] for top-1.
+            sequence: [T] which sequence a token belongs to (default: one sequence).
+            position: [T] where in it (default: the order within each sequence).
+            workload: [T] tags (strings, or anything that prints).
+            step: [T] forward call. source: [T] rank. moe_layers: [L] absolute layer indices (default: the model's, where
+                one is given, else 0..L-1).
+            model: what was recorded, so that `Problem` need not be told.
 
         Raises:
-            InputError: wrong shape, an id outside 0..num_experts-1, a token with the same expert twice; the first
-                offending token and layer are named.
+            InputError: wrong shape, an id outside 0..num_experts-1, a token with the same expert twice (the first
+                offending token and layer are named), or a model of another shape.
         """
         ids = np.asarray(expert_ids)
         if ids.ndim == 2:
@@ -165,7 +192,9 @@ class RoutingTrace:
                 f"expert_ids must be integers of shape [tokens, layers, top_k], given {ids.dtype} {ids.shape}"
             )
         tokens, layers, _ = ids.shape
-        layer_names = tuple(range(layers)) if moe_layers is None else tuple(int(layer) for layer in moe_layers)
+        if moe_layers is None:
+            moe_layers = model.moe_layers if model is not None and model.layers == layers else range(layers)
+        layer_names = tuple(int(layer) for layer in moe_layers)
         if len(layer_names) != layers:
             raise InputError(f"moe_layers names {len(layer_names)} layers, expert_ids has {layers}")
         check_ids(ids, num_experts, layer_names)
@@ -200,11 +229,14 @@ class RoutingTrace:
             gate_weights=None if gates is None else frozen(gates.copy()),
             step=frozen(column("step", step, tokens)),
             source=frozen(column("source", source, tokens)),
+            model=None if model is None else model.of_routing(int(num_experts), layer_names, ids.shape[2]),
         )
 
     @classmethod
     def concatenate(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
         """Traces of one model, one after the other; sequence numbers are taken as they are, workloads by name.
+
+        The model is that of the traces which know theirs, and unknown where those differ.
 
         Raises:
             InputError: none given, or traces that differ in shape or in the columns they have.
@@ -225,6 +257,8 @@ class RoutingTrace:
         names = tuple(sorted({name for trace in traces for name in trace.workloads}))
         code_of = {name: code for code, name in enumerate(names)}
 
+        models = [trace.model for trace in traces if trace.model is not None]
+
         def joined(name: str) -> Any:
             columns = [getattr(trace, name) for trace in traces]
             return None if columns[0] is None else frozen(np.concatenate(columns))
@@ -241,6 +275,7 @@ class RoutingTrace:
             workloads=names,
             step=joined("step"),
             source=joined("source"),
+            model=models[0] if models and all(model == models[0] for model in models) else None,
         )
 
     def select(self, tokens: npt.NDArray[Any]) -> RoutingTrace:

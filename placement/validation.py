@@ -28,7 +28,7 @@ class Record(BaseModel):
 
     def replace(self: T, **changes: Any) -> T:
         """A changed copy, validated again."""
-        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
 
 def describe(owner: str, error: ValidationError) -> str:

@@ -1,21 +1,6 @@
 """Records routing from live models, reads what was recorded, and counts it."""
 
-from .aggregate import aggregate
-from .profile import profile
-from .read import read_any
-from .recorders import merge_counts
-from .statistics_file import read_statistics, write_statistics
-from .trace_files import TraceWriter, read_trace, scan_trace, write_trace
+import lazy_loader as _lazy
 
-__all__ = [
-    "TraceWriter",
-    "aggregate",
-    "merge_counts",
-    "profile",
-    "read_any",
-    "read_statistics",
-    "read_trace",
-    "scan_trace",
-    "write_statistics",
-    "write_trace",
-]
+# Each name is imported when first used: see the stub beside this file.
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

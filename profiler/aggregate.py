@@ -88,6 +88,7 @@ def _empty(
         top_k=shard.header.top_k,
         sample_tokens=sample_tokens,
         preceding=preceding,
+        model=shard.header.model,
     )
 
 

@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+from .._plugins import Registry
 from ..placement.errors import FileFormatError, InputError
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
@@ -36,7 +37,10 @@ class Reader:
         return frozenset(signature(self.read).parameters) - {"path"}
 
 
-READERS = (
+READERS: Registry[Reader] = Registry(
+    "reader",
+    "moeplace.readers",
+    ("name", "recognise", "read", "options"),
     Reader("moeplace trace: a folder of Parquet shards, or one", is_trace, read_trace),
     Reader("moeplace statistics: .npz", is_statistics, read_statistics),
     Reader("SGLang expert distribution record: .pt, or a folder of the ranks' files", is_sglang, read_sglang),

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
+from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace, id_dtype
 from .readers.routed_arrays import npy_shape
@@ -43,6 +45,7 @@ TYPES = {
 }
 
 
+@check_types
 def write_statistics(statistics: RoutingStatistics, path: str | Path) -> None:
     """Writes statistics, the sample included, whole or not at all."""
     arrays: dict[str, npt.NDArray[Any] | None] = {
@@ -73,6 +76,7 @@ def write_statistics(statistics: RoutingStatistics, path: str | Path) -> None:
         "top_k": statistics.top_k,
         "tokens": statistics.tokens,
         "fingerprint": statistics.fingerprint,
+        "model": None if statistics.model is None else statistics.model.model_dump(mode="json"),
         "sample_workloads": workloads,
         "shapes": {name: list(array.shape) for name, array in kept.items()},
     }
@@ -199,4 +203,5 @@ def _statistics(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> 
         sample=sample,
         tokens=int(header["tokens"]),
         fingerprint=str(header["fingerprint"]),
+        model=None if header.get("model") is None else ModelSpec(**header["model"]),
     )

@@ -14,7 +14,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
@@ -544,7 +545,7 @@ def _block(where: str, header: TraceHeader, columns: dict[str, Any], rows: slice
     names, codes = columns["workload"]
     gates: npt.NDArray[Any] | None = columns["gate_weights"][rows] if "gate_weights" in columns else None
     try:
-        return RoutingTrace.from_arrays(
+        trace = RoutingTrace.from_arrays(
             columns["expert_ids"][rows],
             num_experts=header.num_experts,
             gate_weights=gates,
@@ -557,14 +558,16 @@ def _block(where: str, header: TraceHeader, columns: dict[str, Any], rows: slice
         )
     except InputError as error:
         raise FileFormatError(f"{where}: {error}") from None
+    return replace(trace, model=header.model)
 
 
 def empty_trace(header: TraceHeader) -> RoutingTrace:
     """A trace of that shape without tokens."""
     shape = (0, len(header.moe_layers), header.top_k)
-    return RoutingTrace.from_arrays(
+    trace = RoutingTrace.from_arrays(
         np.empty(shape, np.int64), header.num_experts, workload=np.empty(0, str), moe_layers=header.moe_layers
     )
+    return replace(trace, model=header.model)
 
 
 RANK_SHIFT = 40
@@ -659,13 +662,17 @@ class TraceWriter:
         self.close()
 
 
+@check_types
 def write_trace(trace: RoutingTrace, folder: str | Path, *, model: ModelSpec | None = None) -> None:
     """Writes a trace held in memory as shards; `read_trace` gives the same trace back.
+
+    Args:
+        trace: the routing. folder: a new or empty one. model: what was recorded (default: the trace's own model).
 
     Raises:
         InputError: the folder already holds a trace.
     """
-    header = TraceHeader(trace.num_experts, trace.top_k, trace.moe_layers, model)
+    header = TraceHeader(trace.num_experts, trace.top_k, trace.moe_layers, model or trace.model)
     schema = trace_schema(
         header,
         gate_weights=trace.gate_weights is not None,

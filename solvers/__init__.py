@@ -1,5 +1,6 @@
 """Problem in, plan with bound out."""
 
-from .solve import solve, solver_named, solver_names
+import lazy_loader as _lazy
 
-__all__ = ["solve", "solver_named", "solver_names"]
+# Each name is imported when first used: see the stub beside this file.
+__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)

@@ -7,18 +7,33 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from .._types import FloatArray, IntArray
 from ..placement.plan import Certificate, Stop
+from ..placement.progress import Listener, Progress
 
-# How long this process has spent compiling kernels: once an installation, so no time limit of a solve includes it.
+__all__ = [
+    "COMPILE_TIME",
+    "Budget",
+    "CompileTime",
+    "Feature",
+    "Needs",
+    "Progress",
+    "Solution",
+    "Solver",
+    "fill_slots",
+    "working_seconds",
+]
 
 
 class CompileTime:
-    """Wall time between `begin` and `end`; stretches that overlap or lie in each other count once."""
+    """Wall time spent compiling kernels, which is once an installation: no time limit of a solve includes it.
+
+    Between `begin` and `end`; stretches that overlap or lie in each other count once.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -70,16 +85,6 @@ class Needs(Enum):
     SAMPLE = "a token sample"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a solve is: the best value so far and the bound proven so far, both of the solver's own objective."""
-
-    seconds: float
-    value: float | None
-    bound: float | None
-    message: str = ""
-
-
 @dataclass
 class Budget:
     """What a solve may spend, and whom it tells. Only `seconds` depends on the machine; None is no limit. Time in which
@@ -87,7 +92,7 @@ class Budget:
 
     seconds: float | None = None
     seed: int = 0
-    progress: Callable[[Progress], None] | None = None
+    progress: Listener | None = None
     history: list[tuple[float, float, float | None]] = field(default_factory=list)
     started: float = field(default_factory=working_seconds)
 
@@ -123,11 +128,26 @@ class Solution:
     stop: Stop = "finished"
 
 
+@runtime_checkable
 class Solver(Protocol):
-    """A placement strategy. Instances are stateless; options are keyword arguments of `solve`.
+    """A placement strategy. Instances are stateless; options are keyword arguments of `solve`, with type hints.
 
     `solve(problem: Problem, budget: Budget, *, <options>) -> Solution` raises SolveError when no placement was found
-    within the budget, and UnsupportedError for an option or a size it cannot serve.
+    within the budget, and UnsupportedError for an option or a size it cannot serve. Any object with these four attributes
+    goes to `moeplace.solve(problem, solver)`; a package makes one known by name with an entry point "moeplace.solvers".
+
+    Example:
+        >>> import numpy as np, moeplace as mp
+        >>> class Reversed:
+        ...     name = "reversed"
+        ...     supports = frozenset()
+        ...     needs = frozenset()
+        ...
+        ...     def solve(self, problem, budget):
+        ...         row = np.arange(problem.model.experts)[::-1]
+        ...         table = problem.slot_table([row] * problem.model.layers)
+        ...         return mp.Solution(table, mp.device_load_certificate(problem, table))
+        >>> plan = mp.solve(problem, Reversed())  # doctest: +SKIP
     """
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
+from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
 from ..placement.degraded import grown_slots, slot_capacity, with_standbys
 from ..placement.errors import InputError, SolveError, UnsupportedError
@@ -18,8 +21,11 @@ from ..placement.failures import KINDS, Failure, Kind, single_failures, survives
 from ..placement.migration import Migration, migration
 from ..placement.plan import Plan
 from ..placement.problem import Problem
+from ..placement.progress import Listener, Progress
 from ..placement.steps import Steps
-from .solve import solve
+from .base import Solver
+from .options import SolverOptions
+from .solve import check_seconds, solve
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ class Front:
         }
 
 
+@check_types
 def pareto(
     problem: Problem,
     steps: Steps,
@@ -154,11 +161,11 @@ def pareto(
     tolerate: Sequence[Kind | None] = (None, *KINDS),
     current: Plan | None = None,
     max_moved: Sequence[float | None] | None = None,
-    solver: str | None = None,
-    seconds: float | None = 10.0,
+    solver: str | Solver | SolverOptions | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Listener | None = None,
 ) -> Front:
     """Solves `problem` with every configuration of the sweep, and judges the plans on held-out steps.
 
@@ -175,10 +182,11 @@ def pareto(
         current: the plan in force, which bytes are moved from.
         max_moved: most bytes to move; default any number, and with a plan in force also 1/16 and 1/4 of the weights.
         solver: of each solve (see `solve`).
-        seconds: of each solve.
+        seconds: of each solve; by default no limit, as in `solve`.
         seed: of each solve.
         options: the solver's own.
-        progress: called with the configurations done, their number and the next one's name.
+        progress: called before each solve with a `Progress` of the configurations done, their number and the next one's
+            name.
 
     Returns:
         A point of each configuration that has a plan; after a keyboard interrupt those finished so far.
@@ -189,6 +197,8 @@ def pareto(
     """
     if problem.slots is not None or problem.device_slots is not None or problem.tolerates:
         raise InputError("pareto sweeps slots and failures to tolerate; leave slots, device_slots and tolerates out")
+    check_seconds(seconds)
+    listener, began = old_listener(progress, ("done", "total", "message"), "pareto"), time.perf_counter()
     limits = max_moved
     if limits is None:
         weights = problem.model.bytes_per_expert * problem.model.experts * problem.model.layers
@@ -207,8 +217,9 @@ def pareto(
     interrupted = False
     try:
         for done, config in enumerate(configs):
-            if progress is not None:
-                progress(done, len(configs), config.name)
+            if listener is not None:
+                elapsed = time.perf_counter() - began
+                listener(Progress(elapsed, message=config.name, done=done, total=len(configs)))
             try:
                 asked = problem_for(config, problem, current)
                 plan = solve(asked, solver, seconds=seconds, seed=seed, **(options or {}))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .._arguments import check_types
 from .._types import FloatArray, IntArray
 from ..placement.cost import Roofline
 from ..placement.errors import SolveError
@@ -44,6 +45,7 @@ class OptimalShares:
     price: FloatArray
 
 
+@check_types
 def optimal_shares(plan: Plan, steps: Steps, problem: Problem) -> OptimalShares:
     """Shares that shorten the mean of `steps` for a plan's placement; never worse than the plan's own there.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -13,17 +13,18 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from .._arguments import check_types
+from ..placement.bounds import device_loads
 from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.plan import Plan, Provenance
 from ..placement.problem import Problem
+from ..placement.progress import Listener
 from ..placement.version import __version__
-from .base import Budget, Feature, Needs, Progress, Solver
+from .base import Budget, Feature, Needs, Solver
 from .chain import Chain
+from .options import SolverOptions
 from .registry import SOLVERS
 from .search import Search
-
-# Which solver answers a problem when none is named.
-
 
 CHAIN_SECONDS = 10.0
 """Work that chain's proof may take when nobody asked for it."""
@@ -84,43 +85,57 @@ def _obstacle(
 
 
 def solver_named(name: str) -> Solver:
-    """The registered solver of that name.
+    """The solver of that name, built in or plugged in.
 
     Raises:
-        InputError: unknown name; the nearest is named.
+        InputError: unknown name (the nearest is told), or a plug-in that does not load.
     """
-    for solver in SOLVERS:
-        if solver.name == name:
-            return solver
-    raise InputError(f"solver {name!r} is unknown; {nearest(name, [solver.name for solver in SOLVERS])}")
+    return SOLVERS.named(name)
 
 
+@check_types
 def solve(
     problem: Problem,
-    solver: str | None = None,
+    solver: str | Solver | SolverOptions | None = None,
     seconds: float | None = None,
     seed: int = 0,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Listener | None = None,
     **options: Any,
 ) -> Plan:
     """Solves `problem` and returns a plan with its certificate.
 
-    solver: a name of `solver_names()`; None takes chain where it proves the least mean step time within seconds, and
-    search elsewhere (`plan.provenance.choice` says which and why). seconds: wall-clock budget, None for none; kernels
-    that the first solve after installation compiles are not counted. seed: decides every random choice. progress:
-    called with each news. options: the solver's own (see its `solve` method).
+    Args:
+        problem: what to place, and where.
+        solver: a name of `solver_names()`; or options of one with their types (`SearchOptions(proposals=2000)`); or any
+            object that is a `Solver`. None takes chain where it proves the least mean step time within seconds, and search
+            elsewhere (`plan.provenance.choice` says which and why).
+        seconds: wall-clock limit, by default none: the solver then does its own amount of work, and the same seed gives
+            the same plan. Kernels that the first solve after installation compiles are not counted.
+        seed: decides every random choice.
+        progress: called with each news, a `Progress`.
+        options: the solver's own (see its `solve` method).
+
+    Returns:
+        The plan. `print(plan)` tells how good it is, and how to use it.
 
     Raises:
-        InputError: unknown solver or option, or an option's value of the wrong type. UnsupportedError: the problem asks for what the solver cannot do; the
-            message names solvers that can. SolveError: no plan within the budget.
+        InputError: unknown solver or option, or an argument or option of the wrong type.
+        UnsupportedError: the problem asks for what the solver cannot do; the message names solvers that can.
+        SolveError: no plan within the limit.
+
+    Example:
+        >>> import moeplace as mp
+        >>> trace = mp.read_trace("examples/data/olmoe_small")  # doctest: +SKIP
+        >>> problem = mp.Problem(trace, mp.Topology.preset("h100-hgx"))  # doctest: +SKIP
+        >>> plan = mp.solve(problem, "search", seconds=10)  # doctest: +SKIP
+        >>> print(plan)  # doctest: +SKIP
     """
-    if seconds is not None and not seconds > 0:
-        raise InputError(f"seconds ({seconds}) must be positive, or None for no limit")
+    check_seconds(seconds)
     budget = Budget(seconds=seconds, seed=seed, progress=progress)
     if solver is None:
         choice = choose(problem, required_features(problem), seconds, options)
     else:
-        choice = Choice(solver_named(solver), options, "")
+        choice = _chosen(solver, options)
     check_options(choice.solver, choice.options)
     _check_supported(choice.solver, problem)
     if choice.otherwise is None or seconds is None:
@@ -134,7 +149,7 @@ def solve(
                 raise
             choice = choice.otherwise
             solution = choice.solver.solve(problem, budget, **choice.options)
-    return Plan(
+    plan = Plan(
         model=problem.model,
         topology=problem.topology,
         physical_to_logical=solution.physical_to_logical,
@@ -153,11 +168,40 @@ def solve(
             choice=choice.reason,
         ),
     )
+    return replace(plan, predicted=_predicted(plan, problem))
+
+
+def check_seconds(seconds: float | None) -> None:
+    """Raises InputError for a time limit that is not positive."""
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"seconds ({seconds}) must be positive, or None for no limit")
+
+
+def _chosen(solver: Any, options: dict[str, Any]) -> Choice:
+    """The solver that the caller names, describes by its options, or hands over."""
+    if isinstance(solver, str):
+        return Choice(solver_named(solver), options, "")
+    if isinstance(solver, SolverOptions):
+        return Choice(solver_named(solver.solver), {**solver.changed(), **options}, "")
+    return Choice(SOLVERS.check(solver), options, "")
+
+
+def _predicted(plan: Plan, problem: Problem) -> dict[str, float]:
+    """What is known of a plan without replaying steps: its load on the routing solved on, and what it moves."""
+    load, table = problem.statistics.total_load, plan.physical_to_logical
+    loads = device_loads(load, table, plan.shares, plan.slot_device, problem.num_devices)
+    mean = loads.mean(axis=1)
+    ratio = np.where(mean > 0, loads.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)
+    figures = {"load_max_mean": float(ratio.mean())}
+    if problem.current is not None:
+        moves = int((plan.holds & ~problem.current.holds).sum())
+        figures |= {"moves": float(moves), "bytes_moved": moves * problem.model.bytes_per_expert}
+    return figures
 
 
 def solver_names() -> tuple[str, ...]:
     """Names accepted by `solve`."""
-    return tuple(solver.name for solver in SOLVERS)
+    return SOLVERS.names
 
 
 def required_features(problem: Problem) -> frozenset[Feature]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .._arguments import check_types
+from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
 from ..placement.degraded import degraded, grown_layer_slots, remap_source_ranks, repaired, slot_capacity, survivors
 from ..placement.errors import SolveError, UnsupportedError
@@ -18,9 +21,12 @@ from ..placement.layer_slots import Slots, slots_by_layer, spanned
 from ..placement.migration import Migration, migration_from
 from ..placement.plan import Plan
 from ..placement.problem import Problem
+from ..placement.progress import Listener, Progress
 from ..placement.steps import Steps
 from ..placement.topology import Topology
-from .solve import solve
+from .base import Solver
+from .options import SolverOptions
+from .solve import check_seconds, solve
 
 Survival = dict[str, dict[str, int]]
 Details = Callable[["Outcome", str, Plan], Mapping[str, Any]]
@@ -223,6 +229,7 @@ def survival(plan: Plan) -> Survival:
     return result
 
 
+@check_types
 def what_if(
     plan: Plan,
     problem: Problem,
@@ -231,11 +238,11 @@ def what_if(
     *,
     ready: bool = True,
     max_moved_bytes: float | None = None,
-    solver: str | None = None,
-    seconds: float | None = 10.0,
+    solver: str | Solver | SolverOptions | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Listener | None = None,
 ) -> WhatIf:
     """Replays `steps` after each change, and solves for the changed cluster.
 
@@ -249,10 +256,10 @@ def what_if(
         max_moved_bytes: most that ready plans may move between devices, after failures (lost experts are loaded beside
             that).
         solver: of each solve (see `solve`).
-        seconds: of each solve.
+        seconds: of each solve; by default no limit, as in `solve`.
         seed: of each solve.
         options: the solver's own.
-        progress: called with the changes done, their number and the next one's name.
+        progress: called before each change with a `Progress` of the changes done, their number and the next one's name.
 
     Returns:
         An outcome of each change; after a keyboard interrupt those finished so far.
@@ -260,6 +267,8 @@ def what_if(
     Raises:
         InputError: the plan, the problem and the steps are not about the same model or number of devices.
     """
+    check_seconds(seconds)
+    listener, began = old_listener(progress, ("done", "total", "message"), "what_if"), time.perf_counter()
     before = evaluate(plan, steps, problem)
     if changes is None:
         changes = [Change.losing(failure, plan.topology) for failure in single_failures(plan.topology)]
@@ -267,8 +276,9 @@ def what_if(
     outcomes: list[Outcome] = []
     try:
         for done, change in enumerate(changes):
-            if progress is not None:
-                progress(done, len(changes), change.name)
+            if listener is not None:
+                elapsed = time.perf_counter() - began
+                listener(Progress(elapsed, message=change.name, done=done, total=len(changes)))
             outcome = _unrepaired(plan, problem, steps, change)
             if ready:
                 outcome = _made_ready(outcome, plan, problem, steps, make_plan, max_moved_bytes)

@@ -136,7 +136,7 @@ def decide_command(
             confidence=confidence,
             horizon_steps=horizon,
             seed=seed,
-            progress=lambda done: update("replaying draws of the held-out sequences", done / resamples),
+            progress=lambda news: update("replaying draws of the held-out sequences", news.fraction),
         )
     emit(_data(decision, names), _table(decision, names, parted.description), as_json=as_json)
 

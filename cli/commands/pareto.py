@@ -190,7 +190,7 @@ def pareto_command(
             seconds=seconds,
             seed=seed,
             options=choice.options,
-            progress=lambda done, total, name: update(f"{name} ({done + 1} of {total})", done / total),
+            progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),
         )
         update("keeping the plans", None)
         files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", parted, out)

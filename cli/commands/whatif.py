@@ -201,7 +201,7 @@ def whatif_command(
             seconds=seconds,
             seed=seed,
             options=choice.options,
-            progress=lambda done, total, name: update(f"{name} ({done + 1} of {total})", done / total),
+            progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),
         )
     if result.interrupted:
         note(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from scipy.optimize import nnls
 
+from ..._arguments import check_types
 from ..._types import FloatArray
 from ...placement.cost import Flows, Roofline, all_to_all_latency, transfer_seconds
 from ...placement.errors import InputError
@@ -44,6 +45,7 @@ NOISE = 0.1
 """Devices or nodes whose rate is so near the median of all count as equal to it."""
 
 
+@check_types
 def calibrate(
     spec: ModelSpec,
     *,

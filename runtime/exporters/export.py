@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from ..._arguments import check_types
 from ...placement.errors import InputError, UnsupportedError, nearest
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
@@ -38,6 +39,7 @@ def exporter_named(engine: str) -> Exporter:
     raise InputError(f"engine {engine!r} is unknown; {nearest(engine, engine_names())}")
 
 
+@check_types
 def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Path:
     """Writes `plan` in the form `engine` reads, whole or not at all.
 
@@ -61,6 +63,7 @@ def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Pa
     return Path(path)
 
 
+@check_types
 def check_export(plan: Plan, engine: str) -> None:
     """Checks that the engine can express the plan.
 
@@ -74,6 +77,7 @@ def check_export(plan: Plan, engine: str) -> None:
         raise UnsupportedError(f"{engine} cannot express this plan ({exporter.requires}): {'; '.join(broken)}")
 
 
+@check_types
 def read_exported(path: str | Path, engine: str, model: ModelSpec, topology: Topology) -> Plan:
     """Reads an engine's file back into a plan of `model` on `topology`. The file is untrusted: it is checked
     throughout.

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..._arguments import check_types
 from ..._types import IntArray
 from ...placement.errors import InputError, MoeplaceError, RankError, UnsupportedError
 from ...placement.migration import migration
@@ -35,6 +36,7 @@ _serial = count()
 _transfer_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
+@check_types
 def apply(
     model: nn.Module,
     plan: Plan,

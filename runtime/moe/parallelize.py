@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..._arguments import check_types
 from ...placement.errors import InputError, MoeplaceError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
@@ -32,6 +33,7 @@ WHOLE_BLOCKS = ("DeepseekV3MoE",)
 """Blocks that are gate, experts and shared experts and nothing else: replaced whole, so that the latter overlap."""
 
 
+@check_types
 def parallelize(
     model: nn.Module,
     plan: Plan,

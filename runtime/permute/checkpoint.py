@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ..._arguments import check_types
 from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError, UnsupportedError, nearest
 from ...placement.files import read_text, write_text
@@ -51,6 +52,7 @@ class PermutedCheckpoint:
     left_out: tuple[str, ...]
 
 
+@check_types
 def permute_checkpoint(
     checkpoint: str | Path,
     plan: Plan,

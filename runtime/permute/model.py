@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ..._arguments import check_types
 from ..._types import IntArray
 from ...placement.errors import InputError, UnsupportedError
 from ...placement.plan import Plan
@@ -112,6 +113,7 @@ class Place:
     tensors: tuple[torch.Tensor, ...]
 
 
+@check_types
 def permute_model(
     model: torch.nn.Module | Sequence[torch.nn.Module],
     plan: Plan,

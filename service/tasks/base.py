@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from ...db.records import ClaimedJob, JobOutcome
@@ -13,14 +13,9 @@ from ...solvers.base import Progress
 Report = Callable[[Progress], None]
 
 
-def steps_of(report: Report) -> Callable[[int, int, str], None]:
+def steps_of(report: Report) -> Report:
     """A listener for work in parts, that reports which of them is under way."""
-    began = time.perf_counter()
-
-    def tell(done: int, total: int, name: str) -> None:
-        report(Progress(time.perf_counter() - began, None, None, f"{name} ({done + 1} of {total})"))
-
-    return tell
+    return lambda news: report(replace(news, message=f"{news.message} ({news.done + 1} of {news.total})"))
 
 
 class Task(Protocol):

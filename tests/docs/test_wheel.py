@@ -30,13 +30,16 @@ def test_the_wheel_holds_every_package_and_nothing_else_of_the_tree(wheel: Path)
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if name.endswith(".py")}
     rooms = ["placement", "profiler", "solvers", "compat", "runtime", "db", "cli", "training", "service"]
-    expected = {"moeplace/__init__.py", "moeplace/__main__.py"} | {
+    expected = {f"moeplace/{path.name}" for path in ROOT.glob("*.py")} | {
         f"moeplace/{path.relative_to(ROOT).as_posix()}" for room in rooms for path in (ROOT / room).rglob("*.py")
     }
     assert packed == expected
     assert any(name.endswith("page.html.j2") for name in names)
     assert {"moeplace/service/pages/templates/index.html", "moeplace/service/pages/static/style.css"} <= set(names)
     assert "moeplace/py.typed" in names
+    stubs = {f"moeplace/{path.relative_to(ROOT).as_posix()}" for path in (*ROOT.glob("*.pyi"), *ROOT.glob("*/*.pyi"))}
+    assert stubs
+    assert stubs <= set(names)
 
 
 @pytest.mark.timeout(900)

@@ -152,3 +152,16 @@ def test_a_field_that_is_not_understood_is_named_with_its_value(field: str, valu
 def test_a_config_whose_layers_are_all_dense_is_no_moe_model() -> None:
     with pytest.raises(mp.InputError, match="none of its 4 layers holds experts"):
         mp.ModelSpec.from_config({**ROUTED, "first_k_dense_replace": 4})
+
+
+def test_layer_numbers_that_nobody_gave_are_told_from_given_ones() -> None:
+    guessed = mp.ModelSpec(layers=2, experts=4, top_k=1, hidden_size=8, ffn_size=8)
+    given = guessed.replace(moe_layers=(0, 1))
+    assert guessed == given
+    assert (guessed.names_layers, given.names_layers) == (False, True)
+    assert guessed.replace(layers=3).moe_layers == (0, 1, 2)
+    assert guessed.of_routing(4, (5, 6)).moe_layers == (5, 6)
+    with pytest.raises(mp.InputError, match="moe_layers is"):
+        given.of_routing(4, (5, 6))
+    with pytest.raises(mp.InputError, match="experts is 8, ModelSpec.experts is 4"):
+        guessed.of_routing(8, (0, 1))

@@ -74,3 +74,50 @@ def test_windows_of_each_workload_are_kept_apart() -> None:
     assert statistics.workload_load[:, 0, 0].tolist() == [3.0, 2.0]
     with pytest.raises(mp.UnsupportedError, match="transitions between layers is needed"):
         _ = statistics.total_transitions
+
+
+def recorded(model: mp.ModelSpec | None = None, layers: tuple[int, ...] | None = None) -> mp.RoutingTrace:
+    ids = np.argsort(np.random.default_rng(0).random((40, 2, 6)), axis=2)[:, :, :2]
+    return mp.RoutingTrace.from_arrays(ids, num_experts=6, moe_layers=layers, model=model)
+
+
+def test_a_trace_that_knows_its_model_and_a_topology_make_a_problem() -> None:
+    trace = recorded(MODEL)
+    made = mp.Problem(trace, TOPOLOGY, slots=8)
+    assert made.model == MODEL
+    assert made.num_slots == 8
+    assert made.statistics.fingerprint == mp.RoutingStatistics.from_trace(trace).fingerprint
+    again = mp.Problem(mp.RoutingStatistics.from_trace(trace), TOPOLOGY)
+    assert (again.model, again.statistics.fingerprint) == (MODEL, made.statistics.fingerprint)
+    given = mp.Problem(recorded(), TOPOLOGY, model=MODEL)
+    assert given.model == MODEL
+    assert mp.Problem(MODEL, TOPOLOGY, STATISTICS, mp.Objective(risk="cvar:0.9")).objective.tail == 0.9
+    assert mp.Problem(recorded(MODEL), TOPOLOGY, model=MODEL.replace(ffn_size=128)).model.ffn_size == 128
+
+
+def test_a_problem_is_changed_by_replace() -> None:
+    changed = dataclasses.replace(mp.Problem(recorded(MODEL), TOPOLOGY), slots=8, topology=TOPOLOGY.resized(nodes=1))
+    assert (changed.num_slots, changed.num_devices) == (8, 2)
+
+
+def test_where_no_model_is_known_the_error_says_how_to_give_it() -> None:
+    for routing in (recorded(), STATISTICS):
+        with pytest.raises(mp.InputError, match=r"does not say which model.*Problem\(trace, topology, model=ModelSpec"):
+            mp.Problem(routing, TOPOLOGY)
+
+
+def test_routing_and_model_are_given_once() -> None:
+    with pytest.raises(mp.InputError, match="the model is given twice"):
+        mp.Problem(MODEL, TOPOLOGY, STATISTICS, model=MODEL)
+    with pytest.raises(mp.InputError, match="the routing is given twice"):
+        mp.Problem(recorded(MODEL), TOPOLOGY, STATISTICS)
+
+
+def test_a_model_without_layer_numbers_takes_those_of_the_routing() -> None:
+    made = mp.Problem(recorded(layers=(3, 7)), TOPOLOGY, model=MODEL)
+    assert made.model.moe_layers == (3, 7)
+    assert mp.solve(made, "contiguous").moe_layers == (3, 7)
+    with pytest.raises(mp.InputError, match=r"moe_layers is \(3, 7\), ModelSpec.moe_layers is \(0, 1\)"):
+        mp.Problem(recorded(layers=(3, 7)), TOPOLOGY, model=MODEL.replace(moe_layers=(0, 1)))
+    counts = mp.RoutingStatistics.from_counts(np.ones((58, 6)), moe_layers=range(3, 61))
+    assert mp.Problem(MODEL.replace(layers=58), TOPOLOGY, counts).model.moe_layers == tuple(range(3, 61))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -351,3 +352,28 @@ def test_choosing_no_step_is_refused(toy_trace: mp.RoutingTrace) -> None:
     steps = toy_trace.decode_steps(concurrency=2, steps=3)
     with pytest.raises(mp.InputError, match="no step chosen"):
         steps.select([False, False, False])
+
+
+def test_a_trace_keeps_its_model_on_every_way(tmp_path: Path) -> None:
+    model = mp.ModelSpec(layers=2, experts=4, top_k=1, hidden_size=8, ffn_size=8, name="small")
+    ids = np.random.default_rng(0).integers(4, size=(40, 2, 1))
+    trace = mp.RoutingTrace.from_arrays(ids, 4, sequence=np.arange(40) // 4, moe_layers=(3, 5), model=model)
+    known = model.replace(moe_layers=(3, 5))
+    assert trace.model == known
+    for part in (*trace.split(), mp.RoutingTrace.concatenate(trace.split()), trace.select(np.arange(3))):
+        assert part.model == known
+    mp.write_trace(trace, tmp_path / "trace")
+    assert mp.read_trace(tmp_path / "trace").model == known
+    for statistics in (mp.RoutingStatistics.from_trace(trace), mp.aggregate(tmp_path / "trace")):
+        assert statistics.model == known
+        mp.write_statistics(statistics, tmp_path / "statistics.npz")
+        assert mp.read_statistics(tmp_path / "statistics.npz").model == known
+    with pytest.raises(mp.InputError, match="another model: experts is 8"):
+        mp.RoutingTrace.from_arrays(ids, 8, model=model)
+
+
+def test_the_example_recording_knows_its_model() -> None:
+    folder = Path(__file__).resolve().parents[2] / "examples" / "data" / "olmoe_small"
+    trace = mp.read_trace(folder)
+    assert trace.model is not None
+    assert (trace.model.name, trace.model.layers, trace.model.experts) == ("olmoe", trace.num_layers, 32)

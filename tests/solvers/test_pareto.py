@@ -128,8 +128,8 @@ def test_a_solver_that_cannot_tolerate_failures_still_gives_the_other_points() -
 
 
 def test_an_interrupt_keeps_the_points_finished() -> None:
-    def stop(done: int, total: int, name: str) -> None:
-        if done == 2:
+    def stop(news: mp.Progress) -> None:
+        if news.done == 2:
             raise KeyboardInterrupt
 
     front = mp.pareto(problem_of(), STEPS, solver="eplb", tolerate=[None], progress=stop)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 
 import moeplace as mp
 from moeplace.solvers.base import Feature, Needs, Progress, Solver
+from moeplace.solvers.options import SolverOptions
 from moeplace.solvers.registry import SOLVERS
 from moeplace.solvers.solve import read_options, required_features, solver_named
 
@@ -305,3 +306,66 @@ def test_exflow_in_stages_is_no_worse_than_the_plan_in_force() -> None:
     assert current.certificate is not None
     assert plan.certificate is not None
     assert plan.certificate.value <= current.certificate.value * (1 + 1e-12)
+
+
+class Reversed:
+    """The smallest solver."""
+
+    name = "reversed"
+    supports: frozenset[Feature] = frozenset()
+    needs: frozenset[Needs] = frozenset()
+
+    def solve(self, problem: mp.Problem, budget: mp.Budget, *, forward: bool = False) -> mp.Solution:
+        row = np.arange(problem.model.experts)[:: 1 if forward else -1]
+        table = problem.slot_table([row] * problem.model.layers)
+        return mp.Solution(table, mp.device_load_certificate(problem, table))
+
+
+def test_a_solver_of_ones_own_is_handed_over_as_an_object() -> None:
+    problem = problem_of()
+    solver = Reversed()
+    plan = mp.solve(problem, solver)
+    check(plan, problem, solver)
+    assert plan.physical_to_logical[0].tolist() == [5, 4, 3, 2, 1, 0]
+    assert mp.solve(problem, solver, forward=True).provenance.options == {"forward": True}
+    with pytest.raises(mp.InputError, match="has no option 'backward'"):
+        mp.solve(problem, solver, backward=True)
+    with pytest.raises(mp.UnsupportedError, match="solver 'reversed' does not support replicas; these do:"):
+        mp.solve(problem_of(slots=8), solver)
+
+
+def test_what_is_no_solver_is_told_what_it_lacks() -> None:
+    class Nameless:
+        def solve(self) -> None: ...
+
+    with pytest.raises(mp.ArgumentTypeError, match="Nameless lacks name, supports, needs"):
+        mp.solve(problem_of(), Nameless())  # type: ignore[arg-type]
+
+
+def test_typed_options_are_the_keyword_options() -> None:
+    problem = problem_of()
+    typed = mp.solve(problem, mp.SearchOptions(proposals=200, steps=4), seed=1)
+    keywords = mp.solve(problem, "search", proposals=200, steps=4, seed=1)
+    assert typed.fingerprint == keywords.fingerprint
+    assert typed.provenance.options == keywords.provenance.options == {"proposals": 200, "steps": 4}
+    over = mp.solve(problem, mp.SearchOptions(proposals=200, steps=4), steps=8)
+    assert over.provenance.options == {"proposals": 200, "steps": 8}
+    with pytest.raises(mp.InputError, match="option proposals is 'many'"):
+        mp.solve(problem, mp.SearchOptions(proposals="many"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", SolverOptions.__subclasses__(), ids=lambda kind: kind.solver)
+def test_typed_options_have_the_names_types_and_defaults_of_the_solvers_own(kind: type[SolverOptions]) -> None:
+    solve = solver_named(kind.solver).solve
+    hints, own = get_type_hints(solve), get_type_hints(kind)
+    taken = {
+        name: (hints[name], parameter.default)
+        for name, parameter in inspect.signature(solve).parameters.items()
+        if name not in ("problem", "budget")
+    }
+    assert {field.name: (own[field.name], field.default) for field in fields(kind)} == taken
+
+
+def test_every_solver_with_options_has_them_typed() -> None:
+    with_options = {solver.name for solver in SOLVERS if len(inspect.signature(solver.solve).parameters) > 2}
+    assert {kind.solver for kind in SolverOptions.__subclasses__()} == with_options

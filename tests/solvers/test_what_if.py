@@ -327,9 +327,9 @@ def test_an_interrupt_keeps_what_is_finished() -> None:
     plan = mp.solve(problem, "contiguous")
     seen: list[str] = []
 
-    def stop_at_third(done: int, total: int, name: str) -> None:
-        seen.append(name)
-        if done == 2:
+    def stop_at_third(news: mp.Progress) -> None:
+        seen.append(news.message)
+        if news.done == 2:
             raise KeyboardInterrupt
 
     result = mp.what_if(

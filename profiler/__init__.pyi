@@ -1,0 +1,10 @@
+from .aggregate import aggregate as aggregate
+from .profile import profile as profile
+from .read import read_any as read_any
+from .recorders import merge_counts as merge_counts
+from .statistics_file import read_statistics as read_statistics
+from .statistics_file import write_statistics as write_statistics
+from .trace_files import TraceWriter as TraceWriter
+from .trace_files import read_trace as read_trace
+from .trace_files import scan_trace as scan_trace
+from .trace_files import write_trace as write_trace

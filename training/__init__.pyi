@@ -1,0 +1,2 @@
+from .rebalancer import Rebalancer as Rebalancer
+from .trainer import RebalanceCallback as RebalanceCallback
