@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .comparison import BASELINE, Comparison, Entry
 from .output import Column, Table, figure, milliseconds, number, percent, quantity, seconds
+from .run_comparison import BASELINE, Comparison, Entry
 
 if TYPE_CHECKING:
     from ..placement.evaluate import Evaluation
@@ -191,7 +191,7 @@ def reading_notes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[st
         if row["objective"]:
             solvers.setdefault(row["objective"], []).append(row["solver"])
     return [
-        f"{comparison.parted.description}. {objective.execution}, replicas split {objective.split}.",
+        f"{comparison.split.description}. {objective.execution}, replicas split {objective.split}.",
         "Step times are predicted. Value, bound and gap are of each solver's own objective on the training part:",
         *(f"  {', '.join(names)}: {name}" for name, names in solvers.items()),
     ]

@@ -2,15 +2,17 @@
 
 from .aggregate import aggregate
 from .profile import profile
-from .read import read_any
+from .read import Recording, open_routing, read_any
 from .recorders import merge_counts
 from .statistics_file import read_statistics, write_statistics
 from .trace_files import TraceWriter, read_trace, scan_trace, write_trace
 
 __all__ = [
+    "Recording",
     "TraceWriter",
     "aggregate",
     "merge_counts",
+    "open_routing",
     "profile",
     "read_any",
     "read_statistics",

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal
 
 from ..placement.errors import EngineError, InputError
 from ..placement.statistics import RoutingStatistics
@@ -346,7 +346,7 @@ def record_requests(
     server: EngineServer,
     engine: Engine,
     requests: Iterator[Request],
-    out: TextIO,
+    out: BinaryIO,
     *,
     max_tokens: int = 128,
     seconds: float | None = None,
@@ -392,7 +392,7 @@ def record_requests(
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     try:
-                        out.write(json.dumps(future.result()) + "\n")
+                        out.write(json.dumps(future.result()).encode() + b"\n")
                     except AnswerError as error:
                         # Refusing one request (too long a prompt) is the server's right; anything else ends it all.
                         if error.status != 400:

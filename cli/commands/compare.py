@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..comparison import Comparison, Request, run_comparison
 from ..options import (
     SOLVING,
     AsJson,
@@ -22,6 +21,7 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note
+from ..run_comparison import Comparison, Request, run_comparison
 from ..tables import comparison_rows, comparison_tables
 
 Solvers = Annotated[
@@ -89,7 +89,7 @@ def compare_command(
 
 def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The comparison as JSON has it."""
-    problem, parted = comparison.problem, comparison.parted
+    problem, split = comparison.problem, comparison.split
     return {
         "model": problem.model.model_dump(mode="json"),
         "topology": {
@@ -101,9 +101,9 @@ def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[
         "objective": problem.objective.model_dump(mode="json"),
         "routing": {
             "train_fingerprint": problem.statistics.fingerprint,
-            "held_out": parted.description,
-            "train_tokens": parted.train.num_tokens,
-            "judged_tokens": parted.judged.num_tokens,
+            "held_out": split.description,
+            "train_tokens": split.train.num_tokens,
+            "judged_tokens": split.judged.num_tokens,
             "seed": comparison.seed,
         },
         "rows": rows,
@@ -113,7 +113,7 @@ def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[
 def save_plans(comparison: Comparison, folder: Path) -> None:
     """Writes every solved plan as `<solver>.json`."""
     for entry in comparison.entries:
-        if entry.plan is not None and not entry.given:
+        if entry.plan is not None and not entry.was_given:
             path = folder / f"{entry.name.replace(':', '-').replace('/', '-')}.json"
             entry.plan.save(path)
             note(f"wrote {path}")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparison import BASELINE, part, solving_statistics
 from ..options import JUDGING, STORE, AsJson, HeldOutOptions, ObjectiveOptions, ServerOptions, StoreOptions
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
-from ..parse import read_objective, read_plan, read_routing
-from ..remote import service
+from ..parse import read_objective
+from ..remote import read_plan, service
+from ..routing_split import solving_statistics, split_routing
+from ..run_comparison import BASELINE
 
 if TYPE_CHECKING:
     from ...placement.decide import Decision
@@ -107,6 +108,7 @@ def decide_command(
     """
     from ...placement.decide import decide
     from ...placement.problem import Problem
+    from ...profiler.read import open_routing
     from ...solvers import solve
 
     if (routing is None) == (deployment is None):
@@ -117,19 +119,19 @@ def decide_command(
         _asked_of_service(remote.server, str(deployment), plans, names, kept, as_json)
         return
     with working("reading the routing") as update:
-        record = read_routing(routing)
-        parted = part(record, held_out, seed)
+        recording = open_routing(routing)
+        split = split_routing(recording, held_out, seed)
         problem = Problem(
             model=plans[0].model,
             topology=plans[0].topology,
-            statistics=solving_statistics(record, parted),
+            statistics=solving_statistics(recording, split),
             objective=read_objective(objective),
         )
         in_force = solve(problem, BASELINE) if current == BASELINE else read_plan(current, storage.db, remote.server)
         decision = decide(
             in_force,
             plans,
-            parted.judged,
+            split.judged,
             problem,
             concurrency=decode,
             resamples=resamples,
@@ -138,7 +140,7 @@ def decide_command(
             seed=seed,
             progress=lambda done: update("replaying draws of the held-out sequences", done / resamples),
         )
-    emit(_data(decision, names), _table(decision, names, parted.description), as_json=as_json)
+    emit(_data(decision, names), _table(decision, names, split.description), as_json=as_json)
 
 
 def _asked_of_service(

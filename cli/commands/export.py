@@ -10,8 +10,8 @@ import typer
 
 from ..options import AsJson, KeepOptions, PlanReference, ServerOptions
 from ..output import emit, pairs
-from ..parse import read_plan, whole_numbers
-from ..remote import service
+from ..parse import whole_numbers
+from ..remote import read_plan, service
 from ..save import keep_export
 
 

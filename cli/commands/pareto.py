@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparison import Parted, make_steps, part, solving_statistics
 from ..options import (
     SOLVING,
     STORE,
@@ -24,17 +23,9 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note, working
-from ..parse import (
-    SolverChoice,
-    read_model,
-    read_objective,
-    read_plan,
-    read_routing,
-    read_size,
-    read_topology,
-    split_list,
-)
-from ..remote import Study, service, sweep_remotely
+from ..parse import SolverChoice, read_model, read_objective, read_size, read_topology, reader_defaults, split_list
+from ..remote import Study, read_plan, service, sweep_remotely
+from ..routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
 from ..save import keep_judged_plans
 from ..tables import pareto_table
 
@@ -133,6 +124,7 @@ def pareto_command(
       moeplace pareto trace --topology h100-hgx --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
+    from ...profiler.read import open_routing
     from ...solvers.pareto import front_data, pareto
 
     if len(steps.kinds) > 1:
@@ -149,36 +141,36 @@ def pareto_command(
     cluster, goal = read_topology(topology), read_objective(objective)
     in_force = None if current is None else read_plan(current, storage.db, remote.server)
     with working("reading the routing") as update:
-        record = read_routing(routing)
-        parted = part(record, held_out, seed)
+        recording = open_routing(routing, defaults=reader_defaults(model.model))
+        split = split_routing(recording, held_out, seed)
         problem = Problem(
-            model=read_model(model, record),
+            model=read_model(model, recording),
             topology=cluster,
-            statistics=solving_statistics(record, parted),
+            statistics=solving_statistics(recording, split),
             objective=goal,
         )
         if remote.server is not None:
             found = sweep_remotely(
                 remote.server,
                 problem,
-                Study(parted, steps, choice, seconds, seed),
+                Study(split, steps, choice, seconds, seed),
                 in_force,
                 counts,
                 kinds,
                 limits,
                 update,
             )
-            data = found | {"held_out": parted.description}
+            data = found | {"held_out": split.description}
             files = [] if out is None else fetch_front(remote.server, data, out)
             for point, file in zip(data["points"], files, strict=False):
                 point["file"] = str(file)
             emit(
                 data,
-                pareto_table(data, f"{data['steps']}. {parted.description}. Step times are predicted."),
+                pareto_table(data, f"{data['steps']}. {split.description}. Step times are predicted."),
                 as_json=as_json,
             )
             return
-        ((kind, replayed),) = make_steps(parted.judged, steps, seed).items()
+        ((kind, replayed),) = make_steps(split.judged, steps, seed).items()
         front = pareto(
             problem,
             replayed,
@@ -193,13 +185,13 @@ def pareto_command(
             progress=lambda done, total, name: update(f"{name} ({done + 1} of {total})", done / total),
         )
         update("keeping the plans", None)
-        files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", parted, out)
+        files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", split, out)
         judged = [(point.plan, {kind: point.evaluation}) for point in front.points]
         stored = keep_judged_plans(judged, problem.statistics, {kind: replayed}, storage.db) if storage.store else []
     if front.interrupted:
         note("interrupted: these are the points finished by then")
-    data = front_data(front, problem, files, stored) | {"steps": kind, "held_out": parted.description}
-    described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
+    data = front_data(front, problem, files, stored) | {"steps": kind, "held_out": split.description}
+    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times are predicted."
     emit(data, pareto_table(data, described), as_json=as_json)
 
 
@@ -219,7 +211,7 @@ def fetch_front(server: str, data: Mapping[str, Any], folder: Path) -> list[Path
     return files
 
 
-def save_front(front: Front, problem: Problem, steps: str, parted: Parted, folder: Path) -> list[Path]:
+def save_front(front: Front, problem: Problem, steps: str, split: RoutingSplit, folder: Path) -> list[Path]:
     """Writes each point's plan, numbered in their order, and the page of plots; returns the plans' files."""
     from ..report.front import build_front_page, write_front_page
 
@@ -227,7 +219,7 @@ def save_front(front: Front, problem: Problem, steps: str, parted: Parted, folde
     for number, point in enumerate(front.points):
         files.append(plan_file(folder, number, point.name))
         point.plan.save(files[-1])
-    write_front_page(build_front_page(front, problem, steps, parted.description), folder / PAGE)
+    write_front_page(build_front_page(front, problem, steps, split.description), folder / PAGE)
     note(f"wrote {len(files)} plans and {folder / PAGE}")
     return files
 

@@ -23,8 +23,8 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import Table, emit, note, pairs, percent, quantity, seconds, solve_listener, working
-from ..parse import SolverChoice, read_model, read_objective, read_plan, read_size, read_slots, read_topology
-from ..remote import solve_remotely
+from ..parse import SolverChoice, read_model, read_objective, read_size, read_slots, read_topology
+from ..remote import read_plan, solve_remotely
 from ..routing_split import training_statistics
 from ..save import keep_plan
 from ..tables import binding_rows, binding_table
@@ -139,9 +139,9 @@ def solve_command(
     cluster, goal = read_topology(topology), read_objective(objective, engine)
     in_force = None if current is None else read_plan(current, storage.db)
     with working("counting the routing") as update:
-        record, statistics, used = training_statistics(routing, held_out, seed, update)
+        recording, statistics, used = training_statistics(routing, model, held_out, seed, update)
         problem = Problem(
-            model=read_model(model, record),
+            model=read_model(model, recording),
             topology=cluster,
             statistics=statistics,
             objective=goal,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparison import make_steps, part, solving_statistics
 from ..options import (
     CLUSTER,
     SOLVING,
@@ -23,8 +22,9 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note, working
-from ..parse import SolverChoice, read_objective, read_plan, read_routing, read_size, read_slots, read_topology
-from ..remote import Study, service, what_if_remotely
+from ..parse import SolverChoice, read_objective, read_size, read_slots, read_topology
+from ..remote import Study, read_plan, service, what_if_remotely
+from ..routing_split import make_steps, solving_statistics, split_routing
 from ..tables import what_if_table
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def whatif_command(
       moeplace whatif production trace --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
+    from ...profiler.read import open_routing
     from ...solvers.what_if import changes_asked, what_if, what_if_data
 
     if remote.server is not None and solver is None:
@@ -173,23 +174,23 @@ def whatif_command(
     changes = changes_asked(current.topology, **asked)
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
-        record = read_routing(routing)
-        parted = part(record, held_out, seed)
+        recording = open_routing(routing)
+        split = split_routing(recording, held_out, seed)
         problem = Problem(
             model=current.model,
             topology=current.topology,
-            statistics=solving_statistics(record, parted),
+            statistics=solving_statistics(recording, split),
             objective=read_objective(objective),
         )
         if remote.server is not None:
-            study = Study(parted, steps, choice, seconds, seed)
+            study = Study(split, steps, choice, seconds, seed)
             data = what_if_remotely(remote.server, current, problem, study, asked, ready, most_moved, update)
             if out is not None:
                 fetch_plans(remote.server, data, out)
-            told = f"{data['steps']}. {parted.description}. Step times are predicted."
-            emit(data | {"held_out": parted.description}, what_if_table(data, told), as_json=as_json)
+            told = f"{data['steps']}. {split.description}. Step times are predicted."
+            emit(data | {"held_out": split.description}, what_if_table(data, told), as_json=as_json)
             return
-        ((kind, replayed),) = make_steps(parted.judged, steps, seed).items()
+        ((kind, replayed),) = make_steps(split.judged, steps, seed).items()
         result = what_if(
             current,
             problem,
@@ -212,9 +213,9 @@ def whatif_command(
         return {"file": None if file is None else str(file)}
 
     data = what_if_data(current, result, about)
-    described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
+    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times are predicted."
     emit(
-        data | {"steps": kind, "held_out": parted.description},
+        data | {"steps": kind, "held_out": split.description},
         what_if_table(data, described),
         as_json=as_json,
     )

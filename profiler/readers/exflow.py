@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy.typing as npt
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
-from .routed_arrays import MAGIC, START, npy_shape
+from ..files import NPY_MAGIC
+from .arrays import npy_table
 
 ROWS = 1 << 16
 
@@ -29,19 +29,7 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
     source = Path(path)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    with source.open("rb") as handle:
-        header = handle.read(START)
-    shape, fortran, dtype, begin = npy_shape(source, "array", header)
-    if len(shape) != 2 or 0 in shape or dtype.kind not in "iu":
-        raise FileFormatError(
-            f"{source}: {dtype} {shape}, expected whole numbers of shape [tokens, layers]; "
-            "for another layout load it and call RoutingTrace.from_arrays"
-        )
-    wanted, size = math.prod(shape) * dtype.itemsize, source.stat().st_size - begin
-    if min(shape) < 0 or wanted > size:
-        raise FileFormatError(f"{source}: damaged or cut off: {size:,} bytes for shape {shape} of {wanted:,}")
-    # Mapped, so that it takes no memory before it is known to be a trace.
-    table = np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
+    table = npy_table(source)
     low, high = _ranges(table)
     experts, stride = _numbering(source, low, high, num_experts)
     ids = np.empty((*table.shape, 1), id_dtype(experts))
@@ -59,7 +47,7 @@ def is_exflow(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as handle:
-        return handle.read(len(MAGIC)) == MAGIC
+        return handle.read(len(NPY_MAGIC)) == NPY_MAGIC
 
 
 def _ranges(table: npt.NDArray[Any]) -> tuple[list[int], list[int]]:

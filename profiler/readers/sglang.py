@@ -24,7 +24,7 @@ from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.statistics import RoutingStatistics
 from ...placement.trace import RoutingTrace, id_dtype
-from ..zip_members import checked_members
+from ..files import checked_members
 from .engine_counts import MOST_EXPERTS, statistics_of, whole_number
 
 # Opening a file of `torch.save` that nobody vouches for.
@@ -61,7 +61,7 @@ def load_plain(path: Path) -> Any:
         raise UnsupportedError(f"{path}: reading this needs torch; pip install 'moeplace[torch]'") from None
     try:
         with zipfile.ZipFile(path) as archive:
-            members = checked_members(path, archive)
+            members = checked_members(str(path), archive, path.stat().st_size)
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
             if packed or sum(member.file_size for member in members) > path.stat().st_size:
                 raise FileFormatError(

@@ -1,7 +1,7 @@
 """Plans as the files that serving engines read, and back."""
 
 from .base import Constraint
-from .export import check_export, engine_constraints, engine_usage, export_plan, read_exported
+from .export import check_export, engine_constraints, engine_usage, export_plan, export_text, read_exported
 from .registry import engine_names
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "engine_names",
     "engine_usage",
     "export_plan",
+    "export_text",
     "read_exported",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...placement.errors import InputError, UnsupportedError, nearest
+from ...placement.files import write_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
@@ -17,16 +18,25 @@ from .registry import exporter_named
 def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Path:
     """Writes `plan` in the form `engine` reads, whole or not at all, and returns the path.
 
-    engine: a name of `engine_names()`. options: the format's own (see the `write` method of its exporter).
+    engine: a name of `engine_names()`. options: the format's own (see the `text` method of its exporter).
 
     Raises:
         InputError: unknown engine or option. UnsupportedError: the engine cannot express the plan; see `check_export`.
     """
+    write_text(path, export_text(plan, engine, **options))
+    return Path(path)
+
+
+def export_text(plan: Plan, engine: str, **options: Any) -> str:
+    """What `export_plan` writes.
+
+    Raises:
+        InputError, UnsupportedError: as `export_plan`.
+    """
     exporter = exporter_named(engine)
     _check_options(exporter, options)
     check_export(plan, engine)
-    exporter.write(plan, Path(path), **options)
-    return Path(path)
+    return exporter.text(plan, **options)
 
 
 def check_export(plan: Plan, engine: str) -> None:
@@ -63,7 +73,7 @@ def engine_usage(plan: Plan, engine: str, path: str | Path) -> str:
 
 
 def _check_options(exporter: Exporter, options: dict[str, Any]) -> None:
-    known = set(inspect.signature(exporter.write).parameters) - {"plan", "path"}
+    known = set(inspect.signature(exporter.text).parameters) - {"plan"}
     for name in options:
         if name not in known:
             listed = nearest(name, known) if known else "it takes none"

@@ -1,4 +1,4 @@
-"""Several plans judged on the same held-out steps: the analysis behind `compare`, `evaluate` and `report`."""
+"""Several plans solved for and judged on the same held-out steps: what `compare`, `evaluate` and `report` do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
 from .options import (
-    DECODE_STEPS,
-    PREFILL_STEPS,
-    HeldOutBy,
     HeldOutOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -22,40 +19,17 @@ from .options import (
     TopologyOptions,
 )
 from .output import Update, solve_listener, working
-from .parse import (
-    Routing,
-    SolverChoice,
-    read_model,
-    read_objective,
-    read_plan,
-    read_routing,
-    read_slots,
-    read_topology,
-    split_list,
-)
+from .parse import SolverChoice, read_model, read_objective, read_slots, read_topology, reader_defaults, split_list
+from .remote import read_plan
+from .routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
 
 if TYPE_CHECKING:
     from ..placement.evaluate import Evaluation
     from ..placement.plan import Plan
     from ..placement.problem import Problem
-    from ..placement.statistics import RoutingStatistics
     from ..placement.steps import Steps
-    from ..placement.trace import RoutingTrace
 
 BASELINE = "contiguous"
-
-
-@dataclass(frozen=True)
-class Parted:
-    """Routing in the part that solvers see and the part that plans are judged on (the same when nothing is held out)."""
-
-    train: RoutingTrace
-    judged: RoutingTrace
-    description: str
-
-    @property
-    def is_held_out(self) -> bool:
-        return self.train is not self.judged
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class Entry:
     plan: Plan | None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     reason: str = ""
-    given: bool = False
+    was_given: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ class Comparison:
 
     problem: Problem
     steps: dict[str, Steps]
-    parted: Parted
+    split: RoutingSplit
     entries: tuple[Entry, ...]
     seed: int
 
@@ -101,44 +75,6 @@ class Comparison:
         for code in np.unique(codes):
             best[code] = min(evaluation.step_seconds[codes == code].mean() for evaluation in evaluations)
         return best
-
-
-def part(routing: Routing, options: HeldOutOptions, seed: int) -> Parted:
-    """Parts token-level routing as asked.
-
-    Raises:
-        InputError: counts only, or too little to part.
-    """
-    trace = routing.tokens
-    if options.held_out == 0.0:
-        return Parted(trace, trace, "Nothing held out: judged on the routing that was solved on")
-    by = options.held_out_by
-    try:
-        train, judged = trace.split(by.value, options.held_out, seed)
-    except InputError as error:
-        raise InputError(f"{routing.path}: {error}; or give --held-out-by, or --held-out 0") from None
-    units = "of the tokens, the last" if by is HeldOutBy.time else f"of the {by.value}s"
-    return Parted(train, judged, f"Held out: {options.held_out:.0%} {units}, seed {seed}")
-
-
-def solving_statistics(routing: Routing, parted: Parted) -> RoutingStatistics:
-    """Statistics of the training part; whole statistics are used as they are when nothing is held out."""
-    from ..placement.statistics import RoutingStatistics
-
-    if not parted.is_held_out and routing.statistics is not None:
-        return routing.statistics
-    return RoutingStatistics.from_trace(parted.train)
-
-
-def make_steps(trace: RoutingTrace, options: StepOptions, seed: int) -> dict[str, Steps]:
-    """The steps asked for, by name, decode first."""
-    steps: dict[str, Steps] = {}
-    for kind, tokens in options.kinds.items():
-        if kind == "decode":
-            steps[f"decode {tokens}"] = trace.decode_steps(tokens, options.steps or DECODE_STEPS, seed)
-        else:
-            steps[f"prefill {tokens}"] = trace.prefill_steps(tokens, options.steps or PREFILL_STEPS, seed)
-    return steps
 
 
 def solve_entry(choice: SolverChoice, problem: Problem, seconds: float, seed: int, update: Update) -> Entry:
@@ -178,10 +114,10 @@ def judge(entry: Entry, problem: Problem, steps: dict[str, Steps], update: Updat
 
 def compare(
     problem: Problem,
-    parted: Parted,
+    split: RoutingSplit,
     steps: dict[str, Steps],
     choices: Sequence[SolverChoice],
-    given: Sequence[tuple[str, Plan]],
+    plans: Sequence[tuple[str, Plan]],
     seconds: float,
     seed: int,
     update: Update,
@@ -190,15 +126,15 @@ def compare(
 
     The contiguous plan always stands first: every ratio is to it.
     """
-    wanted = [SolverChoice.parse(BASELINE), *(choice for choice in choices if choice.label != BASELINE)]
-    entries = [solve_entry(wanted[0], problem, seconds, seed, update)]
-    entries += [Entry(name, plan, given=True) for name, plan in given]
-    entries += [solve_entry(choice, problem, seconds, seed, update) for choice in wanted[1:]]
-    judged = tuple(judge(entry, problem, steps, update) for entry in _told_apart(entries))
-    return Comparison(problem, steps, parted, judged, seed)
+    others = [choice for choice in choices if choice.label != BASELINE]
+    entries = [solve_entry(SolverChoice.parse(BASELINE), problem, seconds, seed, update)]
+    entries += [Entry(name, plan, was_given=True) for name, plan in plans]
+    entries += [solve_entry(choice, problem, seconds, seed, update) for choice in others]
+    judged = tuple(judge(entry, problem, steps, update) for entry in _with_different_names(entries))
+    return Comparison(problem, steps, split, judged, seed)
 
 
-def _told_apart(entries: Sequence[Entry]) -> list[Entry]:
+def _with_different_names(entries: Sequence[Entry]) -> list[Entry]:
     """The entries with different names: a plan file may be called as a solver is, or as another file."""
     seen: Counter[str] = Counter()
     result = []
@@ -207,9 +143,6 @@ def _told_apart(entries: Sequence[Entry]) -> list[Entry]:
         repeated = seen[entry.name] > 1
         result.append(replace(entry, name=f"{entry.name} ({seen[entry.name]})") if repeated else entry)
     return result
-
-
-# From options to a finished comparison: what `compare` and `report` both do.
 
 
 @dataclass(frozen=True)
@@ -232,26 +165,27 @@ class Request:
 def run_comparison(request: Request) -> Comparison:
     """Reads, checks everything that can be wrong, then solves and judges."""
     from ..placement.problem import Problem
+    from ..profiler.read import open_routing
     from ..solvers import solver_names
 
     topology, objective = read_topology(request.topology), read_objective(request.objective)
     names = split_list(request.solvers) if request.solvers is not None else list(solver_names())
     choices = [SolverChoice.parse(name).for_steps(request.steps) for name in names]
-    given = [(_plan_name(name), read_plan(name, request.storage.db)) for name in split_list(request.plans)]
+    plans = [(_plan_name(name), read_plan(name, request.storage.db)) for name in split_list(request.plans)]
     with working("reading the routing") as update:
-        routing = read_routing(request.routing)
-        model = read_model(request.model, routing)
-        parted = part(routing, request.held_out, request.seed)
+        recording = open_routing(request.routing, defaults=reader_defaults(request.model.model))
+        model = read_model(request.model, recording)
+        split = split_routing(recording, request.held_out, request.seed)
         update("counting", None)
         problem = Problem(
             model=model,
             topology=topology,
-            statistics=solving_statistics(routing, parted),
+            statistics=solving_statistics(recording, split),
             objective=objective,
             slots=read_slots(request.solving.slots),
         )
-        steps = make_steps(parted.judged, request.steps, request.seed)
-        return compare(problem, parted, steps, choices, given, request.solving.seconds, request.seed, update)
+        steps = make_steps(split.judged, request.steps, request.seed)
+        return compare(problem, split, steps, choices, plans, request.solving.seconds, request.seed, update)
 
 
 def _plan_name(reference: str) -> str:
