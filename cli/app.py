@@ -54,6 +54,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Expert placement for mixture-of-experts models.\n\n"
     "Record routing, solve for a placement, judge it on held-out steps, export it.\n\n"
     "Example:\n\n"

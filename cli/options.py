@@ -189,7 +189,7 @@ class ObjectiveOptions:
             "--replica-choice",
             metavar="share|nearest",
             help="Which replica the engine lets serve a token: any by its share, or the nearest to the token's rank "
-            "(SGLang's static and dynamic dispatch). Default: as the engine of --for does, else share.",
+            "(SGLang's static and dynamic dispatch). Default: as the engine that plans are for does, else share.",
             show_default=False,
             rich_help_panel=OBJECTIVE,
         ),
@@ -254,11 +254,29 @@ class BatchOptions:
     ] = None
 
     @property
+    def is_assumed(self) -> bool:
+        """Whether neither kind of steps was asked for."""
+        return self.decode is None and self.prefill is None
+
+    @property
     def kinds(self) -> dict[str, int]:
         """Tokens a step by kind ("decode", "prefill"), decode first."""
         decode = self.decode or (None if self.prefill else DECODE_CONCURRENCY)
-        wanted = {"decode": decode, "prefill": self.prefill}
-        return {kind: tokens for kind, tokens in wanted.items() if tokens is not None}
+        kinds = {"decode": decode, "prefill": self.prefill}
+        return {kind: tokens for kind, tokens in kinds.items() if tokens is not None}
+
+
+Engine = Annotated[
+    str | None,
+    Option(
+        "--for",
+        metavar="ENGINE",
+        help="Solve within what an engine can run: sglang, vllm, vllm-ascend, trtllm, or permute (a permuted checkpoint). "
+        "Where --slots is not given, the fewest it can run; replicas are chosen as it chooses them.",
+        show_default=False,
+        rich_help_panel=SOLVING,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

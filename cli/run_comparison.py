@@ -160,15 +160,17 @@ class Request:
     solvers: str | None
     plans: str | None
     seed: int
+    engine: str | None = None
 
 
 def run_comparison(request: Request) -> Comparison:
     """Reads, checks everything that can be wrong, then solves and judges."""
     from ..placement.problem import Problem
     from ..profiler.read import open_routing
+    from ..runtime.engine_problems import problem_for
     from ..solvers import solver_names
 
-    topology, objective = read_topology(request.topology), read_objective(request.objective)
+    topology, objective = read_topology(request.topology), read_objective(request.objective, request.engine)
     names = split_list(request.solvers) if request.solvers is not None else list(solver_names())
     choices = [SolverChoice.parse(name).for_steps(request.steps) for name in names]
     plans = [(_plan_name(name), read_plan(name, request.storage.db)) for name in split_list(request.plans)]
@@ -184,6 +186,8 @@ def run_comparison(request: Request) -> Comparison:
             objective=objective,
             slots=read_slots(request.solving.slots),
         )
+        if request.engine is not None:
+            problem = problem_for(problem, request.engine)
         steps = make_steps(split.judged, request.steps, request.seed)
         return compare(problem, split, steps, choices, plans, request.solving.seconds, request.seed, update)
 

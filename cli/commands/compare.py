@@ -10,6 +10,7 @@ from typer import Option
 from ..options import (
     SOLVING,
     AsJson,
+    Engine,
     HeldOutOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -55,6 +56,7 @@ def compare_command(
     storage: StoreOptions,
     solvers: Solvers = None,
     plans: Plans = None,
+    engine: Engine = None,
     seed: Seed = 0,
     save: Annotated[
         Path | None,
@@ -79,7 +81,7 @@ def compare_command(
       moeplace compare trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solvers eplb,exflow,search
     """
     comparison = run_comparison(
-        Request(routing, model, topology, objective, held_out, steps, solving, storage, solvers, plans, seed)
+        Request(routing, model, topology, objective, held_out, steps, solving, storage, solvers, plans, seed, engine)
     )
     rows = comparison_rows(comparison)
     if save is not None:

@@ -54,6 +54,7 @@ def evaluate_command(
     """Replay held-out routing through a plan, beside the contiguous placement, and say what its layers wait for.
 
     With the plan's own seed and --held-out, the part judged on is the one its solver did not see.
+    Replicas are chosen as the engine does that the plan was solved for (`moeplace solve --for`), unless --replica-choice is given.
     With --server the plan may be one of a service's; it is judged here.
 
     Example:
@@ -73,7 +74,7 @@ def evaluate_command(
             model=judged_plan.model,
             topology=judged_plan.topology,
             statistics=solving_statistics(recording, split),
-            objective=read_objective(objective),
+            objective=read_objective(objective, judged_plan.provenance.engine),
             device_slots=judged_plan.slots_per_device.tolist(),
         )
         name = Path(plan).stem if plan.endswith(".json") else plan

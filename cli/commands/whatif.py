@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...placement.errors import UnsupportedError
 from ..options import (
     CLUSTER,
     SOLVING,
     AsJson,
+    Engine,
     HeldOutOptions,
     ObjectiveOptions,
     PlanReference,
@@ -29,7 +32,8 @@ from ..tables import what_if_table
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
-    from ...solvers.what_if import Outcome, WhatIf
+    from ...placement.problem import Problem
+    from ...solvers.what_if import Change, Outcome, WhatIf
 
 
 def whatif_command(
@@ -139,6 +143,7 @@ def whatif_command(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
     ] = 10.0,
+    engine: Engine = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None,
@@ -168,6 +173,8 @@ def whatif_command(
         raise typer.BadParameter("a service is told which solver to use: give --solver")
     if len(steps.kinds) > 1:
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
+    if remote.server is not None and engine is not None:
+        raise typer.BadParameter("a service is not told of an engine: leave out --for, or --server")
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     current = read_plan(plan, storage.db, remote.server)
     asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
@@ -180,7 +187,7 @@ def whatif_command(
             model=current.model,
             topology=current.topology,
             statistics=solving_statistics(recording, split),
-            objective=read_objective(objective),
+            objective=read_objective(objective, engine or current.provenance.engine),
         )
         if remote.server is not None:
             study = Study(split, steps, choice, seconds, seed)
@@ -190,6 +197,8 @@ def whatif_command(
             told = f"{data['steps']}. {split.description}. Step times are predicted."
             emit(data | {"held_out": split.description}, what_if_table(data, told), as_json=as_json)
             return
+        if engine is not None:
+            changes = [for_engine(change, current, problem, engine) for change in changes]
         ((kind, replayed),) = make_steps(split.judged, steps, seed).items()
         result = what_if(
             current,
@@ -246,6 +255,34 @@ def asked_changes(
         "topology": other,
         "slots": slots,
     }
+
+
+def for_engine(change: Change, plan: Plan, problem: Problem, engine: str) -> Change:
+    """The change with slots that the engine can run, where it does not say how many: those a device has now, or the fewest.
+
+    Raises:
+        InputError: unknown engine. UnsupportedError: the engine cannot run on the changed cluster; says what to change.
+    """
+    from ...placement.problem import Problem
+    from ...runtime.engine_problems import problem_for
+
+    present = plan.num_slots // plan.topology.num_devices * change.topology.num_devices
+    choices = [present, None] if present >= plan.model.experts else [None]
+    for slots in choices if change.slots is None else [change.slots]:
+        changed = Problem(
+            model=problem.model,
+            topology=change.topology,
+            statistics=problem.statistics,
+            objective=problem.objective,
+            slots=slots,
+        )
+        try:
+            narrowed = problem_for(changed, engine)
+        except UnsupportedError as error:
+            refusal = error
+        else:
+            return change if change.slots is not None else replace(change, slots=narrowed.num_slots)
+    raise UnsupportedError(f"{change.name}: {refusal}")
 
 
 def plan_file(folder: Path, change: str, kind: str) -> Path:
