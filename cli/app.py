@@ -27,7 +27,7 @@ from .commands.stats import stats_command
 from .commands.tokens import tokens_app
 from .commands.topology import topology_app
 from .commands.whatif import whatif_command
-from .grouping import grouped
+from .options import grouped
 from .output import note
 
 DOMAIN_ERROR = 1

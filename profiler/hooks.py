@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
     from torch.nn import Module
 
-    from .families import RouterSite
-
-# What stands in the rows of a forward call: which sequences, how far they have been read, and what is padding.
-
-
 CACHES = ("cache", "past_key_values")
 """What Transformers calls the KV cache, the newest name first: `cache` from 5.24 on."""
 
 logger = logging.getLogger(__name__)
+
+
+# What stands in the rows of a forward call: which sequences, how far they have been read, and what is padding.
 
 
 @dataclass(eq=False)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..grouping import grouped
-from ..options import AsJson, ServerOptions, StoreOptions
+from ..options import AsJson, ServerOptions, StoreOptions, grouped
 from ..output import Column, Table, emit, figure, milliseconds, note, number, percent
 from ..remote import service
 from .solve import plan_summary, summary_table
