@@ -89,8 +89,8 @@ app.add_typer(topology_app, name="topology", no_args_is_help=True)
 app.add_typer(plans_app, name="plans", no_args_is_help=True)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         from ..placement.version import __version__
 
         typer.echo(f"moeplace {__version__}")

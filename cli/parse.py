@@ -188,11 +188,11 @@ class SolverChoice:
         from ..solvers import solver_named
 
         kind, tokens = next(iter(batch.kinds.items()))
-        wanted: dict[str, Any] = {"batch": kind, "step_tokens": tokens}
+        batch_options: dict[str, Any] = {"batch": kind, "step_tokens": tokens}
         if self.solver is not None:
             known = signature(solver_named(self.solver).solve).parameters
-            wanted = {name: value for name, value in wanted.items() if name in known}
-        return replace(self, options={**wanted, **self.options})
+            batch_options = {name: value for name, value in batch_options.items() if name in known}
+        return replace(self, options={**batch_options, **self.options})
 
 
 def split_list(text: str | None) -> list[str]:

@@ -105,10 +105,10 @@ def _run(command: Sequence[str], settings: dict[str, Any]) -> int:
 def imported(module: ModuleType) -> None:
     """Called in the command's processes with each module of `CALLED` once it has been imported."""
     global _attachment
-    given = os.environ.get(SETTINGS)
-    if given is None:
+    settings = os.environ.get(SETTINGS)
+    if settings is None:
         return
-    _attachment = _attachment or _Attachment(json.loads(given))
+    _attachment = _attachment or _Attachment(json.loads(settings))
     _attachment.watch(getattr(module, CALLED[module.__name__]))
 
 

@@ -60,7 +60,7 @@ def decide_command(
             rich_help_panel=STORE,
         ),
     ] = None,
-    kept: Annotated[
+    record: Annotated[
         bool,
         typer.Option(
             "--record",
@@ -116,7 +116,7 @@ def decide_command(
     names = [name.strip() for name in candidates.split(",") if name.strip()]
     plans = [read_plan(name, storage.db, remote.server) for name in names]
     if routing is None:
-        _asked_of_service(remote.server, str(deployment), plans, names, kept, as_json)
+        _asked_of_service(remote.server, str(deployment), plans, names, record, as_json)
         return
     with working("reading the routing") as update:
         recording = open_routing(routing)
@@ -144,18 +144,18 @@ def decide_command(
 
 
 def _asked_of_service(
-    server: str | None, deployment: str, plans: list[Plan], names: list[str], kept: bool, as_json: bool
+    server: str | None, deployment: str, plans: list[Plan], names: list[str], record: bool, as_json: bool
 ) -> None:
     if server is None or len(plans) != 1:
         raise typer.BadParameter("--deployment goes with --server, and with one candidate")
     with service(server) as client, working(f"asking {server}"):
-        result = client.wait(client.decide(deployment, client.add_plan(plans[0]).id, record=kept)).result or {}
+        result = client.wait(client.decide(deployment, client.add_plan(plans[0]).id, record=record)).result or {}
     rows = [{"candidate": names[0], **decision_row(result["figures"])}]
     answer = "KEEP the plan in force" if result["action"] == "keep" else f"APPLY {names[0]}"
-    told = [f"{answer}: {result['reason']}", f"Judged on the newest routing of {deployment!r}."]
-    if kept:
-        told.append(f"Decision {result['decision']}: {result['decision_state']}.")
-    emit({**result, "candidates": rows}, Table(COLUMNS, rows, footnotes=told), as_json=as_json)
+    footnotes = [f"{answer}: {result['reason']}", f"Judged on the newest routing of {deployment!r}."]
+    if record:
+        footnotes.append(f"Decision {result['decision']}: {result['decision_state']}.")
+    emit({**result, "candidates": rows}, Table(COLUMNS, rows, footnotes=footnotes), as_json=as_json)
 
 
 def decision_row(figures: dict[str, Any]) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def export_command(
     """
     from ...runtime.exporters import engine_usage, export_plan
 
-    given = {"hidden_layers": hidden_layers, "extra_layers": whole_numbers("--extra-layers", extra_layers)}
-    options = {option: value for option, value in given.items() if value is not None}
+    engine_options = {"hidden_layers": hidden_layers, "extra_layers": whole_numbers("--extra-layers", extra_layers)}
+    options = {option: value for option, value in engine_options.items() if value is not None}
     if remote.server is None:
         exported = read_plan(plan, storage.db)
     else:

@@ -150,7 +150,7 @@ def pareto_command(
             objective=goal,
         )
         if remote.server is not None:
-            found = sweep_remotely(
+            answer = sweep_remotely(
                 remote.server,
                 problem,
                 Study(split, steps, choice, seconds, seed),
@@ -160,7 +160,7 @@ def pareto_command(
                 limits,
                 update,
             )
-            data = found | {"held_out": split.description}
+            data = answer | {"held_out": split.description}
             files = [] if out is None else fetch_front(remote.server, data, out)
             for point, file in zip(data["points"], files, strict=False):
                 point["file"] = str(file)

@@ -66,8 +66,8 @@ def list_command(
     """
     if remote.server is not None:
         with service(remote.server) as client:
-            found = itertools.islice(client.plans(model=model, solver=solver), limit)
-            rows = [_remote_row(view) for view in found]
+            views = itertools.islice(client.plans(model=model, solver=solver), limit)
+            rows = [_remote_row(view) for view in views]
     else:
         from ...db import Store
 

@@ -133,12 +133,12 @@ def serve_command(
     serve(settings)
 
 
-def recorders(given: list[str]) -> dict[str, Path]:
+def recorders(entries: list[str]) -> dict[str, Path]:
     """Recorder folders by name."""
     from ...service.polling import recorder_folders
 
     named = {}
-    for entry in given:
+    for entry in entries:
         name, equals, folder = entry.partition("=")
         if not (name and equals and folder):
             raise typer.BadParameter(f"--recorder {entry!r} is not NAME=DIR")

@@ -194,8 +194,8 @@ def whatif_command(
             data = what_if_remotely(remote.server, current, problem, study, asked, ready, most_moved, update)
             if out is not None:
                 fetch_plans(remote.server, data, out)
-            told = f"{data['steps']}. {split.description}. Step times are predicted."
-            emit(data | {"held_out": split.description}, what_if_table(data, told), as_json=as_json)
+            described = f"{data['steps']}. {split.description}. Step times are predicted."
+            emit(data | {"held_out": split.description}, what_if_table(data, described), as_json=as_json)
             return
         if engine is not None:
             changes = [for_engine(change, current, problem, engine) for change in changes]
@@ -217,8 +217,8 @@ def whatif_command(
         note(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")
     files = {} if out is None else save_plans(result, out)
 
-    def about(outcome: Outcome, kept: str, _: Plan) -> dict[str, str | None]:
-        file = files.get(outcome.change.name, {}).get(kept)
+    def about(outcome: Outcome, kind_of_plan: str, _: Plan) -> dict[str, str | None]:
+        file = files.get(outcome.change.name, {}).get(kind_of_plan)
         return {"file": None if file is None else str(file)}
 
     data = what_if_data(current, result, about)

@@ -135,15 +135,15 @@ def _ids(file: Path, where: str, record: dict[str, Any]) -> Ids:
 
 def _once(ranks: dict[int, Batches]) -> dict[int, Batches]:
     """The ranks without those that hold copies of another's tokens."""
-    kept: dict[bytes, int] = {}
+    first_rank: dict[bytes, int] = {}
     for rank in sorted(ranks):
         digest = hashlib.sha256()
         for step, calls in sorted(ranks[rank].items()):
             for layer, batches in sorted(calls.items()):
                 for ids in batches:
                     digest.update(repr((step, layer, ids.shape)).encode() + ids.tobytes())
-        kept.setdefault(digest.digest(), rank)
-    return {rank: ranks[rank] for rank in kept.values()}
+        first_rank.setdefault(digest.digest(), rank)
+    return {rank: ranks[rank] for rank in first_rank.values()}
 
 
 def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_experts: int | None) -> RoutingTrace:
@@ -165,8 +165,8 @@ def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_exper
                 for name, value in (("sequence", len(ids)), ("step", step), ("source", rank)):
                     columns[name].append(np.full(len(whole), value, np.int64))
                 columns["position"].append(whole)
-                kept = together[whole]
-                ids.append(kept.astype(id_dtype(int(kept.max(initial=0)) + 1)))
+                rows = together[whole]
+                ids.append(rows.astype(id_dtype(int(rows.max(initial=0)) + 1)))
     if not sum(len(part) for part in ids):
         raise FileFormatError(
             f"{source}: no step has a record of each of the {len(layers)} layers on one rank; record with no "

@@ -138,10 +138,10 @@ def _choices(source: str, where: str, response: Any, sequence: int) -> Iterator[
     prompt = _decoded(source, f"{where}.{PROMPT}", response.get(PROMPT))
     if prompt is not None:
         yield Piece(f"{where}.{PROMPT}", prompt, sequence), None
-    given = response.get("choices")
+    listed = response.get("choices")
     choices = [(where, response)]
-    if isinstance(given, list):
-        choices += [(f"{where}.choices[{i}]", choice) for i, choice in enumerate(given) if isinstance(choice, dict)]
+    if isinstance(listed, list):
+        choices += [(f"{where}.choices[{i}]", choice) for i, choice in enumerate(listed) if isinstance(choice, dict)]
     for at, choice in choices:
         inner = [(f"{at}.{name}", choice.get(name)) for name in ("meta_info", "sglext")]
         for place, holder in [(at, choice), *inner]:
