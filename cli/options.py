@@ -1,4 +1,4 @@
-"""Options that several commands share, in groups: a dataclass of options stands for all of its fields in a command's signature."""
+"""Options that several commands share, in groups: a dataclass in a command's signature stands for its fields."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ RoutingPath = Annotated[
     Path,
     Argument(
         metavar="ROUTING",
-        help="Recorded routing: a trace folder or Parquet file, a statistics .npz, or any record `moeplace import` reads.",
+        help="Recorded routing: a trace folder or Parquet file, a statistics .npz, or any record `moeplace import` "
+        "reads.",
         show_default=False,
     ),
 ]
@@ -274,8 +275,8 @@ Engine = Annotated[
     Option(
         "--for",
         metavar="ENGINE",
-        help="Solve within what an engine can run: sglang, vllm, vllm-ascend, trtllm, or permute (a permuted checkpoint). "
-        "Where --slots is not given, the fewest it can run; replicas are chosen as it chooses them.",
+        help="Solve within what an engine can run: sglang, vllm, vllm-ascend, trtllm, or permute (a permuted "
+        "checkpoint). Where --slots is not given, the fewest it can run; replicas are chosen as it chooses them.",
         show_default=False,
         rich_help_panel=SOLVING,
     ),

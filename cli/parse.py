@@ -39,7 +39,8 @@ def read_model(options: ModelOptions, recording: Recording) -> ModelSpec:
         missing = [f"--{name.replace('_', '-')}" for name in ("hidden_size", "ffn_size", "top_k") if name not in fields]
         if missing:
             raise InputError(
-                f"{recording.path} does not say how large the model is; give --model config.json, or {' and '.join(missing)}"
+                f"{recording.path} does not say how large the model is; give --model config.json, or "
+                f"{' and '.join(missing)}"
             )
         spec = ModelSpec(**fields)
     layers = recording.header.moe_layers
@@ -86,7 +87,8 @@ def read_topology(options: TopologyOptions) -> Topology:
 
 
 def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Objective:
-    """The objective of the options. engine: what the plan is for, whose choice among replicas holds where none is given.
+    """The objective of the options. engine: what the plan is for, whose choice among replicas holds where none is
+    given.
 
     Raises:
         InputError: a setting out of range.

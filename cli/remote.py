@@ -117,7 +117,7 @@ class Study:
     seed: int
 
     def request(self, client: Client, problem: Problem) -> StudyRequest:
-        """Sends the routing, in the part that solvers see and the part that is replayed, and says what to do with it."""
+        """Sends the routing, the part that solvers see and the part that is replayed, and says what to do with it."""
         from ..placement.statistics import RoutingStatistics
 
         assert self.choice.solver is not None
@@ -199,8 +199,8 @@ def send_statistics(client: Client, statistics: RoutingStatistics) -> str:
 def send_record(url: str, recording: Recording, statistics: RoutingStatistics, deployment: str | None) -> str:
     """Sends a recording to a service; returns what it is there. Sent again, it is not stored again.
 
-    A deployment gets a trace as shards, and counts as windows, which end a second after one another, the last when the record
-    was written. Without a deployment the service keeps the statistics.
+    A deployment gets a trace as shards, and counts as windows, which end a second after one another, the last when the
+    record was written. Without a deployment the service keeps the statistics.
     """
     import numpy as np
 

@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries in the order asked for, all judged on the same steps. The first is the one others are measured against."""
+    """Entries in the order asked for, all judged on the same steps. Others are measured against the first."""
 
     problem: Problem
     steps: dict[str, Steps]

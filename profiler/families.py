@@ -128,8 +128,8 @@ def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             return ids, None
     raise InputError(
         f"{type(module).__name__}: no expert ids in its output ({_shapes(returned)}) nor in its arguments "
-        f"({_shapes(passed)}); expected an integer tensor [tokens, k]. Pass extract=lambda module, args, kwargs, output: "
-        "(ids, weights)"
+        f"({_shapes(passed)}); expected an integer tensor [tokens, k]. Pass extract=lambda module, args, kwargs, "
+        "output: (ids, weights)"
     )
 
 
@@ -152,8 +152,8 @@ def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
     experts = sites[0].num_experts
     if experts != spec.experts:
         raise UnsupportedError(
-            f"{sites[0].name} has {experts} experts, the model's config {spec.experts}: an expert-parallel model numbers "
-            "its experts by rank. Record the routers instead: routers=<regex of their names>, num_experts="
+            f"{sites[0].name} has {experts} experts, the model's config {spec.experts}: an expert-parallel model "
+            "numbers its experts by rank. Record the routers instead: routers=<regex of their names>, num_experts="
             f"{spec.experts}"
         )
     layers = tuple(site.layer for site in sites)
@@ -205,11 +205,12 @@ def _layer_indices(names: Sequence[str]) -> list[int]:
                 name for i, name in enumerate(names) if any(numbers[i][0] == other[0] for other in numbers[:i])
             )
             raise InputError(
-                f"two routers for one layer ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; {clash!r} shares "
-                "its layer number with another); name the routers of one stack: routers=[...]"
+                f"two routers for one layer ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; {clash!r} "
+                "shares its layer number with another); name the routers of one stack: routers=[...]"
             )
         raise InputError(
-            f"no layer number in the module names {', '.join(names[:4])}; name modules like 'layers.3.router' in routers="
+            f"no layer number in the module names {', '.join(names[:4])}; name modules like 'layers.3.router' in "
+            "routers="
         )
     return [0]
 
@@ -224,9 +225,10 @@ def _expert_count(name: str, module: Module) -> int:
 
 def _nothing_found(model: Module) -> str:
     return (
-        f"{type(model).__name__} has no MoE layer that is known: looked for modules whose forward takes (hidden_states, "
-        f"{' | '.join(INDEX_ARGUMENTS)}, {' | '.join(WEIGHT_ARGUMENTS)}), as Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and "
-        "gpt-oss have in Transformers 5. For any other model name its router or experts modules: routers=<regex or list "
+        f"{type(model).__name__} has no MoE layer that is known: looked for modules whose forward takes "
+        f"(hidden_states, {' | '.join(INDEX_ARGUMENTS)}, {' | '.join(WEIGHT_ARGUMENTS)}), as Mixtral, OLMoE, "
+        "Qwen3-MoE, DeepSeek-V3 and gpt-oss have in Transformers 5. For any other model name its router or experts "
+        "modules: routers=<regex or list "
         f"of names>, extract=<function> if needed. {_suggestions([pair for pair in _modules(model) if pair[0]])}"
     )
 

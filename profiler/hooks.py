@@ -324,8 +324,9 @@ class StepRouting:
         start = self._filled[slot]
         if start + tokens > self._ids.shape[1] or ids.shape[-1] != self._ids.shape[-1]:
             raise UnsupportedError(
-                f"{self._sites[slot].name} routed {start + tokens} tokens to {ids.shape[-1]} experts each, other layers "
-                f"of this forward {self._ids.shape[1]} to {self._ids.shape[-1]}; a trace needs the same of every layer"
+                f"{self._sites[slot].name} routed {start + tokens} tokens to {ids.shape[-1]} experts each, other "
+                f"layers of this forward {self._ids.shape[1]} to {self._ids.shape[-1]}; a trace needs the same of "
+                "every layer"
             )
         self._ids[slot, start : start + tokens].copy_(ids, non_blocking=True)
         if self._weights is not None:
@@ -618,9 +619,9 @@ class ForwardHooks:
         listed = f"{', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''}"
         if step is None:
             raise UnsupportedError(
-                f"a forward call ran without calling {listed}: the layer may run a kernel that bypasses its modules, or "
-                "code compiled before recording began. Pass the compiled module itself to profile, or open the block "
-                "before the first compiled call; name the modules that do route with routers="
+                f"a forward call ran without calling {listed}: the layer may run a kernel that bypasses its modules, "
+                "or code compiled before recording began. Pass the compiled module itself to profile, or open the "
+                "block before the first compiled call; name the modules that do route with routers="
             )
         raise UnsupportedError(
             f"{listed} did not route in this forward call, other layers did; token mode needs every layer of a token: "

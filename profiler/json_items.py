@@ -14,15 +14,15 @@ CHUNK = 1 << 16
 ITEM_LIMIT = 1 << 26
 """Bytes that one item may take."""
 DEPTH_LIMIT = 256
-"""Containers that may stand inside one another: ijson keeps the whole way to each, which takes the square of the depth."""
+"""Containers inside one another: ijson keeps the whole way to each, which takes the square of the depth."""
 
 ESCAPES = re.compile(rb"\\.", re.DOTALL)
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def json_items(handle: BinaryIO, name: str, prefix: str, limit: int = ITEM_LIMIT) -> Iterator[Any]:
-    """The values at `prefix`, as ijson names places ("" a value of the file, "item" one of a list at the top), of one or several
-    JSON values one after another. Numbers with fractions are floats.
+    """The values at `prefix`, as ijson names places ("" a value of the file, "item" one of a list at the top), of one
+    or several JSON values one after another. Numbers with fractions are floats.
 
     name: of the file, for errors. limit: bytes an item may take.
 

@@ -169,7 +169,8 @@ class Recording:
             for field, recorded in self.header.model_fields.items():
                 if field != "moe_layers" and recorded != getattr(model, field):
                     raise InputError(
-                        f"{self.path} is of another model: {field} is {recorded}, the model's is {getattr(model, field)}"
+                        f"{self.path} is of another model: {field} is {recorded}, the model's is "
+                        f"{getattr(model, field)}"
                     )
         header = replace(self.header, moe_layers=numbers)
         record = self.trace if self.record is None else self.record

@@ -96,8 +96,8 @@ class TraceHeader:
         """
         if not metadata or HEADER_KEY not in metadata:
             raise FileFormatError(
-                f"{origin}: Parquet, but not a routing trace: the metadata key {HEADER_KEY.decode()!r} is absent; tools "
-                "that rewrite Parquet drop it, so pass the recorded shards, or build a trace with "
+                f"{origin}: Parquet, but not a routing trace: the metadata key {HEADER_KEY.decode()!r} is absent; "
+                "tools that rewrite Parquet drop it, so pass the recorded shards, or build a trace with "
                 "RoutingTrace.from_arrays and write it with write_trace"
             )
         try:
@@ -511,8 +511,8 @@ def trace_shards(path: Source | Sequence[Source]) -> tuple[TraceShard, ...]:
         files = [*sorted(source.glob("*.parquet"))] if isinstance(source, Path) and source.is_dir() else [source]
     if not files:
         raise FileFormatError(
-            f"{path}: no .parquet file in this folder; expected the shards of a recording (rank00000-00000.parquet, ...). "
-            "A recording that was killed early leaves only .tmp files, which hold no whole shard: record again"
+            f"{path}: no .parquet file in this folder; expected the shards of a recording (rank00000-00000.parquet, "
+            "...). A recording that was killed early leaves only .tmp files, which hold no whole shard: record again"
         )
     shards = tuple(_open_shard(file) for file in files)
     first = shards[0]
@@ -521,8 +521,8 @@ def trace_shards(path: Source | Sequence[Source]) -> tuple[TraceShard, ...]:
             here, there = getattr(shard.header, name), getattr(first.header, name)
             if here != there:
                 raise FileFormatError(
-                    f"{shard.name}: {name} is {here}, but {there} in {Path(first.name).name}; the shards are of different "
-                    "models or recordings: keep each recording in its own folder"
+                    f"{shard.name}: {name} is {here}, but {there} in {Path(first.name).name}; the shards are of "
+                    "different models or recordings: keep each recording in its own folder"
                 )
         if set(shard.columns) != set(first.columns):
             raise FileFormatError(

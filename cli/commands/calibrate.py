@@ -35,7 +35,8 @@ def calibrate_command(
         typer.Option(
             "--model",
             metavar="PATH",
-            help="Transformers config.json of the model whose experts to time, or its folder. Default: OLMoE-1B-7B's sizes.",
+            help="Transformers config.json of the model whose experts to time, or its folder. Default: OLMoE-1B-7B's "
+            "sizes.",
         ),
     ] = None,
     hidden_size: Annotated[int | None, typer.Option("--hidden-size", min=1, help="In place of the model's.")] = None,
@@ -71,9 +72,10 @@ def calibrate_command(
     """Measure the devices and links that torchrun's ranks run on, and write them as a topology.
 
     Start it by torchrun as training or serving will run, as many hosts and as many ranks on each:
-    `torchrun --nproc-per-node 8 -m moeplace calibrate -o topology.json`. All ranks work at once throughout. Times expert
-    products of the model's sizes, plain copies, and all-to-alls inside nodes, between nodes and over all ranks, by NCCL on
-    GPUs and Gloo on CPUs. Every command takes the file as --topology. A single process measures its device alone.
+    `torchrun --nproc-per-node 8 -m moeplace calibrate -o topology.json`. All ranks work at once throughout. Times
+    expert products of the model's sizes, plain copies, and all-to-alls inside nodes, between nodes and over all ranks,
+    by NCCL on GPUs and Gloo on CPUs. Every command takes the file as --topology. A single process measures its device
+    alone.
 
     Example:
 

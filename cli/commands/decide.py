@@ -55,7 +55,8 @@ def decide_command(
         typer.Option(
             "--deployment",
             metavar="NAME",
-            help="Have the service of --server judge one candidate against this deployment's plan in force, on its newest routing.",
+            help="Have the service of --server judge one candidate against this deployment's plan in force, on its "
+            "newest routing.",
             show_default=False,
             rich_help_panel=STORE,
         ),
@@ -96,7 +97,8 @@ def decide_command(
     seed: Annotated[int, typer.Option("--seed", help="Decides the held-out part and every draw.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether a candidate is worth applying: its gain on held-out sequences, with an interval, against its migration.
+    """Say whether a candidate is worth applying: its gain on held-out sequences, with an interval, against its
+    migration.
 
     Held-out sequences are drawn again and again; the plan in force and the candidates replay the same draws. Keeping is
     the answer unless a gain is proven and pays the migration back within the horizon.

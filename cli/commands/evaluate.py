@@ -54,8 +54,8 @@ def evaluate_command(
     """Replay held-out routing through a plan, beside the contiguous placement, and say what its layers wait for.
 
     With the plan's own seed and --held-out, the part judged on is the one its solver did not see.
-    Replicas are chosen as the engine does that the plan was solved for (`moeplace solve --for`), unless --replica-choice is given.
-    With --server the plan may be one of a service's; it is judged here.
+    Replicas are chosen as the engine does that the plan was solved for (`moeplace solve --for`), unless
+    --replica-choice is given. With --server the plan may be one of a service's; it is judged here.
 
     Example:
 

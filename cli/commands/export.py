@@ -63,7 +63,8 @@ def export_command(
     """Write a plan for a serving engine, and say how to start the engine with it.
 
     The engine's limits (equal slots a rank, equal shares, ...) are checked first.
-    Engines without a way to take a plan deal experts to ranks in order: `moeplace permute` writes a checkpoint for those.
+    Engines without a way to take a plan deal experts to ranks in order: `moeplace permute` writes a checkpoint for
+    those.
 
     Example:
 

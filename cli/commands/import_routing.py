@@ -65,7 +65,8 @@ class ReadOptions:
         typer.Option(
             "--assignments",
             metavar="FILE",
-            help="TensorRT-LLM's statistics of a run with a load balancer count slots: its YAML, for the expert in each.",
+            help="TensorRT-LLM's statistics of a run with a load balancer count slots: its YAML, for the expert in "
+            "each.",
             show_default=False,
             rich_help_panel=READING,
         ),
@@ -125,7 +126,8 @@ def import_command(
         typer.Option(
             "--deployment",
             metavar="NAME",
-            help="A deployment of the service of --server: a trace is uploaded to it, the windows of a record of counts are pushed.",
+            help="A deployment of the service of --server: a trace is uploaded to it, the windows of a record of "
+            "counts are pushed.",
             show_default=False,
             rich_help_panel=STORE,
         ),
@@ -158,8 +160,8 @@ def import_command(
 
     What it is is found by content, not by name:
     a trace of this project (Parquet) or its statistics (.npz);
-    SGLang's expert distribution records (stat, stat_approx, per_pass, per_token), a file or a folder of the ranks' files;
-    routed experts that vLLM or SGLang return (.npy, .npz, or responses as JSON);
+    SGLang's expert distribution records (stat, stat_approx, per_pass, per_token), a file or a folder of the ranks'
+    files; routed experts that vLLM or SGLang return (.npy, .npz, or responses as JSON);
     TensorRT-LLM's expert statistics (a folder); Megatron-LM's router traces (.jsonl, or a folder of the ranks' files);
     load histories of the ADRS benchmark (.json); ExFlow's trace.npy.
 

@@ -52,7 +52,8 @@ def pareto_command(
         typer.Option(
             "--redundant",
             metavar="N,...",
-            help="Slots a layer beyond one an expert. Default: 0, 1/8, 1/4, 1/2 and 1 an expert, as far as memory goes.",
+            help="Slots a layer beyond one an expert. Default: 0, 1/8, 1/4, 1/2 and 1 an expert, as far as memory "
+            "goes.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -115,8 +116,9 @@ def pareto_command(
 ) -> None:
     """Show what shorter steps cost: the front of step time, memory, bytes moved and survivable failures.
 
-    Solves once for each number of redundant slots, kind of failures to survive and limit of bytes moved, judges all plans on the same
-    held-out steps, and marks those that no other beats in everything. Ctrl-C ends the sweep and keeps what is finished.
+    Solves once for each number of redundant slots, kind of failures to survive and limit of bytes moved, judges all
+    plans on the same held-out steps, and marks those that no other beats in everything. Ctrl-C ends the sweep and keeps
+    what is finished.
 
     Example:
 

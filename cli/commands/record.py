@@ -58,7 +58,8 @@ def record_command(
         typer.Option(
             "--model",
             metavar="PATH",
-            help="Transformers config.json of the served model, or its folder: kept in the trace, with its layers' numbers.",
+            help="Transformers config.json of the served model, or its folder: kept in the trace, with its layers' "
+            "numbers.",
             show_default=False,
         ),
     ] = None,

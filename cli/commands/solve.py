@@ -81,7 +81,8 @@ def solve_command(
         typer.Option(
             "--current",
             metavar="PLAN",
-            help="The plan in force, a file or a stored plan's name or id: where search starts, and what --max-moved counts from.",
+            help="The plan in force, a file or a stored plan's name or id: where search starts, and what --max-moved "
+            "counts from.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -191,8 +192,8 @@ def _assumed(plan: Plan, problem: Problem, batch: BatchOptions, seed: int) -> st
 
     ((kind, tokens),) = batch.kinds.items()
     said = (
-        f"warning: solver {plan.provenance.solver} assumed {kind} steps of {tokens} tokens; say what the deployment runs with --decode N or "
-        "--prefill N"
+        f"warning: solver {plan.provenance.solver} assumed {kind} steps of {tokens} tokens; say what the deployment "
+        "runs with --decode N or --prefill N"
     )
     contiguous = solve(problem, BASELINE)
     predicted = []

@@ -258,7 +258,8 @@ def asked_changes(
 
 
 def for_engine(change: Change, plan: Plan, problem: Problem, engine: str) -> Change:
-    """The change with slots that the engine can run, where it does not say how many: those a device has now, or the fewest.
+    """The change with slots that the engine can run, where it does not say how many: those a device has now, or the
+    fewest.
 
     Raises:
         InputError: unknown engine. UnsupportedError: the engine cannot run on the changed cluster; says what to change.

@@ -1,4 +1,4 @@
-"""Bare arrays of whole numbers: .npy and .npz, read with nothing in them trusted, and whether they hold expert ids or loads."""
+"""Bare arrays of whole numbers, .npy and .npz: read with nothing trusted, and whether they are expert ids or loads."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ MOST_LAYERS = 512
 """More rows than any model has layers."""
 MOST_TOP_K = 64
 ROWS_LOOKED_AT = 1 << 16
-EXPECTED_MEETINGS = 9.0
-"""Expected meetings of equal numbers in a row, had they been counts: that none is seen then has chance e^-9, 1 in 8,100."""
+EXPECTED_PAIRS = 9.0
+"""Expected pairs of equal numbers in a row, had they been counts: that none is seen has chance e^-9, 1 in 8,100."""
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -169,8 +169,8 @@ def check_tokens(source: Path, num_experts: int | None) -> None:
             )
             raise FileFormatError(
                 f"{source}: whole numbers {shape} up to {int(array.max()):,} may be expert ids {ids} or loads {loads}. "
-                'If they are ids, say so: read_any(path, kind="tokens"), or moeplace import --as tokens. Bare tables of '
-                "loads are not read: make RoutingStatistics of them in Python, with write_statistics for a file"
+                'If they are ids, say so: read_any(path, kind="tokens"), or moeplace import --as tokens. Bare tables '
+                "of loads are not read: make RoutingStatistics of them in Python, with write_statistics for a file"
             )
 
 
@@ -200,8 +200,8 @@ def _surely_ids(array: Ids, num_experts: int | None) -> bool:
     ids = array.astype(np.int64)
     top_k, span = ids.shape[2], int(ids.max()) + 1
     chosen = (ids > 0).any(axis=2)
-    meetings = int(chosen.sum()) * top_k * (top_k - 1) / 2 / max(span, 1)
-    if top_k > MOST_TOP_K or meetings < EXPECTED_MEETINGS or not is_filled(ids).all():
+    pairs = int(chosen.sum()) * top_k * (top_k - 1) / 2 / max(span, 1)
+    if top_k > MOST_TOP_K or pairs < EXPECTED_PAIRS or not is_filled(ids).all():
         return False
     used = ids[:, chosen.any(axis=0)].sum(axis=2)
     return used.shape[1] < 2 or bool((np.ptp(used, axis=1) > 0).any())

@@ -20,7 +20,8 @@ def statistics_of(
 ) -> RoutingStatistics:
     """Statistics of windows of [L, E] counts, without the windows and the layers in which nothing was counted.
 
-    layers: absolute indices of the L layers. A dense layer counts nothing, and is how engines number the layers after it.
+    layers: absolute indices of the L layers. A dense layer counts nothing, and is how engines number the layers after
+    it.
     Memory: the counts once more, in float64; each window is let go once it is copied, where the caller lets it go.
 
     Raises:

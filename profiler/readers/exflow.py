@@ -23,8 +23,9 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
     numbering takes the highest expert seen as the last. The file says nothing of sequences: all is one sequence.
 
     Raises:
-        InputError: no such file. FileFormatError: not such an array, truncated, or ids of neither numbering; or E cannot
-            be told from the values, then pass num_experts.
+        InputError: no such file.
+        FileFormatError: not such an array, truncated, or ids of neither numbering; or E cannot be told from the
+            values, then pass num_experts.
     """
     source = Path(path)
     if not source.is_file():
@@ -71,15 +72,16 @@ def _numbering(source: Path, low: list[int], high: list[int], num_experts: int |
             return num_experts, num_experts
         layer = next(i for i in layers if high[i] >= num_experts)
         raise FileFormatError(
-            f"{source}: layer {layer} holds ids {low[layer]} to {high[layer]}; with {num_experts} experts they must be from "
-            f"0 to {num_experts - 1}, or from {layer * num_experts} to {(layer + 1) * num_experts - 1}"
+            f"{source}: layer {layer} holds ids {low[layer]} to {high[layer]}; with {num_experts} experts they must "
+            f"be from 0 to {num_experts - 1}, or from {layer * num_experts} to {(layer + 1) * num_experts - 1}"
         )
     least = max(high[i] // (i + 1) + 1 for i in layers)
     most = min((low[i] // i for i in layers if i), default=0)
     if len(low) > 1 and least <= most:
         if least < most:
             raise FileFormatError(
-                f"{source}: experts are numbered layer by layer, with {least} to {most} experts a layer; pass num_experts"
+                f"{source}: experts are numbered layer by layer, with {least} to {most} experts a layer; pass "
+                "num_experts"
             )
         return least, least
     if max(high) >= 65536:

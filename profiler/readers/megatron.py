@@ -1,8 +1,8 @@
 """Megatron-LM's router traces: `router_trace_rank{r}.jsonl` of --moe-routing-trace-path, one file or a folder of them.
 
 A line is one router call: the experts of each token in one layer. The training hook reads them off a boolean map: they
-come in order of expert, not of gate weight, and gate weights are not kept. Whatever looks at the first expert of a token alone
-is wrong on such a trace. Source: megatron/core/transformer/moe/router_trace.py.
+come in order of expert, not of gate weight, and gate weights are not kept. Whatever looks at the first expert of a
+token alone is wrong on such a trace. Source: megatron/core/transformer/moe/router_trace.py.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def read_megatron(path: str | Path, *, num_experts: int | None = None) -> Routin
     num_experts: E; without it, it is read off the logits' shape where those were captured, else the highest expert seen
     is the last. Each router call is a sequence of its own (a micro-batch: the file does not say where its sequences
     end). Several calls of a layer in a step are micro-batches, in order. Megatron skips calls that dropped
-    tokens: a step that so lacks a layer's call is left out for that rank, and so are tokens with -1 for an expert. A rank
-    whose whole record equals another's (tensor parallelism without sequence parallelism) counts once. Record without pipeline
-    parallelism, which numbers each stage's layers from 0 again. Memory: one line at a time, and the trace.
+    tokens: a step that so lacks a layer's call is left out for that rank, and so are tokens with -1 for an expert. A
+    rank whose whole record equals another's (tensor parallelism without sequence parallelism) counts once. Record
+    without pipeline parallelism, which numbers each stage's layers from 0 again. Memory: one line at a time, and the
+    trace.
 
     Raises:
         InputError: no such path. FileFormatError: no such record, damaged, or files of different models.

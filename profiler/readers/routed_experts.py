@@ -1,7 +1,8 @@
 """Routed experts that vLLM and SGLang return with a request (--enable-return-routed-experts).
 
-A saved array (.npy, .npz) or saved responses (JSON, one, a list, or one a line). vLLM returns .npy bytes in base64, or lists in
-older releases; SGLang returns int32 values in base64, [tokens, num_hidden_layers, top_k], without saying the shape.
+A saved array (.npy, .npz) or saved responses (JSON, one, a list, or one a line). vLLM returns .npy bytes in base64, or
+lists in older releases; SGLang returns int32 values in base64, [tokens, num_hidden_layers, top_k], without saying the
+shape.
 Sources: vllm/entrypoints/openai/chat_completion/protocol.py, sglang/srt/state_capturer/routed_experts.py.
 """
 
@@ -58,11 +59,11 @@ def read_routed_experts(
 ) -> RoutingTrace:
     """Reads the routing of requests: each array or choice a sequence, a prompt's array before its answer's.
 
-    layers, top_k: the shape of SGLang's values. Without them it is found where enough ids are there: the tokens come from
-    `meta_info`, and k is the largest for which no token has an expert twice in a layer. num_experts: without it the
-    highest expert seen is the last. Dense layers (zeros everywhere) are dropped, the others keep their absolute
-    indices; tokens of a cached prefix (-1) and tokens never captured (zeros) are dropped, positions stay. Experts come in
-    the engine's order, without weights.
+    layers, top_k: the shape of SGLang's values. Without them it is found where enough ids are there: the tokens come
+    from `meta_info`, and k is the largest for which no token has an expert twice in a layer. num_experts: without it
+    the highest expert seen is the last. Dense layers (zeros everywhere) are dropped, the others keep their absolute
+    indices; tokens of a cached prefix (-1) and tokens never captured (zeros) are dropped, positions stay. Experts come
+    in the engine's order, without weights.
 
     Raises:
         InputError: no such file. FileFormatError: no such record, damaged, requests of different models, or a shape
@@ -125,7 +126,8 @@ def _responses(path: Path | BinaryIO, layers: int | None, top_k: int | None) -> 
         assert top_k is not None
         if layers < 1 or top_k < 1 or len(piece.ids) % (layers * top_k):
             raise FileFormatError(
-                f"{source}: {piece.field} holds {len(piece.ids)} ids, not a multiple of {layers} layers x {top_k} experts"
+                f"{source}: {piece.field} holds {len(piece.ids)} ids, not a multiple of {layers} layers x {top_k} "
+                "experts"
             )
         pieces.append(Piece(piece.field, piece.ids.reshape(-1, layers, top_k), piece.sequence))
     return pieces
@@ -213,7 +215,8 @@ def _trace(source: str, pieces: list[Piece], num_experts: int | None) -> Routing
         low, high = int(piece.ids.min()), int(piece.ids.max())
         if low < -1 or high >= (num_experts or MOST_EXPERTS):
             raise FileFormatError(
-                f"{source}: {piece.field} holds ids from {low} to {high}, expected -1 or 0 to {(num_experts or MOST_EXPERTS) - 1}"
+                f"{source}: {piece.field} holds ids from {low} to {high}, expected -1 or 0 to "
+                f"{(num_experts or MOST_EXPERTS) - 1}"
             )
     blocks = [(piece, start) for piece in pieces for start in range(0, len(piece.ids), ROWS)]
     seen = np.zeros(next(iter(shapes))[0], np.bool_)

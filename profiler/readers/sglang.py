@@ -125,8 +125,8 @@ def _mapping(file: Path, value: Any) -> IntArray:
     if not mapping.size or mapping.min() < 0 or mapping.max() >= min(mapping.shape[1], MOST_EXPERTS):
         raise FileFormatError(
             f"{file}: last_physical_to_logical_map has shape {mapping.shape} and ids from "
-            f"{mapping.min() if mapping.size else 'none'} to {mapping.max() if mapping.size else 'none'}; expected logical "
-            f"ids of at least 0 and fewer experts than slots"
+            f"{mapping.min() if mapping.size else 'none'} to {mapping.max() if mapping.size else 'none'}; expected "
+            f"logical ids of at least 0 and fewer experts than slots"
         )
     return mapping
 

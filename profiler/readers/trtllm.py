@@ -104,7 +104,8 @@ def _add_rank(path: Path, experts: int, totals: dict[tuple[int, int], Counts]) -
         start, end = offsets
         if not 0 <= start <= end <= len(content) or end - start != length_needed:
             raise FileFormatError(
-                f"{path}: tensor {key} lies at {start}:{end} of {len(content)} bytes and takes {length_needed}; truncated"
+                f"{path}: tensor {key} lies at {start}:{end} of {len(content)} bytes and takes {length_needed}; "
+                "truncated"
             )
         counts = np.frombuffer(content, "<i8", experts, start)
         if counts.min() < 0 or counts.max() >= 1 << 48:
