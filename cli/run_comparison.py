@@ -145,51 +145,47 @@ def _with_different_names(entries: Sequence[Entry]) -> list[Entry]:
     return result
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of a comparison, as typed."""
-
-    routing: Path
-    model: ModelOptions
-    topology: TopologyOptions
-    objective: ObjectiveOptions
-    held_out: HeldOutOptions
-    steps: StepOptions
-    solving: SolveOptions
-    storage: StoreOptions
-    solvers: str | None
-    plans: str | None
-    seed: int
-    engine: str | None = None
-
-
-def run_comparison(request: Request) -> Comparison:
-    """Reads, checks everything that can be wrong, then solves and judges."""
+def run_comparison(
+    routing: Path,
+    *,
+    model: ModelOptions,
+    topology: TopologyOptions,
+    objective: ObjectiveOptions,
+    held_out: HeldOutOptions,
+    steps: StepOptions,
+    solving: SolveOptions,
+    storage: StoreOptions,
+    solvers: str | None,
+    plans: str | None,
+    seed: int,
+    engine: str | None = None,
+) -> Comparison:
+    """Reads, checks everything that can be wrong, then solves and judges: from options to a finished comparison."""
     from ..placement.problem import Problem
     from ..profiler.read import open_routing
     from ..runtime.engine_problems import problem_for
     from ..solvers import solver_names
 
-    topology, objective = read_topology(request.topology), read_objective(request.objective, request.engine)
-    names = split_list(request.solvers) if request.solvers is not None else list(solver_names())
-    choices = [SolverChoice.parse(name).for_steps(request.steps) for name in names]
-    plans = [(_plan_name(name), read_plan(name, request.storage.db)) for name in split_list(request.plans)]
+    cluster, goal = read_topology(topology), read_objective(objective, engine)
+    names = split_list(solvers) if solvers is not None else list(solver_names())
+    choices = [SolverChoice.parse(name).for_steps(steps) for name in names]
+    judged_too = [(_plan_name(name), read_plan(name, storage.db)) for name in split_list(plans)]
     with working("reading the routing") as update:
-        recording = open_routing(request.routing, defaults=reader_defaults(request.model.model))
-        model = read_model(request.model, recording)
-        split = split_routing(recording, request.held_out, request.seed)
+        recording = open_routing(routing, defaults=reader_defaults(model.model))
+        spec = read_model(model, recording)
+        split = split_routing(recording, held_out, seed)
         update("counting", None)
         problem = Problem(
-            model=model,
-            topology=topology,
+            model=spec,
+            topology=cluster,
             statistics=solving_statistics(recording, split),
-            objective=objective,
-            slots=read_slots(request.solving.slots),
+            objective=goal,
+            slots=read_slots(solving.slots),
         )
-        if request.engine is not None:
-            problem = problem_for(problem, request.engine)
-        steps = make_steps(split.judged, request.steps, request.seed)
-        return compare(problem, split, steps, choices, plans, request.solving.seconds, request.seed, update)
+        if engine is not None:
+            problem = problem_for(problem, engine)
+        replayed = make_steps(split.judged, steps, seed)
+        return compare(problem, split, replayed, choices, judged_too, solving.seconds, seed, update)
 
 
 def _plan_name(reference: str) -> str:

@@ -22,7 +22,7 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note
-from ..run_comparison import Comparison, Request, run_comparison
+from ..run_comparison import Comparison, run_comparison
 from ..tables import comparison_rows, comparison_tables
 
 Solvers = Annotated[
@@ -81,7 +81,18 @@ def compare_command(
       moeplace compare trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solvers eplb,exflow,search
     """
     comparison = run_comparison(
-        Request(routing, model, topology, objective, held_out, steps, solving, storage, solvers, plans, seed, engine)
+        routing,
+        model=model,
+        topology=topology,
+        objective=objective,
+        held_out=held_out,
+        steps=steps,
+        solving=solving,
+        storage=storage,
+        solvers=solvers,
+        plans=plans,
+        seed=seed,
+        engine=engine,
     )
     rows = comparison_rows(comparison)
     if save is not None:

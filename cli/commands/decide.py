@@ -127,7 +127,7 @@ def decide_command(
             model=plans[0].model,
             topology=plans[0].topology,
             statistics=solving_statistics(recording, split),
-            objective=read_objective(objective),
+            objective=read_objective(objective, plans[0].provenance.engine),
         )
         in_force = solve(problem, BASELINE) if current == BASELINE else read_plan(current, storage.db, remote.server)
         decision = decide(

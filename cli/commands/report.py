@@ -23,7 +23,7 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note
-from ..run_comparison import Comparison, Request, run_comparison
+from ..run_comparison import Comparison, run_comparison
 from ..tables import comparison_rows, comparison_tables
 from .compare import Plans, Solvers, comparison_data
 
@@ -69,7 +69,17 @@ def report_command(
     from ..report.page import write_page
 
     comparison = run_comparison(
-        Request(routing, model, topology, objective, held_out, steps, solving, storage, solvers, plans, seed)
+        routing,
+        model=model,
+        topology=topology,
+        objective=objective,
+        held_out=held_out,
+        steps=steps,
+        solving=solving,
+        storage=storage,
+        solvers=solvers,
+        plans=plans,
+        seed=seed,
     )
     write_page(build_report(comparison, before, after, provenance(comparison, routing)), output)
     note(f"wrote {output}")

@@ -231,6 +231,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "solver": provenance.solver,
         "choice": provenance.choice or None,
         "options": provenance.options,
+        "engine": provenance.engine or None,
         "seed": provenance.seed,
         "model": plan.model.name or None,
         "layers": plan.model.layers,
@@ -263,6 +264,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "solver": summary["solver"]
         + "".join(f" {key}={value}" for key, value in summary["options"].items() if key != "seconds"),
         "chosen because": summary["choice"],
+        "for engine": summary["engine"],
         "placement": f"{summary['layers']} layers of {summary['experts']} experts in "
         f"{spanned(np.array(summary['layer_slots']))} slots on "
         f"{summary['devices']} devices in {summary['nodes']} nodes ({summary['topology']})",
@@ -277,7 +279,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "file": summary.get("file"),
         "stored as": summary.get("stored_as"),
     }
-    rarely = ("chosen because", "moved")
+    rarely = ("chosen because", "for engine", "moved")
     return pairs({name: value for name, value in shown.items() if value is not None or name not in rarely})
 
 
