@@ -181,8 +181,9 @@ def test_experts_and_layer_numbers_a_record_lacks_are_given(tmp_path: Path) -> N
     assert done.code == 0, done.err
     assert (done.data["experts"], done.data["moe_layers"]) == (16, [3, 5, 6])
     assert mp.read_trace(tmp_path / "trace").moe_layers == (3, 5, 6)
-    assert "names 2 layers" in run(*common, "--moe-layers", "3-4").err
-    assert "--moe-layers names 2 layers" in run(*common, "--moe-layers", "3,3,4").err
+    ids = ("--as", "tokens")
+    assert "names 2 layers" in run(*common, *ids, "--moe-layers", "3-4").err
+    assert "--moe-layers names 2 layers" in run(*common, *ids, "--moe-layers", "3,3,4").err
 
 
 def test_options_a_format_has_no_use_for_are_refused_but_a_models_are_not(tmp_path: Path) -> None:
