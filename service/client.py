@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -326,13 +326,13 @@ class Client(Calls):
         found = self._json("GET", _deployment(deployment, "windows/totals"))
         return found["windows"], found["pairs"]
 
-    def upload_trace(self, deployment: str, path: str | Path) -> UploadRecord:
-        """Sends a Parquet shard of routing; goes on where an earlier attempt stopped."""
-        return self._upload({"kind": "trace", "deployment": deployment}, Path(path).read_bytes())
+    def upload_trace(self, deployment: str, path: str | Path | BinaryIO) -> UploadRecord:
+        """Sends a Parquet shard of routing, from a path or a binary file; goes on where an earlier attempt stopped."""
+        return self._upload({"kind": "trace", "deployment": deployment}, _content(path))
 
-    def upload_statistics(self, path: str | Path) -> str:
-        """Sends a statistics file; returns the statistics' id."""
-        done = self._upload({"kind": "statistics"}, Path(path).read_bytes())
+    def upload_statistics(self, path: str | Path | BinaryIO) -> str:
+        """Sends a statistics file, from a path or a binary file; returns the statistics' id."""
+        done = self._upload({"kind": "statistics"}, _content(path))
         return str((done.about or {})["statistics"])
 
     def solve(self, deployment: str | None = None, **request: Any) -> JobRecord:
@@ -507,6 +507,13 @@ class Client(Calls):
     def audit(self, **filters: Any) -> Iterator[AuditRecord]:
         """Who did what, newest first. filters: action, subject."""
         return self._pages(AuditRecord, "/v1/audit", filters)
+
+
+def _content(file: str | Path | BinaryIO) -> bytes:
+    if isinstance(file, str | Path):
+        return Path(file).read_bytes()
+    file.seek(0)
+    return file.read()
 
 
 def _deployment(name: str, what: str = "") -> str:
