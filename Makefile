@@ -1,5 +1,7 @@
 # make demo   install, then profile -> solve -> judge -> export -> serve on recorded routing of a real model
 # make test   install what tests need, then lint, type-check and test
+# make check  the same with the quick tests only
+# make matrix the quick tests on other Pythons and with the lowest versions of dependencies
 # make audit  known vulnerabilities of the installed dependencies
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -7,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test lint types unit audit clean
+.PHONY: demo test check lint types unit quick matrix audit clean
 
 # A virtual environment is up to date when it was made after the last change of its requirements.
 $(VENV)/.demo: pyproject.toml
@@ -20,13 +22,15 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,service,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,service,test,test-torch]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --out $(DEMO)
 
 test: lint types unit
+
+check: lint types quick
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -41,10 +45,16 @@ types: $(VENV)/.test
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+matrix:
+	.ci/matrix
+
 # Known vulnerabilities of what is installed. Where advisories cannot be reached it says so and passes.
 audit: $(VENV)/.test
 	$(BIN)/python -m pip install -q pip-audit
 	$(BIN)/python .ci/audit.py
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-matrix build demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,6 @@
 """Devices a token needs against balance: the front that search draws on gpt-oss-20b, and where others stand.
 
-    python benchmarks/locality_front.py --data DATA --out docs/results/locality_front.md
+    python -m benchmarks locality_front --write
 
 4 or 8 devices hold experts; a node without experts sends every token's copies over one link, so that it is the sum of copies
 that costs, beside the busiest device's compute. The link's speed decides what a copy is worth. Figures are of held-out decode
@@ -11,7 +11,6 @@ by its share, whatever else the token needs.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import recordings
 from peers import PEERS, Routing
 from peers.plain_annealing import plain_annealing
+from runner import Report, Table
 from search_peers import PEER_TOKENS, plan_of
 
 import moeplace as mp
@@ -66,33 +66,27 @@ def searched(
         yield f"search, a copy worth {worth:g}", plan
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the recordings")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="folder with the recordings")
     parser.add_argument("--proposals", type=int, default=6_000, help="effort a layer, search's and plain annealing's")
-    parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     train, held = recordings.gpt_oss(options.data).split("sequence", 0.25, 0)
     statistics = mp.RoutingStatistics.from_trace(train)
     steps, drawn = held.decode_steps(TOKENS, 200, 1), train.decode_steps(TOKENS, 256, 0)
-    parts = [
-        "# Locality against balance\n",
-        " ".join((__doc__ or "").split("\n\n", 2)[2].split()) + "\n",
-        f"    python benchmarks/locality_front.py --data DATA --proposals {options.proposals}\n",
-    ]
     for devices in (8, 4):
         problem = mp.Problem(recordings.GPT_OSS, mp.Topology.preset("h100-hgx", 1, devices), statistics)
-        rows: list[tuple[str, int, float, float]] = []
+        table = report.table(
+            f"{devices} devices",
+            ("plan", "slots", "devices a token", "load max/mean"),
+            devices_a_token=".2f",
+            load_max_mean=".3f",
+        )
 
-        def add(
-            name: str,
-            plan: mp.Plan,
-            problem: mp.Problem = problem,
-            rows: list[tuple[str, int, float, float]] = rows,
-        ) -> None:
+        def add(name: str, plan: mp.Plan, problem: mp.Problem = problem, table: Table = table) -> None:
             summary = mp.evaluate(plan, steps, problem).summary()
-            rows.append((name, plan.num_slots, summary["devices_per_token"], summary["load_max_mean"]))
-            print(problem.num_devices, *rows[-1], file=sys.stderr)
+            table.row(name, plan.num_slots, summary["devices_per_token"], summary["load_max_mean"])
 
         for more in (0, 8):
             for name, plan in searched(devices, more, statistics, options.proposals):
@@ -113,17 +107,5 @@ def main() -> None:
         for peer, partition in PEERS:
             for setting, device_of in partition(routing).items():
                 add(f"{peer}, {setting}", plan_of(problem, np.asarray(device_of), peer))
-        rows += [("the marks", 32, reach, load) for reach, load in MARKS[devices]]
-        parts.append(f"## {devices} devices\n\n| plan | slots | devices a token | load max/mean |\n|---|---|---|---|")
-        parts.append("\n".join(f"| {name} | {slots} | {reach:.2f} | {load:.3f} |" for name, slots, reach, load in rows))
-        parts.append("")
-    text = "\n".join(parts)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
-    else:
-        print(text)
-
-
-if __name__ == "__main__":
-    main()
+        for reach, load in MARKS[devices]:
+            table.row("the marks", 32, reach, load)

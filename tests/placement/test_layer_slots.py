@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from emptied_slots import empty_some
+from every_table import bound_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_certify import bound_of
 from traces import make_trace
 
 import moeplace as mp

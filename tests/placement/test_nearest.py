@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_cost import replicated_step_seconds
-from test_cost import topology
+from small_clusters import topology
 from traces import make_trace
 
 import moeplace as mp

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from every_table import all_tables, bound_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from moeplace.solvers.certify.certify import StepCertificate
 from moeplace.solvers.certify.device_sets import DeviceSets, sets_fit
 from moeplace.solvers.certify.link_floors import link_floors
 from moeplace.solvers.certify.partition import least_over_partitions
-from moeplace.solvers.certify.proof import risk_bound
 from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
 from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
 
@@ -73,17 +73,6 @@ def problem_and_steps(
     return problem, trace.recorded_steps()
 
 
-def all_tables(problem: mp.Problem, layer: int = 0) -> list[np.ndarray]:
-    """Every way to fill a layer's own slots with all experts, up to the order within a device and without doubles there."""
-    sizes, experts = problem.layer_slots[layer].tolist(), problem.model.experts
-    contents = [list(itertools.combinations(range(experts), size)) for size in sizes]
-    return [
-        np.array(list(itertools.chain(*chosen)))
-        for chosen in itertools.product(*contents)
-        if len(set(itertools.chain(*chosen))) == experts
-    ]
-
-
 def least_risk(problem: mp.Problem, steps: mp.Steps) -> float:
     """The least risk over all plans with equal shares (two layers at most)."""
     tables = all_tables(problem)
@@ -93,13 +82,6 @@ def least_risk(problem: mp.Problem, steps: mp.Steps) -> float:
         seconds = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
         best = min(best, risk_value(seconds, steps.step_workload, problem.objective))
     return best
-
-
-def bound_of(problem: mp.Problem, steps: mp.Steps, seconds: float = 0.25) -> float:
-    tables = problem.slot_table([all_tables(problem, layer)[0] for layer in range(problem.model.layers)])
-    plan = mp.Plan(problem.model, problem.topology, tables, problem.slot_device)
-    figures = evaluate_on(plan, steps, problem.model, problem.topology, problem.objective).step_seconds
-    return risk_bound(problem, steps, steps.step_workload, figures, None, seconds)
 
 
 @settings(max_examples=15, deadline=None)
