@@ -1,7 +1,8 @@
 """HTTP to servers that others run: engines, webhooks' receivers, the service. Below every package, as `_types`.
 
-No redirect is followed, no proxy asked, and no more of a body read than a caller takes. A time-out is of the whole call, from connecting to
-the answer's last byte: with a socket's own, a server that sends a byte now and then would keep its caller for ever.
+No redirect is followed, no proxy asked, and no more of a body read than a caller takes. A time-out is of the whole
+call, from connecting to the answer's last byte: with a socket's own, a server that sends a byte now and then would keep
+its caller for ever.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Connections:
 
     @contextmanager
     def stream(self, url: str, headers: Mapping[str, str], *, idle: float) -> Iterator[urllib3.BaseHTTPResponse]:
-        """A GET whose answer is read line by line while it comes. idle: seconds without a byte after which it has failed.
+        """A GET whose answer is read line by line while it comes. idle: seconds without a byte after which it has
+        failed.
 
         Raises:
             UnansweredError: as `request`, also from reading.

@@ -1,4 +1,5 @@
-"""Routing as the service keeps it, turned into what solvers read. Files live in folders of this process's own making."""
+"""Routing as the service keeps it, turned into what solvers read. Files live in folders of this process's own
+making."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Workers of this server: started, replaced when they die, ended with the server. And a look after those of all servers."""
+"""Workers of this server: started, replaced when they die, ended with the server. And a look after those of all
+servers."""
 
 from __future__ import annotations
 
@@ -279,7 +280,8 @@ class Pool:
         self._lock = threading.Lock()
 
     def tend(self) -> None:
-        """Replaces the dead; what they were doing is queued again at once, for a process that ended cannot come back."""
+        """Replaces the dead; what they were doing is queued again at once, for a process that ended cannot come
+        back."""
         with self._lock:
             for worker in list(self._workers):
                 how = worker.handle.ended()
@@ -317,8 +319,8 @@ class Pool:
 
 
 class Reaper:
-    """Finds jobs whose workers show no life, whoever's they were. Compares with what it saw before, by a clock that only
-    runs forward."""
+    """Finds jobs whose workers show no life, whoever's they were. Compares with what it saw before, by a clock that
+    only runs forward."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
