@@ -102,7 +102,7 @@ def fed(document: dict[str, Any], known: dict[str, list[Any]]) -> dict[str, Any]
     schemas = document["components"]["schemas"]
     for title, schema in list(schemas.items()):
         fields = schema.get("properties", {})
-        for name, field in fields.items() if title.endswith("In") else ():
+        for name, field in fields.items() if title.endswith(("In", "Request")) else ():
             values = known.get(f"{title}.{name}", known.get(name))
             if values:
                 optional = any(part.get("type") == "null" for part in field.get("anyOf", []))
