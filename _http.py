@@ -74,7 +74,7 @@ class Connections:
 
     def __init__(self, retries: urllib3.Retry | None = None) -> None:
         self._retries = retries
-        self._timed = urllib3.PoolManager(maxsize=16)
+        self._timed = urllib3.PoolManager(maxsize=256)
         self._timed.pool_classes_by_scheme = {"http": _TimedPool, "https": _TimedTlsPool}
         self._streams = urllib3.PoolManager()
 
@@ -99,7 +99,8 @@ class Connections:
         Raises:
             UnansweredError: no server there, no answer in time, or none that is HTTP.
         """
-        with _told():
+        # A header that cannot be sent is a ValueError.
+        with _as_unanswered(ValueError):
             response = self._timed.request(
                 method,
                 url,
@@ -133,7 +134,7 @@ class Connections:
         Raises:
             UnansweredError: as `request`, also from reading.
         """
-        with _told():
+        with _as_unanswered():
             response = self._streams.request(
                 "GET", url, headers=dict(headers), timeout=idle, retries=False, redirect=False, preload_content=False
             )
@@ -198,11 +199,11 @@ class _TimedTlsPool(HTTPSConnectionPool):
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _as_unanswered(*more: type[Exception]) -> Iterator[None]:
     """Every way in which a call fails, as one error that says what the system said."""
     try:
         yield
-    except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, UnicodeError) as error:
+    except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, *more) as error:
         cause: BaseException = error
         timed_out = False
         while True:

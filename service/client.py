@@ -99,8 +99,7 @@ class Transport:
 
         Raises:
             NotFoundError, ConflictError, InputError, StoreError: as the service says. MoeplaceError: any other refusal,
-            or
-                the service cannot be reached.
+                or the service cannot be reached.
         """
         try:
             answer = self._connections.request(
@@ -112,22 +111,28 @@ class Transport:
                 again=again,
             )
         except UnansweredError as error:
-            raise MoeplaceError(f"the service at {self._netloc} cannot be reached ({error})") from None
-        if answer.status >= 400:
+            raise self._unreachable(error) from None
+        if answer.status >= 300 and answer.status != 304:
             raise _error(answer.status, answer.body)
         return answer
 
     @contextmanager
     def lines(self, path: str) -> Iterator[Iterator[bytes]]:
         """An answer line by line, while it comes."""
-        with self._connections.stream(self._root + path, self._headers({}), idle=self._timeout) as stream:
-            if stream.status >= 400:
-                raise _error(stream.status, stream.read())
-            yield iter(stream)
+        try:
+            with self._connections.stream(self._root + path, self._headers({}), idle=self._timeout) as stream:
+                if stream.status != 200:
+                    raise _error(stream.status, stream.read())
+                yield iter(stream)
+        except UnansweredError as error:
+            raise self._unreachable(error) from None
 
     def close(self) -> None:
         """Closes connections."""
         self._connections.close()
+
+    def _unreachable(self, error: UnansweredError) -> MoeplaceError:
+        return MoeplaceError(f"the service at {self._netloc} cannot be reached ({error})")
 
     def _headers(self, headers: Mapping[str, str]) -> dict[str, str]:
         own = {"Authorization": f"Bearer {self._token}"} if self._token else {}
