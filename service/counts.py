@@ -68,9 +68,8 @@ def from_arrow(body: bytes, layers: int, experts: int) -> list[CountWindow]:
     body.
 
     Raises:
-        FileFormatError: not an Arrow stream. InputError: a column is missing or of another type; it is named; or the
-        stream
-            is compressed, or of too many rows.
+        FileFormatError: not an Arrow stream. InputError: a column is missing or of another type; it is named; or
+            the stream is compressed, or of too many rows.
     """
     import pyarrow as pa
 
