@@ -127,7 +127,7 @@ def what_if_remotely(
     max_moved: float | None,
     update: Update,
 ) -> dict[str, Any]:
-    """Has a service look at the changes; returns its answer. asked: as `changes_asked` takes it."""
+    """Has a service look at the changes; returns its answer. asked: as `parse_changes` takes it."""
     with service(url) as client:
         update("sending the routing", None)
         other = None if asked["topology"] is None else client.add_topology(asked["topology"]).id

@@ -13,8 +13,8 @@ from ...db.store import Store
 from ...placement.bounds import device_loads
 from ...placement.cost import dispatch_bytes
 from ...placement.migration import migration
-from ...placement.objective import Objective
 from ...placement.plan import Plan
+from ...placement.replay import traffic_from_counts
 from ..policy import Policy
 from ..routing import from_windows
 from ..tasks.decide import default_plan
@@ -25,8 +25,7 @@ SHOWN_MOVES = 200
 @dataclass(frozen=True)
 class LoadComparison:
     """Two plans of a deployment on its newest windows. before, after: [L, G] device load over the layer's mean device
-    load. traffic: [G, G] bytes a step from each device to each other under `plan`, of dispatch, before copies are
-    merged by node.
+    load. traffic: [G, G] bytes a step from each device to each other under `plan`, of dispatch, as copies travel.
     """
 
     plan: Plan
@@ -64,13 +63,15 @@ def compared(
     if not windows:
         return None
     load = from_windows(windows, store.model(deployment.model_id).spec).total_load
+    objective = policy.objective
+    traffic = traffic_from_counts(after[0], load, policy.step_tokens, objective)
     return LoadComparison(
         plan=after[0],
         before_name=before[1],
         after_name=after[1],
         before=_relative(before[0], load),
         after=_relative(after[0], load),
-        traffic=_traffic(after[0], load, policy),
+        traffic=traffic.dispatch * dispatch_bytes(after[0].model, objective),
     )
 
 
@@ -112,15 +113,3 @@ def _relative(plan: Plan, load: FloatArray) -> FloatArray:
     loads = device_loads(load, plan.physical_to_logical, plan.shares, plan.slot_device, devices)
     mean = loads.mean(axis=1, keepdims=True)
     return np.asarray(loads / np.where(mean > 0, mean, 1.0))
-
-
-def _traffic(plan: Plan, load: FloatArray, policy: Policy) -> FloatArray:
-    """Homes are spread evenly and a token's choices are independent draws, as `window_cost` has it."""
-    devices, top_k = plan.topology.num_devices, plan.model.top_k
-    total = np.maximum(load.sum(axis=1, keepdims=True), 1.0)
-    drawn = device_loads(load / total, plan.physical_to_logical, plan.shares, plan.slot_device, devices)
-    reached = policy.step_tokens * (1.0 - (1.0 - np.minimum(drawn, 1.0)) ** top_k).sum(axis=0)
-    size = dispatch_bytes(plan.model, Objective(**policy.objective.model_dump()))
-    matrix = np.tile(reached * size / devices, (devices, 1))
-    np.fill_diagonal(matrix, 0.0)
-    return np.asarray(matrix)

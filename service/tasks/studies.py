@@ -15,11 +15,11 @@ from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ...placement.statistics import RoutingStatistics
 from ...placement.steps import Steps
-from ...placement.synthetic import draw_steps
+from ...placement.synthetic import sample_steps
 from ...placement.topology import Topology
 from ...placement.trace import RoutingTrace
-from ...solvers.pareto import front_data, pareto
-from ...solvers.what_if import Change, changes_asked, what_if, what_if_data
+from ...solvers.pareto import pareto
+from ...solvers.what_if import Change, parse_changes, what_if
 from ...solvers.what_if import Outcome as Changed
 from ..policy import Policy
 from ..routing import (
@@ -81,7 +81,7 @@ def split_routing(request: StudyJob, store: Store, model: ModelSpec) -> RoutingS
     tokens = request.steps.tokens or policy.step_tokens
     count = request.steps.count or DRAWN_STEPS
     load = from_windows(windows, model).load
-    steps = draw_steps(load, model.top_k, model.moe_layers, step_tokens=tokens, steps=count, seed=request.seed)
+    steps = sample_steps(load, model.top_k, model.moe_layers, step_tokens=tokens, steps=count, seed=request.seed)
     return RoutingSplit(
         known, steps, f"{count} steps of {tokens} tokens drawn from the newest {len(windows)} count windows"
     )
@@ -120,7 +120,7 @@ class ParetoTask:
             progress=steps_of(report),
         )
         plans = [point.plan for point in front.points]
-        data = front_data(front, problem, [], [id_of_plan(plan) for plan in plans])
+        data = front.to_dict(stored=[id_of_plan(plan) for plan in plans])
         return split.outcome(data, plans)
 
 
@@ -153,7 +153,7 @@ class WhatIfTask:
             kept.append(found)
             return {"stored_as": id_of_plan(found)}
 
-        return split.outcome(what_if_data(plan, result, about), kept)
+        return split.outcome(result.to_dict(about), kept)
 
 
 def _asked_plan(request: WhatIfJob, store: Store) -> Plan:
@@ -170,7 +170,7 @@ def changes_of(cluster: Topology, changes: ChangesRequest, store: Store) -> list
     """The changes of a request, whose topology is a stored one.
 
     Raises:
-        InputError: as `changes_asked`.
+        InputError: as `parse_changes`.
     """
     other = None if changes.topology is None else store.topology(changes.topology).topology
-    return changes_asked(cluster, **{**changes.model_dump(), "topology": other})
+    return parse_changes(cluster, **{**changes.model_dump(), "topology": other})
