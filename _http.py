@@ -201,9 +201,10 @@ class _TimedTlsPool(HTTPSConnectionPool):
 @contextmanager
 def _as_unanswered(*more: type[Exception]) -> Iterator[None]:
     """Every way in which a call fails, as one error that says what the system said."""
+    expected: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, *more)
     try:
         yield
-    except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, *more) as error:
+    except expected as error:
         cause: BaseException = error
         timed_out = False
         while True:

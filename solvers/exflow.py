@@ -203,7 +203,9 @@ def divide(
     if backend == "portfolio":
         turns = [("highs", 1.0)] if seconds is None else [("highs", 0.1), ("cpsat", 0.1 + PLAN_SHARE), ("highs", 1.0)]
     programs: dict[str, ExflowProgram] = {}
-    bound, result, program, best = -math.inf, None, None, math.inf
+    bound, best = -math.inf, math.inf
+    result: Result | None = None
+    program: ExflowProgram | None = None
 
     def tell(value: float, proven: float | None) -> None:
         nonlocal best

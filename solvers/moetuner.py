@@ -522,13 +522,22 @@ def mapping_program(
     for index in (layer * devices + row, layer * devices + column):
         builder.add_sparse_rows(layers * devices, index, numbers, 1.0, 1.0, 1.0)
     longest = builder.add_variables((layers - 1,), lower=floors / unit, upper=np.maximum(most, floors) / unit, cost=1.0)
-    links, near, link = [], [], []
-    for index in range(layers - 1):
-        added = _add_links(
-            builder, index, traffic[index], cost, allowed, float(floors[index]), unit, on, longest[index]
+    parts: list[tuple[IntArray, BoolArray, IntArray]] = []
+    for boundary in range(layers - 1):
+        parts.append(
+            _add_links(
+                builder,
+                boundary,
+                traffic[boundary],
+                cost,
+                allowed,
+                float(floors[boundary]),
+                unit,
+                on,
+                longest[boundary],
+            )
         )
-        for whole, part in zip((links, near, link), added, strict=True):
-            whole.append(part)
+    links, near, link = zip(*parts, strict=True)
     return MappingProgram(
         builder.build(),
         traffic,

@@ -60,7 +60,7 @@ class _Program:
         self._inside = np.zeros(len(members), dtype=bool)
         self._prices = cost.sum(axis=0)
         self.value, self.bound = np.inf, -np.inf
-        self._solver = QuietHighs()  # type: ignore[no-untyped-call]
+        self._solver = QuietHighs()
         options: dict[str, bool | float | str] = {
             "output_flag": False,
             "solver": "ipm",

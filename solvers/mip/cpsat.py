@@ -172,7 +172,7 @@ class CpSat:
         status = run_beside(lambda: solver.Solve(model, told), listener)
         listener.settle()
         if status == cp_model.MODEL_INVALID:
-            raise SolveError(f"CP-SAT refuses the program {program.name!r}: {model.Validate()}")
+            raise SolveError(f"CP-SAT refuses the program {program.name!r}: {model.validate()}")
         values = None
         known = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)
         if known:

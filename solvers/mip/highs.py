@@ -16,12 +16,12 @@ _CALLBACK = highspy.cb.HighsCallbackType
 _STATUS = highspy.HighsModelStatus
 
 
-class QuietHighs(highspy.Highs):
+class QuietHighs(highspy.Highs):  # type: ignore[misc]
     """highspy prints a banner on stdout from its constructor, before an option can be set; stdout is for data."""
 
     def enableCallbacks(self) -> None:  # noqa: N802
         self.setOptionValue("output_flag", False)
-        super().enableCallbacks()  # type: ignore[no-untyped-call]
+        super().enableCallbacks()
 
 
 class Highs:
@@ -36,7 +36,7 @@ class Highs:
         Raises:
             SolveError: HiGHS refused the program.
         """
-        solver = QuietHighs()  # type: ignore[no-untyped-call]
+        solver = QuietHighs()
         options: dict[str, Any] = {
             "random_seed": request.seed % 2**31,
             "mip_rel_gap": request.relative_gap,
