@@ -300,7 +300,7 @@ def pareto_columns(data: Mapping[str, Any]) -> list[Column]:
 
 
 def pareto_notes(data: Mapping[str, Any]) -> list[str]:
-    """What is marked, and which wishes have no plan."""
+    """What is marked, and which configurations have no plan."""
     moved = "bytes moved, " if any(point["bytes_moved"] is not None for point in data["points"]) else ""
     return [
         f"* no other plan here is at least as good in everything: step time, redundant slots, {moved}device failures "

@@ -13,7 +13,8 @@ import numpy as np
 from .._types import FloatArray, IntArray
 from .cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
 from .layer_slots import alike_layers
-from .plan import Certificate, equal_shares
+from .packing import replicate
+from .plan import Certificate, equal_shares, replica_counts
 from .problem import Problem
 from .steps import Steps
 
@@ -85,11 +86,10 @@ def _split_heavy(load: FloatArray, slots: IntArray) -> FloatArray:
 
     Giving each to the expert with the largest load a replica is optimal. load: [L, E], heaviest first.
     """
-    rows, replicas = np.arange(len(load)), np.ones(load.shape)
     # Beyond a replica a device another one lowers nothing, so that many spare slots never matter.
-    devices = int((slots > 0).sum())
-    for _ in range(min(int(slots.sum()) - load.shape[1], load.shape[1] * (devices - 1))):
-        replicas[rows, (load / replicas).argmax(axis=1)] += 1
+    experts, devices = load.shape[1], int((slots > 0).sum())
+    spare = min(int(slots.sum()) - experts, experts * (devices - 1))
+    replicas = replica_counts(replicate(load, experts + max(spare, 0)), experts)
     return np.asarray((load / np.minimum(replicas, devices)).max(axis=1))
 
 

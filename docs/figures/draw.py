@@ -226,7 +226,7 @@ def what_if(plt: Any) -> Any:
     }
     front = mp.pareto(problem, steps, **quick)
     for kind, (mark, colour, label) in styles.items():
-        points = [point for point in front.points if point.wish is not None and point.wish.tolerate == kind]
+        points = [point for point in front.points if point.config is not None and point.config.tolerate == kind]
         memory, times = [point.memory / 1e9 for point in points], [point.seconds * 1e3 for point in points]
         left.plot(memory, times, mark, color=colour, label=label)
         for point, x, y in zip(points, memory, times, strict=True):
