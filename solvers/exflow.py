@@ -18,7 +18,7 @@ from ..placement.plan import RELATIVE_TOLERANCE, Certificate, Stop
 from ..placement.problem import Problem
 from .base import Budget, Feature, Needs, Solution, fill_slots
 from .chain import TRANSITIONS_OBJECTIVE
-from .mip import Program, ProgramBuilder, check_backend, solve_program
+from .mip import Program, ProgramBuilder, Result, check_backend, solve_program
 from .symmetry import forbidden_names, renaming
 
 SCALE = 1e6
