@@ -1,5 +1,7 @@
-"""The entry points: every engine, check a plan against it, write its file, read it back. A new format is a file and a
-line here."""
+"""The entry points: every engine, check a plan against it, write its file, read it back.
+
+A new format is a file and a line here, or an entry point "moeplace.exporters" of another package.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._arguments import check_types
+from ..._plugins import Registry
 from ...placement.errors import InputError, UnsupportedError, nearest
 from ...placement.files import write_text
 from ...placement.model import ModelSpec
@@ -20,24 +23,30 @@ from .trtllm import TensorRTLLM
 from .vllm import VLLM
 from .vllm_ascend import VLLMAscend
 
-EXPORTERS: tuple[Exporter, ...] = (MoeplaceJson(), SGLang(), VLLM(), VLLMAscend(), TensorRTLLM())
+EXPORTERS: Registry[Exporter] = Registry(
+    "engine",
+    "moeplace.exporters",
+    ("name", "constraints", "requires", "replica_choice", "write", "read", "usage"),
+    MoeplaceJson(),
+    SGLang(),
+    VLLM(),
+    VLLMAscend(),
+    TensorRTLLM(),
+)
 
 
 def engine_names() -> tuple[str, ...]:
     """Names accepted by `export_plan`."""
-    return tuple(exporter.name for exporter in EXPORTERS)
+    return EXPORTERS.names
 
 
 def exporter_named(engine: str) -> Exporter:
-    """The exporter of that engine.
+    """The exporter of that engine, built in or plugged in.
 
     Raises:
-        InputError: unknown engine; the nearest is named.
+        InputError: unknown engine (the nearest is told), or a plug-in that does not load.
     """
-    for exporter in EXPORTERS:
-        if exporter.name == engine:
-            return exporter
-    raise InputError(f"engine {engine!r} is unknown; {nearest(engine, engine_names())}")
+    return EXPORTERS.named(engine)
 
 
 @check_types

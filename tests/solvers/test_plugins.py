@@ -36,6 +36,21 @@ class Lines:
     def read(self, path, num_experts=4):
         return mp.RoutingTrace.from_arrays(np.loadtxt(path, dtype=int, ndmin=2), num_experts)
 
+class Slots:
+    name = "slots-only"
+    constraints = frozenset()
+    requires = "no engine"
+    replica_choice = "share"
+
+    def write(self, plan, path, *, header="slots"):
+        path.write_text(header + " " + repr(plan.physical_to_logical.tolist()))
+
+    def read(self, path, model, topology):
+        raise NotImplementedError
+
+    def usage(self, plan, path):
+        return "cat " + str(path)
+
 class Impostor(Reversed):
     name = "eplb"
 """
@@ -136,3 +151,23 @@ def test_an_installed_reader_reads_what_it_recognises(tmp_path: Path) -> None:
         """,
     )
     assert printed == "3 2 5\n"
+
+
+def test_an_installed_exporter_writes_plans_for_its_engine(tmp_path: Path) -> None:
+    install(tmp_path, "[moeplace.exporters]\nslots = strangers:Slots\nbroken = strangers:Half\n")
+    printed = run(
+        tmp_path,
+        f"""
+        warnings.simplefilter("ignore")
+        plan = mp.solve(problem, "contiguous")
+        path = mp.export_plan(plan, "slots-only", {str(tmp_path / "out.txt")!r}, header="map")
+        print(path.read_text())
+        print(mp.engine_names()[0], mp.engine_names()[-1])
+        try:
+            mp.export_plan(plan, "broken", "x")
+        except mp.InputError as error:
+            print(error)
+        """,
+    ).splitlines()
+    assert printed[:2] == ["map [[0, 1, 2, 3], [0, 1, 2, 3]]", "moeplace slots-only"]
+    assert "of strangers does not load" in printed[2]
