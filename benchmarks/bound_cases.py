@@ -8,7 +8,7 @@ import numpy as np
 from mixtral_ilp import DOMAINS, transitions_of_a_whole_model
 
 import moeplace as mp
-from moeplace.placement.synthetic import draw_tokens
+from moeplace.placement.synthetic import sample_tokens
 
 GPT_OSS = mp.ModelSpec(
     name="gpt-oss-20b", layers=24, experts=32, top_k=4, hidden_size=2880, ffn_size=2880, expert_dtype="mxfp4"
@@ -42,7 +42,7 @@ def of_recorded_transitions(data: Path, model: mp.ModelSpec, recorded: str, seed
         transitions=transitions[None],
         top_k=model.top_k,
     )
-    return mp.RoutingStatistics.from_trace(draw_tokens(known, model.top_k, DRAWN, seed))
+    return mp.RoutingStatistics.from_trace(sample_tokens(known, model.top_k, DRAWN, seed))
 
 
 def deepseek(data: Path, layers: int, tokens: int, seed: int = 0) -> tuple[mp.ModelSpec, mp.RoutingStatistics]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..placement.problem import Problem
     from ..placement.statistics import RoutingStatistics
     from ..profiler.read import Recording
-    from ..service.client import ChangesRequest, Client, StudyRequest
+    from ..service.client import Client
 
 TOKEN = "MOEPLACE_TOKEN"
 SENT_AT_ONCE = 128
@@ -116,8 +116,8 @@ class Study:
     seconds: float
     seed: int
 
-    def request(self, client: Client, problem: Problem) -> StudyRequest:
-        """Sends the routing, the part that solvers see and the part that is replayed, and says what to do with it."""
+    def request(self, client: Client, problem: Problem) -> dict[str, Any]:
+        """Sends the routing, in the part that solvers see and the part that is replayed; what a `StudyRequest` has."""
         from ..placement.statistics import RoutingStatistics
 
         assert self.choice.solver is not None
@@ -149,14 +149,17 @@ def what_if_remotely(
     max_moved: float | None,
     update: Update,
 ) -> dict[str, Any]:
-    """Has a service look at the changes; returns its answer. asked: as `changes_asked` takes it."""
+    """Has a service look at the changes; returns its answer. asked: as `parse_changes` takes it."""
     with service(url) as client:
         update("sending the routing", None)
         other = None if asked["topology"] is None else client.add_topology(asked["topology"]).id
-        changes: ChangesRequest = {**asked, "topology": other}  # type: ignore[typeddict-item]
         request = study.request(client, problem)
         job = client.what_if(
-            plan=client.add_plan(plan).id, changes=changes, ready=ready, max_moved_bytes=max_moved, **request
+            plan=client.add_plan(plan).id,
+            changes={**asked, "topology": other},
+            ready=ready,
+            max_moved_bytes=max_moved,
+            **request,
         )
         return _answer(client, job, url, update)
 

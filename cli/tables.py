@@ -161,9 +161,9 @@ BINDING_COLUMNS = (
 def binding_rows(evaluation: Evaluation, moe_layers: Sequence[int]) -> list[dict[str, Any]]:
     """A row a layer: mean seconds of a step, and by phase the fraction of steps and the seconds each term binds, and
     the fraction of steps in which each device or node is the one waited for (those never waited for are left out)."""
-    from ..placement.evaluate import PHASES, TERMS, binding_terms
+    from ..placement.evaluate import PHASES, TERMS, bottleneck_terms
 
-    binding = binding_terms(evaluation)
+    binding = bottleneck_terms(evaluation)
     rows = []
     for i, layer in enumerate(moe_layers):
         phases = {

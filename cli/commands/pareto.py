@@ -127,7 +127,7 @@ def pareto_command(
     """
     from ...placement.problem import Problem
     from ...profiler.read import open_routing
-    from ...solvers.pareto import front_data, pareto
+    from ...solvers.pareto import pareto
 
     if len(steps.kinds) > 1:
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
@@ -192,7 +192,7 @@ def pareto_command(
         stored = keep_judged_plans(judged, problem.statistics, {kind: replayed}, storage.db) if storage.store else []
     if front.interrupted:
         note("interrupted: these are the points finished by then")
-    data = front_data(front, problem, files, stored) | {"steps": kind, "held_out": split.description}
+    data = front.to_dict(files, stored) | {"steps": kind, "held_out": split.description}
     described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times are predicted."
     emit(data, pareto_table(data, described), as_json=as_json)
 
