@@ -522,21 +522,20 @@ def mapping_program(
     for index in (layer * devices + row, layer * devices + column):
         builder.add_sparse_rows(layers * devices, index, numbers, 1.0, 1.0, 1.0)
     longest = builder.add_variables((layers - 1,), lower=floors / unit, upper=np.maximum(most, floors) / unit, cost=1.0)
-    parts: list[tuple[IntArray, BoolArray, IntArray]] = []
-    for boundary in range(layers - 1):
-        parts.append(
-            _add_links(
-                builder,
-                boundary,
-                traffic[boundary],
-                cost,
-                allowed,
-                float(floors[boundary]),
-                unit,
-                on,
-                longest[boundary],
-            )
+    parts = [
+        _add_links(
+            builder,
+            boundary,
+            traffic[boundary],
+            cost,
+            allowed,
+            float(floors[boundary]),
+            unit,
+            on,
+            longest[boundary],
         )
+        for boundary in range(layers - 1)
+    ]
     links, near, link = zip(*parts, strict=True)
     return MappingProgram(
         builder.build(),

@@ -57,7 +57,7 @@ def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Pa
         plan: to write.
         engine: a name of `engine_names()`.
         path: of the file.
-        options: the format's own (see the `write` method of its exporter).
+        options: the format's own (see the `text` method of its exporter).
 
     Returns:
         The path.
