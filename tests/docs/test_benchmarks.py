@@ -18,7 +18,7 @@ from runner import PAGES, Report, benchmarks  # noqa: E402
 def filled(folder: Path) -> Report:
     with (folder / "rows.jsonl").open("w") as sink:
         report = Report(sink)
-        table = report.table("8 devices", ("plan", "load max/mean"), load_max_mean=".2f")
+        table = report.table("8 devices", ("plan", "load max/mean"), {"load max/mean": ".2f"})
         table.row("eplb", 1.126)
         table.row("none", None)
     return report
