@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from .placement.version import __version__
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedError,
     )
-    from .placement.evaluate import Evaluation, binding_terms, evaluate
+    from .placement.evaluate import Evaluation, bottleneck_terms, evaluate
     from .placement.failures import Failure, single_failures, survives
     from .placement.model import ModelSpec
     from .placement.objective import Objective
@@ -71,7 +72,7 @@ __all__ = [
     "__version__",
     "aggregate",
     "apply",
-    "binding_terms",
+    "bottleneck_terms",
     "decide",
     "evaluate",
     "export_plan",
@@ -92,7 +93,7 @@ __all__ = [
 ]
 
 _HOME = {
-    ".placement.evaluate": ("Evaluation", "binding_terms", "evaluate"),
+    ".placement.evaluate": ("Evaluation", "bottleneck_terms", "evaluate"),
     ".solvers.shares": ("optimal_shares",),
     ".placement.decide": ("Decision", "Verdict", "decide"),
     ".placement.errors": (
@@ -131,10 +132,16 @@ _HOME = {
     ".solvers.what_if": ("Change", "WhatIf", "what_if"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_RENAMED = {"binding_terms": "bottleneck_terms"}
+"""Old names, kept for one release."""
 
 
 def __getattr__(name: str) -> Any:
-    # Loading every room takes longer than most commands run; each name brings its own when first used.
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warn(f"moeplace.{name} is now moeplace.{new}; the old name goes with the next release", DeprecationWarning, 2)
+        return getattr(import_module(__name__), new)
+    # Loading every package takes longer than most commands run; each name brings its own when first used.
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name], __name__), name)

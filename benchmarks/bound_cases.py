@@ -9,7 +9,7 @@ import recordings
 from mixtral_ilp import recorded_transitions, transitions_of_a_whole_model
 
 import moeplace as mp
-from moeplace.placement.synthetic import draw_tokens
+from moeplace.placement.synthetic import sample_tokens
 
 MIXTRAL = mp.ModelSpec(name="mixtral-8x7b", layers=32, experts=8, top_k=2, hidden_size=4096, ffn_size=14336)
 OLMOE = mp.ModelSpec(name="olmoe-1b-7b", layers=16, experts=64, top_k=8, hidden_size=2048, ffn_size=1024)
@@ -34,7 +34,7 @@ def of_recorded_transitions(data: Path, model: mp.ModelSpec, recorded: str, seed
         transitions=transitions[None],
         top_k=model.top_k,
     )
-    return mp.RoutingStatistics.from_trace(draw_tokens(known, model.top_k, DRAWN, seed))
+    return mp.RoutingStatistics.from_trace(sample_tokens(known, model.top_k, DRAWN, seed))
 
 
 def deepseek(data: Path, layers: int, tokens: int, seed: int = 0) -> tuple[mp.ModelSpec, mp.RoutingStatistics]:

@@ -30,7 +30,7 @@ from runner import Report
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
-from moeplace.placement.traffic import device_traffic
+from moeplace.placement.replay import device_traffic
 from moeplace.runtime import ContextCoherentDecoder, DispatchCombineDecoder
 
 RECORDED = Path(__file__).resolve().parents[1] / "examples" / "data" / "olmoe_small"

@@ -113,11 +113,11 @@ def permute(bench: Bench) -> list[Measured]:
     x, ids, gate = bench.x, bench.ids, bench.gate
     pairs, width = ids.numel(), x.shape[1]
     dispatcher = bench.dispatcher()
-    work = dispatcher.dispatch(x, ids, gate).wait()
+    metadata = dispatcher.dispatch(x, ids, gate)
+    y, _ = dispatcher.receive(metadata)
     row = ids.flatten().argsort(stable=True).div(bench.top_k, rounding_mode="floor")
     weight = gate.flatten()[ids.flatten().argsort(stable=True)]
-    assert torch.equal(work.row_ND, x[row])
-    y = work.row_ND
+    assert torch.equal(y, x[row])
     exact = torch.zeros(len(x), width, device=x.device).index_add_(0, row, y.float() * weight[:, None])
 
     def add() -> Tensor:
@@ -127,17 +127,17 @@ def permute(bench: Bench) -> list[Measured]:
     return [
         Measured(
             "permute",
-            bench.ms(lambda: dispatcher.dispatch(x, ids, gate).wait()),
+            bench.ms(lambda: dispatcher.receive(dispatcher.dispatch(x, ids, gate))),
             row_bytes * (len(x) + pairs) / bench.bandwidth,
             bench.ms(lambda: x.index_select(0, row)),
             0.0,
         ),
         Measured(
             "unpermute",
-            bench.ms(lambda: dispatcher.combine(y, work)),
+            bench.ms(lambda: dispatcher.combine(y, metadata)),
             row_bytes * (len(x) + pairs) / bench.bandwidth,
             bench.ms(add),
-            error(dispatcher.combine(y, work), exact),
+            error(dispatcher.combine(y, metadata), exact),
         ),
     ]
 
@@ -147,18 +147,20 @@ def compression(bench: Bench) -> list[Measured]:
     x, ids, gate = bench.x, bench.ids, bench.gate
     settings = LSHCompression(rate=0.2)
     dispatcher = bench.dispatcher(settings)
-    work = dispatcher.dispatch(x, ids, gate).wait()
+    metadata = dispatcher.dispatch(x, ids, gate)
+    row_ND, _ = dispatcher.receive(metadata)
     directions = rotations(x.shape[1], settings.hashes, settings.dimension, 0).to(x.device)
     projected = x.float() @ directions
     scope = torch.ones_like(ids, dtype=torch.bool)
     most = int(settings.rate * len(x))
     target = torch.tensor(most, device=x.device)
     slots = len(bench.placement.expert)
-    row_bytes, rows = 2 * x.shape[1], len(work.row_ND)
+    row_bytes, rows = 2 * x.shape[1], len(row_ND)
     whole = CompressedDispatcher(flat(bench.mesh), bench.mesh, settings, 0, x.shape[1], lambda: 0)
     whole.place(bench.placement, torch.arange(slots), slots)
-    reference = whole.dispatch(x.float(), ids, gate).wait()
-    back = dispatcher.combine(work.row_ND, work)
+    reference = whole.dispatch(x.float(), ids, gate)
+    whole_row_ND, _ = whole.receive(reference)
+    back = dispatcher.combine(row_ND, metadata)
     return [
         Measured(
             "LSH: projection",
@@ -176,25 +178,25 @@ def compression(bench: Bench) -> list[Measured]:
         ),
         Measured(
             "LSH: dispatch, whole",
-            bench.ms(lambda: dispatcher.dispatch(x, ids, gate).wait()),
+            bench.ms(lambda: dispatcher.receive(dispatcher.dispatch(x, ids, gate))),
             row_bytes * (len(x) + rows) / bench.bandwidth,
             None,
-            error(work.row_ND, reference.row_ND),
+            error(row_ND, whole_row_ND),
         ),
         Measured(
             "LSH: combine, whole",
-            bench.ms(lambda: dispatcher.combine(work.row_ND, work)),
+            bench.ms(lambda: dispatcher.combine(row_ND, metadata)),
             row_bytes * (2 * len(x) + rows) / bench.bandwidth,
             None,
-            error(back, whole.combine(reference.row_ND, reference)),
+            error(back, whole.combine(whole_row_ND, reference)),
         ),
     ]
 
 
 def products(bench: Bench) -> list[Measured]:
     """Gate and up, SwiGLU, down, for all experts."""
-    work = bench.dispatcher().dispatch(bench.x, bench.ids, bench.gate).wait()
-    row, count, kind = work.row_ND, work.count_S, SwiGLU()
+    dispatcher, kind = bench.dispatcher(), SwiGLU()
+    row, count = dispatcher.receive(dispatcher.dispatch(bench.x, bench.ids, bench.gate))
     up = bench.weights["gate_up_proj"].transpose(1, 2)
     ops = 2 * len(row) * up.shape[1] * up.shape[2]
     read = 2 * (row.numel() + up.numel() + len(row) * up.shape[2])

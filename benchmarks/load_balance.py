@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 import moeplace as mp
 from moeplace.placement.bounds import device_loads
-from moeplace.placement.synthetic import draw_tokens
+from moeplace.placement.synthetic import sample_tokens
 from moeplace.solvers.eplb import rebalance
 
 Array = npt.NDArray[np.float64]
@@ -303,7 +303,7 @@ def domains(report: Report, path: Path) -> None:
             64, (0, 1, 2), load, np.arange(len(parts)), tuple(parts), top_k=1, transitions=moves
         )
 
-    steps = {n: draw_tokens(known({n: m}), 1, 65_536, seed=1).prefill_steps(4096, 16, 1) for n, m in recorded.items()}
+    steps = {n: sample_tokens(known({n: m}), 1, 65_536, seed=1).prefill_steps(4096, 16, 1) for n, m in recorded.items()}
     for slots in (64, 72):
 
         def fit(parts: dict[str, Array], risk: str, seed: int = 0, slots: int = slots) -> dict[str, float]:

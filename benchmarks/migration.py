@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
 from moeplace.runtime.moe.data_parallel import exclude_from_ddp, expert_layers
-from moeplace.runtime.moe.migrate import Migration, row_tensors
+from moeplace.runtime.moe.migrate import Migration, slot_tensors
 
 SPEC = mp.ModelSpec(layers=2, experts=32, top_k=2, hidden_size=128, ffn_size=256, expert_dtype="fp32")
 TOKENS, PARTS = 128, 8
@@ -90,7 +90,7 @@ class Training:
         return {
             (layer.layer, int(expert), tensor.name): row.numpy().tobytes()
             for _, layer in expert_layers(self.model)
-            for tensor in row_tensors(layer, self.optimizer)
+            for tensor in slot_tensors(layer, self.optimizer)
             for expert, row in zip(layer.row_expert, tensor.value, strict=True)
         }
 

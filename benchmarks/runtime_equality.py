@@ -20,7 +20,7 @@ from runner import Report
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
-from moeplace.runtime.moe.expert_mlps import GELU, ExpertKind, SwiGLU
+from moeplace.runtime.moe.expert_mlps import GELU, ExpertMLP, SwiGLU
 from moeplace.runtime.moe.experts import PlacedExperts
 from moeplace.runtime.moe.layer import reference_experts
 
@@ -63,7 +63,7 @@ def random_batch(rng: np.random.Generator, ranks: int) -> Batch:
 
 
 def reference(
-    batch: Batch, weights: dict[str, torch.Tensor], kind: ExpertKind, dtype: torch.dtype
+    batch: Batch, weights: dict[str, torch.Tensor], kind: ExpertMLP, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Outputs and gradients on all ranks' tokens together."""
     own = {name: value.to(dtype).requires_grad_() for name, value in weights.items()}
@@ -89,7 +89,7 @@ def differences(rank: int, ranks: int, plans: int) -> tuple[dict[str, float], di
     rounding: dict[str, float] = {}
     for number in range(plans):
         rng = np.random.default_rng([ranks, number])
-        kind: ExpertKind = (SwiGLU(), GELU())[number // 2 % 2]
+        kind: ExpertMLP = (SwiGLU(), GELU())[number // 2 % 2]
         experts = PlacedExperts(SPEC, random_plan(rng, ranks), meshes[number % 2], 0, kind=kind, gradients="sum")
         weights = {
             name: torch.from_numpy(rng.standard_normal((SPEC.experts, *shape))).float() / 8

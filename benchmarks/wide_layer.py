@@ -98,8 +98,9 @@ def measure(ranks: int, tokens: int, repeats: int) -> dict[str, float]:
 
 @torch.no_grad()
 def round_trip(dispatcher: Dispatcher, x_TD: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor) -> None:
-    work = dispatcher.dispatch(x_TD, slot_TK, weight_TK).wait()
-    dispatcher.combine(work.row_ND, work)
+    metadata = dispatcher.dispatch(x_TD, slot_TK, weight_TK)
+    row_ND, _ = dispatcher.receive(metadata)
+    dispatcher.combine(row_ND, metadata)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

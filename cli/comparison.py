@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
 from .options import (
@@ -86,21 +86,12 @@ class Comparison:
     def risk(self, entry: Entry, kind: str) -> float:
         """The objective's figure in seconds; regret is measured against the best of these plans on each workload."""
         evaluation = entry.evaluations[kind]
-        return evaluation.risk(self._best_by_workload(kind)) if self._regret else evaluation.risk()
+        if self.problem.objective.risk != "regret":
+            return evaluation.risk()
+        from ..placement.risk import best_by_workload
 
-    @property
-    def _regret(self) -> bool:
-        return self.problem.objective.risk == "regret"
-
-    def _best_by_workload(self, kind: str) -> Any:
-        import numpy as np
-
-        evaluations = [entry.evaluations[kind] for entry in self.entries if kind in entry.evaluations]
-        best = np.zeros(len(evaluations[0].workloads))
-        codes = evaluations[0].step_workload
-        for code in np.unique(codes):
-            best[code] = min(evaluation.step_seconds[codes == code].mean() for evaluation in evaluations)
-        return best
+        every = [other.evaluations[kind].step_seconds for other in self.entries if kind in other.evaluations]
+        return evaluation.risk(best_by_workload(every, evaluation.step_workload, len(evaluation.workloads)))
 
 
 def part(routing: Routing, options: HeldOutOptions, seed: int) -> Parted:

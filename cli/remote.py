@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..placement.plan import Plan
     from ..placement.problem import Problem
     from ..placement.statistics import RoutingStatistics
-    from ..service.client import ChangesRequest, Client, StudyRequest
+    from ..service.client import Client
     from .comparison import Parted
     from .options import StepOptions
     from .parse import Routing, SolverChoice
@@ -94,8 +94,8 @@ class Study:
     seconds: float
     seed: int
 
-    def request(self, client: Client, problem: Problem) -> StudyRequest:
-        """Sends the routing, in the part that solvers see and the part that is replayed, and says what to do with it."""
+    def request(self, client: Client, problem: Problem) -> dict[str, Any]:
+        """Sends the routing, in the part that solvers see and the part that is replayed; what a `StudyRequest` has."""
         from ..placement.statistics import RoutingStatistics
 
         assert self.choice.solver is not None
@@ -127,14 +127,17 @@ def what_if_remotely(
     max_moved: float | None,
     update: Update,
 ) -> dict[str, Any]:
-    """Has a service look at the changes; returns its answer. asked: as `changes_asked` takes it."""
+    """Has a service look at the changes; returns its answer. asked: as `parse_changes` takes it."""
     with service(url) as client:
         update("sending the routing", None)
         other = None if asked["topology"] is None else client.add_topology(asked["topology"]).id
-        changes: ChangesRequest = {**asked, "topology": other}  # type: ignore[typeddict-item]
         given = study.request(client, problem)
         job = client.what_if(
-            plan=client.add_plan(plan).id, changes=changes, ready=ready, max_moved_bytes=max_moved, **given
+            plan=client.add_plan(plan).id,
+            changes={**asked, "topology": other},
+            ready=ready,
+            max_moved_bytes=max_moved,
+            **given,
         )
         return _answer(client, job, url, update)
 

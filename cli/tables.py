@@ -35,9 +35,9 @@ COLUMNS = (
 def binding_rows(evaluation: Evaluation, moe_layers: Sequence[int]) -> list[dict[str, Any]]:
     """A row a layer: mean seconds of a step, and by phase the fraction of steps and the seconds each term binds, and the
     fraction of steps in which each device or node is the one waited for (those never waited for are left out)."""
-    from ..placement.evaluate import PHASES, TERMS, binding_terms
+    from ..placement.evaluate import PHASES, TERMS, bottleneck_terms
 
-    found = binding_terms(evaluation)
+    found = bottleneck_terms(evaluation)
     rows = []
     for i, layer in enumerate(moe_layers):
         phases = {
@@ -300,7 +300,7 @@ def pareto_columns(data: Mapping[str, Any]) -> list[Column]:
 
 
 def pareto_notes(data: Mapping[str, Any]) -> list[str]:
-    """What is marked, and which wishes have no plan."""
+    """What is marked, and which configurations have no plan."""
     moved = "bytes moved, " if any(point["bytes_moved"] is not None for point in data["points"]) else ""
     return [
         f"* no other plan here is at least as good in everything: step time, redundant slots, {moved}device failures "

@@ -3,6 +3,9 @@
 Source of the signature and the semantics: github.com/deepseek-ai/EPLB. The published plan is made first, in single
 precision as published, so that it is theirs; a search under the same constraints then lowers each layer's largest
 device load, so the result is never worse.
+
+L layers, E experts, P slots (their "replicas") of a layer. Slot i stands on device i // (P / devices), device g in node
+g // (devices / nodes). Replicas of an expert share its load equally.
 """
 
 from __future__ import annotations
@@ -16,160 +19,16 @@ import numpy.typing as npt
 
 from .._types import BoolArray, FloatArray, IntArray
 from ..placement.errors import InputError
+from ..placement.packing import CELLS, LEAST_GAIN, Weights, steepest_swap
+from ..placement.plan import replica_counts
 from ..solvers.eplb import rebalance
 
 if TYPE_CHECKING:
     import torch
 
-# Lowers the largest device load of slot tables, all layers at once, replicas of an expert sharing equally. Slot i
-# stands on device i // (slots / devices), device g in node g // (devices / nodes); no move leaves its node.
-
-
-# A gain below rounding is none, and would let two placements of one load alternate for ever.
-_LEAST_GAIN = 1e-9
-_CELLS = 1 << 21
-
-
-def largest_load(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
-    """[L] load of the heaviest device, from expert loads [L, E] and a slot table [L, P]."""
-    slot_load = np.take_along_axis(load / replica_counts(table, load.shape[1]), table, axis=1)
-    return np.asarray(slot_load.reshape(len(table), devices, -1).sum(axis=2).max(axis=1))
-
-
-def replica_counts(table: IntArray, experts: int) -> IntArray:
-    """[L, E] slots of each expert in a slot table [L, P]; 1 for an expert without any, so that loads divide by it."""
-    layers = len(table)
-    flat = (table + (np.arange(layers) * experts)[:, None]).ravel()
-    return np.maximum(np.bincount(flat, minlength=layers * experts).reshape(layers, experts), 1)
-
-
-def lighten(load: FloatArray, table: IntArray, nodes: int, devices: int) -> IntArray:
-    """[L, P] a table whose largest device load is at most that of `table` in every layer; load [L, E].
-
-    Takes turns: slots of the heaviest device change places with slots of its node for as long as that lowers it, then
-    an expert of that device takes over a slot of an expert with several; until neither helps.
-    """
-    table = table.copy()
-    layers = np.arange(len(table))
-    while len(layers):
-        part = table[layers]
-        slot_load = np.take_along_axis(load[layers] / replica_counts(part, load.shape[1]), part, axis=1)
-        part = exchange(slot_load, part, nodes, devices)
-        part, moved = _move_replicas(load[layers], part, nodes, devices)
-        table[layers] = part
-        layers = layers[moved]
-    return table
-
-
-def exchange(slot_load: FloatArray, table: IntArray, nodes: int, devices: int) -> IntArray:
-    """[L, P] the slots of `table`, of loads `slot_load` [L, P], rearranged by the best swaps with the heaviest device."""
-    table, slot_load = table.copy(), slot_load.astype(np.float64)
-    if devices == nodes:
-        return table
-    slots = table.shape[1]
-    block = max(1, _CELLS // (slots // devices * (slots // nodes)))
-    for first in range(0, len(table), block):
-        rows = slice(first, first + block)
-        _exchange_in_block(slot_load[rows], table[rows], nodes, devices)
-    return table
-
-
-def _exchange_in_block(slot_load: FloatArray, table: IntArray, nodes: int, devices: int) -> None:
-    """Rearranges both in place."""
-    layers, slots = table.shape
-    width, in_node = slots // devices, slots // nodes
-    on_device, on_node = slot_load.reshape(layers, devices, width), slot_load.reshape(layers, nodes, in_node)
-    loads = on_device.sum(axis=2)
-    node_loads = loads.reshape(layers, nodes, devices // nodes)
-    active = np.arange(layers)
-    while len(active):
-        heaviest = loads[active].argmax(axis=1)
-        node = heaviest // (devices // nodes)
-        peak = loads[active, heaviest]
-        other = np.repeat(node_loads[active, node], width, axis=1)
-        shift = on_device[active, heaviest][:, :, None] - on_node[active, node][:, None, :]
-        after = np.maximum(peak[:, None, None] - shift, other[:, None, :] + shift).reshape(len(active), -1)
-        best = after.argmin(axis=1)
-        gains = after[np.arange(len(active)), best] < peak * (1 - _LEAST_GAIN)
-        active, heaviest, node, best = active[gains], heaviest[gains], node[gains], best[gains]
-        given, taken = heaviest * width + best // in_node, node * in_node + best % in_node
-        for array in (table, slot_load):
-            array[active, given], array[active, taken] = array[active, taken], array[active, given]
-        for device in (heaviest, taken // width):
-            loads[active, device] = on_device[active, device].sum(axis=1)
-
-
-def _move_replicas(load: FloatArray, table: IntArray, nodes: int, devices: int) -> tuple[IntArray, BoolArray]:
-    """Gives an expert of each layer's heaviest device another's slot, where that lowers the peak: (table, which did)."""
-    layers, slots = table.shape
-    table, moved = table.copy(), np.zeros(layers, dtype=bool)
-    spare = slots - load.shape[1]
-    if spare == 0:
-        return table, moved
-    donors = min(2 * spare, slots // nodes)
-    cells = (slots // devices) * donors * (devices // nodes) + (slots // nodes) * donors
-    block = max(1, _CELLS // cells)
-    slot_load = np.take_along_axis(load / replica_counts(table, load.shape[1]), table, axis=1)
-    loads = slot_load.reshape(layers, nodes, devices // nodes, -1).sum(axis=3)
-    # A node keeps its load, so its devices are never all below their mean.
-    movable = np.flatnonzero(loads.mean(axis=2).max(axis=1) < loads.max(axis=(1, 2)) * (1 - _LEAST_GAIN))
-    for first in range(0, len(movable), block):
-        rows = movable[first : first + block]
-        table[rows], moved[rows] = _move_in_block(load[rows], table[rows], nodes, devices, donors)
-    return table, moved
-
-
-def _move_in_block(
-    load: FloatArray, table: IntArray, nodes: int, devices: int, donors: int
-) -> tuple[IntArray, BoolArray]:
-    layers, slots = table.shape
-    width, in_node, per_node = slots // devices, slots // nodes, devices // nodes
-    counts = replica_counts(table, load.shape[1])
-    slot_load = np.take_along_axis(load / counts, table, axis=1)
-    loads = slot_load.reshape(layers, devices, width).sum(axis=2)
-    row = np.arange(layers)
-    heaviest = loads.argmax(axis=1)
-    node, peak = heaviest // per_node, loads[row, heaviest]
-    expert = table.reshape(layers, nodes, in_node)[row, node]
-    # Slots of experts with several, as many a layer as the largest number of them; the padding is ruled out below.
-    several = np.take_along_axis(counts, expert, axis=1) > 1
-    slot = np.argsort(~several, axis=1, kind="stable")[:, :donors]
-    giver, gives = np.take_along_axis(expert, slot, axis=1), np.take_along_axis(several, slot, axis=1)
-    taker = table.reshape(layers, devices, width)[row, heaviest]
-    giver_count = np.maximum(np.take_along_axis(counts, giver, axis=1), 2)
-    giver_new = np.take_along_axis(load, giver, axis=1) / (giver_count - 1)
-    giver_rise = giver_new - np.take_along_axis(load, giver, axis=1) / giver_count
-    taker_count = np.take_along_axis(counts, taker, axis=1)
-    taker_new = np.take_along_axis(load, taker, axis=1) / (taker_count + 1)
-    taker_fall = np.take_along_axis(load, taker, axis=1) / taker_count - taker_new
-    # after[l, t, s, g]: load of device g of the node once taker t has the slot of giver s.
-    by_giver = _on_devices(giver, expert, per_node) * giver_rise[:, :, None]
-    by_taker = _on_devices(taker, expert, per_node) * taker_fall[:, :, None]
-    after = (
-        loads.reshape(layers, nodes, per_node)[row, node][:, None, None, :] + by_giver[:, None] - by_taker[:, :, None]
-    )
-    change = taker_new[:, :, None] - giver_new[:, None, :]
-    t, s = np.arange(width)[:, None], np.arange(slot.shape[1])
-    after[row[:, None, None], t, s, (slot // width)[:, None, :]] += change
-    value = after.max(axis=3)
-    value[~(gives[:, None, :] & (taker[:, :, None] != giver[:, None, :]))] = np.inf
-    best = value.reshape(layers, -1).argmin(axis=1)
-    moved = value.reshape(layers, -1)[row, best] < peak * (1 - _LEAST_GAIN)
-    chosen = node * in_node + slot[row, best % slot.shape[1]]
-    result = table.copy()
-    result[row[moved], chosen[moved]] = taker[row, best // slot.shape[1]][moved]
-    return result, moved
-
-
-def _on_devices(wanted: IntArray, expert: IntArray, devices: int) -> FloatArray:
-    """[L, n, devices] replicas of the `wanted` [L, n] on each device, from the experts of its slots [L, slots]."""
-    same = wanted[:, :, None] == expert[:, None, :]
-    return np.asarray(same.reshape(*wanted.shape, devices, -1).sum(axis=3), dtype=np.float64)
-
+__all__ = ["published_placement", "rebalance_experts"]
 
 SingleArray = npt.NDArray[np.float32]
-
-__all__ = ["published_placement", "rebalance_experts"]
 
 
 @overload
@@ -187,22 +46,27 @@ def rebalance_experts(
 def rebalance_experts(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Any:
     """Places `num_replicas` replicas of the experts on devices, so that the heaviest device of each layer is light.
 
-    weight: [L, E] load of each logical expert, a torch tensor (of any device) or a NumPy array. Replicas of an expert
-    share its load equally; physical expert i stands on GPU i // (num_replicas / num_gpus). Where num_groups divide over
-    num_nodes all replicas of a group's experts stand on one node, each node having as many groups; elsewhere groups and
-    nodes play no part. As in theirs, two replicas of an expert may share a GPU.
+    Where num_groups divide over num_nodes all replicas of a group's experts stand on one node, each node having as many
+    groups; elsewhere groups and nodes play no part. As in theirs, two replicas of an expert may share a GPU.
+
+    Args:
+        weight: [L, E] load of each logical expert, a torch tensor (of any device) or a NumPy array.
+        num_replicas: physical experts of a layer, a multiple of num_gpus.
+        num_groups: expert groups of a layer.
+        num_nodes: nodes, each of as many GPUs.
+        num_gpus: GPUs; physical expert i stands on GPU i // (num_replicas / num_gpus).
 
     Returns:
-        physical_to_logical_map [L, num_replicas], the expert of each physical expert; logical_to_physical_map [L, E, X],
-        the physical experts of each, padded with -1, X being the most replicas an expert has in any layer; and
+        physical_to_logical_map [L, num_replicas], the expert of each physical expert; logical_to_physical_map [L, E,
+        X], the physical experts of each, padded with -1, X being the most replicas an expert has in any layer; and
         expert_count [L, E], its replicas. int64, of the kind of `weight`; tensors are on the CPU, as theirs.
 
     Raises:
         InputError: weights that are no [L, E] table of finite loads of at least 0, or numbers that do not divide.
     """
-    layers = _read_instance(weight, num_replicas, num_groups, num_nodes, num_gpus)
-    table = _improved(layers)
-    counts = replica_counts(table, layers.load.shape[1])
+    instance = _read_instance(weight, num_replicas, num_groups, num_nodes, num_gpus)
+    table = _improved(instance)
+    counts = replica_counts(table, instance.load.shape[1])
     maps = (table, _positions(table, counts), counts)
     if isinstance(weight, np.ndarray):
         return maps
@@ -234,27 +98,38 @@ class _Instance:
     devices: int
 
 
-def _published(layers: _Instance) -> IntArray:
-    return _balance_nodes(layers, layers.single, layers.groups_by_node)
+def _published(instance: _Instance) -> IntArray:
+    """[L, P]"""
+    return _balance_nodes(instance, instance.single, instance.groups_by_node)
 
 
-def _improved(layers: _Instance) -> IntArray:
+def _improved(instance: _Instance) -> IntArray:
     """[L, P] the published plan lightened; where swapping groups between nodes evens them, the better of two plans."""
-    load, nodes, devices = layers.load, layers.nodes, layers.devices
-    order = layers.groups_by_node
-    start = _published(layers)
+    load, nodes, devices = instance.load, instance.nodes, instance.devices
+    order = instance.groups_by_node
     # Double precision breaks ties otherwise, at times to the better.
-    other = rebalance(load, layers.slots, order.shape[1], nodes, devices)
-    table = lighten(load, _better(load, start, other, devices), nodes, devices)
+    in_double = rebalance(load, instance.slots, order.shape[1], nodes, devices)
+    table = lighten(load, _better(load, _published(instance), in_double, devices), nodes, devices)
 
     group_load = load.reshape(*order.shape, -1).sum(axis=2)
-    evened = exchange(np.take_along_axis(group_load, order, axis=1), order, 1, nodes)
-    changed = np.flatnonzero((evened != order).any(axis=1))
+    swaps = steepest_swap(np.take_along_axis(group_load, order, axis=1), nodes)
+    changed = np.flatnonzero((swaps != np.arange(order.shape[1])).any(axis=1))
     if len(changed):
-        part = load[changed]
-        second = lighten(part, _balance_nodes(layers, part, evened[changed]), nodes, devices)
+        part, evened = load[changed], np.take_along_axis(order[changed], swaps[changed], axis=1)
+        second = lighten(part, _balance_nodes(instance, part, evened), nodes, devices)
         table[changed] = _better(part, table[changed], second, devices)
     return table
+
+
+def _balance_nodes(instance: _Instance, load: Weights, groups_by_node: IntArray) -> IntArray:
+    """[L, P] each node's groups balanced over its devices as published, in the precision of `load` [L, E]."""
+    rows, experts = load.shape
+    nodes, size = instance.nodes, experts // groups_by_node.shape[1]
+    member = (groups_by_node[:, :, None] * size + np.arange(size)).reshape(rows, experts)
+    in_node = np.take_along_axis(load, member, axis=1).reshape(rows * nodes, experts // nodes)
+    local = rebalance(in_node, instance.slots // nodes, 1, 1, instance.devices // nodes).reshape(rows, nodes, -1)
+    local = local + (np.arange(nodes) * (experts // nodes))[:, None]
+    return np.take_along_axis(member, local.reshape(rows, instance.slots), axis=1)
 
 
 def _better(load: FloatArray, first: IntArray, second: IntArray, devices: int) -> IntArray:
@@ -263,15 +138,98 @@ def _better(load: FloatArray, first: IntArray, second: IntArray, devices: int) -
     return np.where(lighter[:, None], second, first)
 
 
-def _balance_nodes(layers: _Instance, load: npt.NDArray[np.floating], groups_by_node: IntArray) -> IntArray:
-    """[L, P] each node's groups balanced over its devices as published, in the precision of `load` [L, E]."""
-    rows, experts = load.shape
-    nodes, size = layers.nodes, experts // groups_by_node.shape[1]
-    member = (groups_by_node[:, :, None] * size + np.arange(size)).reshape(rows, experts)
-    in_node = np.take_along_axis(load, member, axis=1).reshape(rows * nodes, experts // nodes)
-    local = rebalance(in_node, layers.slots // nodes, 1, 1, layers.devices // nodes).reshape(rows, nodes, -1)
-    local = local + (np.arange(nodes) * (experts // nodes))[:, None]
-    return np.take_along_axis(member, local.reshape(rows, layers.slots), axis=1)
+def largest_load(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
+    """[L] load of the heaviest device, from expert loads [L, E] and a slot table [L, P]."""
+    return np.asarray(_slot_load(load, table).reshape(len(table), devices, -1).sum(axis=2).max(axis=1))
+
+
+def _slot_load(load: FloatArray, table: IntArray) -> FloatArray:
+    """[L, P]"""
+    return np.take_along_axis(load / replica_counts(table, load.shape[1]), table, axis=1)
+
+
+def lighten(load: FloatArray, table: IntArray, nodes: int, devices: int) -> IntArray:
+    """[L, P] a table whose largest device load is at most that of `table` in every layer; load [L, E].
+
+    Takes turns: slots of the heaviest device change places with slots of its node for as long as that lowers it, then
+    an expert of that device takes over a slot of an expert with several; until neither helps.
+    """
+    table = table.copy()
+    layers = np.arange(len(table))
+    while len(layers):
+        part = table[layers]
+        part = np.take_along_axis(part, steepest_swap(_slot_load(load[layers], part), devices, nodes), axis=1)
+        part, moved = _move_replicas(load[layers], part, nodes, devices)
+        table[layers] = part
+        layers = layers[moved]
+    return table
+
+
+def _move_replicas(load: FloatArray, table: IntArray, nodes: int, devices: int) -> tuple[IntArray, BoolArray]:
+    """Gives an expert of each layer's heaviest device another's slot, where that lowers the peak: (table, changed)."""
+    layers, slots = table.shape
+    table, moved = table.copy(), np.zeros(layers, dtype=bool)
+    spare = slots - load.shape[1]
+    if spare == 0:
+        return table, moved
+    donors = min(2 * spare, slots // nodes)
+    cells = (slots // devices) * donors * (devices // nodes) + (slots // nodes) * donors
+    block = max(1, CELLS // cells)
+    loads = _slot_load(load, table).reshape(layers, nodes, devices // nodes, -1).sum(axis=3)
+    # A node keeps its load, so its devices are never all below their mean.
+    movable = np.flatnonzero(loads.mean(axis=2).max(axis=1) < loads.max(axis=(1, 2)) * (1 - LEAST_GAIN))
+    for first in range(0, len(movable), block):
+        rows = movable[first : first + block]
+        table[rows], moved[rows] = _move_in_block(load[rows], table[rows], nodes, devices, donors)
+    return table, moved
+
+
+def _move_in_block(
+    load: FloatArray, table: IntArray, nodes: int, devices: int, donors: int
+) -> tuple[IntArray, BoolArray]:
+    layers, slots = table.shape
+    width, in_node, per_node = slots // devices, slots // nodes, devices // nodes
+    counts = replica_counts(table, load.shape[1])
+    slot_load = np.take_along_axis(load / counts, table, axis=1)
+    loads = slot_load.reshape(layers, devices, width).sum(axis=2)
+    row = np.arange(layers)
+    heaviest = loads.argmax(axis=1)
+    node, peak = heaviest // per_node, loads[row, heaviest]
+    expert = table.reshape(layers, nodes, in_node)[row, node]
+    # Slots of experts with several, as many a layer as the largest number of them; the padding is ruled out below.
+    several = np.take_along_axis(counts, expert, axis=1) > 1
+    slot = np.argsort(~several, axis=1, kind="stable")[:, :donors]
+    giver, gives = np.take_along_axis(expert, slot, axis=1), np.take_along_axis(several, slot, axis=1)
+    taker = table.reshape(layers, devices, width)[row, heaviest]
+    giver_count = np.maximum(np.take_along_axis(counts, giver, axis=1), 2)
+    giver_new = np.take_along_axis(load, giver, axis=1) / (giver_count - 1)
+    giver_rise = giver_new - np.take_along_axis(load, giver, axis=1) / giver_count
+    taker_count = np.take_along_axis(counts, taker, axis=1)
+    taker_new = np.take_along_axis(load, taker, axis=1) / (taker_count + 1)
+    taker_fall = np.take_along_axis(load, taker, axis=1) / taker_count - taker_new
+    # after[l, t, s, g]: load of device g of the node once taker t has the slot of giver s.
+    by_giver = _replicas_on_devices(giver, expert, per_node) * giver_rise[:, :, None]
+    by_taker = _replicas_on_devices(taker, expert, per_node) * taker_fall[:, :, None]
+    after = (
+        loads.reshape(layers, nodes, per_node)[row, node][:, None, None, :] + by_giver[:, None] - by_taker[:, :, None]
+    )
+    change = taker_new[:, :, None] - giver_new[:, None, :]
+    t, s = np.arange(width)[:, None], np.arange(slot.shape[1])
+    after[row[:, None, None], t, s, (slot // width)[:, None, :]] += change
+    value = after.max(axis=3)
+    value[~(gives[:, None, :] & (taker[:, :, None] != giver[:, None, :]))] = np.inf
+    best = value.reshape(layers, -1).argmin(axis=1)
+    moved = value.reshape(layers, -1)[row, best] < peak * (1 - LEAST_GAIN)
+    target = node * in_node + slot[row, best % slot.shape[1]]
+    result = table.copy()
+    result[row[moved], target[moved]] = taker[row, best // slot.shape[1]][moved]
+    return result, moved
+
+
+def _replicas_on_devices(chosen: IntArray, expert: IntArray, devices: int) -> FloatArray:
+    """[L, n, devices] replicas of the `chosen` [L, n] on each device, from the experts of its slots [L, slots]."""
+    same = chosen[:, :, None] == expert[:, None, :]
+    return np.asarray(same.reshape(*chosen.shape, devices, -1).sum(axis=3), dtype=np.float64)
 
 
 def _positions(table: IntArray, counts: IntArray) -> IntArray:

@@ -1,6 +1,6 @@
 """The database: models, topologies, statistics, plans, their evaluations and exports, kept for later.
 
-Importing this room loads SQLAlchemy, which takes a while: import it where a store is opened, not at start-up.
+Importing this package loads SQLAlchemy, which takes a while: import it where a store is opened, not at start-up.
 """
 
 from .records import (

@@ -9,9 +9,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from .database import Sessions
 from .records import Actor, AuditRecord
 from .schema import AuditRow
-from .session import Sessions
 
 
 def note(session: Session, by: Actor, action: str, subject: str, detail: Mapping[str, Any] | None = None) -> None:
@@ -45,10 +45,7 @@ class Audit:
         if subject is not None:
             query = query.where(AuditRow.subject == subject)
         with self._sessions.reading() as session:
-            return [
-                AuditRecord(row.key, row.created, row.actor, row.role, row.action, row.subject, row.detail)
-                for row in session.scalars(query)
-            ]
+            return [AuditRecord.model_validate(row) for row in session.scalars(query)]
 
     def add(self, by: Actor, action: str, subject: str, detail: Mapping[str, Any] | None = None) -> None:
         """An entry of its own, for what changes nothing here (a refused sign-in)."""

@@ -1,4 +1,4 @@
-"""Connections to either kind of database, and when a transaction takes the writers' lock."""
+"""A database of either kind: its address, transactions on it, connections, tables brought up to this release, and its errors in plain words."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import importlib.util
 import os
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
-from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc, inspect, make_url, text
+from sqlalchemy.orm import Session
 
 from ..placement.errors import StoreError
+from .schema import REVISION, REVISION_TABLE, Base
 
-# Which database a user means, and how to show it without its password.
+if TYPE_CHECKING:
+    from alembic.config import Config
 
-
+MIGRATIONS = Path(__file__).parent / "migrations"
 VARIABLE = "MOEPLACE_DB"
 DEFAULT_FILE = "moeplace.db"
 POSTGRES = ("postgres", "postgresql", "postgresql+psycopg")
@@ -32,19 +35,19 @@ def resolve(given: str | os.PathLike[str] | None) -> URL:
     Raises:
         StoreError: not an address, a kind of database that is not supported, or a folder that is not there.
     """
-    text = os.fspath(given) if given is not None else os.environ.get(VARIABLE, "")
-    if given is not None and not text:
+    address = os.fspath(given) if given is not None else os.environ.get(VARIABLE, "")
+    if given is not None and not address:
         raise StoreError(
             f"the database address is empty; give a file, a URL, or leave it out for the {VARIABLE} variable"
         )
-    if not text:
+    if not address:
         return _file(_data_folder() / DEFAULT_FILE)
-    if "://" not in text:
-        return _file(Path(text))
+    if "://" not in address:
+        return _file(Path(address))
     try:
-        url = make_url(text)
-    except (ArgumentError, ValueError):
-        # The text is not shown: what cannot be parsed may hold a password anywhere.
+        url = make_url(address)
+    except (exc.ArgumentError, ValueError):
+        # It is not shown: what cannot be parsed may hold a password anywhere.
         raise StoreError("the database URL cannot be read; expected " + _FORMS) from None
     if url.drivername in POSTGRES:
         if not url.database:
@@ -93,61 +96,50 @@ def _file(path: Path) -> URL:
     return URL.create("sqlite", database=str(path))
 
 
-# What went wrong in the database, said to the person who has to do something about it.
+class Sessions:
+    """Opens transactions on one database, from any thread, and from processes forked after it was opened."""
 
+    def __init__(self, url: URL, lock_seconds: float) -> None:
+        self.url = url
+        self._engine = connect(url, lock_seconds)
+        self._process = os.getpid()
+        with self._converting():
+            try:
+                migrate(self._engine, lock_seconds)
+            except BaseException:
+                self._engine.dispose()
+                raise
 
-_DONE = "nothing of this change was stored"
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that only reads; never waits for writers."""
+        with self._converting(), Session(self._own_engine(), expire_on_commit=False) as session, session.begin():
+            yield session
 
-# By SQLite's primary result code, https://www.sqlite.org/rescode.html
-_SQLITE = {
-    sqlite3.SQLITE_BUSY: "locked: another process has been writing for too long; wait for it or end it, then repeat; "
-    + _DONE,
-    sqlite3.SQLITE_FULL: "the disk is full; free some space, then repeat; " + _DONE,
-    sqlite3.SQLITE_IOERR: "reading or writing failed (disk or quota full, file size limit, or a failing disk); "
-    "make room, then repeat; " + _DONE,
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that the folder exists and that you may read and write in it",
-    sqlite3.SQLITE_READONLY: "may not be written; check the permissions of the file and of its folder "
-    "(SQLite writes beside it), or name another file",
-    sqlite3.SQLITE_PERM: "may not be opened; check the permissions of the file and of its folder",
-    sqlite3.SQLITE_NOTADB: "not an SQLite database; name another file, or move this one away",
-    sqlite3.SQLITE_CORRUPT: "damaged; restore a copy, or save what is left with `sqlite3 FILE .recover`",
-    sqlite3.SQLITE_TOOBIG: "this is larger than SQLite stores in one piece; keep a smaller token sample",
-}
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A transaction with the writers' lock: no other one writes until it ends. Commits unless the block raises."""
+        engine = self._own_engine().execution_options(**{WRITES: True})
+        with self._converting(), Session(engine, expire_on_commit=False) as session, session.begin():
+            yield session
 
-# By SQLSTATE or its class (first two characters), https://www.postgresql.org/docs/current/errcodes-appendix.html
-_POSTGRES = {
-    "55P03": "locked: another process has been writing for too long; wait for it or end it, then repeat; " + _DONE,
-    "57014": "the server cancelled the statement (its statement_timeout, or an administrator); " + _DONE,
-    "53100": "the server's disk is full; free some space there, then repeat; " + _DONE,
-    "3F000": "no schema to create tables in; create the one the search_path names",
-    "42501": "this role may not do that; grant it the rights on the database and its schema",
-    "40": "the server aborted this change in favour of another; repeat; " + _DONE,
-    "57": "the server is shutting down or starting up; try again later",
-    "08": "the connection was lost; repeat: what was stored already is found again, not doubled",
-}
+    def close(self) -> None:
+        """Closes idle connections."""
+        self._own_engine().dispose()
 
+    def _own_engine(self) -> Engine:
+        if os.getpid() != self._process:
+            # Pooled connections belong to the process this one was forked from: let go of them without closing them.
+            self._engine.dispose(close=False)
+            self._process = os.getpid()
+        return self._engine
 
-def explain(error: exc.SQLAlchemyError, url: URL) -> str:
-    """One line: which database, what happened, what to do, and what the database itself said."""
-    cause = error.orig if isinstance(error, exc.DBAPIError) else None
-    said = " ".join(str(cause or error).split())
-    return f"database {shown(url)}: {_meaning(error, cause)} ({said})"
-
-
-def _meaning(error: exc.SQLAlchemyError, cause: BaseException | None) -> str:
-    if isinstance(cause, sqlite3.Error):
-        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
-        return _SQLITE.get(code, "the database refused")
-    if isinstance(error, exc.TimeoutError):
-        return "every connection of this process is in use; use fewer threads"
-    state = getattr(cause, "sqlstate", None) or ""
-    if state:
-        return _POSTGRES.get(state) or _POSTGRES.get(state[:2]) or "the server refused"
-    if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
-        return _POSTGRES["08"]
-    if isinstance(error, exc.DBAPIError) and type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
-        return "cannot be reached; check that the server runs, its address, the names of database and user, and the password"
-    return "the database refused"
+    @contextlib.contextmanager
+    def _converting(self) -> Iterator[None]:
+        try:
+            yield
+        except exc.SQLAlchemyError as error:
+            raise StoreError(explain(error, self.url)) from error
 
 
 WRITES = "moeplace_writes"
@@ -243,3 +235,133 @@ def use_write_ahead_log(engine: Engine, lock_seconds: float) -> None:
             time.sleep(0.02)
     finally:
         connection.close()
+
+
+def migrate(engine: Engine, lock_seconds: float) -> None:
+    """Creates or upgrades the tables in one transaction under the writers' lock; an up-to-date database is only read.
+
+    Processes that open a new database together wait for the one that got the lock first. A process killed half way
+    leaves the tables as they were.
+
+    Raises:
+        StoreError: the database was migrated by a newer release, or holds another program's tables.
+        SQLAlchemyError: the database refused.
+    """
+    with engine.connect() as connection:
+        found = _usable_revision(connection, engine)
+    if found == REVISION:
+        return
+    if found is None:
+        use_write_ahead_log(engine, lock_seconds)
+    with engine.execution_options(**{WRITES: True}).begin() as connection:
+        if _usable_revision(connection, engine) != REVISION:
+            _upgrade(connection)
+
+
+def revision(connection: Connection) -> str | None:
+    """The migration the tables are at, None for a database without them."""
+    if not inspect(connection).has_table(REVISION_TABLE):
+        return None
+    return connection.execute(text(f"SELECT version_num FROM {REVISION_TABLE}")).scalar_one_or_none()
+
+
+def _usable_revision(connection: Connection, engine: Engine) -> str | None:
+    found = revision(connection)
+    if found is None:
+        _refuse_strangers(connection, engine)
+    elif found != REVISION and found not in _known_revisions():
+        raise StoreError(
+            f"database {shown(engine.url)}: migrated by a newer release of moeplace (its tables are at revision "
+            f"{found}, this release knows up to {REVISION}); upgrade moeplace, or use another database"
+        )
+    return found
+
+
+def _refuse_strangers(connection: Connection, engine: Engine) -> None:
+    """A file belongs to one program; a server's schema may be shared, as long as no table has the same name."""
+    tables = set(inspect(connection).get_table_names())
+    strangers = sorted(tables if engine.dialect.name == "sqlite" else tables & set(Base.metadata.tables))
+    if strangers:
+        raise StoreError(
+            f"database {shown(engine.url)}: holds tables of another program ({', '.join(strangers[:5])}); "
+            "use another file, database or schema"
+        )
+
+
+def _known_revisions() -> set[str]:
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+
+
+def _upgrade(connection: Connection) -> None:
+    from alembic import command
+
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _config() -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    # The path is read through ConfigParser, where a percent sign starts an interpolation.
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    return config
+
+
+# What went wrong in the database, said to the person who has to do something about it.
+
+_DONE = "nothing of this change was stored"
+
+# By SQLite's primary result code, https://www.sqlite.org/rescode.html
+_SQLITE = {
+    sqlite3.SQLITE_BUSY: "locked: another process has been writing for too long; wait for it or end it, then repeat; "
+    + _DONE,
+    sqlite3.SQLITE_FULL: "the disk is full; free some space, then repeat; " + _DONE,
+    sqlite3.SQLITE_IOERR: "reading or writing failed (disk or quota full, file size limit, or a failing disk); "
+    "make room, then repeat; " + _DONE,
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that the folder exists and that you may read and write in it",
+    sqlite3.SQLITE_READONLY: "may not be written; check the permissions of the file and of its folder "
+    "(SQLite writes beside it), or name another file",
+    sqlite3.SQLITE_PERM: "may not be opened; check the permissions of the file and of its folder",
+    sqlite3.SQLITE_NOTADB: "not an SQLite database; name another file, or move this one away",
+    sqlite3.SQLITE_CORRUPT: "damaged; restore a copy, or save what is left with `sqlite3 FILE .recover`",
+    sqlite3.SQLITE_TOOBIG: "this is larger than SQLite stores in one piece; keep a smaller token sample",
+}
+
+# By SQLSTATE or its class (first two characters), https://www.postgresql.org/docs/current/errcodes-appendix.html
+_POSTGRES = {
+    "55P03": "locked: another process has been writing for too long; wait for it or end it, then repeat; " + _DONE,
+    "57014": "the server cancelled the statement (its statement_timeout, or an administrator); " + _DONE,
+    "53100": "the server's disk is full; free some space there, then repeat; " + _DONE,
+    "3F000": "no schema to create tables in; create the one the search_path names",
+    "42501": "this role may not do that; grant it the rights on the database and its schema",
+    "40": "the server aborted this change in favour of another; repeat; " + _DONE,
+    "57": "the server is shutting down or starting up; try again later",
+    "08": "the connection was lost; repeat: what was stored already is found again, not doubled",
+}
+
+
+def explain(error: exc.SQLAlchemyError, url: URL) -> str:
+    """One line: which database, what happened, what to do, and what the database itself said."""
+    cause = error.orig if isinstance(error, exc.DBAPIError) else None
+    said = " ".join(str(cause or error).split())
+    return f"database {shown(url)}: {_meaning(error, cause)} ({said})"
+
+
+def _meaning(error: exc.SQLAlchemyError, cause: BaseException | None) -> str:
+    if isinstance(cause, sqlite3.Error):
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+        return _SQLITE.get(code, "the database refused")
+    if isinstance(error, exc.TimeoutError):
+        return "every connection of this process is in use; use fewer threads"
+    state = getattr(cause, "sqlstate", None) or ""
+    if state:
+        return _POSTGRES.get(state) or _POSTGRES.get(state[:2]) or "the server refused"
+    if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
+        return _POSTGRES["08"]
+    if isinstance(error, exc.DBAPIError) and type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
+        return "cannot be reached; check that the server runs, its address, the names of database and user, and the password"
+    return "the database refused"

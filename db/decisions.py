@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -11,11 +11,11 @@ from sqlalchemy.orm import Session
 from ..placement.errors import ConflictError, NotFoundError
 from . import audit
 from .content import storable
-from .deployment_rows import deployment_row, plan_id
+from .database import Sessions
 from .deployments import publish
 from .records import Actor, DecisionRecord
+from .references import deployment_row, id_of
 from .schema import DecisionRow, DeploymentRow, PlanRow
-from .session import Sessions
 from .webhooks import announce
 
 
@@ -78,18 +78,11 @@ def _row(session: Session, key: int) -> DecisionRow:
 
 
 def _record(session: Session, row: DecisionRow) -> DecisionRecord:
+    names = ("key", "created", "action", "state", "reason", "figures", "closed", "closed_by", "comment")
     return DecisionRecord(
-        key=row.key,
+        **{name: getattr(row, name) for name in names},
         deployment=session.get_one(DeploymentRow, row.deployment_key).name,
         job=row.job_key,
-        created=row.created,
-        current_id=plan_id(session, row.current_key),
-        candidate_id=plan_id(session, row.candidate_key) or "",
-        action=cast(Any, row.action),
-        state=cast(Any, row.state),
-        reason=row.reason,
-        figures=row.figures,
-        closed=row.closed,
-        closed_by=row.closed_by,
-        comment=row.comment,
+        current_id=id_of(session, PlanRow, row.current_key),
+        candidate_id=id_of(session, PlanRow, row.candidate_key) or "",
     )

@@ -12,11 +12,10 @@ from sqlalchemy.orm import Session
 from ..placement.errors import ConflictError, InputError, NotFoundError
 from . import audit
 from .content import ID_DIGITS, plain
-from .deployment_rows import deployment_row, plan_id, record
+from .database import Sessions
 from .records import Actor, Cause, CheckRecord, DeploymentRecord, PublicationRecord
-from .references import check_name, find
-from .schema import CheckRow, DecisionRow, DeploymentRow, ModelRow, PlanRow, PublicationRow, TopologyRow
-from .session import Sessions
+from .references import check_name, deployment_row, find, id_of
+from .schema import CheckRow, DecisionRow, DeploymentRow, ModelRow, PlanRow, PublicationRow, StatisticsRow, TopologyRow
 from .webhooks import announce
 
 
@@ -45,7 +44,7 @@ class Deployments:
             if row is not None:
                 if (row.model_key, row.topology_key, row.policy) != (model_key, topology_key, settings):
                     raise ConflictError(f"a deployment {name!r} exists with another model, topology or policy")
-                return record(session, row)
+                return _record(session, row)
             row = DeploymentRow(
                 name=name,
                 created=datetime.now(UTC),
@@ -59,17 +58,17 @@ class Deployments:
             session.add(row)
             audit.note(session, by, "deployment.add", name, {"policy": settings})
             session.flush()
-            return record(session, row)
+            return _record(session, row)
 
     def get(self, name: str) -> DeploymentRecord:
         with self._sessions.reading() as session:
-            return record(session, deployment_row(session, name))
+            return _record(session, deployment_row(session, name))
 
     def page(self, *, limit: int, after: str = "") -> list[DeploymentRecord]:
         """In order of their names, those behind `after`."""
         query = select(DeploymentRow).where(DeploymentRow.name > after).order_by(DeploymentRow.name).limit(limit)
         with self._sessions.reading() as session:
-            return [record(session, row) for row in session.scalars(query)]
+            return [_record(session, row) for row in session.scalars(query)]
 
     def set_policy(self, name: str, policy: Mapping[str, Any], by: Actor) -> DeploymentRecord:
         """Replaces the policy."""
@@ -77,7 +76,7 @@ class Deployments:
             row = deployment_row(session, name)
             before, row.policy = row.policy, plain("policy", dict(policy))
             audit.note(session, by, "deployment.policy", name, {"before": before, "after": row.policy})
-            return record(session, row)
+            return _record(session, row)
 
     def publish(
         self, name: str, plan: str, by: Actor, *, cause: Cause, comment: str = "", expected: int | None = None
@@ -91,7 +90,7 @@ class Deployments:
             row = deployment_row(session, name)
             if expected is not None and row.version != expected:
                 raise ConflictError(f"{name!r} is at version {row.version}, not {expected}: look at it and try again")
-            return publication(publish(session, row, find(session, PlanRow, plan), by, cause, comment), session)
+            return _publication(session, publish(session, row, find(session, PlanRow, plan), by, cause, comment))
 
     def version_of(self, name: str, version: int) -> PublicationRecord:
         """One publication.
@@ -107,7 +106,7 @@ class Deployments:
             found = session.scalar(query)
             if found is None:
                 raise NotFoundError(f"{name!r} has no version {version}; it is at version {row.version}")
-            return publication(found, session)
+            return _publication(session, found)
 
     def publications(self, name: str, *, limit: int, before: int | None = None) -> list[PublicationRecord]:
         """Newest first, those of versions below `before`."""
@@ -117,7 +116,7 @@ class Deployments:
             if before is not None:
                 query = query.where(PublicationRow.version < before)
             rows = session.scalars(query.order_by(PublicationRow.version.desc()).limit(limit))
-            return [publication(found, session) for found in rows]
+            return [_publication(session, found) for found in rows]
 
     def checks(self, name: str, *, limit: int, before: int | None = None) -> list[CheckRecord]:
         """Drift checks, newest first."""
@@ -127,7 +126,7 @@ class Deployments:
             if before is not None:
                 query = query.where(CheckRow.key < before)
             rows = session.scalars(query.order_by(CheckRow.key.desc()).limit(limit))
-            return [CheckRecord(r.key, r.created, r.last_window, r.alarm, r.figures) for r in rows]
+            return [CheckRecord.model_validate(found) for found in rows]
 
 
 def publish(
@@ -165,11 +164,27 @@ def publish(
     return published
 
 
-def publication(row: PublicationRow, session: Session) -> PublicationRecord:
+def _record(session: Session, row: DeploymentRow) -> DeploymentRecord:
+    return DeploymentRecord(
+        key=row.key,
+        name=row.name,
+        created=row.created,
+        model_id=id_of(session, ModelRow, row.model_key) or "",
+        topology_id=id_of(session, TopologyRow, row.topology_key) or "",
+        policy=row.policy,
+        plan_id=id_of(session, PlanRow, row.plan_key),
+        reference_id=id_of(session, StatisticsRow, row.reference_key),
+        reference_window=row.reference_window,
+        version=row.version,
+        checked=row.checked_key,
+    )
+
+
+def _publication(session: Session, row: PublicationRow) -> PublicationRecord:
     return PublicationRecord(
         deployment=session.get_one(DeploymentRow, row.deployment_key).name,
         version=row.version,
-        plan_id=plan_id(session, row.plan_key) or "",
+        plan_id=id_of(session, PlanRow, row.plan_key) or "",
         decision=row.decision_key,
         cause=cast(Cause, row.cause),
         actor=row.actor,

@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session
 from ..placement.errors import NotFoundError
 from . import audit
 from .content import storable
-from .deployment_rows import deployment_row
+from .database import Sessions
 from .records import Actor, EngineHold, EngineRecord
+from .references import deployment_row
 from .schema import DeploymentRow, EngineRow
-from .session import Sessions
 
 
 class Engines:
@@ -98,19 +98,8 @@ def _row(session: Session, deployment: str) -> EngineRow:
 
 
 def _record(row: EngineRow, deployment: str) -> EngineRecord:
-    return EngineRecord(
-        deployment=deployment,
-        url=row.url,
-        recorder=row.recorder,
-        every=row.every,
-        span=row.span,
-        created=row.created,
-        polled=row.polled,
-        windows=row.windows,
-        failures=row.failures,
-        failed=row.failed,
-        error=row.error,
-    )
+    columns = {name: getattr(row, name) for name in EngineRecord.model_fields if name != "deployment"}
+    return EngineRecord(**columns, deployment=deployment)
 
 
 def _hold(row: EngineRow, deployment: str) -> EngineHold:

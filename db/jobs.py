@@ -17,101 +17,17 @@ from sqlalchemy.orm import Session
 from ..placement.errors import ConflictError, InputError, NotFoundError
 from ..placement.plan import Plan
 from . import audit
+from .catalogue import keep_plan, keep_statistics
 from .content import ID_DIGITS, plain
-from .deployment_rows import deployment_row
+from .database import Sessions
 from .deployments import publish
-from .keep import keep_plan, keep_statistics
-from .records import Actor, ClaimedJob, JobRecord, Judgement, Outcome, Pulse
+from .records import Actor, ClaimedJob, Heartbeat, JobOutcome, JobRecord, Judgement
+from .references import deployment_row
 from .schema import CheckRow, DecisionRow, DeploymentRow, JobRow, PlanRow, StatisticsRow
-from .session import Sessions
 from .webhooks import announce
-
-# What a finished job leaves behind: its plan, its drift check, its decision, and where policy says so a new plan in
-# force.
-
 
 SERVICE = Actor("service", "approve")
 """Who acts when a deployment's policy does."""
-
-
-def apply(session: Session, job: JobRow, outcome: Outcome) -> dict[str, Any]:
-    """Stores the outcome in the transaction at hand; returns the ids of what was stored."""
-    stored: dict[str, Any] = {}
-    source: StatisticsRow | None = None
-    if outcome.statistics is not None:
-        source = keep_statistics(session, outcome.statistics, outcome.content)
-        stored["statistics"] = source.fingerprint[:ID_DIGITS]
-    plan: PlanRow | None = None
-    if outcome.plan is not None:
-        plan = _keep(session, outcome.plan, source)
-        stored["plan"] = plan.fingerprint[:ID_DIGITS]
-    for other in outcome.plans:
-        _keep(session, other, source)
-    if job.deployment_key is None:
-        return stored
-    row = session.get_one(DeploymentRow, job.deployment_key)
-    if outcome.finding is not None:
-        found = outcome.finding
-        figures = plain("figures", dict(found.figures))
-        session.add(
-            CheckRow(
-                deployment_key=row.key,
-                created=datetime.now(UTC),
-                last_window=found.last_window,
-                alarm=found.alarm,
-                figures=figures,
-            )
-        )
-        row.checked_key = max(row.checked_key, found.last_window)
-        if found.alarm:
-            announce(session, row, "drift.alarm", {"figures": figures})
-    if outcome.rebase is not None and source is not None:
-        row.reference_key, row.reference_window = source.key, outcome.rebase
-    if outcome.judgement is not None:
-        if plan is None:
-            raise InputError("a judgement without the plan it judges")
-        decision = _decide(session, row, job, plan, outcome.judgement)
-        stored |= {"decision": decision.key, "decision_state": decision.state}
-    return stored
-
-
-def _keep(session: Session, plan: Plan, source: StatisticsRow | None) -> PlanRow:
-    solved_here = source is not None and plan.provenance.trace_fingerprint == source.trace_fingerprint
-    return keep_plan(session, plan, source.fingerprint if source is not None and solved_here else None, None)
-
-
-def _decide(session: Session, row: DeploymentRow, job: JobRow, plan: PlanRow, judgement: Judgement) -> DecisionRow:
-    now = datetime.now(UTC)
-    for other in session.scalars(
-        select(DecisionRow).where(DecisionRow.deployment_key == row.key, DecisionRow.state == "waiting")
-    ):
-        other.state, other.closed, other.closed_by = "superseded", now, SERVICE.name
-    stale = judgement.version != row.version
-    state = "superseded" if stale else "kept" if judgement.action == "keep" else "waiting"
-    decision = DecisionRow(
-        deployment_key=row.key,
-        job_key=job.key,
-        created=now,
-        current_key=row.plan_key,
-        candidate_key=plan.key,
-        action=judgement.action,
-        state=state,
-        reason=judgement.reason,
-        figures=plain("figures", dict(judgement.figures)),
-        comment="",
-    )
-    session.add(decision)
-    session.flush()
-    by = SERVICE if job.actor == SERVICE.name else Actor(job.actor, "submit")
-    told = {"decision": decision.key, "action": decision.action, "reason": decision.reason}
-    audit.note(session, by, "decision.made", row.name, told)
-    if state == "waiting" and judgement.publish:
-        decision.state, decision.closed, decision.closed_by = "published", now, SERVICE.name
-        publish(session, row, plan, SERVICE, "automatic", judgement.reason, decision)
-    announce(session, row, "decision.made", {**told, "state": decision.state})
-    return decision
-
-
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -235,7 +151,7 @@ class Jobs:
             mine = update(JobRow).where(JobRow.key == job.key, JobRow.claim == job.claim, JobRow.state == "running")
             return bool(cast(Any, session.execute(mine.values(beat=JobRow.beat + 1, **news))).rowcount)
 
-    def finish(self, job: ClaimedJob, outcome: Outcome) -> bool:
+    def finish(self, job: ClaimedJob, outcome: JobOutcome) -> bool:
         """Stores all a job leaves behind and ends it, in one transaction; False when it is no longer this worker's."""
         with self._sessions.writing() as session:
             row = _held(session, job)
@@ -263,20 +179,20 @@ class Jobs:
             row.state, row.claim, row.attempts, row.started = "queued", "", row.attempts - 1, None
             return True
 
-    def pulses(self) -> list[Pulse]:
+    def heartbeats(self) -> list[Heartbeat]:
         """All running jobs."""
         with self._sessions.reading() as session:
             query = select(JobRow.key, JobRow.worker, JobRow.claim, JobRow.beat).where(JobRow.state == "running")
-            return [Pulse(key, worker, claim, beat) for key, worker, claim, beat in session.execute(query)]
+            return [Heartbeat(key, worker, claim, beat) for key, worker, claim, beat in session.execute(query)]
 
-    def lost(self, pulse: Pulse, attempts: int) -> bool:
-        """Takes a job from a worker that showed no life since `pulse`: queued again, or failed after so many attempts.
+    def lost(self, heartbeat: Heartbeat, attempts: int) -> bool:
+        """Takes a job from a worker that showed no life since `heartbeat`: queued again, or failed after so many attempts.
 
         False when the worker did show life, or the job ended.
         """
         with self._sessions.writing() as session:
-            row = session.get(JobRow, pulse.key)
-            if row is None or row.state != "running" or (row.claim, row.beat) != (pulse.claim, pulse.beat):
+            row = session.get(JobRow, heartbeat.key)
+            if row is None or row.state != "running" or (row.claim, row.beat) != (heartbeat.claim, heartbeat.beat):
                 return False
             row.claim = ""
             if row.attempts >= attempts:
@@ -310,19 +226,83 @@ def _deployment(session: Session, row: JobRow) -> str | None:
 
 
 def _record(session: Session, row: JobRow) -> JobRecord:
-    return JobRecord(
-        key=row.key,
-        kind=row.kind,
-        state=cast(Any, row.state),
-        deployment=_deployment(session, row),
-        actor=row.actor,
-        created=row.created,
-        started=row.started,
-        finished=row.finished,
-        attempts=row.attempts,
-        worker=row.worker,
-        request=row.request,
-        progress=row.progress,
-        result=row.result,
-        error=row.error,
+    columns = {name: getattr(row, name) for name in JobRecord.model_fields if name != "deployment"}
+    return JobRecord(**columns, deployment=_deployment(session, row))
+
+
+def apply(session: Session, job: JobRow, outcome: JobOutcome) -> dict[str, Any]:
+    """Stores the outcome in the transaction at hand; returns the ids of what was stored."""
+    stored: dict[str, Any] = {}
+    source: StatisticsRow | None = None
+    if outcome.statistics is not None:
+        source = keep_statistics(session, outcome.statistics, outcome.content)
+        stored["statistics"] = source.fingerprint[:ID_DIGITS]
+    plan: PlanRow | None = None
+    if outcome.plan is not None:
+        plan = _keep(session, outcome.plan, source)
+        stored["plan"] = plan.fingerprint[:ID_DIGITS]
+    for other in outcome.plans:
+        _keep(session, other, source)
+    if job.deployment_key is None:
+        return stored
+    row = session.get_one(DeploymentRow, job.deployment_key)
+    if outcome.finding is not None:
+        found = outcome.finding
+        figures = plain("figures", dict(found.figures))
+        session.add(
+            CheckRow(
+                deployment_key=row.key,
+                created=datetime.now(UTC),
+                last_window=found.last_window,
+                alarm=found.alarm,
+                figures=figures,
+            )
+        )
+        row.checked_key = max(row.checked_key, found.last_window)
+        if found.alarm:
+            announce(session, row, "drift.alarm", {"figures": figures})
+    if outcome.rebase is not None and source is not None:
+        row.reference_key, row.reference_window = source.key, outcome.rebase
+    if outcome.judgement is not None:
+        if plan is None:
+            raise InputError("a judgement without the plan it judges")
+        decision = _decide(session, row, job, plan, outcome.judgement)
+        stored |= {"decision": decision.key, "decision_state": decision.state}
+    return stored
+
+
+def _keep(session: Session, plan: Plan, source: StatisticsRow | None) -> PlanRow:
+    solved_here = source is not None and plan.provenance.trace_fingerprint == source.trace_fingerprint
+    return keep_plan(session, plan, source.fingerprint if source is not None and solved_here else None, None)
+
+
+def _decide(session: Session, row: DeploymentRow, job: JobRow, plan: PlanRow, judgement: Judgement) -> DecisionRow:
+    now = datetime.now(UTC)
+    for other in session.scalars(
+        select(DecisionRow).where(DecisionRow.deployment_key == row.key, DecisionRow.state == "waiting")
+    ):
+        other.state, other.closed, other.closed_by = "superseded", now, SERVICE.name
+    stale = judgement.version != row.version
+    state = "superseded" if stale else "kept" if judgement.action == "keep" else "waiting"
+    decision = DecisionRow(
+        deployment_key=row.key,
+        job_key=job.key,
+        created=now,
+        current_key=row.plan_key,
+        candidate_key=plan.key,
+        action=judgement.action,
+        state=state,
+        reason=judgement.reason,
+        figures=plain("figures", dict(judgement.figures)),
+        comment="",
     )
+    session.add(decision)
+    session.flush()
+    by = SERVICE if job.actor == SERVICE.name else Actor(job.actor, "submit")
+    told = {"decision": decision.key, "action": decision.action, "reason": decision.reason}
+    audit.note(session, by, "decision.made", row.name, told)
+    if state == "waiting" and judgement.publish:
+        decision.state, decision.closed, decision.closed_by = "published", now, SERVICE.name
+        publish(session, row, plan, SERVICE, "automatic", judgement.reason, decision)
+    announce(session, row, "decision.made", {**told, "state": decision.state})
+    return decision

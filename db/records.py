@@ -1,4 +1,5 @@
-"""What callers of the store get: frozen copies, good after the database is closed."""
+"""What callers of the store get, frozen and good after the database is closed: records, as the API answers with them, and what workers
+and servers hand to and fro."""
 
 from __future__ import annotations
 
@@ -7,11 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, InstanceOf
 
 from .._types import IntArray
-from ..placement.errors import StoreError
 from ..placement.model import ModelSpec
 from ..placement.objective import Objective
 from ..placement.plan import Certificate, Plan, Provenance
@@ -19,8 +18,13 @@ from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
 
 
-@dataclass(frozen=True)
-class Record:
+class Stored(BaseModel):
+    """A row as others see it."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True, arbitrary_types_allowed=True)
+
+
+class NamedRecord(Stored):
     """fingerprint: SHA-256 of the content. id: its first 12 digits, what people type. created: when stored, UTC."""
 
     id: str
@@ -29,18 +33,15 @@ class Record:
     created: datetime
 
 
-@dataclass(frozen=True)
-class ModelRecord(Record):
+class ModelRecord(NamedRecord):
     spec: ModelSpec
 
 
-@dataclass(frozen=True)
-class TopologyRecord(Record):
+class TopologyRecord(NamedRecord):
     topology: Topology
 
 
-@dataclass(frozen=True)
-class StatisticsRecord(Record):
+class StatisticsRecord(NamedRecord):
     """What stored statistics hold; `Store.statistics_content` has the arrays.
 
     trace_fingerprint: `RoutingStatistics.fingerprint`, what was counted. tokens: 0 when unknown. sample_tokens: 0
@@ -61,8 +62,7 @@ class StatisticsRecord(Record):
     content_sha256: str
 
 
-@dataclass(frozen=True)
-class PlanSummary(Record):
+class PlanSummary(NamedRecord):
     """A stored plan without its tables.
 
     model, topology: their names, or the label they carry, or their ids. statistics_id: what it was solved on, where
@@ -78,21 +78,19 @@ class PlanSummary(Record):
     experts: int
     devices: int
     slots: int
-    certificate: Certificate | None
-    provenance: Provenance
+    certificate: InstanceOf[Certificate] | None
+    provenance: InstanceOf[Provenance]
 
     @property
     def solver(self) -> str:
         return self.provenance.solver
 
 
-@dataclass(frozen=True)
 class PlanRecord(PlanSummary):
-    plan: Plan
+    plan: InstanceOf[Plan]
 
 
-@dataclass(frozen=True)
-class EvaluationRecord:
+class EvaluationRecord(Stored):
     """A plan judged on steps. steps: how they were made, in words. summary: figures by name."""
 
     id: str
@@ -104,8 +102,7 @@ class EvaluationRecord:
     summary: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class ExportRecord:
+class ExportRecord(Stored):
     """A plan written in an engine's format. sha256: of the file, empty where a folder was written."""
 
     plan_id: str
@@ -115,8 +112,7 @@ class ExportRecord:
     sha256: str
 
 
-@dataclass(frozen=True)
-class StoreDescription:
+class StoreDescription(Stored):
     """url: without its password. revision: of the tables. counts: rows by kind. size_bytes: what all of it takes."""
 
     url: str
@@ -124,9 +120,6 @@ class StoreDescription:
     revision: str
     counts: Mapping[str, int]
     size_bytes: int
-
-
-# What callers get of the service's tables: frozen copies, good after the database is closed.
 
 
 Role = Literal["read", "submit", "approve"]
@@ -148,8 +141,7 @@ class Actor:
     role: Role
 
 
-@dataclass(frozen=True)
-class DeploymentRecord:
+class DeploymentRecord(Stored):
     """A model on a topology. plan_id: in force, None before the first. version: publications so far.
 
     reference_id: statistics of the traffic the plan was last judged on, which ended with window `reference_window`.
@@ -195,8 +187,7 @@ class WindowRecord:
     load: LoadArray = field(repr=False)
 
 
-@dataclass(frozen=True)
-class UploadRecord:
+class UploadRecord(Stored):
     """state: open until all bytes are here, then complete, or refused when they are not what was announced."""
 
     key: int
@@ -210,8 +201,7 @@ class UploadRecord:
     about: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True)
-class JobRecord:
+class JobRecord(Stored):
     key: int
     kind: str
     state: JobState
@@ -241,7 +231,7 @@ class ClaimedJob:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """A sign of life of a running job: when neither figure changes for long, its worker is gone."""
 
     key: int
@@ -271,7 +261,7 @@ class Judgement:
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class JobOutcome:
     """All that a finished job leaves behind; stored whole or not at all.
 
     plan: with the statistics it was solved on and their file. plans: more, solved on the same. judgement: needs a plan. rebase: the deployment's
@@ -288,8 +278,7 @@ class Outcome:
     rebase: int | None = None
 
 
-@dataclass(frozen=True)
-class CheckRecord:
+class CheckRecord(Stored):
     key: int
     created: datetime
     last_window: int
@@ -297,8 +286,7 @@ class CheckRecord:
     figures: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class DecisionRecord:
+class DecisionRecord(Stored):
     key: int
     deployment: str
     job: int
@@ -314,8 +302,7 @@ class DecisionRecord:
     comment: str
 
 
-@dataclass(frozen=True)
-class PublicationRecord:
+class PublicationRecord(Stored):
     deployment: str
     version: int
     plan_id: str
@@ -326,8 +313,7 @@ class PublicationRecord:
     created: datetime
 
 
-@dataclass(frozen=True)
-class AuditRecord:
+class AuditRecord(Stored):
     key: int
     created: datetime
     actor: str
@@ -337,16 +323,14 @@ class AuditRecord:
     detail: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class TokenRecord:
+class TokenRecord(Stored):
     name: str
     role: Role
     created: datetime
     revoked: datetime | None
 
 
-@dataclass(frozen=True)
-class WebhookRecord:
+class WebhookRecord(Stored):
     """Without its secret."""
 
     key: int
@@ -354,8 +338,7 @@ class WebhookRecord:
     created: datetime
 
 
-@dataclass(frozen=True)
-class EngineRecord:
+class EngineRecord(Stored):
     """An engine that is asked for its routing, without its key. recorder: name of the folder it writes to, as servers know it.
 
     every: seconds from one recording to the next, of `span` seconds each. polled: when windows last came, `windows` of them so
@@ -395,43 +378,3 @@ class DeliveryRecord:
     secret: str
     event: Mapping[str, Any]
     attempts: int
-
-
-# Loads in few bytes: the narrowest integers that hold them, byte by byte of their places, compressed. High bytes of
-# counts are nearly all alike: standing together they cost next to nothing.
-
-
-WIDTHS = (1, 2, 4, 8)
-
-
-def narrow(load: LoadArray) -> npt.NDArray[np.unsignedinteger]:
-    """The same counts, none of them negative, as unsigned integers of 1, 2, 4 or 8 bytes, whichever is enough."""
-    return load.astype(f"<u{_width(int(load.max(initial=0)))}")
-
-
-def pack(counts: npt.NDArray[np.unsignedinteger]) -> bytes:
-    """What `unpack` reads: the width of `narrow` counts as a digit, then their bytes."""
-    import pyarrow as pa
-
-    width = counts.dtype.itemsize
-    places = np.ascontiguousarray(np.ascontiguousarray(counts).reshape(-1).view(np.uint8).reshape(-1, width).T)
-    packed: bytes = pa.Codec("zstd", compression_level=1).compress(places).to_pybytes()
-    return b"%d" % width + packed
-
-
-def unpack(content: bytes, shape: tuple[int, int]) -> LoadArray:
-    """Raises StoreError for what is damaged."""
-    import pyarrow as pa
-
-    try:
-        width = WIDTHS[WIDTHS.index(int(content[:1]))]
-        raw = pa.decompress(content[1:], decompressed_size=shape[0] * shape[1] * width, codec="zstd")
-        places = np.frombuffer(raw, np.uint8).reshape(width, -1).T
-        counts = np.ascontiguousarray(places).view(f"<u{width}").reshape(shape)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise StoreError(f"a count window was damaged after it was stored ({error}); restore a copy") from None
-    return counts.astype(np.int64)
-
-
-def _width(largest: int) -> int:
-    return next(width for width in WIDTHS if largest < 1 << 8 * width)

@@ -1,4 +1,4 @@
-"""Finding a row by what people type: a name, a label, or the first digits of an id."""
+"""Finding a row by what people type, a name, a label, or the first digits of an id, and telling of it by its id."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..placement.errors import InputError, NotFoundError
+from ..placement.errors import InputError, NotFoundError, nearest
 from .content import ID_DIGITS, storable
-from .schema import ModelRow, Named, PlanRow, StatisticsRow, TopologyRow
+from .schema import DeploymentRow, ModelRow, Named, PlanRow, StatisticsRow, TopologyRow
 
 Kind = Literal["model", "topology", "statistics", "plan"]
 NamedRow = ModelRow | TopologyRow | StatisticsRow | PlanRow
@@ -64,6 +64,24 @@ def matches(session: Session, row: type[R], ref: str) -> Sequence[R]:
         if found:
             return found
     raise NotFoundError(_missing(session, row, ref))
+
+
+def deployment_row(session: Session, name: str) -> DeploymentRow:
+    """The deployment of that name.
+
+    Raises:
+        NotFoundError: there is none; the nearest is named.
+    """
+    row = session.scalar(select(DeploymentRow).where(DeploymentRow.name == name)) if name.isprintable() else None
+    if row is None:
+        names = session.scalars(select(DeploymentRow.name).limit(200)).all()
+        raise NotFoundError(f"no deployment {name!r}; {nearest(name, names)}")
+    return row
+
+
+def id_of(session: Session, row: type[NamedRow], key: int | None) -> str | None:
+    """The id people know a row by; None for none."""
+    return None if key is None else str(session.scalar(select(row.fingerprint).where(row.key == key)))[:ID_DIGITS]
 
 
 def claim_name(session: Session, row: NamedRow, name: str | None) -> None:

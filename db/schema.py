@@ -1,4 +1,4 @@
-"""The tables. Rows stay inside this room; `migrations/` makes and changes the tables."""
+"""The tables. Rows stay inside this package; `migrations/` makes and changes the tables."""
 
 from __future__ import annotations
 

@@ -16,24 +16,14 @@ from ..placement.objective import Objective
 from ..placement.plan import Plan
 from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
-from . import content as convert
-from . import upkeep
+from . import catalogue
 from .audit import Audit
 from .content import storable
-from .database import resolve, shown
+from .database import Sessions, resolve, shown
 from .decisions import Decisions
 from .deployments import Deployments
 from .engines import Engines
 from .jobs import Jobs
-from .keep import (
-    keep_evaluation,
-    keep_export,
-    keep_model,
-    keep_plan,
-    keep_statistics,
-    keep_topology,
-    statistics_content,
-)
 from .records import (
     EvaluationRecord,
     ExportRecord,
@@ -46,7 +36,6 @@ from .records import (
 )
 from .references import Kind, find, matches, set_name
 from .schema import EvaluationRow, ExportRow, ModelRow, PlanRow, StatisticsRow, TopologyRow
-from .session import Sessions
 from .tokens import Tokens
 from .uploads import Uploads
 from .webhooks import Webhooks
@@ -115,35 +104,35 @@ class Store:
     def add_model(self, spec: ModelSpec, *, name: str | None = None) -> ModelRecord:
         """Keeps a model. Raises InputError when the name is taken or the model is stored under another."""
         with self._sessions.writing() as session:
-            return convert.model_record(keep_model(session, spec, name))
+            return catalogue.model_record(catalogue.keep_model(session, spec, name))
 
     def model(self, ref: str) -> ModelRecord:
         """The model `ref` means."""
         with self._sessions.reading() as session:
-            return convert.model_record(find(session, ModelRow, ref))
+            return catalogue.model_record(find(session, ModelRow, ref))
 
     def models(self) -> list[ModelRecord]:
         """All models, newest first."""
         with self._sessions.reading() as session:
             return [
-                convert.model_record(row) for row in session.scalars(select(ModelRow).order_by(ModelRow.key.desc()))
+                catalogue.model_record(row) for row in session.scalars(select(ModelRow).order_by(ModelRow.key.desc()))
             ]
 
     def add_topology(self, topology: Topology, *, name: str | None = None) -> TopologyRecord:
         """Keeps a topology. Raises InputError when the name is taken or the topology is stored under another."""
         with self._sessions.writing() as session:
-            return convert.topology_record(keep_topology(session, topology, name))
+            return catalogue.topology_record(catalogue.keep_topology(session, topology, name))
 
     def topology(self, ref: str) -> TopologyRecord:
         """The topology `ref` means."""
         with self._sessions.reading() as session:
-            return convert.topology_record(find(session, TopologyRow, ref))
+            return catalogue.topology_record(find(session, TopologyRow, ref))
 
     def topologies(self) -> list[TopologyRecord]:
         """All topologies, newest first."""
         with self._sessions.reading() as session:
             rows = session.scalars(select(TopologyRow).order_by(TopologyRow.key.desc()))
-            return [convert.topology_record(row) for row in rows]
+            return [catalogue.topology_record(row) for row in rows]
 
     def add_statistics(
         self, statistics: RoutingStatistics, content: bytes, *, name: str | None = None
@@ -155,12 +144,12 @@ class Store:
                 under another.
         """
         with self._sessions.writing() as session:
-            return convert.statistics_record(keep_statistics(session, statistics, content, name))
+            return catalogue.statistics_record(catalogue.keep_statistics(session, statistics, content, name))
 
     def statistics(self, ref: str) -> StatisticsRecord:
         """What the statistics `ref` means hold."""
         with self._sessions.reading() as session:
-            return convert.statistics_record(find(session, StatisticsRow, ref))
+            return catalogue.statistics_record(find(session, StatisticsRow, ref))
 
     def statistics_content(self, ref: str) -> bytes:
         """The file of the statistics `ref` means.
@@ -170,7 +159,7 @@ class Store:
         """
         with self._sessions.reading() as session:
             row = find(session, StatisticsRow, ref)
-            content = statistics_content(session, row)
+            content = catalogue.statistics_content(session, row)
         if hashlib.sha256(content).hexdigest() != row.content_sha256:
             raise StoreError(f"database {self.url}: statistics {ref!r} were changed or damaged after they were stored")
         return content
@@ -179,7 +168,7 @@ class Store:
         """What all stored statistics hold, newest first."""
         with self._sessions.reading() as session:
             rows = session.scalars(select(StatisticsRow).order_by(StatisticsRow.key.desc()))
-            return [convert.statistics_record(row) for row in rows]
+            return [catalogue.statistics_record(row) for row in rows]
 
     def add_plan(self, plan: Plan, *, statistics: str | None = None, name: str | None = None) -> PlanRecord:
         """Keeps a plan, with its model and topology.
@@ -192,7 +181,7 @@ class Store:
                 statistics are of another trace than the plan's.
         """
         with self._sessions.writing() as session:
-            return self._plan(session, keep_plan(session, plan, statistics, name))
+            return self._plan(session, catalogue.keep_plan(session, plan, statistics, name))
 
     def plan(self, ref: str) -> PlanRecord:
         """The plan `ref` means, with its tables.
@@ -219,7 +208,7 @@ class Store:
         """
         if offset < 0 or (limit is not None and limit < 0):
             raise InputError(f"limit ({limit}) and offset ({offset}) must not be negative")
-        query = convert.select_plans().order_by(PlanRow.key.desc()).limit(limit).offset(offset)
+        query = catalogue.select_plans().order_by(PlanRow.key.desc()).limit(limit).offset(offset)
         with self._sessions.reading() as session:
             if model is not None:
                 query = query.where(PlanRow.model_key.in_([row.key for row in matches(session, ModelRow, model)]))
@@ -227,7 +216,7 @@ class Store:
                 query = query.where(PlanRow.key < find(session, PlanRow, before).key)
             if solver is not None:
                 query = query.where(PlanRow.solver == storable("solver", solver))
-            return [convert.plan_summary(found) for found in session.execute(query)]
+            return [catalogue.plan_summary(found) for found in session.execute(query)]
 
     def add_evaluation(
         self,
@@ -247,15 +236,15 @@ class Store:
         """
         with self._sessions.writing() as session:
             owner = find(session, PlanRow, plan)
-            row = keep_evaluation(session, owner, summary, steps, steps_fingerprint, objective)
-            return convert.evaluation_record(row, owner.fingerprint)
+            row = catalogue.keep_evaluation(session, owner, summary, steps, steps_fingerprint, objective)
+            return catalogue.evaluation_record(row, owner.fingerprint)
 
     def evaluations(self, plan: str) -> list[EvaluationRecord]:
         """All evaluations of a plan, oldest first."""
         with self._sessions.reading() as session:
             owner = find(session, PlanRow, plan)
             query = select(EvaluationRow).where(EvaluationRow.plan_key == owner.key).order_by(EvaluationRow.key)
-            return [convert.evaluation_record(row, owner.fingerprint) for row in session.scalars(query)]
+            return [catalogue.evaluation_record(row, owner.fingerprint) for row in session.scalars(query)]
 
     def add_export(self, plan: str, *, format: str, path: str | os.PathLike[str], sha256: str = "") -> ExportRecord:  # noqa: A002
         """Notes that a plan was written for an engine; each call is one event.
@@ -267,15 +256,15 @@ class Store:
         """
         with self._sessions.writing() as session:
             owner = find(session, PlanRow, plan)
-            row = keep_export(session, owner, format, os.fspath(path), sha256)
-            return convert.export_record(row, owner.fingerprint)
+            row = catalogue.keep_export(session, owner, format, os.fspath(path), sha256)
+            return catalogue.export_record(row, owner.fingerprint)
 
     def exports(self, plan: str) -> list[ExportRecord]:
         """All exports of a plan, oldest first."""
         with self._sessions.reading() as session:
             owner = find(session, PlanRow, plan)
             query = select(ExportRow).where(ExportRow.plan_key == owner.key).order_by(ExportRow.key)
-            return [convert.export_record(row, owner.fingerprint) for row in session.scalars(query)]
+            return [catalogue.export_record(row, owner.fingerprint) for row in session.scalars(query)]
 
     def rename(self, kind: Kind, ref: str, name: str) -> None:
         """Gives what `ref` means another name.
@@ -284,7 +273,7 @@ class Store:
             InputError: unknown kind; the name is taken, or cannot be one.
         """
         with self._sessions.writing() as session:
-            set_name(session, find(session, upkeep.table(kind), ref), name)
+            set_name(session, find(session, catalogue.table(kind), ref), name)
 
     def delete(self, kind: Kind, ref: str, *, dependants: bool = False) -> None:
         """Removes what `ref` means.
@@ -296,13 +285,13 @@ class Store:
             InputError: unknown kind, or it has dependants and `dependants` is False; they are counted.
         """
         with self._sessions.writing() as session:
-            upkeep.delete(session, kind, ref, dependants)
+            catalogue.drop(session, kind, ref, dependants)
 
     def describe(self) -> StoreDescription:
         """Where the store is, the revision of its tables, how many of each kind it holds, and their size."""
         with self._sessions.reading() as session:
-            return upkeep.describe(session, self.url)
+            return catalogue.describe(session, self.url)
 
     def _plan(self, session: Session, row: PlanRow) -> PlanRecord:
-        found = session.execute(convert.select_plans().where(PlanRow.key == row.key)).one()
-        return convert.plan_record(found, row.document, f"database {self.url}: plan {row.fingerprint[:12]}")
+        found = session.execute(catalogue.select_plans().where(PlanRow.key == row.key)).one()
+        return catalogue.plan_record(found, row.document, f"database {self.url}: plan {row.fingerprint[:12]}")

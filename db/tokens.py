@@ -11,10 +11,10 @@ from sqlalchemy import select
 
 from ..placement.errors import ConflictError, InputError, NotFoundError, nearest
 from . import audit
+from .database import Sessions
 from .records import Actor, Role, TokenRecord
 from .references import check_name
 from .schema import TokenRow
-from .session import Sessions
 
 PREFIX = "mp_"
 """So that secret scanners and people recognise one."""
@@ -68,7 +68,7 @@ class Tokens:
         """Every token made, oldest first."""
         with self._sessions.reading() as session:
             rows = session.scalars(select(TokenRow).order_by(TokenRow.key))
-            return [TokenRecord(row.name, _role(row.role), row.created, row.revoked) for row in rows]
+            return [TokenRecord.model_validate(row) for row in rows]
 
 
 def _role(text: str) -> Role:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from ..placement.errors import ConflictError, InputError, NotFoundError
 from .content import sha256_digits, storable
+from .database import Sessions
 from .records import UploadRecord
 from .schema import UploadPartRow, UploadRow
-from .session import Sessions
 
 UPLOAD_LIMIT = 1 << 28
 PIECE_LIMIT = 8 << 20
@@ -67,11 +67,11 @@ class Uploads:
                 session.flush()
             elif row.total_bytes != total_bytes:
                 raise InputError(f"total_bytes is {total_bytes:,}, this content was announced with {row.total_bytes:,}")
-            return _record(row)
+            return UploadRecord.model_validate(row)
 
     def get(self, key: int) -> UploadRecord:
         with self._sessions.reading() as session:
-            return _record(_row(session, key))
+            return UploadRecord.model_validate(_row(session, key))
 
     def append(self, key: int, start: int, piece: bytes) -> UploadRecord:
         """Adds the next piece. start: how many bytes came before it.
@@ -89,7 +89,7 @@ class Uploads:
                 raise InputError(f"a piece of {len(piece):,} bytes exceeds the {row.total_bytes:,} announced")
             session.execute(insert(UploadPartRow), {"upload_key": key, "start": start, "content": piece})
             row.received_bytes = start + len(piece)
-            return _record(row)
+            return UploadRecord.model_validate(row)
 
     def finish(
         self,
@@ -107,7 +107,7 @@ class Uploads:
         with self._sessions.reading() as session:
             row = _row(session, key)
             if row.state == "complete":
-                return _record(row)
+                return UploadRecord.model_validate(row)
             if row.state != "open" or row.received_bytes != row.total_bytes:
                 raise ConflictError(
                     f"upload {key} is {row.state} with {row.received_bytes:,} of {row.total_bytes:,} bytes"
@@ -153,7 +153,7 @@ class Uploads:
             .limit(limit)
         )
         with self._sessions.reading() as session:
-            return [_record(row) for row in session.scalars(query)]
+            return [UploadRecord.model_validate(row) for row in session.scalars(query)]
 
     def drop(self, *, kind: str, owner: str, keep: int, begun_before: datetime) -> tuple[int, list[str]]:
         """Removes all but the newest `keep` complete ones, and those begun long ago and never finished.
@@ -181,7 +181,7 @@ class Uploads:
                 row.state, row.about, row.place = state, about, place
                 if state == "refused" or place is not None:
                     session.execute(delete(UploadPartRow).where(UploadPartRow.upload_key == key))
-            return _record(row)
+            return UploadRecord.model_validate(row)
 
 
 def _row(session: Session, key: int) -> UploadRow:
@@ -194,17 +194,3 @@ def _row(session: Session, key: int) -> UploadRow:
 def _content(session: Session, key: int) -> bytes:
     parts = select(UploadPartRow.content).where(UploadPartRow.upload_key == key).order_by(UploadPartRow.start)
     return b"".join(session.scalars(parts.execution_options(yield_per=1)))
-
-
-def _record(row: UploadRow) -> UploadRecord:
-    return UploadRecord(
-        key=row.key,
-        kind=row.kind,
-        owner=row.owner,
-        sha256=row.sha256,
-        total_bytes=row.total_bytes,
-        received_bytes=row.received_bytes,
-        state=cast(Any, row.state),
-        created=row.created,
-        about=row.about,
-    )

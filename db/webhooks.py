@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,10 +13,10 @@ from sqlalchemy.orm import Session
 
 from ..placement.errors import NotFoundError
 from . import audit
-from .deployment_rows import deployment_row
+from .database import Sessions
 from .records import Actor, DeliveryRecord, WebhookRecord
+from .references import deployment_row
 from .schema import DeliveryRow, DeploymentRow, WebhookRow
-from .session import Sessions
 
 
 def announce(session: Session, deployment: DeploymentRow, kind: str, detail: Mapping[str, Any]) -> None:
@@ -34,8 +35,8 @@ class Webhooks:
         self._sessions = sessions
 
     def add(self, deployment: str, url: str, by: Actor) -> tuple[WebhookRecord, str]:
-        """A webhook and the secret its events are signed with, which is not shown again."""
-        secret = secrets.token_urlsafe(32)
+        """A webhook and the secret its events are signed with, as Standard Webhooks writes it; it is not shown again."""
+        secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         with self._sessions.writing() as session:
             row = WebhookRow(
                 deployment_key=deployment_row(session, deployment).key,
@@ -46,15 +47,13 @@ class Webhooks:
             session.add(row)
             session.flush()
             audit.note(session, by, "webhook.add", deployment, {"webhook": row.key, "url": url})
-            return WebhookRecord(row.key, row.url, row.created), secret
+            return WebhookRecord.model_validate(row), secret
 
     def all(self, deployment: str) -> list[WebhookRecord]:
         """Oldest first."""
         with self._sessions.reading() as session:
             query = select(WebhookRow).where(WebhookRow.deployment_key == deployment_row(session, deployment).key)
-            return [
-                WebhookRecord(row.key, row.url, row.created) for row in session.scalars(query.order_by(WebhookRow.key))
-            ]
+            return [WebhookRecord.model_validate(row) for row in session.scalars(query.order_by(WebhookRow.key))]
 
     def remove(self, deployment: str, key: int, by: Actor) -> None:
         """Raises NotFoundError when the deployment has no such webhook."""

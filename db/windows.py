@@ -8,17 +8,20 @@ from datetime import UTC, datetime
 from itertools import groupby
 
 import numpy as np
+import numpy.typing as npt
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.orm import Session, undefer
 
-from ..placement.errors import InputError
+from ..placement.errors import InputError, StoreError
 from .content import storable
-from .deployment_rows import deployment_row
-from .records import CountWindow, WindowRecord, narrow, pack, unpack
+from .database import Sessions
+from .records import CountWindow, LoadArray, WindowRecord
+from .references import deployment_row
 from .schema import DeploymentRow, JoinedRow, ModelRow, WindowRow
-from .session import Sessions
 
 TEXT_LENGTH = 100
+WIDTHS = (1, 2, 4, 8)
+"""Bytes that a stored count may take."""
 LARGEST = 1 << 53
 """Of one count: JSON readers keep whole numbers up to here exactly."""
 MOST_PAIRS = 1 << 48
@@ -219,3 +222,40 @@ def _shape(session: Session, row: DeploymentRow) -> tuple[int, int]:
         select(ModelRow.layers, ModelRow.experts).where(ModelRow.key == row.model_key)
     ).one()
     return layers, experts
+
+
+# Loads in few bytes: the narrowest integers that hold them, byte by byte of their places, compressed. High bytes of
+# counts are nearly all alike: standing together they cost next to nothing.
+
+
+def narrow(load: LoadArray) -> npt.NDArray[np.unsignedinteger]:
+    """The same counts, none of them negative, as unsigned integers of 1, 2, 4 or 8 bytes, whichever is enough."""
+    return load.astype(f"<u{_width(int(load.max(initial=0)))}")
+
+
+def pack(counts: npt.NDArray[np.unsignedinteger]) -> bytes:
+    """What `unpack` reads: the width of `narrow` counts as a digit, then their bytes."""
+    import pyarrow as pa
+
+    width = counts.dtype.itemsize
+    places = np.ascontiguousarray(np.ascontiguousarray(counts).reshape(-1).view(np.uint8).reshape(-1, width).T)
+    packed: bytes = pa.Codec("zstd", compression_level=1).compress(places).to_pybytes()
+    return b"%d" % width + packed
+
+
+def unpack(content: bytes, shape: tuple[int, int]) -> LoadArray:
+    """Raises StoreError for what is damaged."""
+    import pyarrow as pa
+
+    try:
+        width = WIDTHS[WIDTHS.index(int(content[:1]))]
+        raw = pa.decompress(content[1:], decompressed_size=shape[0] * shape[1] * width, codec="zstd")
+        places = np.frombuffer(raw, np.uint8).reshape(width, -1).T
+        counts = np.ascontiguousarray(places).view(f"<u{width}").reshape(shape)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise StoreError(f"a count window was damaged after it was stored ({error}); restore a copy") from None
+    return counts.astype(np.int64)
+
+
+def _width(largest: int) -> int:
+    return next(width for width in WIDTHS if largest < 1 << 8 * width)

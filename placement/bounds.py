@@ -1,9 +1,9 @@
-"""A lower bound of the predicted step time that holds for every placement, replicas and shares of a problem.
+"""Lower bounds that hold for every placement, replicas and shares of a problem: of load, and of predicted step times.
 
-Term by term, each by an argument that no placement escapes: the slowest device does at least its part of the work, some
-device carries what packing experts into slots forces on it, every expert that is hit is read somewhere, and k experts
-stand on at least as many devices (nodes) as it takes to hold k slots, so that copies must travel; and few experts can
-stand in every token's home node.
+Of a step's time term by term, each by an argument that no placement escapes: the slowest device does at least its part
+of the work, some device carries what packing experts into slots forces on it, every expert that is hit is read
+somewhere, and k experts stand on at least as many devices (nodes) as it takes to hold k slots, so that copies must
+travel; and few experts can stand in the node of every token's source rank. L layers, E experts, G devices, N nodes.
 """
 
 from __future__ import annotations
@@ -11,22 +11,31 @@ from __future__ import annotations
 import numpy as np
 
 from .._types import FloatArray, IntArray
-from .cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from .cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
 from .layer_slots import alike_layers
-from .plan import Certificate, equal_shares
+from .packing import replicate
+from .plan import Certificate, equal_shares, replica_counts
 from .problem import Problem
 from .steps import Steps
 
-# How evenly a placement spreads average load, and how evenly any placement could.
-
-
 LOAD_OBJECTIVE = "device load max/mean on average loads, mean over layers"
+
+
+# How evenly a placement spreads average load, and how evenly any placement could.
 
 
 def device_loads(
     load: FloatArray, table: IntArray, shares: FloatArray, slot_device: IntArray, devices: int
 ) -> FloatArray:
-    """[L, G] load of each device from expert loads [L, E], a slot table [L, P] and its shares [L, P] (0 in empty slots)."""
+    """[L, G] load of each device.
+
+    Args:
+        load: [L, E] of each expert.
+        table: [L, P] expert of each slot.
+        shares: [L, P] fraction of its expert's load that each slot takes, 0 in empty slots.
+        slot_device: [P] device of each slot.
+        devices: how many there are.
+    """
     slot_load = np.take_along_axis(load, table, axis=1) * shares
     result = np.zeros((len(load), devices))
     np.add.at(result.T, slot_device, slot_load.T)
@@ -58,7 +67,8 @@ def least_device_load(load: FloatArray, slots: IntArray) -> FloatArray:
 
 
 def _fill_by_capacity(load: FloatArray, slots: IntArray) -> FloatArray:
-    """[L] The level at which devices together hold the whole load, each at most that of as many experts as it has slots.
+    """[L] The level at which devices together hold the whole load, each at most that of as many experts as it has
+    slots.
 
     The mean where slots are many; more where a device with few slots cannot reach it. load: [L, E], heaviest first.
     """
@@ -76,11 +86,10 @@ def _split_heavy(load: FloatArray, slots: IntArray) -> FloatArray:
 
     Giving each to the expert with the largest load a replica is optimal. load: [L, E], heaviest first.
     """
-    rows, replicas = np.arange(len(load)), np.ones(load.shape)
     # Beyond a replica a device another one lowers nothing, so that many spare slots never matter.
-    devices = int((slots > 0).sum())
-    for _ in range(min(int(slots.sum()) - load.shape[1], load.shape[1] * (devices - 1))):
-        replicas[rows, (load / replicas).argmax(axis=1)] += 1
+    experts, devices = load.shape[1], int((slots > 0).sum())
+    spare = min(int(slots.sum()) - experts, experts * (devices - 1))
+    replicas = replica_counts(replicate(load, experts + max(spare, 0)), experts)
     return np.asarray((load / np.minimum(replicas, devices)).max(axis=1))
 
 
@@ -119,55 +128,16 @@ def device_load_certificate(problem: Problem, table: IntArray, shares: FloatArra
     return Certificate(LOAD_OBJECTIVE, value, min(value, float(load_imbalance_bound(problem)[counted].mean())))
 
 
-# A lower bound of the copies that must leave their node, whichever replica serves a token. A token leaves its home
-# node for every expert that has no replica there. Slots are few: of all (expert, node) pairs at most as many as there
-# are slots can be served in the node, and every expert takes at least one. The best choice keeps each expert where
-# most of its tokens live, and spends what is left on the largest of the remaining pairs.
-
-
-def least_leaving(steps: Steps, problem: Problem) -> FloatArray:
-    """[S, L] copies that leave their node in one dispatch, summed over nodes; on one node, their device.
-
-    Holds for dispatch_combine, for replicas chosen by share or near the token, for homes known or spread evenly.
-    """
-    topology = problem.topology
-    node_of = topology.node_of if topology.num_nodes > 1 else np.arange(topology.num_devices)
-    wanted = _wanted(steps, node_of, topology.num_devices)
-    away = wanted.sum(axis=3) - wanted.max(axis=3)
-    spare = problem.layer_slots.sum(axis=1) - problem.model.experts
-    rest = np.sort(np.sort(wanted, axis=3)[..., :-1].reshape(*away.shape[:2], -1), axis=2)
-    kept = np.empty(away.shape[:2])
-    for layer, count in enumerate(np.minimum(spare, rest.shape[2]).tolist()):
-        kept[:, layer] = rest[:, layer, rest.shape[2] - count :].sum(axis=1)
-    # One copy carries a token's experts of one target together: no more than it has slots.
-    carried = min(problem.model.top_k, int(_most_slots(problem, node_of)))
-    return np.asarray(np.maximum(away.sum(axis=2) - kept, 0.0) / carried)
-
-
-def _wanted(steps: Steps, node_of: IntArray, devices: int) -> FloatArray:
-    """[S, L, E, N] tokens of each node's homes that choose each expert."""
-    nodes = int(node_of.max()) + 1
-    if steps.source is None:
-        return np.asarray(steps.loads()[..., None] * (np.bincount(node_of, minlength=nodes) / devices))
-    result = np.empty((steps.num_steps, steps.num_layers, steps.num_experts, nodes))
-    home = node_of[steps.source]
-    base = np.arange(steps.num_layers)[None, :, None] * steps.num_experts
-    for s, (start, end) in enumerate(zip(steps.offsets[:-1], steps.offsets[1:], strict=True)):
-        cells = (steps.expert_ids[start:end] + base) * nodes + home[start:end, None, None]
-        counts = np.bincount(cells.ravel(), minlength=result[0].size)
-        result[s] = counts.reshape(result.shape[1:])
-    return result
-
-
-def _most_slots(problem: Problem, node_of: IntArray) -> int:
-    """Experts that one copy may be for: slots of the largest node, or device where copies are not merged by node."""
-    merged = problem.objective.node_dedup or problem.topology.num_nodes == 1
-    slots = problem.slots_per_device
-    return int(np.bincount(node_of, weights=slots).max()) if merged else int(slots.max())
+# The least seconds of steps.
 
 
 def step_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
-    """[S] seconds below which no plan for `problem` can bring each step."""
+    """[S] seconds below which no plan for `problem` can bring each step.
+
+    Args:
+        steps: of the problem's model, with source ranks or without.
+        problem: gives topology, objective and slots.
+    """
     return np.asarray(layer_seconds_bound(steps, problem).sum(axis=1))
 
 
@@ -176,42 +146,38 @@ def layer_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
     tokens = steps.tokens.astype(np.float64)
     transfers = np.empty((steps.num_steps, problem.model.layers))
     for slots, layers in alike_layers(problem.layer_slots):
-        found = _transfer_bound(tokens, slots, problem, homes_known=steps.source is not None)
-        transfers[:, layers] = found[:, None]
+        bound = _transfer_bound(tokens, slots, problem, sources_known=steps.source is not None)
+        transfers[:, layers] = bound[:, None]
     compute = compute_bound(steps.loads().astype(np.float64), problem)
     return np.asarray(compute + np.maximum(transfers, _leaving_bound(steps, problem)))
 
 
 def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
     """[S, L] seconds of the slowest device's expert work, from expert loads [S, L, E]."""
-    model, topology = problem.model, problem.topology
-    flat = loads.reshape(-1, loads.shape[2])
-    shared = flat.sum(axis=1) / topology.compute.sum()
-    packed = least_layer_load(loads, problem.layer_slots).ravel() / topology.compute.max()
-    hit = (flat > 0).sum(axis=1).astype(np.float64)
-    read = hit / topology.memory_bandwidth.sum()
-    if not problem.has_replicas:
-        # Whole experts: some device reads at least the average, rounded up.
-        holders = int((problem.slots_per_device > 0).sum())
-        read = np.maximum(read, np.ceil(hit / holders) / topology.memory_bandwidth.max())
-    seconds = np.maximum(np.maximum(shared, packed) * model.flops_per_token, read * model.bytes_per_expert)
-    return np.asarray(seconds.reshape(loads.shape[:2]))
+    devices = Roofline.of(problem.model, problem.topology)
+    together, fastest = devices.pooled(np.zeros(1, np.int64)), devices.fastest()
+    pairs, hit = loads.sum(axis=2), (loads > 0).sum(axis=2).astype(np.float64)
+    packed = least_layer_load(loads, problem.layer_slots)
+    # Whole experts: some device reads at least the average, rounded up.
+    holders = int((problem.slots_per_device > 0).sum())
+    whole = np.zeros(hit.shape) if problem.has_replicas else np.ceil(hit / holders)
+    return np.maximum(together.seconds(pairs, hit), fastest.seconds(packed, whole))
 
 
-def _transfer_bound(tokens: FloatArray, slots: IntArray, problem: Problem, homes_known: bool) -> FloatArray:
+def _transfer_bound(tokens: FloatArray, slots: IntArray, problem: Problem, sources_known: bool) -> FloatArray:
     """[S] seconds of all the all-to-alls of one layer with slots [G], from the tokens [S] of a step.
 
-    A token whose home is known may live where one of its experts stands, and one that takes the nearest replica where
-    all of them do; else one spread evenly is mostly elsewhere.
+    A token whose source rank is known may live where one of its experts stands, and one that takes replicas near it
+    where all of them do; else one spread evenly is mostly elsewhere.
     """
     topology, objective, model = problem.topology, problem.objective, problem.model
     latency = all_to_all_latency(topology, objective.node_dedup)
     sizes, devices = topology.node_size, topology.num_devices
-    node_slots = np.add.reduceat(slots, np.concatenate([[0], np.cumsum(sizes)[:-1]]))
+    node_slots = np.add.reduceat(slots, topology.node_start)
     reached = fewest_holders(slots, model.top_k)
     nodes_reached = fewest_holders(node_slots, model.top_k)
     bytes_out, bytes_back = dispatch_bytes(model, objective), combine_bytes(model, objective)
-    may_meet = homes_known or (objective.replica_choice == "nearest" and problem.has_replicas)
+    may_meet = sources_known or (objective.replica_choice == "nearest" and problem.has_replicas)
     if objective.execution == "dispatch_combine" and not may_meet:
         away = 1.0 - sizes / devices
         entering = (nodes_reached if objective.node_dedup else reached) * away.min()
@@ -229,7 +195,7 @@ def _transfer_bound(tokens: FloatArray, slots: IntArray, problem: Problem, homes
 
 
 def _leaving_bound(steps: Steps, problem: Problem) -> FloatArray:
-    """[S, 1 or L] seconds of all the all-to-alls of a layer, from the copies that leave their home."""
+    """[S, 1 or L] seconds of all the all-to-alls of a layer, from the copies that leave their source."""
     topology, objective, model = problem.topology, problem.objective, problem.model
     if objective.execution == "context_coherent":
         return np.zeros((steps.num_steps, 1))
@@ -243,3 +209,50 @@ def fewest_holders(slots: IntArray, experts: int) -> int:
     """The least number of holders (devices or nodes) whose slots can take that many experts."""
     most = np.cumsum(np.sort(slots)[::-1])
     return int(np.searchsorted(most, experts) + 1)
+
+
+# The least copies that leave their node, whichever replica serves a token. A token leaves its node for every expert
+# that has no replica there. Slots are few: of all (expert, node) pairs at most as many as there are slots can be served
+# in the node, and every expert takes at least one. The best choice keeps each expert where most of its tokens live, and
+# spends what is left on the largest of the remaining pairs.
+
+
+def least_leaving(steps: Steps, problem: Problem) -> FloatArray:
+    """[S, L] copies that leave their node in one dispatch, summed over nodes; on one node, their device.
+
+    Holds for dispatch_combine, for replicas chosen by share or near the token, for source ranks known or spread evenly.
+    """
+    topology = problem.topology
+    node_of = topology.node_of if topology.num_nodes > 1 else np.arange(topology.num_devices)
+    choices = _choices_by_node(steps, node_of, topology.num_devices)
+    away = choices.sum(axis=3) - choices.max(axis=3)
+    spare = problem.layer_slots.sum(axis=1) - problem.model.experts
+    rest = np.sort(np.sort(choices, axis=3)[..., :-1].reshape(*away.shape[:2], -1), axis=2)
+    stay = np.empty(away.shape[:2])
+    for layer, count in enumerate(np.minimum(spare, rest.shape[2]).tolist()):
+        stay[:, layer] = rest[:, layer, rest.shape[2] - count :].sum(axis=1)
+    # One copy carries a token's experts of one target together: no more than it has slots.
+    carried = min(problem.model.top_k, int(_most_slots(problem, node_of)))
+    return np.asarray(np.maximum(away.sum(axis=2) - stay, 0.0) / carried)
+
+
+def _choices_by_node(steps: Steps, node_of: IntArray, devices: int) -> FloatArray:
+    """[S, L, E, N] tokens that live on each node and choose each expert."""
+    nodes = int(node_of.max()) + 1
+    if steps.source is None:
+        return np.asarray(steps.loads()[..., None] * (np.bincount(node_of, minlength=nodes) / devices))
+    result = np.empty((steps.num_steps, steps.num_layers, steps.num_experts, nodes))
+    source_node = node_of[steps.source]
+    base = np.arange(steps.num_layers)[None, :, None] * steps.num_experts
+    for s, (start, end) in enumerate(zip(steps.offsets[:-1], steps.offsets[1:], strict=True)):
+        cells = (steps.expert_ids[start:end] + base) * nodes + source_node[start:end, None, None]
+        counts = np.bincount(cells.ravel(), minlength=result[0].size)
+        result[s] = counts.reshape(result.shape[1:])
+    return result
+
+
+def _most_slots(problem: Problem, node_of: IntArray) -> int:
+    """Experts that one copy may be for: slots of the largest node, or device where copies are not merged by node."""
+    merged = problem.objective.node_dedup or problem.topology.num_nodes == 1
+    slots = problem.slots_per_device
+    return int(np.bincount(node_of, weights=slots).max()) if merged else int(slots.max())

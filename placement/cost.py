@@ -1,4 +1,4 @@
-"""Seconds from counts: the cost model's arithmetic, on arrays with any leading axes (steps, layers).
+"""Seconds and copies from counts: the cost model's arithmetic, on arrays with any leading axes (steps, layers).
 
     compute_g  = max(tokens_g * flops_per_token / rate_g,  experts_hit_g * bytes_per_expert / memory_bandwidth_g)
     transfer   = latency + max(max_n inter_n / inter_bandwidth_n,  max_g intra_g / intra_bandwidth_g)
@@ -6,21 +6,61 @@
 
 inter_n and intra_g are the larger of bytes sent and bytes received. Prefill is bound by tokens, small-batch decode by
 the distinct experts whose weights must be read: both terms are kept.
+
+Shapes: G devices, H devices as the ones that hold tokens, N nodes, L layers, E experts, P slots.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from .._types import FloatArray
+from .._types import FloatArray, IntArray
 from .errors import InputError, UnsupportedError
 from .model import DTYPE_BYTES, ModelSpec
 from .objective import Objective
 from .plan import Plan
 from .problem import Problem
 from .topology import Topology
+
+# Expert work.
+
+
+class Roofline(NamedTuple):
+    """What expert work costs devices, or groups of devices: [G] seconds each.
+
+    per_pair: arithmetic of one token-expert pair. per_read: reading the weights of one expert.
+    """
+
+    per_pair: FloatArray
+    per_read: FloatArray
+
+    @classmethod
+    def of(cls, model: ModelSpec, topology: Topology) -> Roofline:
+        """That of each device for the model's experts."""
+        return cls(model.flops_per_token / topology.compute, model.bytes_per_expert / topology.memory_bandwidth)
+
+    def seconds(self, pairs: FloatArray, experts_hit: FloatArray) -> FloatArray:
+        """[..., G] seconds of expert work, from [..., G] token-expert pairs and experts whose weights are read."""
+        return np.asarray(np.maximum(pairs * self.per_pair, experts_hit * self.per_read))
+
+    def pooled(self, starts: IntArray) -> Roofline:
+        """Groups of neighbouring devices as one device each, whose rates add up. starts: [N] first device of each."""
+        return Roofline(*(1.0 / np.add.reduceat(1.0 / seconds, starts) for seconds in self))
+
+    def fastest(self) -> Roofline:
+        """[1] the least of each cost: no device is faster."""
+        return Roofline(*(seconds.min(keepdims=True) for seconds in self))
+
+
+def compute_seconds(tokens: FloatArray, experts_hit: FloatArray, model: ModelSpec, topology: Topology) -> FloatArray:
+    """[..., G] seconds of expert work. tokens: [..., G] token-expert pairs; experts_hit: [..., G] weights to read."""
+    return Roofline.of(model, topology).seconds(tokens, experts_hit)
+
+
+# Transfers.
 
 
 @dataclass(frozen=True)
@@ -34,18 +74,14 @@ class Flows:
     inter: FloatArray
 
 
-def compute_seconds(tokens: FloatArray, experts_hit: FloatArray, model: ModelSpec, topology: Topology) -> FloatArray:
-    """[..., G] seconds of expert work. tokens: [..., G] token-expert pairs; experts_hit: [..., G] weights to read."""
-    arithmetic = tokens * (model.flops_per_token / topology.compute)
-    reading = experts_hit * (model.bytes_per_expert / topology.memory_bandwidth)
-    return np.asarray(np.maximum(arithmetic, reading))
+def link_seconds(flows: Flows, topology: Topology) -> FloatArray:
+    """[..., G + N] seconds that each device's and then each node's links are busy, for copies of one byte."""
+    return np.concatenate([flows.intra / topology.intra_bandwidth, flows.inter / topology.inter_bandwidth], axis=-1)
 
 
 def transfer_seconds(flows: Flows, bytes_per_copy: float, topology: Topology, latency: float) -> FloatArray:
     """[...] seconds of one all-to-all: latency and the slower of its busiest node link and busiest device link."""
-    intra = (flows.intra / topology.intra_bandwidth).max(axis=-1)
-    inter = (flows.inter / topology.inter_bandwidth).max(axis=-1)
-    return np.asarray(latency + bytes_per_copy * np.maximum(intra, inter))
+    return np.asarray(latency + bytes_per_copy * link_seconds(flows, topology).max(axis=-1))
 
 
 def all_to_all_latency(topology: Topology, node_dedup: bool) -> float:
@@ -68,18 +104,22 @@ def combine_bytes(model: ModelSpec, objective: Objective) -> float:
     return model.hidden_size * DTYPE_BYTES[objective.combine_dtype]
 
 
-# Copies that cross links, from who holds tokens and which devices they must reach. H indexes the device a token comes
-# from, G the device it must reach, N nodes. Between nodes one copy a (token, node) travels when `dedup`, and lands on
-# a device of the node chosen evenly, which fans it out inside (as DeepEP does).
+# Copies that cross links, from who holds tokens and which devices they must reach. Between nodes one copy a (token,
+# node) travels when `dedup`, and lands on a device of the node chosen evenly, which fans it out inside (as DeepEP
+# does).
 
 
 def flows_from_even_sources(reached: FloatArray, node_reached: FloatArray, topology: Topology, dedup: bool) -> Flows:
-    """Flows when tokens' homes are spread evenly over all devices.
+    """Flows when tokens' source ranks are spread evenly over all devices.
 
-    reached: [..., G] tokens that must reach each device. node_reached: [..., N] tokens that must reach each node.
+    Args:
+        reached: [..., G] tokens that must reach each device.
+        node_reached: [..., N] tokens that must reach each node.
+        topology: devices, nodes and their sizes.
+        dedup: whether one copy a (token, node) travels between nodes.
     """
     size, node_of, devices = topology.node_size, topology.node_of, topology.num_devices
-    in_node = _sum_nodes(reached, topology)
+    in_node = sum_nodes(reached, topology)
     if dedup:
         crossing, within = node_reached, reached / size[node_of]
         within_node = in_node / size
@@ -94,44 +134,104 @@ def flows_from_even_sources(reached: FloatArray, node_reached: FloatArray, topol
 
 
 def flows_between(pairs: FloatArray, node_pairs: FloatArray, topology: Topology, dedup: bool) -> Flows:
-    """Flows from a traffic matrix.
+    """Flows from who needs what.
 
-    pairs: [..., H, G] tokens held by device h that must reach device g. node_pairs: [..., H, N] tokens held by device
-    h that must reach node n.
+    Args:
+        pairs: [..., H, G] tokens on device h that must reach device g.
+        node_pairs: [..., H, N] tokens on device h that must reach node n.
+        topology: devices, nodes and their sizes.
+        dedup: whether one copy a (token, node) travels between nodes.
     """
     node_of, size = topology.node_of, topology.node_size
     same_node = node_of[:, None] == node_of[None, :]
     own = np.eye(topology.num_devices, dtype=bool)
     within = np.where(same_node & ~own, pairs, 0.0)
     intra_sent, intra_received = within.sum(axis=-1), within.sum(axis=-2)
-    remote = node_pairs if dedup else _sum_nodes(pairs, topology)
+    remote = node_pairs if dedup else sum_nodes(pairs, topology)
     leaving = np.where(node_of[:, None] == np.arange(topology.num_nodes)[None, :], 0.0, remote)
-    sent = _sum_nodes(leaving.sum(axis=-1), topology)
+    sent = sum_nodes(leaving.sum(axis=-1), topology)
     received = leaving.sum(axis=-2)
     if dedup:
         arriving = np.where(same_node, 0.0, pairs).sum(axis=-2) / size[node_of]
         intra_received = intra_received + arriving * (size[node_of] - 1)
-        intra_sent = intra_sent + _sum_nodes(arriving, topology)[..., node_of] - arriving
+        intra_sent = intra_sent + sum_nodes(arriving, topology)[..., node_of] - arriving
     return Flows(intra=np.maximum(intra_sent, intra_received), inter=np.maximum(sent, received))
 
 
-def _sum_nodes(per_device: FloatArray, topology: Topology) -> FloatArray:
+def copies_between(pairs: FloatArray, node_pairs: FloatArray, topology: Topology, dedup: bool) -> FloatArray:
+    """[H, G] copies as they travel between devices, the diagonal zero; their sums are the flows of `flows_between`.
+
+    With `dedup` a copy for another node counts once into the node and again where it is fanned out.
+
+    Args:
+        pairs: [H, G] tokens on device h that must reach device g.
+        node_pairs: [H, N] tokens on device h that must reach node n.
+        topology: devices, nodes and their sizes.
+        dedup: whether one copy a (token, node) travels between nodes.
+    """
+    node_of, size = topology.node_of, topology.node_size
+    same_node = node_of[:, None] == node_of[None, :]
+    if dedup:
+        entering = (node_pairs / size)[:, node_of]
+        arriving = np.where(same_node, 0.0, pairs).sum(axis=0) / size[node_of]
+        copies = np.where(same_node, pairs + arriving, entering)
+    else:
+        copies = np.array(pairs)
+    np.fill_diagonal(copies, 0.0)
+    return copies
+
+
+def sum_nodes(per_device: FloatArray, topology: Topology) -> FloatArray:
     """[..., N] sums over the devices of each node from [..., G]; a node owns a run of devices."""
-    starts = np.concatenate([[0], np.cumsum(topology.node_size)[:-1]])
-    return np.add.reduceat(per_device, starts, axis=-1)
+    return np.add.reduceat(per_device, topology.node_start, axis=-1)
 
 
-# Predicted step times from expert loads alone, when no token was recorded. What counts cannot tell is assumed: a
-# token's k choices in a layer are independent draws from the layer's loads, every step of a window is like its mean,
-# and homes are spread evenly. Peaks within a window and experts chosen together are therefore not seen; plans are
-# ranked by what their loads imply. The pricing is that of `evaluate`.
+# Cost from counts: predicted step times from expert loads alone, when no token was recorded. What counts cannot tell is
+# assumed: a token's k choices in a layer are independent draws from the layer's loads, every step of a window is like
+# its mean, and source ranks are spread evenly. Peaks within a window and experts chosen together are therefore not
+# seen; plans are ranked by what their loads imply. The pricing is that of `evaluate`.
+
+
+def chance_reached(chance: FloatArray | float, draws: int) -> FloatArray:
+    """[...] chance that any of so many independent draws falls on a target that each falls on with `chance` [...]."""
+    return np.asarray(1.0 - (1.0 - np.minimum(chance, 1.0)) ** draws)
+
+
+def drawn_loads(plan: Plan, load: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Where one choice of a token falls under the plan, by the loads [..., L, E] of each layer.
+
+    Returns:
+        ([..., L, P] chance that it falls on each slot, [..., L, G] on each device), zero in layers without load.
+    """
+    total = load.sum(axis=-1, keepdims=True)
+    chance = load / np.where(total > 0, total, 1.0)
+    table = np.broadcast_to(plan.physical_to_logical, (*load.shape[:-1], plan.physical_to_logical.shape[-1]))
+    # Empty slots read some expert's loads, and take none of them.
+    at_slot = np.take_along_axis(chance, table, axis=-1) * plan.shares
+    return at_slot, at_slot @ np.eye(plan.topology.num_devices)[plan.slot_device]
+
+
+def reached_by_draws(on_device: FloatArray, top_k: int, topology: Topology) -> tuple[FloatArray, FloatArray]:
+    """Chances that a token needs a device or node, from the chance [..., G] that one of its choices falls on each
+    device.
+
+    Returns:
+        ([..., G], [..., N]) chances for `top_k` independent choices.
+    """
+    return chance_reached(on_device, top_k), chance_reached(sum_nodes(on_device, topology), top_k)
 
 
 def window_seconds(plan: Plan, load: FloatArray, problem: Problem, step_tokens: int) -> FloatArray:
-    """[S] seconds of all MoE layers of a step of `step_tokens` tokens, for the loads [S, L, E] of each window.
+    """[S] seconds of all MoE layers of a step of `step_tokens` tokens, for the loads of each of S windows.
 
     A layer without tokens in a window takes what its other layers take on average; of a window without any nothing is
     known, and its seconds are 0: leave it out, or weigh windows by their tokens (`window_weights`).
+
+    Args:
+        plan: the placement, for the problem's model and as many devices.
+        load: [S, L, E] tokens that chose each expert in each window.
+        problem: gives the model, topology and objective.
+        step_tokens: tokens of a step, over all devices.
 
     Raises:
         InputError: loads of another shape than the plan's model, or step_tokens below 1.
@@ -146,26 +246,18 @@ def window_seconds(plan: Plan, load: FloatArray, problem: Problem, step_tokens: 
         raise InputError("the plan is for another model or number of devices than the problem")
     if objective.execution == "context_coherent":
         raise UnsupportedError("context-coherent step times depend on transitions, counts tell of none; record tokens")
-    total = load.sum(axis=2, keepdims=True)
-    chance = load / np.where(total > 0, total, 1.0)
-    # Empty slots read some expert's loads, and take none of them.
-    at_slot = np.take_along_axis(chance, plan.physical_to_logical[None], axis=2) * plan.shares
-    owner = np.eye(topology.num_devices)[plan.slot_device]
     draws = step_tokens * model.top_k
-    drawn = at_slot @ owner
-    tokens = drawn * draws
+    at_slot, on_device = drawn_loads(plan, load)
     # A slot stays idle when none of the step's draws takes it.
-    experts_hit = -np.expm1(draws * np.log1p(-np.minimum(at_slot, 1.0 - 1e-12))) @ owner
-    node_drawn = drawn @ np.eye(topology.num_nodes)[topology.node_of]
-    reached, node_reached = (
-        step_tokens * (1.0 - (1.0 - np.minimum(p, 1.0)) ** model.top_k) for p in (drawn, node_drawn)
-    )
+    slot_hit = -np.expm1(draws * np.log1p(-np.minimum(at_slot, 1.0 - 1e-12)))
+    experts_hit = slot_hit @ np.eye(topology.num_devices)[plan.slot_device]
+    compute = compute_seconds(on_device * draws, experts_hit, model, topology).max(axis=2)
+    reached, node_reached = (step_tokens * chance for chance in reached_by_draws(on_device, model.top_k, topology))
     flows = flows_from_even_sources(reached, node_reached, topology, objective.node_dedup)
     latency = all_to_all_latency(topology, objective.node_dedup)
-    compute = compute_seconds(tokens, experts_hit, model, topology).max(axis=2)
-    moved = (
-        transfer_seconds(flows, width(model, objective), topology, latency) for width in (dispatch_bytes, combine_bytes)
+    transfers = sum(
+        transfer_seconds(flows, size(model, objective), topology, latency) for size in (dispatch_bytes, combine_bytes)
     )
-    busy = total[:, :, 0] > 0
-    seconds = np.where(busy, compute + sum(moved), 0.0).sum(axis=1)
+    busy = load.any(axis=2)
+    seconds = np.where(busy, compute + transfers, 0.0).sum(axis=1)
     return np.asarray(seconds * model.layers / np.maximum(busy.sum(axis=1), 1))

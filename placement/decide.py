@@ -8,28 +8,31 @@ from typing import Literal
 
 import numpy as np
 
-from .._types import FloatArray, IntArray
+from .._types import FloatArray
 from .cost import window_seconds
 from .errors import InputError
 from .evaluate import evaluate
 from .migration import Migration, migration
 from .plan import Plan
 from .problem import Problem
-from .risk import risk_value, weighted_mean
+from .risk import best_by_workload, risk_value, weighted_mean
 from .statistics import window_weights, with_tokens
 from .steps import Steps
 from .trace import RoutingTrace
 
 RESAMPLED_STEPS = 50
 """Steps built from each draw of sequences: beyond these, the sequences drawn and not the steps decide the figure."""
+LEAST_BLOCKS = 4
+"""Blocks of count windows that can be judged on."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One candidate against the plan in force, in seconds of the objective's figure a step.
 
-    gain: saved on all held-out routing. gain_low, gain_high: ends of its confidence interval. payback_steps: steps until
-    the gain has paid the migration's stall, and at the interval's lower end (infinite where that end is not positive).
+    gain: saved on all held-out routing. gain_low, gain_high: ends of its confidence interval. payback_steps: steps
+    until the gain has paid the migration's stall, and at the interval's lower end (infinite where that end is not
+    positive).
     """
 
     current: float
@@ -57,7 +60,7 @@ class Decision:
 def decide(
     current: Plan,
     candidates: Sequence[Plan],
-    held: RoutingTrace | Steps,
+    held_out: RoutingTrace | Steps,
     problem: Problem,
     *,
     concurrency: int = 128,
@@ -70,20 +73,27 @@ def decide(
 ) -> Decision:
     """Judges candidates on held-out routing; keeping is always one of the choices.
 
-    held: a trace, whose sequences are drawn with replacement `resamples` times, each draw made into decode steps of
-    `concurrency` tokens that all plans replay (tokens of a sequence are alike: sequences, not steps, are independent);
-    or steps, which are then taken to be independent draws themselves.
-    confidence: of the intervals, one-sided at their lower end, shared among the candidates (Bonferroni).
-    horizon_steps: for how many steps the choice is expected to stand. A candidate is applied when the lower end of its
-    gain is positive and pays the migration back within them; of several, the one that saves most.
-    bytes_per_expert: what travels an expert; default its weights. progress: called with the draws done.
+    Args:
+        current: the plan in force. candidates: at least one plan of the same model on as many devices. held_out: a
+        trace, whose sequences are drawn with replacement `resamples` times, each draw made into decode steps
+            of `concurrency` tokens that all plans replay (tokens of a sequence are alike: sequences, not steps, are
+            independent); or steps, which are then taken to be independent draws themselves.
+        problem: gives the model, topology and objective.
+        concurrency: tokens of a decode step made from a trace.
+        resamples: draws.
+        confidence: of the intervals, one-sided at their lower end, shared among the candidates (Bonferroni).
+        horizon_steps: for how many steps the choice is expected to stand. A candidate is applied when the lower end of
+            its gain is positive and pays the migration back within them; of several, the one that saves most.
+        bytes_per_expert: what travels an expert; default its weights.
+        seed: of the draws.
+        progress: called with the draws done.
 
     Raises:
         InputError: no candidate, a level out of range, too few resamples for it, plans of another model or cluster.
     """
     check_levels(len(candidates), resamples, confidence, horizon_steps)
     moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
-    figures = _figures([current, *candidates], held, problem, concurrency, resamples, seed, progress)
+    figures = _figures([current, *candidates], held_out, problem, concurrency, resamples, seed, progress)
     return conclude(figures, moves, confidence, horizon_steps)
 
 
@@ -104,8 +114,15 @@ def check_levels(candidates: int, resamples: int, confidence: float, horizon_ste
 
 
 def conclude(figures: FloatArray, moves: Sequence[Migration], confidence: float, horizon_steps: float) -> Decision:
-    """Keep or apply, from the objective's figure of each plan, the one in force first: [1 + candidates, 1 + resamples],
-    on everything and then on each draw."""
+    """Keep or apply, from figures of plans.
+
+    Args:
+        figures: [1 + candidates, 1 + resamples] the objective's figure of each plan, the one in force first, on
+            everything and then on each draw.
+        moves: what going to each candidate moves.
+        confidence: as in `decide`.
+        horizon_steps: as in `decide`.
+    """
     tail = (1.0 - confidence) / len(moves)
     verdicts = tuple(_verdict(figures[0], figures[i + 1], moves[i], tail) for i in range(len(moves)))
     saved = [verdict.gain_low * horizon_steps - verdict.migration.seconds for verdict in verdicts]
@@ -123,40 +140,33 @@ def conclude(figures: FloatArray, moves: Sequence[Migration], confidence: float,
 
 def _figures(
     plans: Sequence[Plan],
-    held: RoutingTrace | Steps,
+    held_out: RoutingTrace | Steps,
     problem: Problem,
     concurrency: int,
     resamples: int,
     seed: int,
     progress: Callable[[int], None] | None,
 ) -> FloatArray:
-    """[plans, 1 + resamples] the objective's figure of each plan, on all of `held` and then on each draw."""
+    """[plans, 1 + resamples] the objective's figure of each plan, on all of `held_out` and then on each draw."""
     rng = np.random.default_rng(seed)
-    steps = held if isinstance(held, Steps) else held.decode_steps(concurrency, steps=200, seed=seed)
+    steps = held_out if isinstance(held_out, Steps) else held_out.decode_steps(concurrency, steps=200, seed=seed)
     whole = [evaluate(plan, steps, problem) for plan in plans]
     # Regret compares with each workload's best plan at hand.
-    best = np.min([_workload_means(e.step_seconds, e.step_workload, len(steps.workloads)) for e in whole], axis=0)
+    best = best_by_workload([e.step_seconds for e in whole], steps.step_workload, len(steps.workloads))
     result = np.empty((len(plans), resamples + 1))
     result[:, 0] = [evaluation.risk(best) for evaluation in whole]
     for draw in range(1, resamples + 1):
-        if isinstance(held, Steps):
-            chosen = rng.integers(held.num_steps, size=held.num_steps)
+        if isinstance(held_out, Steps):
+            chosen = rng.integers(steps.num_steps, size=steps.num_steps)
             result[:, draw] = [
                 risk_value(e.step_seconds[chosen], e.step_workload[chosen], problem.objective, best) for e in whole
             ]
         else:
-            drawn = _redraw_sequences(held, rng).decode_steps(concurrency, RESAMPLED_STEPS, seed + draw)
+            drawn = _redraw_sequences(held_out, rng).decode_steps(concurrency, RESAMPLED_STEPS, seed + draw)
             result[:, draw] = [evaluate(plan, drawn, problem).risk(best) for plan in plans]
         if progress is not None:
             progress(draw)
     return result
-
-
-def _workload_means(seconds: FloatArray, workload: IntArray, count: int) -> FloatArray:
-    """[W] mean step seconds of each workload, 0 where it has no step."""
-    return np.bincount(workload, weights=seconds, minlength=count) / np.maximum(
-        np.bincount(workload, minlength=count), 1
-    )
 
 
 def _redraw_sequences(trace: RoutingTrace, rng: np.random.Generator) -> RoutingTrace:
@@ -198,10 +208,7 @@ def _reason(verdict: Verdict, applied: bool, confidence: float, horizon: float) 
     return f"the best candidate {measured}, but {cost}, not paid back within {horizon:,.0f} steps"
 
 
-# Keep or apply, judged on count windows: what `decide` is for tokens.
-
-
-LEAST_BLOCKS = 4
+# Judged on count windows: what `decide` is for tokens.
 
 
 def decide_on_counts(
@@ -217,11 +224,22 @@ def decide_on_counts(
     horizon_steps: float = 100_000.0,
     seed: int = 0,
 ) -> Decision:
-    """Judges candidates on held-out windows [S, L, E] in time order, priced by `window_seconds`.
+    """Judges candidates on held-out count windows, priced by `window_seconds`.
 
     Windows count by the tokens they hold, those without any not at all (see `window_weights`). Draws are of blocks of
-    neighbouring windows with replacement, since neighbours are alike (Kuensch 1989). The other arguments are those of
-    `decide`.
+    neighbouring windows with replacement, since neighbours are alike (Kuensch 1989).
+
+    Args:
+        current: the plan in force.
+        candidates: at least one plan of the same model on as many devices.
+        load: [S, L, E] tokens that chose each expert in held-out windows, in time order.
+        problem: gives the model, topology and objective.
+        step_tokens: tokens of a step, over all devices.
+        block: neighbouring windows drawn together.
+        resamples: draws.
+        confidence: as in `decide`.
+        horizon_steps: as in `decide`.
+        seed: of the draws.
 
     Raises:
         InputError: fewer than 4 blocks of windows with tokens, a level out of range, plans of another model or cluster.
@@ -231,13 +249,14 @@ def decide_on_counts(
     count = len(load) // block
     if count < LEAST_BLOCKS:
         raise InputError(
-            f"{len(load)} held-out windows with tokens make {count} blocks of {block}; at least {LEAST_BLOCKS} are needed to judge on"
+            f"{len(load)} held-out windows with tokens make {count} blocks of {block}; at least "
+            f"{LEAST_BLOCKS} are needed to judge on"
         )
     moves = [migration(current, plan) for plan in candidates]
-    held = load[len(load) - count * block :]
-    seconds = np.stack([window_seconds(plan, held, problem, step_tokens) for plan in (current, *candidates)])
-    workload = np.zeros(len(held), np.int64)
-    weight = window_weights(held).sum(axis=1)
+    judged = load[len(load) - count * block :]
+    seconds = np.stack([window_seconds(plan, judged, problem, step_tokens) for plan in (current, *candidates)])
+    workload = np.zeros(len(judged), np.int64)
+    weight = window_weights(judged).sum(axis=1)
     best = np.array([min(weighted_mean(row, weight) for row in seconds)])
     rng = np.random.default_rng(seed)
     draws = (rng.integers(count, size=(resamples, count))[:, :, None] * block + np.arange(block)).reshape(resamples, -1)
@@ -245,7 +264,7 @@ def decide_on_counts(
         [
             [
                 risk_value(row[chosen], workload, problem.objective, best, weight[chosen])
-                for chosen in (np.arange(len(held)), *draws)
+                for chosen in (np.arange(len(judged)), *draws)
             ]
             for row in seconds
         ]

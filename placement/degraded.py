@@ -1,4 +1,7 @@
-"""A plan on what is left of its cluster: survivors as they stand, and room for what was lost."""
+"""A plan on another cluster than its own: what a failure leaves of it, its repair, and replicas that stand by.
+
+L layers, E experts, G devices, P slots of a layer, F failures.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from .errors import InputError
 from .failures import Failure, failure_mask, lost_experts
 from .layer_slots import in_table, own_slots
 from .model import ModelSpec
+from .packing import pack
 from .plan import EMPTY, Certificate, Plan, Provenance, equal_shares
 from .steps import Steps
 from .topology import Topology
@@ -26,7 +30,15 @@ def survivors(devices: int, failure: Failure) -> IntArray:
 def degraded(plan: Plan, failure: Failure) -> Plan:
     """The plan as it runs after a failure, nothing moved: tokens of lost replicas go to the surviving ones.
 
-    Survivors of an expert keep the ratio of their shares; where all of them had none, they split its tokens equally.
+    Surviving replicas of an expert keep the ratio of their shares; where all of them had none, they split its tokens
+    equally.
+
+    Args:
+        plan: on the whole cluster.
+        failure: the devices that go.
+
+    Returns:
+        The plan on the devices that are left, ranked anew in their order.
 
     Raises:
         InputError: an expert has no replica left; layer and expert are named.
@@ -39,21 +51,21 @@ def degraded(plan: Plan, failure: Failure) -> Plan:
             f"({int(lost.sum())} lost in all layers)"
         )
     left = survivors(plan.topology.num_devices, failure)
-    kept = np.isin(plan.slot_device, left)
-    table, shares = plan.physical_to_logical[:, kept], plan.shares[:, kept]
+    remains = np.isin(plan.slot_device, left)
+    table, shares = plan.physical_to_logical[:, remains], plan.shares[:, remains]
     rows = np.arange(len(table))[:, None]
     total = np.zeros((len(table), plan.model.experts))
     # An empty slot's share of 0 goes to some expert's total here, and stays 0 below.
     np.add.at(total, (rows, table), shares)
     remaining = total[rows, table]
     equal = equal_shares(table, plan.model.experts)
-    kept_ratio = (remaining > 0) | (table == EMPTY)
+    has_ratio = (remaining > 0) | (table == EMPTY)
     return Plan(
         model=plan.model,
         topology=plan.topology.without(failure.devices),
         physical_to_logical=table,
-        slot_device=np.searchsorted(left, plan.slot_device[kept]),
-        shares=np.where(kept_ratio, shares / np.where(remaining > 0, remaining, 1.0), equal),
+        slot_device=np.searchsorted(left, plan.slot_device[remains]),
+        shares=np.where(has_ratio, shares / np.where(remaining > 0, remaining, 1.0), equal),
         provenance=Provenance(
             solver="degraded",
             version=__version__,
@@ -64,10 +76,16 @@ def degraded(plan: Plan, failure: Failure) -> Plan:
     )
 
 
-def rehomed(steps: Steps, origin: IntArray) -> Steps:
-    """The same tokens on another cluster. origin: [G] the rank each of its devices had before, or -1 for a new one.
+def remap_source_ranks(steps: Steps, origin: IntArray) -> Steps:
+    """The same tokens on another cluster.
 
-    Tokens of ranks that are gone are dealt to the others in turn; where devices are new, tokens are spread evenly.
+    Args:
+        steps: with the source ranks of the cluster before, or none.
+        origin: [G] the rank that each device of the other cluster had before, -1 for a new one.
+
+    Returns:
+        Steps in which tokens of ranks that are gone are dealt to the others in turn; without source ranks, so that
+        tokens are spread evenly, where devices are new.
     """
     if steps.source is None:
         return steps
@@ -76,52 +94,64 @@ def rehomed(steps: Steps, origin: IntArray) -> Steps:
     rank = np.full(max(int(steps.source.max()), int(origin.max())) + 1, -1, dtype=np.int64)
     rank[origin] = np.arange(len(origin))
     source = rank[steps.source]
-    homeless = np.flatnonzero(source < 0)
-    source[homeless] = np.arange(len(homeless)) % len(origin)
+    orphaned = np.flatnonzero(source < 0)
+    source[orphaned] = np.arange(len(orphaned)) % len(origin)
     return replace(steps, source=source)
 
 
-def slot_room(model: ModelSpec, topology: Topology) -> IntArray:
+# Slots of another cluster: no device loses any, and memory limits how many each gets.
+
+
+def slot_capacity(model: ModelSpec, topology: Topology) -> IntArray:
     """[G] slots a layer that each device's memory holds, at most one an expert."""
     fits = np.floor(topology.memory / (model.bytes_per_expert * model.layers))
     return np.minimum(fits, model.experts).astype(np.int64)
 
 
-def grown_layer_slots(layer_slots: IntArray, totals: IntArray, model: ModelSpec, topology: Topology) -> IntArray | None:
-    """[L, G] at least `layer_slots` [L, G] and `totals` [L] in all, within the devices' memory; see `grown_slots`.
+def grown_slots(slots: IntArray, total: int, capacity: IntArray) -> IntArray | None:
+    """Further slots dealt one by one to the device that has fewest.
 
-    Layers that are alike stay alike. None when the devices have no room for so many.
+    Args:
+        slots: [G] slots that each device has at least.
+        total: slots in all.
+        capacity: [G] slots that each device holds.
+
+    Returns:
+        [G] slots of each device, or None when the devices do not hold so many.
+    """
+    free, more = np.maximum(capacity - slots, 0), max(total - int(slots.sum()), 0)
+    if more > free.sum():
+        return None
+    device, _ = pack(np.ones((1, more)), free, slots.astype(np.float64))
+    return slots + np.bincount(device[0], minlength=len(slots))
+
+
+def grown_layer_slots(layer_slots: IntArray, totals: IntArray, model: ModelSpec, topology: Topology) -> IntArray | None:
+    """`grown_slots` of every layer, within the devices' memory; layers that are alike stay alike.
+
+    Args:
+        layer_slots: [L, G] slots that each device has at least.
+        totals: [L] slots of each layer in all.
+        model: gives the bytes of an expert.
+        topology: gives the memory of each device.
+
+    Returns:
+        [L, G], or None when the devices do not hold so many.
     """
     if (layer_slots == layer_slots[0]).all() and (totals == totals[0]).all():
-        room = slot_room(model, topology)
-        one = None if (layer_slots[0] > room).any() else grown_slots(layer_slots[0], int(totals[0]), room)
+        capacity = slot_capacity(model, topology)
+        one = None if (layer_slots[0] > capacity).any() else grown_slots(layer_slots[0], int(totals[0]), capacity)
         return None if one is None else np.tile(one, (len(layer_slots), 1))
     result = layer_slots.copy()
     memory = np.floor(topology.memory / model.bytes_per_expert).astype(np.int64)
     for layer, total in enumerate(totals.tolist()):
         left = memory - result.sum(axis=0)
-        grown = (
-            None
-            if (left < 0).any()
-            else grown_slots(result[layer], total, np.minimum(result[layer] + left, model.experts))
-        )
+        if (left < 0).any():
+            return None
+        grown = grown_slots(result[layer], total, np.minimum(result[layer] + left, model.experts))
         if grown is None:
             return None
         result[layer] = grown
-    return result
-
-
-def grown_slots(slots: IntArray, total: int, room: IntArray) -> IntArray | None:
-    """[G] at least `slots` a device and `total` in all, each next slot on the device with fewest that has room.
-
-    None when the devices have no room for so many.
-    """
-    result = slots.copy()
-    for _ in range(total - int(slots.sum())):
-        free = result < room
-        if not free.any():
-            return None
-        result[int(np.argmin(np.where(free, result, np.iinfo(np.int64).max)))] += 1
     return result
 
 
@@ -131,35 +161,40 @@ def grown_slots(slots: IntArray, total: int, room: IntArray) -> IntArray | None:
 def repaired(plan: Plan, failure: Failure, device_slots: IntArray, load: FloatArray) -> Plan:
     """The surviving slots as they stand, with every lost expert in an empty slot or in place of a spare replica.
 
-    device_slots: [G] slots a layer of each surviving device, or [L, G] of each layer, at least those it has. load: [L, E]
-    tokens each expert gets; heaviest first, lost experts go where the most loaded device stays least loaded. Slots still
-    empty then take another replica of the experts with most load each. Replicas share equally.
+    Heaviest first, lost experts go where the most loaded device stays least loaded. Slots still empty then take another
+    replica of the experts with most load a replica. Replicas share equally.
+
+    Args:
+        plan: on the whole cluster.
+        failure: the devices that go.
+        device_slots: [G] slots a layer of each surviving device, or [L, G] of each layer, at least those it has.
+        load: [L, E] tokens each expert gets.
 
     Raises:
         InputError: fewer slots than experts, or a device with fewer slots than it holds.
     """
     left = survivors(plan.topology.num_devices, failure)
     present = plan.slots_per_device[:, left]
-    wanted = np.broadcast_to(device_slots, present.shape)
-    short = (wanted.sum(axis=1) < plan.model.experts) | (wanted < present).any(axis=1)
+    layer_slots = np.broadcast_to(device_slots, present.shape)
+    short = (layer_slots.sum(axis=1) < plan.model.experts) | (layer_slots < present).any(axis=1)
     for layer in np.flatnonzero(short)[:1]:
         raise InputError(
-            f"slots a device {wanted[layer].tolist()} must be at least the {present[layer].tolist()} in use and "
+            f"slots a device {layer_slots[layer].tolist()} must be at least the {present[layer].tolist()} in use and "
             f"{plan.model.experts} in all, in layer {plan.moe_layers[layer]}"
         )
-    kept = plan.filled & np.isin(plan.slot_device, left)
+    remains = plan.filled & np.isin(plan.slot_device, left)
     rows = []
-    for layer, slots in enumerate(wanted):
-        device = np.searchsorted(left, plan.slot_device[kept[layer]])
+    for layer, slots in enumerate(layer_slots):
+        device = np.searchsorted(left, plan.slot_device[remains[layer]])
         more = np.repeat(np.arange(len(left)), slots - present[layer])
         order = np.argsort(np.concatenate([device, more]), kind="stable")
-        row = np.concatenate([plan.physical_to_logical[layer, kept[layer]], np.full(len(more), EMPTY)])[order]
+        row = np.concatenate([plan.physical_to_logical[layer, remains[layer]], np.full(len(more), EMPTY)])[order]
         rows.append(_fill(row, np.repeat(np.arange(len(left)), slots), load[layer]))
     return Plan(
         model=plan.model,
         topology=plan.topology.without(failure.devices),
-        physical_to_logical=in_table(rows, own_slots(wanted)),
-        slot_device=np.repeat(np.arange(len(left)), wanted.max(axis=0)),
+        physical_to_logical=in_table(rows, own_slots(layer_slots)),
+        slot_device=np.repeat(np.arange(len(left)), layer_slots.max(axis=0)),
         provenance=Provenance(
             solver="repaired",
             version=__version__,
@@ -207,11 +242,17 @@ def _most_loaded(row: IntArray, slot_device: IntArray, load: FloatArray, slot: i
 
 
 def with_standbys(plan: Plan, device_slots: IntArray, failures: Sequence[Failure], load: FloatArray) -> Plan | None:
-    """The plan with further slots and none empty, so that every expert keeps a replica in each failure; step times stay.
+    """The plan with further slots, so that every expert keeps a replica in each failure; none is empty, step times stay.
 
-    device_slots: [G] slots a layer of each device. load: [L, E] tokens each expert gets; slots that no expert needs go to
-    the heaviest. Each expert in need gets one standby (a matching of experts and slots), so None does not mean that no
-    plan with these slots survives.
+    Args:
+        plan: whose replicas keep their slots and shares.
+        device_slots: [G] slots a layer of each device.
+        failures: which every expert is to survive.
+        load: [L, E] tokens each expert gets; slots that no expert needs go to the heaviest.
+
+    Returns:
+        The plan, or None where none was found. Each expert in need gets one standby (a matching of experts and slots),
+        so None does not mean that no plan with these slots survives.
 
     Raises:
         InputError: a device has fewer slots than the plan uses.
@@ -249,29 +290,29 @@ def with_standbys(plan: Plan, device_slots: IntArray, failures: Sequence[Failure
     )
 
 
-def _standbys(holds: BoolArray, more: IntArray, failures: BoolArray, load: FloatArray) -> IntArray | None:
-    """[len(more)] experts of a layer's further slots. holds: [E, G]. more: [new slots] device of each."""
+def _standbys(holds: BoolArray, slot_device: IntArray, failures: BoolArray, load: FloatArray) -> IntArray | None:
+    """[n] experts of a layer's n further slots. holds: [E, G]. slot_device: [n]. failures: [F, G]. load: [E]."""
     from scipy.optimize import linear_sum_assignment
 
     # [E, F] failures that would take every replica.
     fatal = ~np.any(holds[:, None, :] & ~failures[None], axis=2)
-    wanting = np.flatnonzero(fatal.any(axis=1))
+    in_need = np.flatnonzero(fatal.any(axis=1))
     helps = ~holds & ~(fatal.astype(np.int64) @ failures.astype(np.int64) > 0)
-    if len(wanting) > len(more):
+    if len(in_need) > len(slot_device):
         return None
-    result = np.full(len(more), -1, dtype=np.int64)
-    if len(wanting):
-        useless = ~helps[np.ix_(wanting, more)]
+    result = np.full(len(slot_device), EMPTY, dtype=np.int64)
+    if len(in_need):
+        useless = ~helps[np.ix_(in_need, slot_device)]
         experts, slots = linear_sum_assignment(useless.astype(float))
         if useless[experts, slots].any():
             return None
-        result[slots] = wanting[experts]
-    held = holds.copy()
-    held[result[result >= 0], more[result >= 0]] = True
-    for slot in np.flatnonzero(result < 0):
-        free = ~held[:, more[slot]]
-        if not free.any():
+        result[slots] = in_need[experts]
+    holds = holds.copy()
+    holds[result[result != EMPTY], slot_device[result != EMPTY]] = True
+    for slot in np.flatnonzero(result == EMPTY):
+        absent = ~holds[:, slot_device[slot]]
+        if not absent.any():
             return None
-        result[slot] = int(np.argmax(np.where(free, load, -1.0)))
-        held[result[slot], more[slot]] = True
+        result[slot] = int(np.argmax(np.where(absent, load, -1.0)))
+        holds[result[slot], slot_device[slot]] = True
     return result

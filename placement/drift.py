@@ -1,22 +1,24 @@
 """Has routing moved, and since when? A test on count windows, with a false-alarm rate that is stated and measured.
 
-Windows are gathered into blocks of neighbours. Every moment among the blocks since is taken as a possible change: the squared
-distance of the mean shares before and after it, times n m / (n + m) for n and m blocks, is large where there was one (shares over
-roots of their means, as in chi-square; Gretton et al. 2012 call it a kernel two-sample statistic, Harchaoui, Moulines and Bach
-2009 scan it over the moment). The largest over all moments is the statistic, so that trying many costs no false alarms.
+Windows are gathered into blocks of neighbours. Every moment among the blocks since is taken as a possible change: the
+squared distance of the mean shares before and after it, times n m / (n + m) for n and m blocks, is large where there
+was one (shares over roots of their means, as in chi-square; Gretton et al. 2012 call it a kernel two-sample statistic,
+Harchaoui, Moulines and Bach 2009 scan it over the moment). The largest over all moments is the statistic, so that
+trying many costs no false alarms.
 
-Under the null hypothesis that all blocks are exchangeable every order of them is equally likely, and the p-value (1 + orders at
-least as large) / (1 + orders) is at most alpha with probability at most alpha, whatever the distribution (Phipson and Smyth 2010).
-Drawing stops early where many are as large (Besag and Clifford 1991).
+Under the null hypothesis that all blocks are exchangeable every order of them is equally likely, and the p-value (1 +
+orders at least as large) / (1 + orders) is at most alpha with probability at most alpha, whatever the distribution
+(Phipson and Smyth 2010). Drawing stops early where many are as large (Besag and Clifford 1991).
 
-Nights are no change: blocks of little traffic scatter more. How much more is fitted to what is left (a part that is the same
-for all and one over the tokens of a block), and blocks are weighted by one over it.
+Nights are no change: blocks of little traffic scatter more. How much more is fitted to what is left (a part that is the
+same for all and one over the tokens of a block), and blocks are weighted by one over it.
 
-Traffic remembers: what follows soon after is alike, and means of dependent blocks lie further apart than those of random orders.
-By what factor is told by the correlations of what is left of the blocks around the means before and after the likeliest change
-(cut where they cease to be positive, Geyer 1992), enlarged by what a short series hides of them. So much more than one is asked of the
-statistic, in multiples of what orders of what is left reach: those hold no change, so that a true one does not raise its own bar.
-Measured, the stated rate holds without dependence and up to a correlation of 0.5 between neighbouring blocks.
+Traffic remembers: what follows soon after is alike, and means of dependent blocks lie further apart than those of
+random orders. By what factor follows from the correlations of what is left of the blocks around the means before and
+after the likeliest change (cut where they cease to be positive, Geyer 1992), enlarged by what a short series hides of
+them. So much more than one is asked of the statistic, in multiples of what orders of what is left reach: those hold no
+change, so that a true one does not raise its own bar. Measured, the stated rate holds without dependence and up to a
+correlation of 0.5 between neighbouring blocks.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ from .errors import InputError
 from .statistics import with_tokens
 
 LEAST_SINCE = 2
-"""Blocks after a change that can be told at all."""
+"""Blocks before a change, and after it, that can show one."""
 ENOUGH_AS_LARGE = 20
 """Orders as large as seen after which no more are drawn: the p-value is far above any alpha then."""
 CHANCE_ORDERS = 512
+"""Orders whose largest statistic stands for what chance reaches."""
 FITTED_TO = 6.0
-"""Rows' worth of correlation that a mean and a moment, both fitted, take off each side, in multiples of the correlation; Kendall
-(1954) has 3 for the mean alone."""
+"""Rows' worth of correlation that a mean and a moment, both fitted, take off each side, in multiples of the
+correlation; Kendall (1954) has 3 for the mean alone."""
 CORRELATED = 0.02
 """Of correlations: less is taken for none."""
 HIDDEN = 2.5
@@ -68,10 +71,15 @@ def drift(
     alpha: float = 0.001,
     seed: int = 0,
 ) -> Drift:
-    """Looks for a change among the windows `since`, against all that came before it. Windows are [S, L, E], in time order.
+    """Looks for a change among the windows `since`, against all that came before it. An alarm is p <= alpha.
 
-    block: neighbouring windows taken as one observation; windows without tokens are left out. permutations: orders drawn, default as many as make p-values well
-    below `alpha` possible. An alarm is p <= alpha.
+    Args:
+        before: [S, L, E] tokens that chose each expert in each window before, in time order.
+        since: [S', L, E] the windows after those. Windows without tokens are left out of both.
+        block: neighbouring windows taken as one observation.
+        permutations: orders drawn; default as many as make p-values well below `alpha` possible.
+        alpha: chance of a false alarm.
+        seed: of the orders.
 
     Raises:
         InputError: shapes that disagree, or so few blocks that no p-value could reach alpha (`can_tell`).
@@ -87,8 +95,8 @@ def drift(
     before, since = before[known[: len(before)]], since[known[len(before) :]]
     if not can_tell(len(before), len(since), block, alpha):
         raise InputError(
-            f"{len(before)} windows before and {len(since)} since cannot tell at {alpha} in blocks of {block}, windows without tokens left out; "
-            "wait for more, or take shorter blocks"
+            f"{len(before)} windows before and {len(since)} since cannot tell at {alpha} in blocks of {block}, windows "
+            "without tokens left out; wait for more, or take shorter blocks"
         )
     earlier, later = _blocks(before, block), _blocks(since, block)
     features, tokens = _features(np.concatenate([earlier, later]))
@@ -168,8 +176,8 @@ class _Orders:
     def __init__(self, rows: FloatArray, scan: _Scan) -> None:
         # Distances depend on the Gram matrix alone: as many columns as rows tell it.
         values, vectors = np.linalg.eigh(rows @ rows.T)
-        kept = values > max(0.0, float(values[-1])) * 1e-12
-        self._factors, self._scan = vectors[:, kept] * np.sqrt(values[kept]), scan
+        positive = values > max(0.0, float(values[-1])) * 1e-12
+        self._factors, self._scan = vectors[:, positive] * np.sqrt(values[positive]), scan
 
     def draw(self, count: int, rng: np.random.Generator) -> FloatArray:
         blocks = len(self._factors)
@@ -196,8 +204,8 @@ def _dependence(correlations: FloatArray, sizes: IntArray, count: int) -> FloatA
     lags = np.arange(1, len(correlations) + 1)
 
     def of_mean(rows: IntArray) -> FloatArray:
-        kept = np.maximum(0.0, 1.0 - lags / rows[:, None])
-        return np.asarray((1.0 + 2.0 * (kept * correlations).sum(axis=1)) / rows)
+        overlap = np.maximum(0.0, 1.0 - lags / rows[:, None])
+        return np.asarray((1.0 + 2.0 * (overlap * correlations).sum(axis=1)) / rows)
 
     return np.asarray((of_mean(sizes) + of_mean(count - sizes)) / (1.0 / sizes + 1.0 / (count - sizes)))
 
@@ -205,32 +213,32 @@ def _dependence(correlations: FloatArray, sizes: IntArray, count: int) -> FloatA
 def _correlations(left: FloatArray, cut: int) -> FloatArray:
     """Of rows [B, F] 1, 2, ... apart that lie on the same side of `cut`, where each side's mean is 0.
 
-    The larger of what is estimated at each distance, and a geometric decay from the first two: far apart, estimates in a short
-    series are too small.
+    The larger of what is estimated at each distance, and a geometric decay from the first two: far apart, estimates in
+    a short series are too small.
     """
     count = len(left)
     parts = (left[:cut], left[cut:])
     spread = float((left**2).sum()) / max(1, count - len(parts))
     if count < 6 or spread == 0.0:
         return np.zeros(0)
-    found: list[float] = []
+    estimates: list[float] = []
     for lag in range(1, count // 3 + 1):
         long = [part for part in parts if len(part) > lag]
         pairs = sum(len(part) - lag for part in long)
         along = sum(float((part[lag:] * part[:-lag]).sum()) for part in long)
         # Means were taken from the same rows: independent ones are correlated by minus one over their number.
         bias = sum((len(part) - lag) / len(part) for part in long)
-        found.append((along / spread + bias) / pairs)
-    first = found[0]
+        estimates.append((along / spread + bias) / pairs)
+    first = estimates[0]
     if first <= CORRELATED:
         return np.zeros(0)
     first = min(0.95, first / max(0.5, 1.0 - FITTED_TO * sum(1 for part in parts if len(part) > 2) / count))
-    decay = min(0.95, max(first, found[1] / found[0]))
+    decay = min(0.95, max(first, estimates[1] / estimates[0]))
     lags = np.arange(count - 1)
-    positive = next((i for i, value in enumerate(found) if value <= CORRELATED), len(found))
-    kept = np.zeros(count - 1)
-    kept[:positive] = found[:positive]
-    return np.asarray(np.maximum(kept, first * decay**lags) * (1.0 + HIDDEN / math.sqrt(count)))
+    positive = next((i for i, value in enumerate(estimates) if value <= CORRELATED), len(estimates))
+    estimated = np.zeros(count - 1)
+    estimated[:positive] = estimates[:positive]
+    return np.asarray(np.maximum(estimated, first * decay**lags) * (1.0 + HIDDEN / math.sqrt(count)))
 
 
 def _blocks(load: FloatArray, block: int) -> FloatArray:
@@ -242,8 +250,8 @@ def _blocks(load: FloatArray, block: int) -> FloatArray:
 def _features(blocks: FloatArray) -> tuple[FloatArray, FloatArray]:
     """[B, L * E] shares of each layer's load over the roots of their means, less their means; and [B] tokens, about.
 
-    Over their roots rare and frequent experts vary alike by chance. Shares, not their roots: the mean of those depends on how
-    many tokens there are.
+    Over their roots rare and frequent experts vary alike by chance. Shares, not their roots: the mean of those depends
+    on how many tokens there are.
     """
     total = blocks.sum(axis=2, keepdims=True)
     shares = blocks / np.where(total > 0, total, 1.0)

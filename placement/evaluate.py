@@ -1,4 +1,4 @@
-"""Judging a plan by replaying steps through it."""
+"""Judging a plan by replaying steps through it: predicted times, traffic, and what each layer waits for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .._types import FloatArray, IntArray
-from .cost import Flows, all_to_all_latency, combine_bytes, compute_seconds, dispatch_bytes, transfer_seconds
+from .cost import (
+    Flows,
+    Roofline,
+    all_to_all_latency,
+    combine_bytes,
+    compute_seconds,
+    dispatch_bytes,
+    link_seconds,
+    transfer_seconds,
+)
 from .errors import InputError
 from .model import ModelSpec
 from .objective import Objective
@@ -21,44 +30,23 @@ from .risk import risk_value
 from .steps import Steps
 from .topology import Topology
 
-# Which term of the cost model a layer waits for, as one small number a step, layer and phase. Compute: device g doing
-# arithmetic is g, reading weights G + g. Transfers: the links of device g inside its node are g, those of node n are
-# G + n; latency, where it is longer than what the busiest link takes, is -1; nothing to wait for -2.
-
-
 CodeArray = npt.NDArray[np.int16]
-
+"""Which term of the cost model a phase waits for. Compute: device g doing arithmetic is g, reading weights G + g.
+Transfers: the links of device g inside its node are g, those of node n are G + n."""
 LATENCY, NOTHING = -1, -2
-"""No link: latency alone, or a phase that does not take place."""
-
-
-def compute_binding(tokens: FloatArray, seconds: FloatArray, model: ModelSpec, topology: Topology) -> CodeArray:
-    """[...] codes of the slowest device and its slower term. tokens: [..., G] pairs; seconds: [..., G] of both terms."""
-    slowest = seconds.argmax(axis=-1)
-    worked = np.take_along_axis(tokens, slowest[..., None], axis=-1)[..., 0]
-    arithmetic = worked * model.flops_per_token / topology.compute[slowest]
-    reads = arithmetic < np.take_along_axis(seconds, slowest[..., None], axis=-1)[..., 0]
-    return np.asarray(slowest + np.where(reads, seconds.shape[-1], 0), dtype=np.int16)
-
-
-def transfer_binding(flows: Flows, bytes_per_copy: float, topology: Topology, latency: float) -> CodeArray:
-    """[...] codes of the busiest link, or of latency."""
-    links = np.concatenate([flows.intra / topology.intra_bandwidth, flows.inter / topology.inter_bandwidth], axis=-1)
-    waits = links.max(axis=-1) * bytes_per_copy < latency
-    busy = np.where(links.max(axis=-1) > 0, links.argmax(axis=-1), NOTHING)
-    return np.asarray(np.where(waits, LATENCY, busy), dtype=np.int16)
+"""Codes of transfers that wait for no link: latency alone, or nothing to send."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Predicted times and traffic of a plan on S steps of L layers.
 
-    dispatch, compute, combine: [S, L] seconds. device_tokens: [S, L, G] token-expert pairs. device_bytes: [S, G] bytes
-    over each device's links in a step, both directions' larger. node_bytes: [S, N] the same between nodes.
-    reached, node_reached: [S, L] devices and nodes a token needs, summed over tokens; crossing, node_crossing: [S, L]
-    copies that leave their device or node; local, node_local: [S, L-1] transitions that stay, in tokens.
-    device_memory: [G] bytes of expert weights. dispatch_at, compute_at, combine_at: [S, L] what each of these seconds
-    waited for, as codes that `binding_terms` reads.
+    tokens: [S] in each step. dispatch, compute, combine: [S, L] seconds. device_tokens: [S, L, G] token-expert pairs.
+    device_bytes: [S, G] bytes over each device's links in a step, both directions' larger. node_bytes: [S, N] the same
+    between nodes. reached, node_reached: [S, L] devices and nodes a token needs, summed over tokens; crossing,
+    node_crossing: [S, L] dispatch copies that leave their device or node; local, node_local: [S, L-1] transitions that
+    stay, in tokens. device_memory: [G] bytes of expert weights. dispatch_at, compute_at, combine_at: [S, L] what each
+    of these seconds waited for, as codes that `bottleneck_terms` reads.
     """
 
     tokens: IntArray
@@ -79,9 +67,9 @@ class Evaluation:
     node_local: FloatArray
     device_memory: FloatArray
     objective: Objective
-    dispatch_at: npt.NDArray[np.int16]
-    compute_at: npt.NDArray[np.int16]
-    combine_at: npt.NDArray[np.int16]
+    dispatch_at: CodeArray
+    compute_at: CodeArray
+    combine_at: CodeArray
 
     @cached_property
     def step_seconds(self) -> FloatArray:
@@ -151,38 +139,6 @@ def evaluate_on(plan: Plan, steps: Steps, model: ModelSpec, topology: Topology, 
     )
 
 
-def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Objective) -> dict[str, Any]:
-    latency = all_to_all_latency(topology, objective.node_dedup)
-    out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
-    compute = compute_seconds(demand.tokens, demand.experts_hit, model, topology)
-    dispatch = transfer_seconds(demand.dispatch, out, topology, latency)
-    device_bytes, node_bytes = demand.dispatch.intra * out, demand.dispatch.inter * out
-    combine = np.zeros_like(dispatch)
-    combine_at = np.full(combine.shape, NOTHING, dtype=np.int16)
-    if demand.combine is not None:
-        combine = transfer_seconds(demand.combine, back, topology, latency)
-        combine_at = transfer_binding(demand.combine, back, topology, latency)
-        device_bytes = device_bytes + demand.combine.intra * back
-        node_bytes = node_bytes + demand.combine.inter * back
-    return {
-        "dispatch": dispatch,
-        "dispatch_at": transfer_binding(demand.dispatch, out, topology, latency),
-        "compute_at": compute_binding(demand.tokens, compute, model, topology),
-        "combine_at": combine_at,
-        "compute": compute.max(axis=2),
-        "combine": combine,
-        "device_tokens": demand.tokens,
-        "device_bytes": device_bytes.sum(axis=1),
-        "node_bytes": node_bytes.sum(axis=1),
-        "reached": demand.reached.sum(axis=2),
-        "node_reached": demand.node_reached.sum(axis=2),
-        "crossing": demand.crossing,
-        "node_crossing": demand.node_crossing,
-        "local": demand.local,
-        "node_local": demand.node_local,
-    }
-
-
 def _check_same(plan: Plan, steps: Steps, problem: Problem) -> None:
     model = problem.model
     if plan.topology.num_devices != problem.num_devices:
@@ -205,7 +161,60 @@ def _check_same(plan: Plan, steps: Steps, problem: Problem) -> None:
         )
 
 
-# What a plan's layers wait for: which term of the cost model binds, in how many steps, for how long, and where.
+def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Objective) -> dict[str, Any]:
+    """An evaluation's arrays for a run of steps."""
+    latency = all_to_all_latency(topology, objective.node_dedup)
+    out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
+    compute = compute_seconds(demand.tokens, demand.experts_hit, model, topology)
+    outgoing = demand.dispatch.flows(topology, objective.node_dedup)
+    dispatch = transfer_seconds(outgoing, out, topology, latency)
+    device_bytes, node_bytes = outgoing.intra * out, outgoing.inter * out
+    combine = np.zeros_like(dispatch)
+    combine_at = np.full(combine.shape, NOTHING, dtype=np.int16)
+    if demand.combine is not None:
+        same = demand.combine is demand.dispatch
+        returning = outgoing if same else demand.combine.flows(topology, objective.node_dedup)
+        combine = transfer_seconds(returning, back, topology, latency)
+        combine_at = _transfer_bottleneck(returning, back, topology, latency)
+        device_bytes = device_bytes + returning.intra * back
+        node_bytes = node_bytes + returning.inter * back
+    crossing, node_crossing = demand.dispatch.crossing(topology)
+    return {
+        "dispatch": dispatch,
+        "dispatch_at": _transfer_bottleneck(outgoing, out, topology, latency),
+        "compute_at": _compute_bottleneck(demand.tokens, compute, model, topology),
+        "combine_at": combine_at,
+        "compute": compute.max(axis=2),
+        "combine": combine,
+        "device_tokens": demand.tokens,
+        "device_bytes": device_bytes.sum(axis=1),
+        "node_bytes": node_bytes.sum(axis=1),
+        "reached": demand.dispatch.devices.sum(axis=2),
+        "node_reached": demand.dispatch.nodes.sum(axis=2),
+        "crossing": crossing,
+        "node_crossing": node_crossing,
+        "local": demand.local,
+        "node_local": demand.node_local,
+    }
+
+
+def _compute_bottleneck(tokens: FloatArray, seconds: FloatArray, model: ModelSpec, topology: Topology) -> CodeArray:
+    """[...] codes of the slowest device and its slower term, from [..., G] pairs and seconds of both terms."""
+    slowest = seconds.argmax(axis=-1)
+    pairs, longest = (np.take_along_axis(of, slowest[..., None], axis=-1)[..., 0] for of in (tokens, seconds))
+    reads = pairs * Roofline.of(model, topology).per_pair[slowest] < longest
+    return np.asarray(slowest + np.where(reads, seconds.shape[-1], 0), dtype=np.int16)
+
+
+def _transfer_bottleneck(flows: Flows, bytes_per_copy: float, topology: Topology, latency: float) -> CodeArray:
+    """[...] codes of the busiest link, or of latency."""
+    links = link_seconds(flows, topology)
+    waits = links.max(axis=-1) * bytes_per_copy < latency
+    busy = np.where(links.max(axis=-1) > 0, links.argmax(axis=-1), NOTHING)
+    return np.asarray(np.where(waits, LATENCY, busy), dtype=np.int16)
+
+
+# Bottlenecks: which term of the cost model a plan's layers wait for, in how many steps, for how long, and where.
 
 
 PHASES = ("dispatch", "compute", "combine")
@@ -214,13 +223,13 @@ TERMS = ("compute", "memory", "intra", "inter", "latency")
 
 
 @dataclass(frozen=True, eq=False)
-class BindingTerms:
+class BottleneckTerms:
     """Per layer, phase and term, over the steps of an evaluation.
 
-    steps: [L, 3, 5] fraction of steps in which the term binds the phase. seconds: [L, 3, 5] mean seconds a step of the
-    phases it binds; their sum is the mean step time. device_steps: [L, 3, G] fraction of steps in which that device is
-    the one waited for (its arithmetic, its memory or its links); node_steps: [L, 3, N] the same of nodes' links.
-    Phases are `PHASES`, terms `TERMS`.
+    steps: [L, 3, 5] fraction of steps in which the phase waits for the term. seconds: [L, 3, 5] mean seconds a step of
+    the phases that wait for it; their sum is the mean step time. device_steps: [L, 3, G] fraction of steps in which
+    that device is the one waited for (its arithmetic, its memory or its links); node_steps: [L, 3, N] the same of
+    nodes' links. Phases are `PHASES`, terms `TERMS`.
     """
 
     steps: FloatArray
@@ -237,8 +246,11 @@ class BindingTerms:
         return np.asarray(self.seconds.sum(axis=1))
 
 
-def binding_terms(evaluation: Evaluation) -> BindingTerms:
-    """Reads an evaluation's codes. Where terms tie, the earlier of `TERMS` and the lower device is named."""
+def bottleneck_terms(evaluation: Evaluation) -> BottleneckTerms:
+    """What the steps of an evaluation waited for.
+
+    Where terms tie, the earlier of `TERMS` and the lower device is named.
+    """
     devices, nodes = evaluation.device_bytes.shape[1], evaluation.node_bytes.shape[1]
     layers = evaluation.dispatch.shape[1]
     steps, seconds = np.zeros((2, layers, len(PHASES), len(TERMS)))
@@ -251,9 +263,9 @@ def binding_terms(evaluation: Evaluation) -> BindingTerms:
             second: codes >= devices,
             "latency": codes == LATENCY,
         }
-        for term, binds in kinds.items():
-            steps[:, phase, TERMS.index(term)] = binds.mean(axis=0)
-            seconds[:, phase, TERMS.index(term)] = np.where(binds, spent, 0.0).mean(axis=0)
+        for term, waits in kinds.items():
+            steps[:, phase, TERMS.index(term)] = waits.mean(axis=0)
+            seconds[:, phase, TERMS.index(term)] = np.where(waits, spent, 0.0).mean(axis=0)
         on_node = second == "inter"
         for layer in range(layers):
             column = codes[:, layer]
@@ -263,4 +275,4 @@ def binding_terms(evaluation: Evaluation) -> BindingTerms:
             device_steps[layer, phase] = counted[:devices]
             if on_node:
                 node_steps[layer, phase] = counted[devices : devices + nodes]
-    return BindingTerms(steps, seconds, device_steps, node_steps)
+    return BottleneckTerms(steps, seconds, device_steps, node_steps)

@@ -19,9 +19,10 @@ KINDS: tuple[Kind, ...] = ("device", "node")
 
 @dataclass(frozen=True)
 class Failure:
-    """Devices lost together. name: "device:3", "node:1", or several joined by "+"."""
+    """Devices lost together."""
 
     name: str
+    """`device:3`, `node:1`, or several joined by `+`."""
     devices: tuple[int, ...]
 
     @classmethod
@@ -55,7 +56,7 @@ def single_failures(topology: Topology, kinds: Sequence[Kind] = KINDS) -> tuple[
 
 
 def failure_mask(failures: Sequence[Failure], devices: int) -> BoolArray:
-    """[F, G] whether a failure takes a device.
+    """[F, G] whether a failure takes a device, for F failures and G devices.
 
     Raises:
         InputError: a failure of a device that is not there, or of all devices; it is named.
@@ -72,9 +73,9 @@ def failure_mask(failures: Sequence[Failure], devices: int) -> BoolArray:
 
 def lost_experts(plan: Plan, failure: Failure) -> BoolArray:
     """[L, E] experts of which a failure takes every replica."""
-    kept = plan.holds.copy()
-    kept[:, :, list(failure.devices)] = False
-    return np.asarray(~kept.any(axis=2))
+    holds = plan.holds.copy()
+    holds[:, :, list(failure.devices)] = False
+    return np.asarray(~holds.any(axis=2))
 
 
 def survives(plan: Plan, failures: Sequence[Failure]) -> BoolArray:

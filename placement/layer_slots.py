@@ -32,7 +32,8 @@ def slots_by_layer(model: ModelSpec, devices: int, slots: Slots | None, device_s
     """[L, G] slots of each layer on each device, from `Problem.slots` and `Problem.device_slots`.
 
     Raises:
-        InputError: a list of another length than the layers or devices, the two fields contradict each other, or a layer
+        InputError: a list of another length than the layers or devices, the two fields contradict each other, or a
+        layer
             has no slot for an expert, or more than devices can hold without holding one twice; the layer is named.
     """
     totals = _totals(model, slots)
@@ -89,27 +90,27 @@ def spanned(counts: IntArray) -> str:
 def _totals(model: ModelSpec, slots: Slots | None) -> IntArray:
     if slots is None:
         slots = model.experts
-    given = np.asarray(slots)
-    if given.shape not in ((), (model.layers,)) or not np.issubdtype(given.dtype, np.integer):
+    counts = np.asarray(slots)
+    if counts.shape not in ((), (model.layers,)) or not np.issubdtype(counts.dtype, np.integer):
         raise InputError(
             f"Problem.slots ({slots}) must be one whole number, or one for each of the {model.layers} MoE layers "
             f"{model.moe_layers}"
         )
-    return np.broadcast_to(given, model.layers).astype(np.int64)
+    return np.broadcast_to(counts, model.layers).astype(np.int64)
 
 
 def _by_device(model: ModelSpec, devices: int, device_slots: DeviceSlots) -> IntArray:
     shapes = {(devices,), (model.layers, devices)}
     try:
-        given = np.asarray(device_slots)
+        counts = np.asarray(device_slots)
     except ValueError:
-        given = np.empty(0)
-    if given.shape not in shapes or not np.issubdtype(given.dtype, np.integer) or (given < 0).any():
+        counts = np.empty(0)
+    if counts.shape not in shapes or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
         raise InputError(
-            f"Problem.device_slots {np.asarray(device_slots, dtype=object).tolist()} must name {devices} non-negative slot "
-            f"counts, one a device, or such a list for each of the {model.layers} MoE layers"
+            f"Problem.device_slots {np.asarray(device_slots, dtype=object).tolist()} must name {devices} non-negative "
+            f"slot counts, one a device, or such a list for each of the {model.layers} MoE layers"
         )
-    return np.broadcast_to(given, (model.layers, devices)).astype(np.int64)
+    return np.broadcast_to(counts, (model.layers, devices)).astype(np.int64)
 
 
 def _layer_named(model: ModelSpec, layer: int, layer_slots: IntArray) -> str:

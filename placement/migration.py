@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._types import BoolArray, IntArray
+from .cost import Flows, transfer_seconds
 from .errors import InputError
 from .plan import Plan
 from .topology import Topology
@@ -38,7 +39,10 @@ class Migration:
 def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
     """The moves from `current` to `candidate` on the same devices.
 
-    bytes_per_expert: what travels an expert; default its weights (training adds optimizer state).
+    Args:
+        current: the plan in force.
+        candidate: of the same model, on as many devices.
+        bytes_per_expert: what travels an expert; default its weights (training adds optimizer state).
 
     Raises:
         InputError: the plans are for different models or numbers of devices.
@@ -53,22 +57,27 @@ def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = N
     return migration_from(current.holds, candidate, bytes_per_expert)
 
 
-def migration_from(held: BoolArray, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
-    """The moves to `candidate` from any state of its devices. held: [L, E, G] whether a device holds an expert.
+def migration_from(holds: BoolArray, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:
+    """The moves to `candidate` from any state of its devices.
+
+    Args:
+        holds: [L, E, G] whether a device holds an expert now.
+        candidate: the plan to reach.
+        bytes_per_expert: what travels an expert; default its weights.
 
     Raises:
-        InputError: `held` is of another shape than the candidate's experts and devices.
+        InputError: `holds` is of another shape than the candidate's experts and devices.
     """
-    wanted = candidate.holds
-    if held.shape != wanted.shape:
-        raise InputError(f"held has shape {held.shape}, the candidate needs {wanted.shape}")
+    target_holds = candidate.holds
+    if holds.shape != target_holds.shape:
+        raise InputError(f"holds has shape {holds.shape}, the candidate needs {target_holds.shape}")
     topology = candidate.topology
     size = candidate.model.bytes_per_expert if bytes_per_expert is None else bytes_per_expert
-    layers, experts, targets = np.nonzero(wanted & ~held)
+    layers, experts, targets = np.nonzero(target_holds & ~holds)
     sources = np.empty(len(layers), dtype=np.int64)
     sent = np.zeros(topology.num_devices)
     for i, (layer, expert, target) in enumerate(zip(layers, experts, targets, strict=True)):
-        holders = np.flatnonzero(held[layer, expert])
+        holders = np.flatnonzero(holds[layer, expert])
         if not len(holders):
             sources[i] = -1
             continue
@@ -89,16 +98,10 @@ def migration_from(held: BoolArray, candidate: Plan, bytes_per_expert: float | N
 
 
 def _seconds(source: IntArray, target: IntArray, topology: Topology, size: float) -> float:
-    node = topology.node_of
+    """All moves [M] at once, each of `size` bytes, on the busiest link."""
+    node, devices, nodes = topology.node_of, topology.num_devices, topology.num_nodes
     crossing = node[source] != node[target]
-    devices, nodes = topology.num_devices, topology.num_nodes
-    intra = np.maximum(
-        np.bincount(source[~crossing], minlength=devices), np.bincount(target[~crossing], minlength=devices)
-    )
-    inter = np.maximum(
-        np.bincount(node[source[crossing]], minlength=nodes), np.bincount(node[target[crossing]], minlength=nodes)
-    )
-    slowest: float = max(
-        float((intra * size / topology.intra_bandwidth).max()), float((inter * size / topology.inter_bandwidth).max())
-    )
-    return slowest
+    inside = [np.bincount(end[~crossing], minlength=devices) for end in (source, target)]
+    between = [np.bincount(node[end[crossing]], minlength=nodes) for end in (source, target)]
+    flows = Flows(intra=np.maximum(*inside), inter=np.maximum(*between))
+    return float(transfer_seconds(flows, size, topology, latency=0.0))

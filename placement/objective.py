@@ -13,14 +13,14 @@ from .validation import Record
 class Objective(Record):
     """How the layer runs, and which figure of the step times counts.
 
-    execution: "dispatch_combine" (tokens have a home rank; DeepSpeed, Megatron, vLLM, SGLang, TensorRT-LLM) or
+    execution: "dispatch_combine" (tokens live on a source rank; DeepSpeed, Megatron, vLLM, SGLang, TensorRT-LLM) or
     "context_coherent" (tokens stay where their expert ran; ExFlow).
     risk: "mean", "cvar:q" (mean of the slowest 1-q of steps), "worst_workload" (largest mean of a workload), or
     "regret" (largest loss against the best plan of each workload).
     split: whether an expert's replicas take equal shares of its tokens or any.
-    replica_choice: which replica serves a token: "share" (by chance, whoever asks), or "nearest" (on the token's home
-    device, else in its home node, else any, each by share: SGLang's static and dynamic dispatch). Set it to what the
-    engine does; dispatch_combine only, since a token has no home otherwise.
+    replica_choice: which replica serves a token: "share" (by chance, whoever asks), or "nearest" (on the token's source
+    rank, else in its node, else any, each by share: SGLang's static and dynamic dispatch). Set it to what the engine
+    does; dispatch_combine only, since a token keeps no rank otherwise.
     dispatch_dtype, combine_dtype: how activations travel to experts and back.
     node_dedup: one copy a (token, node) between nodes, fanned out inside, as DeepEP does; False sends every copy.
     """
@@ -44,7 +44,7 @@ class Objective(Record):
             )
         if self.replica_choice == "nearest" and self.execution == "context_coherent":
             raise ValueError(
-                'replica_choice ("nearest") needs tokens with a home device, which execution ("context_coherent") does '
+                'replica_choice ("nearest") needs tokens with a source rank, which execution ("context_coherent") does '
                 'not give them; use "dispatch_combine", or replica_choice "share"'
             )
         return self

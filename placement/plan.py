@@ -216,7 +216,11 @@ def equal_shares(physical_to_logical: IntArray, experts: int) -> FloatArray:
 
 def replica_counts(physical_to_logical: IntArray, experts: int) -> IntArray:
     """[L, E] slots of each expert in a table [L, P]."""
-    return np.stack([np.bincount(row[row != EMPTY], minlength=experts) for row in physical_to_logical])
+    layers = len(physical_to_logical)
+    # An empty slot (-1) counts in a column of its own, the first of its layer.
+    column = physical_to_logical + 1 + (np.arange(layers) * (experts + 1))[:, None]
+    counts = np.bincount(column.ravel(), minlength=layers * (experts + 1))
+    return np.asarray(counts.reshape(layers, experts + 1)[:, 1:])
 
 
 def _integers(name: str, values: Any) -> IntArray:

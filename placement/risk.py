@@ -1,12 +1,22 @@
-"""One figure from many step times, as the objective's risk asks."""
+"""One figure from many step times, as the objective's risk asks: mean, cvar, worst workload or regret.
+
+Figures [S] are seconds of steps, or of windows whose weights [S] say how much each counts. Workloads are codes [S] into
+W names. Every risk is the largest weighted sum of figures over a set of weights (its dual form; for cvar Rockafellar
+and Uryasev, J. Risk 2, 2000): `risk_value` is that largest sum, `risk_weights` are the weights that reach it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from .._types import FloatArray, IntArray
 from .errors import InputError
 from .objective import Objective
+
+NEAR = 0.01
+"""Workloads within this of the worst, relatively, share its weight: a good plan has several that are the worst."""
 
 
 def risk_value(
@@ -18,9 +28,13 @@ def risk_value(
 ) -> float:
     """The objective's figure, in seconds a step.
 
-    step_seconds: [S]. step_workload: [S] codes. best: [W] mean step time of each workload's own best plan, which
-    "regret" measures against. weight: [S] how much each counts, as windows do by their tokens; None for all alike. What
-    weighs nothing is not looked at.
+    Args:
+        step_seconds: [S] seconds of each step.
+        step_workload: [S] codes of the workload of each.
+        objective: names the risk.
+        best: [W] mean step time of each workload's own best plan, which "regret" measures against.
+        weight: [S] how much each counts, as windows do by their tokens; None for all alike. What weighs nothing is not
+            looked at.
 
     Raises:
         InputError: regret without `best`.
@@ -32,14 +46,40 @@ def risk_value(
         return weighted_mean(step_seconds, tail_weight(step_seconds, objective.tail, weight))
     if objective.risk == "mean":
         return weighted_mean(step_seconds, weight)
-    codes = np.unique(step_workload)
-    parts = [step_workload == code for code in codes]
-    means = np.array([weighted_mean(step_seconds[part], None if weight is None else weight[part]) for part in parts])
+    codes, means = workload_means(step_seconds, step_workload, weight)
     if objective.risk == "worst_workload":
         return float(means.max())
     if best is None:
         raise InputError("risk 'regret' needs the mean step time of each workload's own best plan")
     return float((means - best[codes]).max())
+
+
+def risk_weights(
+    step_seconds: FloatArray,
+    step_workload: IntArray,
+    objective: Objective,
+    best: FloatArray | None = None,
+) -> tuple[FloatArray, float]:
+    """Weights that make a lower bound of a weighted sum of step times a lower bound of the risk, over all plans.
+
+    Args:
+        step_seconds: [S] of a plan, for which the two are (nearly) the same.
+        step_workload: [S] codes of the workload of each.
+        objective: names the risk.
+        best: [W] as in `risk_value`.
+
+    Returns:
+        ([S] weights summing to one, offset): for any plan, weights @ its step seconds + offset is at most its risk.
+    """
+    if objective.tail is not None:
+        return tail_weight(step_seconds, objective.tail), 0.0
+    if objective.risk == "mean":
+        return np.full(len(step_seconds), 1.0 / len(step_seconds)), 0.0
+    codes, means = workload_means(step_seconds, step_workload)
+    own = np.zeros(len(codes)) if best is None or objective.risk != "regret" else best[codes]
+    worst = (means - own) >= (means - own).max() - NEAR * means.max()
+    part, group = worst / worst.sum(), np.searchsorted(codes, step_workload)
+    return (part / np.bincount(group))[group], -float(part @ own)
 
 
 def tail_weight(figures: FloatArray, tail: float, weight: FloatArray | None = None) -> FloatArray:
@@ -57,6 +97,27 @@ def tail_weight(figures: FloatArray, tail: float, weight: FloatArray | None = No
     return np.asarray(taken / taken.sum())
 
 
+def workload_means(
+    figures: FloatArray, workload: IntArray, weight: FloatArray | None = None
+) -> tuple[IntArray, FloatArray]:
+    """([V] codes of the workloads that are there, [V] means of their figures [S] by weight [S], all alike without)."""
+    codes = np.unique(workload)
+    parts = [workload == code for code in codes]
+    means = [weighted_mean(figures[part], None if weight is None else weight[part]) for part in parts]
+    return codes, np.array(means)
+
+
+def best_by_workload(figures: Sequence[FloatArray], workload: IntArray, workloads: int) -> FloatArray:
+    """[W] the least mean step time that any of several plans has on each workload, 0 where it has no step.
+
+    Regret among these plans is measured against it. figures: [S] of each plan.
+    """
+    best = np.zeros(workloads)
+    codes = np.unique(workload)
+    best[codes] = np.min([workload_means(of_plan, workload)[1] for of_plan in figures], axis=0)
+    return best
+
+
 def weighted_mean(figures: FloatArray, weight: FloatArray | None) -> float:
     """Of figures [S] by weight [S]; None: all alike."""
     if weight is None:
@@ -64,36 +125,3 @@ def weighted_mean(figures: FloatArray, weight: FloatArray | None) -> float:
     # Above the least of those that count, so that rounding does not end below it.
     least = figures[weight > 0].min()
     return float(least + weight @ (figures - least) / weight.sum())
-
-
-# A risk as a weighted sum of step times: the weights that make a lower bound of one a lower bound of the other. Every
-# risk here is the largest of such sums over a set of weights (its dual form; for cvar Rockafellar and Uryasev, J.
-# Risk 2, 2000), so that for any weights of the set, bounding the sum over all plans bounds the risk over all plans.
-
-
-NEAR = 0.01
-"""Workloads within this of the worst, relatively, share its weight: a good plan has several that are the worst."""
-
-
-def risk_weights(
-    step_seconds: FloatArray,
-    step_workload: IntArray,
-    objective: Objective,
-    best: FloatArray | None = None,
-) -> tuple[FloatArray, float]:
-    """([S] weights summing to one, offset): for any plan, weights @ its step seconds + offset is at most its risk.
-
-    Chosen so that for a plan of these step_seconds [S] the two are (nearly) the same. step_workload, best: as in `risk_value`.
-    """
-    count = len(step_seconds)
-    if objective.tail is not None:
-        return tail_weight(step_seconds, objective.tail), 0.0
-    if objective.risk == "mean":
-        return np.full(count, 1.0 / count), 0.0
-    codes, group = np.unique(step_workload, return_inverse=True)
-    size = np.bincount(group)
-    mean = np.bincount(group, weights=step_seconds) / size
-    own = np.zeros(len(codes)) if best is None or objective.risk != "regret" else best[codes]
-    worst = (mean - own) >= (mean - own).max() - NEAR * mean.max()
-    part = worst / worst.sum()
-    return (part / size)[group], -float(part @ own)

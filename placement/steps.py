@@ -18,7 +18,7 @@ from .errors import InputError
 class Steps:
     """S steps of tokens, one after the other; step s holds tokens offsets[s] to offsets[s+1].
 
-    expert_ids: [T, L, k], highest gate weight first. offsets: [S+1]. source: [T] home rank of each token, or None
+    expert_ids: [T, L, k], highest gate weight first. offsets: [S+1]. source: [T] source rank of each token, or None
     (then tokens are spread evenly over the devices). workload: [T] index into `workloads`.
     """
 

@@ -1,4 +1,4 @@
-"""Tokens drawn from transitions, where no token was recorded: what a context-coherent step can be priced on."""
+"""Steps and tokens sampled from loads or transitions, to replay plans on where no token was recorded."""
 
 from __future__ import annotations
 
@@ -10,33 +10,45 @@ from .statistics import RoutingStatistics
 from .steps import Steps
 from .trace import RoutingTrace, id_dtype
 
-# Steps drawn from expert loads alone, when no token was recorded: what a plan can be replayed on then. What counts
-# cannot tell is assumed as in `window_cost`: experts of a token are chosen independently of each other, of those of
-# other layers, and of other tokens. Unlike there, no expert twice for one token, and steps vary as draws do.
-
-
 BLOCK_VALUES = 1 << 21
+"""Floats a working array may hold."""
 MOST_VALUES = 1 << 32
-"""Tokens times layers times experts: more takes minutes to draw."""
+"""Tokens times layers times experts: more takes minutes to sample."""
+PASSES = 4
+"""Times a layer is sampled from transitions, with weights corrected by what the last gave too much or too little of."""
+SHRINK = 5.0
+"""Transitions by which a pair is taken to be nearer to chance: few counts say little, and k of them are multiplied."""
+
+# From loads. What counts cannot tell is assumed as in `window_seconds`: experts of a token are chosen independently of
+# each other, of those of other layers, and of other tokens. Unlike there, no expert twice for one token, and steps vary
+# as draws do.
 
 
-def draw_steps(
+def sample_steps(
     load: FloatArray, top_k: int, moe_layers: tuple[int, ...], *, step_tokens: int, steps: int, seed: int = 0
 ) -> Steps:
-    """`steps` steps of `step_tokens` tokens; step s follows the loads of window s * S // steps of load [S, L, E].
+    """Steps whose experts follow recorded loads; step s those of window s * S // steps.
 
     In every step and layer the expected load of an expert is its recorded share, up to the most an expert can have, one
     choice of every token (systematic sampling with unequal chances, Madow 1949, in an order drawn for each token).
 
+    Args:
+        load: [S, L, E] tokens that chose each expert in each of S windows.
+        top_k: experts a token.
+        moe_layers: the model's absolute indices of the L layers.
+        step_tokens: tokens of each step.
+        steps: how many to sample.
+        seed: of the draws.
+
     Raises:
-        InputError: a size below 1, fewer experts than `top_k`, or more to draw than fits.
+        InputError: a size below 1, fewer experts than `top_k`, or more to sample than fits.
     """
     windows, layers, experts = load.shape
     if step_tokens < 1 or steps < 1 or not 1 <= top_k <= experts:
-        raise InputError(f"cannot draw {steps} steps of {step_tokens} tokens with {top_k} of {experts} experts each")
+        raise InputError(f"cannot sample {steps} steps of {step_tokens} tokens with {top_k} of {experts} experts each")
     if steps * step_tokens * layers * experts > MOST_VALUES:
         raise InputError(
-            f"{steps} steps of {step_tokens} tokens are too much to draw here; ask for fewer, or smaller ones"
+            f"{steps} steps of {step_tokens} tokens are too much to sample here; ask for fewer, or smaller ones"
         )
     rng = np.random.default_rng(seed)
     ids = np.empty((steps, step_tokens, layers, top_k), dtype=id_dtype(experts))
@@ -62,12 +74,12 @@ def _inclusion(load: FloatArray, top_k: int) -> FloatArray:
     for _ in range(len(load)):
         full = chance >= 1.0
         rest = chance[~full].sum()
-        wanted = top_k - int(full.sum())
+        left = top_k - int(full.sum())
         chance = np.where(full, 1.0, chance)
-        if wanted <= 0 or abs(rest - wanted) < 1e-9:
+        if left <= 0 or abs(rest - left) < 1e-9:
             break
         # What is above one choice a token, others get, each in its proportion; where there is none, all alike.
-        spread = chance * (wanted / rest) if rest > 0 else np.full(len(load), wanted / max(1, int((~full).sum())))
+        spread = chance * (left / rest) if rest > 0 else np.full(len(load), left / max(1, int((~full).sum())))
         chance = np.where(full, 1.0, spread)
     return np.asarray(np.minimum(chance, 1.0))
 
@@ -83,22 +95,27 @@ def _systematic(chance: FloatArray, top_k: int, tokens: int, rng: np.random.Gene
     return np.asarray(order[chosen].reshape(tokens, top_k))
 
 
-PASSES = 4
-"""Times a layer is drawn, each with weights corrected by what the last gave too much or too little of."""
-SHRINK = 5.0
-"""Transitions by which a pair is taken to be nearer to chance: few counts say little, and k of them are multiplied."""
+# From transitions, which a context-coherent step is priced on.
 
 
-def draw_tokens(statistics: RoutingStatistics, top_k: int, tokens: int, seed: int = 0) -> RoutingTrace:
+def sample_tokens(statistics: RoutingStatistics, top_k: int, tokens: int, seed: int = 0) -> RoutingTrace:
     """About `tokens` tokens, each a sequence of its own, dealt to workloads by their recorded loads.
 
-    An expert's chance is its load times, for each expert of the token in the layer before, what the recorded transitions
-    of the workload show above or below chance between the two; k are drawn without repetition, and loads brought to the
-    recorded ones. With one expert a token that is the recorded Markov chain. With more, the transitions of what is drawn
-    come near the recorded ones, while which experts a layer chooses together beyond that, transitions do not tell.
+    An expert's chance is its load times, for each expert of the token in the layer before, what the recorded
+    transitions of the workload show above or below chance between the two; k are drawn without repetition, and loads
+    brought to the recorded ones. With one expert a token that is the recorded Markov chain. With more, the transitions
+    of what is drawn come near the recorded ones, while which experts a layer chooses together beyond that, transitions
+    do not tell.
+
+    Args:
+        statistics: with transitions.
+        top_k: experts a token.
+        tokens: how many, at least one of every workload that has load.
+        seed: of the draws.
 
     Raises:
-        UnsupportedError: the statistics hold no transitions. InputError: fewer experts than `top_k`.
+        UnsupportedError: the statistics hold no transitions.
+        InputError: fewer experts than `top_k`.
     """
     _ = statistics.total_transitions
     if not 1 <= top_k <= statistics.experts:

@@ -125,6 +125,11 @@ class Topology(Record):
         return np.array([len(node.devices) for node in self.nodes], dtype=np.int64)
 
     @cached_property
+    def node_start(self) -> IntArray:
+        """[N] first device of each node."""
+        return np.concatenate([[0], np.cumsum(self.node_size)[:-1]])
+
+    @cached_property
     def node_of(self) -> IntArray:
         """[G] node index of each device."""
         return np.repeat(np.arange(self.num_nodes), self.node_size)
@@ -206,11 +211,11 @@ class Topology(Record):
             raise InputError(f"without devices 0 to {self.num_devices - 1} nothing is left of the topology")
         nodes, first = [], 0
         for node in self.nodes:
-            kept = tuple(device for rank, device in enumerate(node.devices, first) if rank not in gone)
+            rest = tuple(device for rank, device in enumerate(node.devices, first) if rank not in gone)
             first += len(node.devices)
-            if kept:
-                share = len(kept) / len(node.devices)
-                nodes.append(Node(devices=kept, inter_bandwidth=node.inter_bandwidth * share))
+            if rest:
+                share = len(rest) / len(node.devices)
+                nodes.append(Node(devices=rest, inter_bandwidth=node.inter_bandwidth * share))
         return self.replace(nodes=tuple(nodes))
 
     def resized(self, devices: int | None = None, nodes: int | None = None) -> Topology:
@@ -219,25 +224,26 @@ class Topology(Record):
         A last node that gets fewer devices than the one it is like keeps a bandwidth in proportion.
 
         Raises:
-            InputError: neither or both are given, or less than one is asked for.
+            InputError: neither or both are given, or less than one or more than any cluster has is asked for.
         """
         if (devices is None) == (nodes is None):
             raise InputError("Topology.resized takes devices or nodes, one of them")
-        wanted = devices if nodes is None else nodes
-        assert wanted is not None
-        if not 1 <= wanted <= 65536:
-            raise InputError(f"Topology.resized: {wanted} devices or nodes asked for, expected 1 to 65536")
+        for kind, asked in (("devices", devices), ("nodes", nodes)):
+            if asked is not None and not 1 <= asked <= MOST_DEVICES:
+                raise InputError(f"Topology.resized: {asked} {kind} asked for, expected 1 to {MOST_DEVICES}")
         if nodes is not None:
             more = (self.nodes[-1],) * max(0, nodes - self.num_nodes)
             return self.replace(nodes=self.nodes[:nodes] + more)
+        assert devices is not None
         size = len(self.nodes[-1].devices)
-        whole = self.num_nodes + max(0, -(-(wanted - self.num_devices) // size))
+        whole = self.num_nodes + max(0, -(-(devices - self.num_devices) // size))
         grown = self.resized(nodes=whole)
-        return grown.without(range(wanted, grown.num_devices))
+        return grown.without(range(devices, grown.num_devices))
 
     @classmethod
     def from_dict(cls, data: Any, origin: str = "topology") -> Topology:
-        """Builds from plain data. A node or device entry may carry `count: n`; a `preset: NAME` entry replaces all else.
+        """Builds from plain data. A node or device entry may carry `count: n`; a `preset: NAME` entry replaces all
+        else.
 
         Raises:
             InputError: a field is missing, unknown, not positive or not a number; the message names it.
@@ -251,8 +257,8 @@ class Topology(Record):
             for key, kind in (("preset", str), ("nodes", int), ("devices_per_node", int)):
                 if data.get(key) is not None and type(data[key]) is not kind:
                     raise InputError(f"{origin}: {key} is {data[key]!r}, expected {kind.__name__}")
-            nodes_wanted = 1 if data.get("nodes") is None else data["nodes"]
-            return cls.preset(data["preset"], nodes_wanted, data.get("devices_per_node"))
+            num_nodes = 1 if data.get("nodes") is None else data["nodes"]
+            return cls.preset(data["preset"], num_nodes, data.get("devices_per_node"))
         _check_count(data, origin)
         nodes = [
             {**node, "devices": _repeated(node.get("devices", []), f"{origin}: nodes.{i}.devices")}
@@ -296,12 +302,12 @@ def _check_count(data: dict[str, Any], origin: str) -> None:
     """Refuses more devices than any cluster has before they are made."""
 
     def count(entry: Any) -> int:
-        found = entry.get("count", 1) if isinstance(entry, dict) else 1
-        return found if isinstance(found, int) else 1
+        number = entry.get("count", 1) if isinstance(entry, dict) else 1
+        return number if isinstance(number, int) else 1
 
     def items(owner: Any, key: str) -> list[Any]:
-        found = owner.get(key) if isinstance(owner, dict) else None
-        return list(found) if isinstance(found, list | tuple) else []
+        entries = owner.get(key) if isinstance(owner, dict) else None
+        return list(entries) if isinstance(entries, list | tuple) else []
 
     nodes = items(data, "nodes")
     total = sum(count(node) * sum(count(device) for device in items(node, "devices")) for node in nodes)

@@ -11,9 +11,6 @@ import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -21,41 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from .._http import Answer, Connections, UnansweredError, check_address
 from ..placement.errors import EngineError, InputError
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
 from .readers.sglang import read_sglang_files
 
-# Calls to the HTTP server of a running engine.
-
-
 ANSWER_LIMIT = 1 << 28
 """Bytes an answer may have."""
 
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
-
-
-def check_address(url: str) -> urllib.parse.SplitResult:
-    """The parts of an http or https address of which a connection can be tried.
-
-    Raises:
-        InputError: another scheme, no host, or a port that cannot be.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        (parts.hostname or "").encode("idna")
-    except ValueError:
-        valid = False
-    if not valid:
-        raise InputError(f"{url!r} is not the address of a server; expected http://host:port or https://host:port")
-    return parts
+_CONNECTIONS = Connections()
 
 
 @dataclass(frozen=True)
@@ -86,34 +58,33 @@ class EngineServer:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
-        # The scheme was checked: no file is opened by an address.
-        request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method=method)
-        where = f"{method} {self.url.rstrip('/')}{path}"
+        url = self.url.rstrip("/") + path
         try:
-            with _OPENER.open(request, timeout=self.timeout) as answer:
-                content: bytes = answer.read(ANSWER_LIMIT + 1)
-        except urllib.error.HTTPError as error:
-            told = f"{where}: answered {error.code}"
-            if self.quote:
-                body = error.read(300).decode("utf-8", "replace").strip()
-                told += f" {error.reason}: {body or 'nothing more'}"
-            if error.code in (401, 403):
-                told += "; pass the server's key"
-            elif 300 <= error.code < 400:
-                told += "; redirects are not followed: give the address it leads to"
-            raise AnswerError(told, error.code) from None
-        except TimeoutError:
+            answer = _CONNECTIONS.request(method, url, data, headers, timeout=self.timeout, most=ANSWER_LIMIT + 1)
+        except UnansweredError as error:
+            if error.timed_out:
+                raise AnswerError(
+                    f"{method} {url}: no answer in {self.timeout:g} s; the server is stuck or busy, or needs a longer timeout"
+                ) from None
             raise AnswerError(
-                f"{where}: no answer in {self.timeout:g} s; the server is stuck or busy, or needs a longer timeout"
+                f"{method} {url}: {error}; is the engine running there, and reachable from here?"
             ) from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise AnswerError(f"{where}: no answer in {self.timeout:g} s") from None
-            raise AnswerError(f"{where}: {reason}; is the engine running there, and reachable from here?") from None
-        if len(content) > ANSWER_LIMIT:
-            raise AnswerError(f"{where}: an answer of more than {ANSWER_LIMIT:,} bytes")
-        return content
+        if not 200 <= answer.status < 300:
+            raise AnswerError(f"{method} {url}: {self._refusal(answer)}", answer.status)
+        if len(answer.body) > ANSWER_LIMIT:
+            raise AnswerError(f"{method} {url}: an answer of more than {ANSWER_LIMIT:,} bytes")
+        return answer.body
+
+    def _refusal(self, answer: Answer) -> str:
+        told = f"answered {answer.status}"
+        if self.quote:
+            body = answer.body[:300].decode("utf-8", "replace").strip()
+            told += f" {answer.reason}: {body or 'nothing more'}"
+        if answer.status in (401, 403):
+            told += "; pass the server's key"
+        elif 300 <= answer.status < 400:
+            told += "; redirects are not followed: give the address it leads to"
+        return told
 
     def json(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The answer, which must be a JSON object.

@@ -39,8 +39,8 @@ __all__ = [
 
 _MODULE_OF = {
     "CompressionStatistics": ".moe.compression",
-    "ContextCoherentDecoder": ".moe.decode_modes",
-    "DispatchCombineDecoder": ".moe.decode_modes",
+    "ContextCoherentDecoder": ".moe.decoder",
+    "DispatchCombineDecoder": ".moe.decoder",
     "Calibration": ".calibration.result",
     "ExpertParallelMoE": ".moe.layer",
     "LSHCompression": ".moe.compression",
@@ -51,7 +51,7 @@ _MODULE_OF = {
     "clip_grad_norm_": ".moe.data_parallel",
     "exclude_from_ddp": ".moe.data_parallel",
     "expert_parameters": ".moe.data_parallel",
-    "expert_rows": ".moe.expert_rows_sent",
+    "expert_rows": ".moe.data_parallel",
     "load_checkpoint": ".moe.checkpoint",
     "parallelize": ".moe.parallelize",
     "save_checkpoint": ".moe.checkpoint",

@@ -25,14 +25,19 @@ def target_names() -> tuple[str, ...]:
 
 
 def problem_for(problem: Problem, engine: str) -> Problem:
-    """The problem within the engine's limits. engine: a name of `target_names()`.
+    """The problem within the engine's limits.
 
     Where the problem does not say how many slots there are, and the engine wants as many on every device, it gets the
     fewest that do. For a permuted model with group-limited routing experts stay in the rows of their group: on a device
     or run of devices each.
 
+    Args:
+        problem: as it was asked.
+        engine: a name of `target_names()`.
+
     Raises:
-        InputError: unknown engine. UnsupportedError: the problem asks for what the engine cannot run; says what to change.
+        InputError: unknown engine.
+        UnsupportedError: the problem asks for what the engine cannot run; says what to change.
     """
     if engine not in target_names():
         raise InputError(f"engine {engine!r} is unknown; {nearest(engine, target_names())}")
@@ -50,7 +55,7 @@ def problem_for(problem: Problem, engine: str) -> Problem:
     if Constraint.NO_REPLICAS in constraints:
         if problem.has_replicas:
             slots = spanned(problem.layer_slots.sum(axis=1))
-            raise refused(f"{slots} slots a layer for {experts} experts leave room for replicas; use {experts}")
+            raise refused(f"{slots} slots a layer for {experts} experts make replicas; use {experts}")
         if experts % devices:
             fitting = [count for count in range(1, devices) if experts % count == 0]
             raise refused(f"{experts} experts do not divide over {devices} devices; use {fitting[-1]}")
@@ -60,15 +65,15 @@ def problem_for(problem: Problem, engine: str) -> Problem:
         if not problem.layers_alike:
             slots = spanned(problem.layer_slots.sum(axis=1))
             raise refused(
-                f"every layer has the same slots there, this problem's have {slots}; use one number for all, a multiple of "
-                f"{devices}"
+                f"every layer has the same slots there, this problem's have {slots}; use one number for all, a "
+                f"multiple of {devices}"
             )
         if len(set(problem.slots_per_device.tolist())) > 1:
             below, above = problem.num_slots // devices * devices, -(-problem.num_slots // devices) * devices
             choices = [str(slots) for slots in dict.fromkeys((below, above)) if slots >= experts]
             raise refused(
-                f"every device has the same number of slots there, {problem.num_slots} do not divide over {devices} devices; "
-                f"use {' or '.join(choices)}"
+                f"every device has the same number of slots there, {problem.num_slots} do not divide over {devices} "
+                f"devices; use {' or '.join(choices)}"
             )
     return _grouped(problem) if engine == PERMUTE and problem.model.groups > 1 else problem
 

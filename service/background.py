@@ -43,7 +43,7 @@ class Loop:
             self._stop.wait(self._every)
 
 
-class Watchman:
+class DriftScheduler:
     """Asks for a look at every deployment that sent enough new windows. Several servers may do so: one look is made."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
@@ -65,7 +65,7 @@ class Watchman:
         self._asked = asked
 
 
-def keep_house(store: Store) -> None:
+def apply_retention(store: Store) -> None:
     """Joins and drops old windows and uploads, deployment by deployment, as their policies say."""
     after = ""
     now = datetime.now(UTC)

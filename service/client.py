@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import random
 import secrets
-import selectors
-import ssl
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
-from urllib.parse import quote, urlencode, urlsplit
+from typing import Any, Self, TypeVar
+from urllib.parse import quote, urlencode
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter, ValidationError
+from urllib3 import Retry
 
+from .._http import Answer, Connections, UnansweredError, check_address
 from ..db.jobs import ENDED
 from ..db.records import (
     Actor,
@@ -32,54 +31,59 @@ from ..db.records import (
     DeploymentRecord,
     EngineRecord,
     JobRecord,
+    ModelRecord,
     PublicationRecord,
+    StatisticsRecord,
     UploadRecord,
     WebhookRecord,
 )
 from ..db.uploads import PIECE_LIMIT
 from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError, SolveError, StoreError
-from ..placement.failures import Kind
-from ..placement.layer_slots import Slots
 from ..placement.model import ModelSpec
-from ..placement.objective import Objective
 from ..placement.plan import Plan, plan_from_dict, plan_to_dict
 from ..placement.topology import Topology
+from ..placement.validation import describe
 from .counts import ARROW, to_arrow
 from .policy import Policy
-from .views import ModelView, PlanView, StatisticsView, Taken, TopologyView, WebhookMade, WindowView
+from .schemas import (
+    DecideRequest,
+    JobBody,
+    ParetoRequest,
+    PlanView,
+    SolveRequest,
+    Taken,
+    TopologyView,
+    WebhookMade,
+    WhatIfRequest,
+    WindowView,
+)
 
-# HTTP for the client: one connection kept open a thread, and what failed tried again where that cannot do it twice.
-
-
-ATTEMPTS = 5
-MOST_WAIT = 20.0
 ERRORS: Mapping[int, type[MoeplaceError]] = {404: NotFoundError, 409: ConflictError, 422: InputError, 503: StoreError}
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-    def json(self) -> Any:
-        return json.loads(self.body)
+MOST_WAIT = 20
+"""Seconds between two attempts."""
+RETRIES = Retry(
+    4,
+    allowed_methods=None,
+    status_forcelist=(429, 503),
+    raise_on_status=False,
+    backoff_factor=0.4,
+    backoff_jitter=0.4,
+    backoff_max=MOST_WAIT,
+    retry_after_max=MOST_WAIT,
+)
 
 
 class Transport:
-    """Threads: any number; each has its own connection."""
+    """One service: its address, the token, and how what it answers becomes an error. Threads: any number."""
 
     def __init__(self, url: str, token: str | None, timeout: float) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"{url!r} is not the address of a service; expected http://host:port or https://host")
+        parts = check_address(url)
         if parts.scheme == "http" and token and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             # Said once, here: a token sent in the clear is anybody's.
-            import warnings
-
             warnings.warn(f"the token goes to {parts.hostname} unencrypted; use https", stacklevel=3)
-        self._parts, self._token, self._timeout = parts, token, timeout
-        self._local = threading.local()
+        self._root, self._netloc = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}", parts.netloc
+        self._token, self._timeout = token, timeout
+        self._connections = Connections(RETRIES)
 
     def call(
         self,
@@ -97,88 +101,44 @@ class Transport:
             NotFoundError, ConflictError, InputError, StoreError: as the service says. MoeplaceError: any other refusal, or
                 the service cannot be reached.
         """
-        for attempt in range(1, ATTEMPTS + 1):
-            last = attempt == ATTEMPTS or not again
-            wait = min(MOST_WAIT, 0.2 * 2**attempt) * (0.5 + random.random())
-            try:
-                answer = self._once(method, path, body, headers or {}, timeout or self._timeout)
-            except (OSError, http.client.HTTPException) as error:
-                self._drop()
-                if last:
-                    raise MoeplaceError(
-                        f"the service at {self._parts.netloc} cannot be reached ({type(error).__name__}: {error})"
-                    ) from None
-            else:
-                if answer.status < 400:
-                    return answer
-                if last or answer.status not in (429, 503):
-                    raise _error(answer)
-                retry = answer.headers.get("retry-after", "")
-                wait = max(wait, float(retry)) if retry.isdigit() else wait
-            time.sleep(min(wait, MOST_WAIT))
-        raise AssertionError("unreachable")
+        try:
+            answer = self._connections.request(
+                method,
+                self._root + path,
+                body,
+                self._headers(headers or {}),
+                timeout=timeout or self._timeout,
+                again=again,
+            )
+        except UnansweredError as error:
+            raise MoeplaceError(f"the service at {self._netloc} cannot be reached ({error})") from None
+        if answer.status >= 400:
+            raise _error(answer.status, answer.body)
+        return answer
 
-    def stream(self, path: str) -> http.client.HTTPResponse:
-        """A response to be read line by line, on a connection of its own."""
-        connection = self._connect(self._timeout)
-        connection.request("GET", self._parts.path.rstrip("/") + path, headers=self._headers({}))
-        response = connection.getresponse()
-        if response.status >= 400:
-            raise _error(Answer(response.status, {}, response.read()))
-        return response
+    @contextmanager
+    def lines(self, path: str) -> Iterator[Iterator[bytes]]:
+        """An answer line by line, while it comes."""
+        with self._connections.stream(self._root + path, self._headers({}), idle=self._timeout) as stream:
+            if stream.status >= 400:
+                raise _error(stream.status, stream.read())
+            yield iter(stream)
 
     def close(self) -> None:
-        """Closes this thread's connection."""
-        self._drop()
-
-    def _once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout: float) -> Answer:
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is not None and _closed_meanwhile(connection):
-            self._drop()
-            connection = None
-        if connection is None:
-            connection = self._local.connection = self._connect(timeout)
-        connection.timeout = timeout
-        if connection.sock is not None:
-            connection.sock.settimeout(timeout)
-        connection.request(method, self._parts.path.rstrip("/") + path, body, self._headers(headers))
-        response = connection.getresponse()
-        content = response.read()
-        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
-
-    def _connect(self, timeout: float) -> http.client.HTTPConnection:
-        host, port = self._parts.hostname or "", self._parts.port
-        if self._parts.scheme == "https":
-            return http.client.HTTPSConnection(host, port, timeout=timeout, context=ssl.create_default_context())
-        return http.client.HTTPConnection(host, port, timeout=timeout)
+        """Closes connections."""
+        self._connections.close()
 
     def _headers(self, headers: Mapping[str, str]) -> dict[str, str]:
         own = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         return {"Accept": "application/json", **own, **headers}
 
-    def _drop(self) -> None:
-        connection = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
 
-
-def _closed_meanwhile(connection: http.client.HTTPConnection) -> bool:
-    """Whether the service ended a connection that was idle: then, and only then, there is something to read."""
-    if connection.sock is None:
-        return False
-    with selectors.DefaultSelector() as ready:
-        ready.register(connection.sock, selectors.EVENT_READ)
-        return bool(ready.select(0))
-
-
-def _error(answer: Answer) -> MoeplaceError:
+def _error(status: int, body: bytes) -> MoeplaceError:
     try:
-        detail = str(answer.json()["detail"])
+        detail = str(json.loads(body)["detail"])
     except (ValueError, KeyError, TypeError):
-        detail = f"the service answered {answer.status}"
-    kind = ERRORS.get(answer.status, MoeplaceError)
-    return kind(detail)
+        detail = f"the service answered {status}"
+    return ERRORS.get(status, MoeplaceError)(detail)
 
 
 # Calls of the client: objects out and in, lists page by page, files piece by piece, jobs asked for once.
@@ -202,14 +162,17 @@ class Calls:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection of this thread."""
+        """Closes its connections."""
         self._transport.close()
 
-    def _submit(self, path: str, body: Mapping[str, Any]) -> JobRecord:
+    def _submit(self, path: str, kind: type[JobBody], request: Mapping[str, Any]) -> JobRecord:
+        try:
+            body = kind.model_validate({key: value for key, value in request.items() if value is not None})
+        except ValidationError as error:
+            raise InputError(describe(kind.__name__, error)) from None
         # A key of its own makes sending it again safe.
         headers = {"Idempotency-Key": secrets.token_hex(16), "Content-Type": "application/json"}
-        given = {key: value for key, value in body.items() if value is not None}
-        content = json.dumps(given, default=_plain).encode()
+        content = body.model_dump_json(exclude_unset=True).encode()
         answer = self._transport.call("POST", path, content, headers, again=True)
         record: JobRecord = adapter(JobRecord).validate_json(answer.body)
         return record
@@ -258,102 +221,11 @@ class Calls:
         return self._transport.call(method, path, content, headers, again=again or method == "GET").json()
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    raise InputError(f"{value!r} cannot be sent; plain data is wanted")
-
-
 def adapter(kind: Any) -> TypeAdapter[Any]:
     """Reads a kind of record from plain data."""
     if kind not in ADAPTERS:
         ADAPTERS[kind] = TypeAdapter(kind)
     return ADAPTERS[kind]
-
-
-# What may be asked for besides what a call's arguments name, by job. See the views of the API for what each means.
-
-
-Routing = Literal["counts", "tokens"]
-Options = Mapping[str, Any]
-
-
-class SolveRequest(TypedDict, total=False):
-    """`POST /v1/solve`."""
-
-    routing: Routing
-    windows: int
-    model: str
-    topology: str
-    statistics: str
-    solver: str
-    options: Options
-    seconds: float
-    seed: int
-    slots: Slots | None
-    objective: Objective
-
-
-class DecideRequest(TypedDict, total=False):
-    """`POST /v1/decide`."""
-
-    current: str
-    routing: Routing
-    record: bool
-
-
-class StepsRequest(TypedDict, total=False):
-    """The steps of a `StudyRequest`."""
-
-    batch: Literal["decode", "prefill"]
-    tokens: int
-    count: int | None
-
-
-class StudyRequest(TypedDict, total=False):
-    """What `POST /v1/what-if` and `POST /v1/pareto` have in common."""
-
-    routing: Routing
-    windows: int
-    statistics: str
-    held_out: str
-    steps: StepsRequest
-    solver: str
-    options: Options
-    seconds: float
-    seed: int
-    objective: Objective
-
-
-class ChangesRequest(TypedDict, total=False):
-    """The changes of a `WhatIfRequest`."""
-
-    lose: Sequence[str]
-    n_1: bool
-    devices: int | None
-    nodes: int | None
-    topology: str | None
-    slots: Slots | None
-
-
-class WhatIfRequest(StudyRequest, total=False):
-    """`POST /v1/what-if`."""
-
-    plan: str
-    changes: ChangesRequest
-    ready: bool
-    max_moved_bytes: float | None
-
-
-class ParetoRequest(StudyRequest, total=False):
-    """`POST /v1/pareto`."""
-
-    model: str
-    topology: str
-    current: str | None
-    redundant: Sequence[int] | None
-    tolerate: Sequence[Kind | None]
-    max_moved: Sequence[float | None] | None
 
 
 @dataclass(frozen=True)
@@ -374,10 +246,10 @@ class Client(Calls):
     it cannot be reached. What can be sent twice without harm is sent again when the service is away for a moment.
     """
 
-    def add_model(self, spec: ModelSpec, name: str | None = None) -> ModelView:
+    def add_model(self, spec: ModelSpec, name: str | None = None) -> ModelRecord:
         """Keeps a model."""
         body = {"spec": spec.model_dump(mode="json"), "name": name}
-        return self._ask(ModelView, "POST", "/v1/models", body, again=True)
+        return self._ask(ModelRecord, "POST", "/v1/models", body, again=True)
 
     def add_topology(self, topology: Topology, name: str | None = None) -> TopologyView:
         """Keeps a cluster."""
@@ -385,9 +257,9 @@ class Client(Calls):
         answer = self._json("POST", "/v1/topologies", body, again=True)
         return TopologyView(**{field: answer[field] for field in TopologyView.model_fields})
 
-    def models(self) -> Iterator[ModelView]:
+    def models(self) -> Iterator[ModelRecord]:
         """Newest first."""
-        return self._pages(ModelView, "/v1/models")
+        return self._pages(ModelRecord, "/v1/models")
 
     def topologies(self) -> Iterator[TopologyView]:
         """Newest first, without their devices."""
@@ -397,9 +269,9 @@ class Client(Calls):
         """A stored cluster, by name or id."""
         return Topology(**self._json("GET", f"/v1/topologies/{quote(ref, safe='')}")["topology"])
 
-    def statistics(self) -> Iterator[StatisticsView]:
+    def statistics(self) -> Iterator[StatisticsRecord]:
         """Newest first."""
-        return self._pages(StatisticsView, "/v1/statistics")
+        return self._pages(StatisticsRecord, "/v1/statistics")
 
     def add_deployment(
         self, name: str, model: str, topology: str, policy: Policy | Mapping[str, Any] | None = None
@@ -463,21 +335,23 @@ class Client(Calls):
         done = self._upload({"kind": "statistics"}, Path(path).read_bytes())
         return str((done.about or {})["statistics"])
 
-    def solve(self, deployment: str | None = None, **request: Unpack[SolveRequest]) -> JobRecord:
-        """Asks for a solve; see `POST /v1/solve` for what may be given. `wait` gives its end."""
-        return self._submit("/v1/solve", {"deployment": deployment, **request})
+    def solve(self, deployment: str | None = None, **request: Any) -> JobRecord:
+        """Asks for a solve; request: what a `SolveRequest` has. `wait` gives its end."""
+        return self._submit("/v1/solve", SolveRequest, {"deployment": deployment, **request})
 
-    def decide(self, deployment: str, candidate: str, **request: Unpack[DecideRequest]) -> JobRecord:
-        """Asks whether a stored plan is worth applying; see `POST /v1/decide`."""
-        return self._submit("/v1/decide", {"deployment": deployment, "candidate": candidate, **request})
+    def decide(self, deployment: str, candidate: str, **request: Any) -> JobRecord:
+        """Asks whether a stored plan is worth applying; request: what a `DecideRequest` has."""
+        return self._submit("/v1/decide", DecideRequest, {"deployment": deployment, "candidate": candidate, **request})
 
-    def what_if(self, deployment: str | None = None, **request: Unpack[WhatIfRequest]) -> JobRecord:
-        """Asks what failures or another cluster do to a plan; see `POST /v1/what-if`. The result has a row a change."""
-        return self._submit("/v1/what-if", {"deployment": deployment, **request})
+    def what_if(self, deployment: str | None = None, **request: Any) -> JobRecord:
+        """Asks what failures or another cluster do to a plan; request: what a `WhatIfRequest` has. The result has a row a
+        change."""
+        return self._submit("/v1/what-if", WhatIfRequest, {"deployment": deployment, **request})
 
-    def pareto(self, deployment: str | None = None, **request: Unpack[ParetoRequest]) -> JobRecord:
-        """Asks for the front of step time against its price; see `POST /v1/pareto`. The result has a row a point."""
-        return self._submit("/v1/pareto", {"deployment": deployment, **request})
+    def pareto(self, deployment: str | None = None, **request: Any) -> JobRecord:
+        """Asks for the front of step time against its price; request: what a `ParetoRequest` has. The result has a row a
+        point."""
+        return self._submit("/v1/pareto", ParetoRequest, {"deployment": deployment, **request})
 
     def job(self, key: int) -> JobRecord:
         """How far a job is."""
@@ -493,10 +367,9 @@ class Client(Calls):
 
     def events(self, key: int) -> Iterator[JobRecord]:
         """A job as it changes, until it ends."""
-        with self._transport.stream(f"/v1/jobs/{key}/events") as stream:
-            for raw in stream:
-                line = raw.decode()
-                if line.startswith("data: "):
+        with self._transport.lines(f"/v1/jobs/{key}/events") as lines:
+            for line in lines:
+                if line.startswith(b"data: "):
                     yield adapter(JobRecord).validate_json(line[6:])
 
     def wait(

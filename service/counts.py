@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
-from ..db.records import CountWindow, narrow
-from ..db.windows import TEXT_LENGTH, check_ended
+from ..db.records import CountWindow
+from ..db.windows import TEXT_LENGTH, check_ended, narrow
 from ..placement.errors import FileFormatError, InputError
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"

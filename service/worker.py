@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..db.records import ClaimedJob, Outcome
+from ..db.records import ClaimedJob, JobOutcome
 from ..db.store import Store
 from ..placement.errors import MoeplaceError, StoreError
 from ..solvers.base import Progress
@@ -144,7 +144,7 @@ def run(job: ClaimedJob, store: Store, lease_seconds: float) -> None:
     ended: Callable[[], bool]
     with Pulse(job, store, lease_seconds / 6, _die) as pulse:
         try:
-            outcome: Outcome = task_of(job.kind).run(job, store, pulse.report)
+            outcome: JobOutcome = task_of(job.kind).run(job, store, pulse.report)
         except StoreError as error:
             log.warning("job given back", extra={"job": job.key, "error": str(error)})
             ended = lambda: store.jobs.release(job)  # noqa: E731

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..db.database import VARIABLE
-from ..db.records import Pulse
+from ..db.records import Heartbeat
 from ..db.store import Store
 from ..placement.errors import MoeplaceError, UnsupportedError
 from .settings import Settings
@@ -26,7 +26,7 @@ from .settings import Settings
 # Where worker processes run: on this machine, unless asked otherwise.
 
 
-class Held(Protocol):
+class WorkerHandle(Protocol):
     """A worker that was started."""
 
     @property
@@ -43,20 +43,20 @@ class Held(Protocol):
         """Waits for its end; ends it where that takes longer."""
 
 
-class Crew(Protocol):
+class WorkerBackend(Protocol):
     """Starts workers. One thread at a time."""
 
     def size(self) -> int:
         """How many are wanted. Raises MoeplaceError where that cannot be told now; it is asked again later."""
 
-    def start(self, name: str) -> Held:
+    def start(self, name: str) -> WorkerHandle:
         """Starts one."""
 
     def close(self) -> None:
         """Lets go of what it runs on, after the last worker ended."""
 
 
-class LocalCrew:
+class LocalBackend:
     """Processes of this machine."""
 
     def __init__(self, settings: Settings, address: str) -> None:
@@ -65,7 +65,7 @@ class LocalCrew:
     def size(self) -> int:
         return self._settings.workers if isinstance(self._settings.workers, int) else 0
 
-    def start(self, name: str) -> Held:
+    def start(self, name: str) -> WorkerHandle:
         return LocalWorker(worker_command(name, self._settings), self._address)
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class RayError(MoeplaceError):
     """The cluster cannot be reached, or refuses."""
 
 
-class Holder:
+class WorkerActor:
     """The actor. `ended` blocks until the worker process ends; `stop` may be called meanwhile."""
 
     def __init__(self, arguments: Sequence[str], address: str) -> None:
@@ -180,7 +180,7 @@ class RayWorker:
             self._ray.kill(self._actor)
 
 
-class RayCrew:
+class RayBackend:
     """Connects when first asked, and again when the cluster was lost."""
 
     def __init__(self, settings: Settings, address: str) -> None:
@@ -196,10 +196,10 @@ class RayCrew:
             return self._settings.ray_workers
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
-    def start(self, name: str) -> Held:
+    def start(self, name: str) -> WorkerHandle:
         ray = self._connected()
         # Not begun again by Ray: the pool does that, which knows what the lost one held.
-        actor = ray.remote(Holder).options(num_cpus=1, max_restarts=0, max_concurrency=3, name=name)
+        actor = ray.remote(WorkerActor).options(num_cpus=1, max_restarts=0, max_concurrency=3, name=name)
         return RayWorker(ray, actor.remote(worker_command(name, self._settings), self._address), self._note_loss)
 
     def close(self) -> None:
@@ -252,49 +252,49 @@ SHORT_LIFE = 5.0
 @dataclass
 class _Worker:
     name: str
-    held: Held
+    handle: WorkerHandle
     started: float
 
 
-def crew_for(settings: Settings, address: str) -> Crew:
+def backend_for(settings: Settings, address: str) -> WorkerBackend:
     """Where the settings want workers.
 
     Raises:
         UnsupportedError: on Ray, which is not installed.
     """
     if isinstance(settings.workers, int):
-        return LocalCrew(settings, address)
+        return LocalBackend(settings, address)
 
-    return RayCrew(settings, address)
+    return RayBackend(settings, address)
 
 
 class Pool:
-    """As many workers as the crew wants. `tend` is to be called again and again."""
+    """As many workers as the backend wants. `tend` is to be called again and again."""
 
-    def __init__(self, store: Store, settings: Settings, crew: Crew) -> None:
-        self._store, self._settings, self._crew = store, settings, crew
+    def __init__(self, store: Store, settings: Settings, backend: WorkerBackend) -> None:
+        self._store, self._settings, self._backend = store, settings, backend
         self._workers: list[_Worker] = []
         self._rest_until = 0.0
         self._closed = False
         self._lock = threading.Lock()
 
     def tend(self) -> None:
-        """Replaces the dead; what they held is queued again at once, for a process that ended cannot come back."""
+        """Replaces the dead; what they were doing is queued again at once, for a process that ended cannot come back."""
         with self._lock:
             for worker in list(self._workers):
-                how = worker.held.ended()
+                how = worker.handle.ended()
                 if how is None:
                     continue
                 self._workers.remove(worker)
                 pool_log.warning("worker died", extra={"worker": worker.name, "code": how})
                 if time.monotonic() - worker.started < SHORT_LIFE:
                     self._rest_until = time.monotonic() + SHORT_LIFE
-                for pulse in self._store.jobs.pulses():
-                    if pulse.worker == worker.name:
-                        self._store.jobs.lost(pulse, self._settings.attempts)
+                for heartbeat in self._store.jobs.heartbeats():
+                    if heartbeat.worker == worker.name:
+                        self._store.jobs.lost(heartbeat, self._settings.attempts)
             if self._closed or time.monotonic() < self._rest_until:
                 return
-            for _ in range(self._crew.size() - len(self._workers)):
+            for _ in range(self._backend.size() - len(self._workers)):
                 self._workers.append(self._start())
 
     def close(self) -> None:
@@ -302,18 +302,18 @@ class Pool:
         with self._lock:
             self._closed = True
             for worker in self._workers:
-                worker.held.stop()
+                worker.handle.stop()
             deadline = time.monotonic() + GRACE_SECONDS
             for worker in self._workers:
-                worker.held.wait(deadline - time.monotonic())
+                worker.handle.wait(deadline - time.monotonic())
             self._workers = []
-            self._crew.close()
+            self._backend.close()
 
     def _start(self) -> _Worker:
         name = f"{socket.gethostname()[:60]}:{os.getpid()}:{secrets.token_hex(4)}"
-        held = self._crew.start(name)
-        pool_log.info("worker starts", extra={"worker": name, **held.place})
-        return _Worker(name, held, time.monotonic())
+        handle = self._backend.start(name)
+        pool_log.info("worker starts", extra={"worker": name, **handle.place})
+        return _Worker(name, handle, time.monotonic())
 
 
 class Reaper:
@@ -322,12 +322,14 @@ class Reaper:
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
-        self._seen: dict[Pulse, float] = {}
+        self._seen: dict[Heartbeat, float] = {}
 
     def look(self) -> None:
         """Takes jobs from workers that have shown no life for `lease_seconds`."""
         now = time.monotonic()
-        self._seen = {pulse: self._seen.get(pulse, now) for pulse in self._store.jobs.pulses()}
-        for pulse, since in self._seen.items():
-            if now - since > self._settings.lease_seconds and self._store.jobs.lost(pulse, self._settings.attempts):
-                pool_log.warning("job taken from a silent worker", extra={"job": pulse.key, "worker": pulse.worker})
+        self._seen = {heartbeat: self._seen.get(heartbeat, now) for heartbeat in self._store.jobs.heartbeats()}
+        for heartbeat, since in self._seen.items():
+            if now - since > self._settings.lease_seconds and self._store.jobs.lost(heartbeat, self._settings.attempts):
+                pool_log.warning(
+                    "job taken from a silent worker", extra={"job": heartbeat.key, "worker": heartbeat.worker}
+                )

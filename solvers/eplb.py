@@ -7,16 +7,15 @@ replica, then place replicas, heaviest first, on the least loaded device that ha
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from .._types import IntArray
 from ..placement.bounds import device_load_certificate
 from ..placement.errors import UnsupportedError
 from ..placement.layer_slots import alike_layers, even_slots
+from ..placement.packing import Weights, pack, replicate
+from ..placement.plan import replica_counts
 from ..placement.problem import Problem
 from .base import Budget, Feature, Needs, Solution
-
-FloatArray = npt.NDArray[np.floating]
 
 
 class Eplb:
@@ -40,18 +39,18 @@ class Eplb:
         rows: dict[int, IntArray] = {}
         for slots, layers in alike_layers(problem.layer_slots):
             if globally:
-                found = _rebalance_globally(load[layers], slots)
+                tables = _rebalance_globally(load[layers], slots)
             else:
                 groups, total = problem.model.groups, int(slots.sum())
-                found = rebalance(load[layers], total, groups, topology.num_nodes, topology.num_devices)
-            rows |= dict(zip(layers.tolist(), found, strict=True))
+                tables = rebalance(load[layers], total, groups, topology.num_nodes, topology.num_devices)
+            rows |= dict(zip(layers.tolist(), tables, strict=True))
         table = problem.slot_table([rows[layer] for layer in range(problem.model.layers)])
         certificate = device_load_certificate(problem, table)
         budget.report(certificate.value, certificate.bound)
         return Solution(table, certificate)
 
 
-def rebalance(load: FloatArray, slots: int, groups: int, nodes: int, devices: int) -> IntArray:
+def rebalance(load: Weights, slots: int, groups: int, nodes: int, devices: int) -> IntArray:
     """[L, P] slot table for expert loads [L, E]; slot i stands on device i // (slots / devices).
 
     Hierarchical when groups divide over several nodes, else global, as published. In the global form slots need not
@@ -70,7 +69,7 @@ def rebalance(load: FloatArray, slots: int, groups: int, nodes: int, devices: in
             f"devices of {nodes} nodes needs each to divide evenly; groups=1, nodes=1 balances globally"
         )
     group_size = experts // groups
-    node_of_group, rank_in_node = _pack(
+    node_of_group, rank_in_node = pack(
         load.reshape(layers, groups, group_size).sum(axis=2), np.full(nodes, groups // nodes)
     )
     # Experts in the order of their nodes: member[l, i] is the expert at place i of the concatenated nodes.
@@ -94,48 +93,12 @@ def _obstacle(problem: Problem) -> str | None:
     return None
 
 
-def _rebalance_globally(load: FloatArray, slots_per_device: IntArray) -> IntArray:
+def _rebalance_globally(load: Weights, slots_per_device: IntArray) -> IntArray:
     """[L, P] replicate, then pack."""
-    held = _replicate(load, int(slots_per_device.sum()))
-    counts = np.stack([np.bincount(row, minlength=load.shape[1]) for row in held]).astype(load.dtype)
-    slot_load = np.take_along_axis(load / counts, held, axis=1)
-    device, rank = _pack(slot_load, slots_per_device)
+    expert = replicate(load, int(slots_per_device.sum()))
+    replicas = replica_counts(expert, load.shape[1]).astype(load.dtype)
+    device, rank = pack(np.take_along_axis(load / replicas, expert, axis=1), slots_per_device)
     first_slot = np.cumsum(slots_per_device) - slots_per_device
-    table = np.empty_like(held)
-    np.put_along_axis(table, first_slot[device] + rank, held, axis=1)
+    table = np.empty_like(expert)
+    np.put_along_axis(table, first_slot[device] + rank, expert, axis=1)
     return table
-
-
-def _replicate(load: FloatArray, slots: int) -> IntArray:
-    """[L, P] experts, each once, then each spare slot the expert with the highest load a replica by then."""
-    layers, experts = load.shape
-    rows = np.arange(layers)
-    held = np.tile(np.arange(slots) % experts, (layers, 1))
-    counts = np.ones((layers, experts), dtype=load.dtype)
-    for slot in range(experts, slots):
-        chosen = (load / counts).argmax(axis=1)
-        held[:, slot] = chosen
-        counts[rows, chosen] += 1
-    return held
-
-
-def _pack(weight: FloatArray, capacity: IntArray) -> tuple[IntArray, IntArray]:
-    """Items [L, n] to packs of given capacity [G], heaviest first to the lightest pack with room: (pack, rank in it)."""
-    layers, items = weight.shape
-    rows = np.arange(layers)
-    order = np.argsort(-weight, axis=1, kind="stable")
-    carried = np.zeros((layers, len(capacity)), dtype=np.result_type(weight, 1.0))
-    filled = np.zeros((layers, len(capacity)), dtype=np.int64)
-    pack = np.empty((layers, items), dtype=np.int64)
-    rank = np.empty((layers, items), dtype=np.int64)
-    # A full pack is made infinitely heavy, so that the lightest is always one with room.
-    carried[:, capacity == 0] = np.inf
-    for item in order.T:
-        lightest = carried.argmin(axis=1)
-        pack[rows, item] = lightest
-        rank[rows, item] = filled[rows, lightest]
-        filled[rows, lightest] += 1
-        carried[rows, lightest] += weight[rows, item]
-        full = filled[rows, lightest] == capacity[lightest]
-        carried[rows[full], lightest[full]] = np.inf
-    return pack, rank

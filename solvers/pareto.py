@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._types import BoolArray, IntArray
-from ..placement.degraded import grown_slots, slot_room, with_standbys
+from ..placement.degraded import grown_slots, slot_capacity, with_standbys
 from ..placement.errors import InputError, SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate
 from ..placement.failures import KINDS, Failure, Kind, single_failures, survives
@@ -21,27 +21,16 @@ from ..placement.problem import Problem
 from ..placement.steps import Steps
 from .solve import solve
 
-# Which of several alternatives nothing beats.
-
-
-def non_dominated(figures: npt.ArrayLike) -> BoolArray:
-    """[N] whether no row of figures [N, K], all to be small, is at most as large everywhere and smaller somewhere.
-
-    Of equal rows all stay.
-    """
-    values = np.asarray(figures, dtype=np.float64)
-    result = np.ones(len(values), dtype=bool)
-    for i, row in enumerate(values):
-        result[i] = not ((values <= row).all(axis=1) & (values < row).any(axis=1)).any()
-    return result
-
 
 @dataclass(frozen=True)
-class Wish:
+class ParetoConfig:
     """What a plan of the sweep is asked for, besides short steps.
 
-    redundant: slots a layer beyond one an expert. tolerate: the kind of single failures to survive, as many of them as
-    the slots allow; None leaves survival to chance. max_moved: most bytes moved from the plan in force.
+    Attributes:
+        redundant: slots a layer beyond one an expert.
+        tolerate: the kind of single failures to survive, as many of them as the slots allow; None leaves survival to
+            chance.
+        max_moved: most bytes moved from the plan in force; None for any number.
     """
 
     redundant: int
@@ -60,11 +49,16 @@ class Wish:
 class Point:
     """A plan and what it is judged by.
 
-    wish: None for the plan in force. seconds: the objective's figure on the held-out steps. survived: single failures
-    of each kind in which every expert keeps a replica. migration: from the plan in force, where there is one.
+    Attributes:
+        config: what was asked for; None for the plan in force.
+        plan: the plan.
+        evaluation: on the held-out steps.
+        seconds: the objective's figure on them.
+        survived: single failures of each kind in which every expert keeps a replica.
+        migration: from the plan in force, where there is one.
     """
 
-    wish: Wish | None
+    config: ParetoConfig | None
     plan: Plan
     evaluation: Evaluation
     seconds: float
@@ -73,7 +67,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        return "in force" if self.wish is None else self.wish.name
+        return "in force" if self.config is None else self.config.name
 
     @property
     def redundant(self) -> int:
@@ -92,14 +86,64 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Front:
-    """points: in the order solved. best: [N] whether no other point is at least as good in everything and better in
-    something. refused: wishes without a plan, and why. failures: how many single failures of each kind there are."""
+    """The plans of a sweep.
 
+    Attributes:
+        problem: which was solved with every configuration.
+        points: in the order solved.
+        best: [N] whether no other point is at least as good in everything and better in something.
+        refused: configurations without a plan, and why.
+        failures: how many single failures of each kind there are.
+        interrupted: whether the sweep was cut short.
+    """
+
+    problem: Problem
     points: tuple[Point, ...]
     best: BoolArray
-    refused: tuple[tuple[Wish, str], ...]
+    refused: tuple[tuple[ParetoConfig, str], ...]
     failures: Mapping[Kind, int]
     interrupted: bool = False
+
+    def to_dict(self, files: Sequence[Path] = (), stored: Sequence[str] = ()) -> dict[str, Any]:
+        """The front as JSON has it. files, stored: where each point's plan went, empty when nowhere."""
+        fastest = min((point.seconds for point in self.points), default=0.0)
+        points = [
+            {
+                "point": point.name,
+                "best": bool(self.best[i]),
+                "redundant_slots": point.redundant,
+                "slots": point.plan.num_slots,
+                "tolerate": None if point.config is None else point.config.tolerate,
+                "max_moved_bytes": None if point.config is None else point.config.max_moved,
+                "survives": {
+                    kind: {"survived": point.survived[kind], "of": total} for kind, total in self.failures.items()
+                },
+                "bytes_moved": None if point.migration is None else point.migration.bytes_moved,
+                "migration_seconds": None if point.migration is None else point.migration.seconds,
+                "risk_seconds": point.seconds,
+                "ratio": point.seconds / fastest,
+                **point.evaluation.summary(),
+                "solver": point.plan.provenance.solver,
+                "stop": point.plan.provenance.stop,
+                "fingerprint": point.plan.fingerprint,
+                "file": str(files[i]) if files else None,
+                "stored_as": stored[i] if stored else None,
+            }
+            for i, point in enumerate(self.points)
+        ]
+        problem = self.problem
+        return {
+            "model": problem.model.model_dump(mode="json"),
+            "topology": {
+                "name": problem.topology.name,
+                "nodes": problem.topology.num_nodes,
+                "devices": problem.num_devices,
+            },
+            "objective": problem.objective.model_dump(mode="json"),
+            "points": points,
+            "refused": [{"point": config.name, "reason": reason} for config, reason in self.refused],
+            "interrupted": self.interrupted,
+        }
 
 
 def pareto(
@@ -116,17 +160,28 @@ def pareto(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Front:
-    """Solves `problem` with every wish of the sweep, and judges the plans on `steps`, which no solver has seen.
-
-    problem: its slots are swept, so it names none. redundant: slots a layer beyond one an expert; default 0, 1/8, 1/4,
-    1/2 and 1 for each expert, as far as memory goes, rounded up to whole slots a device. tolerate: kinds of failures to
-    survive. current: the plan in force, which bytes are moved from. max_moved: most bytes to move; default any number,
-    and with a plan in force also 1/16 and 1/4 of the weights. solver, seconds, seed: of each solve, options: the
-    solver's own (see `solve`). progress: called with the wishes done, their number and the next one's name.
-    After a keyboard interrupt the points finished so far are returned.
+    """Solves `problem` with every configuration of the sweep, and judges the plans on held-out steps.
 
     With free shares, a plan for more slots is at least as good on the steps solved on as those found before for fewer,
-    whose replicas may stand by in the slots beyond. Under regret, which is against the best of the plans at hand, points are judged by their mean step.
+    whose replicas may stand by in the slots beyond. Under regret, which is against the best of the plans at hand,
+    points are judged by their mean step.
+
+    Args:
+        problem: its slots are swept, so it names none, and no failures to tolerate.
+        steps: the held-out steps.
+        redundant: slots a layer beyond one an expert; default 0, 1/8, 1/4, 1/2 and 1 for each expert, as far as memory
+            goes, rounded up to whole slots a device.
+        tolerate: kinds of failures to survive.
+        current: the plan in force, which bytes are moved from.
+        max_moved: most bytes to move; default any number, and with a plan in force also 1/16 and 1/4 of the weights.
+        solver: of each solve (see `solve`).
+        seconds: of each solve.
+        seed: of each solve.
+        options: the solver's own.
+        progress: called with the configurations done, their number and the next one's name.
+
+    Returns:
+        A point of each configuration that has a plan; after a keyboard interrupt those finished so far.
 
     Raises:
         InputError: the problem names slots, a negative number of redundant slots, or plans and steps of another model
@@ -140,75 +195,75 @@ def pareto(
         limits = (None,) if current is None else (None, weights / 16, weights / 4)
     if redundant is not None and any(count < 0 for count in redundant):
         raise InputError(f"redundant slots ({list(redundant)}) must not be negative")
-    wishes = [
-        Wish(count, kind, limit)
+    configs = [
+        ParetoConfig(count, kind, limit)
         for count in (redundancy_steps(problem) if redundant is None else dict.fromkeys(redundant))
         for kind in tolerate
         if kind is None or (count > 0 and single_failures(problem.topology, (kind,)))
         for limit in limits
     ]
     points = [] if current is None else [_judged(None, current, problem, steps, current)]
-    refused: list[tuple[Wish, str]] = []
+    refused: list[tuple[ParetoConfig, str]] = []
     interrupted = False
     try:
-        for done, wish in enumerate(wishes):
+        for done, config in enumerate(configs):
             if progress is not None:
-                progress(done, len(wishes), wish.name)
+                progress(done, len(configs), config.name)
             try:
-                asked = problem_for(wish, problem, current)
+                asked = problem_for(config, problem, current)
                 plan = solve(asked, solver, seconds=seconds, seed=seed, **(options or {}))
             except (UnsupportedError, SolveError) as error:
-                refused.append((wish, str(error)))
+                refused.append((config, str(error)))
                 continue
             stopped = plan.provenance.stop == "interrupted"
-            if problem.objective.split == "free" and wish.max_moved is None:
+            if problem.objective.split == "free" and config.max_moved is None:
                 plan = _or_standing_by(plan, asked, points)
-            points.append(_judged(wish, plan, problem, steps, current))
+            points.append(_judged(config, plan, problem, steps, current))
             if stopped:
-                interrupted = done + 1 < len(wishes)
+                interrupted = done + 1 < len(configs)
                 break
     except KeyboardInterrupt:
         interrupted = True
     failures = {kind: len(single_failures(problem.topology, (kind,))) for kind in KINDS}
-    return Front(tuple(points), _best(points), tuple(refused), failures, interrupted)
+    return Front(problem, tuple(points), _best(points), tuple(refused), failures, interrupted)
 
 
 def redundancy_steps(problem: Problem) -> list[int]:
     """0, 1/8, 1/4, 1/2 and 1 redundant slots an expert that memory holds, rounded up to whole slots a device."""
     experts, devices = problem.model.experts, problem.num_devices
-    room = int(slot_room(problem.model, problem.topology).sum()) - experts
+    most = int(slot_capacity(problem.model, problem.topology).sum()) - experts
     counts = {0}
     for part in (8, 4, 2, 1):
         slots = experts + -(-experts // part)
         counts.add(-(-slots // devices) * devices - experts)
-    return sorted(count for count in counts if count <= room)
+    return sorted(count for count in counts if count <= most)
 
 
-def problem_for(wish: Wish, problem: Problem, current: Plan | None = None) -> Problem:
-    """The problem with a wish's slots, dealt evenly as far as memory goes, and the failures it can ask to survive.
+def problem_for(config: ParetoConfig, problem: Problem, current: Plan | None = None) -> Problem:
+    """The problem with a configuration's slots, as even as memory allows, and the failures it can ask to survive.
 
     Raises:
-        SolveError: the devices have no room for so many slots, or the slots allow no failure of that kind.
+        SolveError: the devices do not hold so many slots, or the slots allow no failure of that kind.
     """
     devices = problem.num_devices
-    total, room = problem.model.experts + wish.redundant, slot_room(problem.model, problem.topology)
-    slots = grown_slots(np.zeros(devices, dtype=np.int64), total, room)
+    total, capacity = problem.model.experts + config.redundant, slot_capacity(problem.model, problem.topology)
+    slots = grown_slots(np.zeros(devices, dtype=np.int64), total, capacity)
     if slots is None:
-        raise SolveError(f"does not fit: {total} slots a layer are wanted, the devices have room for {int(room.sum())}")
+        raise SolveError(f"does not fit: {total} slots a layer are wanted, the devices hold {int(capacity.sum())}")
     tolerates: tuple[Failure, ...] = ()
-    if wish.tolerate is not None:
-        tolerates = tolerable(single_failures(problem.topology, (wish.tolerate,)), slots, wish.redundant)
+    if config.tolerate is not None:
+        tolerates = tolerable(single_failures(problem.topology, (config.tolerate,)), slots, config.redundant)
         if not tolerates:
             raise SolveError(
-                f"{wish.redundant} redundant slots a layer are too few to survive any {wish.tolerate} failure"
+                f"{config.redundant} redundant slots a layer are too few to survive any {config.tolerate} failure"
             )
     return replace(
         problem,
         device_slots=slots.tolist(),
         tolerates=tolerates,
         # Without a limit the plan in force only narrows the search.
-        current=None if wish.max_moved is None else current,
-        max_moved_bytes=wish.max_moved,
+        current=None if config.max_moved is None else current,
+        max_moved_bytes=config.max_moved,
     )
 
 
@@ -239,18 +294,18 @@ def _or_standing_by(plan: Plan, asked: Problem, points: Sequence[Point]) -> Plan
     for point in points:
         known = point.plan.certificate
         used = np.bincount(point.plan.slot_device, minlength=asked.num_devices)
-        if point.wish is None or known is None or best.certificate is None or (used > slots).any():
+        if point.config is None or known is None or best.certificate is None or (used > slots).any():
             continue
         if known.objective == best.certificate.objective and known.value < best.certificate.value:
             best = with_standbys(point.plan, slots, asked.tolerates, load) or best
     return best
 
 
-def _judged(wish: Wish | None, plan: Plan, problem: Problem, steps: Steps, current: Plan | None) -> Point:
+def _judged(config: ParetoConfig | None, plan: Plan, problem: Problem, steps: Steps, current: Plan | None) -> Point:
     evaluation = evaluate(plan, steps, problem)
     regret = problem.objective.risk == "regret"
     return Point(
-        wish=wish,
+        config=config,
         plan=plan,
         evaluation=evaluation,
         seconds=float(evaluation.step_seconds.mean()) if regret else evaluation.risk(),
@@ -267,45 +322,13 @@ def _best(points: Sequence[Point]) -> BoolArray:
     return non_dominated(figures)
 
 
-# The front of step time against its price, as plain values.
+def non_dominated(figures: npt.ArrayLike) -> BoolArray:
+    """[N] whether no row of figures [N, K], all to be small, is at most as large everywhere and smaller somewhere.
 
-
-def front_data(front: Front, problem: Problem, files: Sequence[Path], stored: Sequence[str]) -> dict[str, Any]:
-    """The front as JSON has it. files, stored: where each point's plan went, empty when nowhere."""
-    fastest = min((point.seconds for point in front.points), default=0.0)
-    points = [
-        {
-            "point": point.name,
-            "best": bool(front.best[i]),
-            "redundant_slots": point.redundant,
-            "slots": point.plan.num_slots,
-            "tolerate": None if point.wish is None else point.wish.tolerate,
-            "max_moved_bytes": None if point.wish is None else point.wish.max_moved,
-            "survives": {
-                kind: {"survived": point.survived[kind], "of": total} for kind, total in front.failures.items()
-            },
-            "bytes_moved": None if point.migration is None else point.migration.bytes_moved,
-            "migration_seconds": None if point.migration is None else point.migration.seconds,
-            "risk_seconds": point.seconds,
-            "ratio": point.seconds / fastest,
-            **point.evaluation.summary(),
-            "solver": point.plan.provenance.solver,
-            "stop": point.plan.provenance.stop,
-            "fingerprint": point.plan.fingerprint,
-            "file": str(files[i]) if files else None,
-            "stored_as": stored[i] if stored else None,
-        }
-        for i, point in enumerate(front.points)
-    ]
-    return {
-        "model": problem.model.model_dump(mode="json"),
-        "topology": {
-            "name": problem.topology.name,
-            "nodes": problem.topology.num_nodes,
-            "devices": problem.num_devices,
-        },
-        "objective": problem.objective.model_dump(mode="json"),
-        "points": points,
-        "refused": [{"point": wish.name, "reason": reason} for wish, reason in front.refused],
-        "interrupted": front.interrupted,
-    }
+    Of equal rows all stay.
+    """
+    values = np.asarray(figures, dtype=np.float64)
+    result = np.ones(len(values), dtype=bool)
+    for i, row in enumerate(values):
+        result[i] = not ((values <= row).all(axis=1) & (values < row).any(axis=1)).any()
+    return result

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .._types import FloatArray, IntArray
+from ..placement.cost import Roofline
 from ..placement.errors import SolveError
 from ..placement.evaluate import evaluate
 from ..placement.plan import EMPTY, Plan
@@ -98,8 +99,7 @@ def layer_shares(
 
     model, topology = problem.model, problem.topology
     steps, devices = len(loads), problem.num_devices
-    per_pair = model.flops_per_token / topology.compute
-    per_read = model.bytes_per_expert / topology.memory_bandwidth
+    per_pair, per_read = Roofline.of(model, topology)
     filled = table != EMPTY
     result = np.zeros(len(table))
     table, shares, slot_device = table[filled], shares[filled], slot_device[filled]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .._types import BoolArray, IntArray
-from ..placement.degraded import degraded, grown_layer_slots, rehomed, repaired, slot_room, survivors
+from ..placement.degraded import degraded, grown_layer_slots, remap_source_ranks, repaired, slot_capacity, survivors
 from ..placement.errors import SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate, evaluate_on
 from ..placement.failures import KINDS, Failure, failure_mask, single_failures, survives
@@ -21,13 +22,20 @@ from ..placement.steps import Steps
 from ..placement.topology import Topology
 from .solve import solve
 
+Survival = dict[str, dict[str, int]]
+Details = Callable[["Outcome", str, Plan], Mapping[str, Any]]
+"""What else to tell of a plan, given the outcome it belongs to and its kind, "ready" or "repaired"."""
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """Another cluster for a plan. origin: [G] the rank each of its devices has in the plan's, -1 for a new device.
+    """Another cluster for a plan.
 
-    slots: P a layer of the ready plan, or [L] numbers, one a layer; by default those of the devices that stay, or as many
-    as the plan has where there are new ones, and always enough for every expert.
+    Attributes:
+        name: shown to the user. topology: the other cluster. origin: [G] the rank that each of its devices has in the
+        plan's cluster, -1 for a new device. slots: P a layer of the ready plan, or [L] numbers, one a layer; by default
+        those of the devices that stay, or as
+            many as the plan has where there are new ones, and always enough for every expert.
     """
 
     name: str
@@ -63,185 +71,7 @@ class Change:
         return cls(name, topology, np.full(topology.num_devices, -1, dtype=np.int64), slots)
 
 
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """A plan on the changed cluster, what the steps cost with it, and what must move to get there."""
-
-    plan: Plan
-    evaluation: Evaluation
-    migration: Migration
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a change does.
-
-    lost: [L, E] experts of which no device that stays holds a replica. lost_load: the part of the steps' token-expert
-    pairs that chose them. degraded: the plan with nothing moved, where devices only go and no expert is lost.
-    repaired: where experts are lost, the survivors as they stand with the lost experts loaded again. ready: a plan
-    solved for the changed cluster. reason: why there is none. extra_slots: slots a layer that devices which stay need
-    beyond their present ones, in the layer that needs most.
-    """
-
-    change: Change
-    lost: BoolArray
-    lost_load: float
-    degraded: Judged | None = None
-    repaired: Judged | None = None
-    ready: Judged | None = None
-    extra_slots: int = 0
-    reason: str = ""
-
-    @property
-    def survives(self) -> bool:
-        return not self.lost.any()
-
-
-@dataclass(frozen=True, eq=False)
-class WhatIf:
-    """before: the plan as it stands. outcomes: one a change, in order; fewer than asked when `interrupted`."""
-
-    before: Evaluation
-    outcomes: tuple[Outcome, ...]
-    interrupted: bool = False
-
-
-def what_if(
-    plan: Plan,
-    problem: Problem,
-    steps: Steps,
-    changes: Sequence[Change] | None = None,
-    *,
-    ready: bool = True,
-    max_moved_bytes: float | None = None,
-    solver: str | None = None,
-    seconds: float | None = 10.0,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> WhatIf:
-    """Replays `steps` after each change, and solves for the changed cluster.
-
-    problem: statistics, objective and constraints, on the plan's topology; pins to devices that go are dropped, and
-    failures it tolerates are not asked of ready plans. changes: default the loss of every device and of every node.
-    ready: whether to repair and solve; otherwise only survival and the degraded plan are looked at. max_moved_bytes: most
-    that ready plans may move between devices, after failures (lost experts are loaded beside that). solver, seconds,
-    seed: of each solve, options: the solver's own (see `solve`). progress: called with the changes done, their number
-    and the next one's name. After a keyboard interrupt the outcomes finished so far are returned.
-
-    Raises:
-        InputError: the plan, the problem and the steps are not about the same model or number of devices.
-    """
-    before = evaluate(plan, steps, problem)
-    if changes is None:
-        changes = [Change.losing(failure, plan.topology) for failure in single_failures(plan.topology)]
-    outcomes: list[Outcome] = []
-    try:
-        for done, change in enumerate(changes):
-            if progress is not None:
-                progress(done, len(changes), change.name)
-            outcome = _as_it_is(plan, problem, steps, change)
-            if ready:
-                outcome = _solved(
-                    outcome, plan, problem, steps, (solver, seconds, seed, options or {}), max_moved_bytes
-                )
-            outcomes.append(outcome)
-            if outcome.ready is not None and outcome.ready.plan.provenance.stop == "interrupted":
-                return WhatIf(before, tuple(outcomes), interrupted=len(outcomes) < len(changes))
-    except KeyboardInterrupt:
-        return WhatIf(before, tuple(outcomes), interrupted=True)
-    return WhatIf(before, tuple(outcomes))
-
-
-def _as_it_is(plan: Plan, problem: Problem, steps: Steps, change: Change) -> Outcome:
-    lost = np.asarray(~_held(plan, change).any(axis=2))
-    chosen = steps.loads().sum(axis=0)
-    outcome = Outcome(change, lost, float(chosen[lost].sum() / chosen.sum()))
-    if not (change.stays and _gone(plan, change)) or lost.any():
-        return outcome
-    left = degraded(plan, Failure(change.name, _gone(plan, change)))
-    return replace(outcome, degraded=_judged(left, plan, problem, steps, change))
-
-
-def _solved(
-    outcome: Outcome,
-    plan: Plan,
-    problem: Problem,
-    steps: Steps,
-    how: tuple[str | None, float | None, int, Mapping[str, Any]],
-    max_moved_bytes: float | None,
-) -> Outcome:
-    change, experts = outcome.change, problem.model.experts
-    # The last column is for devices that are new.
-    present = np.pad(plan.slots_per_device, ((0, 0), (0, 1)))[:, change.origin]
-    keeps = change.stays and change.slots is None
-    if change.slots is not None:
-        wanted = slots_by_layer(problem.model, change.topology.num_devices, change.slots, None).sum(axis=1)
-    else:
-        wanted = np.maximum(experts, (present if keeps else plan.slots_per_device).sum(axis=1))
-    base = present if keeps else np.zeros_like(present)
-    slots = grown_layer_slots(base, wanted, problem.model, change.topology)
-    if slots is None:
-        room = int(slot_room(problem.model, change.topology).sum())
-        return replace(
-            outcome,
-            reason=f"does not fit: {spanned(wanted)} slots a layer are needed, {change.topology.num_devices} devices "
-            f"have room for {room}",
-        )
-    extra = np.maximum(slots - present, 0)[:, change.origin >= 0].sum(axis=1)
-    outcome = replace(outcome, extra_slots=int(extra.max()))
-    if keeps and outcome.lost.any():
-        failure = Failure(change.name, _gone(plan, change))
-        mended = repaired(plan, failure, slots, problem.statistics.total_load)
-        outcome = replace(outcome, repaired=_judged(mended, plan, problem, steps, change))
-    solver, seconds, seed, options = how
-    after = _problem_after(problem, change, slots)
-    at_once = outcome.degraded or outcome.repaired
-    if max_moved_bytes is not None and at_once is not None:
-        after = replace(after, current=at_once.plan, max_moved_bytes=max_moved_bytes)
-    try:
-        ready = solve(after, solver, seconds=seconds, seed=seed, **options)
-    except (UnsupportedError, SolveError) as error:
-        return replace(outcome, reason=str(error))
-    return replace(outcome, ready=_judged(ready, plan, problem, steps, change))
-
-
-def _judged(result: Plan, plan: Plan, problem: Problem, steps: Steps, change: Change) -> Judged:
-    evaluation = evaluate_on(result, rehomed(steps, change.origin), problem.model, change.topology, problem.objective)
-    return Judged(result, evaluation, migration_from(_held(plan, change), result))
-
-
-def _gone(plan: Plan, change: Change) -> tuple[int, ...]:
-    """Devices of the plan's cluster that the changed one lacks."""
-    return tuple(int(g) for g in np.setdiff1d(np.arange(plan.topology.num_devices), change.origin))
-
-
-def _held(plan: Plan, change: Change) -> BoolArray:
-    """[L, E, G] what the devices of the changed cluster hold before anything moves."""
-    layers, experts, _ = plan.holds.shape
-    nothing = np.zeros((layers, experts, 1), dtype=bool)
-    return np.concatenate([plan.holds, nothing], axis=2)[:, :, change.origin]
-
-
-def _problem_after(problem: Problem, change: Change, slots: IntArray) -> Problem:
-    rank = {int(old): new for new, old in enumerate(change.origin) if old >= 0}
-    return replace(
-        problem,
-        topology=change.topology,
-        slots=None,
-        device_slots=slots.tolist(),
-        pinned={key: rank[device] for key, device in problem.pinned.items() if device in rank},
-        forbidden={key: [rank[d] for d in devices if d in rank] for key, devices in problem.forbidden.items()},
-        tolerates=(),
-        current=None,
-        max_moved_bytes=None,
-    )
-
-
-# The changes of a cluster that somebody asks about, from their names and numbers.
-
-
-def changes_asked(
+def parse_changes(
     cluster: Topology,
     *,
     lose: Sequence[str] = (),
@@ -251,11 +81,16 @@ def changes_asked(
     topology: Topology | None = None,
     slots: Slots | None = None,
 ) -> list[Change]:
-    """Each change on its own; the loss of every single device and node where nothing else is asked.
+    """The changes that somebody asks about, each on its own; every single failure where nothing else is asked.
 
-    lose: failures by name (`Failure.named`). n_1: all single failures besides. devices, nodes: the plan's cluster with so
-    many of them. topology: another cluster. slots: a layer of the ready plans, or one number for each layer;
-    alone, a change of its own.
+    Args:
+        cluster: of the plan.
+        lose: failures by name (see `Failure.named`).
+        n_1: all single failures besides.
+        devices: the plan's cluster with so many devices.
+        nodes: the plan's cluster with so many nodes.
+        topology: another cluster.
+        slots: a layer of the ready plans, or one number for each layer; alone, a change of its own.
 
     Raises:
         InputError: a failure of what is not there, or a size that the cluster cannot have.
@@ -277,74 +112,257 @@ def changes_asked(
     return changes + [Change.losing(failure, cluster, slots) for failure in failures]
 
 
-# What changes do to a plan, as plain values.
+@dataclass(frozen=True, eq=False)
+class EvaluatedPlan:
+    """A plan on the changed cluster, what the steps cost with it, and what must move to get there."""
+
+    plan: Plan
+    evaluation: Evaluation
+    migration: Migration
+
+    def to_dict(self, before: Evaluation) -> dict[str, Any]:
+        """As JSON has it; before: the evaluation that its step time is compared with."""
+        return {
+            **self.evaluation.summary(),
+            "ratio": float(self.evaluation.step_seconds.mean() / before.step_seconds.mean()),
+            "slots": self.plan.num_slots,
+            "device_slots": self.plan.slots_per_device.max(axis=0).tolist(),
+            "moves": self.migration.moves,
+            "bytes_moved": self.migration.bytes_moved,
+            "bytes_reloaded": self.migration.bytes_reloaded,
+            "migration_seconds": self.migration.seconds,
+            "survives": survival(self.plan),
+            "stop": self.plan.provenance.stop,
+            "fingerprint": self.plan.fingerprint,
+        }
 
 
-Survival = dict[str, dict[str, int]]
-About = Callable[[Outcome, str, Plan], Mapping[str, Any]]
-"""What else to tell of a plan, given the outcome it belongs to and its kind, "ready" or "repaired"."""
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a change does.
+
+    Attributes:
+        change: the change.
+        lost: [L, E] experts of which no device that stays holds a replica.
+        lost_load: the part of the steps' token-expert pairs that chose them.
+        degraded: the plan with nothing moved, where devices only go and no expert is lost.
+        repaired: where experts are lost, the survivors as they stand with the lost experts loaded again.
+        ready: a plan solved for the changed cluster.
+        extra_slots: slots a layer that devices which stay need beyond their present ones, in the layer that needs most.
+        reason: why there is no ready plan.
+    """
+
+    change: Change
+    lost: BoolArray
+    lost_load: float
+    degraded: EvaluatedPlan | None = None
+    repaired: EvaluatedPlan | None = None
+    ready: EvaluatedPlan | None = None
+    extra_slots: int = 0
+    reason: str = ""
+
+    @property
+    def survives(self) -> bool:
+        return not self.lost.any()
+
+    def to_dict(self, moe_layers: Sequence[int], before: Evaluation, details: Details | None = None) -> dict[str, Any]:
+        """As JSON has it. moe_layers: names of the layers; before, details: as of `WhatIf`."""
+        plans: dict[str, dict[str, Any] | None] = {"degraded": None, "repaired": None, "ready": None}
+        for kind, evaluated in (("degraded", self.degraded), ("repaired", self.repaired), ("ready", self.ready)):
+            if evaluated is not None:
+                more = {} if details is None or kind == "degraded" else details(self, kind, evaluated.plan)
+                plans[kind] = {**evaluated.to_dict(before), **more}
+        lost = zip(moe_layers, self.lost, strict=True)
+        return {
+            "change": self.change.name,
+            "devices": self.change.topology.num_devices,
+            "nodes": self.change.topology.num_nodes,
+            "survives": self.survives,
+            "experts_lost": int(self.lost.sum()),
+            "lost": {str(layer): row.nonzero()[0].tolist() for layer, row in lost if row.any()},
+            "lost_load": self.lost_load,
+            **plans,
+            "extra_slots": self.extra_slots,
+            "reason": self.reason or None,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class WhatIf:
+    """What each change does to a plan.
+
+    Attributes:
+        plan: the plan as it stands.
+        before: what the steps cost with it.
+        outcomes: one a change, in order; fewer than asked when `interrupted`.
+    """
+
+    plan: Plan
+    before: Evaluation
+    outcomes: tuple[Outcome, ...]
+    interrupted: bool = False
+
+    def to_dict(self, details: Details | None = None) -> dict[str, Any]:
+        """The outcomes as JSON has them, each ready and repaired plan with what `details` tells of it besides."""
+        return {
+            "plan": self.plan.fingerprint,
+            "slots": self.plan.num_slots,
+            "survives": survival(self.plan),
+            "now": self.before.summary(),
+            "interrupted": self.interrupted,
+            "changes": [outcome.to_dict(self.plan.moe_layers, self.before, details) for outcome in self.outcomes],
+        }
 
 
 def survival(plan: Plan) -> Survival:
     """Of the single device and node failures, how many leave every expert a replica."""
     result: Survival = {}
     for kind in KINDS:
-        kept = survives(plan, single_failures(plan.topology, (kind,)))
-        result[kind] = {"survived": int(kept.sum()), "of": len(kept)}
+        survived = survives(plan, single_failures(plan.topology, (kind,)))
+        result[kind] = {"survived": int(survived.sum()), "of": len(survived)}
     return result
 
 
-def what_if_data(plan: Plan, result: WhatIf, about: About) -> dict[str, Any]:
-    """The outcomes as JSON has them."""
-    return {
-        "plan": plan.fingerprint,
-        "slots": plan.num_slots,
-        "survives": survival(plan),
-        "now": result.before.summary(),
-        "interrupted": result.interrupted,
-        "changes": [_row(plan, outcome, result, about) for outcome in result.outcomes],
-    }
+def what_if(
+    plan: Plan,
+    problem: Problem,
+    steps: Steps,
+    changes: Sequence[Change] | None = None,
+    *,
+    ready: bool = True,
+    max_moved_bytes: float | None = None,
+    solver: str | None = None,
+    seconds: float | None = 10.0,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> WhatIf:
+    """Replays `steps` after each change, and solves for the changed cluster.
+
+    Args:
+        plan: the plan in force.
+        problem: statistics, objective and constraints, on the plan's topology; pins to devices that go are dropped, and
+            failures it tolerates are not asked of ready plans.
+        steps: to replay, which no solver has seen.
+        changes: default the loss of every device and of every node.
+        ready: whether to repair and solve; otherwise only survival and the degraded plan are looked at.
+        max_moved_bytes: most that ready plans may move between devices, after failures (lost experts are loaded beside
+            that).
+        solver: of each solve (see `solve`).
+        seconds: of each solve.
+        seed: of each solve.
+        options: the solver's own.
+        progress: called with the changes done, their number and the next one's name.
+
+    Returns:
+        An outcome of each change; after a keyboard interrupt those finished so far.
+
+    Raises:
+        InputError: the plan, the problem and the steps are not about the same model or number of devices.
+    """
+    before = evaluate(plan, steps, problem)
+    if changes is None:
+        changes = [Change.losing(failure, plan.topology) for failure in single_failures(plan.topology)]
+    make_plan = partial(solve, solver=solver, seconds=seconds, seed=seed, **(options or {}))
+    outcomes: list[Outcome] = []
+    try:
+        for done, change in enumerate(changes):
+            if progress is not None:
+                progress(done, len(changes), change.name)
+            outcome = _unrepaired(plan, problem, steps, change)
+            if ready:
+                outcome = _made_ready(outcome, plan, problem, steps, make_plan, max_moved_bytes)
+            outcomes.append(outcome)
+            if outcome.ready is not None and outcome.ready.plan.provenance.stop == "interrupted":
+                return WhatIf(plan, before, tuple(outcomes), interrupted=len(outcomes) < len(changes))
+    except KeyboardInterrupt:
+        return WhatIf(plan, before, tuple(outcomes), interrupted=True)
+    return WhatIf(plan, before, tuple(outcomes))
 
 
-def _row(plan: Plan, outcome: Outcome, result: WhatIf, about: About) -> dict[str, Any]:
-    change = outcome.change
-    return {
-        "change": change.name,
-        "devices": change.topology.num_devices,
-        "nodes": change.topology.num_nodes,
-        "survives": outcome.survives,
-        "experts_lost": int(outcome.lost.sum()),
-        "lost": {
-            str(layer): row.nonzero()[0].tolist()
-            for layer, row in zip(plan.moe_layers, outcome.lost, strict=True)
-            if row.any()
-        },
-        "lost_load": outcome.lost_load,
-        "degraded": _what_if_data_judged(outcome.degraded, result),
-        "repaired": _what_if_data_judged(outcome.repaired, result, outcome, "repaired", about),
-        "ready": _what_if_data_judged(outcome.ready, result, outcome, "ready", about),
-        "extra_slots": outcome.extra_slots,
-        "reason": outcome.reason or None,
-    }
+def _unrepaired(plan: Plan, problem: Problem, steps: Steps, change: Change) -> Outcome:
+    """What the change takes, and the plan with nothing moved."""
+    lost = np.asarray(~_holds_before(plan, change).any(axis=2))
+    chosen = steps.loads().sum(axis=0)
+    outcome = Outcome(change, lost, float(chosen[lost].sum() / chosen.sum()))
+    if not (change.stays and _gone(plan, change)) or lost.any():
+        return outcome
+    left = degraded(plan, Failure(change.name, _gone(plan, change)))
+    return replace(outcome, degraded=_evaluated(left, plan, problem, steps, change))
 
 
-def _what_if_data_judged(
-    judged: Judged | None, result: WhatIf, outcome: Outcome | None = None, kind: str = "", about: About | None = None
-) -> dict[str, Any] | None:
-    if judged is None:
-        return None
-    more = {} if outcome is None or about is None else about(outcome, kind, judged.plan)
-    return {
-        **judged.evaluation.summary(),
-        "ratio": float(judged.evaluation.step_seconds.mean() / result.before.step_seconds.mean()),
-        "slots": judged.plan.num_slots,
-        "device_slots": judged.plan.slots_per_device.max(axis=0).tolist(),
-        "moves": judged.migration.moves,
-        "bytes_moved": judged.migration.bytes_moved,
-        "bytes_reloaded": judged.migration.bytes_reloaded,
-        "migration_seconds": judged.migration.seconds,
-        "survives": survival(judged.plan),
-        "stop": judged.plan.provenance.stop,
-        "fingerprint": judged.plan.fingerprint,
-        **more,
-    }
+def _made_ready(
+    outcome: Outcome,
+    plan: Plan,
+    problem: Problem,
+    steps: Steps,
+    make_plan: Callable[[Problem], Plan],
+    max_moved_bytes: float | None,
+) -> Outcome:
+    """The outcome with the repaired plan and the ready one."""
+    change, experts = outcome.change, problem.model.experts
+    # The last column is for devices that are new.
+    present = np.pad(plan.slots_per_device, ((0, 0), (0, 1)))[:, change.origin]
+    keeps_slots = change.stays and change.slots is None
+    if change.slots is not None:
+        totals = slots_by_layer(problem.model, change.topology.num_devices, change.slots, None).sum(axis=1)
+    else:
+        totals = np.maximum(experts, (present if keeps_slots else plan.slots_per_device).sum(axis=1))
+    slots = grown_layer_slots(
+        present if keeps_slots else np.zeros_like(present), totals, problem.model, change.topology
+    )
+    if slots is None:
+        capacity = int(slot_capacity(problem.model, change.topology).sum())
+        return replace(
+            outcome,
+            reason=f"does not fit: {spanned(totals)} slots a layer are needed, {change.topology.num_devices} devices "
+            f"hold {capacity}",
+        )
+    extra = np.maximum(slots - present, 0)[:, change.origin >= 0].sum(axis=1)
+    outcome = replace(outcome, extra_slots=int(extra.max()))
+    if keeps_slots and outcome.lost.any():
+        failure = Failure(change.name, _gone(plan, change))
+        repaired_plan = repaired(plan, failure, slots, problem.statistics.total_load)
+        outcome = replace(outcome, repaired=_evaluated(repaired_plan, plan, problem, steps, change))
+    after = _problem_after(problem, change, slots)
+    at_once = outcome.degraded or outcome.repaired
+    if max_moved_bytes is not None and at_once is not None:
+        after = replace(after, current=at_once.plan, max_moved_bytes=max_moved_bytes)
+    try:
+        ready = make_plan(after)
+    except (UnsupportedError, SolveError) as error:
+        return replace(outcome, reason=str(error))
+    return replace(outcome, ready=_evaluated(ready, plan, problem, steps, change))
+
+
+def _evaluated(result: Plan, plan: Plan, problem: Problem, steps: Steps, change: Change) -> EvaluatedPlan:
+    steps = remap_source_ranks(steps, change.origin)
+    evaluation = evaluate_on(result, steps, problem.model, change.topology, problem.objective)
+    return EvaluatedPlan(result, evaluation, migration_from(_holds_before(plan, change), result))
+
+
+def _gone(plan: Plan, change: Change) -> tuple[int, ...]:
+    """Devices of the plan's cluster that the changed one lacks."""
+    return tuple(int(g) for g in np.setdiff1d(np.arange(plan.topology.num_devices), change.origin))
+
+
+def _holds_before(plan: Plan, change: Change) -> BoolArray:
+    """[L, E, G] what the devices of the changed cluster hold before anything moves."""
+    layers, experts, _ = plan.holds.shape
+    nothing = np.zeros((layers, experts, 1), dtype=bool)
+    return np.concatenate([plan.holds, nothing], axis=2)[:, :, change.origin]
+
+
+def _problem_after(problem: Problem, change: Change, slots: IntArray) -> Problem:
+    rank = {int(old): new for new, old in enumerate(change.origin) if old >= 0}
+    return replace(
+        problem,
+        topology=change.topology,
+        slots=None,
+        device_slots=slots.tolist(),
+        pinned={key: rank[device] for key, device in problem.pinned.items() if device in rank},
+        forbidden={key: [rank[d] for d in devices if d in rank] for key, devices in problem.forbidden.items()},
+        tolerates=(),
+        current=None,
+        max_moved_bytes=None,
+    )

@@ -2,119 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..placement.decide import decide
-from ..placement.errors import InputError, MoeplaceError, RankError
-from ..placement.files import write_text
-from ..placement.objective import Objective
+from ..placement.errors import InputError, RankError
 from ..placement.plan import Plan, plan_from_dict, plan_to_dict
-from ..placement.problem import Problem
-from ..placement.statistics import RoutingStatistics
-from ..profiler import profile, read_trace
+from ..profiler import profile
 from ..profiler.profile import Recorder
 from ..runtime.moe.data_parallel import expert_layers
-from ..runtime.moe.migrate import Migration, row_tensors
-from ..solvers import solve
-
-# From recorded steps to a plan worth applying, or none; also a program of its own, so that training goes on
-# meanwhile.
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a new plan is solved for and judged by.
-
-    solver: a name of `solver_names()`, None for the one that fits. seconds: for solving. horizon_steps: for how many steps a
-    plan is expected to stand; migration has to pay within them. bytes_per_expert: what travels an expert and layer. held_out:
-    part of the recorded steps that the plan is judged on. dtype: in which activations travel, both ways.
-    """
-
-    solver: str | None
-    seconds: float
-    horizon_steps: float
-    bytes_per_expert: float
-    held_out: float = 0.3
-    dtype: str = "fp32"
-    seed: int = 0
-
-
-def propose(trace: str | Path, current: Plan, terms: Terms) -> tuple[Plan | None, str]:
-    """(a plan to apply, or None to keep `current`; why), from the trace of some training steps.
-
-    The later steps judge what the earlier ones were solved on. Slots and their devices stay as many as they are.
-
-    Raises:
-        InputError: the trace cannot be read, is of another model, or too short to part.
-    """
-    recorded = read_trace(trace)
-    train, held = recorded.split(by="time", held_out=terms.held_out)
-    problem = Problem(
-        model=current.model,
-        topology=current.topology,
-        statistics=RoutingStatistics.from_trace(train),
-        objective=Objective(dispatch_dtype=terms.dtype, combine_dtype=terms.dtype),
-        device_slots=current.slots_per_device.tolist(),
-    )
-    candidate = solve(problem, terms.solver, seconds=terms.seconds, seed=terms.seed)
-    decision = decide(
-        current,
-        [candidate],
-        held.recorded_steps(),
-        problem,
-        horizon_steps=terms.horizon_steps,
-        bytes_per_expert=terms.bytes_per_expert,
-        seed=terms.seed,
-    )
-    return (candidate if decision.action == "apply" else None), decision.reason
-
-
-def request(folder: Path, current: Plan, terms: Terms) -> list[str]:
-    """Writes what the program needs beside the trace; gives the program's arguments."""
-    current.save(folder / "current.json")
-    write_text(folder / "terms.json", json.dumps(asdict(terms)))
-    return ["-m", __name__, str(folder)]
-
-
-def answer(folder: Path) -> tuple[Plan | None, str]:
-    """What the program found.
-
-    Raises:
-        InputError: it ended without an answer.
-    """
-    said = json.loads((folder / "answer.json").read_text()) if (folder / "answer.json").is_file() else {}
-    plan = Plan.load(folder / "plan.json") if said.get("apply") else None
-    return plan, str(said.get("reason", "the solver ended without an answer"))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="holds current.json, terms.json and the folder trace")
-    folder = parser.parse_args().folder
-    terms = Terms(**json.loads((folder / "terms.json").read_text()))
-    try:
-        plan, reason = propose(folder / "trace", Plan.load(folder / "current.json"), terms)
-    except MoeplaceError as error:
-        plan, reason = None, f"{type(error).__name__}: {error}"
-    if plan is not None:
-        plan.save(folder / "plan.json")
-    write_text(folder / "answer.json", json.dumps({"apply": plan is not None, "reason": reason}))
-
-
-if __name__ == "__main__":
-    main()
-
+from ..runtime.moe.migrate import Migration, slot_tensors
+from .propose import Terms, answer, request
 
 PENDING, KEEP, APPLY = range(3)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -123,16 +28,24 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 class Rebalancer:
     """Call `step()` on every rank after each step's optimizer.step() and zero_grad().
 
-    Every `every` steps, `record_steps` steps are recorded; a process of the first rank then solves and decides on them, and
-    if the decision is to apply, experts move, `bytes_per_step` at most a step (all at once when None). Meanwhile training
-    goes on; the plan in force changes between two steps on all ranks together.
-
-    model: as it is called (wrapped or not), with expert layers (`parallelize`, `ExpertParallelMoE`). folder: shared by
-    the ranks; gets a folder a round, with the trace, the plan in force, the answer and its reason.
-    solver, seconds: of the solve. horizon_steps: how long a plan is expected to stand, default `every`.
-    say: called on the first rank with one line of news.
+    Every `every` steps, `record_steps` steps are recorded; a process of the first rank then solves and decides on them,
+    and if the decision is to apply, experts move. Meanwhile training goes on; the plan in force changes between two
+    steps on all ranks together.
 
     plan: the plan in force. applied: how often it has changed.
+
+    Args:
+        model: as it is called (wrapped or not), with expert layers (`parallelize`, `ExpertParallelMoE`).
+        optimizer: whose state moves with the experts.
+        folder: shared by the ranks; gets a folder a round, with the trace, the plan in force, the answer and its
+            reason.
+        every: steps from one recording to the next.
+        record_steps: steps a recording.
+        solver: a name of `solver_names()`, None for the one that fits.
+        seconds: for solving.
+        horizon_steps: how long a plan is expected to stand, default `every`.
+        bytes_per_step: of experts, at most, that move in a step; all at once when None.
+        say: called on the first rank with one line of news.
 
     Raises:
         InputError: no expert layers in the model, or counts below 1.
@@ -217,7 +130,7 @@ class Rebalancer:
         dist.barrier(self._mesh.group)  # all shards are on disk
         if self._mesh.rank:
             return
-        tensors = row_tensors(self._layer, self._optimizer)
+        tensors = slot_tensors(self._layer, self._optimizer)
         terms = Terms(
             self._solver,
             self._seconds,
@@ -247,8 +160,8 @@ class Rebalancer:
             return
         self._waiting = False
         if int(message[0]) == APPLY:
-            given = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else None
-            text = self._from_first(torch.empty(int(message[1]), dtype=torch.uint8) if given is None else given)
+            own = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else None
+            text = self._from_first(torch.empty(int(message[1]), dtype=torch.uint8) if own is None else own)
             plan = plan_from_dict(json.loads(text.numpy().tobytes()))
             self._change = Migration(self._model, plan, self._optimizer)
             self._move(self._change)

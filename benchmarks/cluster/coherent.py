@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import moeplace as mp
-from moeplace.runtime.moe.coherent import CoherentExperts, DecodeStatistics, Standing
+from moeplace.runtime.moe.coherent import CoherentExperts, DecodeStatistics, LocalTokens
 from moeplace.runtime.moe.decoder import RowGather
 from moeplace.runtime.moe.experts import PlacedExperts
 from moeplace.runtime.moe.mesh import ExpertMesh
@@ -33,19 +33,19 @@ class CoherentLayers(nn.Module):
     def forward(self, x_TD: Tensor, token_T: Tensor, expert_BLK: Tensor) -> None:
         """x_TD: of this rank's tokens. token_T: their numbers. expert_BLK: of all ranks' tokens."""
         count_G = np.full(self.mesh.size, len(token_T))
-        standing = Standing(x_TD, token_T, count_G)
+        tokens = LocalTokens(x_TD, token_T, count_G)
         gathering: list[RowGather] = []
         for index, move in enumerate(self.moves):
             for one in gathering:
                 one.hand_on()
             if self.context:
-                row_TW = torch.zeros(len(standing.sequence_T), self.context)
-                gathering.append(RowGather(self.mesh, self.statistics, "gather", row_TW, standing.count_G))
-            expert_TK = expert_BLK[standing.sequence_T, index]
+                row_TW = torch.zeros(len(tokens.sequence_T), self.context)
+                gathering.append(RowGather(self.mesh, self.statistics, "gather", row_TW, tokens.count_G))
+            expert_TK = expert_BLK[tokens.sequence_T, index]
             weight_TK = torch.tensor([0.6, 0.4]).expand(len(expert_TK), 2)
-            standing = move.move(standing, weight_TK, expert_TK, _norm, None)
-        told_T2 = torch.stack([standing.sequence_T, standing.sequence_T], dim=1)
-        RowGather(self.mesh, self.statistics, "ids", told_T2, standing.count_G).finish()
+            tokens = move.move(tokens, weight_TK, expert_TK, _norm, None)
+        told_T2 = torch.stack([tokens.sequence_T, tokens.sequence_T], dim=1)
+        RowGather(self.mesh, self.statistics, "ids", told_T2, tokens.count_G).finish()
         for one in gathering:
             one.finish()
 

@@ -133,7 +133,7 @@ def pareto_command(
       moeplace pareto trace --topology h100-hgx --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
-    from ...solvers.pareto import front_data, pareto
+    from ...solvers.pareto import pareto
 
     if len(steps.kinds) > 1:
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
@@ -198,7 +198,7 @@ def pareto_command(
         stored = keep_judged_plans(judged, problem.statistics, {kind: replayed}, storage.db) if storage.store else []
     if front.interrupted:
         note("interrupted: these are the points finished by then")
-    data = front_data(front, problem, files, stored) | {"steps": kind, "held_out": parted.description}
+    data = front.to_dict(files, stored) | {"steps": kind, "held_out": parted.description}
     described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
     emit(data, pareto_table(data, described), as_json=as_json)
 

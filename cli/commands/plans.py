@@ -15,7 +15,7 @@ from .solve import plan_summary, summary_table
 
 if TYPE_CHECKING:
     from ...db.records import EvaluationRecord, PlanSummary
-    from ...service.views import PlanView
+    from ...service.schemas import PlanView
 
 plans_app = typer.Typer(help="List, show, rename and delete stored plans.\n\nExample:\n\n  moeplace plans list")
 

@@ -161,7 +161,7 @@ def whatif_command(
       moeplace whatif production trace --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
-    from ...solvers.what_if import changes_asked, what_if, what_if_data
+    from ...solvers.what_if import parse_changes, what_if
 
     if remote.server is not None and solver is None:
         raise typer.BadParameter("a service is told which solver to use: give --solver")
@@ -170,7 +170,7 @@ def whatif_command(
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     current = read_plan(plan, storage.db, remote.server)
     asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
-    changes = changes_asked(current.topology, **asked)
+    changes = parse_changes(current.topology, **asked)
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
         record = read_routing(routing)
@@ -211,7 +211,7 @@ def whatif_command(
         file = files.get(outcome.change.name, {}).get(kept)
         return {"file": None if file is None else str(file)}
 
-    data = what_if_data(current, result, about)
+    data = result.to_dict(about)
     described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
     emit(
         data | {"steps": kind, "held_out": parted.description},
@@ -229,7 +229,7 @@ def asked_changes(
     devices_per_node: int | None,
     slots: int | list[int] | None,
 ) -> dict[str, Any]:
-    """The changes that the options ask for, as `changes_asked` takes them."""
+    """The changes that the options ask for, as `parse_changes` takes them."""
     if topology is None and devices_per_node is not None:
         raise typer.BadParameter("--devices-per-node goes with --topology")
     if topology is not None and devices is not None:

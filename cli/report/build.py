@@ -168,7 +168,7 @@ def _line(row: Mapping[str, Any], columns: Sequence[Column], chosen: bool) -> Li
 
 
 def _figures(comparison: Comparison, old: Entry, new: Entry, kind: str) -> list[Figure]:
-    from ...placement.traffic import device_traffic
+    from ...placement.replay import device_traffic
 
     problem, steps = comparison.problem, comparison.steps[kind]
     assert old.plan is not None

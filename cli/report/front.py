@@ -40,10 +40,8 @@ def write_front_page(page: FrontPage, path: str | Path) -> None:
 
 def build_front_page(front: Front, problem: Problem, steps: str, held_out: str) -> FrontPage:
     """Plots of step time over memory, over failures survived, and over bytes moved where a plan is in force."""
-    from ...solvers.pareto import front_data
-
     model, topology = problem.model, problem.topology
-    data = front_data(front, problem, [], [])
+    data = front.to_dict()
     columns = pareto_columns(data)
     figures = [
         front_figure(
@@ -146,9 +144,9 @@ def front_figure(
 
 
 def _kind(point: Point) -> str:
-    if point.wish is None:
+    if point.config is None:
         return "in force"
-    return point.wish.tolerate or "nothing asked"
+    return point.config.tolerate or "nothing asked"
 
 
 def _hover(point: Point) -> str:

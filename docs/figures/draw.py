@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import moeplace as mp
+from moeplace.placement.cost import Roofline
 from moeplace.placement.files import replacing
 
 HERE = Path(__file__).resolve().parent
@@ -94,8 +95,8 @@ def cost_knee(plt: Any) -> Any:
 
 def knee(problem: mp.Problem) -> float:
     """Tokens a step from which an expert of average load computes for longer than its weights are read."""
-    reading = SPEC.bytes_per_expert / problem.topology.memory_bandwidth[0]
-    return float(reading / (SPEC.flops_per_token / problem.topology.compute[0]) * SPEC.experts / SPEC.top_k)
+    work = Roofline.of(SPEC, problem.topology)
+    return float(work.per_read[0] / work.per_pair[0] * SPEC.experts / SPEC.top_k)
 
 
 def solvers(plt: Any) -> Any:
@@ -225,7 +226,7 @@ def what_if(plt: Any) -> Any:
     }
     front = mp.pareto(problem, steps, **quick)
     for kind, (mark, colour, label) in styles.items():
-        points = [point for point in front.points if point.wish is not None and point.wish.tolerate == kind]
+        points = [point for point in front.points if point.config is not None and point.config.tolerate == kind]
         memory, times = [point.memory / 1e9 for point in points], [point.seconds * 1e3 for point in points]
         left.plot(memory, times, mark, color=colour, label=label)
         for point, x, y in zip(points, memory, times, strict=True):

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from scipy.optimize import nnls
 
 from ..._types import FloatArray
-from ...placement.cost import all_to_all_latency
+from ...placement.cost import Flows, Roofline, all_to_all_latency, transfer_seconds
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.topology import Device, Node, Topology
-from ..moe.coordination import naming_lost_ranks
-from ..moe.expert_mlps import ExpertKind
+from ..moe.coordination import naming_unresponsive_ranks
+from ..moe.expert_mlps import ExpertMLP
 from .measure import (
     ROUND_SECONDS,
     Clock,
@@ -37,71 +37,9 @@ from .measure import (
 )
 from .result import Calibration, DispatchTiming, LinkTiming, WorkTiming
 
-# Rates from timings: the numbers that make the cost model's formulas fit, by least squares of the relative error.
-
-
-def line(amount: Sequence[float], seconds: Sequence[float], weight: Sequence[float]) -> tuple[float, float]:
-    """(latency, rate) of seconds = latency + amount / rate. amount: increasing. weight: how much each timing counts.
-
-    Buffers on the way swallow small messages, and large ones may pass slower than those before them: no line holds from one
-    end to the other, so weights say where it has to. A larger amount takes no less time: where one was faster, the smaller
-    one's timing was disturbed.
-
-    Raises:
-        InputError: fewer than two amounts, or times that do not grow with them.
-    """
-    x, t = np.asarray(amount, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
-    if len(x) < 2 or not (t > 0).all():
-        raise InputError(f"a line needs two timings above zero or more, given {t.tolist()} for amounts {x.tolist()}")
-    t = np.minimum.accumulate(t[::-1])[::-1]
-    scale = np.sqrt(np.asarray(weight, dtype=np.float64))
-    # Both unknowns in seconds, so that the solver's tolerances mean the same for both.
-    largest = x.max()
-    (latency, longest), _ = nnls(np.stack([scale / t, scale * (x / largest) / t], axis=1), scale)
-    if longest <= 1e-6 * latency:
-        raise InputError(
-            f"times do not grow with the amount moved: {t.tolist()} s for {x.tolist()} bytes; measure on a quieter machine"
-        )
-    return float(latency), float(largest / longest)
-
-
-def roofline(arithmetic: Sequence[float], reading: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """(flop/s, bytes/s) of seconds = max(arithmetic / flop/s, reading / bytes/s), in the logarithm of the ratio.
-
-    Raises:
-        InputError: no timings, or some not above zero.
-    """
-    a, b, t = (np.asarray(values, dtype=np.float64) for values in (arithmetic, reading, seconds))
-    if not len(t) or min(a.min(), b.min(), t.min()) <= 0:
-        raise InputError(f"a roofline needs timings and amounts above zero, given {t.tolist()} s")
-    # Sorted by intensity, some first timings are bound by reading and the rest by arithmetic. Each side's best rate is
-    # the geometric mean of its own, so the cut with the least error is the best fit.
-    order = np.argsort(a / b, kind="stable")
-    rate, width = np.log(a / t)[order], np.log(b / t)[order]
-    best = (np.inf, 0.0, 0.0)
-    for cut in range(len(t) + 1):
-        flops = rate[cut:].mean() if cut < len(t) else rate.max()
-        read = width[:cut].mean() if cut else width.max()
-        predicted = np.maximum(np.log(a) - flops, np.log(b) - read)
-        error = float(((predicted - np.log(t)) ** 2).sum())
-        best = min(best, (error, float(flops), float(read)))
-    return float(np.exp(best[1])), float(np.exp(best[2]))
-
-
-def alike(values: Sequence[float], tolerance: float) -> FloatArray:
-    """The values, those within `tolerance` of their median replaced by it.
-
-    Equal devices then stay equal, which keeps solvers from trading on noise.
-    """
-    result = np.asarray(values, dtype=np.float64).copy()
-    middle = np.median(result)
-    result[np.abs(result / middle - 1.0) <= tolerance] = middle
-    return result
-
-
 MOST_WEIGHT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 33}
 TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Of a rank in a step, unless told."""
+"""Of a rank in a step, by default."""
 NOISE = 0.1
 """Devices or nodes whose rate is so near the median of all count as equal to it."""
 
@@ -109,7 +47,7 @@ NOISE = 0.1
 def calibrate(
     spec: ModelSpec,
     *,
-    kind: ExpertKind | None = None,
+    kind: ExpertMLP | None = None,
     dtype: torch.dtype | None = None,
     experts: int | None = None,
     tokens: int | None = None,
@@ -120,14 +58,24 @@ def calibrate(
 ) -> Calibration:
     """The topology of the default process group; every rank calls it, and gets the same.
 
-    All ranks work at the same time throughout, as in a step. Links: the latency and bandwidth that fit all-to-alls of the
-    sizes that steps send. Devices: the flop/s and bytes/s that fit the time of the spec's experts for as many tokens as
-    steps bring them, and for one, rows gathered and summed as the layer does. Values within 10 % of the median of all
-    devices (or nodes) become that median.
+    All ranks work at the same time throughout, as in a step. Links: the latency and bandwidth that fit all-to-alls of
+    the sizes that steps send. Devices: the flop/s and bytes/s that fit the time of the spec's experts for as many
+    tokens as steps bring them, and for one, rows gathered and summed as the layer does. Values within 10 % of the
+    median of all devices (or nodes) become that median.
 
-    spec: sizes of an expert, top-k. kind: what an expert computes; default SwiGLU, or GELU for two matrices. dtype: of weights and activations; default bfloat16 on GPUs, float32 on CPUs.
-    experts: a device; default the spec's over the ranks, as far as weights stay below 256 MB (CPU) or 8 GB. tokens: of a
-    step, all ranks together; default 1,024 a rank (CPU) or 4,096. node_size: ranks a node, where torchrun's hosts are not the nodes. round_seconds: of each timing. listen: told of progress.
+    Args:
+        spec: sizes of an expert, top-k.
+        kind: what an expert computes; default SwiGLU, or GELU for two matrices.
+        dtype: of weights and activations; default bfloat16 on GPUs, float32 on CPUs.
+        experts: a device; default the spec's over the ranks, as far as weights stay below 256 MB (CPU) or 8 GB.
+        tokens: of a step, all ranks together; default 1,024 a rank (CPU) or 4,096.
+        node_size: ranks a node, where torchrun's hosts are not the nodes.
+        uniform: devices and nodes are taken for equal, whatever was measured.
+        round_seconds: of each timing.
+        listen: called with lines of progress.
+
+    Returns:
+        The topology, and the timings it was fitted to.
 
     Raises:
         InputError: `tokens` below one a rank; ranks of a node do not follow each other; timings that no rate fits.
@@ -135,13 +83,13 @@ def calibrate(
     """
     world = dist.group.WORLD
     assert world is not None
-    with naming_lost_ranks(world):
+    with naming_unresponsive_ranks(world):
         return _calibrate(spec, kind, dtype, experts, tokens, node_size, uniform, round_seconds, listen)
 
 
 def _calibrate(
     spec: ModelSpec,
-    kind: ExpertKind | None,
+    kind: ExpertMLP | None,
     dtype: torch.dtype | None,
     experts: int | None,
     tokens: int | None,
@@ -161,7 +109,8 @@ def _calibrate(
     experts = experts or _experts(spec, dtype, ranks)
     work = ExpertWork(spec, kind, experts, dtype, device)
     listen(
-        f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} tokens"
+        f"{ranks.size} ranks in {len(ranks.nodes)} nodes; {experts} experts a device; steps of {here * ranks.size} "
+        "tokens"
     )
     products = expert_products(work, ranks, clock, here * ranks.size)
     busy = products[-1].pairs
@@ -172,15 +121,15 @@ def _calibrate(
     timed: dict[str, list[Exchange]] = {}
     everyone = dist.group.WORLD
     assert everyone is not None
-    for which, group, wanted in (
+    for link, group, exists in (
         ("intra", ranks.inside, max(map(len, ranks.nodes)) > 1),
         ("inter", ranks.across, len(ranks.nodes) > 1),
         ("all", everyone, ranks.size > 1),
     ):
-        expected = round(rows_to_peer(ranks, which, here, spec.top_k) * row_bytes)
-        timed[which] = exchanges(ranks, group, clock, expected) if wanted else []
-        if wanted:
-            listen(f"links timed: {which}")
+        expected = round(rows_to_peer(ranks, link, here, spec.top_k) * row_bytes)
+        timed[link] = exchanges(ranks, group, clock, expected) if exists else []
+        if exists:
+            listen(f"links timed: {link}")
     through = dispatches(work, ranks, clock, here)
     topology = _topology(ranks, work, products, timed, copied, memory, np.inf if uniform else NOISE)
     return Calibration(
@@ -220,9 +169,9 @@ def _topology(
     memory: Sequence[float],
     tolerance: float,
 ) -> Topology:
-    arithmetic = [found.pairs * work.experts * work.spec.flops_per_token for found in products]
+    arithmetic = [one.pairs * work.experts * work.spec.flops_per_token for one in products]
     reading = [float(work.weight_bytes)] * len(products)
-    rates = [roofline(arithmetic, reading, [found.seconds[g] for found in products]) for g in range(ranks.size)]
+    rates = [roofline(arithmetic, reading, [one.seconds[g] for one in products]) for g in range(ranks.size)]
     # A rank alone in its node has no link inside it; what it would move there stays in its memory.
     intra, intra_latency = list(copied), 0.0
     if timed["intra"]:
@@ -255,16 +204,16 @@ def _topology(
 
 def _intra_line(timed: Sequence[Exchange], rank: int, size: int) -> tuple[float, float]:
     """(seconds a peer, bytes/s) of a device's links inside its node."""
-    amount, seconds = [found.peer_bytes * (size - 1) for found in timed], [found.seconds[rank] for found in timed]
-    latency, bandwidth = line(amount, seconds, [found.weight for found in timed])
+    amount, seconds = [one.peer_bytes * (size - 1) for one in timed], [one.seconds[rank] for one in timed]
+    latency, bandwidth = line(amount, seconds, [one.weight for one in timed])
     return latency / (size - 1), bandwidth
 
 
 def _inter_line(timed: Sequence[Exchange], ranks: Ranks, node: int) -> tuple[float, float]:
     """(seconds a node, bytes/s) of a node's links to the others."""
     peers = remote_peers(ranks, node)
-    seconds = [max(found.seconds[g] for g in ranks.nodes[node]) for found in timed]
-    amount, weight = [found.peer_bytes * peers for found in timed], [found.weight for found in timed]
+    seconds = [max(one.seconds[g] for g in ranks.nodes[node]) for one in timed]
+    amount, weight = [one.peer_bytes * peers for one in timed], [one.weight for one in timed]
     latency, bandwidth = line(amount, seconds, weight)
     return latency / (len(ranks.nodes) - 1), bandwidth
 
@@ -272,28 +221,28 @@ def _inter_line(timed: Sequence[Exchange], ranks: Ranks, node: int) -> tuple[flo
 def _link_seconds(ranks: Ranks, topology: Topology, kind: str, peer_bytes: float) -> float:
     """What the topology says of an all-to-all in which every rank sends each peer so much."""
     sizes, nodes = topology.node_size, topology.num_nodes
-    inside, between = sizes - 1, np.array([remote_peers(ranks, node) for node in range(nodes)])
+    inside = np.asarray((sizes - 1.0)[topology.node_of], dtype=np.float64)
+    between = np.array([remote_peers(ranks, node) for node in range(nodes)], dtype=np.float64)
     leaving = sizes * (topology.num_devices - sizes)
-    intra_slope = (inside[topology.node_of] / topology.intra_bandwidth).max()
-    slopes = {
-        "intra": intra_slope,
-        "inter": (between / topology.inter_bandwidth).max(),
-        "all": max(intra_slope, (leaving / topology.inter_bandwidth).max()) if nodes > 1 else intra_slope,
+    flows = {
+        "intra": Flows(inside, np.zeros(nodes)),
+        "inter": Flows(np.zeros(topology.num_devices), between),
+        "all": Flows(inside, leaving.astype(np.float64)),
     }
     latencies = {
         "intra": topology.intra_latency * int(inside.max()),
         "inter": topology.inter_latency * (nodes - 1),
         "all": all_to_all_latency(topology, node_dedup=False),
     }
-    return float(latencies[kind] + peer_bytes * slopes[kind])
+    return float(transfer_seconds(flows[kind], peer_bytes, topology, latencies[kind]))
 
 
 def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchange]]) -> list[LinkTiming]:
     """What was timed beside what the topology says of it."""
     return [
-        LinkTiming(kind, found.peer_bytes, max(found.seconds), _link_seconds(ranks, topology, kind, found.peer_bytes))
+        LinkTiming(kind, one.peer_bytes, max(one.seconds), _link_seconds(ranks, topology, kind, one.peer_bytes))
         for kind, every in timed.items()
-        for found in every
+        for one in every
     ]
 
 
@@ -303,27 +252,93 @@ def _dispatch_timings(
     row = work.spec.hidden_size * work.dtype.itemsize
     peers = {"intra": int(topology.node_size.max()), "inter": topology.num_nodes, "all": topology.num_devices}
     result = []
-    for name, found in through.items():
+    for name, one in through.items():
         kinds = ["all"] if name == "flat" else ["inter", "intra"]
         links = [
             2 * _link_seconds(ranks, topology, kind, copies / peers[kind] * row)
-            for kind, copies in zip(kinds, found.copies, strict=True)
+            for kind, copies in zip(kinds, one.copies, strict=True)
         ]
-        result.append(DispatchTiming(name, sum(found.copies), found.seconds, sum(links)))
+        result.append(DispatchTiming(name, sum(one.copies), one.seconds, sum(links)))
     return result
 
 
 def _work_timings(topology: Topology, work: ExpertWork, products: Sequence[Products]) -> list[WorkTiming]:
-    compute, reading = float(np.median(topology.compute)), float(np.median(topology.memory_bandwidth))
+    # What was read is the measured weights, whose type need not be the one the model stores.
+    expert_bytes = work.weight_bytes / work.experts
+    typical = Roofline(
+        work.spec.flops_per_token / np.median(topology.compute, keepdims=True),
+        expert_bytes / np.median(topology.memory_bandwidth, keepdims=True),
+    )
+    hit = np.full(1, float(work.experts))
     return [
         WorkTiming(
-            found.pairs,
-            float(np.median(found.seconds)),
-            float(np.median(found.products_only)),
-            max(
-                found.pairs * work.experts * work.spec.flops_per_token / compute,
-                work.weight_bytes / reading,
-            ),
+            one.pairs,
+            float(np.median(one.seconds)),
+            float(np.median(one.products_only)),
+            float(typical.seconds(one.pairs * hit, hit)[0]),
         )
-        for found in products
+        for one in products
     ]
+
+
+# Rates from timings: the numbers that make the cost model's formulas fit, by least squares of the relative error.
+
+
+def line(amount: Sequence[float], seconds: Sequence[float], weight: Sequence[float]) -> tuple[float, float]:
+    """(latency, rate) of seconds = latency + amount / rate. amount: increasing. weight: how much each timing counts.
+
+    Buffers on the way swallow small messages, and large ones may pass slower than those before them: no line holds from
+    one end to the other, so weights say where it has to. A larger amount takes no less time: where one was faster, the
+    smaller one's timing was disturbed.
+
+    Raises:
+        InputError: fewer than two amounts, or times that do not grow with them.
+    """
+    x, t = np.asarray(amount, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    if len(x) < 2 or not (t > 0).all():
+        raise InputError(f"a line needs two timings above zero or more, given {t.tolist()} for amounts {x.tolist()}")
+    t = np.minimum.accumulate(t[::-1])[::-1]
+    scale = np.sqrt(np.asarray(weight, dtype=np.float64))
+    # Both unknowns in seconds, so that the solver's tolerances mean the same for both.
+    largest = x.max()
+    (latency, longest), _ = nnls(np.stack([scale / t, scale * (x / largest) / t], axis=1), scale)
+    if longest <= 1e-6 * latency:
+        raise InputError(
+            f"times do not grow with the amount moved: {t.tolist()} s for {x.tolist()} bytes; measure on a quieter "
+            "machine"
+        )
+    return float(latency), float(largest / longest)
+
+
+def roofline(arithmetic: Sequence[float], reading: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """(flop/s, bytes/s) of seconds = max(arithmetic / flop/s, reading / bytes/s), in the logarithm of the ratio.
+
+    Raises:
+        InputError: no timings, or some not above zero.
+    """
+    a, b, t = (np.asarray(values, dtype=np.float64) for values in (arithmetic, reading, seconds))
+    if not len(t) or min(a.min(), b.min(), t.min()) <= 0:
+        raise InputError(f"a roofline needs timings and amounts above zero, given {t.tolist()} s")
+    # Sorted by intensity, some first timings are bound by reading and the rest by arithmetic. Each side's best rate is
+    # the geometric mean of its own, so the cut with the least error is the best fit.
+    order = np.argsort(a / b, kind="stable")
+    rate, width = np.log(a / t)[order], np.log(b / t)[order]
+    best = (np.inf, 0.0, 0.0)
+    for cut in range(len(t) + 1):
+        flops = rate[cut:].mean() if cut < len(t) else rate.max()
+        read = width[:cut].mean() if cut else width.max()
+        predicted = np.maximum(np.log(a) - flops, np.log(b) - read)
+        error = float(((predicted - np.log(t)) ** 2).sum())
+        best = min(best, (error, float(flops), float(read)))
+    return float(np.exp(best[1])), float(np.exp(best[2]))
+
+
+def alike(values: Sequence[float], tolerance: float) -> FloatArray:
+    """The values, those within `tolerance` of their median replaced by it.
+
+    Equal devices then stay equal, which keeps solvers from trading on noise.
+    """
+    result = np.asarray(values, dtype=np.float64).copy()
+    middle = np.median(result)
+    result[np.abs(result / middle - 1.0) <= tolerance] = middle
+    return result

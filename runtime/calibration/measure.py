@@ -1,6 +1,6 @@
-"""The runtime's own dispatch and combine, without experts: what they take beside their rows' time on links.
+"""What ranks take for exchanges, expert work and dispatch, all at the same time, as in a step.
 
-T tokens of this rank, D hidden size, K experts a token.
+T tokens of this rank, D hidden size, K experts a token, N token-expert pairs, S experts a device, G ranks.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...placement.cost import chance_reached
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
-from ..moe.all_to_all import Departed, Hop
-from ..moe.expert_mlps import GELU, ExpertKind, SwiGLU
-
-# Which ranks run where, and the process groups over which links are measured.
+from ..moe.dispatcher import AllToAllStage, SentCopies
+from ..moe.expert_mlps import GELU, ExpertMLP, SwiGLU
+from ..moe.mesh import Stage, node_stages
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
     """All ranks of the default process group, seen from one of them.
 
-    nodes: ranks of each node, in order. inside: this rank's node. across: the ranks of equal place on all nodes that have
-    so many. device: where this rank computes.
+    nodes: ranks of each node, in order. inside: this rank's node. across: the ranks of equal place on all nodes that
+    have so many. device: where this rank computes.
     """
 
     nodes: tuple[tuple[int, ...], ...]
@@ -98,9 +99,6 @@ def places_of(nodes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """The i-th ranks of all nodes that have so many, for every i."""
     largest = max(map(len, nodes))
     return [tuple(members[place] for members in nodes if place < len(members)) for place in range(largest)]
-
-
-# Seconds that all ranks take for the same work at the same time.
 
 
 ROUNDS = 5
@@ -175,7 +173,7 @@ def _between(began: Any, ended: Any) -> float:
     return float(began.elapsed_time(ended)) / 1e3
 
 
-# All-to-alls of several sizes: inside nodes, between nodes, and over all ranks, each on all ranks at once.
+# All-to-alls of several sizes: inside nodes, between nodes, and over all ranks.
 
 
 SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
@@ -187,7 +185,7 @@ AROUND = (0.5, 0.7, 1.0, 1.4)
 ELSEWHERE = 1e-4
 """Weight of other sizes in a fit: they decide only what those of a step leave open."""
 
-LONGEST = {"cpu": 0.2, "cuda": 0.05}
+LONGEST_EXCHANGE = {"cpu": 0.2, "cuda": 0.05}
 """Seconds of an all-to-all after which no larger one is timed."""
 
 
@@ -205,7 +203,7 @@ def exchanges(ranks: Ranks, group: dist.ProcessGroup, clock: Clock, expected: in
     peer in a step."""
     peers = dist.get_world_size(group)
     of_step = [max(1, round(part * expected)) for part in AROUND]
-    found: list[Exchange] = []
+    timed: list[Exchange] = []
     for size in sorted({*SIZES, *of_step}):
         sent = torch.zeros(peers * size, dtype=torch.uint8, device=ranks.device)
         arrived = torch.empty_like(sent)
@@ -214,19 +212,19 @@ def exchanges(ranks: Ranks, group: dist.ProcessGroup, clock: Clock, expected: in
             dist.all_to_all_single(arrived, sent, group=group)
 
         weight = 1.0 if of_step[0] <= size <= of_step[-1] else ELSEWHERE
-        found.append(Exchange(size, tuple(ranks.gather(clock.seconds(exchange, apart=True))), weight))
-        if max(found[-1].seconds) > LONGEST[ranks.device.type]:
+        timed.append(Exchange(size, tuple(ranks.gather(clock.seconds(exchange, apart=True))), weight))
+        if max(timed[-1].seconds) > LONGEST_EXCHANGE[ranks.device.type]:
             break
-    return found
+    return timed
 
 
 def rows_to_peer(ranks: Ranks, kind: str, tokens: int, top_k: int) -> float:
-    """Of a rank's tokens, what it sends a peer in an exchange of the kind when tokens choose devices evenly: one copy a node
-    between nodes, one a device else; inside nodes also what came in from the other nodes."""
+    """Of a rank's tokens, what it sends a peer in an exchange of the kind when tokens choose devices evenly: one copy a
+    node between nodes, one a device else; inside nodes also what came in from the other nodes."""
     nodes = len(ranks.nodes)
 
     def reached(places: int) -> float:
-        return tokens * (1.0 - (1.0 - 1.0 / places) ** top_k)
+        return tokens * float(chance_reached(1.0 / places, top_k))
 
     return {"inter": reached(nodes), "intra": reached(ranks.size) * nodes, "all": reached(ranks.size)}[kind]
 
@@ -237,11 +235,10 @@ def remote_peers(ranks: Ranks, node: int) -> int:
     return sum(len(places[place]) - 1 for place in range(len(ranks.nodes[node])))
 
 
-# What a device does beside waiting for links: expert products, reading memory, and putting tokens in order. N token-
-# expert pairs, S experts, D hidden size, K experts a token.
+# What a device does beside waiting for links: expert products, reading memory, and putting tokens in order.
 
 
-DEVICES_LONGEST = 0.5
+LONGEST_WORK = 0.5
 """Seconds of work after which no more is timed."""
 
 LOADS = (0.5, 1.0, 2.0)
@@ -252,8 +249,8 @@ COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}
 
 @dataclass(frozen=True)
 class Products:
-    """Expert work at one size. pairs: token-expert pairs of each expert. seconds: [G] with rows gathered before and summed
-    after, as the layer does. products_only: [G] without."""
+    """Expert work at one size. pairs: token-expert pairs of each expert. seconds: [G] with rows gathered before and
+    summed after, as the layer does. products_only: [G] without."""
 
     pairs: int
     seconds: tuple[float, ...]
@@ -264,7 +261,7 @@ class ExpertWork:
     """Experts of the model's shape on this device, and rows for them."""
 
     def __init__(
-        self, spec: ModelSpec, kind: ExpertKind | None, experts: int, dtype: torch.dtype, device: torch.device
+        self, spec: ModelSpec, kind: ExpertMLP | None, experts: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.spec, self.experts, self.dtype, self.device = spec, experts, dtype, device
         self.kind = kind or (SwiGLU() if spec.matrices == 3 else GELU())
@@ -297,16 +294,16 @@ class ExpertWork:
 
 
 def expert_products(work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> list[Products]:
-    """All ranks at once: one pair an expert, which is bound by reading, and what a step of `tokens` brings an expert of a
-    device of low, mean and high load."""
+    """All ranks at once: one pair an expert, which is bound by reading, and what a step of `tokens` brings an expert of
+    a device of low, mean and high load."""
     mean = tokens * work.spec.top_k / work.spec.experts
-    found: list[Products] = []
+    timed: list[Products] = []
     for pairs in sorted({1, *(max(1, round(load * mean)) for load in LOADS)}):
         whole, products = work.timed(ranks, clock, pairs)
-        found.append(Products(pairs, tuple(ranks.gather(whole)), tuple(ranks.gather(products))))
-        if max(found[-1].seconds) > DEVICES_LONGEST:
+        timed.append(Products(pairs, tuple(ranks.gather(whole)), tuple(ranks.gather(products))))
+        if max(timed[-1].seconds) > LONGEST_WORK:
             break
-    return found
+    return timed
 
 
 def copy_bandwidth(ranks: Ranks, clock: Clock) -> list[float]:
@@ -319,19 +316,21 @@ def copy_bandwidth(ranks: Ranks, clock: Clock) -> list[float]:
 
 @torch.no_grad()
 def token_seconds(work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> list[float]:
-    """[G] of a token in one hop, on its rank: finding its peers, copying it out, adding up what returns. A hop to nobody
-    but the rank itself, so without any link."""
+    """[G] of a token in one stage, on its rank: finding its peers, copying it out, adding up what returns. A stage to
+    nobody but the rank itself, so without any link."""
     spec = work.spec
     own: list[dist.ProcessGroup] = [dist.new_group([rank]) for rank in range(ranks.size)]
-    hop = Hop(own[ranks.rank], torch.zeros(work.experts, dtype=torch.int64, device=ranks.device))
+    nobody_else = np.zeros(1, np.int64)
+    stage = AllToAllStage(Stage(own[ranks.rank], nobody_else, nobody_else), ranks.device)
+    stage.place(torch.zeros(work.experts, dtype=torch.int64, device=ranks.device))
     x_TD = torch.randn(tokens, spec.hidden_size, dtype=work.dtype, device=ranks.device)
     weight_TK = torch.rand(tokens, spec.top_k, device=ranks.device)
     slot_TK = torch.randint(work.experts, (tokens, spec.top_k), device=ranks.device)
 
     def there_and_back() -> None:
-        departed = hop.depart(x_TD, weight_TK, slot_TK)
-        row_RD, _, _ = departed.transit.arrive()
-        hop.back(departed, row_RD)
+        copies = stage.send(x_TD, weight_TK, slot_TK)
+        row_RD, _, _ = copies.exchange.wait()
+        stage.combine(row_RD, copies)
 
     seconds = clock.seconds(there_and_back)
     return ranks.gather(seconds / tokens)
@@ -348,46 +347,49 @@ def memory_bytes(ranks: Ranks) -> list[float]:
 
 @dataclass(frozen=True)
 class TimedDispatch:
-    """Tokens there and back. copies: [hops] of a rank there, to itself and others, mean of all. seconds: on the last rank."""
+    """Tokens there and back. copies: [stages] of a rank there, to itself and others, mean of all. seconds: on the last
+    rank."""
 
     copies: tuple[float, ...]
     seconds: float
 
 
 def dispatches(work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> dict[str, TimedDispatch]:
-    """By name: "flat", and "node_aware" where nodes have several ranks, equally many. tokens: T, each for K devices drawn
-    evenly."""
+    """By name: "flat", and "node_aware" where nodes have several ranks, equally many. tokens: T, each for K devices
+    drawn evenly."""
     if ranks.size == 1:
         return {}
     everyone = dist.group.WORLD
     assert everyone is not None
-    device_P = torch.arange(ranks.size, device=ranks.device)
-    ways = {"flat": [Hop(everyone, device_P)]}
+    devices = np.arange(ranks.size)
+    ways = {"flat": [Stage(everyone, devices, devices)]}
     sizes = {len(members) for members in ranks.nodes}
     if len(ranks.nodes) > 1 and len(sizes) == 1 and sizes != {1}:
-        size = sizes.pop()
-        ways["node_aware"] = [Hop(ranks.across, device_P // size), Hop(ranks.inside, device_P % size)]
-    return {name: _timed(hops, work, ranks, clock, tokens) for name, hops in ways.items()}
+        ways["node_aware"] = node_stages(ranks.across, ranks.inside, ranks.rank, ranks.size, sizes.pop())
+    return {name: _timed(way, work, ranks, clock, tokens) for name, way in ways.items()}
 
 
-def _timed(hops: list[Hop], work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> TimedDispatch:
+def _timed(way: list[Stage], work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> TimedDispatch:
     spec = work.spec
     generator = torch.Generator().manual_seed(ranks.rank)
     slot_TK = torch.randint(ranks.size, (tokens, spec.top_k), generator=generator).to(ranks.device)
     weight_TK = torch.ones(tokens, spec.top_k, device=ranks.device)
     x_TD = torch.randn(tokens, spec.hidden_size, dtype=work.dtype, device=ranks.device)
     copies: list[int] = []
+    stages = [AllToAllStage(stage, ranks.device) for stage in way]
+    for stage in stages:
+        stage.place(torch.arange(ranks.size, device=ranks.device))
 
     def there_and_back() -> None:
-        taken: list[Departed] = []
+        taken: list[SentCopies] = []
         arrived = x_TD, weight_TK, slot_TK
-        for hop in hops:
-            taken.append(hop.depart(*arrived))
-            arrived = taken[-1].transit.arrive()
+        for stage in stages:
+            taken.append(stage.send(*arrived))
+            arrived = taken[-1].exchange.wait()
         result = arrived[0]
-        for hop, departed in zip(reversed(hops), reversed(taken), strict=True):
-            result = hop.back(departed, result)
-        copies[:] = [sum(departed.copies) for departed in taken]
+        for stage, sent in zip(reversed(stages), reversed(taken), strict=True):
+            result = stage.combine(result, sent)
+        copies[:] = [sum(sent.exchange.sent) for sent in taken]
 
     seconds = clock.slowest(there_and_back)
     mean = [sum(ranks.gather(float(count))) / ranks.size for count in copies]

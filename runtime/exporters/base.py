@@ -17,9 +17,6 @@ from ...placement.model import ModelSpec
 from ...placement.plan import EMPTY, Plan, equal_shares
 from ...placement.topology import Topology
 
-# From an engine's untrusted lists of expert ids to a validated plan.
-
-
 FILE_LIMIT = 1 << 24
 """Bytes a placement file may have; DeepSeek-V3's with 512 slots takes 120 KB."""
 
@@ -74,9 +71,6 @@ def plan_of_rows(rows: Sequence[list[int]], origin: str, model: ModelSpec, topol
         raise FileFormatError(f"{origin}: {error}") from None
 
 
-# What an engine's layout cannot express, and how to ask for a plan that it can.
-
-
 class Constraint(Enum):
     """A limit of an engine that not every valid plan keeps to."""
 
@@ -88,9 +82,9 @@ class Constraint(Enum):
 
 def violations(plan: Plan, constraints: Iterable[Constraint]) -> list[str]:
     """A sentence for each constraint the plan breaks: what it has and what to change. Empty when it keeps to all."""
-    wanted = set(constraints)
-    found = (check(plan) for constraint, check in _CHECKS.items() if constraint in wanted)
-    return [sentence for sentence in found if sentence is not None]
+    asked = set(constraints)
+    sentences = (check(plan) for constraint, check in _CHECKS.items() if constraint in asked)
+    return [sentence for sentence in sentences if sentence is not None]
 
 
 def _unequal_slots(plan: Plan) -> str | None:
@@ -133,8 +127,8 @@ def _stacked_replicas(plan: Plan) -> str | None:
         if counts.max() > 1:
             device, expert = divmod(int(pairs[counts.argmax()]), plan.model.experts)
             return (
-                f"a device may hold an expert once, device {device} holds expert {expert} {counts.max()} times in layer "
-                f"{layer}: solve with fewer slots, or with a solver that spreads replicas over devices"
+                f"a device may hold an expert once, device {device} holds expert {expert} {counts.max()} times in "
+                f"layer {layer}: solve with fewer slots, or with a solver that spreads replicas over devices"
             )
     return None
 

@@ -15,12 +15,20 @@ from .registry import exporter_named
 
 
 def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Path:
-    """Writes `plan` in the form `engine` reads, whole or not at all, and returns the path.
+    """Writes `plan` in the form `engine` reads, whole or not at all.
 
-    engine: a name of `engine_names()`. options: the format's own (see the `write` method of its exporter).
+    Args:
+        plan: to write.
+        engine: a name of `engine_names()`.
+        path: of the file.
+        options: the format's own (see the `write` method of its exporter).
+
+    Returns:
+        The path.
 
     Raises:
-        InputError: unknown engine or option. UnsupportedError: the engine cannot express the plan; see `check_export`.
+        InputError: unknown engine or option.
+        UnsupportedError: the engine cannot express the plan; see `check_export`.
     """
     exporter = exporter_named(engine)
     _check_options(exporter, options)
@@ -43,11 +51,22 @@ def check_export(plan: Plan, engine: str) -> None:
 
 
 def read_exported(path: str | Path, engine: str, model: ModelSpec, topology: Topology) -> Plan:
-    """Reads an engine's file back into a plan of `model` on `topology`. The file is untrusted: it is checked throughout.
+    """Reads an engine's file back into a plan of `model` on `topology`. The file is untrusted: it is checked
+    throughout.
+
+    Args:
+        path: of the file.
+        engine: a name of `engine_names()`.
+        model: that the file is for.
+        topology: that the file is for.
+
+    Returns:
+        The plan; its shares are equal, except from moeplace's own file.
 
     Raises:
-        InputError: unknown engine, no such file. FileFormatError: not that engine's file, or not one of that model on
-            that topology; the layer and field are named.
+        InputError: unknown engine, no such file.
+        FileFormatError: not that engine's file, or not one of that model on that topology; the layer and field are
+            named.
     """
     return exporter_named(engine).read(Path(path), model, topology)
 

@@ -30,11 +30,11 @@ class MoeplaceJson:
             FileFormatError: see `Plan.load`. InputError: the plan is for another model or topology.
         """
         plan = Plan.load(path)
-        for field, given, stored in (("model", model, plan.model), ("topology", topology, plan.topology)):
-            if given != stored:
+        for field, expected, stored in (("model", model, plan.model), ("topology", topology, plan.topology)):
+            if expected != stored:
                 raise InputError(
                     f"{path}: this plan is for another {field} ({_short(stored)}) than the one given "
-                    f"({_short(given)}); Plan.load reads it with its own"
+                    f"({_short(expected)}); Plan.load reads it with its own"
                 )
         return plan
 

@@ -3,8 +3,9 @@
 Format: `compute_initial_expert_location_metadata` in sglang/srt/eplb/expert_location.py (read in 0.5.23):
 {"physical_to_logical_map": [layers][slots]} and no other key, for every key is passed on as an argument. Row i is the
 model's layer i, dense layers included; SGLang checks neither the number of rows nor that experts are covered. It
-routes on logical experts and maps them afterwards, so expert groups of the model do not restrict a plan. Among replicas it
-prefers one on the token's own GPU, then one on its node, where its all-to-all backend allows; equal shares are what is left.
+routes on logical experts and maps them afterwards, so expert groups of the model do not restrict a plan. Among replicas
+it prefers one on the token's own GPU, then one on its node, where its all-to-all backend allows; equal shares are what
+is left.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class SGLang:
         """
         data = read_json(path)
         if not isinstance(data, dict) or set(data) != {KEY} or not isinstance(data[KEY], list):
-            found = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
+            fields = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
             raise FileFormatError(
-                f"{path}: expected one key {KEY!r} holding a list, found {found}; SGLang takes no other key"
+                f"{path}: expected one key {KEY!r} holding a list, found {fields}; SGLang takes no other key"
             )
         table = data[KEY]
         last = model.moe_layers[-1]

@@ -1,9 +1,9 @@
 """TensorRT-LLM's YAML for `moe_config.load_balancer`.
 
 Format: `MoeLoadBalancerConfig` in tensorrt_llm/llmapi/llm_args.py, a pydantic model that forbids other fields:
-num_slots, initial_global_assignments {absolute layer index: [num_slots expert ids]}, layer_updates_per_iter (0: static).
-Slots divide over ranks in equal runs; a MoE layer without an entry is a KeyError at start. TensorRT-LLM routes on logical
-experts and maps them afterwards, so expert groups of the model do not restrict a plan.
+num_slots, initial_global_assignments {absolute layer index: [num_slots expert ids]}, layer_updates_per_iter (0:
+static). Slots divide over ranks in equal runs; a MoE layer without an entry is a KeyError at start. TensorRT-LLM routes
+on logical experts and maps them afterwards, so expert groups of the model do not restrict a plan.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class TensorRTLLM:
         """
         data = _load(path)
         if not isinstance(data, dict) or not set(data) <= {SLOTS, ASSIGNMENTS, UPDATES}:
-            found = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
-            raise FileFormatError(f"{path}: expected the fields {SLOTS}, {ASSIGNMENTS} and {UPDATES}, found {found}")
+            fields = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
+            raise FileFormatError(f"{path}: expected the fields {SLOTS}, {ASSIGNMENTS} and {UPDATES}, found {fields}")
         slots, entries = data.get(SLOTS), data.get(ASSIGNMENTS)
         if type(slots) is not int or slots < model.experts:
             raise FileFormatError(f"{path}: {SLOTS} is {slots!r}, expected a whole number of at least {model.experts}")

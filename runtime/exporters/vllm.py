@@ -1,9 +1,9 @@
 """vLLM's proposed initial expert map.
 
 No release up to 0.33 reads a plan from a file; pull request 49572 of vllm-project/vllm adds
-`eplb_config.initial_expert_map_path`: a JSON list [MoE layers][slots] of logical experts, or one row for all layers. Row
-i is the i-th MoE layer: dense layers are not counted. What works today is `vllm_policy`, or a permuted checkpoint. vLLM
-routes on logical experts and maps them afterwards, so expert groups of the model do not restrict a plan.
+`eplb_config.initial_expert_map_path`: a JSON list [MoE layers][slots] of logical experts, or one row for all layers.
+Row i is the i-th MoE layer: dense layers are not counted. What works today is `vllm_policy`, or a permuted checkpoint.
+vLLM routes on logical experts and maps them afterwards, so expert groups of the model do not restrict a plan.
 """
 
 from __future__ import annotations
@@ -55,6 +55,6 @@ class VLLM:
         config = {"num_redundant_experts": plan.num_slots - plan.model.experts, "initial_expert_map_path": str(path)}
         return (
             f"vllm serve --enable-expert-parallel --enable-eplb --eplb-config '{json.dumps(config)}'\n"
-            "No release reads initial_expert_map_path yet: without it, start vLLM with MOEPLACE_VLLM_PLAN naming the plan's "
-            "own file, and moeplace's policy serves it, or permute the checkpoint."
+            "No release reads initial_expert_map_path yet: without it, start vLLM with MOEPLACE_VLLM_PLAN naming the "
+            "plan's own file, and moeplace's policy serves it, or permute the checkpoint."
         )

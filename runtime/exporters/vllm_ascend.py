@@ -1,9 +1,10 @@
 """vLLM-Ascend's static expert map, `additional_config.eplb_config.expert_map_path`.
 
 Format: `expert_file_to_tensor` in vllm_ascend/eplb/core/eplb_utils.py (read in 0.23.0 and 0.26.0rc1):
-{"moe_layer_count": n, "layer_list": [{"layer_id", "device_count", "device_list": [{"device_id", "device_expert": [ids]}]}]}.
-Layers and devices are read by their position, MoE layers only. `generate_log2phy_map` keeps one slot an expert and device,
-and counts a device's slots from device 0's distinct experts: an expert twice on a device would shift every slot id.
+{"moe_layer_count": n, "layer_list": [{"layer_id", "device_count", "device_list": [{"device_id", "device_expert":
+[ids]}]}]}. Layers and devices are read by their position, MoE layers only. `generate_log2phy_map` keeps one slot an
+expert and device, and counts a device's slots from device 0's distinct experts: an expert twice on a device would shift
+every slot id.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class VLLMAscend:
         config = {"eplb_config": {"expert_map_path": str(path)}}
         return (
             f"vllm serve --enable-expert-parallel --additional-config '{json.dumps(config)}'\n"
-            "From 0.24.0rc1 on vLLM-Ascend loads weights in the default order whatever the map says, and means to remove "
-            "static maps: use 0.23, or a permuted checkpoint."
+            "From 0.24.0rc1 on vLLM-Ascend loads weights in the default order whatever the map says, and means to "
+            "remove static maps: use 0.23, or a permuted checkpoint."
         )
 
 
@@ -97,6 +98,6 @@ def _entries(data: Any, field: str, origin: str, count: int, what: str) -> list[
 
 
 def _check_number(entry: dict[str, Any], field: str, expected: int, origin: str) -> None:
-    found = entry.get(field)
-    if type(found) is not int or found != expected:
-        raise FileFormatError(f"{origin}: {field} is {str(found)[:40]}, expected {expected}: entries are read in order")
+    value = entry.get(field)
+    if type(value) is not int or value != expected:
+        raise FileFormatError(f"{origin}: {field} is {str(value)[:40]}, expected {expected}: entries are read in order")

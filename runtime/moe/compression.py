@@ -63,8 +63,9 @@ class LSHCompression:
                 )
         if (2 * self.dimension) ** self.hashes > MOST_CODES:
             raise InputError(
-                f"hashes ({self.hashes}) of dimension ({self.dimension}) make {(2 * self.dimension) ** self.hashes:.1e} "
-                f"codes, at most {MOST_CODES:.1e} are possible; a batch has far fewer tokens: take fewer hashes"
+                f"hashes ({self.hashes}) of dimension ({self.dimension}) make "
+                f"{(2 * self.dimension) ** self.hashes:.1e} codes, at most {MOST_CODES:.1e} are possible; a batch has "
+                "far fewer tokens: take fewer hashes"
             )
 
     def check_hidden_size(self, hidden_size: int) -> None:
@@ -80,11 +81,11 @@ class LSHCompression:
 class CompressionStatistics:
     """Of a rank's latest forward pass.
 
-    plain_rows, sent_rows: rows that leave this device (with node-aware dispatch: one a token and node), in plain dispatch and
-    as they were sent. plain_bytes, sent_bytes: of them, there and back; backward moves as many again. pairs: token-expert
-    pairs in scope. clusters: that travelled as one row. clustered: pairs in them. refused: pairs that the error bound sent
-    alone. error: |x - c| over |x| of the clustered pairs, by the root of mean squares. digits: whole hashes that
-    counted. scale: of the residual.
+    plain_rows, sent_rows: rows that leave this device (with node-aware dispatch: one a token and node), in plain
+    dispatch and as they were sent. plain_bytes, sent_bytes: of them, there and back; backward moves as many again.
+    pairs: token-expert pairs in scope. clusters: that travelled as one row. clustered: pairs in them. refused: pairs
+    that the error bound sent alone. error: |x - c| over |x| of the clustered pairs, by the root of mean squares.
+    digits: whole hashes that counted. scale: of the residual.
     """
 
     plain_rows: int

@@ -1,4 +1,4 @@
-"""All ranks or none: a decision that every rank that lives reads the same, whoever dies while it is taken."""
+"""What ranks settle together: that they mean the same, that all of them go on or none, and which of them is gone."""
 
 from __future__ import annotations
 
@@ -17,73 +17,21 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from ...placement.errors import InputError, RankError
 from .mesh import ExpertMesh
 
-# When a collective fails: which rank is gone.
+POLL = timedelta(milliseconds=5)
+"""Between two looks at a decision that other ranks have yet to take."""
 
-
-ANSWER = timedelta(seconds=5)
+RESPONSE = timedelta(seconds=5)
 """How long the survivors of a failed collective wait for one another's sign of life."""
 
-_failures: Counter[str] = Counter()
 
+def check_consistent(mesh: ExpertMesh, what: str, content: str, failure: Exception | None = None) -> None:
+    """Makes sure that all ranks mean the same before any of them waits for the others: all return, or all raise.
 
-@contextlib.contextmanager
-def naming_lost_ranks(group: dist.ProcessGroup) -> Iterator[None]:
-    """Turns a failure of the backend inside the block into a RankError that names the ranks that do not answer.
-
-    A backend says which socket broke, not which rank; and ranks that only waited for a survivor break as well. So each
-    survivor signs in the store, and those who do not sign are the ones that are gone.
-
-    Raises:
-        RankError: a collective in the block failed or ran past the group's timeout.
-    """
-    try:
-        yield
-    except RankError:
-        raise
-    except (dist.DistError, RuntimeError) as error:
-        raise RankError(describe(group, error)) from error
-
-
-def describe(group: dist.ProcessGroup, error: BaseException) -> str:
-    """One sentence: who of `group` gave no sign of life within five seconds of the failure."""
-    said = " ".join(str(error).split())[:200]
-    silent = silent_ranks(group)
-    if silent is None:
-        return f"a collective failed and the store of the process group is gone with rank 0 or its launcher ({said})"
-    if not silent:
-        return f"a collective failed though every rank still answers ({said})"
-    names = ", ".join(str(rank) for rank in silent)
-    return f"rank {names} did not answer within {ANSWER.seconds} s of a failed collective: it died or hangs ({said})"
-
-
-def silent_ranks(group: dist.ProcessGroup) -> list[int] | None:
-    """Global ranks of `group` that do not sign in; None when the store itself is gone."""
-    name = group.group_name
-    _failures[name] += 1
-    members = dist.get_process_group_ranks(group)
-    try:
-        store = PrefixStore(f"moeplace/lost/{name}/{_failures[name]}", _get_default_store())
-        store.set(str(dist.get_rank()), "here")
-    except (dist.DistError, RuntimeError):
-        return None
-    silent = []
-    patience = ANSWER
-    for rank in members:
-        try:
-            store.wait([str(rank)], patience)
-        except (dist.DistError, RuntimeError):
-            silent.append(rank)
-            patience = timedelta(milliseconds=100)  # all had the same time to sign
-    return silent
-
-
-# Ranks make sure that they mean the same thing before any of them waits for the others.
-
-
-def agree(mesh: ExpertMesh, what: str, content: str, failure: Exception | None = None) -> None:
-    """Every rank of the mesh calls this with its own `content`; all return, or all raise.
-
-    failure: why this rank cannot go on; it is raised here, after the others have been told.
+    Args:
+        mesh: every rank of it calls this.
+        what: the content's name, for the error.
+        content: this rank's own.
+        failure: why this rank cannot go on; it is raised here, after the others have been told.
 
     Raises:
         InputError: another rank gave other content, or cannot go on; both are named.
@@ -110,7 +58,7 @@ def agree(mesh: ExpertMesh, what: str, content: str, failure: Exception | None =
 def gather(mesh: ExpertMesh, value: Tensor) -> Tensor:
     """[G, ...] the values of all ranks, of one shape."""
     every = [torch.empty_like(value) for _ in range(mesh.size)]
-    with naming_lost_ranks(mesh.group):
+    with naming_unresponsive_ranks(mesh.group):
         dist.all_gather(every, value, group=mesh.group)
     return torch.stack(every)
 
@@ -119,20 +67,19 @@ def _names(ranks: list[int]) -> str:
     return ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
 
 
-POLL = timedelta(milliseconds=5)
-
-
-class Ballot:
-    """One decision of a mesh's ranks, kept in the process group's store.
+class TwoPhaseCommit:
+    """All ranks of a mesh go on or none does, whoever dies meanwhile: one decision, kept in the process group's store.
 
     A rank that is ready says so; the last of all writes "commit". A rank that fails, or has waited too long, writes
     "abort". The store takes the first of these writes and refuses the rest, so there is one outcome, also for ranks
     that were waiting when another died. The store must live: torchrun keeps it outside the ranks.
+
+    name: one for every decision, the same on all ranks.
     """
 
     def __init__(self, mesh: ExpertMesh, name: str) -> None:
         self._mesh = mesh
-        self._store: Store = PrefixStore(f"moeplace/ballot/{name}", _get_default_store())
+        self._store: Store = PrefixStore(f"moeplace/commit/{name}", _get_default_store())
 
     def abort(self, reason: str) -> str:
         """This rank cannot go on. Gives the reason that the ranks were first told."""
@@ -173,3 +120,57 @@ class Ballot:
     def _missing(self) -> str:
         late = [i for i in range(self._mesh.size) if not self._store.check([f"ready/{i}"])]
         return ", ".join(str(self._mesh.members[i]) for i in late)
+
+
+_failures: Counter[str] = Counter()
+
+
+@contextlib.contextmanager
+def naming_unresponsive_ranks(group: dist.ProcessGroup) -> Iterator[None]:
+    """Turns a failure of the backend inside the block into a RankError that names the ranks that do not answer.
+
+    A backend says which socket broke, not which rank; and ranks that only waited for a survivor break as well. So each
+    survivor signs in the store, and those who do not sign are the ones that are gone.
+
+    Raises:
+        RankError: a collective in the block failed or ran past the group's timeout.
+    """
+    try:
+        yield
+    except RankError:
+        raise
+    except (dist.DistError, RuntimeError) as error:
+        raise RankError(describe(group, error)) from error
+
+
+def describe(group: dist.ProcessGroup, error: BaseException) -> str:
+    """One sentence: who of `group` gave no sign of life within five seconds of the failure."""
+    said = " ".join(str(error).split())[:200]
+    silent = unresponsive_ranks(group)
+    if silent is None:
+        return f"a collective failed and the store of the process group is gone with rank 0 or its launcher ({said})"
+    if not silent:
+        return f"a collective failed though every rank still answers ({said})"
+    names = ", ".join(str(rank) for rank in silent)
+    return f"rank {names} did not answer within {RESPONSE.seconds} s of a failed collective: it died or hangs ({said})"
+
+
+def unresponsive_ranks(group: dist.ProcessGroup) -> list[int] | None:
+    """Global ranks of `group` that do not sign in; None when the store itself is gone."""
+    name = group.group_name
+    _failures[name] += 1
+    members = dist.get_process_group_ranks(group)
+    try:
+        store = PrefixStore(f"moeplace/lost/{name}/{_failures[name]}", _get_default_store())
+        store.set(str(dist.get_rank()), "here")
+    except (dist.DistError, RuntimeError):
+        return None
+    silent = []
+    patience = RESPONSE
+    for rank in members:
+        try:
+            store.wait([str(rank)], patience)
+        except (dist.DistError, RuntimeError):
+            silent.append(rank)
+            patience = timedelta(milliseconds=100)  # all had the same time to sign
+    return silent

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..._types import IntArray
 from ...placement.errors import InputError
-from .coordination import gather, naming_lost_ranks
+from .coordination import gather, naming_unresponsive_ranks
 from .experts import PlacedExperts
 from .lsh import CompressedDispatcher
 
 
 def expert_layers(model: nn.Module) -> list[tuple[str, PlacedExperts]]:
     """(name, module) of every layer of placed experts, by increasing layer."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, PlacedExperts)]
-    return sorted(found, key=lambda pair: pair[1].layer)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PlacedExperts)]
+    return sorted(layers, key=lambda pair: pair[1].layer)
 
 
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -42,7 +42,14 @@ def exclude_from_ddp(model: nn.Module) -> None:
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ over the whole model: every logical expert counts once, wherever its replicas are.
 
-    The norm and the factor are the same bits on all ranks. Gives the norm before clipping.
+    The norm and the factor are the same bits on all ranks; every rank calls it.
+
+    Args:
+        model: with or without expert layers.
+        max_norm: gradients longer than this are scaled down to it.
+
+    Returns:
+        The norm before clipping.
     """
     layers = expert_layers(model)
     experts = expert_parameters(model)
@@ -74,13 +81,12 @@ def _squares(layers: list[PlacedExperts]) -> Iterator[Tensor]:
                 yield (value.grad.flatten(1).double().square().sum(dim=1) * weight).sum()
 
 
-# Work of experts under compression: what placement should be solved on, since a cluster costs as much as one token.
+def expert_rows(model: nn.Module) -> IntArray:
+    """[L, E] rows that all ranks sent for each expert in their latest forward pass, a cluster as one. Every rank calls
+    it.
 
-
-def expert_rows(model: nn.Module) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """[L, E] rows that all ranks sent for each expert in their latest forward pass, a cluster as one. Every rank calls it.
-
-    One step's counts: of several steps stacked, [S, L, E], `RoutingStatistics.from_counts` makes what solvers read.
+    What placement should be solved on under compression, since a cluster costs as much as one token. One step's counts:
+    of several steps stacked, [S, L, E], `RoutingStatistics.from_counts` makes what solvers read.
 
     Raises:
         InputError: the model has no expert layers, or one without compression.
@@ -98,6 +104,7 @@ def expert_rows(model: nn.Module) -> np.ndarray[tuple[int, ...], np.dtype[np.int
         )
     total = torch.stack(counts)
     group = layers[0][1].mesh.group
-    with naming_lost_ranks(group):
+    with naming_unresponsive_ranks(group):
         dist.all_reduce(total, group=group)
-    return total.cpu().numpy()
+    counted: IntArray = total.cpu().numpy()
+    return counted

@@ -1,7 +1,12 @@
-"""How tokens reach their experts' ranks and results return: the contract, and dispatch by one or two hops.
+"""How tokens reach their experts' ranks and results return: the contract, and dispatch by one all-to-all or two.
 
-T tokens of this rank, K experts a token, D hidden size, N token-expert pairs computed here, S rows of expert weights here,
-P slots of the layer.
+    metadata = dispatcher.dispatch(x_TD, slot_TK, weight_TK)     # sends
+    row_ND, count_S = dispatcher.receive(metadata)               # waits; rows in order of the experts here
+    y_ND = experts(row_ND, count_S)
+    out_TD = dispatcher.combine(y_ND, metadata)                  # there and back again
+
+T tokens of this rank, K experts a token, D hidden size, C copies sent, R copies received, N token-expert pairs computed
+here, S slots of this rank (rows of expert weights), P slots of the layer, G devices.
 """
 
 from __future__ import annotations
@@ -9,185 +14,238 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..._types import IntArray
-from ...placement.errors import InputError
-from .all_to_all import Departed, Hop
+from .all_to_all import AsyncAllToAll
+from .coordination import naming_unresponsive_ranks
 from .layer_placement import LayerPlacement
-from .mesh import ExpertMesh
-
-# Token-expert pairs of a rank, in the order of its rows of expert weights, and back to sums a token. R tokens here, K
-# experts a token, N pairs computed here, S rows of expert weights, D hidden size, P slots.
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """row_ND: inputs, those of one row of expert weights behind another's. count_S: inputs of each.
-
-    token_N, weight_N: the token that each input is of, and its gate weight. tokens: R.
-    """
-
-    row_ND: Tensor
-    count_S: Tensor
-    token_N: Tensor
-    weight_N: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, x_RD: Tensor, weight_RK: Tensor, slot_RK: Tensor, row_P: Tensor, rows: int, pairs: int) -> Pairs:
-        """row_P: [P + 1] row of expert weights of each slot, `rows` where it stands elsewhere; slot -1 reads the last
-        entry. pairs: how many stand here."""
-        key_N = row_P[slot_RK.long()].flatten()
-        order_N = key_N.argsort(stable=True)[:pairs]
-        count_S = torch.zeros(rows + 1, dtype=torch.int64, device=key_N.device)
-        count_S.scatter_add_(0, key_N, torch.ones_like(key_N))
-        token_N = order_N.div(max(slot_RK.shape[1], 1), rounding_mode="floor")
-        return cls(x_RD.index_select(0, token_N), count_S[:-1], token_N, weight_RK.flatten()[order_N], tokens=len(x_RD))
-
-    def weighted_sum(self, y_ND: Tensor) -> Tensor:
-        """[R, D] in float32: each token's outputs, weighted."""
-        weighted_ND = y_ND.float() * self.weight_N[:, None]
-        return weighted_ND.new_zeros(self.tokens, y_ND.shape[1]).index_add(0, self.token_N, weighted_ND)
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What this rank's experts are to compute.
-
-    row_ND: inputs, those of one expert row behind another. count_S: [S] inputs of each. state: the dispatcher's own.
-    """
-
-    row_ND: Tensor
-    count_S: Tensor
-    state: Any = field(repr=False, default=None)
-
-
-class Sent(Protocol):
-    """Tokens under way: other work may be done before `wait`."""
-
-    def wait(self) -> Work: ...
+from .mesh import ExpertMesh, Stage
 
 
 class Dispatcher(Protocol):
     """Carries tokens of all ranks to the rows of expert weights that serve them, and weighted sums back. Every rank
-    calls the same methods in the same order; gradients flow through both."""
+    calls the same methods in the same order; gradients flow through both ways."""
 
     def place(self, placement: LayerPlacement, row_of_slot_P: Tensor, rows: int) -> None:
-        """A plan comes into force. row_of_slot_P: [P] this rank's row of expert weights, -1 for slots of other ranks.
-        rows: S."""
+        """A plan comes into force.
 
-    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Sent:
-        """Starts sending tokens to the slots that serve them. weight_TK: float32 gate weights."""
+        Args:
+            placement: which slot is on which device.
+            row_of_slot_P: [P] this rank's row of expert weights, -1 for slots of other ranks.
+            rows: S.
+        """
 
-    def combine(self, y_ND: Tensor, work: Work) -> Tensor:
-        """[T, D] the sum of each token's expert outputs, weighted; y_ND: [N, D] in the order of `work.row_ND`."""
+    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Any:
+        """Starts sending tokens to the slots that serve them; other work may be done until `receive`.
+
+        Args:
+            x_TD: [T, D] this rank's tokens.
+            slot_TK: [T, K] slots that serve them.
+            weight_TK: [T, K] float32 gate weights.
+
+        Returns:
+            What `receive` and `combine` have to know of this batch: the dispatcher's own.
+        """
+
+    def receive(self, metadata: Any) -> tuple[Tensor, Tensor]:
+        """Waits: ([N, D] what the experts here are to compute, one expert's rows behind another's, [S] rows of
+        each)."""
+
+    def combine(self, y_ND: Tensor, metadata: Any) -> Tensor:
+        """[T, D] the sum of each token's expert outputs, weighted; y_ND: in the order of `receive`."""
+
+
+def permute(
+    x_RD: Tensor, weight_RK: Tensor, slot_RK: Tensor, row_P: Tensor, rows: int, pairs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token-expert pairs in the order of the rows of expert weights here.
+
+    Args:
+        x_RD: [R, D] tokens here.
+        weight_RK: [R, K] gate weights.
+        slot_RK: [R, K] slots, -1 for none.
+        row_P: [P + 1] row of expert weights of each slot, `rows` where it stands elsewhere; slot -1 reads the last
+            entry.
+        rows: S.
+        pairs: N, how many pairs stand here.
+
+    Returns:
+        ([N, D] inputs, [S] how many of each expert, [N] the row of x_RD that each is of, [N] its gate weight).
+    """
+    key_N = row_P[slot_RK.long()].flatten()
+    order_N = key_N.argsort(stable=True)[:pairs]
+    count_S = torch.zeros(rows + 1, dtype=torch.int64, device=key_N.device)
+    count_S.scatter_add_(0, key_N, torch.ones_like(key_N))
+    token_N = order_N.div(max(slot_RK.shape[1], 1), rounding_mode="floor")
+    return x_RD.index_select(0, token_N), count_S[:-1], token_N, weight_RK.flatten()[order_N]
+
+
+def unpermute(y_ND: Tensor, token_N: Tensor, weight_N: Tensor, rows: int) -> Tensor:
+    """[rows, D] in float32: the weighted sum of each token's outputs, from `permute`'s order."""
+    weighted_ND = y_ND.float() * weight_N[:, None]
+    return weighted_ND.new_zeros(rows, y_ND.shape[1]).index_add(0, token_N, weighted_ND)
 
 
 @dataclass(frozen=True, eq=False)
-class _Arrived:
-    hops: list[Departed]
-    pairs: Pairs
+class SentCopies:
+    """Copies sent in one stage. row_C: [C] the row here that each is of. rows: here before the stage. pairs:
+    token-expert pairs that arrive."""
+
+    exchange: AsyncAllToAll
+    row_C: Tensor
+    rows: int
+    pairs: int
 
 
-class HopDispatcher:
+@dataclass(eq=False)
+class DispatchMetadata:
+    """One batch between dispatch and combine.
+
+    batch: (rows, gate weights, slots) while nothing has been sent. copies: of each stage begun. rows: R, after the
+    last. token_N, weight_N: see `permute`.
+    """
+
+    batch: tuple[Tensor, Tensor, Tensor] | None = None
+    copies: list[SentCopies] = field(default_factory=list)
+    rows: int = 0
+    token_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    weight_N: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class AllToAllStage:
+    """Copies of rows to the ranks of a group, and sums of what was made of them back.
+
+    stage: between whom. device: on which this rank computes. own: this rank's place in the group.
+    """
+
+    def __init__(self, stage: Stage, device: torch.device) -> None:
+        self.group, self.devices = stage.group, stage.devices
+        self.peers, self.own = len(stage.devices), dist.get_rank(stage.group)
+        self.peer_G = self._peer_P = torch.from_numpy(stage.peer_G).to(device)
+
+    def place(self, device_P: Tensor) -> None:
+        """device_P: [P] the device of each slot."""
+        # Slot -1, a place in the table of K that belongs to another rank, reads the last entry: no peer.
+        self._peer_P = torch.cat([self.peer_G[device_P], self.peer_G.new_tensor([self.peers])])
+
+    def send(self, x_TD: Tensor, weight_TK: Tensor, slot_TK: Tensor) -> SentCopies:
+        """Starts sending every row once to each peer that has one of its slots, with its weights and slots there (-1:
+        not there). The host waits for the device once, for the numbers of rows."""
+        top_k = slot_TK.shape[1]
+        peer_TK = self._peer_P[slot_TK.long()]
+        sorted_TK = peer_TK.sort(dim=1).values
+        first_TK = torch.ones_like(sorted_TK, dtype=torch.bool)
+        first_TK[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
+        key_N = torch.where(first_TK, sorted_TK, self.peers).flatten()
+        order_N = key_N.argsort(stable=True)
+        sent, received, pairs = self._sizes(key_N, peer_TK)
+        chosen_C = order_N[: sum(sent)]
+        row_C = chosen_C.div(max(top_k, 1), rounding_mode="floor")
+        here_CK = peer_TK[row_C] == key_N[chosen_C][:, None]
+        exchange = AsyncAllToAll(self.group, sent, received).start(
+            x_TD.index_select(0, row_C),
+            torch.where(here_CK, weight_TK[row_C], 0.0),
+            torch.where(here_CK, slot_TK[row_C], -1).int(),
+        )
+        return SentCopies(exchange, row_C, len(x_TD), pairs)
+
+    def combine(self, y_RD: Tensor, copies: SentCopies) -> Tensor:
+        """[T, D] sum over each row's copies of what was made of them, y_RD: [R, D]."""
+        exchange = AsyncAllToAll(self.group, copies.exchange.received, copies.exchange.sent)
+        y_CD, _, _ = exchange.start(y_RD).wait()
+        y_TD = y_CD.new_zeros(copies.rows, y_CD.shape[1], dtype=torch.float32)
+        return y_TD.index_add(0, copies.row_C, y_CD.float()).to(y_RD.dtype)
+
+    def _sizes(self, key_N: Tensor, peer_TK: Tensor) -> tuple[list[int], list[int], int]:
+        """(rows to each peer, rows from each peer, token-expert pairs from all peers)."""
+        mine = torch.zeros(self.peers + 1, 2, dtype=torch.int64, device=key_N.device)
+        mine[:, 0].scatter_add_(0, key_N, torch.ones_like(key_N))
+        mine[:, 1].scatter_add_(0, peer_TK.flatten(), torch.ones_like(key_N))
+        mine = mine[:-1].contiguous()
+        theirs = torch.empty_like(mine)
+        with naming_unresponsive_ranks(self.group):
+            dist.all_to_all_single(theirs, mine, group=self.group)
+        table = torch.stack([mine, theirs]).tolist()
+        sent, received = ([row[0] for row in side] for side in table)
+        return sent, received, sum(row[1] for row in table[1])
+
+
+class StagedDispatcher:
+    """What dispatchers through one stage or two have in common: the stages, and the plan in force.
+
+    two_stage: first between ranks of equal place on the nodes, then inside the node. device_P: [P] the device of each
+    slot. row_P, rows: see `permute`.
+
+    Raises:
+        InputError: two stages on a mesh of one dimension.
+    """
+
+    def __init__(self, mesh: ExpertMesh, two_stage: bool) -> None:
+        self.mesh, self.two_stage = mesh, two_stage
+        self.stages = [AllToAllStage(stage, mesh.device) for stage in mesh.stages(two_stage)]
+        self.device_P = self.row_P = torch.empty(0, dtype=torch.int64)
+        self.rows = 0
+
+    def place(self, placement: LayerPlacement, row_of_slot_P: Tensor, rows: int) -> None:
+        """See `Dispatcher.place`."""
+        self.device_P = torch.from_numpy(placement.device.copy()).to(self.mesh.device)
+        for stage in self.stages:
+            stage.place(self.device_P)
+        row_P = torch.where(row_of_slot_P < 0, rows, row_of_slot_P)
+        self.row_P = torch.cat([row_P, row_P.new_tensor([rows])]).to(self.mesh.device)
+        self.rows = rows
+
+
+class AllToAllDispatcher(StagedDispatcher):
     """One copy a token and rank, summed at the rank before it returns.
 
     two_stage: first one copy a token and node, to the rank of equal place there, which hands it on inside the node.
     Sums are taken on the way back as well, so that one row a token and node returns (as DeepEP does).
-    copies: of the latest dispatch, copies sent to each rank, hop by hop; a rank's own are among them. returned: the same of
-    the sums that go back. devices: of the ranks of each hop.
+    copies: of the latest dispatch, copies sent to each rank, stage by stage; a rank's own are among them.
     A slot of -1 is no slot: its row goes nowhere for it.
     """
 
-    def __init__(self, mesh: ExpertMesh, two_stage: bool) -> None:
-        if two_stage and (mesh.inter is None or mesh.intra is None):
-            raise InputError(
-                "dispatch in two stages needs a mesh of two dimensions, nodes and devices a node: "
-                "init_device_mesh(kind, (nodes, devices), mesh_dim_names=('node', 'device'))"
-            )
-        self._mesh, self.two_stage = mesh, two_stage
-        self._hops: list[Hop] = []
-        self._row_P = torch.empty(0, dtype=torch.int64)
-        self._rows = 0
-        self.copies: tuple[tuple[int, ...], ...] = ()
-        self.returned: tuple[tuple[int, ...], ...] = ()
-        self.devices: tuple[IntArray, ...] = ()
+    copies: tuple[tuple[int, ...], ...] = ()
 
-    def place(self, placement: LayerPlacement, row_of_slot_P: Tensor, rows: int) -> None:
-        mesh = self._mesh
-        device_P = torch.from_numpy(placement.device.copy()).to(mesh.device)
-        if self.two_stage:
-            assert mesh.inter is not None
-            assert mesh.intra is not None
-            place_NS = np.arange(mesh.size).reshape(-1, mesh.node_size)
-            here, place = divmod(mesh.rank, mesh.node_size)
-            stages = [
-                (mesh.inter, device_P // mesh.node_size, place_NS[:, place]),
-                (mesh.intra, device_P % mesh.node_size, place_NS[here]),
-            ]
+    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> DispatchMetadata:
+        """See `Dispatcher.dispatch`."""
+        if not self.stages:
+            return DispatchMetadata(batch=(x_TD, weight_TK, slot_TK))
+        return DispatchMetadata(copies=[self.stages[0].send(x_TD, weight_TK, slot_TK)])
+
+    def receive(self, metadata: DispatchMetadata) -> tuple[Tensor, Tensor]:
+        """See `Dispatcher.receive`: waits for the first stage, and goes through the others."""
+        if metadata.batch is not None:
+            (x_RD, weight_RK, slot_RK), metadata.batch = metadata.batch, None
+            pairs = int((slot_RK >= 0).sum())
         else:
-            stages = [(mesh.group, device_P, np.arange(mesh.size))]
-        stages = [stage for stage in stages if stage[0].size() > 1]
-        self._hops = [Hop(group, peer_P) for group, peer_P, _ in stages]
-        self.devices = tuple(devices for *_, devices in stages)
-        self._row_P = torch.cat([row_of_slot_P.to(mesh.device), torch.tensor([rows], device=mesh.device)])
-        self._rows = rows
+            x_RD, weight_RK, slot_RK = metadata.copies[0].exchange.wait()
+            for stage in self.stages[1:]:
+                metadata.copies.append(stage.send(x_RD, weight_RK, slot_RK))
+                x_RD, weight_RK, slot_RK = metadata.copies[-1].exchange.wait()
+            pairs = metadata.copies[-1].pairs
+        self.copies = tuple(tuple(copies.exchange.sent) for copies in metadata.copies)
+        metadata.rows = len(x_RD)
+        row_ND, count_S, metadata.token_N, metadata.weight_N = permute(
+            x_RD, weight_RK, slot_RK, self.row_P, self.rows, pairs
+        )
+        return row_ND, count_S
 
-    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Sent:
-        if not self._hops:
-            return _Local(self, x_TD, weight_TK, slot_TK)
-        return _UnderWay(self, self._hops[0].depart(x_TD, weight_TK, slot_TK))
-
-    def combine(self, y_ND: Tensor, work: Work) -> Tensor:
-        arrived: _Arrived = work.state
-        result = arrived.pairs.weighted_sum(y_ND).to(y_ND.dtype)
-        for hop, departed in zip(reversed(self._hops), reversed(arrived.hops), strict=True):
-            result = hop.back(departed, result)
+    def combine(self, y_ND: Tensor, metadata: DispatchMetadata) -> Tensor:
+        """See `Dispatcher.combine`."""
+        result = unpermute(y_ND, metadata.token_N, metadata.weight_N, metadata.rows).to(y_ND.dtype)
+        for stage, copies in zip(reversed(self.stages), reversed(metadata.copies), strict=True):
+            result = stage.combine(result, copies)
         return result
 
-    def finish(self, departed: Departed) -> Work:
-        """Waits for the first hop, and takes the others."""
-        taken = [departed]
-        x_RD, weight_RK, slot_RK = departed.transit.arrive()
-        for hop in self._hops[1:]:
-            taken.append(hop.depart(x_RD, weight_RK, slot_RK))
-            x_RD, weight_RK, slot_RK = taken[-1].transit.arrive()
-        self.copies = tuple(hop.copies for hop in taken)
-        self.returned = tuple(tuple(hop.flight.received) for hop in taken)
-        return self.arrange(x_RD, weight_RK, slot_RK, taken, taken[-1].pairs)
 
-    def arrange(self, x_RD: Tensor, weight_RK: Tensor, slot_RK: Tensor, taken: list[Departed], pairs: int) -> Work:
-        """Brings the pairs of arrived rows into the order of the rows of expert weights."""
-        arranged = Pairs.of(x_RD, weight_RK, slot_RK, self._row_P, self._rows, pairs)
-        return Work(arranged.row_ND, arranged.count_S, _Arrived(taken, arranged))
-
-
-class _UnderWay:
-    def __init__(self, dispatcher: HopDispatcher, departed: Departed) -> None:
-        self._dispatcher, self._departed = dispatcher, departed
-
-    def wait(self) -> Work:
-        return self._dispatcher.finish(self._departed)
-
-
-class _Local:
-    """A mesh of one rank: nothing travels."""
-
-    def __init__(self, dispatcher: HopDispatcher, x_TD: Tensor, weight_TK: Tensor, slot_TK: Tensor) -> None:
-        self._dispatcher, self._given = dispatcher, (x_TD, weight_TK, slot_TK)
-
-    def wait(self) -> Work:
-        return self._dispatcher.arrange(*self._given, [], int((self._given[2] >= 0).sum()))
-
-
-def flat(mesh: ExpertMesh) -> HopDispatcher:
+def flat(mesh: ExpertMesh) -> AllToAllDispatcher:
     """One all-to-all over all ranks each way: one copy a token and rank."""
-    return HopDispatcher(mesh, two_stage=False)
+    return AllToAllDispatcher(mesh, two_stage=False)
 
 
-def node_aware(mesh: ExpertMesh) -> HopDispatcher:
+def node_aware(mesh: ExpertMesh) -> AllToAllDispatcher:
     """Two all-to-alls each way: one copy a token and node between nodes, then one a token and rank inside."""
-    return HopDispatcher(mesh, two_stage=True)
+    return AllToAllDispatcher(mesh, two_stage=True)

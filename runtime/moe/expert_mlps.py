@@ -19,7 +19,7 @@ from ...placement.model import ModelSpec
 Weights = Mapping[str, Tensor]
 
 
-class ExpertKind(Protocol):
+class ExpertMLP(Protocol):
     """An expert's parameters and its function."""
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from ...placement.errors import InputError, nearest
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from .compression import LSHCompression
-from .expert_mlps import ExpertKind
+from .expert_mlps import ExpertMLP
 from .experts import Gradients, MakeDispatcher, PlacedExperts
 from .mesh import ExpertMesh
 
@@ -54,7 +54,8 @@ class SigmoidRouter(nn.Module):
     """DeepSeek-V3's: sigmoid scores, a bias that only decides who is chosen, groups of experts, scaled weights.
 
     groups: experts stand in so many groups; only the `top_groups` with the largest sum of their two best are open
-    (both 1: no groups). scale: of the normalised weights. bias: a buffer, moved by balancing (`bias += rate * sign(...)`).
+    (both 1: no groups). scale: of the normalised weights. bias: a buffer, moved by balancing (`bias += rate *
+    sign(...)`).
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class ExpertParallelMoE(nn.Module):
         *,
         router: str | nn.Module = "softmax",
         shared_experts: nn.Module | None = None,
-        kind: ExpertKind | None = None,
+        kind: ExpertMLP | None = None,
         dispatch: str | MakeDispatcher | None = None,
         compression: LSHCompression | None = None,
         gradients: Gradients = "mean",
@@ -168,7 +169,7 @@ class ExpertParallelMoE(nn.Module):
 
 
 def reference_experts(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, weights: Mapping[str, Tensor], kind: ExpertKind
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, weights: Mapping[str, Tensor], kind: ExpertMLP
 ) -> Tensor:
     """[T, D] the weighted sum of each token's experts. weights: [E, ...] each, logical experts in order."""
     result = []

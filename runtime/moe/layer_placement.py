@@ -17,7 +17,8 @@ from ...placement.plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class LayerPlacement:
-    """expert, device, share: [P], one entry a slot that holds an expert, devices not decreasing. node_of: [G]. experts: E."""
+    """expert, device, share: [P], one entry a slot that holds an expert, devices not decreasing. node_of: [G]. experts:
+    E."""
 
     expert: IntArray
     device: IntArray
@@ -100,7 +101,7 @@ class LayerPlacement:
     def _flow(self, slots: IntArray) -> FloatArray:
         """[G, slots] part of each device's tokens that goes to each slot."""
         left = np.ones(self.devices)
-        wanted = self.share[slots] * self.devices
+        capacity = self.share[slots] * self.devices
         flow = np.zeros((self.devices, len(slots)))
         near = self.node_of[:, None] == self.node_of[self.device[slots]][None, :]
         own = np.arange(self.devices)[:, None] == self.device[slots][None, :]
@@ -109,11 +110,11 @@ class LayerPlacement:
             for label in np.unique(labels):
                 rows = np.flatnonzero(labels == label)
                 columns = np.flatnonzero(allowed[rows[0]])
-                supply, demand = left[rows].sum(), wanted[columns].sum()
+                supply, demand = left[rows].sum(), capacity[columns].sum()
                 if supply <= 1e-12 or demand <= 1e-12:
                     continue
-                moved = min(supply, demand) * np.outer(left[rows] / supply, wanted[columns] / demand)
+                moved = min(supply, demand) * np.outer(left[rows] / supply, capacity[columns] / demand)
                 flow[np.ix_(rows, columns)] += moved
                 left[rows] -= moved.sum(axis=1)
-                wanted[columns] -= moved.sum(axis=0)
+                capacity[columns] -= moved.sum(axis=0)
         return np.asarray(flow / flow.sum(axis=1, keepdims=True))

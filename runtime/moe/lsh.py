@@ -1,14 +1,17 @@
-"""Dispatch of clusters in place of tokens (LSH-MoE, 2024), on top of plain dispatch, which carries all that stays alone.
+"""Dispatch of clusters in place of tokens (LSH-MoE, 2024), on top of plain dispatch, which carries all that stays
+alone.
 
-A cluster is of pairs of a token and a slot, so that one expert's output serves all its members and each member keeps its
-own gate weight, applied here, at the sender. With c the cluster's mean, s the residual's scale and w a pair's weight,
+A cluster is of pairs of a token and a slot, so that one expert's output serves all its members and each member keeps
+its own gate weight, applied here, at the sender. With c the cluster's mean, s the residual's scale and w a pair's
+weight,
 
     y = E(c) + s (x - c)        out = sum over the token's pairs of w y
 
-and autograd through just that: with g a pair's gradient of y, G their sum over a cluster of n, dx = s g + (J^T G - s G) / n, and
-of a weight <d out, y>. One row a cluster travels, there and back, forward and backward.
+and autograd through just that: with g a pair's gradient of y, G their sum over a cluster of n, dx = s g + (J^T G - s G)
+/ n, and of a weight <d out, y>. One row a cluster travels, there and back, forward and backward.
 
-T tokens, K slots a token, P slots, D hidden size, M most clusters, X projected size of all hashes.
+T tokens, K slots a token, N = T K pairs, P slots, D hidden size, M most clusters of two or more, H hashes of d
+dimensions each, X = H d.
 """
 
 from __future__ import annotations
@@ -22,14 +25,13 @@ from torch import Tensor
 
 from ...placement.errors import InputError
 from .compression import CompressionStatistics, LSHCompression
-from .dispatcher import HopDispatcher, Sent, Work
+from .dispatcher import AllToAllDispatcher, DispatchMetadata
 from .layer_placement import LayerPlacement
 from .mesh import ExpertMesh
 
 # Cross-polytope hashing: the nearest of the 2 d unit vectors along the axes of a randomly rotated space of d
 # dimensions. Andoni et al., Practical and Optimal LSH for Angular Distance, 2015; as in LSH-MoE, 2024. Here each hash
-# projects to its own small space: at full width nearly every token would have a code of its own. N rows, D hidden
-# size, H hashes, d dimensions of one hash.
+# projects to its own small space: at full width nearly every token would have a code of its own.
 
 
 def rotations(hidden_size: int, hashes: int, dimension: int, seed: int) -> Tensor:
@@ -41,26 +43,24 @@ def rotations(hidden_size: int, hashes: int, dimension: int, seed: int) -> Tenso
 
 
 def digits(projected: Tensor, dimension: int) -> Tensor:
-    """[N, H] hash values below 2 d of rows projected to [N, H * d]: twice the longest coordinate's index, one more if it
-    is negative."""
+    """[N, H] hash values below 2 d of rows projected to [N, H * d]: twice the longest coordinate's index, one more if
+    it is negative."""
     p_NHd = projected.view(len(projected), -1, dimension)
     longest = p_NHd.abs().argmax(dim=-1, keepdim=True)
     return (2 * longest + (p_NHd.gather(-1, longest) < 0)).squeeze(-1)
 
 
-# Pairs of a token and a slot to clusters, by sorting their hash codes; as many clusters as a target allows. Every
-# choice rests on integers and on sums in a fixed order, so that the same batch gives the same clusters again, as
-# activation checkpointing needs. The host never waits for the device: what depends on data has a fixed, sufficient
-# size. T tokens, K slots a token, N = T K pairs, P slots, H hashes, d dimensions of one, M most clusters of two or
-# more.
+# Pairs to clusters, by sorting their hash codes; as many clusters as a target allows. Every choice rests on integers
+# and on sums in a fixed order, so that the same batch gives the same clusters again, as activation checkpointing needs.
+# The host never waits for the device: what depends on data has a fixed, sufficient size.
 
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
     """Clusters of two pairs or more, in order of their slots; the rest of the M places are empty.
 
-    row_TK: [T, K] the cluster of each pair, M for pairs alone. token_N, offset_M: tokens of one cluster behind another's, and
-    where each begins; offset_M has one more, the end. slot_M: [M] -1 for empty places. size_M: [M].
+    row_TK: [T, K] the cluster of each pair, M for pairs alone. token_N, offset_M: tokens of one cluster behind
+    another's, and where each begins; offset_M has one more, the end. slot_M: [M] -1 for empty places. size_M: [M].
     levels: whole hashes that counted.
     """
 
@@ -83,9 +83,18 @@ def cluster(
 ) -> Clusters:
     """Clusters of the pairs in scope such that they and the pairs alone are at most `target`, or one a slot.
 
-    projected_TX: [T, H * d]. target: a number, on the device. largest_target: that it cannot pass, known to the host. As many whole hashes count as the target allows; of the next
-    one, where it parts clusters of the largest squared error a new cluster, until the target is reached. Hashes see
-    tokens relative to the mean of their slot, since what a slot's tokens have in common says nothing about who is alike.
+    As many whole hashes count as the target allows; of the next one, where it parts clusters of the largest squared
+    error a new cluster, until the target is reached. Hashes see tokens relative to the mean of their slot, since what a
+    slot's tokens have in common says nothing about who is alike.
+
+    Args:
+        projected_TX: [T, H * d] tokens in the hashes' spaces.
+        slot_TK: [T, K] slots.
+        scope_TK: [T, K] which pairs may be clustered.
+        target: a number, on the device.
+        slots: P.
+        dimension: d.
+        largest_target: that `target` cannot pass, known to the host.
     """
     tokens, top_k = slot_TK.shape
     pairs = tokens * top_k
@@ -181,10 +190,11 @@ def _arranged(
 
 
 @dataclass(frozen=True, eq=False)
-class _Compressed:
-    """What combine needs beside the plain dispatcher's own. row_TK: [T, K] a pair's cluster, M if it is alone."""
+class CompressedMetadata:
+    """One compressed batch between dispatch and combine. plain: of the rows that travel, tokens and then centroids.
+    row_TK: [T, K] a pair's cluster, M if it is alone. weight_TK: gate weights of the pairs in clusters."""
 
-    plain: Work
+    plain: DispatchMetadata
     x_TD: Tensor
     centroid_MD: Tensor
     slot_M: Tensor
@@ -205,7 +215,7 @@ class CompressedDispatcher:
 
     def __init__(
         self,
-        plain: HopDispatcher,
+        plain: AllToAllDispatcher,
         mesh: ExpertMesh,
         settings: LSHCompression,
         layer: int,
@@ -220,7 +230,7 @@ class CompressedDispatcher:
 
     @property
     def copies(self) -> tuple[tuple[int, ...], ...]:
-        """Of the latest dispatch, rows sent to each rank, hop by hop."""
+        """Of the latest dispatch, rows sent to each rank, stage by stage."""
         return self._plain.copies
 
     @property
@@ -269,7 +279,8 @@ class CompressedDispatcher:
         if (len(device_P) + 1) * codes >= 1 << 62:
             raise InputError(f"{codes} codes of {len(device_P)} slots do not fit 64 bits; take fewer hashes")
 
-    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> Sent:
+    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> DispatchMetadata | CompressedMetadata:
+        """See `Dispatcher.dispatch`; plain where nothing is to be compressed."""
         steps = self._steps()
         settings = self.settings
         if steps is None or steps < settings.warm_up or settings.rate == 1.0 or slot_TK.numel() < 2:
@@ -297,39 +308,43 @@ class CompressedDispatcher:
         centroid_MD = mean_MD.to(x_TD.dtype)
         alone_TK = row_TK == most
         top_k = slot_TK.shape[1]
-        sent = self._plain.dispatch(
+        plain = self._plain.dispatch(
             torch.cat([x_TD, centroid_MD]),
             torch.cat([torch.where(alone_TK, slot_TK, -1), F.pad(slot_M[:, None], (0, top_k - 1), value=-1)]),
             torch.cat([torch.where(alone_TK, weight_TK, 0.0), weight_TK.new_ones(most, 1).expand(-1, top_k)]),
         )
         weight_TK = torch.where(alone_TK, 0.0, weight_TK)
-        return _UnderWay(sent, (x_TD_float, centroid_MD.float(), slot_M, clusters.size_M, row_TK, weight_TK))
+        return CompressedMetadata(plain, x_TD_float, centroid_MD.float(), slot_M, clusters.size_M, row_TK, weight_TK)
 
-    def combine(self, y_ND: Tensor, work: Work) -> Tensor:
-        if not isinstance(work.state, _Compressed):
-            return self._plain.combine(y_ND, work)
-        state = work.state
-        result = self._plain.combine(y_ND, state.plain)
-        alone_TD, y_MD = result[: len(state.x_TD)], result[len(state.x_TD) :]
-        offset_MD, scale = self._restoring(y_MD.float(), state)
+    def receive(self, metadata: DispatchMetadata | CompressedMetadata) -> tuple[Tensor, Tensor]:
+        """See `Dispatcher.receive`; a cluster is one row."""
+        return self._plain.receive(metadata.plain if isinstance(metadata, CompressedMetadata) else metadata)
+
+    def combine(self, y_ND: Tensor, metadata: DispatchMetadata | CompressedMetadata) -> Tensor:
+        """See `Dispatcher.combine`; members of clusters get their own output back, as far as the residual tells."""
+        if not isinstance(metadata, CompressedMetadata):
+            return self._plain.combine(y_ND, metadata)
+        result = self._plain.combine(y_ND, metadata.plain)
+        alone_TD, y_MD = result[: len(metadata.x_TD)], result[len(metadata.x_TD) :]
+        offset_MD, scale = self._restoring(y_MD.float(), metadata)
         table = torch.cat([offset_MD, offset_MD.new_zeros(1, offset_MD.shape[1])])
-        together_TD = F.embedding_bag(state.row_TK, table, per_sample_weights=state.weight_TK, mode="sum")
+        together_TD = F.embedding_bag(metadata.row_TK, table, per_sample_weights=metadata.weight_TK, mode="sum")
         if scale is not None:
-            together_TD = together_TD + state.x_TD * (scale * state.weight_TK.sum(dim=1, keepdim=True))
+            together_TD = together_TD + metadata.x_TD * (scale * metadata.weight_TK.sum(dim=1, keepdim=True))
         whole_TD: Tensor = alone_TD.float() + together_TD
         return whole_TD.to(result.dtype)
 
-    def _restoring(self, y_MD: Tensor, state: _Compressed) -> tuple[Tensor, Tensor | None]:
+    def _restoring(self, y_MD: Tensor, metadata: CompressedMetadata) -> tuple[Tensor, Tensor | None]:
         """(E(c) - s c of each cluster, s or None for no residual)."""
         if self.settings.residual == "none":
             return y_MD, None
         scale = y_MD.new_ones(())
         if self.settings.residual == "scaled":
             with torch.no_grad():
-                scale = _slope(state.centroid_MD, y_MD, state.size_M, state.slot_M, len(self._unit_P))
+                scale = _slope(metadata.centroid_MD, y_MD, metadata.size_M, metadata.slot_M, len(self._unit_P))
         if self._latest is not None:
             self._latest[1][2] = scale
-        return y_MD - scale * state.centroid_MD, scale
+        return y_MD - scale * metadata.centroid_MD, scale
 
     def _rotations(self, hidden_size: int, steps: int, where: torch.device) -> Tensor:
         settings = self.settings
@@ -388,15 +403,6 @@ class CompressedDispatcher:
         return count_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))[:-1]
 
 
-class _UnderWay:
-    def __init__(self, sent: Sent, own: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
-        self._sent, self._own = sent, own
-
-    def wait(self) -> Work:
-        plain = self._sent.wait()
-        return Work(plain.row_ND, plain.count_S, _Compressed(plain, *self._own))
-
-
 def _range(like: Tensor) -> Tensor:
     return torch.arange(len(like), device=like.device)
 
@@ -411,7 +417,8 @@ def _distinct(unit_TK: Tensor, valid_TK: Tensor) -> Tensor:
 
 def _slope(centroid_MD: Tensor, y_MD: Tensor, size_M: Tensor, slot_M: Tensor, slots: int) -> Tensor:
     """The s that best predicts differences between outputs from differences between centroids of one slot, by least
-    squares, clusters weighing as their members: the best multiple of the identity in the place of the experts' Jacobians."""
+    squares, clusters weighing as their members: the best multiple of the identity in the place of the experts'
+    Jacobians."""
     weight_M = torch.where(slot_M < 0, 0, size_M).float()[:, None]
     slot_M = torch.where(slot_M < 0, slots, slot_M)
     total_P = weight_M.new_zeros(slots + 1, 1).index_add_(0, slot_M, weight_M).clamp_(min=1.0)

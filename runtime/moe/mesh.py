@@ -4,16 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..._types import IntArray
 from ...placement.errors import InputError, UnsupportedError
 from ...placement.topology import Topology
 
 STAGES = "pp"
 """Dimension of a device mesh along which ranks hold different layers, as torchtitan and Transformers name it."""
+
+
+class Stage(NamedTuple):
+    """One exchange between the ranks of a group. devices: theirs, in order of rank. peer_G: [G] the rank of the group
+    through which each device is reached."""
+
+    group: dist.ProcessGroup
+    devices: IntArray
+    peer_G: IntArray
+
+
+def node_stages(
+    inter: dist.ProcessGroup, intra: dist.ProcessGroup, rank: int, size: int, node_size: int
+) -> list[Stage]:
+    """First between the ranks of `rank`'s place on all nodes (inter), then inside its node (intra)."""
+    device_NS = np.arange(size).reshape(-1, node_size)
+    node, place = divmod(rank, node_size)
+    return [
+        Stage(inter, device_NS[:, place], np.arange(size) // node_size),
+        Stage(intra, device_NS[node], np.arange(size) % node_size),
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +69,8 @@ class ExpertMesh:
         members = tuple(mesh.mesh.flatten().tolist())
         if mesh.ndim > 2:
             raise InputError(
-                f"mesh has {mesh.ndim} dimensions {tuple(mesh.mesh.shape)}; give its expert-parallel part: one dimension "
-                "of devices, or two: nodes and devices a node"
+                f"mesh has {mesh.ndim} dimensions {tuple(mesh.mesh.shape)}; give its expert-parallel part: one "
+                "dimension of devices, or two: nodes and devices a node"
             )
         if dist.get_rank() not in members:
             raise InputError(f"rank {dist.get_rank()} is not in the mesh of ranks {list(members)}")
@@ -76,6 +100,25 @@ class ExpertMesh:
         """Whether there are several nodes of several devices."""
         return self.inter is not None and 1 < self.node_size < self.size
 
+    def stages(self, two_stage: bool) -> list[Stage]:
+        """The exchanges, in order, that bring something to any device; those between one rank are left out.
+
+        two_stage: first between ranks of equal place on the nodes, then inside the node.
+
+        Raises:
+            InputError: two stages on a mesh of one dimension.
+        """
+        if not two_stage:
+            stages = [Stage(self.group, np.arange(self.size), np.arange(self.size))]
+        elif self.inter is None or self.intra is None:
+            raise InputError(
+                "dispatch in two stages needs a mesh of two dimensions, nodes and devices a node: "
+                "init_device_mesh(kind, (nodes, devices), mesh_dim_names=('node', 'device'))"
+            )
+        else:
+            stages = node_stages(self.inter, self.intra, self.rank, self.size, self.node_size)
+        return [stage for stage in stages if len(stage.devices) > 1]
+
     def check_covers_world(self) -> None:
         """Raises UnsupportedError unless the mesh has all ranks of the world, or all of this rank's pipeline stage.
 
@@ -84,17 +127,17 @@ class ExpertMesh:
         root = self.mesh._get_root_mesh()
         names, ranks = root.mesh_dim_names or (), root.mesh
         stages = names.index(STAGES) if STAGES in names and root is not self.mesh else None
-        wanted = set(range(dist.get_world_size()))
-        if stages is not None and set(ranks.flatten().tolist()) == wanted:
+        needed = set(range(dist.get_world_size()))
+        if stages is not None and set(ranks.flatten().tolist()) == needed:
             here = (ranks == self.members[self.rank]).nonzero()[0, stages]
-            wanted = set(ranks.select(stages, int(here)).flatten().tolist())
-        missing = sorted(wanted - set(self.members))
+            needed = set(ranks.select(stages, int(here)).flatten().tolist())
+        missing = sorted(needed - set(self.members))
         if missing:
             raise UnsupportedError(
-                f"the mesh has the ranks {_short(self.members)}, but not {_short(missing)}: expert gradients would never be "
-                "summed with theirs, for data parallelism of experts does not exist yet. Give a mesh of all ranks (more "
-                f"replicas in the plan serve the same end), or, with pipeline stages, one sliced from a mesh with a "
-                f"dimension named {STAGES!r}, of all ranks of the stage"
+                f"the mesh has the ranks {_short(self.members)}, but not {_short(missing)}: expert gradients would "
+                "never be summed with theirs, for data parallelism of experts does not exist yet. Give a mesh of all "
+                "ranks (more replicas in the plan serve the same end), or, with pipeline stages, one sliced from a "
+                f"mesh with a dimension named {STAGES!r}, of all ranks of the stage"
             )
 
     def check_topology(self, topology: Topology) -> None:

@@ -1,4 +1,8 @@
-"""A change of plan between two training steps: experts move, all ranks flip together, or none does."""
+"""A change of plan between two training steps: experts move, all ranks flip together, or none does.
+
+`apply` and `Migration` come first, then the change of one layer, what belongs to an expert, and how rows travel. S
+slots of a rank (rows of expert weights), S' after the change.
+"""
 
 from __future__ import annotations
 
@@ -19,162 +23,11 @@ from ..._types import IntArray
 from ...placement.errors import InputError, MoeplaceError, RankError, UnsupportedError
 from ...placement.migration import migration
 from ...placement.plan import Plan
-from .coordination import Ballot, agree, silent_ranks
+from .coordination import TwoPhaseCommit, check_consistent, unresponsive_ranks
 from .data_parallel import expert_layers
 from .experts import PlacedExperts, check_plan
 from .layer_placement import LayerPlacement
 from .mesh import ExpertMesh
-
-# Rows from rank to rank: many messages, peer to peer, with a bound on the bytes under way.
-
-
-@dataclass(frozen=True, eq=False)
-class Parcel:
-    """One row of one tensor from device to device. content: what to send or where to receive, None on other ranks."""
-
-    source: int
-    target: int
-    bytes: int
-    content: Tensor | None
-
-
-def transfer(
-    parcels: list[Parcel], mesh: ExpertMesh, group: dist.ProcessGroup, chunk_bytes: int, timeout: timedelta
-) -> None:
-    """Moves all parcels. Every rank calls this with the same list, contents aside.
-
-    chunk_bytes: most bytes a rank has under way, in and out.
-
-    Raises:
-        RuntimeError: of the backend, when a peer is gone or `timeout` has passed.
-    """
-    for window in _windows(parcels, chunk_bytes):
-        pending = []
-        for parcel, start, stop in window:
-            if parcel.content is None:
-                continue
-            piece = parcel.content.flatten().view(torch.uint8)[start:stop]
-            if parcel.source == mesh.rank:
-                pending.append(dist.P2POp(dist.isend, piece, mesh.members[parcel.target], group))
-            else:
-                pending.append(dist.P2POp(dist.irecv, piece, mesh.members[parcel.source], group))
-        if pending:
-            for work in dist.batch_isend_irecv(pending):
-                work.wait(timeout)
-
-
-def _windows(parcels: list[Parcel], chunk_bytes: int) -> Iterator[list[tuple[Parcel, int, int]]]:
-    """Runs of (parcel, first byte, end) in which no rank has more than `chunk_bytes` under way."""
-    window: list[tuple[Parcel, int, int]] = []
-    busy: dict[int, int] = {}
-    for parcel in parcels:
-        for start in range(0, parcel.bytes, chunk_bytes):
-            stop = min(start + chunk_bytes, parcel.bytes)
-            size = stop - start
-            if max(busy.get(parcel.source, 0), busy.get(parcel.target, 0)) + size > chunk_bytes:
-                yield window
-                window, busy = [], {}
-            window.append((parcel, start, stop))
-            for device in (parcel.source, parcel.target):
-                busy[device] = busy.get(device, 0) + size
-    if window:
-        yield window
-
-
-# Everything that belongs to an expert row by row: its parameters and what an optimizer keeps for them.
-
-
-@dataclass(frozen=True, eq=False)
-class RowTensor:
-    """One tensor [S, ...] with a row for each of a rank's experts. replace: puts a tensor of more or fewer rows there."""
-
-    name: str
-    value: Tensor
-    replace: Callable[[Tensor], None]
-
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.value.shape[1:], dtype=np.int64)) * self.value.element_size()
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.value.dtype} {list(self.value.shape[1:])}"
-
-
-def row_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None) -> list[RowTensor]:
-    """The layer's parameters, each followed by its optimizer state.
-
-    Raises:
-        InputError: a gradient waits to be used; it would be lost.
-        UnsupportedError: optimizer state that has no row for each expert.
-    """
-    result = []
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.grad is not None and bool(parameter.grad.any()):
-            raise InputError(
-                f"layer {module.layer}: {name} has a gradient; change the plan between optimizer.zero_grad() and the next "
-                "backward"
-            )
-        result.append(RowTensor(name, parameter.detach(), _replace_data(parameter)))
-        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        for key in sorted(state, key=str):
-            value = state[key]
-            if not isinstance(value, Tensor) or value.ndim == 0:
-                continue
-            if len(value) != len(parameter):
-                raise UnsupportedError(
-                    f"layer {module.layer}: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for {name} "
-                    f"{list(parameter.shape)}, which has no row for each expert; use an optimizer that works element by "
-                    "element, as Adam does"
-                )
-            result.append(RowTensor(f"{name}.{key}", value, _replace_entry(state, key)))
-    return result
-
-
-def _replace_data(parameter: nn.Parameter) -> Callable[[Tensor], None]:
-    def replace(value: Tensor) -> None:
-        parameter.grad = None
-        # A loss of an earlier step that is still alive keeps the parameter's gradient accumulator, with the old shape; torch
-        # makes a new one when the type changes, on the way.
-        other = torch.float32 if value.dtype == torch.float64 else torch.float64
-        parameter.data = value.new_empty(0, dtype=other)
-        parameter.data = value
-
-    return replace
-
-
-def _replace_entry(state: dict[str, Tensor], key: str) -> Callable[[Tensor], None]:
-    def replace(value: Tensor) -> None:
-        state[key] = value
-
-    return replace
-
-
-def assign_rows(placement: LayerPlacement, rank: int, row_expert: IntArray) -> tuple[IntArray, dict[int, int]]:
-    """Which expert each row holds once `placement` is in force, and where the changed rows' content comes from.
-
-    Experts that stay keep their rows (in their order, where the number of rows changes). Gives ([S'] expert of each row,
-    {row: the old row it takes its content from, or -1 where it has to come from another rank}) for the rows that change.
-    """
-    wanted = placement.expert[placement.on_device(rank)].tolist()
-    kept: list[int] = []
-    for row, expert in enumerate(row_expert.tolist()):
-        if expert in wanted:
-            wanted.remove(expert)
-            kept.append(row)
-    size = len(kept) + len(wanted)
-    places = {row: row for row in kept} if size == len(row_expert) else dict(zip(kept, range(size), strict=False))
-    result = np.full(size, -1, dtype=np.int64)
-    source = {}
-    for row, place in places.items():
-        result[place] = row_expert[row]
-        if size != len(row_expert):
-            source[place] = row
-    for place, expert in zip(np.flatnonzero(result < 0).tolist(), sorted(wanted), strict=True):
-        result[place] = expert
-        held = [row for row in kept if row_expert[row] == expert]
-        source[place] = held[0] if held else -1
-    return result, source
-
 
 CHUNK_BYTES = 64 << 20
 
@@ -182,12 +35,24 @@ _serial = count()
 _transfer_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class _Move:
-    layer: int
-    expert: int
-    source: int
-    target: int
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    timeout: timedelta = timedelta(minutes=5),
+) -> Migration:
+    """Puts `plan` in force between two steps, on all ranks or on none; every rank calls it.
+
+    `Migration` takes the same arguments, raises the same errors, and spreads the change over steps.
+
+    Returns:
+        The migration, done.
+    """
+    change = Migration(model, plan, optimizer, chunk_bytes=chunk_bytes, timeout=timeout)
+    change.advance()
+    return change
 
 
 class Migration:
@@ -195,14 +60,19 @@ class Migration:
     calls the same methods.
 
     Experts that a rank must newly hold arrive as replicas without any share: the old plan serves all tokens, while
-    gradients keep the newcomers equal to the others. Once every rank has everything, the new plan comes into force on all
-    of them. A rank that dies or fails before leaves the old plan in force, with nothing lost.
+    gradients keep the newcomers equal to the others. Once every rank has everything, the new plan comes into force on
+    all of them. A rank that dies or fails before leaves the old plan in force, with nothing lost.
 
-    moves: experts that go to a device which does not hold them, the fewest possible. bytes_total: of all of them, weights and
-    optimizer state. bytes_moved: so far. pauses: seconds of each `advance`.
+    moves: experts that go to a device which does not hold them, the fewest possible. bytes_total: of all of them,
+    weights and optimizer state. bytes_moved: so far. pauses: seconds of each `advance`. done: whether the new plan is
+    in force.
 
-    optimizer: whose state (Adam's moments) travels along; row by row, so those that work element by element.
-    chunk_bytes: most bytes a rank has under way. timeout: for a message or for the slowest rank.
+    Args:
+        model: with layers of placed experts.
+        plan: to put in force.
+        optimizer: whose state (Adam's moments) travels along; row by row, so those that work element by element.
+        chunk_bytes: most bytes a rank has under way.
+        timeout: for a message or for the slowest rank.
 
     Raises:
         InputError: on all ranks: no expert layers, a plan for another model or number of ranks, gradients not yet used,
@@ -238,9 +108,13 @@ class Migration:
         self.done = False
 
     def advance(self, limit_bytes: int | None = None) -> bool:
-        """Moves experts of at most `limit_bytes` in all (one at least; all when None), and flips after the last.
+        """Moves some experts, and flips after the last. Call between optimizer.zero_grad() and the next forward.
 
-        Call between optimizer.zero_grad() and the next forward. Gives whether the new plan is in force.
+        Args:
+            limit_bytes: most bytes of them in all, though one expert at least; all experts when None.
+
+        Returns:
+            Whether the new plan is in force.
 
         Raises:
             RankError: a rank failed, died or was late. What this call moved is dropped on all ranks; the plan in
@@ -251,18 +125,18 @@ class Migration:
         began = time.perf_counter()
         moves = self._next(limit_bytes)
         self._rounds += 1
-        ballot = Ballot(self._mesh, f"{self._mesh.group.group_name}/{self._serial}/{self._rounds}")
+        commit = TwoPhaseCommit(self._mesh, f"{self._mesh.group.group_name}/{self._serial}/{self._rounds}")
         try:
             changes = self._stage(moves, last=len(moves) == len(self._moves))
         except (MoeplaceError, dist.DistError, RuntimeError, OSError) as error:
-            raise self._given_up(ballot, error) from error
+            raise self._give_up(commit, error) from error
         except BaseException as error:
-            self._given_up(ballot, error)
+            self._give_up(commit, error)
             raise
         try:
-            ballot.ready(self._timeout)
+            commit.ready(self._timeout)
         except RankError as error:
-            raise self._given_up(ballot, error) from error
+            raise self._give_up(commit, error) from error
         for change in changes:
             change.install()
         self._moves = self._moves[len(moves) :]
@@ -285,10 +159,10 @@ class Migration:
             for module in self._layers.values():
                 check_plan(module.spec, self.plan, self._mesh)
                 LayerPlacement.of(self.plan, module.layer)
-                content += [str(tensor) for tensor in row_tensors(module, self._optimizer)]
+                content += [str(tensor) for tensor in slot_tensors(module, self._optimizer)]
         except MoeplaceError as error:
             failure = error
-        agree(self._mesh, "new plan and optimizer state", "\n".join(content), failure)
+        check_consistent(self._mesh, "new plan and optimizer state", "\n".join(content), failure)
 
     def _planned(self) -> list[_Move]:
         current = next(iter(self._layers.values())).plan
@@ -300,8 +174,8 @@ class Migration:
     def _bytes(self, move: _Move) -> int:
         return sum(tensor.row_bytes for tensor in self._tensors(move.layer))
 
-    def _tensors(self, layer: int) -> list[RowTensor]:
-        return row_tensors(self._layers[layer], self._optimizer)
+    def _tensors(self, layer: int) -> list[SlotTensor]:
+        return slot_tensors(self._layers[layer], self._optimizer)
 
     def _next(self, limit_bytes: int | None) -> list[_Move]:
         if limit_bytes is None:
@@ -319,7 +193,7 @@ class Migration:
         """Receives rows beside the present ones, and prepares all that could fail before the vote."""
         tensors = {layer: self._tensors(layer) for layer in {move.layer for move in moves}}
         arrived: dict[int, dict[int, list[Tensor]]] = {}
-        parcels = []
+        messages = []
         for move in moves:
             own = self._layers[move.layer]
             row = int(np.flatnonzero(own.row_expert == move.expert)[0]) if move.source == self._mesh.rank else -1
@@ -330,9 +204,9 @@ class Migration:
                 elif move.target == self._mesh.rank:
                     content = torch.empty_like(tensor.value[:0]).new_empty(tensor.value.shape[1:])
                     arrived.setdefault(move.layer, {}).setdefault(move.expert, []).append(content)
-                parcels.append(Parcel(move.source, move.target, tensor.row_bytes, content))
-        if parcels:
-            transfer(parcels, self._mesh, self._group(), self._chunk_bytes, self._timeout)
+                messages.append(SlotMessage(move.source, move.target, tensor.row_bytes, content))
+        if messages:
+            transfer(messages, self._mesh, self._group(), self._chunk_bytes, self._timeout)
         if last:
             layers, target = list(self._layers), self.plan
         else:
@@ -358,9 +232,9 @@ class Migration:
             _transfer_groups[self._mesh.group] = group
         return _transfer_groups[self._mesh.group]
 
-    def _given_up(self, ballot: Ballot, error: BaseException) -> RankError:
+    def _give_up(self, commit: TwoPhaseCommit, error: BaseException) -> RankError:
         """Tells the other ranks, and says what all of them know."""
-        reason = ballot.abort(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        reason = commit.abort(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         group = _transfer_groups.pop(self._mesh.group, None)
         if group is not None:
             # Its connections close with the last reference, which tells peers that wait for a message at once; the
@@ -368,10 +242,18 @@ class Migration:
             dist.destroy_process_group(group)
             del group
             traceback.clear_frames(error.__traceback__)
-        silent = silent_ranks(self._mesh.group)
-        if silent:
-            reason = f"rank {', '.join(map(str, silent))} does not answer any more; {reason}"
+        unresponsive = unresponsive_ranks(self._mesh.group)
+        if unresponsive:
+            reason = f"rank {', '.join(map(str, unresponsive))} does not answer any more; {reason}"
         return RankError(f"migration given up, the plan in force stays: {reason}")
+
+
+@dataclass(frozen=True)
+class _Move:
+    layer: int
+    expert: int
+    source: int
+    target: int
 
 
 class _Change:
@@ -396,8 +278,8 @@ class _Change:
             )
         self._row_expert, source = assign_rows(self._placement, rank, module.row_expert)
         self._copies: list[tuple[Tensor, Tensor]] = []
-        self._replacements: list[tuple[RowTensor, Tensor]] = []
-        for index, tensor in enumerate(row_tensors(module, optimizer)):
+        self._replacements: list[tuple[SlotTensor, Tensor]] = []
+        for index, tensor in enumerate(slot_tensors(module, optimizer)):
             same = len(self._row_expert) == len(module.row_expert)
             target = tensor.value if same else tensor.value.new_empty(len(self._row_expert), *tensor.value.shape[1:])
             copies = [
@@ -421,15 +303,162 @@ class _Change:
         self._module.put_in_force(self._plan, self._placement)
 
 
-def apply(
-    model: nn.Module,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    chunk_bytes: int = CHUNK_BYTES,
-    timeout: timedelta = timedelta(minutes=5),
-) -> Migration:
-    """Puts `plan` in force between two steps, on all ranks or on none; `Migration` says how, and spreads it over steps."""
-    change = Migration(model, plan, optimizer, chunk_bytes=chunk_bytes, timeout=timeout)
-    change.advance()
-    return change
+def assign_rows(placement: LayerPlacement, rank: int, row_expert: IntArray) -> tuple[IntArray, dict[int, int]]:
+    """Which expert each row holds once `placement` is in force, and where the changed rows' content comes from.
+
+    Experts that stay keep their rows (in their order, where the number of rows changes).
+
+    Args:
+        placement: of the layer, from now on.
+        rank: of this device.
+        row_expert: [S] expert of each row so far.
+
+    Returns:
+        ([S'] expert of each row, {row: the old row it takes its content from, or -1 where it has to come from another
+        rank}) for the rows that change.
+    """
+    arriving = placement.expert[placement.on_device(rank)].tolist()
+    staying: list[int] = []
+    for row, expert in enumerate(row_expert.tolist()):
+        if expert in arriving:
+            arriving.remove(expert)
+            staying.append(row)
+    size = len(staying) + len(arriving)
+    places = {row: row for row in staying} if size == len(row_expert) else dict(zip(staying, range(size), strict=False))
+    result = np.full(size, -1, dtype=np.int64)
+    source = {}
+    for row, place in places.items():
+        result[place] = row_expert[row]
+        if size != len(row_expert):
+            source[place] = row
+    for place, expert in zip(np.flatnonzero(result < 0).tolist(), sorted(arriving), strict=True):
+        result[place] = expert
+        twins = [row for row in staying if row_expert[row] == expert]
+        source[place] = twins[0] if twins else -1
+    return result, source
+
+
+@dataclass(frozen=True, eq=False)
+class SlotTensor:
+    """One tensor [S, ...] with a row for each of a rank's slots: a parameter, or what an optimizer keeps for it.
+
+    replace: puts a tensor of more or fewer rows there.
+    """
+
+    name: str
+    value: Tensor
+    replace: Callable[[Tensor], None]
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.value.shape[1:], dtype=np.int64)) * self.value.element_size()
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value.dtype} {list(self.value.shape[1:])}"
+
+
+def slot_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None) -> list[SlotTensor]:
+    """The layer's parameters, each followed by its optimizer state.
+
+    Raises:
+        InputError: a gradient waits to be used; it would be lost.
+        UnsupportedError: optimizer state that has no row for each expert.
+    """
+    result = []
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.grad is not None and bool(parameter.grad.any()):
+            raise InputError(
+                f"layer {module.layer}: {name} has a gradient; change the plan between optimizer.zero_grad() and the "
+                "next backward"
+            )
+        result.append(SlotTensor(name, parameter.detach(), _replace_data(parameter)))
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for key in sorted(state, key=str):
+            value = state[key]
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if len(value) != len(parameter):
+                raise UnsupportedError(
+                    f"layer {module.layer}: {type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for "
+                    f"{name} {list(parameter.shape)}, which has no row for each expert; use an optimizer that works "
+                    "element by element, as Adam does"
+                )
+            result.append(SlotTensor(f"{name}.{key}", value, _replace_entry(state, key)))
+    return result
+
+
+def _replace_data(parameter: nn.Parameter) -> Callable[[Tensor], None]:
+    def replace(value: Tensor) -> None:
+        parameter.grad = None
+        # A loss of an earlier step that is still alive keeps the parameter's gradient accumulator, with the old shape;
+        # torch makes a new one when the type changes, on the way.
+        other = torch.float32 if value.dtype == torch.float64 else torch.float64
+        parameter.data = value.new_empty(0, dtype=other)
+        parameter.data = value
+
+    return replace
+
+
+def _replace_entry(state: dict[str, Tensor], key: str) -> Callable[[Tensor], None]:
+    def replace(value: Tensor) -> None:
+        state[key] = value
+
+    return replace
+
+
+@dataclass(frozen=True, eq=False)
+class SlotMessage:
+    """One row of one tensor from device to device. content: what to send or where to receive, None on other ranks."""
+
+    source: int
+    target: int
+    bytes: int
+    content: Tensor | None
+
+
+def transfer(
+    messages: list[SlotMessage], mesh: ExpertMesh, group: dist.ProcessGroup, chunk_bytes: int, timeout: timedelta
+) -> None:
+    """Sends and receives all messages, peer to peer. Every rank calls this with the same list, contents aside.
+
+    Args:
+        messages: rows to move.
+        mesh: whose ranks they are between.
+        group: its ranks, for this alone.
+        chunk_bytes: most bytes a rank has under way, in and out.
+        timeout: for a message.
+
+    Raises:
+        RuntimeError: of the backend, when a peer is gone or `timeout` has passed.
+    """
+    for window in _windows(messages, chunk_bytes):
+        pending = []
+        for message, start, stop in window:
+            if message.content is None:
+                continue
+            piece = message.content.flatten().view(torch.uint8)[start:stop]
+            if message.source == mesh.rank:
+                pending.append(dist.P2POp(dist.isend, piece, mesh.members[message.target], group))
+            else:
+                pending.append(dist.P2POp(dist.irecv, piece, mesh.members[message.source], group))
+        if pending:
+            for work in dist.batch_isend_irecv(pending):
+                work.wait(timeout)
+
+
+def _windows(messages: list[SlotMessage], chunk_bytes: int) -> Iterator[list[tuple[SlotMessage, int, int]]]:
+    """Runs of (message, first byte, end) in which no rank has more than `chunk_bytes` under way."""
+    window: list[tuple[SlotMessage, int, int]] = []
+    busy: dict[int, int] = {}
+    for message in messages:
+        for start in range(0, message.bytes, chunk_bytes):
+            stop = min(start + chunk_bytes, message.bytes)
+            size = stop - start
+            if max(busy.get(message.source, 0), busy.get(message.target, 0)) + size > chunk_bytes:
+                yield window
+                window, busy = [], {}
+            window.append((message, start, stop))
+            for device in (message.source, message.target):
+                busy[device] = busy.get(device, 0) + size
+    if window:
+        yield window

@@ -13,9 +13,9 @@ from ...placement.errors import InputError, MoeplaceError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from .compression import LSHCompression
-from .coordination import agree
+from .coordination import check_consistent
 from .data_parallel import exclude_from_ddp
-from .expert_mlps import ExpertKind, GptOss, SwiGLU
+from .expert_mlps import ExpertMLP, GptOss, SwiGLU
 from .experts import Gradients, MakeDispatcher, PlacedExperts, check_plan
 from .layer import ExpertParallelMoE
 from .mesh import ExpertMesh
@@ -24,7 +24,7 @@ ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu
 """Activation modules of Transformers and their functions in torch.nn.functional."""
 
 TRIED_EXPERTS, TRIED_ROWS, TRIED_WIDTH = 2, 4, 256
-"""Experts, tokens and inner units on which an expert kind is compared with the module that it stands for."""
+"""Experts, tokens and inner units on which an expert MLP is compared with the module that it stands for."""
 TOLERANCE = 1e-4
 """Largest relative difference there: float32 rounding of long sums, far below that of another function."""
 
@@ -41,39 +41,53 @@ def parallelize(
     compression: LSHCompression | None = None,
     gradients: Gradients = "mean",
 ) -> nn.Module:
-    """Spreads the experts of `model` over the mesh as `plan` says, in place, and gives the model back.
+    """Spreads the experts of `model` over the mesh as `plan` says, in place.
 
-    model: a Transformers 5 model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them) with the same
-    weights on every rank. Every rank keeps its own experts and all of the rest. Routers stay as they are, so recording
-    (`moeplace.profile`), router losses and callbacks work as before. On the meta device the weights are left to a
-    checkpoint (`load_checkpoint`). What the experts compute is recognised by their class's settings, then compared with the
-    module's own forward on a few random rows and random weights of its shapes, on the CPU in float32; so also on the meta
-    device, where weights are still missing. The global random state stays as it was. dispatch, compression, gradients: as for `PlacedExperts`.
+    Every rank keeps its own experts and all of the rest. Routers stay as they are, so recording (`moeplace.profile`),
+    router losses and callbacks work as before. On the meta device the weights are left to a checkpoint
+    (`load_checkpoint`).
+
+    What the experts compute is recognised by their class's settings, then compared with the module's own forward on a
+    few random rows and random weights of its shapes, on the CPU in float32; so also on the meta device, where weights
+    are still missing. The global random state stays as it was.
 
     DistributedDataParallel leaves the experts alone; `fully_shard` wants `ignored_params=expert_parameters(model)`.
     `save_pretrained` is refused from now on: `save_checkpoint` writes the experts of all ranks.
 
-    Raises, on every rank:
-        InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs between
-            ranks.
-        UnsupportedError: the mesh leaves ranks out, pipeline stages aside; experts with a function that is not known, or that differs from the one it was taken for.
+    Args:
+        model: a Transformers 5 model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them) with
+            the same weights on every rank.
+        plan: which experts stand where.
+        mesh: all ranks; device g of the plan is its g-th.
+        dispatch, compression, gradients: as for `PlacedExperts`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs
+            between ranks. All errors are raised on every rank.
+        UnsupportedError: the mesh leaves ranks out, pipeline stages aside; experts with a function that is not known,
+            or that differs from the one it was taken for.
     """
     mesh = ExpertMesh.of(mesh)
     failure: MoeplaceError | None = None
-    found: list[tuple[str, int, nn.Module]] = []
-    kinds: list[ExpertKind] = []
+    modules: list[tuple[str, int, nn.Module]] = []
+    kinds: list[ExpertMLP] = []
     spec = plan.model
     try:
         mesh.check_covers_world()
-        found = _experts(model)
-        kinds = [_kind(name, module) for name, _, module in found]
-        spec = _spec(model, found)
-        _check_kinds(found, kinds, spec)
+        modules = _experts(model)
+        kinds = [_kind(name, module) for name, _, module in modules]
+        spec = _spec(model, modules)
+        _check_kinds(modules, kinds, spec)
         check_plan(spec, plan, mesh)
     except MoeplaceError as error:
         failure = error
-    agree(mesh, "model and plan", f"{plan.fingerprint} {[(name, layer) for name, layer, _ in found]} {kinds}", failure)
-    for (name, layer, module), kind in zip(found, kinds, strict=True):
+    check_consistent(
+        mesh, "model and plan", f"{plan.fingerprint} {[(name, layer) for name, layer, _ in modules]} {kinds}", failure
+    )
+    for (name, layer, module), kind in zip(modules, kinds, strict=True):
         weights = dict(module.named_parameters(recurse=False))
         example = next(iter(weights.values()))
         placed = PlacedExperts(
@@ -94,41 +108,41 @@ def parallelize(
         _replace(model, name, placed)
     exclude_from_ddp(model)
     for part in model.modules():
-        if hasattr(
-            type(part), "base_model_prefix"
-        ):  # what Transformers' own models have, adapters around them have not
+        # Transformers' own models have this, adapters around them have not.
+        if hasattr(type(part), "base_model_prefix"):
             vars(part)["save_pretrained"] = _refuse_saving
     return model
 
 
 def _refuse_saving(*_: object, **__: object) -> None:
     raise UnsupportedError(
-        "save_pretrained (the Transformers Trainer's own saving too) would write this rank's experts as if they were all. Write a "
-        "checkpoint with moeplace.runtime.save_checkpoint(path, model, optimizer) on every rank, and give the Trainer "
-        "save_strategy='no'; torch.distributed.checkpoint reads it into the model in one process, which save_pretrained "
-        "then writes"
+        "save_pretrained (the Transformers Trainer's own saving too) would write this rank's experts as if they were "
+        "all. Write a checkpoint with moeplace.runtime.save_checkpoint(path, model, optimizer) on every rank, and give "
+        "the Trainer save_strategy='no'; torch.distributed.checkpoint reads it into the model in one process, which "
+        "save_pretrained then writes"
     )
 
 
 def _experts(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
     """(name, layer, module) of every experts module of Transformers: called `experts`, with fused weights."""
-    found = []
+    modules = []
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "experts" and isinstance(getattr(module, "down_proj", None), nn.Parameter):
             number = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
             if number is None:
                 raise InputError(f"{name}: no layer number in this name; expected layers.<number>")
-            found.append((name, int(number[1]), module))
-    if not found:
+            modules.append((name, int(number[1]), module))
+    if not modules:
         raise InputError(
-            f"{type(model).__name__} has no MoE block that is known: looked for modules named 'experts' with a parameter "
-            "'down_proj', as Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and gpt-oss have in Transformers 5. In any other "
-            "model put ExpertParallelMoE where its MoE block is, and give it the weights with experts.load_logical"
+            f"{type(model).__name__} has no MoE block that is known: looked for modules named 'experts' with a "
+            "parameter 'down_proj', as Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and gpt-oss have in Transformers 5. In "
+            "any other model put ExpertParallelMoE where its MoE block is, and give it the weights with "
+            "experts.load_logical"
         )
-    return sorted(found, key=lambda entry: entry[1])
+    return sorted(modules, key=lambda entry: entry[1])
 
 
-def _kind(name: str, module: nn.Module) -> ExpertKind:
+def _kind(name: str, module: nn.Module) -> ExpertMLP:
     form = tuple(bool(getattr(module, f, d)) for f, d in (("has_gate", 1), ("has_bias", 0), ("is_transposed", 0)))
     # Transformers gives classes without a gate of their own a default one.
     own_gate = getattr(getattr(module, "_apply_gate", None), "__module__", "") == type(module).__module__
@@ -139,19 +153,20 @@ def _kind(name: str, module: nn.Module) -> ExpertKind:
     if form == (True, False, False) and concatenated and not own_gate and activation is not None:
         return SwiGLU(activation)
     raise UnsupportedError(
-        f"{name} ({type(module).__name__}): its function is not known; known are gated experts with {sorted(ACTIVATIONS)} "
-        "and gpt-oss's. Write an expert kind (moeplace/runtime/moe/expert_kinds.py) and use ExpertParallelMoE"
+        f"{name} ({type(module).__name__}): its function is not known; known are gated experts with "
+        f"{sorted(ACTIVATIONS)} "
+        "and gpt-oss's. Write an expert MLP (moeplace/runtime/moe/expert_mlps.py) and use ExpertParallelMoE"
     )
 
 
-def _check_kinds(found: list[tuple[str, int, nn.Module]], kinds: list[ExpertKind], spec: ModelSpec) -> None:
-    """Compares every expert kind with its module, once for those built alike.
+def _check_kinds(modules: list[tuple[str, int, nn.Module]], kinds: list[ExpertMLP], spec: ModelSpec) -> None:
+    """Compares every expert MLP with its module, once for those built alike.
 
     Raises:
         UnsupportedError: the module gives something else, or does not run on its own.
     """
     compared = set()
-    for (name, _, module), kind in zip(found, kinds, strict=True):
+    for (name, _, module), kind in zip(modules, kinds, strict=True):
         settings = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
         shapes = {key: tuple(value.shape) for key, value in module.named_parameters()}
         built = f"{type(module)} {kind} {shapes} {settings} {module}"
@@ -164,13 +179,13 @@ def _check_kinds(found: list[tuple[str, int, nn.Module]], kinds: list[ExpertKind
             failure = _difference(module, kind, spec)
         if failure is not None:
             raise UnsupportedError(
-                f"{name} ({type(module).__name__}) was taken for {kind}, but {failure}. Write an expert kind "
-                "(moeplace/runtime/moe/expert_kinds.py) and use ExpertParallelMoE"
+                f"{name} ({type(module).__name__}) was taken for {kind}, but {failure}. Write an expert MLP "
+                "(moeplace/runtime/moe/expert_mlps.py) and use ExpertParallelMoE"
             )
 
 
 @torch.no_grad()
-def _difference(module: nn.Module, kind: ExpertKind, spec: ModelSpec) -> str | None:
+def _difference(module: nn.Module, kind: ExpertMLP, spec: ModelSpec) -> str | None:
     """What tells `kind` from the module's own forward, on random rows and weights; None where nothing does."""
     generator = torch.Generator().manual_seed(0)
 
@@ -200,23 +215,23 @@ def _difference(module: nn.Module, kind: ExpertKind, spec: ModelSpec) -> str | N
             # The kind takes rows in the order of experts.
             count_S = torch.full((count,), TRIED_ROWS, device="cpu")
             out_KTD = kind.forward(row_TD.repeat(count, 1), count_S, weights).view(count, TRIED_ROWS, -1)
-            found_TD = (out_KTD * weight_TK.T[:, :, None]).sum(dim=0)
-            difference = float((found_TD - expected_TD).abs().max() / expected_TD.abs().max())
+            kind_TD = (out_KTD * weight_TK.T[:, :, None]).sum(dim=0)
+            difference = float((kind_TD - expected_TD).abs().max() / expected_TD.abs().max())
         except Exception as error:  # noqa: BLE001  # whatever a model's own code raises
             return f"the two could not be compared ({type(error).__name__}: {error})"
     if difference <= TOLERANCE:
         return None
     return (
-        f"computes something else: on random weights in float32 outputs differ by {difference:.2g} of the largest, where "
-        f"rounding gives less than {TOLERANCE:g}"
+        f"computes something else: on random weights in float32 outputs differ by {difference:.2g} of the largest, "
+        f"where rounding gives less than {TOLERANCE:g}"
     )
 
 
-def _spec(model: nn.Module, found: list[tuple[str, int, nn.Module]]) -> ModelSpec:
+def _spec(model: nn.Module, modules: list[tuple[str, int, nn.Module]]) -> ModelSpec:
     config = next((part.config for part in model.modules() if hasattr(getattr(part, "config", None), "to_dict")), None)
     if config is None:
         raise InputError(f"{type(model).__name__} has no Transformers config")
-    layers = tuple(layer for _, layer, _ in found)
+    layers = tuple(layer for _, layer, _ in modules)
     return ModelSpec.from_config(config).replace(layers=len(layers), moe_layers=layers)
 
 

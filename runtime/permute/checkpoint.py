@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,11 +25,147 @@ from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from .rows import expert_order
 
-# Which part of a Transformers checkpoint a tensor is, by its name.
-
-
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 """`model_type` of the models whose tensors are known, as their checkpoints and as Transformers 5 itself name them."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ORDER_FILE = "moeplace_expert_order.json"
+ORDER_FORMAT = "moeplace.expert_order"
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".bin.index.json")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PermutedCheckpoint:
+    """What was written. expert_order: [L, E] the original expert in each row (what `ORDER_FILE` records).
+
+    copied: other files taken over. left_out: folders and weights in other files, which would still be in the old order.
+    """
+
+    folder: Path
+    expert_order: IntArray
+    weight_files: tuple[str, ...]
+    bytes_written: int
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def permute_checkpoint(
+    checkpoint: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    invert: bool = False,
+    progress: Progress | None = None,
+) -> PermutedCheckpoint:
+    """Writes a Transformers safetensors checkpoint with each MoE layer's experts in the plan's order.
+
+    Router rows, biases and correction biases, expert weights and their quantisation scales move together, so the model
+    computes what it did; headers, index and sharding stay as they are. Bytes are streamed: memory does not grow with
+    the checkpoint. `ORDER_FILE` beside the weights records the order.
+
+    Args:
+        checkpoint: the model's folder.
+        plan: without replicas, with as many slots on every device.
+        out: a new folder.
+        invert: undo instead: `checkpoint` is a permuted folder, `out` becomes the original, byte for byte.
+        progress: called with bytes written so far and in all.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: no such folder, `out` exists, too little disk, a plan for another model, a checkpoint permuted
+            already (or, to invert, not by this plan).
+        UnsupportedError: another model family, a tensor that is not known, a plan with replicas or uneven slots, or one
+            that parts expert groups; see `expert_order`.
+        FileFormatError: config, index or weights are malformed, truncated or incomplete.
+    """
+    source, target = Path(checkpoint), Path(out)
+    if not source.is_dir():
+        raise InputError(f"{source}: no such folder")
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target}: exists already; a checkpoint is written to a new folder only")
+    spec, ignored = _checkpoint_model(source)
+    _check_same_model(spec, plan.model, source)
+    order = expert_order(plan, spec.groups)
+    _check_state(source, order, invert)
+
+    headers = read_weight_headers(source)
+    names = [tensor.name for header in headers for tensor in header.tensors]
+    roles = {name: tensor_role(name, spec.moe_layers, ignored) for name in names}
+    check_complete(headers, roles, spec.moe_layers)
+    experts = experts_by_place(headers, roles, spec.experts)
+    rows = dict(zip(spec.moe_layers, inverse(order) if invert else order, strict=True))
+
+    weights = tuple(header.file.name for header in headers)
+    copied, left_out = other_files(source, weights)
+    total = sum(header.file.stat().st_size for header in headers)
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    with new_folder(target, total) as scratch:
+        for header in headers:
+            ranges = file_ranges(header, roles, experts, rows)
+            copy_ranges(ranges, header.raw, scratch / header.file.name, report)
+        for name in copied:
+            shutil.copyfile(source / name, scratch / name)
+        if not invert:
+            write_expert_order(scratch, spec.moe_layers, order)
+    return PermutedCheckpoint(target, order, weights, total, copied, left_out)
+
+
+def _checkpoint_model(folder: Path) -> tuple[ModelSpec, range]:
+    """The model's shape, and the indices of multi-token prediction layers, which stand behind the last layer."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json; is this a Transformers checkpoint?")
+    config = json_object(path)
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise UnsupportedError(
+            f"{path}: how to permute a model of type {kind!r} is not known; {nearest(str(kind), FAMILIES)}"
+        )
+    try:
+        layers = int(config["num_hidden_layers"])
+        extra = int(config.get("num_nextn_predict_layers") or 0)
+        return ModelSpec.from_config(config), range(layers, layers + extra)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: {error}") from None
+
+
+def _check_same_model(checkpoint: ModelSpec, plan: ModelSpec, folder: Path) -> None:
+    for name in ("experts", "moe_layers", "top_k"):
+        stored, expected = getattr(checkpoint, name), getattr(plan, name)
+        if stored != expected:
+            raise InputError(
+                f"{folder}: the plan is for another model: {name} is {stored} in the checkpoint, {expected} in the plan"
+            )
+
+
+def _check_state(folder: Path, order: IntArray, invert: bool) -> None:
+    recorded = read_expert_order(folder)
+    if not invert and recorded is not None:
+        raise InputError(
+            f"{folder}: permuted already ({ORDER_FILE} is there), and a plan counts the original's experts; permute "
+            "the original, or restore it first with invert=True"
+        )
+    if invert and recorded is None:
+        raise InputError(f"{folder}: no {ORDER_FILE}, so this is not a permuted checkpoint and cannot be restored")
+    if invert and recorded is not None:
+        rows = list(recorded.values())
+        if len(rows) != len(order) or any(not np.array_equal(a, b) for a, b in zip(rows, order, strict=True)):
+            raise InputError(f"{folder}: permuted to another plan than the one given; use the plan it was made with")
+
+
+# Which part of a Transformers checkpoint a tensor is, by its name.
+
 
 _BLOCK = re.compile(r"((?:model\.)?layers\.(\d+)\.(?:mlp|block_sparse_moe)\.)(.+)")
 _ROUTER = re.compile(r"gate\.(weight|bias|e_score_correction_bias)|router\.(weight|bias)")
@@ -66,9 +202,9 @@ def tensor_role(name: str, moe_layers: Container[int], ignored_layers: Container
         UnsupportedError: a name inside a MoE block, or one that speaks of experts elsewhere, which is not known.
             Leaving it alone could part an expert from its own tensors.
     """
-    found = _BLOCK.fullmatch(name)
-    layer = int(found[2]) if found else -1
-    if found is None or layer not in moe_layers:
+    match = _BLOCK.fullmatch(name)
+    layer = int(match[2]) if match else -1
+    if match is None or layer not in moe_layers:
         inside_ignored = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
         if inside_ignored and int(inside_ignored[1]) in ignored_layers:
             return None
@@ -77,7 +213,7 @@ def tensor_role(name: str, moe_layers: Container[int], ignored_layers: Container
                 f"tensor {name} speaks of experts outside the MoE layers of the plan; it is not known how to permute it"
             )
         return None
-    stem, rest = found[1], found[3]
+    stem, rest = match[1], match[3]
     if _SHARED.fullmatch(rest):
         return None
     if _ROUTER.fullmatch(rest):
@@ -91,6 +227,196 @@ def tensor_role(name: str, moe_layers: Container[int], ignored_layers: Container
             f"results. Known families: {', '.join(FAMILIES)}"
         )
     return Role("expert", layer, int(expert[1]), f"{stem}experts.*.{expert[2]}")
+
+
+# From recognised tensors and an order of experts to the byte ranges of each permuted file.
+
+
+Experts: TypeAlias = "Mapping[str, Sequence[StoredTensor]]"
+
+
+def experts_by_place(headers: Sequence[Header], roles: Mapping[str, Role | None], experts: int) -> Experts:
+    """The E tensors that change places with each other, in expert order, by `Role.place`.
+
+    Raises:
+        FileFormatError: a place lacks an expert. UnsupportedError: its experts differ in shape or dtype.
+    """
+    by_place: dict[str, dict[int, StoredTensor]] = defaultdict(dict)
+    for header in headers:
+        for tensor in header.tensors:
+            role = roles[tensor.name]
+            if role is not None and role.kind == "expert":
+                by_place[role.place][role.expert] = tensor
+    for place, tensors in by_place.items():
+        if sorted(tensors) != list(range(experts)):
+            wrong = sorted(set(range(experts)) ^ set(tensors))
+            raise FileFormatError(
+                f"{place}: expected tensors of experts 0 to {experts - 1}, expert {wrong[0]} is missing or too many"
+            )
+        first = tensors[0]
+        for expert, tensor in tensors.items():
+            if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
+                raise UnsupportedError(
+                    f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expert 0's is {first.dtype} "
+                    f"{list(first.shape)}: experts of different form cannot change places (expert {expert})"
+                )
+    return {place: [tensors[expert] for expert in range(experts)] for place, tensors in by_place.items()}
+
+
+def check_complete(headers: Sequence[Header], roles: Mapping[str, Role | None], layers: Sequence[int]) -> None:
+    """Checks that every MoE layer has a router and experts among the tensors.
+
+    Raises:
+        FileFormatError: one has not; the layer is named.
+    """
+    seen = {(role.layer, role.kind == "router") for role in roles.values() if role is not None}
+    for layer in layers:
+        for is_router, what in ((True, "router"), (False, "experts")):
+            if (layer, is_router) not in seen:
+                names = ", ".join(header.file.name for header in headers[:3])
+                raise FileFormatError(f"{names}: no {what} of layer {layer} among the tensors, which the plan places")
+
+
+def file_ranges(
+    header: Header, roles: Mapping[str, Role | None], experts: Experts, order: Mapping[int, IntArray]
+) -> Iterator[ByteRange]:
+    """The source of every byte of the permuted file, which keeps the header: names and places stay, contents move.
+
+    order: by absolute layer, [E] the expert whose content row e gets.
+    """
+    for tensor in header.tensors:
+        role = roles[tensor.name]
+        if role is None:
+            yield ByteRange(tensor.file, tensor.start, tensor.nbytes)
+        elif role.kind == "expert":
+            source = experts[role.place][order[role.layer][role.expert]]
+            yield ByteRange(source.file, source.start, source.nbytes)
+        else:
+            rows = order[role.layer]
+            if not tensor.shape or tensor.shape[0] != len(rows) or tensor.nbytes % len(rows):
+                raise UnsupportedError(
+                    f"{tensor.name} has shape {list(tensor.shape)}, expected {len(rows)} experts in dimension 0"
+                )
+            width = tensor.nbytes // len(rows)
+            yield from (ByteRange(tensor.file, tensor.start + int(row) * width, width) for row in rows)
+
+
+def inverse(order: IntArray) -> IntArray:
+    """[L, E] the order that undoes `order`."""
+    return np.argsort(order, axis=1)
+
+
+# The files of a checkpoint's folder: which hold weights, which go along, and the record of a permuted order.
+
+
+def write_expert_order(folder: Path, moe_layers: Sequence[int], order: IntArray) -> None:
+    """Records in a model's folder which original expert each row holds."""
+    rows = {str(layer): row.tolist() for layer, row in zip(moe_layers, order, strict=True)}
+    write_text(folder / ORDER_FILE, json.dumps({"format": ORDER_FORMAT, "version": 1, "expert_order": rows}))
+
+
+def read_expert_order(folder: str | Path) -> dict[int, IntArray] | None:
+    """The order recorded in a permuted model's folder, by absolute layer; None when the folder has none.
+
+    Routing recorded on the permuted model is in the original's experts after `order[layer][recorded_ids]`.
+
+    Raises:
+        FileFormatError: the file is malformed, or a row is not a permutation; the layer is named.
+    """
+    path = Path(folder) / ORDER_FILE
+    if not path.is_file():
+        return None
+    data = json_object(path)
+    rows = data.get("expert_order")
+    if data.get("format") != ORDER_FORMAT or data.get("version") != 1 or not isinstance(rows, dict):
+        raise FileFormatError(f"{path}: not a {ORDER_FORMAT} file of version 1")
+    result = {}
+    for layer, row in rows.items():
+        is_row = isinstance(row, list) and all(type(expert) is int for expert in row)
+        if not layer.isdecimal() or not is_row or sorted(row) != list(range(len(row))):
+            raise FileFormatError(f"{path}: layer {layer}: expected every expert once")
+        result[int(layer)] = np.array(row, dtype=np.int64)
+    return result
+
+
+def read_weight_headers(folder: Path) -> list[Header]:
+    """The checked headers of a checkpoint's weight files: `model.safetensors`, or all that the index names.
+
+    Raises:
+        InputError: no weights, or both forms. FileFormatError: a missing shard, a tensor that the index places in
+            another shard or does not know, a shard name that leaves the folder.
+    """
+    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+    if single == index:
+        problem = f"both {SINGLE} and {INDEX}; remove the stale one" if single else f"neither {SINGLE} nor {INDEX}"
+        hint = "" if single else "; save the model with save_pretrained first"
+        raise InputError(f"{folder}: there is {problem}{hint}")
+    if single:
+        return [read_header(folder / SINGLE)]
+    placed = json_object(folder / INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise FileFormatError(f"{folder / INDEX}: no weight_map")
+    files: dict[str, set[str]] = {}
+    for name, file in placed.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise FileFormatError(f"{folder / INDEX}: tensor {name}: {str(file)[:100]!r} is not a shard of this folder")
+        files.setdefault(file, set()).add(name)
+    headers = []
+    for file, expected in sorted(files.items()):
+        if not (folder / file).is_file():
+            raise FileFormatError(f"{folder}: shard {file} is missing, the index places {len(expected)} tensors in it")
+        header = read_header(folder / file)
+        different = expected ^ {tensor.name for tensor in header.tensors}
+        if different:
+            raise FileFormatError(
+                f"{folder / file}: the index and the shard disagree about tensor {min(different)} "
+                f"({len(different)} in all)"
+            )
+        headers.append(header)
+    return headers
+
+
+def other_files(folder: Path, weights: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names to copy, and names left out: folders, and weights that stay in the old order."""
+    copied: list[str] = []
+    left_out: list[str] = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name in weights or entry.name == ORDER_FILE:
+            continue
+        skip = not entry.is_file() or entry.name.endswith(OTHER_WEIGHTS)
+        (left_out if skip else copied).append(entry.name)
+    return tuple(copied), tuple(left_out)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
+    """A scratch folder beside `target`, renamed to it when the block ends well and removed when not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < nbytes:
+        raise InputError(f"{target.parent}: the permuted weights take {nbytes:,} bytes, {free:,} are free")
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if target.exists():
+            raise InputError(f"{target}: appeared meanwhile; nothing was overwritten")
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Parses a JSON file that must hold an object, and raises FileFormatError when it does not."""
+    try:
+        data = json.loads(read_text(path, limit_bytes=1 << 28))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise FileFormatError(f"{path}: not JSON, or truncated ({error})") from None
+    if not isinstance(data, dict):
+        raise FileFormatError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
 
 
 # The safetensors format, as far as moving tensors between files needs it: checked headers, and copying byte ranges.
@@ -250,323 +576,3 @@ def _stored(file: Path, base: int, name: str, entry: Any) -> StoredTensor:
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
         raise wrong(f"{offsets[1] - offsets[0]:,} bytes, its shape {shape} and dtype {dtype} take {bits / 8:,.1f}")
     return StoredTensor(file, name, dtype, tuple(shape), base + offsets[0], bits // 8)
-
-
-# From recognised tensors and an order of experts to the byte ranges of each permuted file.
-
-
-Experts = Mapping[str, Sequence[StoredTensor]]
-
-
-def experts_by_place(headers: Sequence[Header], roles: Mapping[str, Role | None], experts: int) -> Experts:
-    """The E tensors that change places with each other, in expert order, by `Role.place`.
-
-    Raises:
-        FileFormatError: a place lacks an expert. UnsupportedError: its experts differ in shape or dtype.
-    """
-    found: dict[str, dict[int, StoredTensor]] = defaultdict(dict)
-    for header in headers:
-        for tensor in header.tensors:
-            role = roles[tensor.name]
-            if role is not None and role.kind == "expert":
-                found[role.place][role.expert] = tensor
-    for place, tensors in found.items():
-        if sorted(tensors) != list(range(experts)):
-            wrong = sorted(set(range(experts)) ^ set(tensors))
-            raise FileFormatError(
-                f"{place}: expected tensors of experts 0 to {experts - 1}, expert {wrong[0]} is missing or too many"
-            )
-        first = tensors[0]
-        for expert, tensor in tensors.items():
-            if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
-                raise UnsupportedError(
-                    f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expert 0's is {first.dtype} "
-                    f"{list(first.shape)}: experts of different form cannot change places (expert {expert})"
-                )
-    return {place: [tensors[expert] for expert in range(experts)] for place, tensors in found.items()}
-
-
-def check_complete(headers: Sequence[Header], roles: Mapping[str, Role | None], layers: Sequence[int]) -> None:
-    """Checks that every MoE layer has a router and experts among the tensors.
-
-    Raises:
-        FileFormatError: one has not; the layer is named.
-    """
-    seen = {(role.layer, role.kind == "router") for role in roles.values() if role is not None}
-    for layer in layers:
-        for is_router, what in ((True, "router"), (False, "experts")):
-            if (layer, is_router) not in seen:
-                names = ", ".join(header.file.name for header in headers[:3])
-                raise FileFormatError(f"{names}: no {what} of layer {layer} among the tensors, which the plan places")
-
-
-def file_ranges(
-    header: Header, roles: Mapping[str, Role | None], experts: Experts, order: Mapping[int, IntArray]
-) -> Iterator[ByteRange]:
-    """The source of every byte of the permuted file, which keeps the header: names and places stay, contents move.
-
-    order: by absolute layer, [E] the expert whose content row e gets.
-    """
-    for tensor in header.tensors:
-        role = roles[tensor.name]
-        if role is None:
-            yield ByteRange(tensor.file, tensor.start, tensor.nbytes)
-        elif role.kind == "expert":
-            source = experts[role.place][order[role.layer][role.expert]]
-            yield ByteRange(source.file, source.start, source.nbytes)
-        else:
-            rows = order[role.layer]
-            if not tensor.shape or tensor.shape[0] != len(rows) or tensor.nbytes % len(rows):
-                raise UnsupportedError(
-                    f"{tensor.name} has shape {list(tensor.shape)}, expected {len(rows)} experts in dimension 0"
-                )
-            width = tensor.nbytes // len(rows)
-            yield from (ByteRange(tensor.file, tensor.start + int(row) * width, width) for row in rows)
-
-
-def inverse(order: IntArray) -> IntArray:
-    """[L, E] the order that undoes `order`."""
-    return np.argsort(order, axis=1)
-
-
-# The files of a checkpoint's folder: which hold weights, which go along, and the record of a permuted order.
-
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ORDER_FILE = "moeplace_expert_order.json"
-ORDER_FORMAT = "moeplace.expert_order"
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".bin.index.json")
-
-
-def write_expert_order(folder: Path, moe_layers: Sequence[int], order: IntArray) -> None:
-    """Records in a model's folder which original expert each row holds."""
-    rows = {str(layer): row.tolist() for layer, row in zip(moe_layers, order, strict=True)}
-    write_text(folder / ORDER_FILE, json.dumps({"format": ORDER_FORMAT, "version": 1, "expert_order": rows}))
-
-
-def read_expert_order(folder: str | Path) -> dict[int, IntArray] | None:
-    """The order recorded in a permuted model's folder, by absolute layer; None when the folder has none.
-
-    Routing recorded on the permuted model is in the original's experts after `order[layer][recorded_ids]`.
-
-    Raises:
-        FileFormatError: the file is malformed, or a row is not a permutation; the layer is named.
-    """
-    path = Path(folder) / ORDER_FILE
-    if not path.is_file():
-        return None
-    data = json_object(path)
-    rows = data.get("expert_order")
-    if data.get("format") != ORDER_FORMAT or data.get("version") != 1 or not isinstance(rows, dict):
-        raise FileFormatError(f"{path}: not a {ORDER_FORMAT} file of version 1")
-    result = {}
-    for layer, row in rows.items():
-        is_row = isinstance(row, list) and all(type(expert) is int for expert in row)
-        if not layer.isdecimal() or not is_row or sorted(row) != list(range(len(row))):
-            raise FileFormatError(f"{path}: layer {layer}: expected every expert once")
-        result[int(layer)] = np.array(row, dtype=np.int64)
-    return result
-
-
-def read_weight_headers(folder: Path) -> list[Header]:
-    """The checked headers of a checkpoint's weight files: `model.safetensors`, or all that the index names.
-
-    Raises:
-        InputError: no weights, or both forms. FileFormatError: a missing shard, a tensor that the index places in
-            another shard or does not know, a shard name that leaves the folder.
-    """
-    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
-    if single == index:
-        problem = f"both {SINGLE} and {INDEX}; remove the stale one" if single else f"neither {SINGLE} nor {INDEX}"
-        hint = "" if single else "; save the model with save_pretrained first"
-        raise InputError(f"{folder}: there is {problem}{hint}")
-    if single:
-        return [read_header(folder / SINGLE)]
-    placed = json_object(folder / INDEX).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise FileFormatError(f"{folder / INDEX}: no weight_map")
-    files: dict[str, set[str]] = {}
-    for name, file in placed.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise FileFormatError(f"{folder / INDEX}: tensor {name}: {str(file)[:100]!r} is not a shard of this folder")
-        files.setdefault(file, set()).add(name)
-    headers = []
-    for file, expected in sorted(files.items()):
-        if not (folder / file).is_file():
-            raise FileFormatError(f"{folder}: shard {file} is missing, the index places {len(expected)} tensors in it")
-        header = read_header(folder / file)
-        different = expected ^ {tensor.name for tensor in header.tensors}
-        if different:
-            raise FileFormatError(
-                f"{folder / file}: the index and the shard disagree about tensor {min(different)} "
-                f"({len(different)} in all)"
-            )
-        headers.append(header)
-    return headers
-
-
-def other_files(folder: Path, weights: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names to copy, and names left out: folders, and weights that stay in the old order."""
-    copied: list[str] = []
-    left_out: list[str] = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name in weights or entry.name == ORDER_FILE:
-            continue
-        skip = not entry.is_file() or entry.name.endswith(OTHER_WEIGHTS)
-        (left_out if skip else copied).append(entry.name)
-    return tuple(copied), tuple(left_out)
-
-
-@contextlib.contextmanager
-def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """A scratch folder beside `target`, renamed to it when the block ends well and removed when not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < nbytes:
-        raise InputError(f"{target.parent}: the permuted weights take {nbytes:,} bytes, {free:,} are free")
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    scratch.mkdir()
-    try:
-        yield scratch
-        if target.exists():
-            raise InputError(f"{target}: appeared meanwhile; nothing was overwritten")
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """Parses a JSON file that must hold an object, and raises FileFormatError when it does not."""
-    try:
-        data = json.loads(read_text(path, limit_bytes=1 << 28))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FileFormatError(f"{path}: not JSON, or truncated ({error})") from None
-    if not isinstance(data, dict):
-        raise FileFormatError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
-
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class PermutedCheckpoint:
-    """What was written. expert_order: [L, E] the original expert in each row (what `ORDER_FILE` records).
-
-    copied: other files taken over. left_out: folders and weights in other files, which would still be in the old order.
-    """
-
-    folder: Path
-    expert_order: IntArray
-    weight_files: tuple[str, ...]
-    bytes_written: int
-    copied: tuple[str, ...]
-    left_out: tuple[str, ...]
-
-
-def permute_checkpoint(
-    checkpoint: str | Path,
-    plan: Plan,
-    out: str | Path,
-    *,
-    invert: bool = False,
-    progress: Progress | None = None,
-) -> PermutedCheckpoint:
-    """Writes a Transformers safetensors checkpoint with each MoE layer's experts in the plan's order.
-
-    Router rows, biases and correction biases, expert weights and their quantisation scales move together, so the model
-    computes what it did; headers, index and sharding stay as they are. Bytes are streamed: memory does not grow with
-    the checkpoint. `ORDER_FILE` beside the weights records the order.
-
-    invert: undo instead: `checkpoint` is a permuted folder, `out` becomes the original, byte for byte.
-    progress: called with bytes written so far and in all.
-
-    Raises:
-        InputError: no such folder, `out` exists, too little disk, a plan for another model, a checkpoint permuted
-            already (or, to invert, not by this plan).
-        UnsupportedError: another model family, a tensor that is not known, a plan with replicas or uneven slots, or one
-            that parts expert groups; see `expert_order`.
-        FileFormatError: config, index or weights are malformed, truncated or incomplete.
-    """
-    source, target = Path(checkpoint), Path(out)
-    if not source.is_dir():
-        raise InputError(f"{source}: no such folder")
-    if target.exists() or target.is_symlink():
-        raise InputError(f"{target}: exists already; a checkpoint is written to a new folder only")
-    spec, ignored = _checkpoint_model(source)
-    _check_same_model(spec, plan.model, source)
-    order = expert_order(plan, spec.groups)
-    _check_state(source, order, invert)
-
-    headers = read_weight_headers(source)
-    names = [tensor.name for header in headers for tensor in header.tensors]
-    roles = {name: tensor_role(name, spec.moe_layers, ignored) for name in names}
-    check_complete(headers, roles, spec.moe_layers)
-    experts = experts_by_place(headers, roles, spec.experts)
-    rows = dict(zip(spec.moe_layers, inverse(order) if invert else order, strict=True))
-
-    weights = tuple(header.file.name for header in headers)
-    copied, left_out = other_files(source, weights)
-    total = sum(header.file.stat().st_size for header in headers)
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    with new_folder(target, total) as scratch:
-        for header in headers:
-            ranges = file_ranges(header, roles, experts, rows)
-            copy_ranges(ranges, header.raw, scratch / header.file.name, report)
-        for name in copied:
-            shutil.copyfile(source / name, scratch / name)
-        if not invert:
-            write_expert_order(scratch, spec.moe_layers, order)
-    return PermutedCheckpoint(target, order, weights, total, copied, left_out)
-
-
-def _checkpoint_model(folder: Path) -> tuple[ModelSpec, range]:
-    """The model's shape, and the indices of multi-token prediction layers, which stand behind the last layer."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no config.json; is this a Transformers checkpoint?")
-    config = json_object(path)
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise UnsupportedError(
-            f"{path}: how to permute a model of type {kind!r} is not known; {nearest(str(kind), FAMILIES)}"
-        )
-    try:
-        layers = int(config["num_hidden_layers"])
-        extra = int(config.get("num_nextn_predict_layers") or 0)
-        return ModelSpec.from_config(config), range(layers, layers + extra)
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{path}: {error}") from None
-
-
-def _check_same_model(checkpoint: ModelSpec, plan: ModelSpec, folder: Path) -> None:
-    for name in ("experts", "moe_layers", "top_k"):
-        found, expected = getattr(checkpoint, name), getattr(plan, name)
-        if found != expected:
-            raise InputError(
-                f"{folder}: the plan is for another model: {name} is {found} in the checkpoint, {expected} in the plan"
-            )
-
-
-def _check_state(folder: Path, order: IntArray, invert: bool) -> None:
-    recorded = read_expert_order(folder)
-    if not invert and recorded is not None:
-        raise InputError(
-            f"{folder}: permuted already ({ORDER_FILE} is there), and a plan counts the original's experts; permute the "
-            "original, or restore it first with invert=True"
-        )
-    if invert and recorded is None:
-        raise InputError(f"{folder}: no {ORDER_FILE}, so this is not a permuted checkpoint and cannot be restored")
-    if invert and recorded is not None:
-        rows = list(recorded.values())
-        if len(rows) != len(order) or any(not np.array_equal(a, b) for a, b in zip(rows, order, strict=True)):
-            raise InputError(f"{folder}: permuted to another plan than the one given; use the plan it was made with")

@@ -51,8 +51,8 @@ _ALIKE = re.compile(
 
 @dataclass(frozen=True)
 class ModelRole:
-    """kind: "router" has all E experts in dimension 0, on every rank; "stacked" has this rank's experts there; "joined" has
-    them one after the other in its memory, whatever its shape; "expert" is of one of this rank's experts alone.
+    """kind: "router" has all E experts in dimension 0, on every rank; "stacked" has this rank's experts there; "joined"
+    has them one after the other in its memory, whatever its shape; "expert" is of one of this rank's experts alone.
 
     layer: as the name says it. stem: the layer's own name. expert: its number on this rank, for "expert". place: equal
     for the tensors that change places with each other.
@@ -77,17 +77,17 @@ def model_role(name: str) -> ModelRole | None:
         UnsupportedError: a name inside an MoE layer, or one that speaks of experts elsewhere, which is not known.
     """
     plain = without_wrappers(name)
-    found = _MEGATRON.fullmatch(plain) or _TITAN.fullmatch(plain)
+    match = _MEGATRON.fullmatch(plain) or _TITAN.fullmatch(plain)
     if _PREDICTION.search(plain):
         return None
-    if found is None:
+    if match is None:
         if _SUSPECT.search(plain):
             raise UnsupportedError(
                 f"{name} speaks of experts, and its name is of no layer of Megatron-LM or torchtitan that is known; "
                 "leaving it as it is could give wrong results"
             )
         return None
-    layer, stem, rest = int(found["layer"]), found["stem"], found["rest"]
+    layer, stem, rest = int(match["layer"]), match["stem"], match["rest"]
     if _ALIKE.fullmatch(rest):
         return None
     for pattern, kind in ((_ROUTER, "router"), (_STACKED, "stacked"), (_JOINED, "joined")):
@@ -98,8 +98,8 @@ def model_role(name: str) -> ModelRole | None:
     if single := _SINGLE.fullmatch(rest):
         return ModelRole("expert", layer, stem, f"{stem}{single[2]}", int(single[1]))
     raise UnsupportedError(
-        f"{name} stands in an MoE layer and its name is not known; leaving it as it is could give wrong results. Known are "
-        "megatron-core up to 0.16 and torchtitan 0.2 and 0.3"
+        f"{name} stands in an MoE layer and its name is not known; leaving it as it is could give wrong results. Known "
+        "are megatron-core up to 0.16 and torchtitan 0.2 and 0.3"
     )
 
 
@@ -124,21 +124,25 @@ def permute_model(
 
     Such an engine gives rank r of an expert-parallel group the r-th block of experts, so that the model then runs the
     plan and computes what it did. Call it between steps, on a model whose experts are in their first order, on
-    every rank; a plan changes another by inverting that one first. Memory: one tensor of one layer's local experts, three
-    times; a DTensor's whole, twice.
+    every rank; a plan changes another by inverting that one first. Memory: one tensor of one layer's local experts,
+    three times; a DTensor's whole, twice.
 
-    model: of Megatron-LM, its chunks of interleaved pipeline parallelism too, or torchtitan, wrapped or not.
-    optimizer: a plain torch optimizer whose state moves along; Megatron-LM's own ones keep copies out of reach, so permute
-    before they are made. expert_group: expert-parallel ranks, in the order of the
-    plan's devices, where the tensors are of a rank's experts alone (Megatron-LM's
-    `parallel_state.get_expert_model_parallel_group()`); DTensors know their own. invert: undo.
+    Args:
+        model: of Megatron-LM, its chunks of interleaved pipeline parallelism too, or torchtitan, wrapped or not.
+        plan: without replicas, with as many slots on every device.
+        optimizer: a plain torch optimizer whose state moves along; Megatron-LM's own ones keep copies out of reach, so
+            permute before they are made.
+        expert_group: expert-parallel ranks, in the order of the plan's devices, where the tensors are of a rank's
+            experts alone (Megatron-LM's `parallel_state.get_expert_model_parallel_group()`); DTensors know their own.
+        invert: undo.
 
     Returns:
         [L, E] the original expert in each row.
 
     Raises:
-        UnsupportedError: a name or a tensor that is not known, an optimizer other than torch's own, a plan that no order
-            of experts can follow; see `expert_order`. InputError: a model that is not the plan's. Nothing has moved then.
+        UnsupportedError: a name or a tensor that is not known, an optimizer other than torch's own, a plan that no
+            order of experts can follow; see `expert_order`. Nothing has moved then.
+        InputError: a model that is not the plan's. Nothing has moved then.
     """
     import torch
 
@@ -189,8 +193,8 @@ def _with_state(
             continue
         if value.shape != tensor.shape:
             raise UnsupportedError(
-                f"the optimizer's {key} of {name} has shape {list(value.shape)}, the parameter {list(tensor.shape)}: how to "
-                "permute it is not known"
+                f"the optimizer's {key} of {name} has shape {list(value.shape)}, the parameter {list(tensor.shape)}: "
+                "how to permute it is not known"
             )
         yield key, value
 
@@ -217,7 +221,8 @@ def _checked(places: Sequence[Place], plan: Plan, group: ProcessGroup | None) ->
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks != 1 and ranks != plan.topology.num_devices:
         raise InputError(
-            f"expert_group has {ranks} ranks, the plan places on {plan.topology.num_devices} devices: solve for the group"
+            f"expert_group has {ranks} ranks, the plan places on {plan.topology.num_devices} devices: solve for the "
+            "group"
         )
     for place in places:
         _check_size(place, plan.model.experts, ranks)
@@ -251,8 +256,8 @@ def _check_size(place: Place, experts: int, ranks: int) -> None:
         expected = f"{local_experts} experts in dimension 0"
     if not whole:
         raise InputError(
-            f"{place.role.place} has {len(place.tensors)} tensor(s) of shape {list(first.shape)}, expected {expected}; where "
-            "experts are spread over ranks, pass expert_group"
+            f"{place.role.place} has {len(place.tensors)} tensor(s) of shape {list(first.shape)}, expected {expected}; "
+            "where experts are spread over ranks, pass expert_group"
         )
 
 
@@ -269,8 +274,8 @@ def _move(place: Place, rows: IntArray, experts: int, ranks: int, group: Process
         return
     local = experts // ranks
     single = place.role.kind == "expert"
-    held = torch.stack(list(place.tensors)).flatten(1) if single else first.reshape(local, -1)
-    moved = held[torch.from_numpy(rows).to(held.device)] if ranks == 1 else _exchanged(held, rows, group)
+    content = torch.stack(list(place.tensors)).flatten(1) if single else first.reshape(local, -1)
+    moved = content[torch.from_numpy(rows).to(content.device)] if ranks == 1 else _exchanged(content, rows, group)
     if single:
         for tensor, content in zip(place.tensors, moved, strict=True):
             tensor.copy_(content.view_as(tensor))
@@ -287,23 +292,23 @@ def _move_distributed(tensor: DTensor, rows: IntArray) -> None:
     tensor.copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None))
 
 
-def _exchanged(held: torch.Tensor, rows: IntArray, group: Any) -> torch.Tensor:
+def _exchanged(content: torch.Tensor, rows: IntArray, group: Any) -> torch.Tensor:
     """[e, n] this rank's experts after the move, from [e, n] before it, e of E on each rank."""
     import torch
     import torch.distributed as dist
 
-    local, ranks, me = len(held), dist.get_world_size(group), dist.get_rank(group)
-    wanted = rows.reshape(ranks, local)
-    sent = [wanted[rank][wanted[rank] // local == me] % local for rank in range(ranks)]
-    owner = wanted[me] // local
-    came = torch.empty_like(held)
+    local, ranks, me = len(content), dist.get_world_size(group), dist.get_rank(group)
+    rows_of_rank = rows.reshape(ranks, local)
+    sent = [rows_of_rank[rank][rows_of_rank[rank] // local == me] % local for rank in range(ranks)]
+    owner = rows_of_rank[me] // local
+    arrived = torch.empty_like(content)
     dist.all_to_all_single(
-        came,
-        held[torch.from_numpy(np.concatenate(sent)).to(held.device)],
+        arrived,
+        content[torch.from_numpy(np.concatenate(sent)).to(content.device)],
         np.bincount(owner, minlength=ranks).tolist(),
         [len(part) for part in sent],
         group=group,
     )
-    moved = torch.empty_like(held)
-    moved[torch.from_numpy(np.argsort(owner, kind="stable")).to(held.device)] = came
+    moved = torch.empty_like(content)
+    moved[torch.from_numpy(np.argsort(owner, kind="stable")).to(content.device)] = arrived
     return moved

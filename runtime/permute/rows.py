@@ -14,11 +14,18 @@ PERMUTE_CONSTRAINTS = frozenset({Constraint.NO_REPLICAS, Constraint.EQUAL_SLOTS}
 
 
 def expert_order(plan: Plan, groups: int | None = None) -> IntArray:
-    """[L, E] the original expert that row e of the permuted model holds.
+    """The order of experts by which an engine that deals them in contiguous blocks runs a plan.
 
-    With the experts in this order, an engine that gives device g the g-th block of E / G experts runs the plan. The order
-    is the plan's slot order; with group-limited routing (`groups` > 1, default the plan's model's) slots may be
+    With the experts in this order, an engine that gives device g the g-th block of E / G experts runs the plan. The
+    order is the plan's slot order; with group-limited routing (`groups` > 1, default the plan's model's) slots may be
     exchanged inside a device, so that every block of E / groups rows holds one original group whole.
+
+    Args:
+        plan: without replicas, with as many slots on every device.
+        groups: of group-limited routing.
+
+    Returns:
+        [L, E] the original expert that row e of the permuted model holds.
 
     Raises:
         UnsupportedError: the plan has replicas or uneven slots, or it parts a group in a way no order can mend; the
@@ -36,11 +43,11 @@ def expert_order(plan: Plan, groups: int | None = None) -> IntArray:
         if order is None:
             size = plan.model.experts // count
             raise UnsupportedError(
-                f"a checkpoint cannot be permuted to this plan: the model routes to {count} groups of {size} experts and "
-                f"reads them as blocks of {size} rows, and the plan parts the groups of layer {layer} otherwise than "
-                "blocks of devices do. Solve so that experts move inside their group or groups move whole (contiguous, "
-                "or the hierarchical EPLB with as many nodes as groups), or use an engine that maps experts after "
-                "routing (sglang, trtllm)"
+                f"a checkpoint cannot be permuted to this plan: the model routes to {count} groups of {size} experts "
+                f"and reads them as blocks of {size} rows, and the plan parts the groups of layer {layer} otherwise "
+                "than blocks of devices do. Solve so that experts move inside their group or groups move whole "
+                "(contiguous, or the hierarchical EPLB with as many nodes as groups), or use an engine that maps "
+                "experts after routing (sglang, trtllm)"
             )
         rows.append(order)
     return np.stack(rows)
@@ -59,16 +66,16 @@ def _order_in_groups(row: IntArray, device: IntArray, groups: int) -> IntArray |
     if np.array_equal(group, np.repeat(group[::size], size)):
         return row
     devices = int(device[-1]) + 1
-    wanted = _counts(block, device, groups, devices)
-    given = _counts(group, device, groups, devices)
+    block_counts = _counts(block, device, groups, devices)
+    group_counts = _counts(group, device, groups, devices)
     free = dict.fromkeys(range(groups))
     order = np.empty_like(row)
     for b in range(groups):
-        match = next((g for g in [b, *free] if g in free and np.array_equal(given[g], wanted[b])), None)
+        match = next((g for g in [b, *free] if g in free and np.array_equal(group_counts[g], block_counts[b])), None)
         if match is None:
             return None
         del free[match]
-        for d in np.flatnonzero(wanted[b]):
+        for d in np.flatnonzero(block_counts[b]):
             order[(block == b) & (device == d)] = row[(group == match) & (device == d)]
     return order
 

@@ -13,19 +13,19 @@ from ...db.store import Store
 from ...placement.bounds import device_loads
 from ...placement.cost import dispatch_bytes
 from ...placement.migration import migration
-from ...placement.objective import Objective
 from ...placement.plan import Plan
+from ...placement.replay import traffic_from_counts
 from ..policy import Policy
 from ..routing import from_windows
-from ..tasks.judge import default_plan
+from ..tasks.decide import default_plan
 
 SHOWN_MOVES = 200
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LoadComparison:
     """Two plans of a deployment on its newest windows. before, after: [L, G] device load over the layer's mean device load.
-    traffic: [G, G] bytes a step from each device to each other under `plan`, of dispatch, before copies are merged by node.
+    traffic: [G, G] bytes a step from each device to each other under `plan`, of dispatch, as copies travel.
     """
 
     plan: Plan
@@ -36,7 +36,7 @@ class Comparison:
     traffic: FloatArray
 
 
-def compare(store: Store, deployment: DeploymentRecord, candidate: str | None) -> Comparison | None:
+def compare(store: Store, deployment: DeploymentRecord, candidate: str | None) -> LoadComparison | None:
     """The plan in force against a candidate, or without one, index order against the plan in force; None without any plan
     or window."""
     if deployment.plan_id is None and candidate is None:
@@ -56,25 +56,27 @@ def index_order(store: Store, deployment: DeploymentRecord) -> Plan:
 
 def compared(
     store: Store, deployment: DeploymentRecord, before: tuple[Plan, str], after: tuple[Plan, str]
-) -> Comparison | None:
+) -> LoadComparison | None:
     """Two plans, with what to call them, on the newest windows; None without any."""
     policy = Policy(**deployment.policy)
     windows = store.windows.page(deployment.name, limit=policy.recent)
     if not windows:
         return None
     load = from_windows(windows, store.model(deployment.model_id).spec).total_load
-    return Comparison(
+    objective = policy.objective
+    traffic = traffic_from_counts(after[0], load, policy.step_tokens, objective)
+    return LoadComparison(
         plan=after[0],
         before_name=before[1],
         after_name=after[1],
         before=_relative(before[0], load),
         after=_relative(after[0], load),
-        traffic=_traffic(after[0], load, policy),
+        traffic=traffic.dispatch * dispatch_bytes(after[0].model, objective),
     )
 
 
 @dataclass(frozen=True)
-class Moves:
+class ExpertMoves:
     """What going from one plan to another moves. by_pair: (source, target, experts), most first. listed: (layer, expert,
     source, target), the first of them. matrix: [G, G] experts from each device to each."""
 
@@ -87,7 +89,7 @@ class Moves:
     matrix: FloatArray
 
 
-def moves(current: Plan, candidate: Plan) -> Moves:
+def moves(current: Plan, candidate: Plan) -> ExpertMoves:
     """Which experts move where."""
     moved = migration(current, candidate)
     layers = [candidate.moe_layers[layer] for layer in moved.layer]
@@ -95,7 +97,7 @@ def moves(current: Plan, candidate: Plan) -> Moves:
     listed = list(zip(layers, moved.expert.tolist(), moved.source.tolist(), moved.target.tolist(), strict=True))
     matrix = np.zeros((candidate.topology.num_devices,) * 2)
     np.add.at(matrix, (moved.source, moved.target), 1.0)
-    return Moves(
+    return ExpertMoves(
         moved.moves,
         moved.bytes_moved,
         moved.seconds,
@@ -111,15 +113,3 @@ def _relative(plan: Plan, load: FloatArray) -> FloatArray:
     loads = device_loads(load, plan.physical_to_logical, plan.shares, plan.slot_device, devices)
     mean = loads.mean(axis=1, keepdims=True)
     return np.asarray(loads / np.where(mean > 0, mean, 1.0))
-
-
-def _traffic(plan: Plan, load: FloatArray, policy: Policy) -> FloatArray:
-    """Homes are spread evenly and a token's choices are independent draws, as `window_cost` has it."""
-    devices, top_k = plan.topology.num_devices, plan.model.top_k
-    total = np.maximum(load.sum(axis=1, keepdims=True), 1.0)
-    drawn = device_loads(load / total, plan.physical_to_logical, plan.shares, plan.slot_device, devices)
-    reached = policy.step_tokens * (1.0 - (1.0 - np.minimum(drawn, 1.0)) ** top_k).sum(axis=0)
-    size = dispatch_bytes(plan.model, Objective(**policy.objective.model_dump()))
-    matrix = np.tile(reached * size / devices, (devices, 1))
-    np.fill_diagonal(matrix, 0.0)
-    return np.asarray(matrix)

@@ -21,8 +21,8 @@ from ...placement.plan import Plan
 from ..access import COOKIE, Gate
 from ..routes.common import KeyPath, NamePath, Stored
 from ..routes.studies import submit_pareto, submit_what_if
-from ..tasks.judge import default_plan
-from ..views import ParetoIn, WhatIfIn
+from ..schemas import ParetoRequest, WhatIfRequest
+from ..tasks.decide import default_plan
 from . import figures
 from .charts import Mark, Series, heat_map, line_chart, scatter
 
@@ -80,7 +80,7 @@ def page(template: str, actor: Actor | None, **values: Any) -> HTMLResponse:
     return HTMLResponse(html, headers={"Cache-Control": "no-store"})
 
 
-def maps_of(found: figures.Comparison) -> dict[str, Any]:
+def maps_of(found: figures.LoadComparison) -> dict[str, Any]:
     """Heat maps of device loads under two plans, and of the traffic under the second."""
     layers = [f"layer {layer}" for layer in found.plan.moe_layers]
     devices = [str(device) for device in range(found.plan.topology.num_devices)]
@@ -130,9 +130,9 @@ async def ask(name: NamePath, request: Request, actor: Visitor) -> Response:
     needs(actor, "submit")
     store: Store = request.app.state.store
     if kind == "pareto":
-        job = await run_in_threadpool(submit_pareto, ParetoIn(deployment=name), request, store, actor)
+        job = await run_in_threadpool(submit_pareto, ParetoRequest(deployment=name), request, store, actor)
     elif kind == "what-if":
-        job = await run_in_threadpool(submit_what_if, WhatIfIn(deployment=name), request, store, actor)
+        job = await run_in_threadpool(submit_what_if, WhatIfRequest(deployment=name), request, store, actor)
     else:
         raise HTTPException(422, "kind: expected pareto or what-if")
     return RedirectResponse(f"/jobs/{job.key}", 303)

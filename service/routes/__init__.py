@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from . import catalogue, deployments, engines, jobs, operations, plans, studies, uploads
+from . import catalogue, deployments, jobs, operations, plans, studies, uploads
 
 ROUTERS: tuple[APIRouter, ...] = (
     operations.router,
     catalogue.router,
     plans.router,
     deployments.router,
-    engines.router,
     uploads.router,
     jobs.router,
     studies.router,

@@ -7,36 +7,36 @@ from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 
-from ...db.records import Record
+from ...db.records import ModelRecord, NamedRecord, StatisticsRecord
 from ...placement.errors import InputError, NotFoundError
 from ...placement.topology import Topology
 from ..access import Reader, Submitter
-from ..views import ModelIn, ModelView, StatisticsView, TopologyFull, TopologyIn, TopologyView
+from ..schemas import ModelIn, TopologyFull, TopologyIn, TopologyView
 from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], responses=ERRORS)
 MOST_DEVICES = 4096
 Older = Annotated[str | None, Query(max_length=64, pattern="^[0-9a-f]+$", description="`next` of the page before.")]
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=NamedRecord)
 
 
 @router.post("/models", status_code=201)
-def add_model(body: ModelIn, store: Stored, _: Submitter) -> ModelView:
+def add_model(body: ModelIn, store: Stored, _: Submitter) -> ModelRecord:
     """Keeps a model; one that is stored already is returned."""
-    return ModelView.of(store.add_model(body.spec, name=body.name))
+    return store.add_model(body.spec, name=body.name)
 
 
 @router.get("/models")
-def models(store: Stored, _: Reader, limit: Limit = 50, before: Older = None) -> Page[ModelView]:
+def models(store: Stored, _: Reader, limit: Limit = 50, before: Older = None) -> Page[ModelRecord]:
     """Newest first."""
-    return page_of(_behind(store.models(), before, limit), limit, ModelView.of, lambda record: record.id)
+    return page_of(_behind(store.models(), before, limit), limit, lambda record: record, lambda record: record.id)
 
 
-@router.get("/models/{ref}", response_model=ModelView)
-def model(ref: RefPath, request: Request, response: Response, store: Stored, _: Reader) -> ModelView | Response:
+@router.get("/models/{ref}", response_model=ModelRecord)
+def model(ref: RefPath, request: Request, response: Response, store: Stored, _: Reader) -> ModelRecord | Response:
     """One model."""
     record = store.model(ref)
-    return unchanged(request, response, etag_of(record.fingerprint, record.name)) or ModelView.of(record)
+    return unchanged(request, response, etag_of(record.fingerprint, record.name)) or record
 
 
 @router.post("/topologies", status_code=201)
@@ -62,16 +62,16 @@ def topology(ref: RefPath, request: Request, response: Response, store: Stored, 
 
 
 @router.get("/statistics")
-def statistics(store: Stored, _: Reader, limit: Limit = 50, before: Older = None) -> Page[StatisticsView]:
+def statistics(store: Stored, _: Reader, limit: Limit = 50, before: Older = None) -> Page[StatisticsRecord]:
     """What was recorded or counted, newest first. They come in as uploads."""
     found = _behind(store.statistics_records(), before, limit)
-    return page_of(found, limit, StatisticsView.of, lambda record: record.id)
+    return page_of(found, limit, lambda record: record, lambda record: record.id)
 
 
 @router.get("/statistics/{ref}")
-def one_statistics(ref: RefPath, store: Stored, _: Reader) -> StatisticsView:
+def one_statistics(ref: RefPath, store: Stored, _: Reader) -> StatisticsRecord:
     """What stored statistics hold."""
-    return StatisticsView.of(store.statistics(ref))
+    return store.statistics(ref)
 
 
 def _behind(records: Sequence[R], before: str | None, limit: int) -> Sequence[R]:

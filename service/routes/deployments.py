@@ -1,4 +1,4 @@
-"""Deployments: their windows, the plan in force, checks, decisions, publications, webhooks."""
+"""Deployments: their windows, the plan in force, checks, decisions, publications, webhooks, engines asked for their routing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from typing import Annotated
 from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from ...db.records import CheckRecord, DecisionRecord, DecisionState, DeploymentRecord, PublicationRecord, WebhookRecord
+from ...db.records import (
+    CheckRecord,
+    DecisionRecord,
+    DecisionState,
+    DeploymentRecord,
+    EngineRecord,
+    PublicationRecord,
+    WebhookRecord,
+)
 from ...db.store import Store
-from ...placement.errors import NotFoundError
+from ...placement.errors import InputError, NotFoundError
 from ..access import Approver, Reader, Submitter
 from ..counts import ARROW, JSON, from_arrow, from_json
 from ..policy import Policy
-from ..views import (
+from ..schemas import (
     CommentIn,
     DeploymentIn,
+    EngineIn,
     PublishIn,
     RollbackIn,
     Taken,
@@ -94,7 +103,7 @@ async def add_windows(name: NamePath, request: Request, _: Submitter) -> Taken:
         windows = await run_in_threadpool(from_arrow, body, *shape)
     else:
         raise HTTPException(415, f"Content-Type {kind!r}; expected {JSON} or {ARROW}")
-    new = await asyncio.wrap_future(request.app.state.intake.put(name, windows))
+    new = await asyncio.wrap_future(request.app.state.batcher.put(name, windows))
     request.app.state.metrics.windows(new)
     return Taken(received=len(windows), new=new)
 
@@ -234,6 +243,32 @@ def webhooks(name: NamePath, store: Stored, _: Approver) -> list[WebhookRecord]:
 def remove_webhook(name: NamePath, key: KeyPath, store: Stored, actor: Approver) -> None:
     """Ends a webhook; what was not sent yet is not sent any more."""
     store.webhooks.remove(name, key, actor)
+
+
+@router.put("/deployments/{name}/engine")
+def set_engine(name: NamePath, body: EngineIn, request: Request, store: Stored, actor: Approver) -> EngineRecord:
+    """Has SGLang's recorder started, stopped and read on an interval; what it counts is stored as windows. Replaces any other."""
+    known = request.app.state.settings.recorders
+    if body.recorder not in known:
+        named = ", ".join(map(repr, known)) or "none"
+        raise InputError(
+            f"recorder: {body.recorder!r} is no folder of this server (moeplace serve --recorder); known: {named}"
+        )
+    return store.engines.set(
+        name, actor, url=body.url, recorder=body.recorder, every=body.every, span=body.span, secret=body.key
+    )
+
+
+@router.get("/deployments/{name}/engine")
+def engine(name: NamePath, store: Stored, _: Reader) -> EngineRecord:
+    """The engine that is asked, when windows last came, and what failed since."""
+    return store.engines.get(name)
+
+
+@router.delete("/deployments/{name}/engine", status_code=204)
+def remove_engine(name: NamePath, store: Stored, actor: Approver) -> None:
+    """Asks it no more."""
+    store.engines.remove(name, actor)
 
 
 def tag_of(record: DeploymentRecord) -> str:

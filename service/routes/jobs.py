@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, HTTPException, Query, Request
-from fastapi.responses import StreamingResponse
-from pydantic import TypeAdapter
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from ...db.jobs import ENDED
 from ...db.records import JobRecord, JobState
-from ...db.store import Store
-from ...placement.objective import Objective
 from ...solvers.solve import check_options, solver_named
 from ..access import Reader, Submitter
 from ..policy import Policy
+from ..schemas import DecideRequest, SolveJob, SolveRequest
 from ..settings import Settings
-from ..views import DecideIn, SolveIn
 from .common import ERRORS, Before, KeyPath, Limit, Page, Stored, page_of
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=ERRORS)
@@ -35,14 +30,12 @@ Idempotency = Annotated[
         description="The same key and request again return the same job.",
     ),
 ]
-KEEP_ALIVE_SECONDS = 15.0
 LOOK_SECONDS = 0.3
-_record = TypeAdapter(JobRecord)
 
 
 @router.post("/solve", status_code=202)
 def submit_solve(
-    body: SolveIn, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
+    body: SolveRequest, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
 ) -> JobRecord:
     """A solve of a deployment's routing, or of a stored model, topology and statistics. The job's result names the plan."""
     policy = Policy()
@@ -61,34 +54,33 @@ def submit_solve(
     solver = body.solver if body.solver is not None else policy.solver
     options = body.options if body.options is not None else (policy.options if body.solver is None else {})
     check_options(solver_named(solver), options)
-    objective: Objective = body.objective or policy.objective
-    wanted = {
-        "model": store.model(model).id,
-        "topology": store.topology(topology).id,
-        "statistics": None if body.statistics is None else store.statistics(body.statistics).id,
-        "routing": body.routing,
-        "windows": body.windows,
-        "solver": solver,
-        "options": options,
-        "seconds": seconds,
-        "seed": body.seed,
-        "slots": body.slots if body.slots is not None else policy.slots,
-        "objective": objective.model_dump(mode="json"),
-    }
-    return store.jobs.submit("solve", wanted, actor, deployment=body.deployment, idempotency=idempotency)
+    job = SolveJob.model_validate(
+        body.model_dump()
+        | {
+            "model": store.model(model).id,
+            "topology": store.topology(topology).id,
+            "statistics": None if body.statistics is None else store.statistics(body.statistics).id,
+            "solver": solver,
+            "options": options,
+            "seconds": seconds,
+            "slots": body.slots if body.slots is not None else policy.slots,
+            "objective": body.objective or policy.objective,
+        }
+    )
+    return store.jobs.submit("solve", job.payload(), actor, deployment=body.deployment, idempotency=idempotency)
 
 
 @router.post("/decide", status_code=202)
-def submit_decide(body: DecideIn, store: Stored, actor: Submitter, idempotency: Idempotency = None) -> JobRecord:
+def submit_decide(body: DecideRequest, store: Stored, actor: Submitter, idempotency: Idempotency = None) -> JobRecord:
     """Keep the plan in force, or apply a stored candidate? Judged on routing newer than any that was solved on."""
     store.deployments.get(body.deployment)
-    wanted = {
-        "candidate": store.plan(body.candidate).id,
-        "current": None if body.current is None else store.plan(body.current).id,
-        "routing": body.routing,
-        "record": body.record,
-    }
-    return store.jobs.submit("decide", wanted, actor, deployment=body.deployment, idempotency=idempotency)
+    job = body.model_copy(
+        update={
+            "candidate": store.plan(body.candidate).id,
+            "current": None if body.current is None else store.plan(body.current).id,
+        }
+    )
+    return store.jobs.submit("decide", job.payload(), actor, deployment=body.deployment, idempotency=idempotency)
 
 
 @router.get("/jobs")
@@ -118,36 +110,23 @@ def cancel(key: KeyPath, store: Stored, actor: Submitter) -> JobRecord:
     return store.jobs.cancel(key, actor)
 
 
-@router.get(
-    "/jobs/{key}/events",
-    response_class=StreamingResponse,
-    responses={200: {"description": "Server-sent events: `job` with a job each, `end` with its last state.",
-                     "content": {"text/event-stream": {}}}},
-)  # fmt: skip
-async def events(key: KeyPath, request: Request, _: Reader) -> StreamingResponse:
-    """A job's progress as server-sent events, until it ends."""
-    store: Store = request.app.state.store
-    first = await run_in_threadpool(store.jobs.get, key)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(store, first, request), media_type="text/event-stream", headers=headers)
+async def _job(key: KeyPath, store: Stored, _: Reader) -> JobRecord:
+    # Before the stream begins: what is not there is a 404, not a stream that breaks off.
+    return await run_in_threadpool(store.jobs.get, key)
 
 
-async def _events(store: Store, record: JobRecord, request: Request) -> AsyncIterator[str]:
-    told, spoke = "", time.monotonic()
+@router.get("/jobs/{key}/events", response_class=EventSourceResponse)
+async def events(
+    record: Annotated[JobRecord, Depends(_job)], request: Request, store: Stored
+) -> AsyncIterator[ServerSentEvent]:
+    """A job's progress as server-sent events, until it ends: `job` with a job each, `end` with its last state."""
+    shown: JobRecord | None = None
     while True:
-        data = json.dumps(_plain(record))
         ended = record.state in ENDED
-        if data != told:
-            yield f"event: {'end' if ended else 'job'}\ndata: {data}\n\n"
-            told, spoke = data, time.monotonic()
-        if ended or not request.app.state.ready or await request.is_disconnected():
+        if record != shown:
+            yield ServerSentEvent(event="end" if ended else "job", data=record)
+            shown = record
+        if ended or not request.app.state.ready:
             return
-        if time.monotonic() - spoke > KEEP_ALIVE_SECONDS:
-            yield ": still here\n\n"
-            spoke = time.monotonic()
         await asyncio.sleep(LOOK_SECONDS)
         record = await run_in_threadpool(store.jobs.get, record.key)
-
-
-def _plain(record: JobRecord) -> Any:
-    return _record.dump_python(record, mode="json")

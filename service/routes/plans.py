@@ -14,7 +14,7 @@ from ...placement.plan import Plan, plan_from_dict
 from ...runtime.exporters import export_plan
 from ...runtime.exporters.export import engine_usage
 from ..access import Reader, Submitter
-from ..views import PlanFull, PlanIn, PlanView
+from ..schemas import PlanFull, PlanIn, PlanView
 from .catalogue import Older
 from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
 

@@ -11,10 +11,10 @@ from ...db.store import Store
 from ...solvers.solve import check_options, solver_named
 from ..access import Submitter
 from ..policy import Policy
+from ..schemas import MOST_PARTS, ChangesRequest, ParetoJob, ParetoRequest, StudyRequest, WhatIfJob, WhatIfRequest
 from ..settings import Settings
-from ..tasks.judge import default_plan
-from ..tasks.studies import wanted_changes
-from ..views import MOST_PARTS, ParetoIn, StudyIn, WhatIfIn
+from ..tasks.decide import default_plan
+from ..tasks.studies import changes_of
 from .catalogue import MOST_DEVICES
 from .common import ERRORS, Stored
 from .jobs import Idempotency
@@ -26,11 +26,11 @@ DEFAULT_REDUNDANCIES, DEFAULT_LIMITS = 5, 3
 
 @router.post("/what-if", status_code=202)
 def submit_what_if(
-    body: WhatIfIn, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
+    body: WhatIfRequest, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
 ) -> JobRecord:
     """What failures or another cluster do to a plan, and a plan ready for each. The job's result has a row a change; its
     plans are stored."""
-    wanted = _study(body, store)
+    filled = _filled(body, store)
     plan = body.plan
     if body.deployment is not None:
         deployment = store.deployments.get(body.deployment)
@@ -43,34 +43,30 @@ def submit_what_if(
         raise HTTPException(422, "plan: name the plan to ask about, or a deployment")
     else:
         asked = store.plan(plan).plan
-    changes = body.changes.model_dump()
-    single = changes["n_1"] or not any(changes.values())
-    most = len(body.changes.lose) + (asked.topology.num_devices + asked.topology.num_nodes) * single
+    changes = body.changes
+    single = changes.n_1 or changes == ChangesRequest()
+    most = len(changes.lose) + (asked.topology.num_devices + asked.topology.num_nodes) * single
     _bounded(most, "changes", 0.0, request)
-    if changes["topology"] is not None:
-        changes["topology"] = store.topology(changes["topology"]).id
+    if changes.topology is not None:
+        changes = changes.model_copy(update={"topology": store.topology(changes.topology).id})
     # Made once here as well: what cannot be is refused at once.
-    made = wanted_changes(asked.topology, changes, store)
+    made = changes_of(asked.topology, changes, store)
     most = max(change.topology.num_devices for change in made)
     if most > MOST_DEVICES:
         raise HTTPException(422, f"changes: {most} devices, at most {MOST_DEVICES} are taken")
     _bounded(len(made), "changes", body.seconds if body.ready else 0.0, request)
-    wanted |= {
-        "plan": None if plan is None else store.plan(plan).id,
-        "changes": changes,
-        "ready": body.ready,
-        "max_moved_bytes": body.max_moved_bytes,
-    }
-    return store.jobs.submit("what-if", wanted, actor, deployment=body.deployment, idempotency=idempotency)
+    filled |= {"plan": None if plan is None else store.plan(plan).id, "changes": changes}
+    job = WhatIfJob.model_validate(body.model_dump() | filled)
+    return store.jobs.submit("what-if", job.payload(), actor, deployment=body.deployment, idempotency=idempotency)
 
 
 @router.post("/pareto", status_code=202)
 def submit_pareto(
-    body: ParetoIn, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
+    body: ParetoRequest, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
 ) -> JobRecord:
     """The front of step time against memory, bytes moved and failures survived. The job's result has a row a point; its
     plans are stored."""
-    wanted = _study(body, store)
+    filled = _filled(body, store)
     model, topology, current = body.model, body.topology, body.current
     if body.deployment is not None:
         deployment = store.deployments.get(body.deployment)
@@ -84,19 +80,17 @@ def submit_pareto(
     limits = len(body.max_moved) if body.max_moved is not None else DEFAULT_LIMITS if current else 1
     points = (len(body.redundant) if body.redundant is not None else DEFAULT_REDUNDANCIES) * len(body.tolerate) * limits
     _bounded(points, "points", body.seconds, request)
-    wanted |= {
+    filled |= {
         "model": store.model(model).id,
         "topology": store.topology(topology).id,
         "current": None if current is None else store.plan(current).id,
-        "redundant": body.redundant,
-        "tolerate": body.tolerate,
-        "max_moved": body.max_moved,
     }
-    return store.jobs.submit("pareto", wanted, actor, deployment=body.deployment, idempotency=idempotency)
+    job = ParetoJob.model_validate(body.model_dump() | filled)
+    return store.jobs.submit("pareto", job.payload(), actor, deployment=body.deployment, idempotency=idempotency)
 
 
-def _study(body: StudyIn, store: Store) -> dict[str, Any]:
-    """What both have in common, as plain data."""
+def _filled(body: StudyRequest, store: Store) -> dict[str, Any]:
+    """Of what both have in common, ids for names, and what a policy decides."""
     policy = Policy()
     if body.deployment is not None:
         if body.statistics is not None or body.held_out is not None:
@@ -107,18 +101,12 @@ def _study(body: StudyIn, store: Store) -> dict[str, Any]:
     solver = body.solver if body.solver is not None else policy.solver
     options = body.options if body.options is not None else (policy.options if body.solver is None else {})
     check_options(solver_named(solver), options)
-    objective = body.objective or policy.objective
     return {
         "statistics": None if body.statistics is None else store.statistics(body.statistics).id,
         "held_out": None if body.held_out is None else store.statistics(body.held_out).id,
-        "routing": body.routing,
-        "windows": body.windows,
-        "steps": body.steps.model_dump(),
         "solver": solver,
         "options": options,
-        "seconds": body.seconds,
-        "seed": body.seed,
-        "objective": objective.model_dump(mode="json"),
+        "objective": body.objective or policy.objective,
     }
 
 

@@ -14,8 +14,8 @@ from ...db.store import Store
 from ...db.uploads import PIECE_LIMIT
 from ..access import Reader, Submitter
 from ..routing import check_trace, statistics_of
+from ..schemas import UploadIn
 from ..shards import Shards
-from ..views import UploadIn
 from .common import ERRORS, KeyPath, Stored
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], responses=ERRORS)

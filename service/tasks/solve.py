@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ...db.records import ClaimedJob, Outcome
+from ...db.records import ClaimedJob, JobOutcome
 from ...db.store import Store
+from ...placement.errors import InputError
 from ...placement.model import ModelSpec
-from ...placement.objective import Objective
 from ...placement.problem import Problem
 from ...placement.statistics import RoutingStatistics
-from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy
-from ..routing import from_windows, stored_statistics, to_bytes
-from .base import Report, solving_traces, solving_windows
+from ..routing import from_windows, solving_traces, solving_windows, stored_statistics, to_bytes
+from ..schemas import SolveJob
+from .base import Report
 
 
-class Solve:
-    """Request: model, topology, statistics (ids) or routing and windows of a deployment; solver, options, seconds, seed,
-    slots, objective."""
+class SolveTask:
+    """Request: a `SolveJob`."""
 
     kind = "solve"
 
-    def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome:
-        request = job.request
-        model = store.model(request["model"]).spec
-        topology = store.topology(request["topology"]).topology
-        statistics = _routing(job, store, model)
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome:
+        request = SolveJob.of(job)
+        model, topology = store.model(request.model).spec, store.topology(request.topology).topology
+        statistics = _routing(request, store, model)
         plan = solve(
-            _problem(model, topology, statistics, request),
-            request["solver"],
-            seconds=request["seconds"],
-            seed=request["seed"],
+            Problem(model, topology, statistics, request.objective, slots=request.slots),
+            request.solver,
+            seconds=request.seconds,
+            seed=request.seed,
             progress=report,
-            **request["options"],
+            **request.options,
         )
         certificate = plan.certificate
         result = {
@@ -45,18 +41,15 @@ class Solve:
             "seconds": plan.provenance.seconds,
             "stop": plan.provenance.stop,
         }
-        return Outcome(result, plan=plan, statistics=statistics, content=to_bytes(statistics))
+        return JobOutcome(result, plan=plan, statistics=statistics, content=to_bytes(statistics))
 
 
-def _routing(job: ClaimedJob, store: Store, model: ModelSpec) -> RoutingStatistics:
-    request = job.request
-    if request["statistics"] is not None or job.deployment is None:
-        return stored_statistics(store, request["statistics"])
-    policy = Policy(**store.deployments.get(job.deployment).policy)
-    if request["routing"] == "tokens":
-        return solving_traces(store, job.deployment, policy)
-    return from_windows(solving_windows(store, job.deployment, policy, request["windows"]), model)
-
-
-def _problem(model: ModelSpec, topology: Topology, statistics: RoutingStatistics, request: Any) -> Problem:
-    return Problem(model, topology, statistics, Objective(**request["objective"]), slots=request["slots"])
+def _routing(request: SolveJob, store: Store, model: ModelSpec) -> RoutingStatistics:
+    if request.statistics is not None:
+        return stored_statistics(store, request.statistics)
+    if request.deployment is None:
+        raise InputError("a solve needs a deployment or statistics")
+    policy = Policy(**store.deployments.get(request.deployment).policy)
+    if request.routing == "tokens":
+        return solving_traces(store, request.deployment, policy)
+    return from_windows(solving_windows(store, request.deployment, policy, request.windows), model)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..._types import FloatArray
-from ...db.records import ClaimedJob, DeploymentRecord, Finding, Judgement, Outcome, WindowRecord
+from ...db.records import ClaimedJob, DeploymentRecord, Finding, JobOutcome, Judgement, WindowRecord
 from ...db.store import Store
 from ...placement.cost import window_seconds
 from ...placement.decide import LEAST_BLOCKS
@@ -35,15 +35,15 @@ from ...solvers import solve
 from ..policy import Policy
 from ..routing import from_windows, stored_statistics, to_bytes
 from .base import Report
-from .judge import balance, decision_figures, default_plan, on_counts
+from .decide import balance, decision_figures, default_plan, on_counts
 
 
-class Watch:
+class WatchTask:
     """Request: empty."""
 
     kind = "watch"
 
-    def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome:
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome:
         if job.deployment is None:
             raise InputError("a watch is kept over a deployment")
         deployment = store.deployments.get(job.deployment)
@@ -67,7 +67,7 @@ class _Look:
         self._windows = [window for window in newest if window.merged == 1 and window.pairs]
         self._since = [window for window in self._windows if window.key > deployment.reference_window]
 
-    def outcome(self, report: Report) -> Outcome:
+    def outcome(self, report: Report) -> JobOutcome:
         policy = self._policy
         if self._reference is None and len(self._since) < self._least:
             return self._quiet({"status": "waiting for windows", "windows": len(self._since)})
@@ -107,7 +107,9 @@ class _Look:
         """Windows that a plan can be solved and judged on."""
         return max(2 * LEAST_BLOCKS, 4 * self._policy.block)
 
-    def _judged(self, windows: Sequence[WindowRecord], cause: str, figures: dict[str, Any], report: Report) -> Outcome:
+    def _judged(
+        self, windows: Sequence[WindowRecord], cause: str, figures: dict[str, Any], report: Report
+    ) -> JobOutcome:
         half = len(windows) // 2
         older, newer = from_windows(windows[:half], self._model), from_windows(windows[half:], self._model)
         routing = from_windows(windows, self._model)
@@ -136,7 +138,7 @@ class _Look:
             self._deployment.version, decision.action, decision.reason, judged, self._policy.publish == "automatic"
         )
         figures["status"] = cause
-        return Outcome(
+        return JobOutcome(
             {"figures": figures, "action": decision.action, "reason": decision.reason},
             plan=fresh,
             # What traffic is compared with from now on: all windows after the change, half of which it was solved on.
@@ -147,11 +149,11 @@ class _Look:
             rebase=self._last,
         )
 
-    def _quiet(self, figures: dict[str, Any], rebased: RoutingStatistics | None = None) -> Outcome:
+    def _quiet(self, figures: dict[str, Any], rebased: RoutingStatistics | None = None) -> JobOutcome:
         finding = Finding(self._last, alarm=False, figures=figures)
         if rebased is None:
-            return Outcome({"figures": figures}, finding=finding)
-        return Outcome(
+            return JobOutcome({"figures": figures}, finding=finding)
+        return JobOutcome(
             {"figures": figures},
             statistics=rebased,
             content=to_bytes(rebased),

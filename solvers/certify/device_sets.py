@@ -1,8 +1,8 @@
-"""What a device costs by the set of experts it holds, for every set that a device can hold.
+"""What a device costs at least by the experts it holds: every set that fits on one, and single experts.
 
-Where devices have c slots each, all equal, and experts stand whole, a placement of a layer is a partition of its experts into
-sets of c. What a device computes and how many tokens reach it from elsewhere depends on its set alone, so that few enough sets
-can each be priced in full: no average over links, and every step's own.
+Where devices have c slots each, all equal, and experts stand whole, a placement of a layer is a partition of its
+experts into sets of c. What a device computes and how many tokens reach it from elsewhere depends on its set alone, so
+that few enough sets can each be priced in full: no average over links, and every step's own.
 """
 
 from __future__ import annotations
@@ -16,53 +16,10 @@ import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound, layer_seconds_bound
-from ...placement.cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from ...placement.cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.steps import Steps
 from ..jit import kernel
-from .link_floors import link_floors
-
-# Compiled loop over sets of experts: the tokens each set reaches, counted as bits.
-
-
-M1 = np.uint64(0x5555555555555555)
-M2 = np.uint64(0x3333333333333333)
-M4 = np.uint64(0x0F0F0F0F0F0F0F0F)
-H01 = np.uint64(0x0101010101010101)
-ONE, TWO, FOUR, TOP = np.uint64(1), np.uint64(2), np.uint64(4), np.uint64(56)
-
-
-@kernel
-def count_reached(chose: Any, led: Any, segment: Any, sets: Any, result: Any) -> None:
-    """result[a, q]: tokens of segment q that chose an expert of sets[a] and are led by none of it.
-
-    chose, led: [E, W] a bit a token, by expert. segment: [W] of each word. sets: [A, c], neighbours alike in their first
-    experts, whose unions are kept. result: [A, Q] zeros.
-    """
-    count, size = sets.shape
-    words = chose.shape[1]
-    any_of = np.zeros((size, words), dtype=np.uint64)
-    led_by = np.zeros((size, words), dtype=np.uint64)
-    for a in range(count):
-        first = 0
-        if a > 0:
-            while first < size - 1 and sets[a, first] == sets[a - 1, first]:
-                first += 1
-        for place in range(first, size):
-            e = sets[a, place]
-            for w in range(words):
-                before, led_before = np.uint64(0), np.uint64(0)
-                if place > 0:
-                    before, led_before = any_of[place - 1, w], led_by[place - 1, w]
-                any_of[place, w] = before | chose[e, w]
-                led_by[place, w] = led_before | led[e, w]
-        for w in range(words):
-            x = any_of[size - 1, w] & ~led_by[size - 1, w]
-            x -= (x >> ONE) & M1
-            x = (x & M2) + ((x >> TWO) & M2)
-            x = (x + (x >> FOUR)) & M4
-            result[a, segment[w]] += np.int64((x * H01) >> TOP)
-
 
 MOST_SETS = 60_000
 """Sets gone through: 32 experts on 8 devices have 35,960, 128 on 64 have 8,128."""
@@ -106,29 +63,31 @@ class DeviceSets:
         return self._problem.objective.execution == "context_coherent"
 
     def work(self, layer: int) -> FloatArray:
-        """[R, A] weighted seconds of compute that a layer takes at least where a device holds the set, by group of steps."""
+        """[R, A] weighted seconds of compute that a layer takes at least where a device holds the set.
+
+        R groups of steps, A sets.
+        """
         problem, topology = self._problem, self._problem.topology
         model, loads, floor = problem.model, self._loads[:, layer], self._floor[:, layer, None]
         hits = (loads > 0).astype(np.float64)
         result = floor + np.zeros(len(self.members))
-        for amount, rates, unit in (
-            (loads, topology.compute, model.flops_per_token),
-            (hits, topology.memory_bandwidth, model.bytes_per_expert),
-        ):
+        for amount, seconds in zip((loads, hits), Roofline.of(model, topology), strict=True):
             here = amount[:, self.members].sum(axis=2)
             rest = amount.sum(axis=1, keepdims=True) - here
             # What the others have left to do takes at least as long as all of them together need.
-            others = float(rates.sum() - rates.min())
-            result = np.maximum(result, np.maximum(here / rates.max(), rest / others) * unit)
+            others = float((1.0 / seconds).sum() - 1.0 / seconds.max())
+            result = np.maximum(result, np.maximum(here * seconds.min(), rest / others))
         return self._grouped(result * self._weight[:, None])
 
     def transfers(self, layer: int) -> FloatArray:
-        """[R, A] weighted seconds, latency included, of each all-to-all that a layer takes at least where a device holds the
-        set: in dispatch_combine both ways as one."""
+        """[R, A] weighted seconds of each all-to-all that a layer takes at least where a device holds the set.
+
+        Latency included; in dispatch_combine both ways as one.
+        """
         steps = self._steps
         ids = steps.expert_ids[:, layer].astype(np.int64)
         dispatch, combine = (floor[:, layer] for floor in self._link_floors)
-        evenly = 0.0 if steps.source is not None else self._rate(held=False)
+        evenly = 0.0 if steps.source is not None else self._rate(from_device=False)
         if not self._coherent:
             carried = self._out + self._back
             floor = np.maximum(dispatch * carried, self._transfer_floor[:, layer] - 2 * self._latency)
@@ -136,20 +95,25 @@ class DeviceSets:
         if layer == 0:
             copies = self._reached(ids) * evenly
         else:
-            copies = self._reached_from(ids, steps.expert_ids[:, layer - 1, 0].astype(np.int64)) * self._rate(held=True)
+            copies = self._reached_from(ids, steps.expert_ids[:, layer - 1, 0].astype(np.int64)) * self._rate(
+                from_device=True
+            )
         out = self._all_to_all(copies * self._out, dispatch * self._out, 1)
         if ids.shape[1] == 1:
             return out
-        copies = self._reached(ids, owner=ids[:, 0]) * self._rate(held=True)
+        copies = self._reached(ids, owner=ids[:, 0]) * self._rate(from_device=True)
         return np.concatenate([out, self._all_to_all(copies * self._back, combine * self._back, 1)])
 
-    def _rate(self, held: bool) -> float:
-        """Seconds a byte of a copy that a device receives inside its node. held: from a device that is known, else evenly."""
+    def _rate(self, from_device: bool) -> float:
+        """Seconds a byte of a copy that a device receives inside its node.
+
+        from_device: from one that is known, else evenly.
+        """
         topology, dedup = self._problem.topology, self._problem.objective.node_dedup
         smallest = float(topology.node_size.min())
         # A copy from another node is fanned out inside from a device chosen evenly; unmerged ones come by other links.
         passing = (smallest - 1.0) / smallest
-        if held:
+        if from_device:
             rate = 1.0 if topology.num_nodes == 1 else passing if dedup else 0.0
         else:
             rate = passing if dedup else (smallest - 1.0) / topology.num_devices
@@ -171,14 +135,18 @@ class DeviceSets:
         return np.stack([figures[group].sum(axis=0) for group in self._groups])
 
     def _reached(self, ids: IntArray, owner: IntArray | None = None) -> FloatArray:
-        """[R, A] tokens of each group of steps that must come to a device of each set; owner: [T] experts on whose devices
-        they are already."""
+        """[R, A] tokens of each group of steps that must come to a device of each set.
+
+        owner: [T] experts on whose devices they are already.
+        """
         nowhere = np.zeros(len(ids), np.int64)
         return self._counted(ids, nowhere, 1, owner)[:, :, 0].astype(np.float64)
 
     def _reached_from(self, ids: IntArray, before: IntArray) -> FloatArray:
-        """[R, A] the same where each token is on the device of an expert of the layer before [T], of which any may stand there
-        that fit."""
+        """[R, A] the same where each token is on the device of an expert of the layer before.
+
+        before: [T] those experts; whichever fit may stand on the set's device.
+        """
         size = self.members.shape[1]
         by_leader = self._counted(ids, before, self._problem.model.experts, None)
         return by_leader.sum(axis=2) - _largest(by_leader, size)
@@ -225,3 +193,110 @@ def _largest(counts: IntArray, some: int) -> FloatArray:
     """[R, A] the sum of the largest of the last axis."""
     last = counts.shape[2]
     return np.asarray(np.partition(counts, last - some, axis=2)[:, :, last - some :].sum(axis=2), dtype=np.float64)
+
+
+# Tokens as bits: how many of them chose an expert of a set.
+
+
+M1 = np.uint64(0x5555555555555555)
+M2 = np.uint64(0x3333333333333333)
+M4 = np.uint64(0x0F0F0F0F0F0F0F0F)
+H01 = np.uint64(0x0101010101010101)
+ONE, TWO, FOUR, TOP = np.uint64(1), np.uint64(2), np.uint64(4), np.uint64(56)
+
+
+@kernel
+def count_reached(chose: Any, led: Any, segment: Any, sets: Any, result: Any) -> None:
+    """result[a, q]: tokens of segment q that chose an expert of sets[a] and are led by none of it.
+
+    chose, led: [E, W] a bit a token, by expert. segment: [W] of each word. sets: [A, c], neighbours alike in their
+    first experts, whose unions are kept. result: [A, Q] zeros.
+    """
+    count, size = sets.shape
+    words = chose.shape[1]
+    any_of = np.zeros((size, words), dtype=np.uint64)
+    led_by = np.zeros((size, words), dtype=np.uint64)
+    for a in range(count):
+        first = 0
+        if a > 0:
+            while first < size - 1 and sets[a, first] == sets[a - 1, first]:
+                first += 1
+        for place in range(first, size):
+            e = sets[a, place]
+            for w in range(words):
+                before, led_before = np.uint64(0), np.uint64(0)
+                if place > 0:
+                    before, led_before = any_of[place - 1, w], led_by[place - 1, w]
+                any_of[place, w] = before | chose[e, w]
+                led_by[place, w] = led_before | led[e, w]
+        for w in range(words):
+            x = any_of[size - 1, w] & ~led_by[size - 1, w]
+            x -= (x >> ONE) & M1
+            x = (x & M2) + ((x >> TWO) & M2)
+            x = (x + (x >> FOUR)) & M4
+            result[a, segment[w]] += np.int64((x * H01) >> TOP)
+
+
+def link_floors(problem: Problem, steps: Steps, loads: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """What one expert alone puts on the links of its device, whatever stands where.
+
+    The tokens that chose an expert must reach its device: the busiest device receives at least those of the most chosen
+    expert, less the ones that may be there already. With one expert a device that is all there is to know.
+
+    Args:
+        problem: gives topology and objective.
+        steps: S steps.
+        loads: [S, L, E] tokens of each expert.
+
+    Returns:
+        ([S, L], [S, L]) seconds a byte that dispatch and combine take at least, latency left out. Zeros where nothing
+        can be said: with replicas, whose tokens are split.
+    """
+    topology, objective = problem.topology, problem.objective
+    sizes, nodes = topology.node_size, topology.num_nodes
+    smallest, fastest = float(sizes.min()), float(topology.intra_bandwidth.max())
+    nothing = np.zeros(loads.shape[:2])
+    if problem.has_replicas or topology.num_devices == 1:
+        return nothing, nothing
+    # A copy from another node is fanned out inside from a device chosen evenly; unmerged ones come by other links.
+    passing = (smallest - 1.0) / smallest
+    evenly = passing if objective.node_dedup else (smallest - 1.0) / topology.num_devices
+    from_sources = loads.max(axis=2) * (evenly / fastest) if steps.source is None else nothing
+    if objective.execution == "dispatch_combine":
+        return from_sources, from_sources
+    rate = (1.0 if nodes == 1 else passing if objective.node_dedup else 0.0) / fastest
+    slots = int(problem.slots_per_device.max())
+    dispatch, combine = nothing.copy(), nothing.copy()
+    for s, block in enumerate(steps.blocks()):
+        ids = block.astype(np.int64)
+        for layer in range(ids.shape[1]):
+            if layer > 0:
+                counts = _by_leader(ids[:, layer - 1, 0], ids[:, layer], loads.shape[2])
+                dispatch[s, layer] = _busiest(counts, slots, slots, alone=slots == 1 and nodes == 1)
+            if ids.shape[2] > 1:
+                counts = _by_leader(ids[:, layer, 0], ids[:, layer, 1:], loads.shape[2])
+                combine[s, layer] = _busiest(counts, slots - 1, 0, alone=slots == 1 and nodes == 1)
+    dispatch, combine = dispatch * rate, combine * rate
+    dispatch[:, 0] = from_sources[:, 0]
+    return dispatch, combine
+
+
+def _by_leader(owner: IntArray, chosen: IntArray, experts: int) -> IntArray:
+    """[E, E] tokens by the expert that leads them and each expert chosen [T, j]."""
+    pairs = owner[:, None] * experts + chosen
+    return np.bincount(pairs.ravel(), minlength=experts * experts).reshape(experts, experts)
+
+
+def _busiest(by_leader: IntArray, beside: int, own: int, alone: bool) -> float:
+    """Copies received by the device of some expert, when the leads of `beside` experts may stand there.
+
+    alone: one expert a device on one node, where an owner's device also sends one copy for each expert chosen, those of
+    `own` experts aside that may stand beside it.
+    """
+    experts = len(by_leader)
+    there = np.sort(by_leader, axis=0)[experts - beside :].sum(axis=0)
+    busiest = float((by_leader.sum(axis=0) - there).max())
+    if alone:
+        spared = np.sort(by_leader, axis=1)[:, experts - own :].sum(axis=1)
+        busiest = max(busiest, float((by_leader.sum(axis=1) - spared).max()))
+    return busiest

@@ -1,13 +1,20 @@
-"""Lower bounds of a relaxed cost by a primal-dual walk (Chambolle and Pock, J. Math. Imaging Vis. 40, 2011).
+"""Lower bounds of a relaxed cost of placements: a semidefinite program and its primal-dual algorithm (PDHG).
 
-Minimise over the space of Gram matrices X the sum of the terms' costs. Whatever the terms' multipliers are, replacing every
-term by its line leaves a linear cost, whose least value over the space is one eigenvalue decomposition away: that
-is the bound, valid at any iteration; the walk only makes it good.
+The Gram matrix X of a placement says how much of experts i and j stands together. With M [n, H] the share of each of n
+experts on each of H holders (devices, or nodes), X = M M^T. M is not convex, X nearly: rows of M sum to one, so X is at
+least J / H (J all ones) in the semidefinite order; its entries are not negative; and its spectral norm is at most a
+holder's slots. Where every holder has c slots and experts stand whole, X - J / H lives on the vectors that sum to zero
+within each layer, has trace n - n / H, and at most H - 1 eigenvalues m c (m layers at once).
+
+What is minimised over these X is a sum of convex terms, each the largest of many linear functions of X. Dual variables
+choose one linear function of each term, <dual matrix, X> + constant. Whatever they choose, the sum is linear in X, and
+its least value over the space is one eigenvalue decomposition away: that is the bound, valid at any iteration; the
+algorithm (Chambolle and Pock, J. Math. Imaging Vis. 40, 2011) only makes it good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,16 +24,92 @@ import numpy as np
 from ..._types import FloatArray, IntArray
 from ..jit import kernel
 
-# Gram matrices of placements, relaxed: X[i, j] is how much of experts i and j stands together. With M [n, H] the
-# share of each of n experts on each of H holders (devices, or nodes), X = M M^T. M is not convex, X nearly: rows of M
-# sum to one, so X is at least J / H (J all ones) in the semidefinite order; its entries are not negative; and its
-# spectral norm is at most a holder's slots. Where every holder has c slots and experts stand whole, X - J / H lives
-# on the vectors that sum to zero within each layer, has trace n - n / H, and at most H - 1 eigenvalues m c (m layers
-# at once).
-
-
+STEP_LENGTH = 0.5
+"""Length of a step in X, in experts over the cost: what served best from one layer on nodes to two on devices."""
+THREADS = 2
+"""Programs worked on at once; each is a run of small matrix operations, which more threads only get in the way of."""
+CHUNK = 25
+"""Iterations between two looks at the clock."""
+SOLVED = 2e-3
+"""A program is solved when its bound comes this near, relatively, to its relaxed cost."""
+MAX_ITERATIONS = 2_000
+"""Iterations of a program past which nothing is gained."""
 ROUNDING = 1e-12
 """Relative error of an eigenvalue, taken off every bound; LAPACK's is some hundred times smaller."""
+TRIANGLE_HOLDERS, TRIANGLE_ITEMS = 4, 128
+"""Triangle inequalities are priced for few holders, where they bind, and few experts, as there are n choose 3."""
+
+
+class PrimalDual:
+    """One relaxed problem, solved for as long as is asked. Not thread-safe; several instances may run side by side."""
+
+    def __init__(self, space: GramSpace, terms: Sequence[Term]) -> None:
+        self._space, self._terms = space, terms
+        self._gram = space.middle()
+        for term in terms:
+            term.start(self._gram)
+        self._dual_matrix = self._sum_of_duals()
+        scale = max(abs(sum(term.cost(self._gram) for term in terms)), 1e-300)
+        self._step = STEP_LENGTH * space.items / scale
+        self._steps = self._dual_steps()
+        self.iterations = 0
+        self.bound = self._line_bound()
+
+    def run(self, iterations: int) -> float:
+        """Iterates so often and returns the best bound so far."""
+        for _ in range(iterations):
+            moved = self._space.project(self._gram - self._step * self._dual_matrix)
+            ahead = 2.0 * moved - self._gram
+            self._gram = moved
+            for term, step in zip(self._terms, self._steps, strict=True):
+                term.dual_step(ahead, step)
+            self._dual_matrix = self._sum_of_duals()
+        self.iterations += iterations
+        self.bound = max(self.bound, self._line_bound())
+        return self.bound
+
+    @property
+    def relaxed_cost(self) -> float:
+        """What the terms cost at the present X: near the best bound there is to find, once X meets all limits."""
+        return float(sum(term.cost(self._gram) for term in self._terms))
+
+    def solved(self, iterations: int, constant: float = 0.0) -> bool:
+        """Whether nothing more is to be gained, or so many iterations are done. constant: beside the terms' cost."""
+        if self.iterations >= iterations:
+            return True
+        cost = self.relaxed_cost
+        return self.iterations > 0 and self.bound >= cost - SOLVED * abs(cost + constant)
+
+    def _line_bound(self) -> float:
+        return self._space.least(self._dual_matrix) + sum(term.constant() for term in self._terms)
+
+    def _sum_of_duals(self) -> FloatArray:
+        return np.asarray(sum((term.dual_matrix() for term in self._terms), np.zeros_like(self._gram)))
+
+    def _dual_steps(self) -> list[float]:
+        """As long as converges: the sum of steps times each map's squared norm is one over the step in X."""
+        start = np.random.default_rng(0).random(self._gram.shape)
+        start = start + start.T
+        norms = [_norm(term.operator, start) for term in self._terms]
+
+        def together(gram: FloatArray) -> FloatArray:
+            parts = [term.operator(gram) / norm for term, norm in zip(self._terms, norms, strict=True)]
+            return np.asarray(sum(parts, np.zeros_like(gram)))
+
+        total = _norm(together, start)
+        return [1.0 / (1.05 * total * norm * self._step) for norm in norms]
+
+
+def _norm(operator: Callable[[FloatArray], FloatArray], start: FloatArray, rounds: int = 12) -> float:
+    """Largest eigenvalue of a positive semidefinite map on matrices, by power iteration."""
+    vector, norm = start / np.linalg.norm(start), 1.0
+    for _ in range(rounds):
+        image = operator(vector)
+        norm = float(np.linalg.norm(image))
+        if norm < 1e-300:
+            return 1.0
+        vector = image / norm
+    return norm
 
 
 @dataclass(frozen=True)
@@ -66,14 +149,15 @@ class GramSpace:
         return np.kron(np.eye(self.layers), zero_sum)
 
     @property
-    def _room(self) -> tuple[float, float]:
+    def _trace_above(self) -> tuple[float, float]:
+        """Least and largest trace of R."""
         base = self.items / self.holders
         return max(0.0, self.trace[0] - base), self.trace[1] - base
 
     def middle(self) -> FloatArray:
         """[n, n] the most symmetric member: every two experts together as much as any other two."""
-        kept = (self.items / self.holders - 1.0) / max(1, self.items - 1)
-        return np.full((self.items, self.items), max(0.0, kept)) + (1.0 - max(0.0, kept)) * np.eye(self.items)
+        together = (self.items / self.holders - 1.0) / max(1, self.items - 1)
+        return np.full((self.items, self.items), max(0.0, together)) + (1.0 - max(0.0, together)) * np.eye(self.items)
 
     def project(self, point: FloatArray) -> FloatArray:
         """[n, n] the nearest member to a symmetric matrix."""
@@ -89,7 +173,7 @@ class GramSpace:
         """A lower bound of <cost, X> over all members, exact but for rounding. cost: [n, n] symmetric."""
         inner = self._basis.T @ cost @ self._basis if self.even else cost
         values = np.linalg.eigvalsh(inner)
-        low, high = self._room
+        low, high = self._trace_above
         filled = np.minimum(self.cap * np.arange(1, len(values) + 1), high)
         taken = np.diff(np.concatenate([[0.0], filled]))
         # Past the least trace only what lowers the sum is taken.
@@ -100,7 +184,7 @@ class GramSpace:
 
     def _fit(self, values: FloatArray) -> FloatArray:
         """The nearest eigenvalues within [0, cap] whose sum is within the trace: all shifted alike, then clipped."""
-        low, high = self._room
+        low, high = self._trace_above
         plain = np.clip(values, 0.0, self.cap)
         target = float(np.clip(plain.sum(), low, high))
         if abs(target - plain.sum()) <= ROUNDING * max(1.0, high):
@@ -115,16 +199,192 @@ class GramSpace:
         return np.asarray(np.clip(values - above, 0.0, self.cap))
 
 
-# Compiled loops over tokens: how many holders a token's experts stand on, as a function of their Gram matrix. With
-# r[i] the others of a token's k experts that stand beside expert i, the holders it needs are the sum over i of
-# phi(r[i]), phi(r) = 1 / (1 + r): every holder counts one, split among the experts there. phi is taken piecewise
-# linear between whole numbers, exact for placements and convex. `slope` [T, k] picks a supporting line for each
-# expert of each token.
+class Term(Protocol):
+    """A convex cost of X [n, n], the largest of many linear functions of which dual variables choose one.
+
+    <dual_matrix(), X> + constant() is at most the cost, whatever the dual variables that the term can hold.
+    """
+
+    def start(self, gram: FloatArray) -> None:
+        """Sets the dual variables to what suits X before anything better is known."""
+        ...
+
+    def dual_step(self, gram: FloatArray, step: float) -> None:
+        """Moves the dual variables by a proximal step towards what X makes dearest."""
+        ...
+
+    def dual_matrix(self) -> FloatArray:
+        """[n, n] symmetric coefficients of the linear function chosen."""
+        ...
+
+    def constant(self) -> float:
+        """Its value at X = 0."""
+        ...
+
+    def cost(self, gram: FloatArray) -> float:
+        """The term's own cost at X."""
+        ...
+
+    def operator(self, gram: FloatArray) -> FloatArray:
+        """[n, n] K^T K X of the linear map whose image the dual variables price: tells how long steps may be."""
+        ...
+
+
+class Entries:
+    """Entries of X stay within [lower, upper]: costs nothing, but no X outside is allowed."""
+
+    def __init__(self, lower: FloatArray, upper: FloatArray) -> None:
+        self._lower, self._upper = lower, upper
+        self._price = np.zeros_like(lower)
+
+    @classmethod
+    def of(cls, space: GramSpace, slots: IntArray) -> Entries:
+        """Shares of two experts on one holder are between none and all.
+
+        With spare slots an expert need not stand whole. slots: [m, H] of each layer and holder.
+        """
+        lower, upper = np.zeros((space.items, space.items)), np.ones((space.items, space.items))
+        spare = np.maximum(slots.sum(axis=1) - space.experts, 0)
+        np.fill_diagonal(lower, np.repeat(1.0 / np.minimum(spare + 1, space.holders), space.experts))
+        return cls(lower, upper)
+
+    def start(self, gram: FloatArray) -> None:
+        pass
+
+    def dual_step(self, gram: FloatArray, step: float) -> None:
+        moved = self._price + step * gram
+        self._price = moved - step * np.clip(moved / step, self._lower, self._upper)
+
+    def dual_matrix(self) -> FloatArray:
+        return self._price
+
+    def constant(self) -> float:
+        return -float(np.maximum(self._price * self._lower, self._price * self._upper).sum())
+
+    def cost(self, gram: FloatArray) -> float:
+        return 0.0
+
+    def operator(self, gram: FloatArray) -> FloatArray:
+        return gram
+
+
+class RowSums:
+    """Sums of X over each layer's experts stay within [lower, upper] ([m] each, the same for every row)."""
+
+    def __init__(self, layers: int, experts: int, lower: FloatArray, upper: FloatArray) -> None:
+        self._member = np.kron(np.eye(layers), np.ones((experts, 1)))
+        self._lower, self._upper = lower, upper
+        self._price = np.zeros_like(self._member)
+
+    @classmethod
+    def of(cls, space: GramSpace, slots: IntArray) -> RowSums:
+        """What stands beside an expert is what its holder holds: as many as it has slots, or fewer with spare slots.
+
+        slots: [m, H] of each layer and holder.
+        """
+        whole = slots.sum(axis=1) == space.experts
+        upper = np.minimum(slots.max(axis=1), space.experts).astype(np.float64)
+        return cls(space.layers, space.experts, np.where(whole, slots.min(axis=1), 0).astype(np.float64), upper)
+
+    def start(self, gram: FloatArray) -> None:
+        pass
+
+    def dual_step(self, gram: FloatArray, step: float) -> None:
+        moved = self._price + step * (gram @ self._member)
+        self._price = moved - step * np.clip(moved / step, self._lower, self._upper)
+
+    def dual_matrix(self) -> FloatArray:
+        return _symmetric(self._price @ self._member.T)
+
+    def constant(self) -> float:
+        return -float(np.maximum(self._price * self._lower, self._price * self._upper).sum())
+
+    def cost(self, gram: FloatArray) -> float:
+        return 0.0
+
+    def operator(self, gram: FloatArray) -> FloatArray:
+        return _symmetric(gram @ self._member @ self._member.T)
+
+
+class SlowestDevice:
+    """Sum over rounds of weight times the longest time of any holder, where expert i's holder takes (X @ work)[i].
+
+    work: [R, Q, n] seconds in each of R rounds by each of Q rooflines. weight: [R]. floor: [R] seconds known otherwise.
+    """
+
+    def __init__(self, work: FloatArray, weight: FloatArray, floor: FloatArray) -> None:
+        self._rounds, self._kinds, self._items = work.shape
+        self._work = (work * weight[:, None, None]).reshape(-1, self._items)
+        self._floor = floor * weight
+        self._odds = np.zeros((self._rounds, self._kinds * self._items + 1))
+        self._odds[:, -1] = 1.0
+
+    def start(self, gram: FloatArray) -> None:
+        pass
+
+    def dual_step(self, gram: FloatArray, step: float) -> None:
+        times = (self._work @ gram).reshape(self._rounds, -1)
+        self._odds = simplex_rows(self._odds + step * np.column_stack([times, self._floor]))
+
+    def dual_matrix(self) -> FloatArray:
+        return _symmetric(self._odds[:, :-1].reshape(-1, self._items).T @ self._work)
+
+    def constant(self) -> float:
+        return float(self._odds[:, -1] @ self._floor)
+
+    def cost(self, gram: FloatArray) -> float:
+        times = (self._work @ gram).reshape(self._rounds, -1)
+        return float(np.maximum(times.max(axis=1), self._floor).sum())
+
+    def operator(self, gram: FloatArray) -> FloatArray:
+        return _symmetric((gram @ self._work.T) @ self._work)
+
+
+class HoldersNeeded:
+    """Sum over tokens of weight times how many holders its experts stand on.
+
+    With r[i] the others of a token's k experts that stand beside expert i, the holders it needs are the sum over i of
+    phi(r[i]), phi(r) = 1 / (1 + r): every holder counts one, split among the experts there. phi is taken piecewise
+    linear between whole numbers, exact for placements and convex. A slope for each expert of each token picks the
+    linear function.
+
+    ids: [T, k] items, distinct within a token. weight: [T].
+    """
+
+    def __init__(self, ids: IntArray, weight: FloatArray, items: int) -> None:
+        # Tokens of the same experts are one of more weight.
+        chosen, which = _distinct_rows(np.sort(ids, axis=1), items)
+        self._ids = np.ascontiguousarray(chosen)
+        self._weight = np.bincount(which, weights=weight)
+        self._slope = np.zeros(chosen.shape)
+        self._dual = np.zeros((items, items))
+
+    def start(self, gram: FloatArray) -> None:
+        # A step far longer than any slope: each linear function then supports phi at X itself.
+        self.dual_step(gram, 1e6 / max(float(self._weight.min()), 1e-300))
+
+    def dual_step(self, gram: FloatArray, step: float) -> None:
+        self._dual = np.zeros_like(self._dual)
+        step_slopes(self._ids, self._weight, self._slope, gram, step, self._dual)
+
+    def dual_matrix(self) -> FloatArray:
+        return _symmetric(self._dual)
+
+    def constant(self) -> float:
+        return float(intercepts(self._ids, self._weight, self._slope))
+
+    def cost(self, gram: FloatArray) -> float:
+        return float(holders_needed(self._ids, self._weight, gram))
+
+    def operator(self, gram: FloatArray) -> FloatArray:
+        result = np.zeros_like(gram)
+        add_operator(self._ids, self._weight, gram, result)
+        return _symmetric(result)
 
 
 @kernel
-def ascend_slopes(ids: Any, weight: Any, slope: Any, gram: Any, step: float, charge: Any) -> None:
-    """One proximal step of the slopes towards what `gram` [n, n] makes dearest; adds weight * slope to charge [n, n]."""
+def step_slopes(ids: Any, weight: Any, slope: Any, gram: Any, step: float, dual: Any) -> None:
+    """One proximal step of the slopes towards what `gram` [n, n] makes dearest; adds weight * slope to dual [n, n]."""
     tokens, k = ids.shape
     for t in range(tokens):
         w = weight[t]
@@ -134,10 +394,10 @@ def ascend_slopes(ids: Any, weight: Any, slope: Any, gram: Any, step: float, cha
             for j in range(k):
                 if j != i:
                     beside += gram[a, ids[t, j]]
-            wanted = slope[t, i] + step * w * beside
+            target = slope[t, i] + step * w * beside
             chosen = 0.0
             for j in range(1, k):
-                moved = wanted - step * w * j
+                moved = target - step * w * j
                 flat = 1.0 / (j + 1.0) - 1.0 / j
                 if moved <= flat:
                     chosen = flat
@@ -148,12 +408,12 @@ def ascend_slopes(ids: Any, weight: Any, slope: Any, gram: Any, step: float, cha
             slope[t, i] = chosen
             for j in range(k):
                 if j != i:
-                    charge[a, ids[t, j]] += w * chosen
+                    dual[a, ids[t, j]] += w * chosen
 
 
 @kernel
 def intercepts(ids: Any, weight: Any, slope: Any) -> float:
-    """Sum of weight times where each supporting line meets r = 0: the least of phi(r) - slope * r over whole r."""
+    """Sum of weight times where each linear function meets r = 0: the least of phi(r) - slope * r over whole r."""
     tokens, k = ids.shape
     total = 0.0
     for t in range(tokens):
@@ -184,7 +444,7 @@ def holders_needed(ids: Any, weight: Any, gram: Any) -> float:
 
 
 @kernel
-def spread_beside(ids: Any, weight: Any, gram: Any, result: Any) -> None:
+def add_operator(ids: Any, weight: Any, gram: Any, result: Any) -> None:
     """Adds K^T K X to result, K X being weight * r of every expert of every token."""
     tokens, k = ids.shape
     for t in range(tokens):
@@ -198,221 +458,19 @@ def spread_beside(ids: Any, weight: Any, gram: Any, result: Any) -> None:
                     result[ids[t, i], ids[t, j]] += weight[t] * weight[t] * beside
 
 
-@kernel
-def ascend_triangles(gram: Any, price: Any, pair: bool, step: float, charge: Any) -> float:
-    """One projected step of the prices of all triangle inequalities; adds them to charge. Returns the prices' constant.
-
-    Beside both of two, two are beside each other: X[i, j] + X[i, k] - X[j, k] <= 1 for each corner i of a triangle. pair: there
-    are two holders only, so that of three items two share one: X[i, j] + X[i, k] + X[j, k] >= 1. price: [triangles, 3 or 4].
-    """
-    n = gram.shape[0]
-    at = 0
-    total = 0.0
-    for i in range(n):
-        for j in range(i + 1, n):
-            for k in range(j + 1, n):
-                x, y, z = gram[i, j], gram[i, k], gram[j, k]
-                p0 = max(0.0, price[at, 0] + step * (x + y - z - 1.0))
-                p1 = max(0.0, price[at, 1] + step * (x + z - y - 1.0))
-                p2 = max(0.0, price[at, 2] + step * (y + z - x - 1.0))
-                price[at, 0], price[at, 1], price[at, 2] = p0, p1, p2
-                p3 = 0.0
-                if pair:
-                    p3 = max(0.0, price[at, 3] + step * (1.0 - x - y - z))
-                    price[at, 3] = p3
-                if p0 + p1 + p2 + p3 > 0.0:
-                    charge[i, j] += p0 + p1 - p2 - p3
-                    charge[i, k] += p0 - p1 + p2 - p3
-                    charge[j, k] += p1 + p2 - p0 - p3
-                    total += p3 - p0 - p1 - p2
-                at += 1
-    return total
-
-
-# Parts of a relaxed cost, each the largest of many linear functions of a Gram matrix X. Every part holds multipliers
-# that choose one of its linear functions, <charge(), X> + constant(): a lower bound of the part's cost for any
-# multipliers it can hold. `ascend` moves them towards what a given X makes dearest.
-
-
-class Term(Protocol):
-    """A convex cost of X [n, n] by its supporting lines."""
-
-    def begin(self, gram: FloatArray) -> None:
-        """Sets the multipliers to what suits X before anything better is known."""
-        ...
-
-    def ascend(self, gram: FloatArray, step: float) -> None:
-        """Moves the multipliers by a proximal step."""
-        ...
-
-    def charge(self) -> FloatArray:
-        """[n, n] symmetric coefficients of the line chosen."""
-        ...
-
-    def constant(self) -> float:
-        """The line's value at X = 0."""
-        ...
-
-    def cost(self, gram: FloatArray) -> float:
-        """The part's own cost at X."""
-        ...
-
-    def spread(self, gram: FloatArray) -> FloatArray:
-        """[n, n] K^T K X of the linear map whose image the multipliers price: tells how long steps may be."""
-        ...
-
-
-class Entries:
-    """Entries of X stay within [lower, upper]: costs nothing, but no X outside is allowed."""
-
-    def __init__(self, lower: FloatArray, upper: FloatArray) -> None:
-        self._lower, self._upper = lower, upper
-        self._price = np.zeros_like(lower)
-
-    def begin(self, gram: FloatArray) -> None:
-        pass
-
-    def ascend(self, gram: FloatArray, step: float) -> None:
-        wanted = self._price + step * gram
-        self._price = wanted - step * np.clip(wanted / step, self._lower, self._upper)
-
-    def charge(self) -> FloatArray:
-        return self._price
-
-    def constant(self) -> float:
-        return -float(np.maximum(self._price * self._lower, self._price * self._upper).sum())
-
-    def cost(self, gram: FloatArray) -> float:
-        return 0.0
-
-    def spread(self, gram: FloatArray) -> FloatArray:
-        return gram
-
-
-class RowSums:
-    """Sums of X over each layer's experts stay within [lower, upper] ([m] each, the same for every row)."""
-
-    def __init__(self, layers: int, experts: int, lower: FloatArray, upper: FloatArray) -> None:
-        self._member = np.kron(np.eye(layers), np.ones((experts, 1)))
-        self._lower, self._upper = lower, upper
-        self._price = np.zeros_like(self._member)
-
-    def begin(self, gram: FloatArray) -> None:
-        pass
-
-    def ascend(self, gram: FloatArray, step: float) -> None:
-        wanted = self._price + step * (gram @ self._member)
-        self._price = wanted - step * np.clip(wanted / step, self._lower, self._upper)
-
-    def charge(self) -> FloatArray:
-        return _symmetric(self._price @ self._member.T)
-
-    def constant(self) -> float:
-        return -float(np.maximum(self._price * self._lower, self._price * self._upper).sum())
-
-    def cost(self, gram: FloatArray) -> float:
-        return 0.0
-
-    def spread(self, gram: FloatArray) -> FloatArray:
-        return _symmetric(gram @ self._member @ self._member.T)
-
-
-class SlowestDevice:
-    """Sum over rounds of weight times the longest time of any holder, where expert i's holder takes (X @ work)[i].
-
-    work: [R, Q, n] seconds in each of R rounds by each of Q rooflines. weight: [R]. floor: [R] seconds known otherwise.
-    """
-
-    def __init__(self, work: FloatArray, weight: FloatArray, floor: FloatArray) -> None:
-        self._rounds, self._kinds, self._items = work.shape
-        self._work = (work * weight[:, None, None]).reshape(-1, self._items)
-        self._floor = floor * weight
-        self._odds = np.zeros((self._rounds, self._kinds * self._items + 1))
-        self._odds[:, -1] = 1.0
-
-    def begin(self, gram: FloatArray) -> None:
-        pass
-
-    def ascend(self, gram: FloatArray, step: float) -> None:
-        times = (self._work @ gram).reshape(self._rounds, -1)
-        self._odds = simplex_rows(self._odds + step * np.column_stack([times, self._floor]))
-
-    def charge(self) -> FloatArray:
-        return _symmetric(self._odds[:, :-1].reshape(-1, self._items).T @ self._work)
-
-    def constant(self) -> float:
-        return float(self._odds[:, -1] @ self._floor)
-
-    def cost(self, gram: FloatArray) -> float:
-        times = (self._work @ gram).reshape(self._rounds, -1)
-        return float(np.maximum(times.max(axis=1), self._floor).sum())
-
-    def spread(self, gram: FloatArray) -> FloatArray:
-        return _symmetric((gram @ self._work.T) @ self._work)
-
-
-class HoldersNeeded:
-    """Sum over tokens of weight times how many holders its experts stand on.
-
-    ids: [T, k] items, distinct within a token. weight: [T].
-    """
-
-    def __init__(self, ids: IntArray, weight: FloatArray, items: int) -> None:
-        # Tokens of the same experts are one of more weight.
-        chosen, which = _distinct_rows(np.sort(ids, axis=1), items)
-        self._ids = np.ascontiguousarray(chosen)
-        self._weight = np.bincount(which, weights=weight)
-        self._slope = np.zeros(chosen.shape)
-        self._charge = np.zeros((items, items))
-
-    def begin(self, gram: FloatArray) -> None:
-        # A step far longer than any slope: each line then supports phi at X itself.
-        self.ascend(gram, 1e6 / max(float(self._weight.min()), 1e-300))
-
-    def ascend(self, gram: FloatArray, step: float) -> None:
-        self._charge = np.zeros_like(self._charge)
-        ascend_slopes(self._ids, self._weight, self._slope, gram, step, self._charge)
-
-    def charge(self) -> FloatArray:
-        return _symmetric(self._charge)
-
-    def constant(self) -> float:
-        return float(intercepts(self._ids, self._weight, self._slope))
-
-    def cost(self, gram: FloatArray) -> float:
-        return float(holders_needed(self._ids, self._weight, gram))
-
-    def spread(self, gram: FloatArray) -> FloatArray:
-        result = np.zeros_like(gram)
-        spread_beside(self._ids, self._weight, gram, result)
-        return _symmetric(result)
-
-
-def _distinct_rows(rows: IntArray, items: int) -> tuple[IntArray, IntArray]:
-    """Rows [R, k] that differ, and for each row which of them it is."""
-    k = rows.shape[1]
-    if items**k > 1 << 64:
-        chosen, which = np.unique(rows, axis=0, return_inverse=True)
-        return chosen, which.ravel()
-    # As one number each, which sorts some fifty times faster.
-    key = rows.astype(np.uint64) @ np.array([items**place for place in range(k)], dtype=np.uint64)
-    _, first, which = np.unique(key, return_index=True, return_inverse=True)
-    return rows[first], which.ravel()
-
-
 class Linear:
-    """<cost, X> as it is: one line, nothing to choose. cost: [n, n] symmetric."""
+    """<cost, X> as it is: one linear function, nothing to choose. cost: [n, n] symmetric."""
 
     def __init__(self, cost: FloatArray, constant: float = 0.0) -> None:
         self._cost, self._constant = cost, constant
 
-    def begin(self, gram: FloatArray) -> None:
+    def start(self, gram: FloatArray) -> None:
         pass
 
-    def ascend(self, gram: FloatArray, step: float) -> None:
+    def dual_step(self, gram: FloatArray, step: float) -> None:
         pass
 
-    def charge(self) -> FloatArray:
+    def dual_matrix(self) -> FloatArray:
         return self._cost
 
     def constant(self) -> float:
@@ -421,14 +479,15 @@ class Linear:
     def cost(self, gram: FloatArray) -> float:
         return self._constant + float((self._cost * gram).sum())
 
-    def spread(self, gram: FloatArray) -> FloatArray:
+    def operator(self, gram: FloatArray) -> FloatArray:
         return np.zeros_like(gram)
 
 
 def split_between_two(ids: IntArray, weight: FloatArray, items: int) -> Linear:
     """`HoldersNeeded` where there are two holders only: a token split between them cuts at most k^2 / 4 of its pairs.
 
-    One line a token, 1 + (pairs apart) / floor(k^2 / 4): sharper than any of phi's, which do not know of the two.
+    One linear function a token, 1 + (pairs apart) / floor(k^2 / 4): sharper than any of phi's, which do not know of the
+    two.
     """
     k = ids.shape[1]
     split = max(1, k * k // 4)
@@ -450,17 +509,17 @@ class Triangles:
         self._pair = holders == 2
         count = items * (items - 1) * (items - 2) // 6
         self._price = np.zeros((count, 4 if self._pair else 3))
-        self._charge, self._constant = np.zeros((items, items)), 0.0
+        self._dual, self._constant = np.zeros((items, items)), 0.0
 
-    def begin(self, gram: FloatArray) -> None:
+    def start(self, gram: FloatArray) -> None:
         pass
 
-    def ascend(self, gram: FloatArray, step: float) -> None:
-        self._charge = np.zeros_like(self._charge)
-        self._constant = float(ascend_triangles(gram, self._price, self._pair, step, self._charge))
+    def dual_step(self, gram: FloatArray, step: float) -> None:
+        self._dual = np.zeros_like(self._dual)
+        self._constant = float(step_triangles(gram, self._price, self._pair, step, self._dual))
 
-    def charge(self) -> FloatArray:
-        return _symmetric(self._charge)
+    def dual_matrix(self) -> FloatArray:
+        return _symmetric(self._dual)
 
     def constant(self) -> float:
         return self._constant
@@ -468,7 +527,7 @@ class Triangles:
     def cost(self, gram: FloatArray) -> float:
         return 0.0
 
-    def spread(self, gram: FloatArray) -> FloatArray:
+    def operator(self, gram: FloatArray) -> FloatArray:
         # Each entry is in n - 2 triangles, three times; two entries share at most one.
         n = len(gram)
         total = gram.sum(axis=1)
@@ -476,6 +535,38 @@ class Triangles:
         result = (4.0 if self._pair else 3.0) * (n - 2) * gram + (0.0 if self._pair else -1.0) * beside
         np.fill_diagonal(result, 0.0)
         return np.asarray(0.5 * result)
+
+
+@kernel
+def step_triangles(gram: Any, price: Any, pair: bool, step: float, dual: Any) -> float:
+    """One projected step of the prices of all triangle inequalities; adds them to dual. Returns the prices' constant.
+
+    Beside both of two, two are beside each other: X[i, j] + X[i, k] - X[j, k] <= 1 for each corner i of a triangle.
+    pair: there are two holders only, so that of three items two share one: X[i, j] + X[i, k] + X[j, k] >= 1. price:
+    [triangles, 3 or 4].
+    """
+    n = gram.shape[0]
+    at = 0
+    total = 0.0
+    for i in range(n):
+        for j in range(i + 1, n):
+            for k in range(j + 1, n):
+                x, y, z = gram[i, j], gram[i, k], gram[j, k]
+                p0 = max(0.0, price[at, 0] + step * (x + y - z - 1.0))
+                p1 = max(0.0, price[at, 1] + step * (x + z - y - 1.0))
+                p2 = max(0.0, price[at, 2] + step * (y + z - x - 1.0))
+                price[at, 0], price[at, 1], price[at, 2] = p0, p1, p2
+                p3 = 0.0
+                if pair:
+                    p3 = max(0.0, price[at, 3] + step * (1.0 - x - y - z))
+                    price[at, 3] = p3
+                if p0 + p1 + p2 + p3 > 0.0:
+                    dual[i, j] += p0 + p1 - p2 - p3
+                    dual[i, k] += p0 - p1 + p2 - p3
+                    dual[j, k] += p1 + p2 - p0 - p3
+                    total += p3 - p0 - p1 - p2
+                at += 1
+    return total
 
 
 def simplex_rows(points: FloatArray) -> FloatArray:
@@ -488,74 +579,17 @@ def simplex_rows(points: FloatArray) -> FloatArray:
     return np.asarray(np.maximum(points - shift[:, None], 0.0))
 
 
+def _distinct_rows(rows: IntArray, items: int) -> tuple[IntArray, IntArray]:
+    """Rows [R, k] that differ, and for each row which of them it is."""
+    k = rows.shape[1]
+    if items**k > 1 << 64:
+        chosen, which = np.unique(rows, axis=0, return_inverse=True)
+        return chosen, which.ravel()
+    # As one number each, which sorts some fifty times faster.
+    key = rows.astype(np.uint64) @ np.array([items**place for place in range(k)], dtype=np.uint64)
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    return rows[first], which.ravel()
+
+
 def _symmetric(matrix: FloatArray) -> FloatArray:
     return np.asarray(0.5 * (matrix + matrix.T))
-
-
-PACE = 0.5
-"""Length of a step in X, in experts over the cost: what served best from one layer on nodes to two on devices."""
-
-
-class Saddle:
-    """One relaxed problem, walked on as long as is asked. Not thread-safe; several instances may run side by side."""
-
-    def __init__(self, space: GramSpace, terms: Sequence[Term]) -> None:
-        self._space, self._terms = space, terms
-        self._gram = space.middle()
-        for term in terms:
-            term.begin(self._gram)
-        self._charge = self._total_charge()
-        scale = max(abs(sum(term.cost(self._gram) for term in terms)), 1e-300)
-        self._step = PACE * space.items / scale
-        self._steps = self._dual_steps()
-        self.iterations = 0
-        self.bound = self._line_bound()
-
-    def run(self, iterations: int) -> float:
-        """Walks on and returns the best bound so far."""
-        for _ in range(iterations):
-            moved = self._space.project(self._gram - self._step * self._charge)
-            ahead = 2.0 * moved - self._gram
-            self._gram = moved
-            for term, step in zip(self._terms, self._steps, strict=True):
-                term.ascend(ahead, step)
-            self._charge = self._total_charge()
-        self.iterations += iterations
-        self.bound = max(self.bound, self._line_bound())
-        return self.bound
-
-    @property
-    def relaxed_cost(self) -> float:
-        """What the terms cost at the walk's X: near the best bound there is to find, once X meets all limits."""
-        return float(sum(term.cost(self._gram) for term in self._terms))
-
-    def _line_bound(self) -> float:
-        return self._space.least(self._charge) + sum(term.constant() for term in self._terms)
-
-    def _total_charge(self) -> FloatArray:
-        return np.asarray(sum((term.charge() for term in self._terms), np.zeros_like(self._gram)))
-
-    def _dual_steps(self) -> list[float]:
-        """As long as converges: the sum of steps times each map's squared norm is one over the step in X."""
-        start = np.random.default_rng(0).random(self._gram.shape)
-        start = start + start.T
-        norms = [_norm(lambda gram, term=term: term.spread(gram), start) for term in self._terms]
-
-        def together(gram: FloatArray) -> FloatArray:
-            parts = [term.spread(gram) / norm for term, norm in zip(self._terms, norms, strict=True)]
-            return np.asarray(sum(parts, np.zeros_like(gram)))
-
-        total = _norm(together, start)
-        return [1.0 / (1.05 * total * norm * self._step) for norm in norms]
-
-
-def _norm(operator, start: FloatArray, rounds: int = 12) -> float:  # type: ignore[no-untyped-def]
-    """Largest eigenvalue of a positive semidefinite map on matrices, by power iteration."""
-    vector, norm = start / np.linalg.norm(start), 1.0
-    for _ in range(rounds):
-        image = operator(vector)
-        norm = float(np.linalg.norm(image))
-        if norm < 1e-300:
-            return 1.0
-        vector = image / norm
-    return norm

@@ -40,6 +40,7 @@ from .source_traffic import (
 from .traffic import (
     account,
     coherent_step_cost,
+    compute_cost,
     exchange_traffic,
     recount,
     replace_traffic,
@@ -173,10 +174,7 @@ def anneal(
 @kernel
 def home_step_cost(load: Any, hit: Any, ledger: Any, node_ledger: Any, rates: Any) -> float:
     """Seconds of one step in one layer, latency left out."""
-    compute = 0.0
-    for g in range(load.shape[0]):
-        compute = max(compute, load[g] * rates.per_pair[g], hit[g] * rates.per_expert[g])
-    return compute + (1.0 + rates.back) * transfer_cost(ledger, node_ledger, rates)
+    return compute_cost(load, hit, rates) + (1.0 + rates.back) * transfer_cost(ledger, node_ledger, rates)
 
 
 @kernel

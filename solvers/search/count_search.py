@@ -13,7 +13,7 @@ import numpy as np
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.plan import Certificate, Stop
 from ...placement.problem import Problem
-from ...placement.risk import tail_weight
+from ...placement.risk import tail_weight, weighted_mean
 from ..base import Budget, Solution
 from ..jit import kernel
 from .evaluator import Judge, window_bounds
@@ -687,7 +687,7 @@ def _alone(
             with pace.timing():
                 balance.run(weight, pace.proposals(round_), round_ / (ALONE_ROUNDS - 1))
         table, _, shares = _answer(balance, judge)
-        reference[code] = weight @ judge.figures(table, shares)
+        reference[code] = weighted_mean(judge.figures(table, shares), weight)
     return reference
 
 

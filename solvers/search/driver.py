@@ -80,7 +80,7 @@ def certified(judge: Judge, answer: Answer, budget: Budget, seconds: float) -> A
     table, _, shares = answer
     if scenario.steps is None:
         return answer
-    from ..certify.proof import risk_bound
+    from ..certify.step_time import risk_bound
 
     # Replaying a large model takes seconds, and the plan stays the same while its bound rises.
     found = judge.certificate(table, shares)

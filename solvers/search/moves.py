@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..jit import kernel
+from .traffic import compute_cost
 
 # Compiled arithmetic of the cost model for one step of one layer, and of what of the steps counts.
 
@@ -15,9 +16,6 @@ from ..jit import kernel
 def step_cost(reach: Any, node_reach: Any, load: Any, hit: Any, rates: Any) -> float:
     """Seconds of one step in one layer, latency left out: compute and both transfers."""
     devices, nodes = load.shape[0], node_reach.shape[0]
-    compute = 0.0
-    for g in range(devices):
-        compute = max(compute, load[g] * rates.per_pair[g], hit[g] * rates.per_expert[g])
     transfer = 0.0
     total_in_node = 0.0
     total_node_reach = 0.0
@@ -41,7 +39,7 @@ def step_cost(reach: Any, node_reach: Any, load: Any, hit: Any, rates: Any) -> f
         crossing = max(entering * (1.0 - share), (everywhere - entering) * share)
         transfer = max(transfer, crossing * rates.per_node_copy[n])
         first = last
-    return compute + (1.0 + rates.back) * transfer
+    return compute_cost(load, hit, rates) + (1.0 + rates.back) * transfer
 
 
 @kernel

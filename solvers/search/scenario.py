@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
-from ...placement.cost import combine_bytes, dispatch_bytes
+from ...placement.cost import Roofline, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.statistics import window_weights, with_tokens
 from ...placement.steps import Steps
-from ...placement.synthetic import draw_tokens
+from ...placement.synthetic import sample_tokens
 from ...placement.trace import RoutingTrace
 from . import Batch
 from .kernel_types import Aim, Floats, Ints, LayerTokens, Rates
@@ -122,7 +122,7 @@ def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int |
         if problem.objective.execution != "context_coherent" or statistics.transitions is None:
             return _from_windows(problem)
         # Without the combine it is transitions that cost: tokens that show the recorded ones can be priced.
-        sample, imagined = draw_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
+        sample, imagined = sample_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
     if batch == "prefill" and steps is None:
         # More steps than the sample fills would only be its sequences in another order.
         count = max(4, min(count, sample.num_tokens // step_tokens))
@@ -200,8 +200,7 @@ def rates_for(problem: Problem, scenario: Scenario) -> Rates:
         )
     out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
     return Rates(
-        model.flops_per_token / topology.compute,
-        model.bytes_per_expert / topology.memory_bandwidth,
+        *Roofline.of(model, topology),
         scenario.tokens_each * out / topology.intra_bandwidth,
         scenario.tokens_each * out / topology.inter_bandwidth,
         back / out,

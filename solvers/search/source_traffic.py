@@ -12,6 +12,7 @@ import numpy as np
 
 from ..jit import kernel
 from .moves import idle_chance
+from .traffic import post, post_node
 
 # Which targets (devices, nodes) tokens reach, kept up to date while experts move. Target g is reached with
 # probability 1 - prod_j (1 - w[e_j, g]) over a token's k experts. For O(1) updates the product is kept in two parts a
@@ -164,29 +165,6 @@ def serve_rows(share: Any, node_of: Any, nearest: bool, rows: Any, node_rows: An
             # Thirds do not add up to one exactly; whole experts must be recognised as whole.
             if node_rows[h, n] > 1.0 - 1e-9:
                 node_rows[h, n] = 1.0
-
-
-@kernel
-def post(ledger: Any, node_ledger: Any, h: int, g: int, amount: float, rates: Any) -> None:
-    """Adds tokens of home h that need device g: sent, received inside the node, or arriving from other nodes."""
-    m, n = rates.node_of[h], rates.node_of[g]
-    if m == n:
-        if g != h:
-            ledger[0, h] += amount
-            ledger[1, g] += amount
-    elif rates.dedup:
-        ledger[2, g] += amount
-    else:
-        node_ledger[0, m] += amount
-        node_ledger[1, n] += amount
-
-
-@kernel
-def post_node(node_ledger: Any, m: int, n: int, amount: float) -> None:
-    """Adds tokens of node m that need node n, one copy each."""
-    if m != n:
-        node_ledger[0, m] += amount
-        node_ledger[1, n] += amount
 
 
 @kernel

@@ -75,7 +75,31 @@ def reach_of(experts: Any, first: int, count: Any, where: Any, part: Any, target
 
 
 @kernel
-def post(
+def post(ledger: Any, node_ledger: Any, h: int, g: int, amount: float, rates: Any) -> None:
+    """Adds tokens held by device h that need device g. ledger: [3, G] sent, received inside the node, arriving from other
+    nodes, to be fanned out; node_ledger: [2, N] sent, received, of copies that are not merged by node."""
+    m, n = rates.node_of[h], rates.node_of[g]
+    if m == n:
+        if g != h:
+            ledger[0, h] += amount
+            ledger[1, g] += amount
+    elif rates.dedup:
+        ledger[2, g] += amount
+    else:
+        node_ledger[0, m] += amount
+        node_ledger[1, n] += amount
+
+
+@kernel
+def post_node(node_ledger: Any, m: int, n: int, amount: float) -> None:
+    """Adds tokens held in node m that need node n, where copies to its devices travel as one."""
+    if m != n:
+        node_ledger[0, m] += amount
+        node_ledger[1, n] += amount
+
+
+@kernel
+def post_reached(
     ledger: Any,
     node_ledger: Any,
     h: int,
@@ -88,28 +112,21 @@ def post(
     node_chance: Any,
     rates: Any,
 ) -> None:
-    """Adds tokens held by device h that need the targets. ledger: [3, G] sent, received inside the node, arriving from
-    other nodes; node_ledger: [2, N] sent, received."""
-    m = rates.node_of[h]
+    """Adds `weight` tokens held by device h that need what `reach_of` found, devices and nodes."""
     for i in range(found):
-        g = targets[i]
-        amount = weight * chance[g]
-        n = rates.node_of[g]
-        if n == m:
-            if g != h:
-                ledger[0, h] += amount
-                ledger[1, g] += amount
-        elif rates.dedup:
-            ledger[2, g] += amount
-        else:
-            node_ledger[0, m] += amount
-            node_ledger[1, n] += amount
+        post(ledger, node_ledger, h, targets[i], weight * chance[targets[i]], rates)
     if rates.dedup:
         for i in range(node_found):
-            n = node_targets[i]
-            if n != m:
-                node_ledger[0, m] += weight * node_chance[n]
-                node_ledger[1, n] += weight * node_chance[n]
+            post_node(node_ledger, rates.node_of[h], node_targets[i], weight * node_chance[node_targets[i]])
+
+
+@kernel
+def compute_cost(load: Any, hit: Any, rates: Any) -> float:
+    """Seconds of the slowest device's expert work in a step, from token-expert pairs and experts read [G] (`Roofline`)."""
+    slowest = 0.0
+    for g in range(load.shape[0]):
+        slowest = max(slowest, load[g] * rates.per_pair[g], hit[g] * rates.per_expert[g])
+    return slowest
 
 
 @kernel
@@ -156,7 +173,7 @@ def account(
     e = around.before[t]
     if e < 0:
         for h in range(devices):
-            post(
+            post_reached(
                 ledgers[0],
                 node_ledgers[0],
                 h,
@@ -171,7 +188,7 @@ def account(
             )
     else:
         for i in range(before[0][e]):
-            post(
+            post_reached(
                 ledgers[0],
                 node_ledgers[0],
                 before[1][e, i],
@@ -189,7 +206,7 @@ def account(
         found = reach_of(experts, 1, count, where, part, targets, chance, mark)
         node_found = reach_of(experts, 1, node_count, node_where, node_part, node_targets, node_chance, node_mark)
         for i in range(count[top]):
-            post(
+            post_reached(
                 ledgers[1],
                 node_ledgers[1],
                 where[top, i],
@@ -206,7 +223,7 @@ def account(
         found = reach_of(around.after[t], 0, after[0], after[1], after[2], targets, chance, mark)
         node_found = reach_of(around.after[t], 0, after[3], after[4], after[5], node_targets, node_chance, node_mark)
         for i in range(count[top]):
-            post(
+            post_reached(
                 ledgers[2],
                 node_ledgers[2],
                 where[top, i],
@@ -259,11 +276,8 @@ def replace_traffic(
 
 @kernel
 def coherent_step_cost(load: Any, hit: Any, ledgers: Any, node_ledgers: Any, rates: Any) -> float:
-    compute = 0.0
-    for g in range(load.shape[0]):
-        compute = max(compute, load[g] * rates.per_pair[g], hit[g] * rates.per_expert[g])
     return (
-        compute
+        compute_cost(load, hit, rates)
         + transfer_cost(ledgers[0], node_ledgers[0], rates)
         + rates.back * transfer_cost(ledgers[1], node_ledgers[1], rates)
         + transfer_cost(ledgers[2], node_ledgers[2], rates)
@@ -342,20 +356,10 @@ def _pair(ledgers: Any, s: int, w: int, source: int, target: int, x: float, rate
     left to `_node_pair`."""
     if x == 0.0:
         return
-    node_of = rates.node_of
-    devices = node_of.shape[0]
+    devices = rates.node_of.shape[0]
     first, last = (source, source + 1) if source < devices else (0, devices)
-    for d in range(first, last):
-        part = x / (last - first)
-        if node_of[d] == node_of[target]:
-            if target != d:
-                ledgers[s, w, 0, d] += part
-                ledgers[s, w, 1, target] += part
-        elif rates.dedup:
-            ledgers[s, w, 2, target] += part
-        else:
-            node_ledgers[s, w, 0, node_of[d]] += part
-            node_ledgers[s, w, 1, node_of[target]] += part
+    for h in range(first, last):
+        post(ledgers[s, w], node_ledgers[s, w], h, target, x / (last - first), rates)
 
 
 @kernel
@@ -363,13 +367,10 @@ def _node_pair(node_ledgers: Any, s: int, w: int, source: int, target: int, x: f
     """Adds x tokens from a device (or evenly from all) to a node, where copies to its devices travel as one."""
     if x == 0.0 or not rates.dedup:
         return
-    node_of = rates.node_of
-    devices = node_of.shape[0]
+    devices = rates.node_of.shape[0]
     first, last = (source, source + 1) if source < devices else (0, devices)
-    for d in range(first, last):
-        if node_of[d] != target:
-            node_ledgers[s, w, 0, node_of[d]] += x / (last - first)
-            node_ledgers[s, w, 1, target] += x / (last - first)
+    for h in range(first, last):
+        post_node(node_ledgers[s, w], rates.node_of[h], target, x / (last - first))
 
 
 @kernel

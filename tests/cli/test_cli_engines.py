@@ -65,7 +65,7 @@ def test_slots_are_the_fewest_the_engine_can_run_unless_given(engine: str) -> No
 
 
 def test_a_permuted_model_has_no_replicas_and_even_devices() -> None:
-    with pytest.raises(mp.UnsupportedError, match="12 slots a layer for 8 experts leave room for replicas; use 8"):
+    with pytest.raises(mp.UnsupportedError, match="12 slots a layer for 8 experts make replicas; use 8"):
         problem_for(problem(slots=12), "permute")
     with pytest.raises(mp.UnsupportedError, match="10 experts do not divide over 4 devices; use 2"):
         problem_for(problem(experts=10), "permute")

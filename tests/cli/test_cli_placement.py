@@ -296,4 +296,4 @@ def test_plans_are_judged_by_the_replicas_that_the_engine_takes(trace: Path, tmp
     assert crossing["nearest"] < crossing["share"]
     refused = run("evaluate", path, trace, *JUDGED, "--replica-choice", "nearest", "--execution", "context_coherent")
     assert refused.code != 0
-    assert "needs tokens with a home device" in refused.err
+    assert "needs tokens with a source rank" in refused.err

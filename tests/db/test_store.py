@@ -379,7 +379,7 @@ def test_the_newest_migration_is_the_one_the_code_expects() -> None:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
 
-    from moeplace.db.session import MIGRATIONS
+    from moeplace.db.database import MIGRATIONS
 
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))

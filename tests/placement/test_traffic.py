@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
-from moeplace.placement.replay import replay
-from moeplace.placement.traffic import device_traffic
+from moeplace.placement.replay import device_traffic, replay, traffic_from_counts
 
 DEVICE = {"compute": 1e12, "memory": 1e12, "memory_bandwidth": 1e11, "intra_bandwidth": 1e10}
 
@@ -47,10 +46,11 @@ def test_row_and_column_sums_are_the_priced_flows(case: tuple[mp.Plan, mp.Steps,
     traffic = device_traffic(plan, steps, topology, objective)
     demand = next(replay(plan, steps, topology, objective))
     same = topology.node_of[:, None] == topology.node_of[None, :]
-    for matrix, flows in ((traffic.dispatch, demand.dispatch), (traffic.combine, demand.combine)):
-        assert (matrix is None) == (flows is None)
-        if matrix is None or flows is None:
+    for matrix, reach in ((traffic.dispatch, demand.dispatch), (traffic.combine, demand.combine)):
+        assert (matrix is None) == (reach is None)
+        if matrix is None or reach is None:
             continue
+        flows = reach.flows(topology, objective.node_dedup)
         inside, across = np.where(same, matrix, 0.0), np.where(same, 0.0, matrix)
         intra = np.maximum(inside.sum(axis=1), inside.sum(axis=0))
         members = np.eye(topology.num_nodes)[topology.node_of]
@@ -74,3 +74,20 @@ def test_context_coherent_follows_the_token_from_layer_to_layer() -> None:
     assert traffic.dispatch == pytest.approx(expected)
     assert traffic.combine is None
     assert traffic.bytes_between(spec, objective) == pytest.approx(expected * 8 * 2)
+
+
+@pytest.mark.parametrize(("dedup", "between", "inside"), [(True, 3.0, 3.5), (False, 3.5, 1.75)])
+def test_traffic_from_counts_merges_copies_by_node(dedup: bool, between: float, inside: float) -> None:
+    """8 tokens with 2 of 4 equally likely experts, one a device, on two nodes of two devices.
+
+    A token needs a device with chance 7/16 and a node with chance 3/4; half of the tokens live on the other node. Inside a
+    node 4 tokens need the other device with chance 7/16; merged, half of the 3.5 visits from outside are fanned out too.
+    """
+    cluster = mp.Topology.from_dict({"nodes": [{"devices": [DEVICE] * 2, "inter_bandwidth": 1e9}] * 2})
+    spec = mp.ModelSpec(layers=1, experts=4, top_k=2, hidden_size=8, ffn_size=8)
+    plan = mp.Plan(spec, cluster, np.arange(4)[None], np.arange(4))
+    dispatch = traffic_from_counts(plan, np.full((1, 4), 5.0), 8, mp.Objective(node_dedup=dedup)).dispatch
+    assert dispatch[:2, 2:].sum() == pytest.approx(between)
+    assert dispatch[2:, :2].sum() == pytest.approx(between)
+    assert dispatch[:2, :2].sum() == pytest.approx(inside)
+    assert not dispatch.diagonal().any()

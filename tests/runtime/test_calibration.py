@@ -95,8 +95,8 @@ def test_every_timing_stands_beside_what_the_topology_says_of_it(found: list[dic
 
 
 def test_messages_of_the_sizes_of_steps_are_timed(found: list[dict[str, Any]]) -> None:
-    """64 tokens over 4 ranks, two experts each of 8, 128 bytes a row: 3/4 of a rank's 16 tokens go to the other node, 7/16 to
-    a device, and twice that inside a node once those of the other node have come."""
+    """64 tokens over 4 ranks, two experts each of 8, 128 bytes a row: 3/4 of a rank's 16 tokens go to the other node,
+    7/16 to a device, and twice that inside a node once those of the other node have come."""
     assert found[0]["tokens"] == 64
     for kind, rows in (("inter", 12.0), ("all", 7.0), ("intra", 14.0)):
         sizes = {row["peer_bytes"] for row in found[0]["links"] if row["kind"] == kind}

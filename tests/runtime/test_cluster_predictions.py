@@ -1,4 +1,5 @@
-"""Predictions of benchmarks/cluster: a step's timeline against the cost model's sum and against times worked out by hand."""
+"""Predictions of benchmarks/cluster: a step's timeline against the cost model's sum and against times worked out by
+hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""LSH-compressed dispatch against the naive layer and against plain dispatch: real Gloo processes, many checks a spawn."""
+"""LSH-compressed dispatch against the naive layer and against plain dispatch: real Gloo processes, many checks a
+spawn."""
 
 from __future__ import annotations
 

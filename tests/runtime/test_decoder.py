@@ -1,4 +1,5 @@
-"""Decoding over ranks, in both modes: the tokens and logits of the whole model. Real Gloo processes, many checks a spawn."""
+"""Decoding over ranks, in both modes: the tokens and logits of the whole model. Real Gloo processes, many checks a
+spawn."""
 
 from __future__ import annotations
 
@@ -126,7 +127,7 @@ def test_a_plan_applied_between_two_generations_changes_no_token(behaviours: lis
         ("shape", "InputError", "shape \\[4\\], expected \\[prompts, tokens\\]"),
         ("mask", "InputError", "pad prompts on the left"),
         ("empty", "InputError", "prompt 0 of this rank is empty"),
-        ("full", "InputError", "there is room for 5 tokens"),
+        ("full", "InputError", "the context holds 5 tokens"),
     ],
 )
 def test_what_would_give_other_tokens_is_refused_on_every_rank(

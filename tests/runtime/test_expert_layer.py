@@ -194,10 +194,10 @@ def test_a_rank_that_is_lost_is_named_by_the_others_within_the_timeout(accident:
 
 def test_a_layer_of_64_ranks_builds_and_dispatches_deepseek_v3_shapes(tmp_path: Path) -> None:
     found = launch("expert_ranks:wide", 1, tmp_path)[0]
-    for name, hops in (("flat", 1), ("node_aware", 2)):
+    for name, stages in (("flat", 1), ("node_aware", 2)):
         assert found[name]["out"] == [16, 7168]
         assert found[name]["x_grad"] == [16, 7168]
         assert found[name]["grads"]
         assert found[name]["rows"] in (4, 5)
-        assert len(found[name]["copies"]) == hops
+        assert len(found[name]["copies"]) == stages
     assert found["node_aware"]["copies"][0] < found["flat"]["copies"][0] <= 8.0

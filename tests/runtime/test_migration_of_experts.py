@@ -1,4 +1,5 @@
-"""Changing the plan of a model in training: real Gloo processes; what moves, what stays, what happens when a rank fails."""
+"""Changing the plan of a model in training: real Gloo processes; what moves, what stays, what happens when a rank
+fails."""
 
 from __future__ import annotations
 

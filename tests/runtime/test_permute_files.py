@@ -1,4 +1,5 @@
-"""Checkpoints from elsewhere: truncated files, headers that lie, indexes that do not fit, and memory while streaming."""
+"""Checkpoints from elsewhere: truncated files, headers that lie, indexes that do not fit, and memory while
+streaming."""
 
 from __future__ import annotations
 

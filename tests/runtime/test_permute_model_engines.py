@@ -1,4 +1,5 @@
-"""Models of Megatron-LM's and torchtitan's own classes compute the same before and after. Run where those are installed:
+"""Models of Megatron-LM's and torchtitan's own classes compute the same before and after. Run where those are
+installed:
 
 pip install --no-deps megatron-core==0.16.1 torchtitan==0.3.0
 pip install einops spmd_types==0.2.3 tyro torchdata torch_checkpointing tokenizers triton

@@ -17,7 +17,7 @@ from torchrun_examples import torchrun_example
 from traces import make_trace
 
 from moeplace.profiler import write_trace
-from moeplace.training.rebalancer import Terms, propose
+from moeplace.training.propose import Terms, propose
 
 ROOT = Path(__file__).resolve().parents[2]
 

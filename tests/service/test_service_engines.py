@@ -33,6 +33,22 @@ def ready(client: mp.Client, name: str = "chat") -> None:
     client.add_deployment(name, "served", "box", POLICY)
 
 
+def recording(url: str) -> EngineRecord:
+    return EngineRecord(
+        deployment="chat",
+        url=url,
+        recorder="a",
+        every=1.0,
+        span=0.05,
+        created=datetime.now(UTC),
+        polled=None,
+        windows=0,
+        failures=0,
+        failed=None,
+        error=None,
+    )
+
+
 def until(client: mp.Client, what: Callable[[EngineRecord], Any], seconds: float = 150.0) -> EngineRecord:
     deadline = time.monotonic() + seconds
     while not what(found := client.engine("chat")):
@@ -100,7 +116,7 @@ def test_an_engine_that_cannot_be_read_says_why(
     tmp_path: Path, settings: dict[str, Any], model: mp.ModelSpec, message: str
 ) -> None:
     with engine_endpoints.serving(engine_endpoints.SGLang(tmp_path, **settings)) as url:
-        record = EngineRecord("chat", url, "a", 1.0, 0.05, datetime.now(UTC), None, 0, 0, None, None)
+        record = recording(url)
         with pytest.raises(mp.MoeplaceError, match=message):
             ask(EngineHold(record, 1, "", 0, None), model, tmp_path, Event())
 
@@ -134,7 +150,7 @@ def test_an_engines_key_goes_nowhere_else_and_its_answers_are_not_shown(tmp_path
             answer = engine_endpoints.Other(lambda status=status: (status, b"credentials of the metadata service"))
             answer.headers = {"Location": elsewhere + "/server_info"}
             with engine_endpoints.serving(answer) as url:
-                record = EngineRecord("chat", url, "a", 1.0, 0.05, datetime.now(UTC), None, 0, 0, None, None)
+                record = recording(url)
                 with pytest.raises(mp.MoeplaceError) as refused:
                     ask(EngineHold(record, 1, "", 0, "its-key"), MODEL, tmp_path, Event())
                 assert "credentials" not in str(refused.value)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import http.client
 import json
 import socket
@@ -21,11 +19,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
 from service_runs import MODEL, PATIENCE, TOPOLOGY, Server, counts, prepared, serving, skewed
+from standardwebhooks import Webhook, WebhookVerificationError
 
 import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow
-from moeplace.service.delivery import Courier
+from moeplace.service.webhooks import WebhookSender
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -41,14 +40,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @contextmanager
-def receiving(refusals: int) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """A receiver that is unwell at first. Yields its address, and what it got: (signature, body)."""
-    got: list[tuple[str, bytes]] = []
+def receiving(refusals: int) -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
+    """A receiver that is unwell at first. Yields its address, and what it got: (headers, body)."""
+    got: list[tuple[dict[str, str], bytes]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            got.append((self.headers["X-Moeplace-Signature"], body))
+            got.append((dict(self.headers), body))
             self.send_response(503 if len(got) <= refusals else 204)
             self.end_headers()
 
@@ -74,12 +73,16 @@ def test_webhooks_are_signed_and_sent_again_until_they_are_taken(server: Server)
         while len(got) < 2:
             assert time.monotonic() < deadline, got
             time.sleep(0.05)
-        (_, first), (_, second) = got[:2]
-        assert json.loads(first)["id"] == json.loads(second)["id"], "the same event, told apart by its id"
-        for signature, body in got:
-            digest = hmac.new(made.secret.encode(), body, hashlib.sha256).hexdigest()
-            assert signature == f"sha256={digest}"
-        event = json.loads(second)
+        first, second = (Webhook(made.secret).verify(body, headers) for headers, body in got[:2])
+        assert first["id"] == second["id"], "the same event, told apart by its id"
+        assert len({headers["webhook-id"] for headers, _ in got}) == 1
+        headers, body = got[0]
+        with pytest.raises(WebhookVerificationError, match="No matching signature"):
+            Webhook(made.secret).verify(body.replace(b"chat", b"chit"), headers)
+        with pytest.raises(WebhookVerificationError, match="No matching signature"):
+            # As somebody would who heard it and sends it again later.
+            Webhook(made.secret).verify(body, {**headers, "webhook-timestamp": str(int(time.time()) + 1)})
+        event = second
         assert (event["event"], event["deployment"], event["cause"]) == ("plan.published", "chat", "manual")
         client.remove_webhook("chat", made.key)
         assert client.webhooks("chat") == []
@@ -158,7 +161,7 @@ def test_a_webhook_that_cannot_be_called_does_not_keep_others_from_theirs(tmp_pa
             store.webhooks.add("chat", address, by)
         plan = mp.solve(mp.Problem(MODEL, TOPOLOGY, mp.RoutingStatistics.from_counts(skewed(2), top_k=2)), "eplb")
         store.deployments.publish("chat", store.add_plan(plan).id, by, cause="manual")
-        Courier(store).deliver()
+        WebhookSender(store).deliver()
         assert len(got) == 1
         assert [entry.attempts for entry in store.webhooks.due(10)] == [1, 1, 1, 1]
 

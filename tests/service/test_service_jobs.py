@@ -18,7 +18,7 @@ import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import CountWindow, DecisionRecord
 from moeplace.service.settings import Settings
-from moeplace.service.workers import LocalCrew
+from moeplace.service.workers import LocalBackend
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LONG = {"solver": "search", "seconds": 600.0}
@@ -240,7 +240,7 @@ def test_workers_import_nothing_from_the_folder_they_run_in(
     (planted / "email.py").write_text("raise SystemExit('the planted module ran')")
     monkeypatch.chdir(planted)
     with Store.open(file):
-        worker = LocalCrew(Settings(), f"sqlite:///{file}").start("planted:1:1")
+        worker = LocalBackend(Settings(), f"sqlite:///{file}").start("planted:1:1")
     try:
         time.sleep(4.0)
         assert worker.ended() is None

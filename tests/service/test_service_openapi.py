@@ -26,7 +26,7 @@ from service_runs import MODEL, POLICY, TOPOLOGY, counts, serving, skewed
 
 import moeplace as mp
 from moeplace.db import Store
-from moeplace.db.records import Actor, CountWindow, Finding, Judgement, Outcome
+from moeplace.db.records import Actor, CountWindow, Finding, JobOutcome, Judgement
 from moeplace.placement.plan import plan_to_dict
 from moeplace.service.routing import to_bytes
 
@@ -64,7 +64,7 @@ def scene(url: str) -> dict[str, list[Any]]:
             assert held is not None
             candidate = mp.solve(problem, "random", seed=100 + number)
             finding, judgement = Finding(0, False, {"p": 0.5}), Judgement(1, "apply", "because", {"gain": 0.1}, False)
-            assert store.jobs.finish(held, Outcome({}, plan=candidate, finding=finding, judgement=judgement))
+            assert store.jobs.finish(held, JobOutcome({}, plan=candidate, finding=finding, judgement=judgement))
             known["decisions"] += [entry.key for entry in store.decisions.page(name, limit=1)]
             upload = store.uploads.begin("trace", name, f"{number:064x}", 1000)
             store.uploads.append(upload.key, 0, bytes(10))

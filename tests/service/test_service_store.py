@@ -12,7 +12,7 @@ import pytest
 
 import moeplace as mp
 from moeplace.db import Store
-from moeplace.db.records import Actor, CountWindow, Finding, Judgement, Outcome
+from moeplace.db.records import Actor, CountWindow, Finding, JobOutcome, Judgement
 from moeplace.placement.errors import ConflictError, NotFoundError
 
 ANN, BOB = Actor("ann", "approve"), Actor("bob", "submit")
@@ -156,20 +156,20 @@ def test_a_job_is_held_by_one_worker_and_finished_once(store: Store) -> None:
     assert store.jobs.claim("worker 2") is None
     assert store.jobs.beat(held, {"value": 1.5})
     assert store.jobs.get(job.key).progress == {"value": 1.5}
-    [pulse] = store.jobs.pulses()
+    [pulse] = store.jobs.heartbeats()
     assert store.jobs.beat(held)
     assert not store.jobs.lost(pulse, attempts=3), "it showed life since"
-    assert store.jobs.lost(store.jobs.pulses()[0], attempts=3)
+    assert store.jobs.lost(store.jobs.heartbeats()[0], attempts=3)
     second = store.jobs.claim("worker 2")
     assert second is not None
     assert (second.key, second.attempts) == (job.key, 2)
     assert not store.jobs.beat(held)
-    assert not store.jobs.finish(held, Outcome({"late": True}, plan=plan(1)))
+    assert not store.jobs.finish(held, JobOutcome({"late": True}, plan=plan(1)))
     assert store.plans() == [], "what a worker finds after it lost its job is not stored"
-    assert store.jobs.finish(second, Outcome({"value": 1}, plan=plan(2)))
+    assert store.jobs.finish(second, JobOutcome({"value": 1}, plan=plan(2)))
     done = store.jobs.get(job.key)
     assert (done.state, done.result) == ("done", {"value": 1, "plan": store.plans()[0].id})
-    assert not store.jobs.finish(second, Outcome({}))
+    assert not store.jobs.finish(second, JobOutcome({}))
     assert not store.jobs.fail(second, "late")
     with pytest.raises(ConflictError, match="done already"):
         store.jobs.cancel(job.key, BOB)
@@ -179,7 +179,7 @@ def test_a_job_whose_workers_keep_dying_fails(store: Store) -> None:
     job = store.jobs.submit("solve", {}, BOB)
     for _ in range(3):
         assert store.jobs.claim("w") is not None
-        assert store.jobs.lost(store.jobs.pulses()[0], attempts=3)
+        assert store.jobs.lost(store.jobs.heartbeats()[0], attempts=3)
     assert store.jobs.claim("w") is None
     failed = store.jobs.get(job.key)
     assert failed.state == "failed"
@@ -196,7 +196,7 @@ def test_a_released_job_has_cost_no_attempt_and_a_cancelled_one_is_not_begun(sto
     assert again is not None
     assert store.jobs.cancel(job.key, BOB).state == "cancelled"
     assert not store.jobs.beat(again)
-    assert not store.jobs.finish(again, Outcome({}))
+    assert not store.jobs.finish(again, JobOutcome({}))
     assert store.jobs.claim("w") is None
     assert store.jobs.waiting() == {"queued": 0, "running": 0}
 
@@ -223,7 +223,7 @@ def decide(store: Store, seed: int, *, publish: bool = False, action: str = "app
     assert held is not None
     judgement = Judgement(version, action, "because", {"gain": 0.1}, publish)  # type: ignore[arg-type]
     finding = Finding(last_window=7, alarm=True, figures={"p": 0.001})
-    assert store.jobs.finish(held, Outcome({}, plan=plan(seed), finding=finding, judgement=judgement))
+    assert store.jobs.finish(held, JobOutcome({}, plan=plan(seed), finding=finding, judgement=judgement))
     result = store.jobs.get(held.key).result
     assert result is not None
     return int(result["decision"])

@@ -11,9 +11,9 @@ from sqlalchemy import NullPool, create_engine, text
 
 import moeplace as mp
 from moeplace.db import Store
+from moeplace.db.database import MIGRATIONS
 from moeplace.db.records import Actor
 from moeplace.db.schema import REVISION
-from moeplace.db.session import MIGRATIONS
 
 ANN = Actor("ann", "approve")
 CONTENT = b"content"

@@ -15,11 +15,10 @@ from moeplace.placement.bounds import step_seconds_bound
 from moeplace.placement.cost import combine_bytes, dispatch_bytes
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.risk import risk_value, risk_weights
-from moeplace.solvers.certify.certify import StepCertificate
-from moeplace.solvers.certify.device_sets import DeviceSets, sets_fit
-from moeplace.solvers.certify.link_floors import link_floors
+from moeplace.solvers.certify.device_sets import DeviceSets, link_floors, sets_fit
 from moeplace.solvers.certify.partition import least_over_partitions
 from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
+from moeplace.solvers.certify.step_time import StepCertificate
 from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
 
 SLOW_LINKS = {"compute": 1e12, "memory": 8e10, "memory_bandwidth": 2e12, "intra_bandwidth": 2e8}
@@ -339,10 +338,10 @@ def test_holders_needed_are_counted_exactly_and_bounded_by_every_line(seed: int,
     gram, elsewhere = gram_of(device_of), gram_of(rng.integers(holders, size=9))
     assert terms[0].cost(gram) == pytest.approx(exact)
     for term in terms:
-        term.begin(elsewhere)
+        term.start(elsewhere)
         for _ in range(3):
-            assert (term.charge() * gram).sum() + term.constant() <= exact + 1e-9
-            term.ascend(rng.random((9, 9)), float(rng.random()))
+            assert (term.dual_matrix() * gram).sum() + term.constant() <= exact + 1e-9
+            term.dual_step(rng.random((9, 9)), float(rng.random()))
 
 
 @settings(max_examples=30, deadline=None)
@@ -353,8 +352,8 @@ def test_triangle_prices_charge_no_placement(seed: int, holders: int) -> None:
     term = Triangles(7, holders)
     for _ in range(3):
         noise = rng.standard_normal((7, 7))
-        term.ascend(noise + noise.T, 0.3)
-        assert (term.charge() * gram).sum() + term.constant() <= 1e-9
+        term.dual_step(noise + noise.T, 0.3)
+        assert (term.dual_matrix() * gram).sum() + term.constant() <= 1e-9
 
 
 def test_simplex_projection_is_the_nearest_point() -> None:

@@ -313,11 +313,11 @@ def test_placements_are_all_there_once_up_to_renaming_devices(
     slots: tuple[int, ...], kind: str, count: int, representatives: int
 ) -> None:
     space = PlacementSpace(slots, tuple(kind))
-    placed = {tuple(name[row]) for name in space.relabellings for row in space.representatives}
+    placed = {tuple(name[row]) for name in space.renamings for row in space.representatives}
     assert (space.count, space.count_representatives) == (count, representatives)
     assert (len(placed), len(space.representatives)) == (count, representatives)
     assert all((np.bincount(row, minlength=len(slots)) == slots).all() for row in placed)
-    assert (space.relabellings[0] == np.arange(len(slots))).all()
+    assert (space.renamings[0] == np.arange(len(slots))).all()
 
 
 @settings(max_examples=60, deadline=None)

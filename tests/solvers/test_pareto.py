@@ -14,7 +14,7 @@ from traces import make_trace
 import moeplace as mp
 from moeplace.placement.degraded import with_standbys
 from moeplace.placement.failures import failure_mask, single_failures
-from moeplace.solvers.pareto import Wish, non_dominated, problem_for, redundancy_steps, tolerable
+from moeplace.solvers.pareto import ParetoConfig, non_dominated, problem_for, redundancy_steps, tolerable
 from moeplace.solvers.search.tolerant_start import tolerant_layer
 
 QUICK = {"proposals": 100, "steps": 4}
@@ -72,7 +72,7 @@ def test_failures_said_to_be_survivable_are(sizes: list[int], experts: int, redu
             assert set(table[~failure[owner]].tolist()) == set(range(experts))
 
 
-def test_the_sweep_solves_each_wish_and_marks_what_nothing_beats() -> None:
+def test_the_sweep_solves_each_configuration_and_marks_what_nothing_beats() -> None:
     problem = problem_of()
     front = mp.pareto(problem, STEPS, seconds=None, options=QUICK)
     assert [point.name for point in front.points] == [
@@ -83,7 +83,7 @@ def test_the_sweep_solves_each_wish_and_marks_what_nothing_beats() -> None:
         "+8 slots, device failures",
         "+8 slots, node failures",
     ]
-    assert [wish.name for wish, _ in front.refused] == ["+4 slots, node failures"]
+    assert [config.name for config, _ in front.refused] == ["+4 slots, node failures"]
     assert "too few to survive any node failure" in front.refused[0][1]
     assert front.failures == {"device": 4, "node": 2}
     for point in front.points:
@@ -117,8 +117,8 @@ def test_redundancy_is_swept_in_whole_slots_a_device_as_far_as_memory_goes() -> 
     layer_bytes = 3 * problem_of().model.bytes_per_expert
     assert redundancy_steps(problem_of()) == [0, 4, 8]
     assert redundancy_steps(problem_of(memory=3.5 * layer_bytes)) == [0, 4]
-    with pytest.raises(mp.SolveError, match="16 slots a layer are wanted, the devices have room for 12"):
-        problem_for(Wish(8), problem_of(memory=3.5 * layer_bytes))
+    with pytest.raises(mp.SolveError, match="16 slots a layer are wanted, the devices hold 12"):
+        problem_for(ParetoConfig(8), problem_of(memory=3.5 * layer_bytes))
 
 
 def test_a_solver_that_cannot_tolerate_failures_still_gives_the_other_points() -> None:
@@ -197,14 +197,14 @@ def test_limits_of_bytes_moved_are_swept_and_kept() -> None:
         seconds=None,
         options=QUICK,
     )
-    assert [point.wish.max_moved for point in front.points if point.wish] == [None, 4 * size, None]
+    assert [point.config.max_moved for point in front.points if point.config] == [None, 4 * size, None]
     limited = front.points[2]
     assert limited.migration is not None
     assert limited.migration.moves <= 4
     # Every one of 8 more slots a layer needs an expert that its device does not hold.
-    ((wish, reason),) = front.refused
-    assert wish == Wish(8, None, 4 * size)
+    ((config, reason),) = front.refused
+    assert config == ParetoConfig(8, None, 4 * size)
     assert "move 24 experts" in reason
-    assert wish.name == f"+8 slots, {4 * size / 1e9:.3g} GB moved"
+    assert config.name == f"+8 slots, {4 * size / 1e9:.3g} GB moved"
     with pytest.raises(mp.InputError, match="needs Problem.current"):
         mp.pareto(problem, STEPS, max_moved=[0.0])

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from traces import make_trace
 
 import moeplace as mp
-from moeplace.placement.degraded import degraded, grown_layer_slots, grown_slots, rehomed, repaired, slot_room
+from moeplace.placement.degraded import (
+    degraded,
+    grown_layer_slots,
+    grown_slots,
+    remap_source_ranks,
+    repaired,
+    slot_capacity,
+)
 from moeplace.placement.failures import lost_experts, single_failures, survives
 from moeplace.placement.migration import migration_from
 from moeplace.solvers.what_if import Change
@@ -203,17 +210,17 @@ def test_slots_grow_where_there_is_room_and_no_further() -> None:
     layer_bytes = MODEL.bytes_per_expert * MODEL.layers
     small = FAST.replace(memory=2.5 * layer_bytes)
     cluster = mp.Topology(nodes=(mp.Node(devices=(small, FAST), inter_bandwidth=1e9),))
-    assert slot_room(MODEL, cluster).tolist() == [2, 8]
+    assert slot_capacity(MODEL, cluster).tolist() == [2, 8]
 
 
 def test_tokens_of_lost_ranks_are_dealt_in_turn_and_others_stay() -> None:
     ids = np.zeros((6, 3, 2), dtype=np.uint8)
     ids[:, :, 1] = 1
     steps = mp.Steps(ids, np.array([0, 6]), 8, (0, 1, 2), source=np.array([0, 1, 2, 1, 3, 1]))
-    after = rehomed(steps, np.array([0, 2, 3]))
+    after = remap_source_ranks(steps, np.array([0, 2, 3]))
     assert after.source is not None
     assert after.source.tolist() == [0, 0, 1, 1, 2, 2]
-    assert rehomed(steps, np.array([0, 1, 2, 3, -1])).source is None
+    assert remap_source_ranks(steps, np.array([0, 1, 2, 3, -1])).source is None
 
 
 def test_a_cluster_that_survivors_do_not_fit_on_says_so() -> None:
@@ -226,7 +233,7 @@ def test_a_cluster_that_survivors_do_not_fit_on_says_so() -> None:
     assert [outcome.change.name for outcome in result.outcomes] == ["device:0", "device:1", "device:2"]
     for outcome in result.outcomes:
         assert outcome.ready is None
-        assert outcome.reason == "does not fit: 8 slots a layer are needed, 2 devices have room for 6"
+        assert outcome.reason == "does not fit: 8 slots a layer are needed, 2 devices hold 6"
 
 
 def test_ready_plans_use_survivors_slots_and_count_what_moves_and_what_is_loaded() -> None:

@@ -28,7 +28,8 @@ RESIDUALS = ("plain", "scaled", "none")
 
 
 def equality(rank: int, world: int, folder: Path, plans: int = 18) -> dict[str, Any]:
-    """Worst relative errors against the naive layer, over random plans, settings and tokens; settings differ by rank."""
+    """Worst relative errors against the naive layer, over random plans, settings and tokens; settings differ by
+    rank."""
     join_group(rank, world, folder)
     meshes = {1: init_device_mesh("cpu", (world,)), 2: init_device_mesh("cpu", (2, world // 2))}
     worst: dict[str, float] = {}
@@ -189,7 +190,7 @@ def rows(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
         device = torch.from_numpy(plain.placement.device.copy())[plain.replica_choice.slots(given[1])]
         own, in_node = rank, 0
         if name == "deep":
-            # Rows inside the node leave on the second hop, among those that came from other nodes.
+            # Rows inside the node leave in the second stage, among those that came from other nodes.
             own, beside = rank // (world // 2), rank ^ 1
             in_node = int((device == beside).any(dim=1).sum())
         carried = {}

@@ -22,9 +22,9 @@ from small_models import FAMILIES, mixtral, olmoe, tokens
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
-from moeplace.placement.traffic import device_traffic
+from moeplace.placement.replay import device_traffic
 from moeplace.runtime import ContextCoherentDecoder, DispatchCombineDecoder, LSHCompression
-from moeplace.runtime.moe.dispatcher import HopDispatcher
+from moeplace.runtime.moe.dispatcher import AllToAllDispatcher
 
 NEW = 6
 """Tokens generated."""
@@ -54,7 +54,8 @@ def generated(model: Any, rank: int, seed: int = 0, **settings: Any) -> torch.Te
 
 
 def logits_error(decoder: Any, whole: Any, rank: int, world: int) -> float:
-    """Largest difference of every iteration's logits from the whole model's on the whole sequences, over its largest."""
+    """Largest difference of every iteration's logits from the whole model's on the whole sequences, over its
+    largest."""
     ids, mask = prompts(rank)
     sequences = [row[keep.bool()] for r in range(world) for row, keep in zip(*prompts(r), strict=True)]
     state = decoder.start(ids, NEW, attention_mask=mask)
@@ -138,19 +139,19 @@ def drawn_routing(
 def copies(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
     """Copies between devices under drawn routing, all ranks together, and what the cost model counts for it."""
     count_G = [len(prompts(r)[0]) for r in range(world)]
-    home = np.repeat(np.arange(world), count_G)
+    source = np.repeat(np.arange(world), count_G)
     result = {}
     for number, (top_k, mesh) in enumerate([(1, flat), (2, flat), (4, flat), (4, deep)]):
         model = olmoe(num_experts_per_tok=top_k)
         rng = np.random.default_rng([3, number])
         plan = random_plan(rng, 2, world // 2, spec_of(model, (0, 1)), most_extra=0)
-        routing = [drawn_routing(rng, 2, len(home), top_k) for _ in range(NEW)]
+        routing = [drawn_routing(rng, 2, len(source), top_k) for _ in range(NEW)]
         steps = mp.placement.steps.Steps(
             expert_ids=torch.cat([ids.transpose(0, 1) for ids, _ in routing]).numpy().astype(np.uint16),
-            offsets=np.arange(NEW + 1) * len(home),
+            offsets=np.arange(NEW + 1) * len(source),
             num_experts=8,
             moe_layers=(0, 1),
-            source=np.tile(home, NEW),
+            source=np.tile(source, NEW),
         )
         for kind in DECODERS:
             decoder = kind(copy.deepcopy(model), plan, mesh)
@@ -319,7 +320,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, list[str]
         "spread": lambda: ContextCoherentDecoder(spread, other_plan, flat),
         "compressed": lambda: ContextCoherentDecoder(squeezed, good, flat),
         "compressing": lambda: ContextCoherentDecoder(
-            model, good, flat, dispatch=lambda mesh: HopDispatcher(mesh, two_stage=False)
+            model, good, flat, dispatch=lambda mesh: AllToAllDispatcher(mesh, two_stage=False)
         ),
         "one_refuses": lambda: ContextCoherentDecoder(model.train() if rank == 3 else olmoe(), good, flat),
         "none": lambda: decoder.generate(ids[:0], 2),

@@ -275,9 +275,9 @@ def shared(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
 
     layer = layer_of(flat, world, shared_experts=Shared(SPEC.hidden_size, SPEC.hidden_size), router="sigmoid")
     dispatcher = layer.experts.dispatcher
-    dispatch, finish = dispatcher.dispatch, dispatcher.finish
+    dispatch, receive = dispatcher.dispatch, dispatcher.receive
     dispatcher.dispatch = lambda *a: (seen.append("sent"), dispatch(*a))[1]
-    dispatcher.finish = lambda *a: (seen.append("waited"), finish(*a))[1]
+    dispatcher.receive = lambda *a: (seen.append("waited"), receive(*a))[1]
     both = layer(inputs(rank))
     alone = layer.shared_experts(inputs(rank))
     layer.shared_experts = None
@@ -394,7 +394,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
 
 
 def one_device_a_node(rank: int, world: int, flat: Any, deep: Any) -> float:
-    """Nodes of one device need no second hop."""
+    """Nodes of one device need no second stage."""
     alone = init_device_mesh("cpu", (world, 1))
     plan = random_plan(np.random.default_rng(5), world, 1)
     experts = PlacedExperts(SPEC, plan, alone, 1)
@@ -458,7 +458,7 @@ def wide(rank: int, world: int, folder: Path) -> dict[str, Any]:
             "rows": rows,
             "out": list(out.shape),
             "x_grad": list(x.grad.shape),
-            "copies": [sum(hop) / len(x) for hop in layer.experts.dispatcher.copies],
+            "copies": [sum(stage) / len(x) for stage in layer.experts.dispatcher.copies],
             "grads": all(p.grad is not None for p in layer.experts.parameters()),
         }
     dist.destroy_process_group()

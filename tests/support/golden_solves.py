@@ -27,7 +27,7 @@ from moeplace.compat.eplb import rebalance_experts
 from moeplace.placement.decide import decide_on_counts
 from moeplace.placement.drift import drift
 from moeplace.placement.migration import migration
-from moeplace.placement.synthetic import draw_steps
+from moeplace.placement.synthetic import sample_steps
 
 ANSWERS = Path(__file__).with_name("golden_solves.json")
 TOLERANCE = 1e-9
@@ -584,7 +584,7 @@ def _() -> Entry:
 @case("steps: drawn from counts", "judging")
 def _() -> Entry:
     statistics = windows()
-    steps = draw_steps(statistics.load, 2, statistics.moe_layers, step_tokens=32, steps=6, seed=3)
+    steps = sample_steps(statistics.load, 2, statistics.moe_layers, step_tokens=32, steps=6, seed=3)
     return {"steps": digest(steps.expert_ids, steps.offsets)}
 
 
@@ -633,7 +633,7 @@ def _() -> Entry:
 def _() -> Entry:
     entry: Entry = {}
     for execution in ("dispatch_combine", "context_coherent"):
-        found = mp.binding_terms(judged(problem(MIXED, slots=12, execution=execution))[2])
+        found = mp.bottleneck_terms(judged(problem(MIXED, slots=12, execution=execution))[2])
         entry |= {f"{execution}.{term}": seconds for term, seconds in found.term_seconds().items()}
         entry[f"{execution}.tables"] = digest(found.steps, found.seconds, found.device_steps, found.node_steps)
     return entry

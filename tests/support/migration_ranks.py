@@ -22,7 +22,7 @@ from moeplace.placement.migration import migration
 from moeplace.runtime.moe import migrate
 from moeplace.runtime.moe.data_parallel import exclude_from_ddp, expert_layers
 from moeplace.runtime.moe.layer import ExpertParallelMoE
-from moeplace.runtime.moe.migrate import Migration, apply, row_tensors
+from moeplace.runtime.moe.migrate import Migration, apply, slot_tensors
 
 Rows = dict[tuple[int, int, str], list[Any]]
 
@@ -65,7 +65,7 @@ class Training:
         """{(layer, expert, tensor): its row}; twins must be equal."""
         result: Rows = {}
         for _, layer in expert_layers(self.model):
-            for tensor in row_tensors(layer, self.optimizer):
+            for tensor in slot_tensors(layer, self.optimizer):
                 assert len(tensor.value) == len(layer.row_expert)
                 for expert, row in zip(layer.row_expert.tolist(), tensor.value, strict=True):
                     values = row.flatten().tolist()
@@ -108,7 +108,7 @@ def back_and_forth(rank: int, world: int, mesh: Any) -> dict[str, Any]:
         "bytes": True,
         "names": sorted({k[2] for k in before}),
     }
-    row_bytes = sum(t.row_bytes for t in row_tensors(training.model[0].experts, training.optimizer))
+    row_bytes = sum(t.row_bytes for t in slot_tensors(training.model[0].experts, training.optimizer))
     for number in [1, 2, 3, 4, 5, 0]:
         plan = plan_of(number, world)
         current = training.model[0].experts.plan
@@ -157,8 +157,8 @@ def failing(rank: int, world: int, mesh: Any) -> dict[str, Any]:
     before, plans = training.everywhere(), training.plans
     whole = migrate.transfer
 
-    def broken(parcels: Any, *rest: Any) -> None:
-        whole(parcels[: len(parcels) // 2], *rest)
+    def broken(messages: Any, *rest: Any) -> None:
+        whole(messages[: len(messages) // 2], *rest)
         raise OSError("no buffer space available")
 
     if rank == 1:

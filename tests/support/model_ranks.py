@@ -1,4 +1,5 @@
-"""Ranks of permuted models: modules named and shaped as Megatron-LM's and torchtitan's, run in processes of their own."""
+"""Ranks of permuted models: modules named and shaped as Megatron-LM's and torchtitan's, run in processes of their
+own."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Values(torch.nn.Module):
 
 
 def marked(experts: range, *shape: int, layer: int) -> torch.Tensor:
-    """[experts, *shape]: expert e of the layer filled with 100 * layer + e, and a little more that tells the element."""
+    """[experts, *shape]: expert e of the layer filled with 100 * layer + e, and a little more that tells the
+    element."""
     size = int(np.prod(shape))
     rows = torch.tensor([100.0 * layer + e for e in experts])[:, None] + torch.arange(size) / (2 * size)
     return rows.reshape(len(experts), *shape)

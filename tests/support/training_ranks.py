@@ -48,8 +48,8 @@ def plain_loop(rank: int, world: int, folder: Path) -> dict[str, Any]:
             dist.all_reduce(enough, dist.ReduceOp.MIN)
             if enough:
                 break
-            if step > 8:
-                time.sleep(0.1)  # the solver runs beside
+            if step > 8:  # training has gone on beside the solver until here
+                _wait_for_answers(folder / name)
         rebalancer.close()
         curves[name] = {
             "curve": curve,
@@ -58,6 +58,12 @@ def plain_loop(rank: int, world: int, folder: Path) -> dict[str, Any]:
         }
     dist.destroy_process_group()
     return {**curves, "news": news}
+
+
+def _wait_for_answers(folder: Path) -> None:
+    """Until every round that was given to the solver is answered, so that a slow machine takes no more steps."""
+    while any(not (path.parent / "answer.json").is_file() for path in folder.glob("*/current.json")):
+        time.sleep(0.02)
 
 
 def index_order(world: int, model: Any) -> mp.Plan:

@@ -24,19 +24,19 @@ GATHER_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
-class _Parcel:
+class _Submission:
     deployment: str
     windows: Sequence[CountWindow]
     done: Future[int] = field(default_factory=Future)
 
 
-class Intake:
+class WindowBatcher:
     """Takes windows from any thread. What was answered is stored; what was not may be sent again."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._queue: queue.Queue[_Parcel | None] = queue.Queue(MOST_WAITING)
-        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
+        self._queue: queue.Queue[_Submission | None] = queue.Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._run, name="window batcher", daemon=True)
         self._thread.start()
 
     def put(self, deployment: str, windows: Sequence[CountWindow]) -> Future[int]:
@@ -45,12 +45,12 @@ class Intake:
         Raises:
             StoreError: too many wait already.
         """
-        parcel = _Parcel(deployment, windows)
+        submission = _Submission(deployment, windows)
         try:
-            self._queue.put_nowait(parcel)
+            self._queue.put_nowait(submission)
         except queue.Full:
             raise StoreError("the database does not keep up with the windows sent; send them again later") from None
-        return parcel.done
+        return submission.done
 
     @property
     def waiting(self) -> int:
@@ -64,34 +64,40 @@ class Intake:
     def _run(self) -> None:
         going, busy = True, False
         while going:
-            parcels = [self._queue.get()]
+            submissions = [self._queue.get()]
             if busy:
                 # Others are about to send too, and fewer transactions leave more of the machine to them.
                 time.sleep(GATHER_SECONDS)
             size = 0
-            while parcels[-1] is not None and size < MOST_TOGETHER:
-                size += len(parcels[-1].windows)
+            while submissions[-1] is not None and size < MOST_TOGETHER:
+                size += len(submissions[-1].windows)
                 try:
-                    parcels.append(self._queue.get_nowait())
+                    submissions.append(self._queue.get_nowait())
                 except queue.Empty:
                     break
-            going, busy = parcels[-1] is not None, len(parcels) > 1
+            going, busy = submissions[-1] is not None, len(submissions) > 1
             # Whose sender was given up on meanwhile is not stored: it had no answer.
-            kept = [parcel for parcel in parcels if parcel is not None and parcel.done.set_running_or_notify_cancel()]
-            if kept:
-                self._keep(kept)
+            accepted = [
+                submission
+                for submission in submissions
+                if submission is not None and submission.done.set_running_or_notify_cancel()
+            ]
+            if accepted:
+                self._store_all(accepted)
 
-    def _keep(self, parcels: list[_Parcel]) -> None:
+    def _store_all(self, submissions: list[_Submission]) -> None:
         try:
-            new = self._store.windows.add_each([(parcel.deployment, parcel.windows) for parcel in parcels])
+            new = self._store.windows.add_each(
+                [(submission.deployment, submission.windows) for submission in submissions]
+            )
         except Exception as error:  # noqa: BLE001 - handed to whoever sent it
-            if not isinstance(error, StoreError) and len(parcels) > 1:
+            if not isinstance(error, StoreError) and len(submissions) > 1:
                 # One of them is refused, or cannot be stored for a reason of its own, and with it all: find out which.
-                for parcel in parcels:
-                    self._keep([parcel])
+                for submission in submissions:
+                    self._store_all([submission])
                 return
-            for parcel in parcels:
-                parcel.done.set_exception(error)
+            for submission in submissions:
+                submission.done.set_exception(error)
         else:
-            for parcel, count in zip(parcels, new, strict=True):
-                parcel.done.set_result(count)
+            for submission, count in zip(submissions, new, strict=True):
+                submission.done.set_result(count)

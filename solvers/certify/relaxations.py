@@ -1,8 +1,8 @@
-"""A step's predicted time cut into relaxed problems of one layer, or of two neighbours, that bound it when added up.
+"""A step's predicted time as relaxed problems of one layer, or of two neighbours, that bound it when added up.
 
-The busiest link carries at least the average one, so copies may be summed: a token that needs d devices sends d copies (d - 1
-where it already stands on one). Where copies between nodes decide, holders are nodes, and a node's devices together work no
-faster than their rates together.
+The busiest link carries at least the average one, so copies may be summed: a token that needs d devices sends d copies
+(d - 1 where it already stands on one). Where copies between nodes decide, holders are nodes, and a node's devices
+together work no faster than their rates together.
 """
 
 from __future__ import annotations
@@ -14,33 +14,42 @@ import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound
-from ...placement.cost import all_to_all_latency, combine_bytes, dispatch_bytes
+from ...placement.cost import Roofline, all_to_all_latency, chance_reached, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.steps import Steps
-from .link_floors import link_floors
-from .sdp import Entries, GramSpace, HoldersNeeded, RowSums, Saddle, SlowestDevice, Term, Triangles, split_between_two
+from .device_sets import link_floors
+from .sdp import (
+    TRIANGLE_HOLDERS,
+    TRIANGLE_ITEMS,
+    Entries,
+    GramSpace,
+    HoldersNeeded,
+    PrimalDual,
+    RowSums,
+    SlowestDevice,
+    Term,
+    Triangles,
+    split_between_two,
+)
 
 Transfer = tuple[list[Term], float]
-
-TRIANGLE_HOLDERS, TRIANGLE_ITEMS = 4, 128
-"""Triangle inequalities are priced for few holders, where they bind, and few experts, as there are n choose 3."""
 
 
 @dataclass(frozen=True)
 class Level:
     """Whose copies are counted: those between nodes, or those between devices.
 
-    slots: [L, H] of each holder. copy: seconds a holder that a token needs costs, a byte, on all links together; evenly:
-    the same where homes are spread evenly, and a token's every holder counts. leaving: seconds a byte on the link of the
-    one holder that sends, the fastest; 0 where not all it sends takes that link. arithmetic, reading: [H] rates of a holder.
+    slots: [L, H] of each holder. copy: seconds a holder that a token needs costs, a byte, on all links together;
+    evenly: the same where source ranks are spread evenly, and a token's every holder counts. leaving: seconds a byte on
+    the link of the one holder that sends, the fastest; 0 where not all it sends takes that link. work: what expert work
+    costs a holder.
     """
 
     slots: IntArray
     copy: float
     evenly: float
     leaving: float
-    arithmetic: FloatArray
-    reading: FloatArray
+    work: Roofline
 
     @property
     def holders(self) -> int:
@@ -52,9 +61,10 @@ def levels(problem: Problem) -> list[Level]:
     topology, dedup = problem.topology, problem.objective.node_dedup
     sizes, devices, nodes = topology.node_size, topology.num_devices, topology.num_nodes
     slots = problem.layer_slots
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    work = Roofline.of(problem.model, topology)
     smallest, away = float(sizes.min()), 1.0 - float(sizes.max()) / devices
-    # Inside nodes: a copy from another node is fanned out from a device chosen evenly, and so passes (size - 1) / size links.
+    # Inside nodes: a copy from another node is fanned out from a device chosen evenly, and so passes (size - 1) / size
+    # links.
     within = (smallest - 1.0) / smallest if dedup or nodes == 1 else 0.0
     links, trunks = float(topology.intra_bandwidth.sum()), float(topology.inter_bandwidth.sum())
     inside = Level(
@@ -62,40 +72,42 @@ def levels(problem: Problem) -> list[Level]:
         (1.0 if nodes == 1 else within) / links,
         (within if dedup else (smallest - 1.0) / devices) / links,
         1.0 / float(topology.intra_bandwidth.max()) if nodes == 1 else 0.0,
-        topology.compute,
-        topology.memory_bandwidth,
+        work,
     )
     between = Level(
-        np.add.reduceat(slots, starts, axis=1),
+        np.add.reduceat(slots, topology.node_start, axis=1),
         1.0 / trunks if nodes > 1 else 0.0,
         away / trunks,
         1.0 / float(topology.inter_bandwidth.max()) if nodes > 1 else 0.0,
-        np.add.reduceat(topology.compute, starts),
-        np.add.reduceat(topology.memory_bandwidth, starts),
+        work.pooled(topology.node_start),
     )
     if not dedup and nodes > 1:
         # Every copy crosses by itself: devices, not nodes, tell how many.
         inside = replace(inside, evenly=max(inside.evenly, away / trunks))
-    found = [level for level in (inside, between) if level.evenly > 0.0]
-    return sorted(found, key=lambda level: -level.evenly * at_random(level.holders, problem.model.top_k))
+    with_links = [level for level in (inside, between) if level.evenly > 0.0]
+    return sorted(with_links, key=lambda level: -level.evenly * _holders_at_random(level, problem.model.top_k))
 
 
-def at_random(holders: int, experts: int) -> float:
+def _holders_at_random(level: Level, experts: int) -> float:
     """Holders a token needs on average when its experts stand anywhere."""
-    return holders * (1.0 - (1.0 - 1.0 / holders) ** experts)
+    return level.holders * float(chance_reached(1.0 / level.holders, experts))
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A relaxed problem: some layers' terms. Its bound added to `constant` bounds its part of the weighted step time."""
+class Relaxation:
+    """Some layers' terms, relaxed, and the seconds that they take whatever the placement."""
 
-    layers: tuple[int, ...]
     constant: float
-    saddle: Saddle
+    solver: PrimalDual
+
+    @property
+    def bound(self) -> float:
+        """Of its part of the weighted step time."""
+        return self.constant + self.solver.bound
 
 
-class Pieces:
-    """Makes the pieces of a problem on steps whose times count by `weight` [S] (summing to one).
+class Relaxations:
+    """Makes the relaxations of a problem on steps whose times count by `weight` [S] (summing to one).
 
     work: [L] weighted seconds of compute below which no placement is, to take the place of what holders tell of it.
     """
@@ -116,21 +128,21 @@ class Pieces:
         return self._problem.objective.execution == "context_coherent"
 
     def spans(self) -> list[tuple[int, ...]]:
-        """Layers of each piece: one each, or neighbours where the dispatch between them couples them."""
+        """Layers of each relaxation: one each, or neighbours where the dispatch between them couples them."""
         layers = self._problem.model.layers
         if self.coherent and layers > 1:
             return [(layer, layer + 1) for layer in range(layers - 1)]
         return [(layer,) for layer in range(layers)]
 
-    def make(self, span: tuple[int, ...]) -> Piece:
-        """The piece of those layers."""
+    def make(self, span: tuple[int, ...]) -> Relaxation:
+        """The relaxation of those layers."""
         experts, slots = self._problem.model.experts, self._level.slots[list(span)]
         space = GramSpace.of(slots, experts)
-        terms: list[Term] = [entry_limits(space, slots)]
+        terms: list[Term] = [Entries.of(space, slots)]
         if space.holders <= TRIANGLE_HOLDERS and space.items <= TRIANGLE_ITEMS:
             terms.append(Triangles(space.items, space.holders))
         if not space.even:
-            terms.append(row_sums(space, slots))
+            terms.append(RowSums.of(space, slots))
         constant = 0.0
         for place, layer in enumerate(span):
             share = self._share(layer)
@@ -141,10 +153,10 @@ class Pieces:
             for term, offset in self._transfers(layer, place, span, share):
                 terms.extend(term)
                 constant += offset
-        return Piece(span, constant, Saddle(space, terms))
+        return Relaxation(constant, PrimalDual(space, terms))
 
     def known(self, span: tuple[int, ...]) -> float:
-        """Seconds that the piece of those layers has at least, without looking into it."""
+        """Seconds that the relaxation of those layers has at least, without looking into it."""
         work = self._weight @ self._floor if self._work is None else self._work
         out_and_back = 2 if not self.coherent else 1 if self._problem.model.top_k > 1 else 0
         own = sum(self._share(layer) * (float(work[layer]) + out_and_back * self._latency) for layer in span)
@@ -152,15 +164,15 @@ class Pieces:
         return own + arriving * self._latency
 
     def _share(self, layer: int) -> float:
-        """Of a layer's own terms that a piece takes: neighbouring pieces half each."""
+        """Of a layer's own terms that a relaxation takes: neighbouring ones half each."""
         return 0.5 if self.coherent and 0 < layer < self._problem.model.layers - 1 else 1.0
 
     def _compute(self, layer: int, place: int, space: GramSpace, share: float) -> Term:
-        model, loads = self._problem.model, self._loads[:, layer]
+        fastest, loads = self._level.work.fastest(), self._loads[:, layer]
         work = np.zeros((len(loads), 2, space.items))
         own = slice(place * space.experts, (place + 1) * space.experts)
-        work[:, 0, own] = loads * (model.flops_per_token / self._level.arithmetic.max())
-        work[:, 1, own] = (loads > 0) * (model.bytes_per_expert / self._level.reading.max())
+        work[:, 0, own] = loads * fastest.per_pair
+        work[:, 1, own] = (loads > 0) * fastest.per_read
         return SlowestDevice(work, share * self._weight, self._floor[:, layer])
 
     def _transfers(
@@ -168,16 +180,16 @@ class Pieces:
     ) -> Iterator[tuple[list[Term], float]]:
         """(copies as a term, seconds whatever the placement) of the all-to-alls of a layer."""
         here = self._steps.expert_ids[:, layer].astype(np.int64) + place * self._problem.model.experts
-        experts, homes = self._problem.model.experts, self._steps.source is not None
+        experts, with_source = self._problem.model.experts, self._steps.source is not None
         dispatch, combine = (floor[:, layer] for floor in self._link_floors)
         top = here[:, :1]
         if not self.coherent:
             # Out and back alike.
-            term, constant = self._copies(here, span, self._out + self._back, homes, None, dispatch, 1.0)
+            term, constant = self._copies(here, span, self._out + self._back, with_source, None, dispatch, 1.0)
             yield term, constant + self._latency
             return
         if layer == 0:
-            yield self._copies(here, span, self._out, homes, None, dispatch, 1.0)
+            yield self._copies(here, span, self._out, with_source, None, dispatch, 1.0)
         elif place > 0:
             owner = self._steps.expert_ids[:, layer - 1, :1].astype(np.int64) + (place - 1) * experts
             yield self._copies(np.hstack([owner, here]), span, self._out, True, owner[:, 0], dispatch, 1.0)
@@ -189,27 +201,27 @@ class Pieces:
         ids: IntArray,
         span: tuple[int, ...],
         bytes_each: float,
-        held: bool,
+        from_holder: bool,
         owner: IntArray | None,
         floor: FloatArray,
         part: float,
     ) -> Transfer:
         """One all-to-all of tokens that need the holders of `ids` [T, j].
 
-        held: a token comes from a holder that may be among those, which spares a copy. owner: [T] the item on whose holder
-        it is. Each step is counted on all links together, or on that of one owner where this promises more; or is not
-        counted but taken as `floor` [S] has it, seconds a byte.
+        from_holder: a token comes from a holder that may be among those, which spares a copy. owner: [T] the item on
+        whose holder it is. Each step is counted on all links together, or on that of one owner where this promises
+        more; or is not counted but taken as `floor` [S] has it, seconds a byte.
         """
         level = self._level
-        random = at_random(level.holders, ids.shape[1]) - held
-        rate = np.full(len(ids), level.copy if held else level.evenly)
+        random = _holders_at_random(level, ids.shape[1]) - from_holder
+        rate = np.full(len(ids), level.copy if from_holder else level.evenly)
         if owner is not None and level.leaving > 0.0 and not self._problem.has_replicas:
             rate = self._rates(owner)
         rate = rate * bytes_each
         per_step = np.bincount(self._steps.step_of, weights=rate)
         known = floor * bytes_each > per_step * random
         weight = part * self._weight
-        constant = float(weight @ (self._latency + np.where(known, floor * bytes_each, -per_step * held)))
+        constant = float(weight @ (self._latency + np.where(known, floor * bytes_each, -per_step * from_holder)))
         counted = np.where(known, 0.0, weight)[self._steps.step_of] * rate
         if not counted.any():
             return [], constant
@@ -220,26 +232,14 @@ class Pieces:
         return [HoldersNeeded(chosen, counted[counted > 0], items)], constant
 
     def _rates(self, owner: IntArray) -> FloatArray:
-        """[T] seconds a byte of each token's copies: evenly over all links, or, in steps where one expert leads so many
-        tokens that its holder's link alone is the busier, those tokens on that link and the others for nothing."""
+        """[T] seconds a byte of each token's copies.
+
+        Evenly over all links, or, in steps where one expert leads so many tokens that its holder's link alone is the
+        busier, those tokens on that link and the others for nothing.
+        """
         level, step_of, tokens = self._level, self._steps.step_of, self._steps.tokens
         width = int(owner.max()) + 1
         led = np.bincount(step_of * width + owner, minlength=len(tokens) * width).reshape(-1, width)
         alone = led.max(axis=1) * level.leaving > tokens * level.copy
-        chosen = led.argmax(axis=1)[step_of] == owner
-        return np.asarray(np.where(alone[step_of], chosen * level.leaving, level.copy))
-
-
-def entry_limits(space: GramSpace, slots: IntArray) -> Entries:
-    """Shares of two experts on one holder are between none and all; with spare slots an expert need not stand whole."""
-    lower, upper = np.zeros((space.items, space.items)), np.ones((space.items, space.items))
-    spare = np.maximum(slots.sum(axis=1) - space.experts, 0)
-    np.fill_diagonal(lower, np.repeat(1.0 / np.minimum(spare + 1, space.holders), space.experts))
-    return Entries(lower, upper)
-
-
-def row_sums(space: GramSpace, slots: IntArray) -> RowSums:
-    """What stands beside an expert is what its holder holds: as many as it has slots, or fewer where slots are spare."""
-    whole = slots.sum(axis=1) == space.experts
-    upper = np.minimum(slots.max(axis=1), space.experts).astype(np.float64)
-    return RowSums(space.layers, space.experts, np.where(whole, slots.min(axis=1), 0).astype(np.float64), upper)
+        leads_most = led.argmax(axis=1)[step_of] == owner
+        return np.asarray(np.where(alone[step_of], leads_most * level.leaving, level.copy))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.placement.synthetic import draw_tokens
+from moeplace.placement.synthetic import sample_tokens
 
 
 def from_transitions(transitions: np.ndarray, top_k: int = 1) -> mp.RoutingStatistics:
@@ -37,7 +37,7 @@ def test_with_one_expert_a_token_the_recorded_chain_is_walked() -> None:
     # The next transitions leave from where these arrive, as counts of one set of tokens do.
     second = rng.dirichlet(np.full(6, 0.3), size=6) * first.sum(axis=0)[:, None]
     statistics = from_transitions(np.stack([first, second])[None])
-    drawn = draw_tokens(statistics, 1, 40_000)
+    drawn = sample_tokens(statistics, 1, 40_000)
     counted = mp.RoutingStatistics.from_trace(drawn)
     for layer in range(2):
         assert distance(counted.total_transitions[layer], statistics.total_transitions[layer]) < 0.02
@@ -47,7 +47,7 @@ def test_with_one_expert_a_token_the_recorded_chain_is_walked() -> None:
 def test_with_several_experts_a_token_drawn_transitions_come_near_the_recorded(toy_trace: mp.RoutingTrace) -> None:
     recorded = mp.RoutingStatistics.from_trace(toy_trace)
     known = replace(recorded, sample=None, coactivation=None)
-    drawn = draw_tokens(known, toy_trace.top_k, 30_000, seed=1)
+    drawn = sample_tokens(known, toy_trace.top_k, 30_000, seed=1)
     assert (np.diff(np.sort(drawn.expert_ids, axis=2), axis=2) > 0).all()
     counted = mp.RoutingStatistics.from_trace(drawn)
     for ours, theirs in zip(counted.total_transitions, recorded.total_transitions, strict=True):
@@ -59,7 +59,7 @@ def test_with_several_experts_a_token_drawn_transitions_come_near_the_recorded(t
 def test_workloads_are_drawn_as_often_as_they_were_recorded_and_alike_for_a_seed() -> None:
     transitions = np.random.default_rng(2).gamma(1.0, size=(2, 1, 4, 4))
     transitions[1] *= 3 * transitions[0].sum() / transitions[1].sum()
-    first, again, other = (draw_tokens(from_transitions(transitions), 1, 400, seed) for seed in (0, 0, 1))
+    first, again, other = (sample_tokens(from_transitions(transitions), 1, 400, seed) for seed in (0, 0, 1))
     assert np.bincount(first.workload).tolist() == [100, 300]
     np.testing.assert_array_equal(first.expert_ids, again.expert_ids)
     assert (first.expert_ids != other.expert_ids).any()
@@ -68,12 +68,12 @@ def test_workloads_are_drawn_as_often_as_they_were_recorded_and_alike_for_a_seed
 def test_experts_of_no_load_are_not_drawn_and_what_is_missing_is_said() -> None:
     transitions = np.ones((1, 1, 4, 4))
     transitions[:, :, :, 3] = transitions[:, :, 3] = 0.0
-    drawn = draw_tokens(from_transitions(transitions, top_k=2), 2, 500)
+    drawn = sample_tokens(from_transitions(transitions, top_k=2), 2, 500)
     assert not (drawn.expert_ids == 3).any()
     with pytest.raises(mp.UnsupportedError, match="transitions"):
-        draw_tokens(mp.RoutingStatistics.from_counts(np.ones((2, 4))), 1, 10)
+        sample_tokens(mp.RoutingStatistics.from_counts(np.ones((2, 4))), 1, 10)
     with pytest.raises(mp.InputError, match=r"top_k \(5\) must be from 1"):
-        draw_tokens(from_transitions(transitions), 5, 10)
+        sample_tokens(from_transitions(transitions), 5, 10)
 
 
 @pytest.mark.parametrize("risk", ["mean", "worst_workload", "regret"])

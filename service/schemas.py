@@ -1,4 +1,8 @@
-"""What the API takes and gives, where it is not a record of the store as it is."""
+"""What the API takes, and what it gives where that is not a record of the store as it is.
+
+A request is one model from end to end: the route's body, the client's and so the command's, and what its job keeps. The job's, a subclass,
+has ids for names and nothing left out that a policy decides.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ..db.records import ModelRecord, PlanRecord, PlanSummary, StatisticsRecord, TopologyRecord, WindowRecord
+from .._http import check_address
+from ..db.records import (
+    ClaimedJob,
+    PlanRecord,
+    PlanSummary,
+    TopologyRecord,
+    WindowRecord,
+)
 from ..db.uploads import UPLOAD_LIMIT
 from ..placement.errors import InputError
 from ..placement.failures import Kind
@@ -16,7 +27,7 @@ from ..placement.model import ModelSpec
 from ..placement.objective import Objective
 from ..placement.plan import plan_to_dict
 from ..placement.topology import Topology
-from ..profiler.engine_servers import EngineServer, check_address
+from ..profiler.engine_servers import EngineServer
 from .policy import PlainObject, Policy, SlotCounts
 
 Name = Annotated[str, Field(min_length=1, max_length=100, description="A name, not one that reads as an id.")]
@@ -25,6 +36,19 @@ Ref = Annotated[str, Field(min_length=1, max_length=200, description="A name, or
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class JobBody(Body):
+    """A body that asks for a job."""
+
+    @classmethod
+    def of(cls, job: ClaimedJob) -> Self:
+        """The request of a job."""
+        return cls.model_validate({**job.request, "deployment": job.deployment})
+
+    def payload(self) -> dict[str, Any]:
+        """What a job keeps of it: the job knows its deployment."""
+        return self.model_dump(mode="json", exclude={"deployment"})
 
 
 MOST_CELLS = 1 << 20
@@ -56,17 +80,6 @@ class DeploymentIn(Body):
     policy: Policy = Policy()
 
 
-class ModelView(BaseModel):
-    id: str
-    name: str | None
-    created: datetime
-    spec: ModelSpec
-
-    @classmethod
-    def of(cls, record: ModelRecord) -> ModelView:
-        return cls(id=record.id, name=record.name, created=record.created, spec=record.spec)
-
-
 class TopologyView(BaseModel):
     id: str
     name: str | None
@@ -94,25 +107,6 @@ class TopologyFull(TopologyView):
     @classmethod
     def of(cls, record: TopologyRecord) -> TopologyFull:
         return cls(**TopologyView.of(record).model_dump(), topology=record.topology)
-
-
-class StatisticsView(BaseModel):
-    id: str
-    name: str | None
-    created: datetime
-    experts: int
-    moe_layers: tuple[int, ...]
-    top_k: int | None
-    workloads: tuple[str, ...]
-    windows: int
-    tokens: int
-    sample_tokens: int
-    content_bytes: int
-    content_sha256: str
-
-    @classmethod
-    def of(cls, record: StatisticsRecord) -> StatisticsView:
-        return cls(**{name: getattr(record, name) for name in cls.model_fields})
 
 
 class PlanView(BaseModel):
@@ -206,7 +200,7 @@ class UploadIn(Body):
     deployment: Ref | None = None
 
 
-class SolveIn(Body):
+class SolveRequest(JobBody):
     """Of a deployment, or of a stored model, topology and statistics.
 
     routing: what of a deployment's record to solve on, its newest `windows` count windows or its uploaded traces.
@@ -228,7 +222,16 @@ class SolveIn(Body):
     objective: Objective | None = None
 
 
-class DecideIn(Body):
+class SolveJob(SolveRequest):
+    model: Ref
+    topology: Ref
+    solver: Annotated[str, Field(max_length=50)]
+    options: PlainObject
+    seconds: Annotated[float, Field(gt=0.0)]
+    objective: Objective
+
+
+class DecideRequest(JobBody):
     """candidate: a stored plan, judged against the one in force on the deployment's newest routing.
 
     current: judge against this one instead. record: keep the decision, to be approved or published as the policy says;
@@ -302,16 +305,13 @@ class WebhookMade(BaseModel):
     secret: str
 
 
-# What is asked of what-if and Pareto jobs.
-
-
 MOST_PARTS = 512
 """Changes of a what-if, points of a front."""
 Size = Annotated[float, Field(ge=0.0, le=1e18, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=65_536)]
 
 
-class StepsIn(Body):
+class StepsRequest(Body):
     """The steps plans are replayed on: of one token of each of `tokens` sequences (decode), or of whole sequences (prefill).
 
     Where a deployment has counts only, steps of so many tokens are drawn from them, whichever batch is named. Left out:
@@ -323,7 +323,7 @@ class StepsIn(Body):
     count: Annotated[int, Field(ge=1, le=2000)] | None = None
 
 
-class StudyIn(Body):
+class StudyRequest(JobBody):
     """On a deployment's routing (`routing` and `windows` as for a solve; the newest is held out to replay), or on stored
     statistics, with the token sample of `held_out`, other stored statistics, to replay.
 
@@ -335,7 +335,7 @@ class StudyIn(Body):
     windows: Annotated[int, Field(ge=1, le=10_000)] = 256
     statistics: Ref | None = None
     held_out: Ref | None = None
-    steps: StepsIn = StepsIn()
+    steps: StepsRequest = StepsRequest()
     solver: Annotated[str, Field(max_length=50)] | None = None
     options: PlainObject | None = None
     seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 10.0
@@ -343,7 +343,7 @@ class StudyIn(Body):
     objective: Objective | None = None
 
 
-class ChangesIn(Body):
+class ChangesRequest(Body):
     """lose: failures such as "device:3", "node:1" or "device:3+node:1". n_1: every single device and node, as is the default
     when nothing else is asked. devices, nodes: the plan's cluster with so many. topology: another, stored one. slots: a
     layer of the ready plans, or one number for each layer."""
@@ -356,17 +356,17 @@ class ChangesIn(Body):
     slots: SlotCounts | None = None
 
 
-class WhatIfIn(StudyIn):
+class WhatIfRequest(StudyRequest):
     """plan: the one asked about; left out, the deployment's in force. ready: solve a plan for each change.
     max_moved_bytes: most that ready plans may move between survivors."""
 
     plan: Ref | None = None
-    changes: ChangesIn = ChangesIn()
+    changes: ChangesRequest = ChangesRequest()
     ready: bool = True
     max_moved_bytes: Size | None = None
 
 
-class ParetoIn(StudyIn):
+class ParetoRequest(StudyRequest):
     """model, topology: where no deployment is named. current: bytes moved are counted from this plan; left out, from the
     deployment's in force. redundant: slots a layer beyond one an expert. tolerate: single failures to survive, null for
     none. max_moved: most bytes moved, null for any. What is left out, `pareto` chooses."""
@@ -377,3 +377,20 @@ class ParetoIn(StudyIn):
     redundant: Annotated[list[Annotated[int, Field(ge=0, le=65_536)]], Field(min_length=1, max_length=32)] | None = None
     tolerate: Annotated[list[Kind | None], Field(min_length=1, max_length=3)] = [None, "device", "node"]
     max_moved: Annotated[list[Size | None], Field(min_length=1, max_length=16)] | None = None
+
+
+class WhatIfJob(WhatIfRequest):
+    solver: Annotated[str, Field(max_length=50)]
+    options: PlainObject
+    objective: Objective
+
+
+class ParetoJob(ParetoRequest):
+    model: Ref
+    topology: Ref
+    solver: Annotated[str, Field(max_length=50)]
+    options: PlainObject
+    objective: Objective
+
+
+StudyJob = WhatIfJob | ParetoJob

@@ -10,7 +10,7 @@ from traces import make_trace
 
 import moeplace as mp
 from moeplace.placement.cost import all_to_all_latency
-from moeplace.placement.evaluate import PHASES, TERMS, binding_terms
+from moeplace.placement.evaluate import PHASES, TERMS, bottleneck_terms
 from moeplace.placement.replay import replay
 
 FAST = {"compute": 1e12, "memory": 1e12, "memory_bandwidth": 1e11, "intra_bandwidth": 1e9}
@@ -37,7 +37,7 @@ def test_terms_are_those_of_the_formulas_step_by_step(execution: str, cluster: s
     topology = problem.topology
     plan = mp.solve(problem, "round_robin")
     steps = make_trace(seed=2).decode_steps(concurrency=6, steps=9)
-    found = binding_terms(mp.evaluate(plan, steps, problem))
+    found = bottleneck_terms(mp.evaluate(plan, steps, problem))
     seconds = np.zeros((3, len(PHASES), len(TERMS)))
     devices = np.zeros((3, len(PHASES), 4))
     (demand,) = replay(plan, steps, topology, problem.objective)
@@ -80,7 +80,7 @@ def test_terms_are_those_of_the_formulas_step_by_step(execution: str, cluster: s
 def test_terms_add_up_to_the_step(execution: str) -> None:
     problem = problem_on(CLUSTERS["mixed"], execution=execution)
     judged = mp.evaluate(mp.solve(problem, "eplb"), make_trace(seed=3).decode_steps(8, 20), problem)
-    found = binding_terms(judged)
+    found = bottleneck_terms(judged)
     assert sum(found.term_seconds().values()) == pytest.approx(judged.step_seconds.mean())
     np.testing.assert_allclose(found.steps.sum(axis=2), 1.0)
     named = found.device_steps.sum(axis=2) + found.node_steps.sum(axis=2)
@@ -91,7 +91,12 @@ def test_one_device_waits_for_no_link() -> None:
     alone = problem_on([{"devices": [FAST]}])
     alone = mp.Problem(alone.model, alone.topology, alone.statistics)
     judged = mp.evaluate(mp.solve(alone, "contiguous"), make_trace(seed=3).decode_steps(8, 5), alone)
-    found = binding_terms(judged)
+    found = bottleneck_terms(judged)
     assert found.seconds[:, [0, 2]].sum() == 0.0
     assert found.steps[:, [0, 2]].sum() == 0.0
     np.testing.assert_allclose(found.device_steps[:, 1], 1.0)
+
+
+def test_the_old_name_still_works_and_says_what_to_write() -> None:
+    with pytest.warns(DeprecationWarning, match="bottleneck_terms"):
+        assert mp.binding_terms is mp.bottleneck_terms

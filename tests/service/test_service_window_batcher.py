@@ -24,7 +24,7 @@ import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow, narrow, pack, unpack
 from moeplace.service.counts import from_arrow, from_json, to_arrow
-from moeplace.service.intake import Intake
+from moeplace.service.window_batcher import WindowBatcher
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SHAPE = (3, 16)
@@ -88,7 +88,7 @@ def test_one_refused_request_does_not_take_the_others_with_it(store: Store) -> N
         return add(batches)
 
     store.windows.add_each = waiting  # type: ignore[method-assign]
-    intake = Intake(store)
+    intake = WindowBatcher(store)
     good = [intake.put(name, [window(number)]) for number, name in enumerate(("chat", "code", "chat"))]
     bad = intake.put("chat", [CountWindow(NOON, np.full(SHAPE, -1))])
     gone = intake.put("chat", [window(9)])
@@ -104,15 +104,15 @@ def test_one_refused_request_does_not_take_the_others_with_it(store: Store) -> N
 
 
 def test_what_waits_is_stored_when_the_server_ends(store: Store) -> None:
-    intake = Intake(store)
+    intake = WindowBatcher(store)
     futures = [intake.put("chat", [window(number)]) for number in range(50)]
     intake.close()
     assert sum(future.result(0) for future in futures) == 50 == store.windows.totals("chat")[0]
 
 
 def test_a_sender_that_is_alone_does_not_wait_for_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeplace.service.intake.GATHER_SECONDS", 30.0)
-    intake = Intake(store)
+    monkeypatch.setattr("moeplace.service.window_batcher.GATHER_SECONDS", 30.0)
+    intake = WindowBatcher(store)
     began = time.monotonic()
     for number in range(3):
         intake.put("chat", [window(number)]).result(60)
@@ -213,7 +213,7 @@ def test_what_one_sender_brings_about_is_that_senders_alone(store: Store) -> Non
         return add(batches)
 
     store.windows.add_each = waiting  # type: ignore[method-assign]
-    intake = Intake(store)
+    intake = WindowBatcher(store)
     first = intake.put("chat", [window(0)])
     assert begun.wait(60), "the others are to be one batch"
     edge = datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...db.records import ClaimedJob, Judgement, Outcome
+from ...db.records import ClaimedJob, JobOutcome, Judgement
 from ...db.store import Store
 from ...placement.bounds import device_load_certificate
 from ...placement.decide import LEAST_BLOCKS, Decision, decide, decide_on_counts
@@ -21,8 +21,9 @@ from ...placement.statistics import RoutingStatistics, with_tokens
 from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy
-from ..routing import from_windows
-from .base import Report, judging_trace, judging_windows
+from ..routing import from_windows, judging_trace, judging_windows
+from ..schemas import DecideRequest
+from .base import Report
 
 # Decisions and plans as plain figures.
 
@@ -59,25 +60,23 @@ def decision_figures(decision: Decision) -> dict[str, Any]:
     }
 
 
-class Judge:
-    """Request: candidate (a plan's id), current (another plan to judge against, or null), routing, record."""
+class DecideTask:
+    """Request: a `DecideRequest`."""
 
     kind = "decide"
 
-    def run(self, job: ClaimedJob, store: Store, report: Report) -> Outcome:
-        request = job.request
-        if job.deployment is None:
-            raise InputError("a decision is made for a deployment")
-        deployment = store.deployments.get(job.deployment)
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome:
+        request = DecideRequest.of(job)
+        deployment = store.deployments.get(request.deployment)
         policy = Policy(**deployment.policy)
-        candidate = store.plan(request["candidate"]).plan
+        candidate = store.plan(request.candidate).plan
         model, topology = store.model(deployment.model_id).spec, store.topology(deployment.topology_id).topology
         if candidate.model != model or candidate.topology != topology:
-            raise InputError(f"plan {request['candidate']!r} is for another model or topology than {job.deployment!r}")
-        in_force = request["current"] or deployment.plan_id
+            raise InputError(f"plan {request.candidate!r} is for another model or topology than {deployment.name!r}")
+        in_force = request.current or deployment.plan_id
         current = store.plan(in_force).plan if in_force else default_plan(model, topology)
-        if request["routing"] == "tokens":
-            trace = judging_trace(store, job.deployment)
+        if request.routing == "tokens":
+            trace = judging_trace(store, deployment.name)
             problem = Problem(model, topology, RoutingStatistics.from_trace(trace, 0), policy.objective)
             decision = decide(
                 current,
@@ -89,16 +88,16 @@ class Judge:
                 horizon_steps=policy.horizon_steps,
             )
         else:
-            held = from_windows(judging_windows(store, job.deployment, policy), model)
+            held = from_windows(judging_windows(store, deployment.name, policy), model)
             decision = on_counts(current, candidate, held, policy)
         figures = decision_figures(decision)
         judgement = None
-        if request["record"] and request["current"] is None:
+        if request.record and request.current is None:
             judgement = Judgement(
                 deployment.version, decision.action, decision.reason, figures, policy.publish == "automatic"
             )
         result = {"action": decision.action, "reason": decision.reason, "figures": figures}
-        return Outcome(result, plan=candidate if judgement else None, judgement=judgement)
+        return JobOutcome(result, plan=candidate if judgement else None, judgement=judgement)
 
 
 def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: Policy) -> Decision:

@@ -17,8 +17,7 @@ from traces import make_trace
 import moeplace as mp
 from moeplace.placement.bounds import least_leaving, step_seconds_bound
 from moeplace.placement.cost import all_to_all_latency
-from moeplace.placement.replay import nearest_share
-from moeplace.placement.traffic import device_traffic
+from moeplace.placement.replay import device_traffic, routed_share
 from moeplace.solvers.search.annealer import Engine
 from moeplace.solvers.search.kernel_types import Moves
 from moeplace.solvers.search.scenario import deal_homes, mean_aims, rates_for, scenario_from
@@ -132,7 +131,7 @@ def test_the_traffic_matrix_adds_up_to_the_crossing_copies(case: tuple[mp.Plan, 
 def test_the_rule_is_home_device_then_home_node_then_anywhere() -> None:
     """Four devices on two nodes; experts 0: one replica, 1: on devices 0 and 2, 2: on 2 and 3, 3: on 0, 1 and 2."""
     share = np.array([[[0, 0, 0, 1], [0.5, 0, 0.5, 0], [0, 0, 0.5, 0.5], [0.2, 0.3, 0.5, 0]]])
-    served = np.stack([nearest_share(share, topology("even"), home)[0] for home in range(4)])
+    served = np.stack([routed_share(share, topology("even"), home)[0] for home in range(4)])
     np.testing.assert_allclose(served[:, 0], [[0, 0, 0, 1]] * 4)
     np.testing.assert_allclose(served[:, 1], [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
     np.testing.assert_allclose(served[:, 2], [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -154,7 +153,7 @@ def test_a_replica_in_each_node_saves_what_crosses() -> None:
 
 
 def test_tokens_without_a_home_have_no_nearest_replica() -> None:
-    with pytest.raises(mp.InputError, match="needs tokens with a home device"):
+    with pytest.raises(mp.InputError, match="needs tokens with a source rank"):
         mp.Objective(execution="context_coherent", replica_choice="nearest")
 
 
