@@ -105,14 +105,14 @@ class Report:
         text = page.read_text(encoding="utf-8")
         notes = {"command": f"    {command}", **{name: "\n".join(lines) for name, lines in self.notes.items()}}
         for name, content in ({name: table.markdown() for name, table in self.tables.items()} | notes).items():
-            pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(\n?<!-- end of table -->)", re.DOTALL)
+            pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end of table -->)", re.DOTALL)
             if not pattern.search(text):
                 if name in notes:
                     continue
                 raise SystemExit(
                     f"{page}: no place for table {name!r}; put in\n<!-- table: {name} -->\n<!-- end of table -->"
                 )
-            text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n{match[2]}", text)
+            text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
         page.write_text(text, encoding="utf-8")
 
 
