@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def warn_deprecated(old: str, new: str, *, stacklevel: int = 3) -> None:
@@ -28,6 +31,22 @@ def renamed(module: str, names: Mapping[str, str], otherwise: Callable[[str], An
         return otherwise(names[name])
 
     return get
+
+
+def renamed_argument(old: str, new: str) -> Callable[[F], F]:
+    """A decorator for functions whose keyword argument has another name now."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if old in keywords and new not in keywords:
+                warn_deprecated(f"{function.__name__}({old}=...)", f"{new}=...")
+                keywords[new] = keywords.pop(old)
+            return function(*arguments, **keywords)
+
+        return cast(F, call)
+
+    return decorate
 
 
 def old_listener(

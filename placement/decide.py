@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from .._arguments import check_types
-from .._deprecated import old_listener
+from .._deprecated import old_listener, renamed_argument
 from .._display import Displayed, data_size
 from .._types import FloatArray
 from .cost import window_seconds
@@ -73,6 +73,7 @@ class Decision(Displayed):
         return f"{title}, at confidence {self.confidence:g}", rows
 
 
+@renamed_argument("held", "held_out")
 @check_types
 def decide(
     current: Plan,
@@ -91,10 +92,11 @@ def decide(
     """Judges candidates on held-out routing; keeping is always one of the choices.
 
     Args:
-        current: the plan in force. candidates: at least one plan of the same model on as many devices. held_out: a
-        trace, whose sequences are drawn with replacement `resamples` times, each draw made into decode steps
-            of `concurrency` tokens that all plans replay (tokens of a sequence are alike: sequences, not steps, are
-            independent); or steps, which are then taken to be independent draws themselves.
+        current: the plan in force.
+        candidates: at least one plan of the same model on as many devices.
+        held_out: a trace, whose sequences are drawn with replacement `resamples` times, each draw made into decode
+            steps of `concurrency` tokens that all plans replay (tokens of a sequence are alike: sequences, not steps,
+            are independent); or steps, which are then taken to be independent draws themselves.
         problem: gives the model, topology and objective.
         concurrency: tokens of a decode step made from a trace.
         resamples: draws.

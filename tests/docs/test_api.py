@@ -177,6 +177,12 @@ def test_listeners_of_the_old_forms_still_hear_and_are_told_of_the_new() -> None
     assert draws == list(range(1, 41))
 
 
+def test_the_old_keyword_of_decide_works_and_names_the_new_one() -> None:
+    with pytest.warns(DeprecationWarning, match=r"decide\(held=\.\.\.\) is deprecated.*held_out="):
+        decision = mp.decide(PLAN, [PLAN], held=STEPS, problem=PROBLEM, resamples=40)  # type: ignore[call-arg]
+    assert decision.action == "keep"
+
+
 def test_an_old_name_works_and_names_the_new_one_where_it_was_used() -> None:
     get = renamed("moeplace", {"finish": "complete"}, {"complete": 3}.__getitem__)
     with pytest.warns(DeprecationWarning, match=r"moeplace\.finish is deprecated.*use moeplace\.complete") as caught:
