@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
 from ..placement.errors import FileFormatError, InputError
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
@@ -42,6 +43,7 @@ TYPES = {
 }
 
 
+@check_types
 def write_statistics(statistics: RoutingStatistics, path: Source) -> None:
     """Writes statistics, the sample included: to a path whole or not at all, or into a binary file object.
 

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
@@ -244,6 +245,7 @@ class TraceWriter:
         self.close()
 
 
+@check_types
 def write_trace(trace: RoutingTrace, target: Source, *, model: ModelSpec | None = None) -> None:
     """Writes a trace held in memory; `read_trace` gives the same trace back.
 
