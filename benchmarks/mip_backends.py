@@ -1,6 +1,6 @@
 """Backends of integer programs side by side, and what building a large program costs.
 
-    python benchmarks/mip_backends.py --data DATA --seconds 10
+    python -m benchmarks mip_backends --seconds 10
 
 Every backend gets the same programs, the same greedy start or assignment sweeps, and the same wall clock. Programs: MoETuner's
 first (clusters of even load) on the loads of recorded models, one layer each, with 128 and 256 experts of DeepSeek-V3's shape
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from mixtral_ilp import DOMAINS, transitions_of_a_whole_model
+from mixtral_ilp import DOMAINS, recorded_transitions, transitions_of_a_whole_model
+from runner import Report, child, data_argument
 
 import moeplace as mp
 from moeplace.solvers.base import Budget
@@ -73,11 +72,8 @@ def mapping(transitions: FloatArray, devices: int, layers: int) -> Case:
 
 
 def cases(data: Path, seed: int) -> dict[str, Case]:
+    recorded = {name: recorded_transitions(data, name, top1=True) for name in ("olmoe_1b_7b", "mixtral_8x7b")}
     counts = np.load(data / "olmoe_mixtral_counts.npz", allow_pickle=False)
-    recorded = {
-        name: np.stack([counts[f"{name}/{domain}/transitions_top1"] for domain in DOMAINS]).astype(np.float64)
-        for name in ("olmoe_1b_7b", "mixtral_8x7b")
-    }
     olmoe = recorded["olmoe_1b_7b"].sum(axis=0)
     load = counts[f"olmoe_1b_7b/{DOMAINS[0]}/load"][1].astype(np.float64)
     arriving = [olmoe[0].sum(axis=1), olmoe[0].sum(axis=0) + olmoe[1].sum(axis=1), olmoe[1].sum(axis=0)]
@@ -98,21 +94,14 @@ def cases(data: Path, seed: int) -> dict[str, Case]:
     }
 
 
-def build(experts: int, devices: int, layers: int) -> dict[str, Any]:
-    """Builds ExFlow's program of dense transitions in a process of its own, for its peak of memory."""
-    asked = [sys.executable, __file__, "--build", str(experts), str(devices), str(layers)]
-    done = subprocess.run(asked, capture_output=True, text=True, check=True)
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
-
-
 def peak_mib() -> float:
     """This process's own peak, which getrusage mixes with its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def built(experts: int, devices: int, layers: int) -> dict[str, Any]:
+def built(experts: int, devices: int, layers: int) -> list[Any]:
+    """Builds ExFlow's program of dense transitions; the row of the table."""
     from moeplace.solvers.mip import highs
 
     transitions = np.random.default_rng(0).random((layers - 1, experts, experts)) + 0.01
@@ -121,72 +110,36 @@ def built(experts: int, devices: int, layers: int) -> dict[str, Any]:
     seconds, peak = time.perf_counter() - began, peak_mib()
     began = time.perf_counter()
     highs.hand_over(highs.QuietHighs(), program)
-    return {
-        "experts": experts,
-        "devices": devices,
-        "layers": layers,
-        "variables": program.variables,
-        "rows": program.rows,
-        "build": seconds,
-        "hand_over": time.perf_counter() - began,
-        "before_mib": before,
-        "peak_mib": peak,
-        "peak_with_highs_mib": peak_mib(),
-    }
+    handed = time.perf_counter() - began
+    label = f"{layers} layers of {experts} experts on {devices}"
+    return [label, program.variables, program.rows, seconds, handed, before, peak, peak_mib()]
 
 
-def table(rows: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> str:
-    lines = ["| program | backend | value | bound | seconds | stopped |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['program']} | {row['backend']} | {row['value']:.5g} | {row['bound']:.5g} | {row['seconds']:.1f} | {row['stop']} |"
-        for row in rows
-    ]
-    lines += [
-        "",
-        "| ExFlow's program | variables | rows | built, s | handed to HiGHS, s | memory before, built, handed, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['layers']} layers of {row['experts']} experts on {row['devices']} | {row['variables']:,} | {row['rows']:,} | "
-        f"{row['build']:.2f} | {row['hand_over']:.2f} | {row['before_mib']:.0f}, {row['peak_mib']:.0f}, {row['peak_with_highs_mib']:.0f} |"
-        for row in sizes
-    ]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with olmoe_mixtral_counts.npz")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of each solve")
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--seed", type=int, default=0, help="of drawn loads, made transitions and backends")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("--build", type=int, nargs=3, metavar=("EXPERTS", "DEVICES", "LAYERS"), help="only build this")
-    options = parser.parse_args()
+    parser.add_argument("--build", type=int, nargs=3, metavar=("EXPERTS", "DEVICES", "LAYERS"), help=argparse.SUPPRESS)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     if options.build:
         print(json.dumps(built(*options.build)))
         return
-    if options.data is None:
-        parser.error("--data is needed")
-    rows = []
-    for name, run in cases(options.data, options.seed).items():
+    columns = ("program", "backend", "value", "bound", "seconds", "stopped")
+    table = report.table("backends", columns, {"value": ".5g", "bound": ".5g", "seconds": ".1f"})
+    for name, case in cases(options.data, options.seed).items():
         for backend in options.backends:
-            print(f"{name}: {backend}", file=sys.stderr)
             began = time.perf_counter()
-            value, bound, stop = run(backend, options.seconds, options.seed)
-            seconds = time.perf_counter() - began
-            row = {
-                "program": name,
-                "backend": backend,
-                "value": value,
-                "bound": bound,
-                "seconds": seconds,
-                "stop": stop,
-            }
-            rows.append(row)
-    sizes = [build(64, 8, 16), build(128, 8, 16)]
-    print(json.dumps({"solves": rows, "builds": sizes}) if options.json else table(rows, sizes))
-
-
-if __name__ == "__main__":
-    main()
+            value, bound, stop = case(backend, options.seconds, options.seed)
+            table.row(name, backend, value, bound, time.perf_counter() - began, stop)
+    formats = {"variables": ",", "rows": ",", "built, s": ".2f", "handed to HiGHS, s": ".2f"}
+    formats |= dict.fromkeys(("MiB before", "built", "handed"), ".0f")
+    sizes = report.table("building ExFlow's program", ("program", *formats), formats)
+    for experts in (64, 128):
+        # A process of its own, for its peak of memory.
+        done = child("mip_backends", "--data", options.data, "--build", experts, 8, 16)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        sizes.row(*json.loads(done.stdout))
