@@ -25,7 +25,7 @@ from moeplace.solvers.solve import CHAIN_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
 READERS = ("polars", "duckdb")
 """Tools that recording.md shows a trace to; their blocks run where they are installed."""
 
@@ -88,6 +88,20 @@ def test_relative_links_images_and_anchors_exist(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{page.name}: {target}"
+
+
+def test_the_solver_that_contributing_shows_solves(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    page = ROOT / "CONTRIBUTING.md"
+    run_block(page, next(i for i, (kind, _) in enumerate(blocks(page)) if kind == "python"), names)
+    trace = mp.RoutingTrace.from_arrays(np.random.default_rng(0).integers(4, size=(50, 2, 1)), 4)
+    model = mp.ModelSpec(layers=2, experts=4, top_k=1, hidden_size=8, ffn_size=8)
+    problem = mp.Problem(
+        model, mp.Topology.preset("h100-hgx", devices_per_node=2), mp.RoutingStatistics.from_trace(trace)
+    )
+    plan = mp.solve(problem, names["Reversed"]())
+    assert plan.physical_to_logical.tolist() == [[3, 2, 1, 0]] * 2
+    assert plan.provenance.solver == "reversed"
 
 
 def test_every_figure_is_shown_and_drawn_by_the_script() -> None:
