@@ -7,8 +7,8 @@
     plan = mp.solve(problem)
     print(plan)
 
-Public are the names in `moeplace.__all__` and in those of its packages (`moeplace.runtime`, `moeplace.solvers`, ...). Modules
-further down, and those that begin with an underscore, are private: they may change with any release.
+Public are the names in `moeplace.__all__` and in those of its packages (`moeplace.runtime`, `moeplace.solvers`, ...).
+Modules further down, and those that begin with an underscore, are private: they may change with any release.
 """
 
 import lazy_loader as _lazy
@@ -16,7 +16,7 @@ import lazy_loader as _lazy
 from . import _deprecated
 from .placement.version import __version__ as __version__
 
-# Loading every package takes longer than most commands run: the stub beside this file says where each name is from, for type
-# checkers and for this, and each is imported when first used.
+# Loading every package takes longer than most commands run: the stub beside this file says where each name is from, for
+# type checkers and for this, and each is imported when first used.
 _new_name, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
 __getattr__ = _deprecated.renamed(__name__, {"binding_terms": "bottleneck_terms"}, _new_name)

@@ -54,8 +54,8 @@ def old_listener(
 ) -> Callable[[Any], None] | None:
     """A listener to progress, where an old form of it takes some of the news as plain arguments.
 
-    fields: those arguments, as attributes of the news. An old form is told by its number of arguments, or, where it has one,
-    by the annotation `int`.
+    fields: those arguments, as attributes of the news. An old form is told by its number of arguments, or, where it has
+    one, by the annotation `int`.
     """
     if listener is None or not _takes(listener, len(fields)):
         return listener

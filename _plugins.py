@@ -5,8 +5,8 @@ A package offers one by an entry point, in its pyproject.toml:
     [project.entry-points."moeplace.solvers"]
     mine = "their_package:TheirSolver"
 
-The value is an object, or a class or function without arguments that gives one. A plug-in that does not load is named in a
-warning and left out, so that everything else goes on working; asking for it by name says what is wrong with it.
+The value is an object, or a class or function without arguments that gives one. A plug-in that does not load is named
+in a warning and left out, so that everything else goes on working; asking for it by name says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """What is known of one kind, built in and plugged in. Entry points are read once, and only when the built-in ones do not
-    answer.
+    """What is known of one kind, built in and plugged in. Entry points are read once, and only when the built-in ones
+    do not answer.
 
-    kind: the word for an entry in messages. group: of the entry points. attributes: what each entry must have; `name` is
-    what it is asked for by. builtin: in the order they are listed.
+    kind: the word for an entry in messages. group: of the entry points. attributes: what each entry must have; `name`
+    is what it is asked for by. builtin: in the order they are listed.
     """
 
     def __init__(self, kind: str, group: str, attributes: Sequence[str], *builtin: T) -> None:

@@ -2,9 +2,9 @@
 
     python .ci/audit.py
 
-Exits 1 when a dependency has a known vulnerability. Where advisories cannot be reached it says so and exits 0: a build does not
-fail because a service elsewhere is away. pip-audit itself passes then, so what it answers is first tried on a release that is
-known to be vulnerable.
+Exits 1 when a dependency has a known vulnerability. Where advisories cannot be reached it says so and exits 0: a build
+does not fail because a service elsewhere is away. pip-audit itself passes then, so what it answers is first tried on a
+release that is known to be vulnerable.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def audit(*arguments: str, seconds: float) -> dict[str, Any] | None:
 def findings(answer: dict[str, Any]) -> list[str]:
     """A line for each known vulnerability."""
     return [
-        f"{entry['name']} {entry['version']}: {found['id']}, mended in {', '.join(found['fix_versions']) or 'no release yet'}"
+        f"{entry['name']} {entry['version']}: {found['id']}, mended in "
+        f"{', '.join(found['fix_versions']) or 'no release yet'}"
         for entry in answer["dependencies"]
         for found in entry.get("vulns", [])
     ]

@@ -3,13 +3,13 @@
     python -m benchmarks aggregation --tokens 1000000
 
 The trace is made by resampling real routing. Rows come from a recorded prefill batch of Qwen3-30B-A3B (48 layers, top-8
-of 128 experts): a sequence is a run of neighbouring rows, layer l takes Qwen's layer at the same depth, so who goes with
-whom, in a layer and across layers, is real. Expert ids come from the loads DeepSeek-V3 had under two serving workloads:
-in each layer the experts of both models are laid out by load along the unit interval, each as wide as its share; a
-choice of a Qwen expert draws a point of its interval, and the DeepSeek expert there is chosen. Loads then follow
-DeepSeek's, whose experts, being narrower, split Qwen's. A token's choice that falls on an expert it already has is
-drawn again, and after eight draws replaced by a random other expert; the distance from DeepSeek's loads that this leaves
-is printed.
+of 128 experts): a sequence is a run of neighbouring rows, layer l takes Qwen's layer at the same depth, so who goes
+with whom, in a layer and across layers, is real. Expert ids come from the loads DeepSeek-V3 had under two serving
+workloads: in each layer the experts of both models are laid out by load along the unit interval, each as wide as its
+share; a choice of a Qwen expert draws a point of its interval, and the DeepSeek expert there is chosen. Loads then
+follow DeepSeek's, whose experts, being narrower, split Qwen's. A token's choice that falls on an expert it already has
+is drawn again, and after eight draws replaced by a random other expert; the distance from DeepSeek's loads that this
+leaves is printed.
 
 Aggregation runs in a fresh process. Memory is sampled over that process and its workers every 20 ms: PSS (shared pages
 counted once) and RSS, each summed over the processes. CPU seconds are user + system of all of them.

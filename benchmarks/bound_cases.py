@@ -1,4 +1,5 @@
-"""Problems whose bounds are measured: models of several sizes with recorded routing, or routing made from what was recorded."""
+"""Problems whose bounds are measured: models of several sizes with recorded routing, or routing made from what was
+recorded."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def gpt_oss(data: Path) -> mp.RoutingStatistics:
 
 
 def of_recorded_transitions(data: Path, model: mp.ModelSpec, recorded: str, seed: int = 0) -> mp.RoutingStatistics:
-    """Statistics of a model of OLMoE's or Mixtral's size: its layers' transitions mixed from the two recorded pairs of layers of
-    three domains (as mixtral_ilp.py says), and tokens drawn from these."""
+    """Statistics of a model of OLMoE's or Mixtral's size: its layers' transitions mixed from the two recorded pairs of
+    layers of three domains (as mixtral_ilp.py says), and tokens drawn from these."""
     transitions = transitions_of_a_whole_model(recorded_transitions(data, recorded), seed, model.layers)
     known = mp.RoutingStatistics(
         experts=model.experts,
@@ -38,8 +39,8 @@ def of_recorded_transitions(data: Path, model: mp.ModelSpec, recorded: str, seed
 
 
 def deepseek(data: Path, layers: int, tokens: int, seed: int = 0) -> tuple[mp.ModelSpec, mp.RoutingStatistics]:
-    """DeepSeek-V3's shape. Each token takes its 8 experts by the layer's recorded loads, 4 of them among the 32 experts of one
-    of 8 groups."""
+    """DeepSeek-V3's shape. Each token takes its 8 experts by the layer's recorded loads, 4 of them among the 32 experts
+    of one of 8 groups."""
     rng = np.random.default_rng(seed)
     counts = np.load(data / "deepseek_v3_counts.npz", allow_pickle=False)
     load = counts[sorted(counts.files)[0]].astype(np.float64)

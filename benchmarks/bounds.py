@@ -2,9 +2,10 @@
 
     python -m benchmarks bounds --write
 
-Tables of Mixtral's size (8 experts, 2 and 4 devices), one and two experts a device and layer (gpt-oss on 32 and 16 devices,
-OLMoE on 64 and 32), gpt-oss-20b on 8 devices, OLMoE's size on 8, DeepSeek-V3's, and of transitions alone; each in both execution modes
-where these differ, on decode and prefill steps. `--tables` makes some of them only, for as many runs as the machine can be had for.
+Tables of Mixtral's size (8 experts, 2 and 4 devices), one and two experts a device and layer (gpt-oss on 32 and 16
+devices, OLMoE on 64 and 32), gpt-oss-20b on 8 devices, OLMoE's size on 8, DeepSeek-V3's, and of transitions alone; each
+in both execution modes where these differ, on decode and prefill steps. `--tables` makes some of them only, for as many
+runs as the machine can be had for.
 """
 
 from __future__ import annotations

@@ -2,16 +2,17 @@
 
     python -m benchmarks cluster_placements --hosts 2 --ranks 2 --json rows.jsonl [--show compare,predict]
 
-Ranks have emulated devices (`cluster/devices.py`): ranks that share cores speed up when others wait, which devices do not.
-Calibrates the cluster (`mp.runtime.calibrate`), solves for it on three quarters of the example model's recorded sequences,
-and runs the model's MoE layers (8 layers, 32 experts, top-2, hidden size 192) on steps of the others: real
+Ranks have emulated devices (`cluster/devices.py`): ranks that share cores speed up when others wait, which devices do
+not. Calibrates the cluster (`mp.runtime.calibrate`), solves for it on three quarters of the example model's recorded
+sequences, and runs the model's MoE layers (8 layers, 32 experts, top-2, hidden size 192) on steps of the others: real
 `ExpertParallelMoE` layers, a router that sends tokens where the trained model sent them, homes by sequence. Plans take
-turns step by step; a step's time is that of its slowest rank. Attention and the head, the same under every plan, are left out.
+turns step by step; a step's time is that of its slowest rank. Attention and the head, the same under every plan, are
+left out.
 
 compare: contiguous, eplb, exflow, moetuner and search, also with slots for replicas, forward and forward with backward.
 predict: these and plans that nobody would choose, each with flat and node-aware dispatch, against `mp.evaluate`.
-decode: steps of one token of each of many sequences, in both modes and dispatches; context-coherent rows end with every rank being told
-where tokens are, and have rows with the keys and values that all ranks must be sent in every layer.
+decode: steps of one token of each of many sequences, in both modes and dispatches; context-coherent rows end with every
+rank being told where tokens are, and have rows with the keys and values that all ranks must be sent in every layer.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Work:
         passes: str = "forward",
         coherent: dict[str, int] | None = None,
     ) -> None:
-        """coherent: plans that run in context-coherent execution, and the values of context that a token has in a layer."""
+        """coherent: plans that run in context-coherent execution, and the values of context that a token has in a
+        layer."""
         coherent = coherent or {}
         number, files = len(self.runs), {}
         self._save(f"routing{number}.npz", steps)

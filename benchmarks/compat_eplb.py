@@ -2,10 +2,10 @@
 
     python -m benchmarks compat_eplb --eplb eplb.py --write        # the file of github.com/deepseek-ai/EPLB
 
-Draws instances (layers, experts, groups, nodes, GPUs, replicas, and loads: gamma, Zipf, lognormal, small counts with many
-ties, or with idle experts; half of the shapes hierarchical), checks both results, and compares the load of each layer's
-heaviest GPU, computed in double precision from the maps, equal being within 1e-12 of it. Also times both at 58 layers
-of 256 experts. One thread. Fails where any layer is worse or the starting point is not the published one.
+Draws instances (layers, experts, groups, nodes, GPUs, replicas, and loads: gamma, Zipf, lognormal, small counts with
+many ties, or with idle experts; half of the shapes hierarchical), checks both results, and compares the load of each
+layer's heaviest GPU, computed in double precision from the maps, equal being within 1e-12 of it. Also times both at 58
+layers of 256 experts. One thread. Fails where any layer is worse or the starting point is not the published one.
 """
 
 from __future__ import annotations

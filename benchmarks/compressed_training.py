@@ -1,13 +1,15 @@
 """Training with and without the LSH-compressed all-to-all: loss curves, seconds a step, rows and bytes sent.
 
-    python -m benchmarks compressed_training --out runs/lsh --text TEXT/*.txt --runs plain lsh:rate=0.2 --json runs.jsonl
-    torchrun --nproc-per-node 4 -m benchmarks compressed_training --out runs/lsh --runs plain lsh:rate=0.2,residual=none
+    python -m benchmarks compressed_training --out runs/lsh --text TEXT/*.txt --runs plain lsh:rate=0.2 --json
+    runs.jsonl torchrun --nproc-per-node 4 -m benchmarks compressed_training --out runs/lsh --runs plain
+    lsh:rate=0.2,residual=none
 
-A run is NAME or NAME:field=value,... with fields of LSHCompression, and `seed`, `dispatch`. The model is the one of examples/train_moe.py.
-`--senders` is how many ranks the batch is divided over; with fewer processes, each takes several senders' parts one after the
-other and adds up gradients, so that what is clustered together stays the same. (What plain dispatch would send is less
-with fewer devices, and so is what `rate` allows.) Held-out loss is that of the model as it is, without compression. A row stands
-for an entry of a run's loss curve; rows sent and computed, pairs and errors are those of rank 0's latest pass over all layers. `--rounds` repeats all runs, for times on a machine whose speed drifts.
+A run is NAME or NAME:field=value,... with fields of LSHCompression, and `seed`, `dispatch`. The model is the one of
+examples/train_moe.py. `--senders` is how many ranks the batch is divided over; with fewer processes, each takes several
+senders' parts one after the other and adds up gradients, so that what is clustered together stays the same. (What plain
+dispatch would send is less with fewer devices, and so is what `rate` allows.) Held-out loss is that of the model as it
+is, without compression. A row stands for an entry of a run's loss curve; rows sent and computed, pairs and errors are
+those of rank 0's latest pass over all layers. `--rounds` repeats all runs, for times on a machine whose speed drifts.
 """
 
 from __future__ import annotations

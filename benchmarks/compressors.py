@@ -1,12 +1,14 @@
-"""Error of one MoE layer's output under compressors of the all-to-all, at equal bytes, on held-out text of a trained model.
+"""Error of one MoE layer's output under compressors of the all-to-all, at equal bytes, on held-out text of a trained
+model.
 
     python -m benchmarks compressed_training --out runs/lsh --text TEXT/*.txt --save --runs plain
     python -m benchmarks compressors --out runs/lsh --text TEXT/*.txt --checkpoint runs/lsh/plain-0
 
-Each rank's batch (--batch sequences) is compressed for itself, as in training; experts stand in index order on --devices. Bytes are
-those of rows between devices there and back, over those of plain dispatch in float32. Error: root of the mean square of the
-difference to the exact output over that of the output; the mean over layers. LSH stands at several settings; int8 sends each row as
-one float32 scale and a byte an entry; top-k sends the largest entries as float32 with 16-bit places. Both treat results alike.
+Each rank's batch (--batch sequences) is compressed for itself, as in training; experts stand in index order on
+--devices. Bytes are those of rows between devices there and back, over those of plain dispatch in float32. Error: root
+of the mean square of the difference to the exact output over that of the output; the mean over layers. LSH stands at
+several settings; int8 sends each row as one float32 scale and a byte an entry; top-k sends the largest entries as
+float32 with 16-bit places. Both treat results alike.
 """
 
 from __future__ import annotations

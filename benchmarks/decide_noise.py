@@ -3,9 +3,10 @@
     python -m benchmarks decide_noise --write
 
 Half of the sequences are solved on; the other half is the whole truth: how two plans compare on all of it is known.
-Each of 200 recordings (gains: 40) draws 100 of its sequences, `decide` sees only those, and migration is not charged, so that
-noise alone decides. Noise: of several searches with other seeds, the two closest on the whole truth, the slightly
-slower one as the candidate, so that every `apply` is false. Gain: search against contiguous placement and against EPLB.
+Each of 200 recordings (gains: 40) draws 100 of its sequences, `decide` sees only those, and migration is not charged,
+so that noise alone decides. Noise: of several searches with other seeds, the two closest on the whole truth, the
+slightly slower one as the candidate, so that every `apply` is false. Gain: search against contiguous placement and
+against EPLB.
 """
 
 from __future__ import annotations

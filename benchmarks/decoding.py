@@ -1,18 +1,20 @@
-"""Decoding over ranks on real Gloo processes: how far from the whole model, and what it sends against what is predicted.
+"""Decoding over ranks on real Gloo processes: how far from the whole model, and what it sends against what is
+predicted.
 
     python -m benchmarks decoding equality [--plans 100] [--ranks 4 8]
     python -m benchmarks decoding traffic [--steps 20] [--seconds 5] [--solvers contiguous exflow search]
 
-equality: small Mixtral and OLMoE models with random weights under random plans (replicas, unequal and zero shares, devices
-without slots), one, two or four experts a token, flat and node-aware; ranks have different numbers of prompts, some none;
-half of them compute tokens that stay while others travel.
-Every iteration's logits are compared with those of the whole model in float64 on the whole sequences; an error is the largest
-difference over the largest value. Beside it stands what the whole model in float32 does.
+equality: small Mixtral and OLMoE models with random weights under random plans (replicas, unequal and zero shares,
+devices without slots), one, two or four experts a token, flat and node-aware; ranks have different numbers of prompts,
+some none; half of them compute tokens that stay while others travel.
+Every iteration's logits are compared with those of the whole model in float64 on the whole sequences; an error is the
+largest difference over the largest value. Beside it stands what the whole model in float32 does.
 
-traffic: the held-out decode steps of examples/data/olmoe_small drive a model of its shape (8 layers, 32 experts; top-2, and
-top-1 with the first choice) on two nodes of two ranks, under plans solved on the other sequences. Rows that ranks have sent
-are counted, and stand beside the copies that the cost model predicts for the same steps. Bytes are for a hidden size of 2,048
-in bfloat16; keys and values for one key-value head in eight (512 values together) and for full multi-head attention (4,096).
+traffic: the held-out decode steps of examples/data/olmoe_small drive a model of its shape (8 layers, 32 experts; top-2,
+and top-1 with the first choice) on two nodes of two ranks, under plans solved on the other sequences. Rows that ranks
+have sent are counted, and stand beside the copies that the cost model predicts for the same steps. Bytes are for a
+hidden size of 2,048 in bfloat16; keys and values for one key-value head in eight (512 values together) and for full
+multi-head attention (4,096).
 """
 
 from __future__ import annotations

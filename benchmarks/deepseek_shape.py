@@ -41,7 +41,8 @@ FITTING = 24
 
 
 def modelled_trace(data: Path, tokens: int, seed: int = 0, strength: float = 6.0) -> mp.RoutingTrace:
-    """A trace of `tokens` modelled tokens of as many recorded ones, in their sequences; loads of decode_in1000out1000."""
+    """A trace of `tokens` modelled tokens of as many recorded ones, in their sequences; loads of
+    decode_in1000out1000."""
     counts = np.load(data / "deepseek_v3_counts.npz", allow_pickle=False)
     load = next(counts[name] for name in counts.files if "decode_in1000out1000" in name)[list(LAYERS)]
     recorded = np.load(data / "gpt_oss_20b_routing.npz", allow_pickle=False)
@@ -96,7 +97,8 @@ def _choose(score: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 
 
 def followers(ids: npt.NDArray[np.integer], experts: int, most: int) -> float:
-    """Share of an expert's tokens that its likeliest successors take, mean over experts and layer pairs, first choices."""
+    """Share of an expert's tokens that its likeliest successors take, mean over experts and layer pairs, first
+    choices."""
     shares = []
     for layer in range(ids.shape[1] - 1):
         pairs = np.zeros((experts, experts))

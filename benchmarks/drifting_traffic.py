@@ -1,9 +1,9 @@
 """Count windows of traffic that changes, with what truly changed and when.
 
-`week`: recorded sequences of gpt-oss-20b, asked for at the times of recorded requests of two Azure services, over a week of
-5-minute windows. Each half day has a mixture of topics (data sets) of its own; every third change takes four hours. `turns`:
-the recorded loads of a DeepSeek-V3-shaped model under five workloads, one after the other, with loads that wander.
-`stationary`: the first of these without any change.
+`week`: recorded sequences of gpt-oss-20b, asked for at the times of recorded requests of two Azure services, over a
+week of 5-minute windows. Each half day has a mixture of topics (data sets) of its own; every third change takes four
+hours. `turns`: the recorded loads of a DeepSeek-V3-shaped model under five workloads, one after the other, with loads
+that wander. `stationary`: the first of these without any change.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Recorded:
         self.answer = np.concatenate([entry["generated_tokens"] for entry in requests])[order]
 
     def window(self, number: int, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """[L, E] counts of one window: the requests of any five minutes of the recorded hour, fewer by night than by day."""
+        """[L, E] counts of one window: the requests of any five minutes of the recorded hour, fewer by night than by
+        day."""
         begin = rng.uniform(0.0, 3400.0 - WINDOW_SECONDS)
         asked = self.answer[(self.arrived >= begin) & (self.arrived < begin + WINDOW_SECONDS)]
         hour = number * WINDOW_SECONDS / 3600.0 % 24.0

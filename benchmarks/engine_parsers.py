@@ -4,17 +4,21 @@
     python -m benchmarks engine_parsers --sglang DIR --vllm DIR --vllm-ascend DIR --trtllm DIR/llm_args.py
 
 Each option names an unpacked wheel (for TensorRT-LLM, whose wheel is not on PyPI, its tensorrt_llm/llmapi/llm_args.py);
-engines without one are skipped and said so. Nothing is downloaded. Each engine runs in its own process, without a GPU. The
-parsing code is the engine's, its surroundings are stood in for:
+engines without one are skipped and said so. Nothing is downloaded. Each engine runs in its own process, without a GPU.
+The parsing code is the engine's, its surroundings are stood in for:
 
-- SGLang: `compute_initial_expert_location_metadata` and all of expert_location.py run as they are, for every rank. Stood
-  in for: sglang.srt.runtime_context (the server's settings), get_model_architecture (the model's layers and experts) and
-  elastic_expanded_world_enabled (False).
-- vLLM: the policy classes and `compute_logical_maps` run as they are; our policy is installed by the plugin. Stood in for:
+- SGLang: `compute_initial_expert_location_metadata` and all of expert_location.py run as they are, for every rank.
+    Stood
+  in for: sglang.srt.runtime_context (the server's settings), get_model_architecture (the model's layers and experts)
+  and elastic_expanded_world_enabled (False).
+- vLLM: the policy classes and `compute_logical_maps` run as they are; our policy is installed by the plugin. Stood in
+    for:
   vllm.config.parallel (the policy's name). No release reads a placement file, so no parser of the JSON exists to run.
-- vLLM-Ascend: `init_eplb_config`, `expert_file_to_tensor` and `generate_log2phy_map` run as they are, for every rank. Stood
+- vLLM-Ascend: `init_eplb_config`, `expert_file_to_tensor` and `generate_log2phy_map` run as they are, for every rank.
+    Stood
   in for: vllm.logger, vllm's determine_expert_map (not reached), Tensor.npu (returns the tensor).
-- TensorRT-LLM: `MoeLoadBalancerConfig` runs as it is. Stood in for: StrictBaseModel (pydantic's, extra fields forbidden)
+- TensorRT-LLM: `MoeLoadBalancerConfig` runs as it is. Stood in for: StrictBaseModel (pydantic's, extra fields
+    forbidden)
   and the Field wrapper (pydantic's).
 """
 

@@ -2,19 +2,22 @@
 
     python -m benchmarks engine_writers --sglang DIR --vllm DIR --trtllm expert_statistic.py --megatron router_trace.py
 
-DIR are unpacked wheels (see engine_parsers.py); TensorRT-LLM's file is tensorrt_llm/_torch/expert_statistic.py and Megatron-LM's
-megatron/core/transformer/moe/router_trace.py, of their repositories. Engines without one are skipped and said so. Each runs
-in its own process, without a GPU, for random routing of random shapes. The recording code is the engine's; stood in for:
+DIR are unpacked wheels (see engine_parsers.py); TensorRT-LLM's file is tensorrt_llm/_torch/expert_statistic.py and
+Megatron-LM's megatron/core/transformer/moe/router_trace.py, of their repositories. Engines without one are skipped and
+said so. Each runs in its own process, without a GPU, for random routing of random shapes. The recording code is the
+engine's; stood in for:
 
-- SGLang: the recorder of expert_distribution.py runs as it is in modes stat, per_pass and per_token, from start_record over
-  with_forward_pass and on_select_experts to dump_record, on one Gloo rank or, in per_pass and per_token, as ranks in turn. Stood in
-  for: sglang.srt.environ (the folder), runtime_context (the server's settings), forward_batch_info and metrics_collector (names
-  only), layers.moe (not reached), Withable and get_int_env_var of utils (Withable is the engine's own, taken out of utils/common.py), torch's empty_cache
-  on a CPU, and the expert map (its three fields). Routed experts: its own extract_routed_experts_from_meta_info reads what is
-  read here.
+- SGLang: the recorder of expert_distribution.py runs as it is in modes stat, per_pass and per_token, from start_record
+    over
+  with_forward_pass and on_select_experts to dump_record, on one Gloo rank or, in per_pass and per_token, as ranks in
+  turn. Stood in for: sglang.srt.environ (the folder), runtime_context (the server's settings), forward_batch_info and
+  metrics_collector (names only), layers.moe (not reached), Withable and get_int_env_var of utils (Withable is the
+  engine's own, taken out of utils/common.py), torch's empty_cache on a CPU, and the expert map (its three fields).
+  Routed experts: its own extract_routed_experts_from_meta_info reads what is read here.
 - vLLM: numpy2base64 of utils/serial_utils.py encodes what is read. Stood in for: pybase64 (base64).
 - TensorRT-LLM: ExpertStatistic runs as it is. Stood in for: tensorrt_llm.envs and logger.
-- Megatron-LM: RouterTracer runs as it is, its hooks on modules that return a boolean map or indices. Stood in for: the router.
+- Megatron-LM: RouterTracer runs as it is, its hooks on modules that return a boolean map or indices. Stood in for: the
+    router.
 """
 
 from __future__ import annotations

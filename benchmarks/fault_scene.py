@@ -1,4 +1,5 @@
-"""What faults are done to: a server of the service in a process of its own, a PostgreSQL of one's own, and senders that go on."""
+"""What faults are done to: a server of the service in a process of its own, a PostgreSQL of one's own, and senders that
+go on."""
 
 from __future__ import annotations
 

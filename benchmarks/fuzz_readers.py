@@ -2,13 +2,14 @@
 
     python -m benchmarks fuzz_readers --count 100000 --seed 0 [--only "sglang stat" ...]
 
-For each kind of record a small true one is changed and read, `count` times: bytes flipped, cut out, doubled, moved, numbers
-put at their limits, tokens of the formats inserted, the end cut off; in archives (.pt, .npz) half the time inside a member that
-is packed again, so that what is behind the checksum is reached. Half of the inputs go through `read_any`, the others straight to
-the reader. An input fails when anything but InputError comes out, when the process would grow by more than 256 MiB (RLIMIT_AS;
-the files have some kilobytes), when the peak of traced memory (Python's and numpy's allocations, traced on every tenth
-input) passes 16 MiB + 64 times the files' size, when reading takes more than 5 s of processor time, or when an audit hook sees code run, a process started, a module loaded from elsewhere, a
-socket, or a file opened to write. Failing inputs are kept in --keep. The run fails where any failed.
+For each kind of record a small true one is changed and read, `count` times: bytes flipped, cut out, doubled, moved,
+numbers put at their limits, tokens of the formats inserted, the end cut off; in archives (.pt, .npz) half the time
+inside a member that is packed again, so that what is behind the checksum is reached. Half of the inputs go through
+`read_any`, the others straight to the reader. An input fails when anything but InputError comes out, when the process
+would grow by more than 256 MiB (RLIMIT_AS; the files have some kilobytes), when the peak of traced memory (Python's and
+numpy's allocations, traced on every tenth input) passes 16 MiB + 64 times the files' size, when reading takes more than
+5 s of processor time, or when an audit hook sees code run, a process started, a module loaded from elsewhere, a socket,
+or a file opened to write. Failing inputs are kept in --keep. The run fails where any failed.
 """
 
 from __future__ import annotations
@@ -42,9 +43,12 @@ TRACED = 10
 SLOW = 5.0
 SIZES = {"load history": 3, "sglang stat": 4, "sglang per_pass": 3, "trtllm": 2, "sglang responses": 3000}
 TOKENS = (
-    b"\x00", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80", b"\xff" * 8, b"-1", b"0", b"1e308", b"NaN", b"null",
-    b"[", b"]", b"{", b"}", b'"', b",", b"99999999999999999999", b"[[[[[[[[[[[[[[[[", b"true", b"\xf0\x9f", b"\x93NUMPY\x01\x00",
-    b"cos\nsystem\n(X\x04\x00\x00\x00exitt\x85R", b"c__builtin__\neval\n(X\x01\x00\x00\x001tR", b"\x93", b"R", b"b", b"\x81",
+    b"\x00", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\x00\x80", b"\xff" * 8, b"-1", b"0", b"1e308",
+    b"NaN", b"null",
+    b"[", b"]", b"{", b"}", b'"', b",", b"99999999999999999999", b"[[[[[[[[[[[[[[[[", b"true",
+    b"\xf0\x9f", b"\x93NUMPY\x01\x00",
+    b"cos\nsystem\n(X\x04\x00\x00\x00exitt\x85R", b"c__builtin__\neval\n(X\x01\x00\x00\x001tR", b"\x93", b"R",
+    b"b", b"\x81",
     b"'|O'", b"'<i8'", b"(1000000, 1000000, 8)", b"(-1, 2, 2)", b"PK\x05\x06", b"PK\x01\x02", b"\x00" * 64,
 )  # fmt: skip
 WATCHED = {

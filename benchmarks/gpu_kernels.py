@@ -3,10 +3,10 @@
     python -m benchmarks gpu_kernels [--tokens 8192 --hidden 4096 --ffn 1536 --experts 16 --top-k 4]
     python -m benchmarks gpu_kernels --device cpu      # small sizes, to see that it works
 
-Times are medians (torch.utils.benchmark). A memory-bound kernel is held against the bytes that it must read and write at the bandwidth
-that copying a large tensor reaches here; a product against the rate of one large torch.matmul. "bound" is that least time,
-"torch" the nearest thing that torch has in one call or an obvious few. "error": bfloat16 against the same formula in float32, by the
-root of mean squares; the rounding of bfloat16 is 0.002 a value.
+Times are medians (torch.utils.benchmark). A memory-bound kernel is held against the bytes that it must read and write
+at the bandwidth that copying a large tensor reaches here; a product against the rate of one large torch.matmul. "bound"
+is that least time, "torch" the nearest thing that torch has in one call or an obvious few. "error": bfloat16 against
+the same formula in float32, by the root of mean squares; the rounding of bfloat16 is 0.002 a value.
 """
 
 from __future__ import annotations
@@ -253,7 +253,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     shapes = ", ".join(f"{key} {getattr(args, key)}" for key in sizes)
     report.note(
         "device",
-        f"{name}: copy {bench.bandwidth / 1e6:.3g} GB/s, torch.matmul bfloat16 {bench.rate / 1e9:.3g} TFLOP/s; {shapes}",
+        f"{name}: copy {bench.bandwidth / 1e6:.3g} GB/s, torch.matmul bfloat16 {bench.rate / 1e9:.3g} TFLOP/s; "
+        f"{shapes}",
     )
     formats = dict.fromkeys(("ms", "bound ms", "torch ms", "error"), ".3g")
     table = report.table("kernels", ("kernel", *formats), formats)

@@ -2,8 +2,8 @@
 
     python -m benchmarks load_balance --eplb eplb.py --write
 
---eplb: the file of github.com/deepseek-ai/EPLB, timed beside ours; without it our port stands for it. Times are taken in turns
-within this run, after kernels are loaded.
+--eplb: the file of github.com/deepseek-ai/EPLB, timed beside ours; without it our port stands for it. Times are taken
+in turns within this run, after kernels are loaded.
 """
 
 from __future__ import annotations
@@ -160,9 +160,11 @@ def fits(data: dict[str, Array], slots: int, nodes: int, run: Eplb, seconds: flo
 
 
 def unforeseen(load: Array, rest: dict[str, Array], slots: int, devices: int) -> tuple[float, float]:
-    """What a plan that balances the rest and all their combinations, and knows each expert's variance, must expect of a load.
+    """What a plan that balances the rest and all their combinations, and knows each expert's variance, must expect of a
+    load.
 
-    Returns: (rms of what the rest do not explain, in mean expert loads; the largest device load to expect; both over layers)."""
+    Returns: (rms of what the rest do not explain, in mean expert loads; the largest device load to expect; both over
+    layers)."""
     experts = load.shape[1]
     others = np.stack([scaled(other) for other in rest.values()]) * experts
     rms, largest = [], []
@@ -218,7 +220,8 @@ def groups_on_nodes(report: Report, data: dict[str, Array], seconds: float) -> N
 
 
 def off_home(load: Array, table: Table, nodes: int, groups: int = 8) -> float:
-    """Share of the load served off its group's home node, for the best choice of homes, as many groups a node; mean over layers.
+    """Share of the load served off its group's home node, for the best choice of homes, as many groups a node; mean
+    over layers.
 
     Splits are equal. A token of top-8 visits on average at most 8 times that many more nodes than its groups' homes.
     """
@@ -287,8 +290,8 @@ def languages(report: Report, path: Path, seconds: float) -> None:
 def domains(report: Report, path: Path) -> None:
     """Transitions and loads of top-1 experts: what a context-coherent layer with one expert a token moves by.
 
-    Steps are drawn from the transitions, others to judge than to fit. Loss: predicted step time over that of the domain's own
-    plan, the better of two seeds.
+    Steps are drawn from the transitions, others to judge than to fit. Loss: predicted step time over that of the
+    domain's own plan, the better of two seeds.
     """
     names = ("c4", "book", "wikipedia")
     with np.load(path) as file:

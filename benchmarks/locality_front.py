@@ -2,10 +2,10 @@
 
     python -m benchmarks locality_front --write
 
-4 or 8 devices hold experts; a node without experts sends every token's copies over one link, so that it is the sum of copies
-that costs, beside the busiest device's compute. The link's speed decides what a copy is worth. Figures are of held-out decode
-steps of 128 sequences: distinct devices a token, and device load max/mean of a step. With 8 redundant slots a replica is taken
-by its share, whatever else the token needs.
+4 or 8 devices hold experts; a node without experts sends every token's copies over one link, so that it is the sum of
+copies that costs, beside the busiest device's compute. The link's speed decides what a copy is worth. Figures are of
+held-out decode steps of 128 sequences: distinct devices a token, and device load max/mean of a step. With 8 redundant
+slots a replica is taken by its share, whatever else the token needs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ MARKS = {
     8: ((2.91, 1.265), (3.04, 1.214), (3.27, 1.193)),
     4: ((2.22, 1.143), (2.47, 1.111)),
 }
-"""Plain annealing over pair swaps, 5 s: (devices a token, load max/mean) published beside this benchmark's data, of sequences
-split otherwise."""
+"""Plain annealing over pair swaps, 5 s: (devices a token, load max/mean) published beside this benchmark's data, of
+sequences split otherwise."""
 
 
 def cluster(devices: int, worth: float) -> mp.Topology:
-    """Devices with experts on one node and a device without on another, where tokens live as evenly as on the others."""
+    """Devices with experts on one node and a device without on another, where tokens live as evenly as on the
+    others."""
     device = {"compute": COMPUTE, "memory": 8e10, "memory_bandwidth": 1e16, "intra_bandwidth": 1e16}
     model = recordings.GPT_OSS
     balanced = TOKENS * model.top_k / devices * model.flops_per_token / COMPUTE

@@ -2,12 +2,12 @@
 
     python -m benchmarks migration [--ranks 4] [--kills 50]
 
-Real Gloo processes, one thread each, on one machine. Two layers of 32 experts, hidden size 128, AdamW; from index order to a
-random plan of as many slots, and back. Bytes: weights and both moments, against the fewest experts that have to change
-device. Pause: wall seconds of `Migration.advance` on the slowest rank, all at once and spread over steps of an eighth of the
-bytes, beside the median of an ordinary training step. Kills: rank 1 is killed (SIGKILL) at a moment drawn evenly over
-the time that a migration takes; a run is consistent when all survivors have one and the same plan in force, with every
-weight and moment that they held or received bit for bit.
+Real Gloo processes, one thread each, on one machine. Two layers of 32 experts, hidden size 128, AdamW; from index order
+to a random plan of as many slots, and back. Bytes: weights and both moments, against the fewest experts that have to
+change device. Pause: wall seconds of `Migration.advance` on the slowest rank, all at once and spread over steps of an
+eighth of the bytes, beside the median of an ordinary training step. Kills: rank 1 is killed (SIGKILL) at a moment drawn
+evenly over the time that a migration takes; a run is consistent when all survivors have one and the same plan in force,
+with every weight and moment that they held or received bit for bit.
 """
 
 from __future__ import annotations

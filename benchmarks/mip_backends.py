@@ -2,12 +2,13 @@
 
     python -m benchmarks mip_backends --seconds 10
 
-Every backend gets the same programs, the same greedy start or assignment sweeps, and the same wall clock. Programs: MoETuner's
-first (clusters of even load) on the loads of recorded models, one layer each, with 128 and 256 experts of DeepSeek-V3's shape
-where those are to be had and drawn ones where not; its second (clusters to devices) on OLMoE's transitions; ExFlow's on the 16
-busiest experts a layer of OLMoE and on a model of Mixtral's shape (see mixtral_ilp.py), where chain proves the optimum.
-Values: percent of a layer's load for clusters, share of transitions that cross devices for ExFlow, seconds a million tokens for
-mapping. Bounds are those of the program alone, without what solvers know beside it.
+Every backend gets the same programs, the same greedy start or assignment sweeps, and the same wall clock. Programs:
+MoETuner's first (clusters of even load) on the loads of recorded models, one layer each, with 128 and 256 experts of
+DeepSeek-V3's shape where those are to be had and drawn ones where not; its second (clusters to devices) on OLMoE's
+transitions; ExFlow's on the 16 busiest experts a layer of OLMoE and on a model of Mixtral's shape (see mixtral_ilp.py),
+where chain proves the optimum. Values: percent of a layer's load for clusters, share of transitions that cross devices
+for ExFlow, seconds a million tokens for mapping. Bounds are those of the program alone, without what solvers know
+beside it.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     python -m benchmarks mixtral_ilp --seconds 60 --write
 
 32 layers of 8 experts on 2 and 4 devices. Recorded are Mixtral-8x7B's highest-weight experts at layers 0, 7 and 15 only
-(205k tokens of each of C4, books and Wikipedia), so the 31 neighbouring pairs are made from those two transition matrices:
-pair t mixes the three domains' matrices of 0 to 7 (t even) or 7 to 15 (t odd) with random weights, scales each row to the
-tokens that the previous pair brought its expert, so that flows join up, and renames the experts of every layer at random.
-Rows "cold" run the program alone; "warm" start it from assignment sweeps, as the solver does unless told otherwise.
+(205k tokens of each of C4, books and Wikipedia), so the 31 neighbouring pairs are made from those two transition
+matrices: pair t mixes the three domains' matrices of 0 to 7 (t even) or 7 to 15 (t odd) with random weights, scales
+each row to the tokens that the previous pair brought its expert, so that flows join up, and renames the experts of
+every layer at random. Rows "cold" run the program alone; "warm" start it from assignment sweeps, as the solver does
+unless told otherwise.
 """
 
 from __future__ import annotations

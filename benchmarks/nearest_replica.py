@@ -1,11 +1,12 @@
-"""What replicas near the token are worth: gpt-oss-20b on two nodes of four devices, judged as engines run that use them.
+"""What replicas near the token are worth: gpt-oss-20b on two nodes of four devices, judged as engines run that use
+them.
 
     pip install mtkahypar
     python -m benchmarks nearest_replica --write
 
-Every plan is judged on held-out sequences under `replica_choice="nearest"`, tokens' homes spread evenly. Search solves once as
-if any replica might serve any token ("share") and once as the engine will run ("nearest"), each told the steps it is judged
-on. Peers know only routing and solve once a cluster.
+Every plan is judged on held-out sequences under `replica_choice="nearest"`, tokens' homes spread evenly. Search solves
+once as if any replica might serve any token ("share") and once as the engine will run ("nearest"), each told the steps
+it is judged on. Peers know only routing and solve once a cluster.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks permute_checkpoint --gigabytes 8 --shard-gigabytes 0.5 [--fused] [--folder DIR]
 
-Writes a DeepSeek-V3-named checkpoint (58 MoE layers of 256 experts in FP8 with block scales; gpt-oss-named and fused with
---fused) of random bytes to a temporary folder, permutes it in a process of its own, restores it, and compares.
+Writes a DeepSeek-V3-named checkpoint (58 MoE layers of 256 experts in FP8 with block scales; gpt-oss-named and fused
+with --fused) of random bytes to a temporary folder, permutes it in a process of its own, restores it, and compares.
 """
 
 from __future__ import annotations

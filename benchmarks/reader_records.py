@@ -1,7 +1,8 @@
 """Records of every engine as its own code writes them, of any size: what the readers' benchmarks read.
 
-Formats: sglang/srt/eplb/expert_distribution.py (0.5.23), vllm/utils/serial_utils.py (0.33.0), sglang's routed_experts.py,
-tensorrt_llm/_torch/expert_statistic.py, megatron/core/transformer/moe/router_trace.py, the ADRS benchmark, ExFlow.
+Formats: sglang/srt/eplb/expert_distribution.py (0.5.23), vllm/utils/serial_utils.py (0.33.0), sglang's
+routed_experts.py, tensorrt_llm/_torch/expert_statistic.py, megatron/core/transformer/moe/router_trace.py, the ADRS
+benchmark, ExFlow.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m benchmarks reader_throughput --megabytes 500 [--only "sglang stat" ...] [--folder DIR]
 
 Each record is written to a temporary folder as the engine writes it (16 MoE layers of 64 experts, top-8, after a dense
-layer; counts of 58 layers of 256 experts), read once to fill the page cache, and read by a process of its own, whose time and
-peak resident memory over that of the process before reading are taken. Files are mapped by some readers: pages of a mapped
-file count. The folder is deleted.
+layer; counts of 58 layers of 256 experts), read once to fill the page cache, and read by a process of its own, whose
+time and peak resident memory over that of the process before reading are taken. Files are mapped by some readers: pages
+of a mapped file count. The folder is deleted.
 """
 
 from __future__ import annotations

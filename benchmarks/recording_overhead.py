@@ -2,10 +2,10 @@
 
     python -m benchmarks recording_overhead [--pairs 40]
 
-The model is an OLMoE of 8 layers of 32 experts, top-2, hidden size 192; a step is a batch of 4,096 tokens. A pair is one
-forward with recording and one without, in random order, so that other work on the machine falls on both alike; the
-figure of a mode is the median ratio over pairs, with a bootstrap confidence interval. A recorded forward is charged with
-all of its work: in token mode it ends when its tokens have been written, though in use the next forward would run
+The model is an OLMoE of 8 layers of 32 experts, top-2, hidden size 192; a step is a batch of 4,096 tokens. A pair is
+one forward with recording and one without, in random order, so that other work on the machine falls on both alike; the
+figure of a mode is the median ratio over pairs, with a bootstrap confidence interval. A recorded forward is charged
+with all of its work: in token mode it ends when its tokens have been written, though in use the next forward would run
 meanwhile. CPU time, of all threads, is the steadier figure on a machine that others load. The end of the block (the
 last shard, the statistics file) is timed apart: it is paid once a recording.
 """

@@ -5,14 +5,16 @@ A benchmark is a module beside this one with two functions, and a docstring whos
     def add_arguments(parser: argparse.ArgumentParser) -> None: ...
     def run(options: argparse.Namespace, report: Report) -> None: ...
 
-`run` hands each row to a table of the report as soon as it is measured. Rows are shown on stderr as they come, whole tables on stdout in
-the end; `--json FILE` keeps every row as a line, and `--write` puts the tables into the result page that names them:
+`run` hands each row to a table of the report as soon as it is measured. Rows are shown on stderr as they come, whole
+tables on stdout in the end; `--json FILE` keeps every row as a line, and `--write` puts the tables into the result page
+that names them:
 
     <!-- table: 8 devices -->
     ...
     <!-- end of table -->
 
-The command stands in the page in the same way, under the name `command`, and a note under its name, where the page has a place for it.
+The command stands in the page in the same way, under the name `command`, and a note under its name, where the page has
+a place for it.
 """
 
 from __future__ import annotations
@@ -162,8 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     module.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append every row to this file, a JSON line each")
-    parser.add_argument("--write", type=Path, metavar="PAGE", nargs="?", const=PAGES / f"{name}.md",
-                        help=f"put the tables into this page, between their markers (default: docs/results/{name}.md)")  # fmt: skip
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="PAGE",
+        nargs="?",
+        const=PAGES / f"{name}.md",
+        help=f"put the tables into this page, between their markers (default: docs/results/{name}.md)",
+    )
     options = parser.parse_args(given[1:])
     sink = options.json.open("a", encoding="utf-8") if options.json else None
     try:

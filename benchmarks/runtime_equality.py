@@ -3,10 +3,10 @@
     python -m benchmarks runtime_equality [--plans 200] [--ranks 4 8]
 
 Plans have replicas (on one device too), unequal and zero shares, devices with few slots or none; ranks have different
-numbers of tokens, some none; gates are random. Dispatch alternates between flat and node-aware, experts between SwiGLU and
-GELU. The reference computes one token and expert at a time in one process, in float64; an error is the largest
-difference from it over its largest value. Beside the layer's worst error stands that of the same reference in float32, which
-is what rounding alone does.
+numbers of tokens, some none; gates are random. Dispatch alternates between flat and node-aware, experts between SwiGLU
+and GELU. The reference computes one token and expert at a time in one process, in float64; an error is the largest
+difference from it over its largest value. Beside the layer's worst error stands that of the same reference in float32,
+which is what rounding alone does.
 """
 
 from __future__ import annotations

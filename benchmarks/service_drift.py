@@ -1,12 +1,13 @@
-"""Replays traffic that changes and compares ways to run it: one fixed plan, EPLB every window, and the service's watch with
-automatic publishing and its default policy.
+"""Replays traffic that changes and compares ways to run it: one fixed plan, EPLB every window, and the service's watch
+with automatic publishing and its default policy.
 
     python -m benchmarks service_drift --write --figure docs/results/service_drift.svg
 
 Each window is priced with the plan in
-force before it was seen (`window_seconds`), against a plan that EPLB makes from that very window: its regret, which nobody can
-bring to zero. The service's tasks run as its workers run them, on an SQLite file, one look every so many windows as the server
-does. All plans are EPLB's, so that what differs is when they change. `--stationary N` replays traffic that does not change.
+force before it was seen (`window_seconds`), against a plan that EPLB makes from that very window: its regret, which
+nobody can bring to zero. The service's tasks run as its workers run them, on an SQLite file, one look every so many
+windows as the server does. All plans are EPLB's, so that what differs is when they change. `--stationary N` replays
+traffic that does not change.
 """
 
 from __future__ import annotations
@@ -255,7 +256,8 @@ def figure(replays: list[tuple[Traffic, dict[str, Run]]]) -> str:
         parts.append(f'<text x="{left + 190 * place}" y="{bottom + 14}" fill="{colour}">{name}</text>')
     parts.append(f'<text x="{left + 450}" y="{bottom + 14}">dashed: true changes; triangles: alarms</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide + 10} {bottom + 24}" font-family="sans-serif" font-size="12">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide + 10} {bottom + 24}" '
+        'font-family="sans-serif" font-size="12">'
         '<rect width="100%" height="100%" fill="white"/>' + "".join(parts) + "</svg>\n"
     )
 
@@ -288,7 +290,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
         report,
         replays[0],
         runs[0],
-        f"A week of gpt-oss-20b: topics by the half day, Azure's arrivals, {len(replays[0].load):,} windows of 5 minutes",
+        f"A week of gpt-oss-20b: topics by the half day, Azure's arrivals, {len(replays[0].load):,} windows of 5 "
+        "minutes",
     )
     tell(report, replays[1], runs[1], "DeepSeek-V3: five workloads in turn, 288 slots on 32 devices")
     columns = ("stated chance at a look", "looks", "changes found", "rate", "replays with any")

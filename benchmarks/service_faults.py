@@ -1,11 +1,12 @@
-"""Faults done to the service again and again: what is lost, what is doubled, which jobs do not finish, how long it takes.
+"""Faults done to the service again and again: what is lost, what is doubled, which jobs do not finish, how long it
+takes.
 
     python -m benchmarks service_faults --repeats 20 --write
     python -m benchmarks service_faults --repeats 3 --only "PostgreSQL restarted"
 
-Everything is real: server and worker processes, a PostgreSQL of the benchmark's own that is stopped in mid-air, a file system
-that is full, system clocks that jump (libfaketime). Senders go on meanwhile and send again what got no answer. Needs
-PostgreSQL's programs; the full disk needs the right to mount; clocks need libfaketime.
+Everything is real: server and worker processes, a PostgreSQL of the benchmark's own that is stopped in mid-air, a file
+system that is full, system clocks that jump (libfaketime). Senders go on meanwhile and send again what got no answer.
+Needs PostgreSQL's programs; the full disk needs the right to mount; clocks need libfaketime.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ JUMPS = (7, -7, 3600, -3600, 86_400, -86_400, 2_592_000, -2_592_000)
 
 @dataclass
 class Found:
-    """lost, doubled: windows, uploads, plans, approvals. unfinished: jobs not done. recovery: seconds from the fault until what
-    it cut short was complete. middle: faults that did fall in the middle."""
+    """lost, doubled: windows, uploads, plans, approvals. unfinished: jobs not done. recovery: seconds from the fault
+    until what it cut short was complete. middle: faults that did fall in the middle."""
 
     lost: int = 0
     doubled: int = 0
@@ -249,8 +250,8 @@ def full_disks(repeats: int) -> Found:
 
 
 def full_postgres_disks(repeats: int) -> Found:
-    """Its log of changes grows in small pieces, so that there is no room for it either: PostgreSQL then goes down, and is started
-    once there is room, as an operator does."""
+    """Its log of changes grows in small pieces, so that there is no room for it either: PostgreSQL then goes down, and
+    is started once there is room, as an operator does."""
     with ExitStack() as stack:
         disk = stack.enter_context(small_disk(160 + 4 * repeats))
         postgres = Postgres(disk, "min_wal_size=2MB", "max_wal_size=8MB", log_segment=1)

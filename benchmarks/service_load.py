@@ -1,10 +1,12 @@
-"""Many deployments pushing count windows to one server: requests a second, latencies, errors, and whether all counts arrived.
+"""Many deployments pushing count windows to one server: requests a second, latencies, errors, and whether all counts
+arrived.
 
     python -m benchmarks service_load --db postgresql://user@host/empty --deployments 200 --seconds 600 --write
 
-Starts `moeplace serve` on the database and pushes a window of 58 layers of 256 experts a deployment every `--every` seconds, on
-a fixed schedule: a late answer does not delay the next push, and latencies count from when a push was due. A push that fails is
-sent again, as an engine would, and counted as an error. Afterwards the counts stored must equal those sent.
+Starts `moeplace serve` on the database and pushes a window of 58 layers of 256 experts a deployment every `--every`
+seconds, on a fixed schedule: a late answer does not delay the next push, and latencies count from when a push was due.
+A push that fails is sent again, as an engine would, and counted as an error. Afterwards the counts stored must equal
+those sent.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def start(db: str) -> tuple[subprocess.Popen[str], str]:
 
 @dataclass
 class Sent:
-    """What the senders saw. took: seconds to each answer; waited: from when its push was due. counted: pairs a deployment."""
+    """What the senders saw. took: seconds to each answer; waited: from when its push was due. counted: pairs a
+    deployment."""
 
     took: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)

@@ -2,10 +2,10 @@
 
     python -m benchmarks service_ray --jobs 64 --workers 2 --write
 
-Each job places a model of Mixtral's shape (32 layers of 8 experts, on 4 devices) for other transitions, made from recorded ones as
-mixtral_ilp.py makes them, by the solver chain: exact, so that two ways of running it must give the same plans. Each way
-has a server and an SQLite database of its own; time runs from the first job asked for to the last one done, with workers up before.
-The plans are compared table by table. Needs the extra `ray`.
+Each job places a model of Mixtral's shape (32 layers of 8 experts, on 4 devices) for other transitions, made from
+recorded ones as mixtral_ilp.py makes them, by the solver chain: exact, so that two ways of running it must give the
+same plans. Each way has a server and an SQLite database of its own; time runs from the first job asked for to the last
+one done, with workers up before. The plans are compared table by table. Needs the extra `ray`.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m benchmarks wide_layer [--ranks 64] [--tokens 512] [--repeats 20]
 
 One rank of torch's fake process group, whose collectives give back what was sent, so nothing travels. The layer has 256
-experts and 32 redundant slots, top-8 from 4 of 8 groups, on 8 ranks a node. Tokens are routed at hidden size 7168, and then
-dispatched and combined 8 values wide and without expert products: what remains is planning (choosing replicas, sorting,
-counting, packing). Times are medians of CPU seconds of one thread, in ms.
+experts and 32 redundant slots, top-8 from 4 of 8 groups, on 8 ranks a node. Tokens are routed at hidden size 7168, and
+then dispatched and combined 8 values wide and without expert products: what remains is planning (choosing replicas,
+sorting, counting, packing). Times are medians of CPU seconds of one thread, in ms.
 """
 
 from __future__ import annotations

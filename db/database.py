@@ -365,5 +365,8 @@ def _meaning(error: exc.SQLAlchemyError, cause: BaseException | None) -> str:
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return _POSTGRES["08"]
     if isinstance(error, exc.DBAPIError) and type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
-        return "cannot be reached; check that the server runs, its address, the names of database and user, and the password"
+        return (
+            "cannot be reached; check that the server runs, its address, the names of database and user, and the "
+            "password"
+        )
     return "the database refused"

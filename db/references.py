@@ -113,7 +113,8 @@ def set_name(session: Session, row: NamedRow, name: str) -> None:
     owner = session.scalar(select(table.fingerprint).where(table.name == name, table.fingerprint != row.fingerprint))
     if owner is not None:
         raise InputError(
-            f"the name {name!r} is taken by {kind_of(table)} {owner[:ID_DIGITS]}; choose another, or rename or delete that one"
+            f"the name {name!r} is taken by {kind_of(table)} {owner[:ID_DIGITS]}; choose another, or rename or delete "
+            "that one"
         )
     row.name = name
 

@@ -2,10 +2,10 @@
 
     python examples/demo.py --out demo
 
-At a terminal the service runs at the end until Ctrl-C; elsewhere, and where CI is set, it is started, asked whether it is
-ready, and stopped. Every step is a `moeplace` command, printed before it runs. The trace was recorded by
-examples/train_moe.py; its expert sizes are replaced by those of OLMoE-1B-7B, so that predicted times are those of a model
-people run.
+At a terminal the service runs at the end until Ctrl-C; elsewhere, and where CI is set, it is started, asked whether it
+is ready, and stopped. Every step is a `moeplace` command, printed before it runs. The trace was recorded by
+examples/train_moe.py; its expert sizes are replaced by those of OLMoE-1B-7B, so that predicted times are those of a
+model people run.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def main(path: str) -> None:
     for name, candidate in (("contiguous", today), ("search", plan)):
         figures = mp.evaluate(candidate, steps, problem).summary()
         print(
-            f"{name:<12} step {figures['step_seconds_mean'] * 1e3:.3f} ms, p99 {figures['step_seconds_p99'] * 1e3:.3f} ms, "
-            f"load max/mean {figures['load_max_mean']:.2f}, devices a token {figures['devices_per_token']:.2f}"
+            f"{name:<12} step {figures['step_seconds_mean'] * 1e3:.3f} ms, p99 {figures['step_seconds_p99'] * 1e3:.3f} "
+            f"ms, load max/mean {figures['load_max_mean']:.2f}, devices a token {figures['devices_per_token']:.2f}"
         )
     print(f"proven: {plan.certificate.objective} is at most {plan.gap:.1%} above what any plan can reach")
     print(plan)

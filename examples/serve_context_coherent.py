@@ -1,12 +1,15 @@
-"""Generate with experts spread over ranks, tokens going to their experts and back, and tokens staying with their experts.
+"""Generate with experts spread over ranks, tokens going to their experts and back, and tokens staying with their
+experts.
 
     torchrun --nproc-per-node 4 examples/serve_context_coherent.py --out runs/serve --nodes 2
-    torchrun --nproc-per-node 8 examples/serve_context_coherent.py --out runs/serve --model CHECKPOINT --text prompts.txt
+    torchrun --nproc-per-node 8 examples/serve_context_coherent.py --out runs/serve --model CHECKPOINT --text
+    prompts.txt
 
-Without --model a small Qwen3-MoE with random weights serves, with random prompts. Routing of the prompts is recorded, a plan
-solved for tokens that stay (`context_coherent`), and the same prompts are continued three times: with experts in index order
-and with the plan, tokens going and coming back, and with the plan and tokens that stay. All must give the same tokens. The
-table says how fast each was and what it sent; what is gathered are keys and values of new tokens, to all ranks.
+Without --model a small Qwen3-MoE with random weights serves, with random prompts. Routing of the prompts is recorded, a
+plan solved for tokens that stay (`context_coherent`), and the same prompts are continued three times: with experts in
+index order and with the plan, tokens going and coming back, and with the plan and tokens that stay. All must give the
+same tokens. The table says how fast each was and what it sent; what is gathered are keys and values of new tokens, to
+all ranks.
 """
 
 import argparse
@@ -181,7 +184,8 @@ def main() -> None:
     dist.all_gather(every, equal)
     if not rank:
         print(
-            "| experts and mode | tokens/s | all-to-alls a layer | kB a token: dispatch | combine | gather | between nodes |"
+            "| experts and mode | tokens/s | all-to-alls a layer | kB a token: dispatch | combine | gather | between "
+            "nodes |"
         )
         print("|---|---|---|---|---|---|---|")
         for name, one in served.items():

@@ -1,11 +1,13 @@
-"""Train a small mixture of experts with its experts spread over ranks, and let moeplace keep their places right meanwhile.
+"""Train a small mixture of experts with its experts spread over ranks, and let moeplace keep their places right
+meanwhile.
 
     torchrun --nproc-per-node 2 examples/train_expert_parallel.py --out runs/parallel
     torchrun --nproc-per-node 8 examples/train_expert_parallel.py --out runs/parallel --topology h100-hgx
 
-The model and text are those of train_moe.py. Experts start in index order; every `--every` steps some steps are recorded, a
-process beside training solves for a better plan on them, and if it pays for its migration, experts and their optimizer state
-move between two steps. What is special about it is marked `moeplace`; the rest is an ordinary DistributedDataParallel script.
+The model and text are those of train_moe.py. Experts start in index order; every `--every` steps some steps are
+recorded, a process beside training solves for a better plan on them, and if it pays for its migration, experts and
+their optimizer state move between two steps. What is special about it is marked `moeplace`; the rest is an ordinary
+DistributedDataParallel script.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Train a small OLMoE-style mixture of experts on text of several domains, then record where its router sends held-out text.
+"""Train a small OLMoE-style mixture of experts on text of several domains, then record where its router sends held-out
+text.
 
     python examples/train_moe.py --out runs/small                                   # text that every machine has
     python examples/train_moe.py --out runs/mine --text wiki.txt code.txt stdlib    # own files, one domain each
@@ -6,7 +7,8 @@
 
 An ordinary training script: moeplace takes the three lines marked `moeplace` in `record_held_out`. They stand after
 training because early routing misleads: it still moves while the experts specialise. The `churn` in the progress lines
-says how much: the share of a fixed probe batch's tokens, averaged over layers, whose expert set changed since the last one.
+says how much: the share of a fixed probe batch's tokens, averaged over layers, whose expert set changed since the last
+one.
 
 About 40 minutes on two idle CPU cores. On a busy machine set OMP_NUM_THREADS=1: two threads that wait for each other
 and for other processes were seen to fall from 3,000 to 500 tokens/s, where one thread kept 800 to 1,600.

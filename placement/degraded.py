@@ -242,7 +242,8 @@ def _most_loaded(row: IntArray, slot_device: IntArray, load: FloatArray, slot: i
 
 
 def with_standbys(plan: Plan, device_slots: IntArray, failures: Sequence[Failure], load: FloatArray) -> Plan | None:
-    """The plan with further slots, so that every expert keeps a replica in each failure; none is empty, step times stay.
+    """The plan with further slots, so that every expert keeps a replica in each failure; none is empty, step times
+    stay.
 
     Args:
         plan: whose replicas keep their slots and shares.

@@ -79,7 +79,8 @@ class Evaluation(Displayed):
         share = {
             name: f"{value:.1%}" for name, value in figures.items() if name.startswith(("cross", "local", "node_local"))
         }
-        title = f"{ms['step_seconds_mean']} ms a step, {plural(len(self.tokens), 'step')}, {self.tokens.mean():.4g} tokens each"
+        steps = plural(len(self.tokens), "step")
+        title = f"{ms['step_seconds_mean']} ms a step, {steps}, {self.tokens.mean():.4g} tokens each"
         return title, {
             "step ms": f"mean {ms['step_seconds_mean']}, p50 {ms['step_seconds_p50']}, p95 {ms['step_seconds_p95']}, "
             f"p99 {ms['step_seconds_p99']}",
@@ -87,7 +88,8 @@ class Evaluation(Displayed):
             "device load": f"max/mean {figures['load_max_mean']:.3f}, p99 {figures['load_max_mean_p99']:.3f}",
             "a token needs": f"{figures['devices_per_token']:.2f} devices, {figures['nodes_per_token']:.2f} nodes",
             "copies leave": f"their device {share['cross_device_fraction']}, their node {share['cross_node_fraction']}",
-            "transitions": f"stay on a device {share['local_transitions']}, in a node {share['node_local_transitions']}",
+            "transitions": f"stay on a device {share['local_transitions']}, "
+            f"in a node {share['node_local_transitions']}",
             "busiest links": f"{data_size(figures['device_bytes_max'])} a device and step, "
             f"{data_size(figures['node_bytes_max'])} a node and step",
             "weights": f"{data_size(figures['device_memory_max'])} on the fullest device",

@@ -81,7 +81,8 @@ class ModelSpec(Record):
 
     @property
     def names_layers(self) -> bool:
-        """Whether moe_layers was given. Where not, they are a guess that gives way to the layers of recorded routing."""
+        """Whether moe_layers was given. Where not, they are a guess that gives way to the layers of recorded
+        routing."""
         return "moe_layers" in self.model_fields_set
 
     def of_routing(self, experts: int, moe_layers: tuple[int, ...], top_k: int | None = None) -> ModelSpec:
@@ -198,8 +199,8 @@ def _spec_fields(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _moe_layers(fields: Mapping[str, Any], hidden_layers: int, origin: str) -> tuple[int, ...]:
-    """Absolute indices of the layers that hold experts: DeepSeek's dense head, Qwen's sparse step and dense list, a 0 or 1
-    for each layer (MiMo-V2, MiniMax-M3), or a word for each."""
+    """Absolute indices of the layers that hold experts: DeepSeek's dense head, Qwen's sparse step and dense list, a 0
+    or 1 for each layer (MiMo-V2, MiniMax-M3), or a word for each."""
     listed = fields.get("mlp_only_layers") or ()
     if not isinstance(listed, list | tuple) or not all(type(layer) is int for layer in listed):
         raise _not_understood(fields, "mlp_only_layers", origin, "a list of layer numbers")

@@ -77,8 +77,8 @@ class Plan(Displayed):
     """An immutable placement of `model` on `topology`.
 
     physical_to_logical: [L, P] expert in each slot, `EMPTY` in those that a layer does without. slot_device: [P] device
-    owning each slot, non-decreasing. shares: [L, P] fraction of its expert's tokens each slot serves, 0 in an empty one;
-    equal among replicas when left out.
+    owning each slot, non-decreasing. shares: [L, P] fraction of its expert's tokens each slot serves, 0 in an empty
+    one; equal among replicas when left out.
 
     Example:
         >>> import numpy as np, moeplace as mp

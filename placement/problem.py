@@ -27,16 +27,16 @@ from .trace import RoutingTrace
 class Problem(Displayed):
     """Place the experts of `model` on the devices of `topology`, given `statistics`, to minimise `objective`.
 
-    `Problem(trace, topology)` is enough where the recording knows its model; statistics that do are as good. Where it is
-    not known, say it: `Problem(trace, topology, model=spec)`, or all three, `Problem(spec, topology, statistics)`.
+    `Problem(trace, topology)` is enough where the recording knows its model; statistics that do are as good. Where it
+    is not known, say it: `Problem(trace, topology, model=spec)`, or all three, `Problem(spec, topology, statistics)`.
 
     slots: P, physical slots a layer (default: one an expert), dealt evenly; the first P mod G devices get one more. Or
     [L] numbers, one a layer: the slot table is then as wide as the largest, and layers with fewer leave slots empty.
     device_slots: [G] slots of each device instead, when they are to differ, or [L, G] where layers differ too.
     pinned: (layer, expert) -> device that must hold it. forbidden: (layer, expert) -> devices that must not. Layers
     count MoE layers from 0.
-    current: the plan in force, where a solver may start. max_moved_bytes: most bytes of expert weights that may travel to
-    get from it to the answer, an expert counting once for every device that does not hold it yet.
+    current: the plan in force, where a solver may start. max_moved_bytes: most bytes of expert weights that may travel
+    to get from it to the answer, an expert counting once for every device that does not hold it yet.
     tolerates: failures (see `single_failures`) in each of which every expert of every layer must keep a replica.
 
     Example:
@@ -148,7 +148,8 @@ class Problem(Displayed):
         for device in np.flatnonzero(needed > self.topology.memory):
             raise InputError(
                 f"device {device} would hold {needed[device] / 1e9:.1f} GB of experts in its "
-                f"{spanned(self.layer_slots[:, device])} slots a layer, its memory is {self.topology.memory[device] / 1e9:.1f} GB; "
+                f"{spanned(self.layer_slots[:, device])} slots a layer, its memory is "
+                f"{self.topology.memory[device] / 1e9:.1f} GB; "
                 "use fewer slots, more devices, or a smaller expert_dtype"
             )
 
@@ -177,7 +178,8 @@ class Problem(Displayed):
                 )
             if current.topology.num_devices != self.num_devices:
                 raise InputError(
-                    f"Problem.current is for {current.topology.num_devices} devices, the topology has {self.num_devices}"
+                    f"Problem.current is for {current.topology.num_devices} devices, the topology has "
+                    f"{self.num_devices}"
                 )
         if limit is not None:
             if current is None:
@@ -246,7 +248,8 @@ class Problem(Displayed):
         return in_table(rows, self.own_slots)
 
     def slot_shares(self, rows: Sequence[IntArray], shares: Sequence[FloatArray]) -> FloatArray:
-        """[L, P] shares of the table's slots: a layer's own slots hold `rows` [P_l] and devices serve `shares` [E, G]."""
+        """[L, P] shares of the table's slots: a layer's own slots hold `rows` [P_l] and devices serve `shares` [E,
+        G]."""
         own = [
             share[row, self.layer_slot_device(layer)]
             for layer, (row, share) in enumerate(zip(rows, shares, strict=True))

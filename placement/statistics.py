@@ -56,9 +56,9 @@ def with_tokens(load: FloatArray) -> BoolArray:
 class LoadWindows:
     """Loads [L, E] of each window: window i of a workload holds the i-th span of `window_tokens` tokens of every rank.
 
-    When there are more than 256 windows (or more than one each, for more workloads than that), neighbours are joined and
-    `window_tokens` doubles. Spans are numbered from the start of their stream, so the windows depend neither on how the
-    stream was cut into blocks nor on how many accumulators counted parts of it.
+    When there are more than 256 windows (or more than one each, for more workloads than that), neighbours are joined
+    and `window_tokens` doubles. Spans are numbered from the start of their stream, so the windows depend neither on how
+    the stream was cut into blocks nor on how many accumulators counted parts of it.
 
     preceding: tokens of each stream that come before the first block added here.
     """
@@ -140,12 +140,13 @@ HashArray = npt.NDArray[np.uint64]
 
 
 class TokenSample:
-    """Keeps at most `limit` tokens: whole sequences, and of sequences longer than 4,096 tokens whole spans of that many.
+    """Keeps at most `limit` tokens: whole sequences, and of sequences longer than 4,096 tokens whole spans of that
+    many.
 
-    Every (sequence, span) has a hash; kept are those of the smallest hashes whose tokens together stay within the limit.
-    What lies past that cut now lies past it for good, so it can be dropped while tokens still arrive, and the result is
-    the same however the tokens are cut into blocks or shared between accumulators. Gate weights and steps are not kept:
-    a part of a step is not a step.
+    Every (sequence, span) has a hash; kept are those of the smallest hashes whose tokens together stay within the
+    limit. What lies past that cut now lies past it for good, so it can be dropped while tokens still arrive, and the
+    result is the same however the tokens are cut into blocks or shared between accumulators. Gate weights and steps are
+    not kept: a part of a step is not a step.
     """
 
     def __init__(self, limit: int) -> None:
@@ -367,8 +368,8 @@ class RoutingStatistics(Displayed):
                 need not be told.
 
         Raises:
-            InputError: shapes that disagree, negative or non-finite counts, no counts at all (the workload is named), or
-                a model of another shape.
+            InputError: shapes that disagree, negative or non-finite counts, no counts at all (the workload is named),
+                or a model of another shape.
         """
         named = dict(counts) if isinstance(counts, Mapping) else {"": counts}
         if not named:
@@ -437,9 +438,9 @@ Counts = npt.NDArray[np.integer[Any]]
 class StatisticsAccumulator:
     """Adds up blocks of a trace into `RoutingStatistics`; parts may be counted apart and merged.
 
-    Totals, windows, sample and fingerprint do not depend on the sizes of the blocks, nor on how many accumulators shared
-    the work, as long as each is told in `preceding` how many tokens of each (rank, workload) come before its first
-    block. Memory is that of the result: the pair tables of each workload, 256 windows, and the sample.
+    Totals, windows, sample and fingerprint do not depend on the sizes of the blocks, nor on how many accumulators
+    shared the work, as long as each is told in `preceding` how many tokens of each (rank, workload) come before its
+    first block. Memory is that of the result: the pair tables of each workload, 256 windows, and the sample.
 
     Raises:
         InputError: tables of this many experts, layers and workloads would not fit in memory.
@@ -507,8 +508,8 @@ class StatisticsAccumulator:
     def finish(self) -> RoutingStatistics:
         """The statistics of all tokens so far. Only workloads that have tokens are named, in order of their names.
 
-        The fingerprint is SHA-256 over the exact counts (tokens, loads, pairs of each workload), so that the same tokens
-        give the same one in whatever blocks, order or number of workers they were counted.
+        The fingerprint is SHA-256 over the exact counts (tokens, loads, pairs of each workload), so that the same
+        tokens give the same one in whatever blocks, order or number of workers they were counted.
 
         Raises:
             InputError: no token was counted.
@@ -551,9 +552,9 @@ class StatisticsAccumulator:
             entries = (len(self._pairs) + 1) * (2 * len(self._layers) - 1) * self._experts**2
             if entries > PAIR_TABLE_LIMIT:
                 raise InputError(
-                    f"co-activation and transitions of {len(self._layers)} layers, {self._experts} experts and more than "
-                    f"{len(self._pairs)} workloads need {entries * 8 / 1e9:.1f} GB; give fewer workload tags, or record "
-                    "counts only"
+                    f"co-activation and transitions of {len(self._layers)} layers, {self._experts} experts and more "
+                    f"than {len(self._pairs)} workloads need {entries * 8 / 1e9:.1f} GB; give fewer workload tags, or "
+                    "record counts only"
                 )
             self._pairs[workload] = _PairCounts(len(self._layers), self._experts, self._top_k)
         return self._pairs[workload]
@@ -596,8 +597,8 @@ class _PairCounts:
     def count(self) -> None:
         """Counts the waiting tokens: one histogram over E*E bins a table and layer.
 
-        Index rows run along tokens, which lets numpy add whole vectors: on 256 experts, top-8, half the time of a sparse
-        matrix product or of the same with index rows of k experts.
+        Index rows run along tokens, which lets numpy add whole vectors: on 256 experts, top-8, half the time of a
+        sparse matrix product or of the same with index rows of k experts.
         """
         if not self._waiting_tokens:
             return

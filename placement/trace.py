@@ -91,7 +91,8 @@ def id_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RoutingTrace(Displayed):
-    """Routing of T tokens through L MoE layers, k experts each. Build it with `from_arrays`, which validates, or read it.
+    """Routing of T tokens through L MoE layers, k experts each. Build it with `from_arrays`, which validates, or read
+    it.
 
     expert_ids: [T, L, k] logical expert ids, the highest gate weight first. gate_weights: [T, L, k] float16, or None.
     sequence, position: [T] which sequence a token belongs to and where in it. workload: [T] index into `workloads`.
@@ -120,7 +121,8 @@ class RoutingTrace(Displayed):
     model: ModelSpec | None = None
 
     def _summary(self) -> tuple[str, dict[str, str]]:
-        title = f"{plural(self.num_tokens, 'token')}, {self.num_layers} layers, {self.num_experts} experts, top-{self.top_k}"
+        tokens = plural(self.num_tokens, "token")
+        title = f"{tokens}, {self.num_layers} layers, {self.num_experts} experts, top-{self.top_k}"
         recorded = [name for name in ("gate_weights", "step", "source") if getattr(self, name) is not None]
         return title, {
             "model": "not recorded" if self.model is None else self.model.title,
@@ -170,14 +172,15 @@ class RoutingTrace(Displayed):
         """Validates arrays and puts each token's experts in order of gate weight, highest first.
 
         Args:
-            expert_ids: [T, L, k], or [T, L] for top-1. Without gate_weights their order is taken as that of the weights.
+            expert_ids: [T, L, k], or [T, L] for top-1. Without gate_weights their order is taken as that of the
+                weights.
             num_experts: E, experts a layer.
             gate_weights: [T, L, k], or [T, L] for top-1.
             sequence: [T] which sequence a token belongs to (default: one sequence).
             position: [T] where in it (default: the order within each sequence).
             workload: [T] tags (strings, or anything that prints).
-            step: [T] forward call. source: [T] rank. moe_layers: [L] absolute layer indices (default: the model's, where
-                one is given, else 0..L-1).
+            step: [T] forward call. source: [T] rank. moe_layers: [L] absolute layer indices (default: the model's,
+                where one is given, else 0..L-1).
             model: what was recorded, so that `Problem` need not be told.
 
         Raises:
@@ -208,7 +211,8 @@ class RoutingTrace(Displayed):
             if not np.isfinite(gates).all():
                 token, layer, _ = (int(i) for i in np.argwhere(~np.isfinite(gates))[0])
                 raise InputError(
-                    f"gate_weights of token {token} in model layer {layer_names[layer]} are {gates[token, layer].tolist()}; "
+                    f"gate_weights of token {token} in model layer {layer_names[layer]} are "
+                    f"{gates[token, layer].tolist()}; "
                     "they must be finite and fit float16"
                 )
             if np.any(gates[:, :, 1:] > gates[:, :, :-1]):

@@ -1,8 +1,8 @@
 """Requests sent to a running vLLM or SGLang, and the routing that comes back with the answers.
 
-vLLM started with --enable-return-routed-experts puts `routed_experts` into every choice (vllm/entrypoints/openai, 0.33);
-SGLang started with the same option does so for requests with `return_routed_experts`: in `meta_info` of /generate, in `sglext`
-of the OpenAI endpoints (sglang/srt/managers/tokenizer_manager.py, entrypoints/openai, 0.5.23).
+vLLM started with --enable-return-routed-experts puts `routed_experts` into every choice (vllm/entrypoints/openai,
+0.33); SGLang started with the same option does so for requests with `return_routed_experts`: in `meta_info` of
+/generate, in `sglext` of the OpenAI endpoints (sglang/srt/managers/tokenizer_manager.py, entrypoints/openai, 0.5.23).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _CONNECTIONS = Connections()
 
 @dataclass(frozen=True)
 class EngineServer:
-    """Where an engine answers. key: sent as a bearer token. timeout: seconds to wait for an answer. quote: whether errors
-    quote what was answered; not where others than those who named the address read them.
+    """Where an engine answers. key: sent as a bearer token. timeout: seconds to wait for an answer. quote: whether
+    errors quote what was answered; not where others than those who named the address read them.
 
     Redirects are not followed: they would lead the key elsewhere.
     """
@@ -64,7 +64,8 @@ class EngineServer:
         except UnansweredError as error:
             if error.timed_out:
                 raise AnswerError(
-                    f"{method} {url}: no answer in {self.timeout:g} s; the server is stuck or busy, or needs a longer timeout"
+                    f"{method} {url}: no answer in {self.timeout:g} s; the server is stuck or busy, or needs a longer "
+                    "timeout"
                 ) from None
             raise AnswerError(
                 f"{method} {url}: {error}; is the engine running there, and reachable from here?"
@@ -139,7 +140,8 @@ class SGLangRecording:
 
 
 def recorder_folder(folder: str | Path | None = None) -> Path:
-    """Where the server writes, as far as this machine can know: the folder given, or SGLang's variable, or its default."""
+    """Where the server writes, as far as this machine can know: the folder given, or SGLang's variable, or its
+    default."""
     return Path(folder or os.environ.get(FOLDER_VARIABLE) or "/tmp")
 
 
@@ -159,8 +161,8 @@ def record_sglang(
     An interrupted recording is stopped on the server.
 
     Raises:
-        InputError: no such folder. EngineError: unreachable, no SGLang, its recorder is off or in another mode, or no file
-            came; says what to do. FileFormatError: the files hold no record, as when nothing was served meanwhile.
+        InputError: no such folder. EngineError: unreachable, no SGLang, its recorder is off or in another mode, or no
+            file came; says what to do. FileFormatError: the files hold no record, as when nothing was served meanwhile.
     """
     if not folder.is_dir():
         raise InputError(
@@ -180,8 +182,8 @@ def record_sglang(
     notes = []
     if info.get("enable_eplb"):
         notes.append(
-            "the server rebalances experts (--enable-eplb): each rebalance empties the recorder, and ids before it are mapped by "
-            "the map after it; record without"
+            "the server rebalances experts (--enable-eplb): each rebalance empties the recorder, and ids before it are "
+            "mapped by the map after it; record without"
         )
     return SGLangRecording(read_sglang_files(files, folder), mode, tuple(files), tuple(notes))
 
@@ -214,7 +216,8 @@ def _mode(server: EngineServer, info: dict[str, Any], wanted: str | None) -> str
     choice = "per_token" if wanted == "tokens" else "stat"
     if mode is None:
         raise EngineError(
-            f"{server.url}: SGLang's recorder is off; start the server with --expert-distribution-recorder-mode {choice}"
+            f"{server.url}: SGLang's recorder is off; start the server with --expert-distribution-recorder-mode "
+            f"{choice}"
         )
     if mode not in MODES:
         raise EngineError(f"{server.url}: records in mode {mode!r}, known are {', '.join(MODES)}")
@@ -263,8 +266,8 @@ def _new_files(folder: Path, before: set[Path], wanted: int, patience: float) ->
         time.sleep(0.05)
     found = f"{len(whole)} whole files of {wanted}" if files else "no file"
     raise EngineError(
-        f"{folder}: {found} came in {patience:g} s after the dump; set the server's {FOLDER_VARIABLE} to a folder that all of its "
-        "nodes and this machine share, and name it"
+        f"{folder}: {found} came in {patience:g} s after the dump; set the server's {FOLDER_VARIABLE} to a folder that "
+        "all of its nodes and this machine share, and name it"
     )
 
 

@@ -117,7 +117,8 @@ def _announced_rows(body: bytes) -> int:
             length, compressed = _batch_header(header)
             if compressed or b"ARROW:experimental_compression" in header:
                 raise InputError(
-                    "body: its buffers are compressed; write the Arrow stream without (IpcWriteOptions(compression=None))"
+                    "body: its buffers are compressed; write the Arrow stream without "
+                    "(IpcWriteOptions(compression=None))"
                 )
             rows += length if message.type == "record batch" else 0
 

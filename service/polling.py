@@ -148,8 +148,8 @@ def window_of(counted: RoutingStatistics, model: ModelSpec, source: str) -> Coun
     unknown = sorted(set(counted.moe_layers) - set(model.moe_layers))
     if counted.experts != model.experts or unknown:
         raise InputError(
-            f"the engine counts {counted.experts} experts in layers {list(counted.moe_layers)}; the deployment's model has "
-            f"{model.experts} in {list(model.moe_layers)}"
+            f"the engine counts {counted.experts} experts in layers {list(counted.moe_layers)}; the deployment's model "
+            f"has {model.experts} in {list(model.moe_layers)}"
         )
     load = np.zeros((model.layers, model.experts), dtype=np.int64)
     load[[model.moe_layers.index(layer) for layer in counted.moe_layers]] = np.rint(counted.total_load)

@@ -133,8 +133,9 @@ class Solver(Protocol):
     """A placement strategy. Instances are stateless; options are keyword arguments of `solve`, with type hints.
 
     `solve(problem: Problem, budget: Budget, *, <options>) -> Solution` raises SolveError when no placement was found
-    within the budget, and UnsupportedError for an option or a size it cannot serve. Any object with these four attributes
-    goes to `moeplace.solve(problem, solver)`; a package makes one known by name with an entry point "moeplace.solvers".
+    within the budget, and UnsupportedError for an option or a size it cannot serve. Any object with these four
+    attributes goes to `moeplace.solve(problem, solver)`; a package makes one known by name with an entry point
+    "moeplace.solvers".
 
     Example:
         >>> import numpy as np, moeplace as mp

@@ -29,7 +29,8 @@ class Contiguous:
 class RoundRobin:
     """Expert e on device e mod G, a full device being passed over; spare slots go to experts 0, 1, ... in turn.
 
-    vLLM's `round_robin` placement strategy. A spare slot takes the next expert its device does not hold yet, since a second copy there would serve nothing.
+    vLLM's `round_robin` placement strategy. A spare slot takes the next expert its device does not hold yet, since a
+    second copy there would serve nothing.
     """
 
     name = "round_robin"

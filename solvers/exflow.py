@@ -1,7 +1,7 @@
 """ExFlow: place experts by an integer program so that tokens change device between layers as seldom as possible.
 
-From top to bottom: the solver; the program it states, in two forms; the order in which it divides devices; a quick good placement
-to begin from; and a bound that needs no search.
+From top to bottom: the solver; the program it states, in two forms; the order in which it divides devices; a quick good
+placement to begin from; and a bound that needs no search.
 """
 
 from __future__ import annotations
@@ -60,19 +60,20 @@ class Exflow:
 
         Args:
             problem, budget: As of every solver.
-            backend: A name of `mip.BACKENDS`. "portfolio" shares the time between CP-SAT, for plans, and HiGHS, for bounds.
-            form: "direct" divides all devices at once; "staged" nodes first, then the devices of each node, so that the slow
-                links count most; "bisect" in halves.
-            warm_start: Begin from assignment sweeps, so that there is always a plan and never a worse one, nor one worse
-                than `Problem.current`; False is the program alone.
+            backend: A name of `mip.BACKENDS`. "portfolio" shares the time between CP-SAT, for plans, and HiGHS, for
+                bounds.
+            form: "direct" divides all devices at once; "staged" nodes first, then the devices of each node, so that the
+                slow links count most; "bisect" in halves.
+            warm_start: Begin from assignment sweeps, so that there is always a plan and never a worse one, nor one
+                worse than `Problem.current`; False is the program alone.
 
         Returns:
             The plan, with a certificate of the share of transitions that cross devices.
 
-        The bound holds for any placement, whatever the form: the best of a transportation bound (`local_weight_bound`), a
-        semidefinite one (`kept_at_most`) and what the backend proved of the first program, since what crosses between groups of
-        devices crosses between devices. Later programs only see what earlier ones left together; their bounds prove
-        nothing about the whole and are not used. So only a form of one program can prove its plan optimal.
+        The bound holds for any placement, whatever the form: the best of a transportation bound (`local_weight_bound`),
+        a semidefinite one (`kept_at_most`) and what the backend proved of the first program, since what crosses between
+        groups of devices crosses between devices. Later programs only see what earlier ones left together; their bounds
+        prove nothing about the whole and are not used. So only a form of one program can prove its plan optimal.
 
         Raises:
             InputError: unknown backend or form. UnsupportedError: no transitions, or too large a program.
@@ -104,7 +105,8 @@ class Exflow:
 
 
 def _current_devices(problem: Problem) -> IntArray | None:
-    """[L, E] device of each expert in the plan in force, or None where there is none with these slots and one of each."""
+    """[L, E] device of each expert in the plan in force, or None where there is none with these slots and one of
+    each."""
     current = problem.current
     if current is None or not np.array_equal(current.slots_per_device, problem.layer_slots):
         return None
@@ -112,7 +114,8 @@ def _current_devices(problem: Problem) -> IntArray | None:
 
 
 def _semidefinite_bound(transitions: FloatArray, slots: IntArray, budget: Budget) -> float:
-    """Most weight kept, in a fifth of the time left, or without a limit in a number of iterations that brings most of it."""
+    """Most weight kept, in a fifth of the time left, or without a limit in a number of iterations that brings most of
+    it."""
     # Compiled kernels: loading them takes a second, which importing the package must not.
     from .certify.transitions import kept_at_most
 
@@ -248,7 +251,8 @@ class ExflowProgram:
         slots: [G].
         unit: See above.
         x: [L, n, U] numbers of the variables that say which of the U devices with slots an expert is on.
-        z: [pairs, U] those that say that both experts of a pair are on a device, or [pairs, 1] that they are on the same one.
+        z: [pairs, U] those that say that both experts of a pair are on a device, or [pairs, 1] that they are on the
+            same one.
         pairs: [pairs, 3] layer, expert and successor of each.
         break_layer, break_order: The layer whose experts name interchangeable devices, in that order.
     """
@@ -346,8 +350,8 @@ def together_program(transitions: FloatArray, slots: IntArray) -> ExflowProgram:
 
     z[l,i,j] + x[l,i,g] - x[l+1,j,g] <= 1 and the other way round: experts together are on the same device. Sums of z by
     expert are at most max(slots): with these rows CP-SAT's bound on 16 experts and 4 devices rose from 0.20 to 0.32 of
-    all transitions in 30 s, and its plans got better. It has a G-th of the other's variables and a weaker relaxation. The
-    objective counts transitions, whole numbers where the transitions are.
+    all transitions in 30 s, and its plans got better. It has a G-th of the other's variables and a weaker relaxation.
+    The objective counts transitions, whole numbers where the transitions are.
     """
     builder, x, pairs = _placements(transitions, slots, "exflow, one variable a pair")
     layer, i, j = pairs.T

@@ -1,7 +1,7 @@
 """MoETuner: even clusters of experts first, then the clusters to devices so that no device pair's traffic sticks out.
 
-From top to bottom: the solver; its first program, a layer's experts in clusters of even load; its second, which cluster of each
-layer goes to which device, by an integer program or by the cheapest path through all permutations.
+From top to bottom: the solver; its first program, a layer's experts in clusters of even load; its second, which cluster
+of each layer goes to which device, by an integer program or by the cheapest path through all permutations.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from .mip import Program, ProgramBuilder, check_backend, solve_program
 from .symmetry import forbidden_names, renaming
 
 SCALE = 1e6
-"""Size of both programs' objectives, so that solver tolerances are small beside them: a layer's load in the first, every layer's
-largest flow over the slowest link in the second."""
+"""Size of both programs' objectives, so that solver tolerances are small beside them: a layer's load in the first,
+every layer's largest flow over the slowest link in the second."""
 METHODS = ("auto", "ilp", "chain")
 CHAIN_AUTO = 720
 CHAIN_LIMIT = 5040
-"""Permutations of a layer's clusters up to which the chain is taken unasked, and at all (7 devices: seconds a layer)."""
+"""Permutations of a layer's clusters up to which the chain is taken unasked, and at all (7 devices: seconds a
+layer)."""
 MAX_LINKS = 1_000_000
 """Link variables beyond which the second program takes more than 2 GB."""
 
@@ -61,7 +62,8 @@ class MoeTuner:
         Args:
             problem, budget: As of every solver. The first program gets half of the time limit.
             backend: A name of `mip.BACKENDS`.
-            tolerance: Relative gap at which each program may stop, the paper's by default (see `cluster_layer` for the first).
+            tolerance: Relative gap at which each program may stop, the paper's by default (see `cluster_layer` for the
+                first).
             program2: "ilp", "chain" (exact, few devices) or "auto".
             warm_start: Begin from greedy solutions, so that there is always a plan.
 
@@ -448,8 +450,8 @@ class MappingProgram:
         unit: See above.
         on: [L, G, G] numbers of the variables that say that a cluster is on a device; -1 where it may not be.
         longest: [L-1] those of each layer's longest transfer.
-        links: [links, 4] layer, cluster, successor and device of each link variable; near: [links, G] where the successor
-            then is.
+        links: [links, 4] layer, cluster, successor and device of each link variable; near: [links, G] where the
+            successor then is.
         link: [links] their numbers.
     """
 
@@ -488,8 +490,8 @@ class MappingProgram:
 def mapping_program(
     traffic: FloatArray, cost: FloatArray, allowed: BoolArray, floors: FloatArray, nodes: IntArray | None
 ) -> MappingProgram:
-    """The program for traffic [L-1, G, G] (not all zero), seconds a byte [G, G], where clusters may stand [G, G], a lower
-    bound of each layer's largest transfer [L-1], and nodes (see `MappingTask`).
+    """The program for traffic [L-1, G, G] (not all zero), seconds a byte [G, G], where clusters may stand [G, G], a
+    lower bound of each layer's largest transfer [L-1], and nodes (see `MappingTask`).
 
     b[l,c,d]: cluster c of layer l is on device d. M[l]: the longest transfer between two devices after layer l.
 
@@ -561,9 +563,9 @@ def _check_size(traffic: FloatArray, cost: FloatArray, floors: FloatArray) -> No
         count += int((heavy[:, None] * speeds[None, :] > floor).sum())
     if count > MAX_LINKS:
         raise UnsupportedError(
-            f"MoETuner's second program for {len(cost)} devices and {len(traffic) + 1} layers would have {count:,} link "
-            f"variables (limit {MAX_LINKS:,}): too large for an integer program; place on fewer devices, or use the "
-            "search solver"
+            f"MoETuner's second program for {len(cost)} devices and {len(traffic) + 1} layers would have {count:,} "
+            f"link variables (limit {MAX_LINKS:,}): too large for an integer program; place on fewer devices, or use "
+            "the search solver"
         )
 
 
@@ -581,7 +583,8 @@ def _add_links(
     """Adds the link variables y between a layer and the next, with their rows.
 
     Returns:
-        Layer, cluster, successor and device of each y [links, 4]; where the successor then is [links, G]; numbers [links].
+        Layer, cluster, successor and device of each y [links, 4]; where the successor then is [links, G]; numbers
+        [links].
     """
     devices = len(cost)
     # [F, D]: every flow that may matter, from each device its cluster may be on.

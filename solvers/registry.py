@@ -1,4 +1,5 @@
-"""Every solver, in the order comparisons print them. A new one is a file and a line here, or an entry point elsewhere."""
+"""Every solver, in the order comparisons print them. A new one is a file and a line here, or an entry point
+elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The best shares of replicas for a fixed placement: a linear program a layer, whose prices name the devices in the way.
+"""The best shares of replicas for a fixed placement: a linear program a layer, whose prices name the devices in the
+way.
 
 A device's arithmetic is linear in the shares it serves, so the least mean time of the slowest device over steps is a
 linear program, solved exactly. Reading of weights is concave in shares and enters by its tangent at the shares given;
@@ -39,7 +40,8 @@ class LayerShares:
 
 @dataclass(frozen=True, eq=False)
 class OptimalShares:
-    """plan: the given one with better shares, or as it was. price: [L, G] bottleneck prices at the program's optimum."""
+    """plan: the given one with better shares, or as it was. price: [L, G] bottleneck prices at the program's
+    optimum."""
 
     plan: Plan
     price: FloatArray

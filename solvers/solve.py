@@ -32,8 +32,8 @@ CHAIN_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Choice:
-    """A solver, the options it is to run with, and a sentence saying why it. otherwise: what is to run when it has no plan
-    after half of the time."""
+    """A solver, the options it is to run with, and a sentence saying why it. otherwise: what is to run when it has no
+    plan after half of the time."""
 
     solver: Solver
     options: dict[str, Any]
@@ -107,8 +107,8 @@ def solve(
     Args:
         problem: what to place, and where.
         solver: a name of `solver_names()`; or options of one with their types (`SearchOptions(proposals=2000)`); or any
-            object that is a `Solver`. None takes chain where it proves the least mean step time within seconds, and search
-            elsewhere (`plan.provenance.choice` says which and why).
+            object that is a `Solver`. None takes chain where it proves the least mean step time within seconds, and
+            search elsewhere (`plan.provenance.choice` says which and why).
         seconds: wall-clock limit, by default none: the solver then does its own amount of work, and the same seed gives
             the same plan. Kernels that the first solve after installation compiles are not counted.
         seed: decides every random choice.

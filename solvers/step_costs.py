@@ -164,7 +164,8 @@ class StepCosts:
         return least + self._latency, state, name
 
     def _source_tables(self, ids: npt.NDArray[Any]) -> tuple[FloatArray, FloatArray]:
-        """Tokens that need a device or a node holding the set: [S, M], or [S, G, M] by source rank where that is known."""
+        """Tokens that need a device or a node holding the set: [S, M], or [S, G, M] by source rank where that is
+        known."""
         source, devices = self._steps.source, self._on_device.shape[1]
         if source is None:
             return (

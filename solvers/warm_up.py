@@ -21,7 +21,8 @@ from .solve import solve
 
 
 def tiny_problems() -> Iterator[Problem]:
-    """One of each kind that search has code of its own for: tokens, nearest replicas, context-coherent, counts alone."""
+    """One of each kind that search has code of its own for: tokens, nearest replicas, context-coherent, counts
+    alone."""
     model = ModelSpec(layers=2, experts=4, top_k=2, hidden_size=64, ffn_size=64)
     topology = Topology.preset("h100-hgx", nodes=2, devices_per_node=2)
     draws = np.random.default_rng(0).random((64, 2, 4))

@@ -1,4 +1,5 @@
-"""The example model's MoE layers in context-coherent execution, on recorded routing: one token of each of many sequences."""
+"""The example model's MoE layers in context-coherent execution, on recorded routing: one token of each of many
+sequences."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from moeplace.runtime.moe.mesh import ExpertMesh
 
 
 class CoherentLayers(nn.Module):
-    """An iteration of decoding without attention and head: tokens move from layer to layer, every rank is told where they
-    ended, and in each layer `context` values a token (its keys and values) go to all ranks beside the later layers."""
+    """An iteration of decoding without attention and head: tokens move from layer to layer, every rank is told where
+    they ended, and in each layer `context` values a token (its keys and values) go to all ranks beside the later
+    layers."""
 
     def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, context: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Emulated devices: expert work that takes the time of a device of set rates, on each rank by itself.
 
-Ranks that share a machine's cores finish sooner when others are idle, and later when they are not; devices of a cluster do
-neither. Here a rank computes for real, and then sleeps until a device with these rates would have finished. The rates leave
-cores free about half of the time, so that a rank's time depends on its own work alone.
+Ranks that share a machine's cores finish sooner when others are idle, and later when they are not; devices of a cluster
+do neither. Here a rank computes for real, and then sleeps until a device with these rates would have finished. The
+rates leave cores free about half of the time, so that a rank's time depends on its own work alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from moeplace.runtime.moe.expert_mlps import SwiGLU
 class Slowed:
     """SwiGLU experts of an emulated device, forward and backward.
 
-    pair: seconds of a token in an expert, forward. expert: seconds of an expert that has any token. Backward takes twice as long.
+    pair: seconds of a token in an expert, forward. expert: seconds of an expert that has any token. Backward takes
+    twice as long.
     """
 
     pair: float = 25e-6

@@ -1,12 +1,12 @@
 """Hosts that are network namespaces, on links of a set rate: a cluster for torchrun where there is one machine.
 
-A host is a network namespace with one interface, `eth0`, on a bridge that all hosts share. `tc tbf` holds what each host
-sends and what it receives to the rate; ranks of one host talk over its loopback device, unlimited.
+A host is a network namespace with one interface, `eth0`, on a bridge that all hosts share. `tc tbf` holds what each
+host sends and what it receives to the rate; ranks of one host talk over its loopback device, unlimited.
 
 Everything lives in namespaces of its own (network, processes, mounts) that hang on one process, which ends when a pipe
-from this process closes. So nothing is left behind whatever happens to this process, SIGKILL included: the kernel ends what
-runs on the hosts and takes the interfaces down. Nothing is made in the machine's own network, names cannot clash, no
-packet leaves, and any number of clusters can stand side by side. Without root, a user namespace is made as well.
+from this process closes. So nothing is left behind whatever happens to this process, SIGKILL included: the kernel ends
+what runs on the hosts and takes the interfaces down. Nothing is made in the machine's own network, names cannot clash,
+no packet leaves, and any number of clusters can stand side by side. Without root, a user namespace is made as well.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class HostError(RuntimeError):
 class Cluster:
     """A context: hosts that exist inside the block.
 
-    hosts: how many. ranks: torchrun's processes on each. rate: of a host's link to the others, each way, as `tc` takes it.
+    hosts: how many. ranks: torchrun's processes on each. rate: of a host's link to the others, each way, as `tc` takes
+    it.
 
     Raises, on entry:
         NamespacesUnavailableError: `ip`, `tc`, `unshare` or the kernel's leave is missing.

@@ -81,7 +81,8 @@ class Layers(nn.Module):
 
 
 class Passes:
-    """Steps of one plan on this rank's tokens. `coherent`: values a token of context to share, None for dispatch_combine."""
+    """Steps of one plan on this rank's tokens. `coherent`: values a token of context to share, None for
+    dispatch_combine."""
 
     def __init__(self, plan: mp.Plan, mesh: DeviceMesh, run: dict[str, Any], coherent: int | None) -> None:
         self.backward, self.coherent = run["pass"] == "forward and backward", coherent

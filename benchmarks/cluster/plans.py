@@ -24,7 +24,8 @@ PEERS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 CONTEXT = {"latent attention's context": 0.08, "grouped-query context": 0.25, "full attention's context": 2.0}
-"""Keys and values of a token in a layer over the hidden size: of DeepSeek-V3, of Qwen3-235B, and without sharing of heads."""
+"""Keys and values of a token in a layer over the hidden size: of DeepSeek-V3, of Qwen3-235B, and without sharing of
+heads."""
 
 
 def routing() -> tuple[mp.RoutingTrace, mp.RoutingTrace]:
@@ -80,8 +81,8 @@ def solved(
 def decoding(
     topology: mp.Topology, train: mp.RoutingTrace, tokens: int, seconds: float
 ) -> tuple[dict[str, mp.Plan], dict[str, int]]:
-    """Plans for decode steps in both modes, solved for flat dispatch, and the values of context a token and layer of those
-    that are coherent."""
+    """Plans for decode steps in both modes, solved for flat dispatch, and the values of context a token and layer of
+    those that are coherent."""
     options: dict[str, Any] = {"seconds": seconds, "seed": 0, "batch": "decode", "step_tokens": tokens}
     named: dict[str, mp.Plan] = {}
     coherent: dict[str, int] = {}
@@ -103,7 +104,8 @@ def decoding(
 
 
 def spread(problem: mp.Problem, best: mp.Plan) -> Iterator[tuple[str, mp.Plan]]:
-    """Plans that nobody would choose, from a little to very unbalanced, so that predictions have something to tell apart."""
+    """Plans that nobody would choose, from a little to very unbalanced, so that predictions have something to tell
+    apart."""
     for name in ("round_robin", "random"):
         yield name, mp.solve(problem, name, seed=0)
     for seed in (1, 2):

@@ -1,4 +1,5 @@
-"""Step times that are predicted for the runtime on a calibrated cluster: by the cost model alone, and event after event."""
+"""Step times that are predicted for the runtime on a calibrated cluster: by the cost model alone, and event after
+event."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ class Predictions:
         self._copy_seconds = {row["dispatch"]: DispatchTiming(**row).copy_seconds for row in calibration["dispatches"]}
 
     def of(self, plan: mp.Plan, steps: mp.Steps, dispatch: str, execution: str) -> dict[str, Any]:
-        """Of each step "seconds", by its timeline (the model's where tokens do not come back), and "model", by the cost model; and
-        means of the model's parts."""
+        """Of each step "seconds", by its timeline (the model's where tokens do not come back), and "model", by the cost
+        model; and means of the model's parts."""
         objective = plans.OBJECTIVE.replace(node_dedup=dispatch == "node_aware", execution=execution)
         judged = evaluate_on(plan, steps, plan.model, self.topology, objective)
         seconds = judged.step_seconds.tolist()

@@ -3,8 +3,8 @@
     python benchmarks/cluster/run.py --hosts 2 --ranks 2 --rate 200mbit -- script.py --its-own arguments
     python benchmarks/cluster/run.py --hosts 4 --ranks 1 -- -m package.module
 
-Needs Linux, iproute2 and util-linux; root, or the right to make user namespaces. Nothing is left behind, however it ends.
-Exit status: 0; 1 when a host's torchrun failed or time was up; 3 where namespaces are not allowed.
+Needs Linux, iproute2 and util-linux; root, or the right to make user namespaces. Nothing is left behind, however it
+ends. Exit status: 0; 1 when a host's torchrun failed or time was up; 3 where namespaces are not allowed.
 """
 
 from __future__ import annotations

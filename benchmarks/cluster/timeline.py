@@ -1,8 +1,8 @@
 """When ranks finish a step of MoE layers in dispatch_combine, event after event, as the runtime runs it.
 
 Where `mp.evaluate` adds up the longest of each part, here a rank returns its rows as soon as its own experts are done,
-while others still compute; node-aware dispatch takes its two hops one after the other; and replicas serve the tokens that the
-runtime has them serve. T tokens of a step, K experts a token, G ranks, N nodes.
+while others still compute; node-aware dispatch takes its two hops one after the other; and replicas serve the tokens
+that the runtime has them serve. T tokens of a step, K experts a token, G ranks, N nodes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class LayerDemand:
-    """One step of one layer. hit: [T, G] tokens that a rank serves. home: [T]. pairs, experts: [G] token-expert pairs of a rank,
-    and experts that have any."""
+    """One step of one layer. hit: [T, G] tokens that a rank serves. home: [T]. pairs, experts: [G] token-expert pairs
+    of a rank, and experts that have any."""
 
     hit: FloatArray
     home: IntArray

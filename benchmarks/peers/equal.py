@@ -1,4 +1,5 @@
-"""What partitioners leave undone: exactly as many experts a device as it has slots, and devices that suit neighbours."""
+"""What partitioners leave undone: exactly as many experts a device as it has slots, and devices that suit
+neighbours."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Mt-KaHyPar: a layer's experts are vertices, every token's set of experts a hyperedge, the cost its connectivity.
 
-That cost is the number of devices a token needs, less one: co-activation exactly, load not at all, or as vertex weights.
+That cost is the number of devices a token needs, less one: co-activation exactly, load not at all, or as vertex
+weights.
 """
 
 from __future__ import annotations

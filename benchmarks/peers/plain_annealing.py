@@ -1,4 +1,5 @@
-"""Plain annealing over pair swaps, one layer after the other: devices a token, plus a weight times load max/mean of a step."""
+"""Plain annealing over pair swaps, one layer after the other: devices a token, plus a weight times load max/mean of a
+step."""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ def build_report(
         title=model.name or "Expert placement",
         subtitle=f"{model.layers} MoE layers of {model.experts} experts, top-{model.top_k}, "
         f"on {topology.num_devices} devices in {nodes} ({topology.name}), "
-        f"{spanned(comparison.problem.layer_slots.sum(axis=1))} slots a layer, {comparison.problem.objective.execution}",
+        f"{spanned(comparison.problem.layer_slots.sum(axis=1))} slots a layer, "
+        f"{comparison.problem.objective.execution}",
         before=old.name,
         after=new.name,
         headlines=_headlines(comparison, old, new, kind),

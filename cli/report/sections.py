@@ -219,7 +219,8 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
         kept = [kept_share(transitions[layer], plan, layer) for plan in plans]
         choices.append(
             TraceChoice(
-                f"{names_of[layer]} to {names_of[layer + 1]} (kept on a device: {kept[0]:.0%} before, {kept[1]:.0%} after)",
+                f"{names_of[layer]} to {names_of[layer + 1]} (kept on a device: {kept[0]:.0%} before, {kept[1]:.0%} "
+                "after)",
                 tuple(range(first, len(traces))),
             )
         )
@@ -245,8 +246,8 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
     return make_figure(
         "affinity",
         "Expert affinity",
-        "Where an expert's tokens go in the next layer. Experts stand in the order of their devices, lines part devices: "
-        "what a plan keeps on a device stands out as blocks on the diagonal. "
+        "Where an expert's tokens go in the next layer. Experts stand in the order of their devices, lines part "
+        "devices: what a plan keeps on a device stands out as blocks on the diagonal. "
         f"Colours end at the 99.5th percentile ({top:.0f}%).",
         traces,
         layout,

@@ -1,4 +1,5 @@
-"""Run by Alembic, not imported: applies migrations on the connection, and in the transaction, `db/database.py` hands over."""
+"""Run by Alembic, not imported: applies migrations on the connection, and in the transaction, `db/database.py` hands
+over."""
 
 from alembic import context
 

@@ -4,8 +4,9 @@
     .venv/bin/python docs/figures/dashboard.py --db demo/moeplace.db --out shots
     .venv/bin/python docs/figures/dashboard.py --db demo/moeplace.db --docs
 
-It asks the service for a front and a what-if where there is none yet. --out writes each page in full, and its first window with
-something in focus; --docs those that the documentation shows. Needs Selenium, Chromium and its driver, and Pillow.
+It asks the service for a front and a what-if where there is none yet. --out writes each page in full, and its first
+window with something in focus; --docs those that the documentation shows. Needs Selenium, Chromium and its driver, and
+Pillow.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ class WorkTiming:
 class DispatchTiming:
     """The runtime's dispatch and combine, one after the other without experts, of tokens that choose devices evenly.
 
-    dispatch: "flat" or "node_aware". copies: rows that a rank sends there, those to itself included, all stages together.
-    seconds: until the last rank is done. links: of these, what the topology says of the rows, stage after stage.
+    dispatch: "flat" or "node_aware". copies: rows that a rank sends there, those to itself included, all stages
+    together. seconds: until the last rank is done. links: of these, what the topology says of the rows, stage after
+    stage.
     """
 
     dispatch: str

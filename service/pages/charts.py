@@ -186,7 +186,10 @@ def heat_map(
 
 
 def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
-    head = f'<svg class="chart" role="img" aria-label={quoteattr(title)} viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">'
+    head = (
+        f'<svg class="chart" role="img" aria-label={quoteattr(title)} viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'width="{width:.0f}" height="{height:.0f}">'
+    )
     return head + "".join(parts) + "</svg>"
 
 

@@ -1,9 +1,9 @@
 """Lower bounds over partitions of experts into sets, by a linear program whose columns are sets.
 
-Whatever set a given expert is in, a step takes at least what that set alone costs. With x[A] the chance that A is one of the
-sets, each figure k is thus at least the sum over sets A of expert i of x[A] cost[k, A], for every i. Sets are added as the program's
-prices ask for them (Gilmore and Gomory, Oper. Res. 9, 1961), prices being taken from an interior point, which spares most of the
-rounds (Gondzio, Gonzalez-Brevis and Munari, Eur. J. Oper. Res. 224, 2013).
+Whatever set a given expert is in, a step takes at least what that set alone costs. With x[A] the chance that A is one
+of the sets, each figure k is thus at least the sum over sets A of expert i of x[A] cost[k, A], for every i. Sets are
+added as the program's prices ask for them (Gilmore and Gomory, Oper. Res. 9, 1961), prices being taken from an interior
+point, which spares most of the rounds (Gondzio, Gonzalez-Brevis and Munari, Eur. J. Oper. Res. 224, 2013).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def least_over_partitions(members: IntArray, cost: FloatArray, sets: int, second
 
 
 class _Program:
-    """The program of some of the sets: minimise the sum of figures t[k] that are at least what every expert's set costs.
+    """The program of some of the sets: minimise the sum of figures t[k] that are at least what every expert's set
+    costs.
 
     value: of the last solution. bound: a lower bound over all sets, by its prices.
     """
@@ -73,8 +74,8 @@ class _Program:
         self._add(self._first())
 
     def _frame(self) -> None:
-        """Figures as columns, and the rows: t[k] less the chances' costs, for each k and expert; an expert's chances sum to
-        one."""
+        """Figures as columns, and the rows: t[k] less the chances' costs, for each k and expert; an expert's chances
+        sum to one."""
         figures, experts = self._figures, self._experts
         rows = figures * experts
         none, nothing, ones, most = np.zeros(rows, np.int32), np.zeros(0), np.ones(rows), np.full(rows, np.inf)
@@ -141,8 +142,8 @@ class _Program:
         return True
 
     def _take(self, over: FloatArray, paid: FloatArray) -> None:
-        """Prices sets by weights of experts [K, E] and what each pays [E]. No set is cheaper than the cheapest: that bounds
-        every partition, whatever the prices are."""
+        """Prices sets by weights of experts [K, E] and what each pays [E]. No set is cheaper than the cheapest: that
+        bounds every partition, whatever the prices are."""
         charged, size = np.zeros(len(self._members)), self._members.shape[1]
         for figure, weight in zip(self._cost, over, strict=True):
             charged += figure * sum(weight[self._members[:, place]] for place in range(size))

@@ -1,7 +1,8 @@
 """CBC behind PuLP: PuLP writes the program and reads the solution; CBC's process is kept to the time limit here.
 
-CBC looks at its clock between linear programs only, and may stay for minutes in the first one, so past the limit it is asked,
-then made, to stop. Its bound is in its log alone. PuLP calls a time-limited incumbent `Optimal`: `sol_status` is read instead.
+CBC looks at its clock between linear programs only, and may stay for minutes in the first one, so past the limit it is
+asked, then made, to stop. Its bound is in its log alone. PuLP calls a time-limited incumbent `Optimal`: `sol_status` is
+read instead.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Cbc:
         solver = _Cbc(request)
         if not solver.available():
             raise UnsupportedError(
-                "no CBC program runs here: this PuLP brings none for this platform and none is on the PATH; use backend='highs'"
+                "no CBC program runs here: this PuLP brings none for this platform and none is on the PATH; use "
+                "backend='highs'"
             )
         model, variables = _pulp(program)
         try:

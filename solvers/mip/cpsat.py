@@ -1,10 +1,10 @@
-"""OR-tools' CP-SAT, handed the program in whole numbers: Perron and Furnon, OR-tools; Perron, Didier and Gay, "The CP-SAT-LP
-solver", CP 2023.
+"""OR-tools' CP-SAT, handed the program in whole numbers: Perron and Furnon, OR-tools; Perron, Didier and Gay, "The
+CP-SAT-LP solver", CP 2023.
 
-CP-SAT knows integers only, so coefficients are scaled and rounded here, in a way that keeps its bound a bound. Every row is
-widened by the most that rounding can change in it, and what rounding can add to the objective is taken off the bound. So each
-solution of the true program has one in whole numbers beside it that costs no more than what is taken off; the other way round,
-a solution is only returned after it was completed and checked with the true coefficients.
+CP-SAT knows integers only, so coefficients are scaled and rounded here, in a way that keeps its bound a bound. Every
+row is widened by the most that rounding can change in it, and what rounding can add to the objective is taken off the
+bound. So each solution of the true program has one in whole numbers beside it that costs no more than what is taken
+off; the other way round, a solution is only returned after it was completed and checked with the true coefficients.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .interrupts import Listener, run_beside
 from .program import FEASIBLE, Feature, Program, Request, Result, Stop
 
 WORKERS = 8
-"""Fixed, so that the same strategies run whatever cores there are. Taking turns in a fixed order (`interleave_search`) instead of
-one worker needed 40 s where eight took a tenth of one."""
+"""Fixed, so that the same strategies run whatever cores there are. Taking turns in a fixed order (`interleave_search`)
+instead of one worker needed 40 s where eight took a tenth of one."""
 
 ROW_BITS, OBJECTIVE_BITS, STEP_BITS = 50, 50, 24
 """What a row's terms and the objective's may sum up to, and how many values a variable that is not whole may take."""

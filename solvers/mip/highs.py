@@ -1,4 +1,5 @@
-"""HiGHS in process, handed arrays: Huangfu and Hall, "Parallelizing the dual revised simplex method", Math. Prog. Comp. 10, 2018."""
+"""HiGHS in process, handed arrays: Huangfu and Hall, "Parallelizing the dual revised simplex method", Math. Prog. Comp.
+10, 2018."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     minimise    cost x + constant
     subject to  row_lower <= A x <= row_upper,  lower <= x <= upper,  x[integral] whole
 
-A is held in compressed sparse rows, which HiGHS takes as they are. Programs of half a million variables are built in half a
-second; an object a variable and row, as in PuLP, takes thirty times as long and three times the memory.
+A is held in compressed sparse rows, which HiGHS takes as they are. Programs of half a million variables are built in
+half a second; an object a variable and row, as in PuLP, takes thirty times as long and three times the memory.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Program:
         constant: Added to the objective.
         lower, upper: [n], infinite where there is no bound.
         integral: [n] variables that must be whole.
-        implied: [n] variables that are whole in some optimum once `integral` ones are. Solvers over linear relaxations do
-            without that, solvers over integers need it.
+        implied: [n] variables that are whole in some optimum once `integral` ones are. Solvers over linear relaxations
+            do without that, solvers over integers need it.
         row_start, column, coefficient: A in compressed sparse rows, [m + 1], [nonzeros], [nonzeros].
         row_lower, row_upper: [m].
     """
@@ -172,7 +172,8 @@ class ProgramBuilder:
         lower: npt.ArrayLike = -np.inf,
         upper: npt.ArrayLike = np.inf,
     ) -> None:
-        """Adds rows of equally many terms: columns [rows, terms], coefficients broadcast to them, lower and upper to [rows]."""
+        """Adds rows of equally many terms: columns [rows, terms], coefficients broadcast to them, lower and upper to
+        [rows]."""
         rows, terms = columns.shape
         of = np.repeat(np.arange(rows, dtype=np.int64), terms)
         values = np.broadcast_to(np.asarray(coefficients, np.float64), columns.shape).ravel()
@@ -267,7 +268,8 @@ class Request:
         return time.perf_counter() - self.asked
 
     def seconds_left(self) -> float | None:
-        """What is left to search in, when handing the program over took until now and reading the answer takes as long."""
+        """What is left to search in, when handing the program over took until now and reading the answer takes as
+        long."""
         return None if self.seconds is None else max(0.01, self.seconds - 2.0 * self.spent)
 
 
@@ -280,8 +282,8 @@ class Result:
 
     Args:
         backend: Its name; of a portfolio, the one that found the values.
-        stop: "finished" by itself (at optimality, within the gap asked for, or at infeasibility), at the "time limit" (of
-            seconds or of work), or "interrupted" by Ctrl-C.
+        stop: "finished" by itself (at optimality, within the gap asked for, or at infeasibility), at the "time limit"
+            (of seconds or of work), or "interrupted" by Ctrl-C.
         values: [n] the best solution, None where there is none.
         value: Its objective, infinite where there is none.
         bound: No solution is below it; minus infinity where nothing was proven.
@@ -327,8 +329,8 @@ class Result:
         if self.infeasible:
             raise SolveError(f"the integer program {program.name!r} has no solution ({self.backend})")
         raise SolveError(
-            f"{self.backend} found no solution of the integer program {program.name!r} ({program.variables:,} variables) "
-            f"within {self.seconds:.1f} s; allow more seconds, or let it start from a given solution"
+            f"{self.backend} found no solution of the integer program {program.name!r} ({program.variables:,} "
+            f"variables) within {self.seconds:.1f} s; allow more seconds, or let it start from a given solution"
         )
 
 

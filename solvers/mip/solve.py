@@ -26,8 +26,8 @@ BACKENDS = (PORTFOLIO, *_CLASSES)
 """Names that programs may be solved by."""
 
 FIRST_SHARE, PLAN_SHARE = 0.1, 0.5
-"""Parts of a portfolio's time: for HiGHS, in which small programs end; for CP-SAT, whose plans are the best; HiGHS, whose bounds
-are, gets the rest."""
+"""Parts of a portfolio's time: for HiGHS, in which small programs end; for CP-SAT, whose plans are the best; HiGHS,
+whose bounds are, gets the rest."""
 
 
 def check_backend(name: str) -> None:
@@ -124,7 +124,8 @@ def _checked(program: Program, name: str) -> Backend:
 
 
 def _portfolio(program: Program, request: Request) -> Result:
-    """HiGHS alone where nothing limits it, else HiGHS, CP-SAT and HiGHS one after the other, each from the best so far."""
+    """HiGHS alone where nothing limits it, else HiGHS, CP-SAT and HiGHS one after the other, each from the best so
+    far."""
     if request.seconds is None or not program.integral.any():
         return backend_named("highs").solve(program, request)
     end, best = request.seconds, None

@@ -16,8 +16,9 @@ class Search:
 
     Simulated annealing of every layer over exchanges of slots, replicas and shares, each proposal priced exactly on
     scenario steps; layers side by side on all cores. Starts from heaviest-first balancing (context-coherent: from
-    sweeps of linear assignment too, or from the plan found as if tokens returned home). Deterministic for a seed and a number of proposals; with `seconds` the clock decides
-    how many. With counts alone it minimises load max/mean, all that counts can tell, and its certificate says so.
+    sweeps of linear assignment too, or from the plan found as if tokens returned home). Deterministic for a seed and a
+    number of proposals; with `seconds` the clock decides how many. With counts alone it minimises load max/mean, all
+    that counts can tell, and its certificate says so.
     """
 
     name = "search"

@@ -233,8 +233,8 @@ class Annealer:
                 self.states[layer] = task.result()
 
     def answer(self, risk_changed: bool) -> list[Placed]:
-        """The best placement of each layer; where it was priced beside other neighbours or by another risk than today's,
-        the present one."""
+        """The best placement of each layer; where it was priced beside other neighbours or by another risk than
+        today's, the present one."""
         return [state.now if self._coherent or risk_changed else state.best for state in self.states]
 
     def _one(self, layer: int, risk: RiskWeights, proposals: int, hot: float, cold: float, seed: int) -> LayerState:

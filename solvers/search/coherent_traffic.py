@@ -49,7 +49,8 @@ class TokenCounts(NamedTuple):
 
 
 class Onward(NamedTuple):
-    """[E, S, G], [E, S, N] tokens of each step whose highest-weight expert is e and that need a device, a node, next."""
+    """[E, S, G], [E, S, N] tokens of each step whose highest-weight expert is e and that need a device, a node,
+    next."""
 
     toward: FloatArray
     node_toward: FloatArray
@@ -485,8 +486,8 @@ def tokens_onward(
 def _pair(
     ledgers: FloatArray, s: int, w: int, source: int, target: int, x: float, rates: Rates, node_ledgers: FloatArray
 ) -> None:
-    """Adds x tokens from a device (or, for source G, evenly from all) to a device in ledger w of step s; merging by node is
-    left to `_node_pair`."""
+    """Adds x tokens from a device (or, for source G, evenly from all) to a device in ledger w of step s; merging by
+    node is left to `_node_pair`."""
     if x == 0.0:
         return
     devices = rates.node_of.shape[0]
@@ -574,9 +575,9 @@ def exchange_traffic(
 ) -> None:
     """Traffic changes when whole expert a goes from device g to h and b from h to g (no replicas).
 
-    came_from: [T] device before (-1: all evenly). counts: of `token_counts`. onward: of `tokens_onward`. To work in: change
-    [2, S, G + 1, 4], what inputs and outputs by source come to g, h and their nodes more than before; owned [S, G] and
-    node_owned [S, N], outputs by source that go to h rather than g.
+    came_from: [T] device before (-1: all evenly). counts: of `token_counts`. onward: of `tokens_onward`. To work in:
+    change [2, S, G + 1, 4], what inputs and outputs by source come to g, h and their nodes more than before; owned [S,
+    G] and node_owned [S, N], outputs by source that go to h rather than g.
     """
     experts, tokens, step_of, first = layer.experts, layer.tokens, layer.step_of, layer.first
     counted, node_counted = counts

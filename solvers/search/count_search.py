@@ -33,9 +33,9 @@ LEAST_EXCESS = 1e-9
 class WindowWeights:
     """`weight` [S], summing to 1, and what is learnt from a plan's figures about it.
 
-    Under `worst_workload` and `regret` the workloads that lie above the others gain weight in proportion (multiplicative
-    weights, Arora, Hazan and Kale 2012), which raises the mean of what is left to the worst. `reference` [W] is what
-    regret is measured against.
+    Under `worst_workload` and `regret` the workloads that lie above the others gain weight in proportion
+    (multiplicative weights, Arora, Hazan and Kale 2012), which raises the mean of what is left to the worst.
+    `reference` [W] is what regret is measured against.
     """
 
     def __init__(self, problem: Problem, scenario: Scenario) -> None:
@@ -101,10 +101,10 @@ def level_shares(
     """A layer's slots [P] and shares [E, G] under which every device carries load in proportion to its speed, or None.
 
     Wrap-around filling (McNaughton 1959): each device in turn, the least loaded first, is topped up to its due from one
-    expert of the most loaded, and is done; at most G - 1 experts are split in two at a time, so G - 1 extra slots suffice.
-    load: [E]. slots: [G]. speed: [G]. allowed: [E, G]. base: [E] the device of each expert, one of them at least a slot
-    short of full everywhere but on one device. None where some expert to hand on would have to be two, or where the
-    topped-up device may not hold it. Slots left over are given replicas of share 0.
+    expert of the most loaded, and is done; at most G - 1 experts are split in two at a time, so G - 1 extra slots
+    suffice. load: [E]. slots: [G]. speed: [G]. allowed: [E, G]. base: [E] the device of each expert, one of them at
+    least a slot short of full everywhere but on one device. None where some expert to hand on would have to be two, or
+    where the topped-up device may not hold it. Slots left over are given replicas of share 0.
     """
     experts, devices = allowed.shape
     due = load.sum() * speed / speed.sum()
@@ -638,7 +638,8 @@ class _Balance:
         self._look(weight)
 
     def level(self) -> None:
-        """Of a single window, with shares free: levels layers exactly where handing on load from device to device does."""
+        """Of a single window, with shares free: levels layers exactly where handing on load from device to device
+        does."""
         problem = self.problem
         if problem.objective.split != "free":
             return

@@ -38,8 +38,8 @@ def from_current(
 
 
 def fits(problem: Problem, current: Plan, allowed: BoolArray, failures: BoolArray) -> bool:
-    """Whether a plan in force is itself an answer to the problem: its slots and every constraint kept, no expert twice on
-    a device, and equal shares where the objective wants them."""
+    """Whether a plan in force is itself an answer to the problem: its slots and every constraint kept, no expert twice
+    on a device, and equal shares where the objective wants them."""
     if not np.array_equal(current.slots_per_device, problem.layer_slots):
         return False
     even = current.holds / np.maximum(current.holds.sum(axis=2, keepdims=True), 1)
@@ -68,7 +68,7 @@ def _nearest(held: BoolArray, slots: IntArray, allowed: BoolArray, failures: Boo
         raise KeyboardInterrupt
     if found.values is None:
         raise SolveError(
-            "no placement near the current plan was found that respects slots, pinned and forbidden devices and failures; "
-            "loosen them, or leave out Problem.current"
+            "no placement near the current plan was found that respects slots, pinned and forbidden devices and "
+            "failures; loosen them, or leave out Problem.current"
         )
     return np.asarray(found.values.reshape(held.shape) > 0.5)

@@ -41,8 +41,8 @@ def transfer_seconds(ledger: FloatArray, node_ledger: FloatArray, rates: Rates) 
 
 @kernel
 def post(ledger: FloatArray, node_ledger: FloatArray, h: int, g: int, amount: float, rates: Rates) -> None:
-    """Adds tokens held by device h that need device g. ledger: [3, G] sent, received inside the node, arriving from other
-    nodes, to be fanned out; node_ledger: [2, N] sent, received, of copies that are not merged by node."""
+    """Adds tokens held by device h that need device g. ledger: [3, G] sent, received inside the node, arriving from
+    other nodes, to be fanned out; node_ledger: [2, N] sent, received, of copies that are not merged by node."""
     m, n = rates.node_of[h], rates.node_of[g]
     if m == n:
         if g != h:

@@ -62,8 +62,8 @@ def run_search(
         raise UnsupportedError(
             "off_home and Problem.max_moved_bytes do not go together; leave one of them out"
             if scenario.steps is None
-            else "off_home limits what counts alone can tell of node traffic; these statistics hold a token sample, or the "
-            "transitions context-coherent steps are drawn from, on which the traffic itself is priced"
+            else "off_home limits what counts alone can tell of node traffic; these statistics hold a token sample, or "
+            "the transitions context-coherent steps are drawn from, on which the traffic itself is priced"
         )
     annealer = Annealer(problem, scenario, rates_for(problem, scenario), rules, budget.seed)
     try:
@@ -186,8 +186,8 @@ def _as_dispatched(
 
 
 def _or_current(problem: Problem, evaluator: Evaluator, allowed: BoolArray, best: Answer) -> Answer:
-    """The plan in force where it fits the problem and is better than what was found: starts are compared briefly, and what
-    is best of each layer by proposals' tokens need not be best on the whole."""
+    """The plan in force where it fits the problem and is better than what was found: starts are compared briefly, and
+    what is best of each layer by proposals' tokens need not be best on the whole."""
     current = current_placement(problem, allowed, exact=True)
     return best if current is None else better(best, evaluator.answer(*current))
 
@@ -241,7 +241,8 @@ def _first_risks(problem: Problem, scenario: Scenario) -> list[RiskWeights]:
 def _tail_risks(
     scenario: Scenario, problem: Problem, annealer: Annealer, risks: list[RiskWeights], weight: FloatArray
 ) -> tuple[list[RiskWeights], FloatArray]:
-    """Under cvar, steps that are slow over all layers weigh more than by `weight` [S] in the next round; other risks stay."""
+    """Under cvar, steps that are slow over all layers weigh more than by `weight` [S] in the next round; other risks
+    stay."""
     tail = problem.objective.tail
     if tail is None:
         return risks, weight
@@ -318,8 +319,8 @@ def optimise_shares(evaluator: Evaluator, answer: Answer, budget: Budget) -> Ans
 def certify_answer(evaluator: Evaluator, answer: Answer, budget: Budget, seconds: float) -> Answer:
     """The answer after `seconds` spent on its bound; with 0, little.
 
-    Where a layer has few placements they are all gone through, and the answer is the best of them. Ctrl-C ends it with what
-    is proven so far. Tells of better bounds as they are found.
+    Where a layer has few placements they are all gone through, and the answer is the best of them. Ctrl-C ends it with
+    what is proven so far. Tells of better bounds as they are found.
     """
     scenario, problem = evaluator.scenario, evaluator.problem
     table, _, shares = answer

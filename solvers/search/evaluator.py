@@ -59,8 +59,8 @@ def better(first: Answer, second: Answer) -> Answer:
 class Evaluator:
     """Prices placements of a problem.
 
-    reference: [W] what regret is measured against, in the figure's unit. proven: a lower bound of the risk's value known
-    from elsewhere, for that reference.
+    reference: [W] what regret is measured against, in the figure's unit. proven: a lower bound of the risk's value
+    known from elsewhere, for that reference.
     """
 
     problem: Problem

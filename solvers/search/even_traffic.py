@@ -21,8 +21,8 @@ from .moves import copy, copy_all
 class EvenState(NamedTuple):
     """What is known of a placement and, from `old` on, of a change.
 
-    zeros, soft: [T, G] factors of tokens' products on devices, node_zeros, node_soft: [T, N] on nodes. coverage: [S, G],
-    node_coverage: [S, N] tokens that cover each. load, hit: [S, G]. cost: [S] seconds. plain: no expert is split.
+    zeros, soft: [T, G] factors of tokens' products on devices, node_zeros, node_soft: [T, N] on nodes. coverage: [S,
+    G], node_coverage: [S, N] tokens that cover each. load, hit: [S, G]. cost: [S] seconds. plain: no expert is split.
     """
 
     zeros: Counts

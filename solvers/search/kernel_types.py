@@ -140,8 +140,8 @@ class Placement(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A proposal. kind: 0 none, 1 exchange slots p and q, 2 give slot p of expert a to b, 3 shift share of a from p to q.
-    a, b: the experts whose shares change; b is -1 where only a's do."""
+    """A proposal. kind: 0 none, 1 exchange slots p and q, 2 give slot p of expert a to b, 3 shift share of a from p to
+    q. a, b: the experts whose shares change; b is -1 where only a's do."""
 
     kind: int
     p: int

@@ -1,9 +1,9 @@
 """At most so many experts moved from the plan in force, over all layers: who may move how many.
 
 Every layer walks inside its own limit and remembers the best placement at each distance from the plan in force. Where
-layers do not depend on each other, the cheapest mix of these placements within the budget is a multiple-choice knapsack,
-solved exactly; it also tells what a move is worth, which layers are charged on their next walk. Where they do, limits
-that never exceed the budget together are dealt anew after each round from what layers left unused.
+layers do not depend on each other, the cheapest mix of these placements within the budget is a multiple-choice
+knapsack, solved exactly; it also tells what a move is worth, which layers are charged on their next walk. Where they
+do, limits that never exceed the budget together are dealt anew after each round from what layers left unused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class MoveBudget:
     """Sets an annealer's limits, and reads the answer from what its layers remember."""
 
     def __init__(self, problem: Problem, annealer: Annealer, coupled: bool, price: float = 0.0) -> None:
-        """coupled: whether layers' values depend on their neighbours'. The annealer has been given its start, which must
-        lie within the budget.
+        """coupled: whether layers' values depend on their neighbours'. The annealer has been given its start, which
+        must lie within the budget.
 
         Raises:
             SolveError: it does not; the bytes needed are named.
@@ -42,8 +42,8 @@ class MoveBudget:
             raise SolveError(
                 f"slots and constraints alone move {needed} experts of the current plan "
                 f"({needed * problem.model.bytes_per_expert:.4g} bytes), Problem.max_moved_bytes is "
-                f"{problem.max_moved_bytes:.4g}: allow that many, or ask for slots and constraints that the current plan "
-                "keeps to (no expert twice on a device)"
+                f"{problem.max_moved_bytes:.4g}: allow that many, or ask for slots and constraints that the current "
+                "plan keeps to (no expert twice on a device)"
             )
         self.deal()
 

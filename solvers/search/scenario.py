@@ -20,8 +20,9 @@ from .kernel_types import LayerTokens, Rates, RiskWeights, SourceTokens
 SCENARIO_TOKENS = 65_536
 """Tokens of a scenario when the number of steps is not given, at most: whole plans are judged on all of them."""
 WALKED_TOKENS = 16_384
-"""Tokens proposals are priced on. Loads are known from all tokens of every step; which devices tokens coverage is counted on
-so many of them, evenly over steps: many sequences thinly tell more of unseen ones than few sequences wholly."""
+"""Tokens proposals are priced on. Loads are known from all tokens of every step; which devices tokens coverage is
+counted on so many of them, evenly over steps: many sequences thinly tell more of unseen ones than few sequences
+wholly."""
 MOST_STEPS = 64
 
 
@@ -29,8 +30,8 @@ MOST_STEPS = 64
 class Scenario:
     """Steps (None when only counts were recorded), loads [S, L, E] of each step, and the workload [S] of each.
 
-    synthetic: the steps' tokens were drawn from transitions, none having been recorded. walked: the tokens of the steps that
-    proposals are priced on, in order; None for all. weight: [S, L] how much each layer of each window counts (see
+    synthetic: the steps' tokens were drawn from transitions, none having been recorded. walked: the tokens of the steps
+    that proposals are priced on, in order; None for all. weight: [S, L] how much each layer of each window counts (see
     `window_weights`); None for steps, which all count alike.
     """
 
@@ -61,7 +62,8 @@ class Scenario:
         return np.asarray(self.weight * (weight / self.weight.sum(axis=1))[:, None] * busy)
 
     def over_layers(self, figures: FloatArray) -> FloatArray:
-        """[S] one figure a step or window from those of its layers [S, L]: their sum, or on windows their weighted mean."""
+        """[S] one figure a step or window from those of its layers [S, L]: their sum, or on windows their weighted
+        mean."""
         if self.weight is None:
             return np.asarray(figures.sum(axis=1))
         # Above 1, which no layer is below, so that rounding does not end there.
@@ -168,7 +170,8 @@ def _join(parts: list[Steps]) -> Steps:
 
 
 def _from_windows(problem: Problem) -> Scenario:
-    """The windows that hold tokens, each scaled to one token-expert pair a layer; what they count is kept beside them."""
+    """The windows that hold tokens, each scaled to one token-expert pair a layer; what they count is kept beside
+    them."""
     statistics = problem.statistics
     counted = with_tokens(statistics.load)
     if not counted.any():

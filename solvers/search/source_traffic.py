@@ -1,8 +1,8 @@
 """Traffic and work of one layer whose tokens' source ranks are known: replicas near the token pay here.
 
-Which device serves an expert depends on the source that asks (`serve_rows`), so an expert has a row a source. Tokens keep
-products of missed chances as in `even_traffic`; what they put on links goes to ledgers of sums a link, [3, G] and [2, N]
-a step.
+Which device serves an expert depends on the source that asks (`serve_rows`), so an expert has a row a source. Tokens
+keep products of missed chances as in `even_traffic`; what they put on links goes to ledgers of sums a link, [3, G] and
+[2, N] a step.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ def serve_rows(share: FloatArray, node_of: IntArray, nearest: bool, rows: FloatA
 
 @kernel
 def fill_sources(layer: SourceTokens, rows: FloatArray, zeros: Counts, soft: FloatArray) -> None:
-    """Products of a token's missed chances on every target, from rows [E, H, targets]; see `even_traffic.fill_coverage`."""
+    """Products of a token's missed chances on every target, from rows [E, H, targets]; see
+    `even_traffic.fill_coverage`."""
     zeros[:] = 0
     soft[:] = 1.0
     for t in range(layer.experts.shape[0]):
@@ -365,7 +366,8 @@ def _count_whole(
     gained: FloatArray,
     apply: bool,
 ) -> None:
-    """Tokens that gain or lose target g where nobody is split, by counting: without branches, which nothing predicts."""
+    """Tokens that gain or lose target g where nobody is split, by counting: without branches, which nothing
+    predicts."""
     for i in range(first, last):
         t = layer.tokens[i]
         shared = both[i - first]

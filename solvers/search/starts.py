@@ -49,8 +49,8 @@ def _balanced(load: FloatArray, slots: IntArray, speed: FloatArray, allowed: Boo
     choices, total = allowed.sum(axis=2), int(slots.sum())
     if total > int(choices.sum(axis=1).min()):
         raise SolveError(
-            f"{total} slots a layer, but only {int(choices.sum(axis=1).min())} replicas fit without standing twice on a "
-            "device"
+            f"{total} slots a layer, but only {int(choices.sum(axis=1).min())} replicas fit without standing twice on "
+            "a device"
         )
     copies = np.sort(replicate(load, total, choices), axis=1)
     count = np.stack([np.bincount(row, minlength=load.shape[1]) for row in copies])
@@ -106,7 +106,8 @@ def _make_way(
     weight: FloatArray,
     speed: FloatArray,
 ) -> None:
-    """Puts `expert` on a full device by moving experts on, device by device, to one with a free slot: the shortest way."""
+    """Puts `expert` on a full device by moving experts on, device by device, to one with a free slot: the shortest
+    way."""
     came: dict[int, tuple[int, int]] = {
         int(device): (-1, expert) for device in np.flatnonzero(allowed[expert] & ~holds[expert])
     }
@@ -236,7 +237,8 @@ def _assigned(problem: Problem, loads: FloatArray, slots: IntArray) -> IntArray:
     fitting = np.bincount(topology.node_of, weights=slots).astype(np.int64) // size
     if fitting.sum() < groups:
         raise InputError(
-            f"off_home: {groups} groups of {size} experts do not fit the nodes, whose slots hold {fitting.tolist()} whole groups"
+            f"off_home: {groups} groups of {size} experts do not fit the nodes, whose slots hold {fitting.tolist()} "
+            "whole groups"
         )
     speed = np.bincount(topology.node_of, weights=topology.compute)
     by_group = loads.reshape(len(loads), groups, size).sum(axis=2)
@@ -445,7 +447,8 @@ def current_placement(problem: Problem, allowed: BoolArray, exact: bool = False)
 
 
 def made_placements(problem: Problem, allowed: BoolArray, budget: Budget) -> list[list[IntArray]]:
-    """[P_l] experts of each layer's own slots: balanced, groups on nodes, and where transitions count, swept for them."""
+    """[P_l] experts of each layer's own slots: balanced, groups on nodes, and where transitions count, swept for
+    them."""
     statistics, speed = problem.statistics, problem.topology.compute / problem.topology.compute.mean()
     load = statistics.workload_load
     # Workloads weigh the same whatever was recorded of them, as they do under a risk that compares them.
@@ -500,8 +503,9 @@ def _nodes_first(problem: Problem, transitions: FloatArray, budget: Budget) -> I
 
 
 def _one_serves(problem: Problem, tables: list[IntArray]) -> list[FloatArray]:
-    """[E, G] a layer: one replica of each expert serves all its tokens, heaviest first to the least loaded device, and the
-    others stand by. Where weights are read rather than computed with, every replica that serves costs as much again."""
+    """[E, G] a layer: one replica of each expert serves all its tokens, heaviest first to the least loaded device, and
+    the others stand by. Where weights are read rather than computed with, every replica that serves costs as much
+    again."""
     result = []
     for layer, (table, load) in enumerate(zip(tables, problem.statistics.total_load, strict=True)):
         share = np.zeros((problem.model.experts, problem.num_devices))

@@ -56,7 +56,8 @@ def _dealt(load: FloatArray, slots: IntArray, allowed: BoolArray, failures: Bool
 
 
 def _replicas(load: FloatArray, slots: IntArray, allowed: BoolArray, failures: BoolArray) -> IntArray | None:
-    """[E] replicas: one for the lightest where slots are short, else two, and the rest to whoever has most load each."""
+    """[E] replicas: one for the lightest where slots are short, else two, and the rest to whoever has most load
+    each."""
     experts, total, most = len(load), int(slots.sum()), allowed.sum(axis=1)
     counts = np.full(experts, 2, dtype=np.int64)
     single = max(0, 2 * experts - total)

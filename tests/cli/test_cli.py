@@ -186,7 +186,8 @@ def test_import_gives_a_record_the_models_layer_numbers(tmp_path: Path) -> None:
 def test_import_refuses_a_record_of_another_model(tmp_path: Path, trace: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(
-        '{"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "hidden_size": 8, "intermediate_size": 8}'
+        '{"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "hidden_size": 8, '
+        '"intermediate_size": 8}'
     )
     ended = run("import", trace, "--model", config, "--out", tmp_path / "out")
     assert ended.code == 1

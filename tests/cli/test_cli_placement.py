@@ -145,7 +145,8 @@ def test_a_trace_of_another_model_is_refused(trace: Path, plan: Path, tmp_path: 
     assert "experts" in ended.err
     config = tmp_path / "config.json"
     config.write_text(
-        '{"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "hidden_size": 8, "intermediate_size": 8}'
+        '{"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "hidden_size": 8, '
+        '"intermediate_size": 8}'
     )
     refused = run("compare", trace, *CLUSTER, *JUDGED, "--model", config)
     assert "experts is 8, ModelSpec.experts is 16" in refused.err

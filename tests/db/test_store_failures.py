@@ -27,7 +27,8 @@ from moeplace.db import Store
 
 def add(store, seed, size):
     load = np.random.default_rng(seed).random((2, 4))
-    store.add_statistics(mp.RoutingStatistics.from_counts(load), np.random.default_rng(seed).bytes(size), name=f"s{seed}")
+    sample = np.random.default_rng(seed).bytes(size)
+    store.add_statistics(mp.RoutingStatistics.from_counts(load), sample, name=f"s{seed}")
 
 def write_until_full(path):
     store = Store.open(path)
@@ -281,7 +282,8 @@ if os.geteuid() == 0:
     os.setuid(65534)
 for file in ("readable/store.db", "readable/new.db", "closed/store.db"):
     try:
-        Store.open(sys.argv[1] + "/" + file).add_model(mp.ModelSpec(layers=1, experts=2, top_k=1, hidden_size=1, ffn_size=1))
+        model = mp.ModelSpec(layers=1, experts=2, top_k=1, hidden_size=1, ffn_size=1)
+        Store.open(sys.argv[1] + "/" + file).add_model(model)
         print("no error")
     except mp.StoreError as error:
         print(error)

@@ -95,7 +95,8 @@ def lines():
 
 rng = random.Random(0)
 for turn in range(rounds):
-    # A third is killed while it opens or migrates the database, a third in its first round of four notes, the rest later.
+    # A third is killed while it opens or migrates the database, a third in its first round of four notes, the rest
+    # later.
     wanted, before = (0, 1, 4)[turn % 3], lines()
     deadline = time.monotonic() + 60
     process = fork(work, turn)

@@ -1,4 +1,5 @@
-"""The public interface: what is on `mp`, how its objects show themselves, what wrong arguments are told, one form each."""
+"""The public interface: what is on `mp`, how its objects show themselves, what wrong arguments are told, one form
+each."""
 
 from __future__ import annotations
 

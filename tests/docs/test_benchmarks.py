@@ -38,8 +38,8 @@ def test_a_page_gets_its_tables_between_their_markers_and_keeps_its_text(tmp_pat
     for _ in range(2):
         report.write(page, "python -m benchmarks x")
     assert page.read_text() == (
-        "before\n<!-- table: 8 devices -->\n\n| plan | load max/mean |\n| --- | --- |\n| eplb | 1.13 |\n| none | - |\n\n"
-        "<!-- end of table -->\nafter\n"
+        "before\n<!-- table: 8 devices -->\n\n| plan | load max/mean |\n| --- | --- |\n| eplb | 1.13 |\n| none | - "
+        "|\n\n<!-- end of table -->\nafter\n"
     )
 
 

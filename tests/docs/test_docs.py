@@ -1,4 +1,5 @@
-"""The pages in docs/ tell the truth: code runs and prints what they say, links lead somewhere, tables and figures match."""
+"""The pages in docs/ tell the truth: code runs and prints what they say, links lead somewhere, tables and figures
+match."""
 
 from __future__ import annotations
 

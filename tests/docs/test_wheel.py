@@ -1,4 +1,5 @@
-"""The distribution: a wheel built from the tree, alone in an empty environment, runs the main job from another folder."""
+"""The distribution: a wheel built from the tree, alone in an empty environment, runs the main job from another
+folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The load bound holds for every placement, replicas, shares and unequal devices included, and is tight where it can be."""
+"""The load bound holds for every placement, replicas, shares and unequal devices included, and is tight where it can
+be."""
 
 from __future__ import annotations
 

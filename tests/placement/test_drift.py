@@ -1,4 +1,5 @@
-"""Drift of count windows: false alarms at the stated rate, true changes found, prices that agree with replayed steps."""
+"""Drift of count windows: false alarms at the stated rate, true changes found, prices that agree with replayed
+steps."""
 
 from __future__ import annotations
 

@@ -80,8 +80,9 @@ def test_context_coherent_follows_the_token_from_layer_to_layer() -> None:
 def test_traffic_from_counts_merges_copies_by_node(dedup: bool, between: float, inside: float) -> None:
     """8 tokens with 2 of 4 equally likely experts, one a device, on two nodes of two devices.
 
-    A token needs a device with chance 7/16 and a node with chance 3/4; half of the tokens live on the other node. Inside a
-    node 4 tokens need the other device with chance 7/16; merged, half of the 3.5 visits from outside are fanned out too.
+    A token needs a device with chance 7/16 and a node with chance 3/4; half of the tokens live on the other node.
+    Inside a node 4 tokens need the other device with chance 7/16; merged, half of the 3.5 visits from outside are
+    fanned out too.
     """
     cluster = mp.Topology.from_dict({"nodes": [{"devices": [DEVICE] * 2, "inter_bandwidth": 1e9}] * 2})
     spec = mp.ModelSpec(layers=1, experts=4, top_k=2, hidden_size=8, ffn_size=8)

@@ -1,4 +1,5 @@
-"""Changed records give a result or the typed error, in bounded memory, and run nothing: a short run of the benchmark."""
+"""Changed records give a result or the typed error, in bounded memory, and run nothing: a short run of the
+benchmark."""
 
 from __future__ import annotations
 

@@ -244,8 +244,8 @@ def test_vllms_answers_become_a_trace(tmp_path: Path) -> None:
     engine = VLLM()
     with serving(engine) as url:
         done = run(
-            "record", "--vllm", url, "--prompts", prompts, "--max-tokens", 5, "--model", config(tmp_path / "config.json"),
-            "-o", tmp_path / "trace", "--json",
+            "record", "--vllm", url, "--prompts", prompts, "--max-tokens", 5,
+            "--model", config(tmp_path / "config.json"), "-o", tmp_path / "trace", "--json",
         )  # fmt: skip
     assert done.code == 0, done.err
     trace = mp.read_trace(tmp_path / "trace")
@@ -305,7 +305,8 @@ def test_requests_go_out_together_and_stop_when_the_time_is_over(tmp_path: Path)
     engine.delay = 0.05
     with serving(engine) as url:
         done = run(
-            "record", "--vllm", url, "--prompts", prompts, "--seconds", 0.4, "--concurrency", 4, "-o", tmp_path / "t", "--json"
+            "record", "--vllm", url, "--prompts", prompts, "--seconds", 0.4, "--concurrency", 4,
+            "-o", tmp_path / "t", "--json",
         )  # fmt: skip
     assert done.code == 0, done.err
     assert 0 < done.data["answered"] < 400

@@ -1,4 +1,5 @@
-"""Bounds by relaxed Gram matrices: never above the best placement, whatever the cluster, the replicas and the risk, and close."""
+"""Bounds by relaxed Gram matrices: never above the best placement, whatever the cluster, the replicas and the risk, and
+close."""
 
 from __future__ import annotations
 

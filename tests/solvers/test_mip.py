@@ -239,7 +239,8 @@ def test_crossed_bounds_are_refused() -> None:
 
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
-    """Small programs of arbitrary floats: 2 to 5 whole variables, sometimes a continuous one, feasible more often than not."""
+    """Small programs of arbitrary floats: 2 to 5 whole variables, sometimes a continuous one, feasible more often than
+    not."""
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     count, rows = draw(st.integers(2, 5)), draw(st.integers(1, 3))
     spread = draw(st.sampled_from([0.1, 1.0, 1000.0]))

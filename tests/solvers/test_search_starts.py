@@ -1,4 +1,5 @@
-"""Starts of a search: whole groups on nodes, and several starts of which search keeps the better start of every layer."""
+"""Starts of a search: whole groups on nodes, and several starts of which search keeps the better start of every
+layer."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_no_group_start_where_groups_do_not_fill_nodes() -> None:
 
 
 def test_a_race_keeps_the_better_start_of_every_layer() -> None:
-    """Good in layer 0 only, good in layers 1 and 2 only: the answer of several starts is near the good one everywhere."""
+    """Good in layer 0 only, good in layers 1 and 2 only: the answer of several starts is near the good one
+    everywhere."""
     given = problem(slots=16)
     scenario = scenario_from(given, "prefill", 128, 4, seed=0)
     good = groups_on_nodes(given, given.statistics.total_load)

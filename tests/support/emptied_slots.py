@@ -8,7 +8,8 @@ from moeplace.placement.plan import EMPTY
 
 
 def empty_some(rng: np.random.Generator, table: np.ndarray) -> None:
-    """Empties slots of a table [L, P] at random, in place, as many of a layer as chance has it; every expert keeps one."""
+    """Empties slots of a table [L, P] at random, in place, as many of a layer as chance has it; every expert keeps
+    one."""
     for row in table:
         for slot in rng.permutation(len(row))[: int(rng.integers(len(row)))]:
             if rng.random() < 0.5 and row[slot] != EMPTY and (row == row[slot]).sum() > 1:

@@ -1,9 +1,9 @@
 """Servers that answer as SGLang's and vLLM's do where routing is recorded, on a port of this machine.
 
 From sglang 0.5.23: entrypoints/http_server.py (paths, methods, texts of the answers), utils/auth.py (the key),
-eplb/expert_distribution.py (what the recorder does and writes, and that it raises where it is off, which ends the server),
-managers/tokenizer_manager.py and state_capturer/routed_experts.py (routed experts). From vllm 0.33.0: entrypoints/openai
-(completion, chat_completion, models) and utils/serial_utils.py (`numpy2base64`).
+eplb/expert_distribution.py (what the recorder does and writes, and that it raises where it is off, which ends the
+server), managers/tokenizer_manager.py and state_capturer/routed_experts.py (routed experts). From vllm 0.33.0:
+entrypoints/openai (completion, chat_completion, models) and utils/serial_utils.py (`numpy2base64`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from moeplace.solvers.certify.step_time import risk_bound
 
 
 def all_tables(problem: mp.Problem, layer: int = 0) -> list[np.ndarray]:
-    """Every way to fill a layer's own slots with all experts, up to the order within a device and without doubles there."""
+    """Every way to fill a layer's own slots with all experts, up to the order within a device and without doubles
+    there."""
     sizes, experts = problem.layer_slots[layer].tolist(), problem.model.experts
     contents = [list(itertools.combinations(range(experts), size)) for size in sizes]
     return [

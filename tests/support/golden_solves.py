@@ -1,10 +1,11 @@
-"""What the package answers to some hundred small questions, written down: a change of structure must not change an answer.
+"""What the package answers to some hundred small questions, written down: a change of structure must not change an
+answer.
 
-Run with `--write FILE` to write the answers down and with `--compare FILE` to print those that differ. All cases are given a
-seed and a number of proposals, and none a clock.
+Run with `--write FILE` to write the answers down and with `--compare FILE` to print those that differ. All cases are
+given a seed and a number of proposals, and none a clock.
 
-A case is a function that gives figures by name. Arrays are written as SHA-256 of their shape and values (floats rounded to 12
-significant digits), numbers as they are.
+A case is a function that gives figures by name. Arrays are written as SHA-256 of their shape and values (floats rounded
+to 12 significant digits), numbers as they are.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from moeplace.placement.synthetic import sample_steps
 ANSWERS = Path(__file__).with_name("golden_solves.json")
 TOLERANCE = 1e-9
 PROGRAM_TOLERANCE = 1e-6
-"""Of solvers that hand integer programs to others, whose maps may change where several are best: only figures are compared."""
+"""Of solvers that hand integer programs to others, whose maps may change where several are best: only figures are
+compared."""
 BOUND_TOLERANCE = 1e-4
-"""Of bounds by long sums of matrix products, which differ in rounding with the number of threads of the algebra library."""
+"""Of bounds by long sums of matrix products, which differ in rounding with the number of threads of the algebra
+library."""
 
 Entry = dict[str, Any]
 
@@ -146,7 +149,8 @@ def windows(
 
 
 def device(compute: float = 9e11, memory_bandwidth: float = 4e11, intra_bandwidth: float = 4e9) -> mp.Device:
-    """Links, arithmetic and reading so slow that each of them is waited for at times, in steps of a few dozen tokens."""
+    """Links, arithmetic and reading so slow that each of them is waited for at times, in steps of a few dozen
+    tokens."""
     return mp.Device(compute=compute, memory=8e10, memory_bandwidth=memory_bandwidth, intra_bandwidth=intra_bandwidth)
 
 

@@ -123,8 +123,8 @@ def serving(plan: mp.Plan, layer: int, expert: int, home: int, rule: str) -> dic
 
 
 def replicated_step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> list[float]:
-    """`step_seconds` of dispatch_combine for plans with replicas, at most one an expert and device: expected counts over
-    every home a token may have and every replica that may serve it."""
+    """`step_seconds` of dispatch_combine for plans with replicas, at most one an expert and device: expected counts
+    over every home a token may have and every replica that may serve it."""
     model, topology, objective = problem.model, problem.topology, problem.objective
     everywhere = dict.fromkeys(range(topology.num_devices), 1.0 / topology.num_devices)
     result = []

@@ -19,8 +19,8 @@ def topology(nodes: int, devices: int) -> mp.Topology:
 def random_plan(
     rng: np.random.Generator, nodes: int, devices: int, spec: mp.ModelSpec = SPEC, most_extra: int = 8
 ) -> mp.Plan:
-    """Replicas (on one device too), unequal or zero shares, devices and layers with different numbers of slots, devices with
-    none and empty slots."""
+    """Replicas (on one device too), unequal or zero shares, devices and layers with different numbers of slots, devices
+    with none and empty slots."""
     total = nodes * devices
     slots = spec.experts + int(rng.integers(0, most_extra + 1))
     table = np.stack(
