@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -65,6 +65,10 @@ COMPILE_TIME = CompileTime()
 def working_seconds() -> float:
     """A clock that stands still while kernels are compiled: differences are seconds."""
     return time.perf_counter() - COMPILE_TIME.seconds
+
+
+Batch = Literal["decode", "prefill"]
+"""Which steps a solver makes of recorded tokens."""
 
 
 class Feature(Enum):

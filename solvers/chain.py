@@ -15,11 +15,10 @@ from ..placement.plan import Certificate, Plan
 from ..placement.problem import Problem
 from ..placement.steps import Steps
 from ..placement.trace import RoutingTrace
-from .base import Budget, Feature, Needs, Solution, fill_slots
+from .base import Batch, Budget, Feature, Needs, Solution, fill_slots
 from .step_costs import PlacementSpace, StepCosts, device_sets
 
 Minimise = Literal["transitions", "step"]
-Batch = Literal["decode", "prefill"]
 
 TRANSITIONS_OBJECTIVE = "cross-device transitions, share of all"
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
+
+from .base import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class ChainOptions(SolverOptions):
     """Of `chain`: what is proven least, and the steps that are priced."""
 
     solver = "chain"
-    minimise: Literal["transitions", "step"] | None = None
-    batch: Literal["decode", "prefill"] = "decode"
+    minimise: Literal[transitions, step] | None = None
+    batch: Batch = "decode"
     step_tokens: int = 128
     steps: int | None = None
 
@@ -75,7 +77,7 @@ class SearchOptions(SolverOptions):
     """
 
     solver = "search"
-    batch: Literal["decode", "prefill"] = "decode"
+    batch: Batch = "decode"
     step_tokens: int = 128
     steps: int | None = None
     proposals: int | None = None

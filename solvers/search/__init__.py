@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from ...placement.errors import InputError
 from ...placement.problem import Problem
-from ..base import Budget, Feature, Needs, Solution
-
-Batch = Literal["decode", "prefill"]
+from ..base import Batch, Budget, Feature, Needs, Solution
 
 
 class Search:

@@ -13,11 +13,10 @@ from ...placement.failures import failure_mask
 from ...placement.plan import Stop
 from ...placement.problem import Problem
 from ...placement.risk import tail_weight, weighted_mean
-from ..base import Budget, Solution
+from ..base import Batch, Budget, Solution
 from ..certify.step_time import risk_bound
 from ..chain import Chain, fastest_step
 from ..shares import layer_shares, towards
-from . import Batch
 from .annealer import CALIBRATION, Annealer
 from .count_search import search_counts
 from .evaluator import Answer, Evaluator, better

@@ -14,7 +14,7 @@ from ...placement.statistics import window_weights, with_tokens
 from ...placement.steps import Steps
 from ...placement.synthetic import sample_tokens
 from ...placement.trace import RoutingTrace
-from . import Batch
+from ..base import Batch
 from .kernel_types import LayerTokens, Rates, RiskWeights, SourceTokens
 
 SCENARIO_TOKENS = 65_536
