@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from .base import Batch
 
@@ -38,7 +38,7 @@ class ExflowOptions(SolverOptions):
     """Of `exflow`: the program's backend and form, and whether it starts from assignment sweeps."""
 
     solver = "exflow"
-    backend: str = "highs"
+    backend: str = "portfolio"
     form: str = "direct"
     warm_start: bool = True
 
@@ -48,7 +48,7 @@ class MoeTunerOptions(SolverOptions):
     """Of `moetuner`: backend, gap at which each program may stop, and how clusters are put on devices."""
 
     solver = "moetuner"
-    backend: str = "highs"
+    backend: str = "portfolio"
     tolerance: float = 0.025
     program2: str = "auto"
     warm_start: bool = True
@@ -59,7 +59,7 @@ class ChainOptions(SolverOptions):
     """Of `chain`: what is proven least, and the steps that are priced."""
 
     solver = "chain"
-    minimise: Literal[transitions, step] | None = None
+    minimise: Literal["transitions", "step"] | None = None
     batch: Batch = "decode"
     step_tokens: int = 128
     steps: int | None = None
