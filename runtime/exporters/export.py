@@ -26,7 +26,7 @@ from .vllm_ascend import VLLMAscend
 EXPORTERS: Registry[Exporter] = Registry(
     "engine",
     "moeplace.exporters",
-    ("name", "constraints", "requires", "replica_choice", "write", "read", "usage"),
+    ("name", "constraints", "requires", "replica_choice", "text", "read", "usage"),
     MoeplaceJson(),
     SGLang(),
     VLLM(),

@@ -18,6 +18,8 @@ from moeplace.placement.objective import Objective
 from moeplace.runtime.engine_problems import check_plan_for, problem_for, target_names
 from moeplace.runtime.permute.rows import expert_order
 
+pytestmark = pytest.mark.slow
+
 SEARCH = ("--solver", "search:steps=20:proposals=200", "--seconds", "5")
 
 

@@ -12,6 +12,8 @@ from traces import make_trace
 import moeplace as mp
 from moeplace.profiler.statistics_file import write_statistics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _own_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

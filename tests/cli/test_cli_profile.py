@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from cli_runs import run
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import sys
 import torch

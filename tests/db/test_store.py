@@ -20,6 +20,8 @@ import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.schema import REVISION, REVISION_TABLE, Base
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def store(url: str) -> Iterator[Store]:

@@ -19,6 +19,8 @@ from sqlalchemy import NullPool, create_engine, text
 import moeplace as mp
 from moeplace.db import Store
 
+pytestmark = pytest.mark.slow
+
 WRITE_UNTIL_FULL = """
 import sys
 import numpy as np

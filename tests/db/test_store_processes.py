@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from moeplace.db import Store
 from moeplace.db.schema import REVISION
+
+pytestmark = pytest.mark.slow
 
 # One interpreter imports, its forks do the work: starting an interpreter for each would take most of the time.
 COMMON = """

@@ -22,6 +22,8 @@ import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -16,6 +16,8 @@ from traces import make_trace
 
 import moeplace as mp
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

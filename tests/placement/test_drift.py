@@ -13,6 +13,8 @@ from moeplace.placement.cost import window_seconds
 from moeplace.placement.decide import decide_on_counts
 from moeplace.placement.drift import can_tell, drift
 
+pytestmark = pytest.mark.slow
+
 TOPOLOGY = mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=2)
 
 

@@ -25,6 +25,8 @@ from moeplace.solvers.registry import SOLVERS
 from moeplace.solvers.search.evaluator import Evaluator
 from moeplace.solvers.search.scenario import scenario_from
 
+pytestmark = pytest.mark.slow
+
 MODEL = mp.ModelSpec(layers=3, experts=4, top_k=2, hidden_size=256, ffn_size=512, moe_layers=(2, 3, 7))
 FAST = mp.Device(compute=2e14, memory=8e10, memory_bandwidth=2e12, intra_bandwidth=3e9)
 SLOW = mp.Device(compute=1e14, memory=8e10, memory_bandwidth=1e12, intra_bandwidth=1e9)

@@ -23,6 +23,8 @@ from moeplace.solvers.search.kernel_types import MoveRules
 from moeplace.solvers.search.scenario import deal_sources, mean_risks, rates_for, scenario_from
 from moeplace.solvers.search.starts import near_layer
 
+pytestmark = pytest.mark.slow
+
 
 @st.composite
 def replicated_cases(draw: st.DrawFn) -> tuple[mp.Plan, mp.Steps, mp.Problem]:

@@ -14,6 +14,8 @@ import moeplace as mp
 from moeplace.profiler.aggregate import aggregate
 from moeplace.profiler.trace_files import TraceWriter, read_trace
 
+pytestmark = pytest.mark.slow
+
 
 def record(folder: Path, trace: mp.RoutingTrace, *, ranks: int = 1, rows_per_shard: int = 150) -> None:
     """Deals the trace's sequences to ranks, each recording one batch of a workload after the other."""

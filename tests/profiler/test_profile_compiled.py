@@ -19,6 +19,8 @@ from small_models import olmoe, tokens  # noqa: E402
 from moeplace.profiler.profile import profile  # noqa: E402
 from moeplace.profiler.trace_files import read_trace  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 NAMED: dict[str, Any] = {"routers": "router", "num_experts": EXPERTS}

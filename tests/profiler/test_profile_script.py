@@ -22,6 +22,8 @@ from moeplace.profiler.run_script import run_recorded  # noqa: E402
 from moeplace.profiler.statistics_file import read_statistics  # noqa: E402
 from moeplace.profiler.trace_files import read_header, read_trace  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parents[1] / "support"
 SCRIPT = str(HERE / "recorded_script.py")
 

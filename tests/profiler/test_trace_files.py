@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 import moeplace as mp
 from moeplace.profiler.trace_files import TraceWriter, read_header, read_trace, scan_trace, trace_shards, write_trace
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = ("expert_ids", "gate_weights", "sequence", "position", "step", "source")
 
 

@@ -25,6 +25,8 @@ from moeplace.cli.app import app
 from moeplace.runtime.calibration.calibrate import alike, line, roofline
 from moeplace.runtime.calibration.measure import nodes_of, places_of
 
+pytestmark = pytest.mark.slow
+
 rates = st.floats(1e6, 1e12)
 
 

@@ -25,6 +25,8 @@ FOLDER = TESTS.parents[1] / "benchmarks" / "cluster"
 sys.path.insert(0, str(FOLDER))
 from hosts import Cluster, HostError, NamespacesUnavailableError  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 UP_AND_IDLE = """
 import signal, sys, time
 from hosts import Cluster

@@ -18,6 +18,8 @@ from ranks import launch
 from moeplace.runtime import LSHCompression
 from moeplace.runtime.moe.lsh import cluster, digits, rotations
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = 2e-5
 """Of float32 sums of some hundred terms."""
 

@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 from ranks import launch
 from small_models import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 NEW, SEQUENCES, LAYERS = 6, 6, 2
 
 

@@ -20,6 +20,8 @@ import moeplace as mp
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_moe.py"
 STEPS, BATCH, SEQUENCE = 60, 4, 256
 LAYERS, EXPERTS, TOP_K = 2, 8, 2

@@ -13,6 +13,8 @@ pytest.importorskip("transformers")
 
 from ranks import launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:

@@ -13,6 +13,8 @@ pytest.importorskip("torch")
 
 from ranks import launch
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = 2e-5
 """Of float32 sums of some hundred terms."""
 

@@ -24,6 +24,8 @@ from moeplace.runtime.exporters import (
     read_exported,
 )
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ("moeplace", "sglang", "vllm", "vllm-ascend", "trtllm")
 DEALT = ENGINES[1:]
 

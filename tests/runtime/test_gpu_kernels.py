@@ -11,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.slow
+
 KERNELS = [sys.executable, str(Path(__file__).resolve().parents[2] / "benchmarks"), "gpu_kernels"]
 
 

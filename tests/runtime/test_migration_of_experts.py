@@ -14,6 +14,8 @@ pytest.importorskip("torch")
 
 from ranks import launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def moves(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:

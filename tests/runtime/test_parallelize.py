@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 from ranks import launch
 from small_models import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:

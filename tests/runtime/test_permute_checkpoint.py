@@ -25,6 +25,8 @@ from moeplace.runtime.permute.checkpoint import (  # noqa: E402
     read_expert_order,
 )
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 LAYOUTS = ("one file", "shards", "fused shards")
 

@@ -15,6 +15,8 @@ from model_ranks import EXPERTS, LAYERS, WIDTH, Values, experts_by_row, marked, 
 import moeplace as mp
 from moeplace.runtime.permute.model import permute_model
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 

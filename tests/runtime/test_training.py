@@ -21,6 +21,8 @@ from traces import make_trace
 from moeplace.profiler import write_trace
 from moeplace.training.propose import Terms, answer, propose, request
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

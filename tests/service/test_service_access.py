@@ -20,6 +20,8 @@ from moeplace.db import Store
 from moeplace.placement.errors import InputError
 from moeplace.service.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 ROLES = ("read", "submit", "approve")
 OPEN = {("GET", "/health"), ("GET", "/ready")}
 NEEDS = {

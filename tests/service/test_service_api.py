@@ -25,6 +25,8 @@ from moeplace.placement.errors import ConflictError, NotFoundError
 from moeplace.placement.plan import plan_to_dict
 from moeplace.profiler.trace_files import write_trace
 
+pytestmark = pytest.mark.slow
+
 SPEC = {"experts": 8, "top_k": 2, "hidden_size": 8, "ffn_size": 8}
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

@@ -22,6 +22,8 @@ from moeplace.db.records import EngineHold, EngineRecord
 from moeplace.placement.errors import NotFoundError
 from moeplace.service.polling import ask
 
+pytestmark = pytest.mark.slow
+
 MODEL = mp.ModelSpec(layers=3, experts=6, top_k=2, hidden_size=1024, ffn_size=512, name="served", moe_layers=(1, 2, 3))
 COUNTED = np.tile(3 * np.arange(1, 7), (3, 1))
 """Of one recording: three passes of the counts that the endpoint answers."""

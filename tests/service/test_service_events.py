@@ -26,6 +26,8 @@ from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow
 from moeplace.service.webhooks import WebhookSender
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 

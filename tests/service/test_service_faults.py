@@ -20,6 +20,8 @@ from moeplace.db.records import CountWindow
 from moeplace.profiler.trace_files import write_trace
 from moeplace.service.client import Transport
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ROUNDS = int(os.environ.get("MOEPLACE_TEST_FAULTS", "2"))
 """How often each fault is repeated."""

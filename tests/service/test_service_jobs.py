@@ -20,6 +20,8 @@ from moeplace.db.records import CountWindow, DecisionRecord
 from moeplace.service.settings import Settings
 from moeplace.service.workers import LocalBackend
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LONG = {"solver": "search", "seconds": 600.0}
 UNWATCHED = ("--check-windows", "1000")

@@ -30,6 +30,8 @@ from moeplace.db.records import Actor, CountWindow, Finding, JobOutcome, Judgeme
 from moeplace.placement.plan import plan_to_dict
 from moeplace.service.routing import to_bytes
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = os.environ.get("MOEPLACE_TEST_EXAMPLES", "3")
 COMMAND = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
 ANN = Actor("ann", "approve")

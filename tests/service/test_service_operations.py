@@ -18,6 +18,8 @@ import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import CountWindow
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "service.md"
 
 

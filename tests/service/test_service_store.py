@@ -15,6 +15,8 @@ from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow, Finding, JobOutcome, Judgement
 from moeplace.placement.errors import ConflictError, NotFoundError
 
+pytestmark = pytest.mark.slow
+
 ANN, BOB = Actor("ann", "approve"), Actor("bob", "submit")
 MODEL = mp.ModelSpec(layers=2, experts=8, top_k=2, hidden_size=16, ffn_size=16, name="small")
 TOPOLOGY = mp.Topology.preset("h100-hgx", devices_per_node=4)

@@ -21,6 +21,8 @@ import moeplace as mp
 from moeplace.db.records import CountWindow
 from moeplace.profiler.trace_files import write_trace
 
+pytestmark = pytest.mark.slow
+
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ELSEWHERE = ("file", "stored_as", "steps", "statistics")
 SEND = ("--solver", "eplb", "--json")

@@ -24,6 +24,8 @@ from moeplace.profiler.trace_files import write_trace
 from moeplace.service.background import apply_retention
 from moeplace.service.shards import Shards, read, remove
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["folder", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

@@ -22,6 +22,8 @@ from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, si
 from moeplace.solvers.certify.step_time import StepCertificate
 from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
 
+pytestmark = pytest.mark.slow
+
 SLOW_LINKS = {"compute": 1e12, "memory": 8e10, "memory_bandwidth": 2e12, "intra_bandwidth": 2e8}
 
 

@@ -17,6 +17,8 @@ from moeplace.solvers.base import fill_slots
 from moeplace.solvers.chain import cheapest_path
 from moeplace.solvers.step_costs import PlacementSpace
 
+pytestmark = pytest.mark.slow
+
 TRANSITIONS = "cross-device transitions, share of all"
 
 

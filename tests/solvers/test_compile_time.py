@@ -12,6 +12,8 @@ import pytest
 
 from moeplace.solvers.base import COMPILE_TIME, Budget, CompileTime
 
+pytestmark = pytest.mark.slow
+
 FRESH = """
 import numpy as np
 import moeplace as mp

@@ -36,6 +36,8 @@ from moeplace.solvers.exflow import (
 from moeplace.solvers.mip import BACKENDS, solve_program
 from moeplace.solvers.symmetry import forbidden_names, renaming
 
+pytestmark = pytest.mark.slow
+
 NODES = {"2": [[1.0, 1.0]], "1+1": [[1.0], [1.0]], "3": [[1.0] * 3], "2+1": [[1.0, 1.0], [1.0]]}
 slow = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 shapes = {

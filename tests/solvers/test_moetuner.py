@@ -34,6 +34,8 @@ from moeplace.solvers.moetuner import (
     pair_cost,
 )
 
+pytestmark = pytest.mark.slow
+
 slow = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 both = pytest.mark.parametrize("backend", BACKENDS)
 

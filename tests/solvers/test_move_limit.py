@@ -18,6 +18,8 @@ from moeplace.solvers.base import Feature
 from moeplace.solvers.registry import SOLVERS
 from moeplace.solvers.search.move_budget import cheapest_mix
 
+pytestmark = pytest.mark.slow
+
 MODEL = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=256)
 SIZE = MODEL.bytes_per_expert
 DEVICE = {"compute": 1e12, "memory": 1e12, "memory_bandwidth": 1e11, "intra_bandwidth": 1e9}

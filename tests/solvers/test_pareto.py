@@ -17,6 +17,8 @@ from moeplace.placement.failures import failure_mask, single_failures
 from moeplace.solvers.pareto import ParetoConfig, non_dominated, problem_for, redundancy_steps, tolerable
 from moeplace.solvers.search.tolerant_start import tolerant_layer
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"proposals": 100, "steps": 4}
 STEPS = make_trace(1).decode_steps(8, steps=6)
 

@@ -42,8 +42,8 @@ class Slots:
     requires = "no engine"
     replica_choice = "share"
 
-    def write(self, plan, path, *, header="slots"):
-        path.write_text(header + " " + repr(plan.physical_to_logical.tolist()))
+    def text(self, plan, *, header="slots"):
+        return header + " " + repr(plan.physical_to_logical.tolist())
 
     def read(self, path, model, topology):
         raise NotImplementedError

@@ -21,6 +21,8 @@ from moeplace.solvers.search.kernel_types import MoveRules
 from moeplace.solvers.search.multistart import CoolingSchedule
 from moeplace.solvers.search.scenario import mean_risks, rates_for, scenario_from
 
+pytestmark = pytest.mark.slow
+
 MODEL = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=256)
 FAST = {"compute": 1e12, "memory": 1e12, "memory_bandwidth": 1e11, "intra_bandwidth": 1e9}
 SLOW = {"compute": 4e11, "memory": 1e12, "memory_bandwidth": 7e10, "intra_bandwidth": 3e8}
