@@ -105,6 +105,7 @@ def test_an_unknown_public_name_is_refused() -> None:
         _ = moeplace.sovle
 
 
+@pytest.mark.slow
 def test_solving_does_not_import_torch() -> None:
     script = (
         "import sys, numpy as np, moeplace as mp\n"
@@ -122,6 +123,7 @@ def test_solving_does_not_import_torch() -> None:
 @pytest.mark.parametrize(
     "package", ["placement", "profiler", "solvers", "runtime", "compat", "training", "db", "cli", "service"]
 )
+@pytest.mark.slow
 def test_every_module_can_be_the_first_that_is_imported(package: str) -> None:
     """A circle of imports shows in some orders only, so each module begins one of its own."""
     names = [

@@ -8,6 +8,9 @@ from golden_solves import CASES, answered, differences, recorded_answers
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_answer_is_the_one_written_down(group: str) -> None:
     recorded = recorded_answers()
