@@ -22,7 +22,8 @@ from service_runs import MODEL, POLICY, TOPOLOGY, counts, skewed
 
 import moeplace as mp
 from moeplace.db import Store
-from moeplace.db.records import Actor, CountWindow, narrow, pack, unpack
+from moeplace.db.records import Actor, CountWindow
+from moeplace.db.windows import narrow, pack, unpack
 from moeplace.service.counts import from_arrow, from_json, to_arrow
 from moeplace.service.window_batcher import WindowBatcher
 
