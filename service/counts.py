@@ -71,6 +71,14 @@ def from_arrow(body: bytes, layers: int, experts: int) -> list[CountWindow]:
         FileFormatError: not an Arrow stream. InputError: a column is missing or of another type; it is named; or
             the stream is compressed, or of too many rows.
     """
+    try:
+        return _windows_of(body, layers, experts)
+    except UnicodeDecodeError as error:
+        # Of any name in the schema, such as a time zone's, which is read only where it is asked for.
+        raise FileFormatError(f"not an Arrow stream, or damaged ({error})") from None
+
+
+def _windows_of(body: bytes, layers: int, experts: int) -> list[CountWindow]:
     import pyarrow as pa
 
     try:
