@@ -183,7 +183,9 @@ def _statistics(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> 
     layers = tuple(int(layer) for layer in header["moe_layers"])
     sample = None
     if "sample_expert_ids" in arrays:
-        columns = {name.removeprefix("sample_"): array for name, array in arrays.items() if name.startswith("sample_")}
+        columns: dict[str, Any] = {
+            name.removeprefix("sample_"): array for name, array in arrays.items() if name.startswith("sample_")
+        }
         codes, names = columns.pop("workload"), tuple(str(name) for name in header["sample_workloads"])
         if codes.size and not (codes.min() >= 0 and codes.max() < len(names)):
             raise InputError(f"sample_workload runs from {codes.min()} to {codes.max()}, {len(names)} names are given")

@@ -173,7 +173,7 @@ def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_exper
             "dropped tokens and without pipeline parallelism"
         )
     joined = np.concatenate(ids)
-    named = {name: np.concatenate(parts) for name, parts in columns.items()}
+    named: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
     try:
         return RoutingTrace.from_arrays(
             joined, num_experts=num_experts or int(joined.max()) + 1, moe_layers=layers, **named

@@ -227,7 +227,7 @@ def _trace(source: Path, pieces: list[Piece], num_experts: int | None) -> Routin
         columns["ids"].append(ids[whole].astype(id_dtype(experts)))
         columns["sequence"].append(np.full(len(whole), piece.sequence, np.int64))
         columns["position"].append(whole + start + piece.first)
-    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    joined: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
     if not len(used) or not len(joined["ids"]):
         raise FileFormatError(
             f"{source}: no token with an expert in each layer; all were cached, or nothing was captured"

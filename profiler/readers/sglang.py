@@ -232,7 +232,7 @@ class TokenPasses:
                 ("source", np.full(len(sequence), rank)),
             ):
                 columns[name].append(values)
-        joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+        joined: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
         if not len(joined["ids"]):
             raise FileFormatError(
                 f"{source}: no token chose {top_k} experts in every one of the {len(names)} MoE layers"
