@@ -1,7 +1,8 @@
 """HTTP to servers that others run: engines, webhooks' receivers, the service. Below every package, as `_types`.
 
-No redirect is followed, no proxy asked, and no more of a body read than a caller takes. A time-out is of the whole call, from connecting to
-the answer's last byte: with a socket's own, a server that sends a byte now and then would keep its caller for ever.
+No redirect is followed, no proxy asked, and no more of a body read than a caller takes. A time-out is of the whole
+call, from connecting to the answer's last byte: with a socket's own, a server that sends a byte now and then would keep
+its caller for ever.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Connections:
 
     def __init__(self, retries: urllib3.Retry | None = None) -> None:
         self._retries = retries
-        self._timed = urllib3.PoolManager(maxsize=16)
+        self._timed = urllib3.PoolManager(maxsize=256)
         self._timed.pool_classes_by_scheme = {"http": _TimedPool, "https": _TimedTlsPool}
         self._streams = urllib3.PoolManager()
 
@@ -98,7 +99,8 @@ class Connections:
         Raises:
             UnansweredError: no server there, no answer in time, or none that is HTTP.
         """
-        with _told():
+        # A header that cannot be sent is a ValueError.
+        with _as_unanswered(ValueError):
             response = self._timed.request(
                 method,
                 url,
@@ -126,12 +128,13 @@ class Connections:
 
     @contextmanager
     def stream(self, url: str, headers: Mapping[str, str], *, idle: float) -> Iterator[urllib3.BaseHTTPResponse]:
-        """A GET whose answer is read line by line while it comes. idle: seconds without a byte after which it has failed.
+        """A GET whose answer is read line by line while it comes. idle: seconds without a byte after which it has
+        failed.
 
         Raises:
             UnansweredError: as `request`, also from reading.
         """
-        with _told():
+        with _as_unanswered():
             response = self._streams.request(
                 "GET", url, headers=dict(headers), timeout=idle, retries=False, redirect=False, preload_content=False
             )
@@ -196,11 +199,12 @@ class _TimedTlsPool(HTTPSConnectionPool):
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _as_unanswered(*more: type[Exception]) -> Iterator[None]:
     """Every way in which a call fails, as one error that says what the system said."""
+    expected: tuple[type[Exception], ...] = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, *more)
     try:
         yield
-    except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, UnicodeError) as error:
+    except expected as error:
         cause: BaseException = error
         timed_out = False
         while True:

@@ -1,6 +1,6 @@
 """Time and peak memory of aggregating a Parquet trace of DeepSeek-V3's shape: 58 layers, top-8 of 256 experts.
 
-    python benchmarks/aggregation.py --tokens 1000000 --data DATA
+    python -m benchmarks aggregation --tokens 1000000
 
 The trace is made by resampling real routing. Rows come from a recorded prefill batch of Qwen3-30B-A3B (48 layers, top-8
 of 128 experts): a sequence is a run of neighbouring rows, layer l takes Qwen's layer at the same depth, so who goes with
@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import psutil
+from runner import Report, data_argument
 
 from moeplace.profiler.trace_files import TraceWriter
 
@@ -169,16 +170,16 @@ def _family(root: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=0, help="processes (0: one a core)")
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--trace", type=Path, help="keep the trace in this folder, or use the one already there")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     if options.tokens < 2:
-        parser.error("--tokens must be at least 2")
+        raise SystemExit(f"--tokens {options.tokens}: expected at least 2")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.trace or Path(scratch) / "trace"
         distance = None if folder.is_dir() else make_trace(folder, options.data, options.tokens)
@@ -192,12 +193,6 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
     }
-    if options.json:
-        print(json.dumps(result))
-        return
+    table = report.table("aggregation", ("figure", "value"))
     for name, value in result.items():
-        print(f"{name:18} {value:,.3f}" if isinstance(value, float) else f"{name:18} {value}")
-
-
-if __name__ == "__main__":
-    main()
+        table.row(name, value)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from mixtral_ilp import DOMAINS, transitions_of_a_whole_model
+import recordings
+from mixtral_ilp import recorded_transitions, transitions_of_a_whole_model
 
 import moeplace as mp
 from moeplace.placement.synthetic import sample_tokens
 
-GPT_OSS = mp.ModelSpec(
-    name="gpt-oss-20b", layers=24, experts=32, top_k=4, hidden_size=2880, ffn_size=2880, expert_dtype="mxfp4"
-)
 MIXTRAL = mp.ModelSpec(name="mixtral-8x7b", layers=32, experts=8, top_k=2, hidden_size=4096, ffn_size=14336)
 OLMOE = mp.ModelSpec(name="olmoe-1b-7b", layers=16, experts=64, top_k=8, hidden_size=2048, ffn_size=1024)
 DRAWN = 65_536
@@ -21,19 +19,13 @@ DRAWN = 65_536
 
 def gpt_oss(data: Path) -> mp.RoutingStatistics:
     """Statistics of the recorded routing."""
-    arrays = np.load(data / "gpt_oss_20b_routing.npz", allow_pickle=False)
-    trace = mp.RoutingTrace.from_arrays(
-        arrays["expert_ids"], num_experts=32, sequence=arrays["sequence"], position=arrays["position"]
-    )
-    return mp.RoutingStatistics.from_trace(trace)
+    return mp.RoutingStatistics.from_trace(recordings.gpt_oss(data))
 
 
 def of_recorded_transitions(data: Path, model: mp.ModelSpec, recorded: str, seed: int = 0) -> mp.RoutingStatistics:
     """Statistics of a model of OLMoE's or Mixtral's size: its layers' transitions mixed from the two recorded pairs of layers of
-    three domains (as benchmarks/mixtral_ilp.py says), and tokens drawn from these."""
-    counts = np.load(data / "olmoe_mixtral_counts.npz", allow_pickle=False)
-    pairs = np.stack([counts[f"{recorded}/{domain}/transitions"] for domain in DOMAINS]).astype(np.float64)
-    transitions = transitions_of_a_whole_model(pairs, seed, model.layers)
+    three domains (as mixtral_ilp.py says), and tokens drawn from these."""
+    transitions = transitions_of_a_whole_model(recorded_transitions(data, recorded), seed, model.layers)
     known = mp.RoutingStatistics(
         experts=model.experts,
         moe_layers=model.moe_layers,

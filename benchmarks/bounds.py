@@ -1,6 +1,6 @@
 """How far from the optimum plans can be, at every size: what was found, what is proven, and how long both took.
 
-    python benchmarks/bounds.py --data DATA --out docs/results/bounds.md
+    python -m benchmarks bounds --write
 
 Tables of Mixtral's size (8 experts, 2 and 4 devices), one and two experts a device and layer (gpt-oss on 32 and 16 devices,
 OLMoE on 64 and 32), gpt-oss-20b on 8 devices, OLMoE's size on 8, DeepSeek-V3's, and of transitions alone; each in both execution modes
@@ -16,16 +16,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from bound_cases import GPT_OSS, MIXTRAL, OLMOE, deepseek, gpt_oss, of_recorded_transitions
+from bound_cases import MIXTRAL, OLMOE, deepseek, gpt_oss, of_recorded_transitions
+from recordings import GPT_OSS
+from runner import Report, data_argument
 
 import moeplace as mp
 from moeplace.solvers.base import Budget
 from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
-from moeplace.solvers.exflow_start import assignment_sweeps, local_weight
+from moeplace.solvers.exflow import assignment_sweeps, local_weight
 
 DECODE, PREFILL = ("decode", 128), ("prefill", 4096)
 MODES = ("dispatch_combine", "context_coherent")
-STEP_HEADER = "| devices, mode | steps | solver | found ms | at least ms | gap by single terms | gap | s |\n|---|---|---|---|---|---|---|---|"
+STEP_COLUMNS = {
+    "devices, mode": "",
+    "steps": "",
+    "solver": "",
+    "found ms": ".3f",
+    "at least ms": ".3f",
+    "gap by single terms": ".1%",
+    "gap": ".1%",
+    "s": ".2f",
+}
+TRANSITION_COLUMNS = {
+    "model and text": "",
+    "devices": "",
+    "found": ".4f",
+    "spectral": ".4f",
+    "semidefinite": ".4f",
+    "gap": ".1%",
+    "spectral ms": ".0f",
+    "semidefinite s": ".1f",
+}
+Row = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -34,9 +56,6 @@ class Effort:
 
     search: float
     bound: float
-
-    def __str__(self) -> str:
-        return f"{self.search:g} s of search, {self.bound:g} s for the bound"
 
 
 EFFORT = {
@@ -49,7 +68,9 @@ EFFORT = {
 }
 
 
-def row(label: str, problem: mp.Problem, effort: Effort, batch: str, tokens: int, solver: str | None = "search") -> str:
+def step_row(
+    label: str, problem: mp.Problem, effort: Effort, batch: str, tokens: int, solver: str | None = "search"
+) -> Row:
     """A line of a table: the plan's step time, what none is below, and the gap by single terms and in the end."""
     options = {} if solver is None else {"seconds": effort.search, "certify": effort.bound}
     began = time.perf_counter()
@@ -59,16 +80,8 @@ def row(label: str, problem: mp.Problem, effort: Effort, batch: str, tokens: int
     assert plan.bound is not None
     value = plan.certificate.value
     first = next(bound for _, _, bound in plan.provenance.history if bound is not None)
-    single = "" if plan.provenance.solver == "chain" else f"{1.0 - first / value:.1%}"
-    cells = [
-        label,
-        f"{batch} {tokens}",
-        plan.provenance.solver,
-        f"{value * 1e3:.3f}",
-        f"{plan.bound * 1e3:.3f}",
-        single,
-    ]
-    return "| " + " | ".join([*cells, f"{plan.gap:.1%}", f"{took:.2f}" if took < 10 else f"{took:.0f}"]) + " |"
+    single = None if plan.provenance.solver == "chain" else 1.0 - first / value
+    return label, f"{batch} {tokens}", plan.provenance.solver, 1e3 * value, 1e3 * plan.bound, single, plan.gap, took
 
 
 def rows(
@@ -78,7 +91,7 @@ def rows(
     effort: Effort,
     solver: str | None = "search",
     preset: str = "h100-hgx",
-) -> Iterator[str]:
+) -> Iterator[Row]:
     """Lines of a model on some clusters, (nodes, devices in each), in both modes, decode and prefill."""
     for nodes, devices in clusters:
         for mode in MODES:
@@ -89,34 +102,35 @@ def rows(
                 objective=mp.Objective(execution=mode),  # type: ignore[arg-type]
             )
             for batch, tokens in (DECODE, PREFILL):
-                yield row(f"{nodes} x {devices}, {mode}", problem, effort, batch, tokens, solver)
+                yield step_row(f"{nodes} x {devices}, {mode}", problem, effort, batch, tokens, solver)
 
 
-def mixtral_rows(data: Path, effort: Effort) -> Iterator[str]:
+def mixtral_rows(data: Path, effort: Effort) -> Iterator[Row]:
     """Lines of Mixtral's size; the solver is not named."""
     statistics = of_recorded_transitions(data, MIXTRAL, "mixtral_8x7b")
     yield from rows(MIXTRAL, statistics, ((1, 2), (1, 4)), effort, solver=None, preset="h200-hgx")
 
 
-def few_rows(data: Path, effort: Effort) -> Iterator[str]:
+def few_rows(data: Path, effort: Effort) -> Iterator[Row]:
     """Lines of one and two experts a device and layer."""
-    for line in rows(GPT_OSS, gpt_oss(data), ((4, 8), (2, 8)), effort):
-        yield line.replace("| ", "| gpt-oss, 32 experts on ", 1)
-    for line in rows(OLMOE, of_recorded_transitions(data, OLMOE, "olmoe_1b_7b"), ((8, 8), (4, 8)), effort):
-        yield line.replace("| ", "| OLMoE's size, 64 experts on ", 1)
+    olmoe = of_recorded_transitions(data, OLMOE, "olmoe_1b_7b")
+    for label, *figures in rows(GPT_OSS, gpt_oss(data), ((4, 8), (2, 8)), effort):
+        yield (f"gpt-oss, 32 experts on {label}", *figures)
+    for label, *figures in rows(OLMOE, olmoe, ((8, 8), (4, 8)), effort):
+        yield (f"OLMoE's size, 64 experts on {label}", *figures)
 
 
-def gpt_oss_rows(data: Path, effort: Effort) -> Iterator[str]:
+def gpt_oss_rows(data: Path, effort: Effort) -> Iterator[Row]:
     """Lines of gpt-oss-20b on 8 devices."""
     yield from rows(GPT_OSS, gpt_oss(data), ((1, 8), (2, 4)), effort)
 
 
-def olmoe_rows(data: Path, effort: Effort) -> Iterator[str]:
+def olmoe_rows(data: Path, effort: Effort) -> Iterator[Row]:
     """Lines of OLMoE's size on 8 devices."""
     yield from rows(OLMOE, of_recorded_transitions(data, OLMOE, "olmoe_1b_7b"), ((1, 8), (2, 4)), effort)
 
 
-def deepseek_rows(data: Path, effort: Effort) -> Iterator[str]:
+def deepseek_rows(data: Path, effort: Effort) -> Iterator[Row]:
     """Lines of DeepSeek-V3's shape, 288 slots on 32 devices."""
     spec, statistics = deepseek(data, layers=58, tokens=16_384)
     for batch, tokens in (("decode", 2048), ("prefill", 8192)):
@@ -127,10 +141,10 @@ def deepseek_rows(data: Path, effort: Effort) -> Iterator[str]:
             slots=288,
             objective=mp.Objective(dispatch_dtype="fp8", split="free"),
         )
-        yield row("4 x 8, dispatch_combine", problem, effort, batch, tokens)
+        yield step_row("4 x 8, dispatch_combine", problem, effort, batch, tokens)
 
 
-def transition_rows(data: Path, effort: Effort) -> Iterator[str]:
+def transition_rows(data: Path, effort: Effort) -> Iterator[Row]:
     """Lines of kept transitions: found by sweeps of linear assignment, and at most by each bound."""
     counts = np.load(data / "olmoe_mixtral_counts.npz", allow_pickle=False)
     for key in sorted(name for name in counts.files if name.endswith("/transitions")):
@@ -146,50 +160,17 @@ def transition_rows(data: Path, effort: Effort) -> Iterator[str]:
             semidefinite = kept_at_most(weights, slots, effort.bound) / total
             after = time.perf_counter()
             gap = 1.0 - (1.0 - semidefinite) / (1.0 - found)
-            cells = [key.removesuffix("/transitions"), str(devices), f"{found:.4f}", f"{min(spectral, 9.99):.4f}"]
-            cells += [
-                f"{semidefinite:.4f}",
-                f"{gap:.1%}",
-                f"{1e3 * (between - began):.0f} ms",
-                f"{after - between:.1f} s",
-            ]
-            yield "| " + " | ".join(cells) + " |"
+            name, spent = key.removesuffix("/transitions"), (1e3 * (between - began), after - between)
+            yield (name, devices, found, spectral, semidefinite, gap, *spent)
 
 
-DRAWN = (
-    "Tokens drawn from transitions that are mixed from the ones recorded between layers 0, 7 and 15 of three domains "
-    "(benchmarks/bound_cases.py)."
-)
-TABLES: dict[str, tuple[str, str, str, Callable[[Path, Effort], Iterator[str]]]] = {
-    "mixtral": (
-        "Mixtral's size: 32 layers, 8 experts, top-2",
-        f"{DRAWN} h200-hgx; `mp.solve` without a solver's name.",
-        STEP_HEADER,
-        mixtral_rows,
-    ),
-    "few": ("One and two experts a device and layer", f"OLMoE's size: {DRAWN.lower()}", STEP_HEADER, few_rows),
-    "gpt-oss": (
-        "gpt-oss-20b on 8 devices: 24 layers, 32 experts, top-4",
-        "Recorded tokens.",
-        STEP_HEADER,
-        gpt_oss_rows,
-    ),
-    "olmoe": ("OLMoE's size on 8 devices: 16 layers, 64 experts, top-8", DRAWN, STEP_HEADER, olmoe_rows),
-    "deepseek": (
-        "DeepSeek-V3's shape: 58 layers, 256 experts, top-8, 288 slots",
-        "Each token takes its 8 experts by the layer's recorded loads, 4 of them among the 32 experts of one of 8 groups, so that "
-        "experts of a group are used together as group-limited routing makes them.",
-        STEP_HEADER,
-        deepseek_rows,
-    ),
-    "transitions": (
-        "Transitions kept on a device, share of all",
-        "OLMoE (64 experts) and Mixtral (8), recorded between layers 0, 7 and 15. Found by sweeps of linear assignment; the gap is that "
-        "of the share that changes device.",
-        "| model and text | devices | found | spectral | semidefinite | gap | spectral took | semidefinite took |\n"
-        "|---|---|---|---|---|---|---|---|",
-        transition_rows,
-    ),
+TABLES: dict[str, tuple[str, Callable[[Path, Effort], Iterator[Row]]]] = {
+    "mixtral": ("Mixtral's size: 32 layers, 8 experts, top-2", mixtral_rows),
+    "few": ("One and two experts a device and layer", few_rows),
+    "gpt-oss": ("gpt-oss-20b on 8 devices: 24 layers, 32 experts, top-4", gpt_oss_rows),
+    "olmoe": ("OLMoE's size on 8 devices: 16 layers, 64 experts, top-8", olmoe_rows),
+    "deepseek": ("DeepSeek-V3's shape: 58 layers, 256 experts, top-8, 288 slots", deepseek_rows),
+    "transitions": ("Transitions kept on a device, share of all", transition_rows),
 }
 
 
@@ -211,26 +192,18 @@ def warm_up() -> None:
         mp.solve(replace(problem, topology=TWO), "chain", minimise="step", step_tokens=16)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of recorded routing")
-    parser.add_argument("--out", type=Path, required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="make these only")
     parser.add_argument("--scale", type=float, default=1.0, help="of all seconds spent")
-    arguments = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     warm_up()
-    text = []
-    for name in arguments.tables:
-        title, note, header, lines = TABLES[name]
-        effort = Effort(EFFORT[name].search * arguments.scale, EFFORT[name].bound * arguments.scale)
-        spent = "" if name in ("mixtral", "transitions") else f" {effort}."
-        text += [f"## {title}", "", f"{note}{spent}", "", header]
-        for line in lines(arguments.data, effort):
-            print(line, flush=True)
-            text.append(line)
-        text.append("")
-    arguments.out.write_text("\n".join(text), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    for name in options.tables:
+        title, rows_of = TABLES[name]
+        columns = TRANSITION_COLUMNS if name == "transitions" else STEP_COLUMNS
+        table = report.table(title, columns, columns)
+        effort = Effort(EFFORT[name].search * options.scale, EFFORT[name].bound * options.scale)
+        for row in rows_of(options.data, effort):
+            table.row(*row)

@@ -1,18 +1,16 @@
 """`moeplace.compat.eplb.rebalance_experts` against the published `rebalance_experts` of DeepSeek's EPLB.
 
-    python benchmarks/compat_eplb.py --eplb path/to/eplb.py            # the file of github.com/deepseek-ai/EPLB
+    python -m benchmarks compat_eplb --eplb eplb.py --write        # the file of github.com/deepseek-ai/EPLB
 
 Draws instances (layers, experts, groups, nodes, GPUs, replicas, and loads: gamma, Zipf, lognormal, small counts with many
 ties, or with idle experts; half of the shapes hierarchical), checks both results, and compares the load of each layer's
-heaviest GPU, computed in double precision from the maps, equal being within 1e-12 of it. Then times both at 58 layers
-of 256 experts. One thread. Prints JSON; exits 1 where any layer is worse or the starting point is not the published one.
+heaviest GPU, computed in double precision from the maps, equal being within 1e-12 of it. Also times both at 58 layers
+of 256 experts. One thread. Fails where any layer is worse or the starting point is not the published one.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import math
 import statistics
 import sys
@@ -24,22 +22,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import peers.published_eplb
 import torch
+from runner import Report
 
 from moeplace.compat.eplb import published_placement, rebalance_experts
 
 EQUAL = 1e-12
 Arguments = tuple[int, int, int, int]
-
-
-def load_published(path: Path) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location("published_eplb", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"--eplb {path}: not a Python file; expected eplb.py of github.com/deepseek-ai/EPLB")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Callable[..., Any] = module.rebalance_experts
-    return function
 
 
 def draw(rng: np.random.Generator) -> tuple[torch.Tensor, Arguments]:
@@ -109,12 +99,11 @@ def verdict(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> n
     return np.where(ours > theirs * (1 + EQUAL), "worse", np.where(ours < theirs * (1 - EQUAL), "better", "equal"))
 
 
-def shares(counted: Counter[str]) -> dict[str, float]:
-    total = sum(counted.values())
-    return {name: round(counted[name] / total, 5) for name in ("better", "equal", "worse")}
+def shares(counted: Counter[str]) -> list[float]:
+    return [counted[name] / sum(counted.values()) for name in ("better", "equal", "worse")]
 
 
-def compare(published: Callable[..., Any], instances: int, seed: int) -> dict[str, Any]:
+def compare(report: Report, published: Callable[..., Any], instances: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     by_instance: Counter[str] = Counter()
     by_layer: Counter[str] = Counter()
@@ -145,73 +134,72 @@ def compare(published: Callable[..., Any], instances: int, seed: int) -> dict[st
         hierarchical += arguments[1] % arguments[2] == 0
         if (number + 1) % 100 == 0:
             print(f"{number + 1} of {instances}", file=sys.stderr)
-    return {
+    layers = sum(by_layer.values())
+    table = report.table(
+        "random instances", ("", "better", "equal", "worse"), dict.fromkeys(("better", "equal", "worse"), ".1%")
+    )
+    table.row("instances, by mean over layers", *shares(by_instance))
+    table.row(f"layers, each of {layers:,}", *shares(by_layer))
+    figures = {
         "instances": instances,
         "hierarchical": hierarchical,
-        "layers": sum(by_layer.values()),
-        "instances by mean over layers": shares(by_instance),
-        "layers each": shares(by_layer),
         "instances with any layer worse": with_worse,
         "layers whose start is not the published load": start_differs,
-        "mean reduction of the largest load": round(statistics.mean(gains), 4),
-        "time ours/theirs, all instances": round(seconds[1] / seconds[0], 4),
-        "time ours/theirs, median instance": round(statistics.median(ratios), 4),
-        "time ours/theirs, slowest instance": round(max(ratios), 2),
+        "mean reduction of the largest load": statistics.mean(gains),
+        "time ours/theirs, all instances": seconds[1] / seconds[0],
+        "time ours/theirs, median instance": statistics.median(ratios),
+        "time ours/theirs, slowest instance": max(ratios),
         "instances slower": sum(each > 0 for each in excess),
-        "milliseconds slower, at most": round(1e3 * max(excess), 1),
-        "milliseconds, mean instance, theirs and ours": [round(1e3 * each / instances, 2) for each in seconds],
+        "milliseconds slower, at most": 1e3 * max(excess),
+        "milliseconds, mean instance, theirs": 1e3 * seconds[0] / instances,
+        "milliseconds, mean instance, ours": 1e3 * seconds[1] / instances,
     }
+    for name, value in figures.items():
+        report.note("figures", f"{name}: {value:,.4g}")
+    if with_worse or start_differs:
+        report.failure = f"{with_worse} instances have a worse layer, {start_differs} layers start elsewhere"
 
 
-def time_both(published: Callable[..., Any], repeats: int) -> list[dict[str, Any]]:
-    rows = []
+def time_both(report: Report, published: Callable[..., Any], repeats: int) -> None:
     rng = np.random.default_rng(1)
-    loads = {
-        "gamma": rng.gamma(1.0, 1000.0, (58, 256)),
-        "zipf": skewed(rng, 1.0, (58, 256)),
+    loads = {"gamma": rng.gamma(1.0, 1000.0, (58, 256)), "Zipf": skewed(rng, 1.0, (58, 256))}
+    formats = {
+        "loads": "",
+        "form": "",
+        "theirs, ms": ",.0f",
+        "ours, ms": ",.0f",
+        "faster": ".0f",
+        "largest/mean load, theirs": ".4f",
+        "ours": ".4f",
     }
+    table = report.table("58 layers of 256 experts", formats, formats)
     for name, load in loads.items():
         weight = torch.from_numpy(load)
         for arguments in ((288, 8, 4, 32), (288, 8, 3, 32)):
-            taken: dict[str, list[float]] = {"theirs": [], "ours": []}
-            imbalance = {}
+            taken: list[list[float]] = [[], []]
+            imbalance = [0.0, 0.0]
             for _ in range(repeats):
-                for who, function in (("theirs", published), ("ours", rebalance_experts)):
+                for who, function in enumerate((published, rebalance_experts)):
                     begin = time.perf_counter()
-                    table = function(weight, *arguments)[0].numpy()
+                    dealt = function(weight, *arguments)[0].numpy()
                     taken[who].append(time.perf_counter() - begin)
-                    largest = heaviest(load, table, arguments[3])
-                    imbalance[who] = round(float((largest / (load.sum(axis=1) / arguments[3])).mean()), 4)
-            median = {who: round(1e3 * statistics.median(each), 1) for who, each in taken.items()}
-            form = "hierarchical" if arguments[1] % arguments[2] == 0 else "global"
-            rows.append(
-                {
-                    "58 x 256": name,
-                    "replicas, groups, nodes, GPUs": list(arguments),
-                    "form": form,
-                    "median ms": median,
-                    "largest/mean load": imbalance,
-                }
-            )
-    return rows
+                    largest = heaviest(load, dealt, arguments[3])
+                    imbalance[who] = float((largest / (load.sum(axis=1) / arguments[3])).mean())
+            theirs, ours = (1e3 * statistics.median(each) for each in taken)
+            form = f"{'hierarchical' if arguments[1] % arguments[2] == 0 else 'global'}, {arguments[2]} nodes"
+            table.row(name, form, theirs, ours, theirs / ours, *imbalance)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eplb", type=Path, required=True, help="the published eplb.py")
     parser.add_argument("--instances", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=7, help="of the timing at 58 x 256")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     torch.set_num_threads(1)
-    published = load_published(options.eplb)
+    published = peers.published_eplb.rebalance_experts(options.eplb)
     # The larger shape first: it also warms both up.
-    timing = time_both(published, options.repeats)
-    result = compare(published, options.instances, options.seed)
-    print(json.dumps({"random instances": result, "time": timing}, indent=1))
-    if result["instances with any layer worse"] or result["layers whose start is not the published load"]:
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()
+    time_both(report, published, options.repeats)
+    compare(report, published, options.instances, options.seed)

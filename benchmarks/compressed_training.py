@@ -1,20 +1,19 @@
 """Training with and without the LSH-compressed all-to-all: loss curves, seconds a step, rows and bytes sent.
 
-    python benchmarks/compressed_training.py --out runs/lsh --text DATA/text/*.txt --runs plain lsh:rate=0.2
-    torchrun --nproc-per-node 4 benchmarks/compressed_training.py --out runs/lsh --runs plain lsh:rate=0.2,residual=none
+    python -m benchmarks compressed_training --out runs/lsh --text TEXT/*.txt --runs plain lsh:rate=0.2 --json runs.jsonl
+    torchrun --nproc-per-node 4 -m benchmarks compressed_training --out runs/lsh --runs plain lsh:rate=0.2,residual=none
 
 A run is NAME or NAME:field=value,... with fields of LSHCompression, and `seed`, `dispatch`. The model is the one of examples/train_moe.py.
 `--senders` is how many ranks the batch is divided over; with fewer processes, each takes several senders' parts one after the
 other and adds up gradients, so that what is clustered together stays the same. (What plain dispatch would send is less
-with fewer devices, and so is what `rate` allows.) Held-out loss is that of the model as it is, without compression. Each run appends one JSON line to
-OUT/runs.jsonl. `--rounds` repeats all runs, for times on a machine whose speed drifts.
+with fewer devices, and so is what `rate` allows.) Held-out loss is that of the model as it is, without compression. A row stands
+for an entry of a run's loss curve; rows sent and computed, pairs and errors are those of rank 0's latest pass over all layers. `--rounds` repeats all runs, for times on a machine whose speed drifts.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import statistics
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from runner import Report, Table
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import OlmoeForCausalLM
@@ -41,7 +41,7 @@ from train_moe import BUILT_IN, Domain, batches, build_model, load_domains
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer, runs.jsonl and checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer and checkpoints")
     parser.add_argument("--text", nargs="+", default=list(BUILT_IN), metavar="FILE", help="as for train_moe.py")
     parser.add_argument("--batch", type=int, default=4, help="sequences a sender and step")
     parser.add_argument("--nodes", type=int, default=1, help="hosts that the ranks stand on, equally many each")
@@ -52,10 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of runs that do not say theirs")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--senders", type=int, default=4)
@@ -65,9 +62,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="the last weights of each run, in OUT/NAME-SEED")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--runs", nargs="+", default=["plain", "lsh:rate=0.2"], metavar="NAME[:field=value,...]")
-    args = parser.parse_args()
-    args.load = None
-    return args
 
 
 def run_of(text: str) -> tuple[str, dict[str, Any]]:
@@ -101,14 +95,29 @@ def held_out(model: torch.nn.Module, domains: list[Domain], sequences: int, rank
     return float(total[0] / total[1])
 
 
+SEEN = (
+    "plain_rows",
+    "sent_rows",
+    "plain_bytes",
+    "sent_bytes",
+    "pairs",
+    "clusters",
+    "clustered",
+    "refused",
+    "error",
+    "scale",
+    "rows_computed",
+)
+"""What compression tells of a pass: sums over layers, and the means of error and scale."""
+
+
 def compression_of(model: torch.nn.Module) -> dict[str, float]:
     """This rank's latest pass over all layers."""
     found = [getattr(layer.dispatcher, "statistics", None) for _, layer in expert_layers(model)]
     seen = [part for part in found if part is not None]
     if not seen:
         return {}
-    keys = ("plain_rows", "sent_rows", "plain_bytes", "sent_bytes", "pairs", "clusters", "clustered", "refused")
-    result: dict[str, float] = {key: sum(getattr(part, key) for part in seen) for key in keys}
+    result: dict[str, float] = {key: sum(getattr(part, key) for part in seen) for key in SEEN[:-3]}
     return result | {
         "error": statistics.fmean(part.error for part in seen),
         "scale": statistics.fmean(part.scale for part in seen),
@@ -134,8 +143,15 @@ def spread_model(
 
 
 def train(
-    name: str, fields: dict[str, Any], args: argparse.Namespace, domains: list[Domain], tokenizer: Any, mesh: DeviceMesh
-) -> dict[str, Any]:
+    name: str,
+    fields: dict[str, Any],
+    args: argparse.Namespace,
+    domains: list[Domain],
+    tokenizer: Any,
+    mesh: DeviceMesh,
+    table: Table | None,
+) -> None:
+    """One run; its loss curve goes to the table, where this rank has it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     seed, dispatch = fields.pop("seed", args.seed), fields.pop("dispatch", None)
     settings = LSHCompression(**fields, seed=seed) if fields else None
@@ -144,7 +160,6 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     parts = args.senders // ranks
     streams = [batches(domains, args.batch, seed=seed * args.senders + rank * parts + part) for part in range(parts)]
-    curve: list[dict[str, float]] = []
     seconds: list[float] = []
     losses: list[float] = []
     for step in range(1, args.steps + 1):
@@ -166,46 +181,36 @@ def train(
         if step % args.every == 0 or step == args.steps:
             loss = torch.tensor(statistics.fmean(losses))
             dist.all_reduce(loss)
-            entry = {"step": step, "train": float(loss) / ranks, "seconds": statistics.median(seconds[-args.every :])}
-            entry |= compression_of(model)
-            if args.held_out:
-                entry["held_out"] = held_out(model, domains, args.held_out, ranks)
-            curve.append(entry)
-            losses = []
-            if not rank:
-                shown = {key: round(value, 4) for key, value in entry.items()}
-                print(name, json.dumps(shown), file=sys.stderr, flush=True)
+            held = held_out(model, domains, args.held_out, ranks) if args.held_out else None
+            seen, losses = compression_of(model), []
+            if table is not None:
+                spent = statistics.median(seconds[-args.every :])
+                table.row(
+                    name, seed, dispatch, step, float(loss) / ranks, held, spent, *(seen.get(key) for key in SEEN)
+                )
     if args.save:
         save_checkpoint(args.out / f"{name}-{seed}", model)
-    record: dict[str, Any] = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-    }
-    record |= {"name": name, **fields, "seed": seed, "dispatch": dispatch, "ranks": ranks, "curve": curve}
-    return record | {"seconds": statistics.median(seconds[1:] or seconds)}
 
 
-def main() -> None:
-    args = parse_arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
+def run(options: argparse.Namespace, report: Report) -> None:
+    options.load = None
+    options.out.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.set_num_threads(1)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    if args.senders % ranks or ranks % args.nodes:
-        sys.exit(f"--senders {args.senders}, {ranks} ranks, --nodes {args.nodes}: each must divide the one before")
-    domains, tokenizer = load_domains(args)
-    mesh = init_device_mesh("cpu", (ranks,) if args.nodes == 1 else (args.nodes, ranks // args.nodes))
-    for _ in range(args.rounds):
-        for text in args.runs:
-            record = train(*run_of(text), args, domains, tokenizer, mesh)
-            if not rank:
-                with (args.out / "runs.jsonl").open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+    ranks = dist.get_world_size()
+    if options.senders % ranks or ranks % options.nodes:
+        sys.exit(
+            f"--senders {options.senders}, {ranks} ranks, --nodes {options.nodes}: each must divide the one before"
+        )
+    columns = ("run", "seed", "dispatch", "step", "training loss", "held-out loss", "seconds a step", *SEEN)
+    table = None if dist.get_rank() else report.table("Loss", columns, {"seconds a step": ".3f"})
+    domains, tokenizer = load_domains(options)
+    mesh = init_device_mesh("cpu", (ranks,) if options.nodes == 1 else (options.nodes, ranks // options.nodes))
+    for _ in range(options.rounds):
+        for text in options.runs:
+            train(*run_of(text), options, domains, tokenizer, mesh, table)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

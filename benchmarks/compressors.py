@@ -1,7 +1,7 @@
 """Error of one MoE layer's output under compressors of the all-to-all, at equal bytes, on held-out text of a trained model.
 
-    python benchmarks/compressed_training.py --out runs/lsh --text DATA/text/*.txt --save --runs plain
-    python benchmarks/compressors.py --out runs/lsh --text DATA/text/*.txt --checkpoint runs/lsh/plain-0
+    python -m benchmarks compressed_training --out runs/lsh --text TEXT/*.txt --save --runs plain
+    python -m benchmarks compressors --out runs/lsh --text TEXT/*.txt --checkpoint runs/lsh/plain-0
 
 Each rank's batch (--batch sequences) is compressed for itself, as in training; experts stand in index order on --devices. Bytes are
 those of rows between devices there and back, over those of plain dispatch in float32. Error: root of the mean square of the
@@ -12,9 +12,7 @@ one float32 scale and a byte an entry; top-k sends the largest entries as float3
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from compressed_training import add_model_arguments, load_domains, spread_model
+from runner import Report
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging
@@ -29,9 +29,6 @@ from transformers.utils import logging
 from moeplace.runtime import LSHCompression, PlacedExperts, load_checkpoint
 from moeplace.runtime.moe.data_parallel import expert_layers
 from moeplace.runtime.moe.lsh import CompressedDispatcher
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from compressed_training import add_model_arguments, load_domains, spread_model
 
 Row = tuple[str, float, float]
 """Compressor, bytes over plain, error."""
@@ -138,38 +135,32 @@ def compare(every: list[Given], devices: int, seeds: int) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="that compressed_training.py --save wrote")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="that the benchmark compressed_training wrote with --save"
+    )
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--senders", type=int, default=4, help="batches to measure")
     parser.add_argument("--seeds", type=int, default=8, help="rotations to average over")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    args.load = None
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    options.load = None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    domains, tokenizer = load_domains(args)
-    model = spread_model(args, tokenizer, init_device_mesh("cpu", (1,)), None)
-    load_checkpoint(args.checkpoint, model)
+    domains, tokenizer = load_domains(options)
+    model = spread_model(options, tokenizer, init_device_mesh("cpu", (1,)), None)
+    load_checkpoint(options.checkpoint, model)
     every: list[Given] = []
-    for sender in range(args.senders):
-        parts = [domain.held_out[(sender * args.batch + i) % len(domain.held_out)] for i, domain in enumerate(domains)]
-        every += recorded(model.train(False), torch.stack((parts * args.batch)[: args.batch]))
+    for sender in range(options.senders):
+        places = range(sender * options.batch, sender * options.batch + len(domains))
+        parts = [domain.held_out[i % len(domain.held_out)] for i, domain in zip(places, domains, strict=True)]
+        every += recorded(model.train(False), torch.stack((parts * options.batch)[: options.batch]))
+    formats = {"bytes of plain": ".1%", "error of the output": ".3f"}
+    table = report.table("Error of one layer's output", ("compressor", *formats), formats)
     with torch.no_grad():
-        rows = compare(every, args.devices, args.seeds)
-    if args.json:
-        print(json.dumps([{"compressor": name, "bytes": share, "error": error} for name, share, error in rows]))
-    else:
-        print("| compressor | bytes of plain | error of the output |\n|---|---|---|")
-        for name, share, error in rows:
-            print(f"| {name} | {share:.1%} | {error:.3f} |")
+        for row in compare(every, options.devices, options.seeds):
+            table.row(*row)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How often `decide` takes noise for a gain, and a gain for noise, on gpt-oss-20b's sequences.
 
-    python benchmarks/decide_noise.py --data DATA --out docs/results/decide_noise.md
+    python -m benchmarks decide_noise --write
 
 Half of the sequences are solved on; the other half is the whole truth: how two plans compare on all of it is known.
 Each of 200 recordings (gains: 40) draws 100 of its sequences, `decide` sees only those, and migration is not charged, so that
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import recordings
+from runner import Report, data_argument
 
 import moeplace as mp
 
@@ -39,13 +40,13 @@ def recording(truth: mp.RoutingTrace, rng: np.random.Generator) -> mp.RoutingTra
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the recordings")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--recordings", type=int, default=200)
     parser.add_argument("--resamples", type=int, default=60, help="bootstrap draws of each decision")
-    parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     train, truth = population(options.data)
     model = recordings.GPT_OSS.replace(layers=LAYERS, moe_layers=None)
     problem = mp.Problem(model, mp.Topology.preset("a100-pcie", 2, 4), mp.RoutingStatistics.from_trace(train))
@@ -58,7 +59,8 @@ def main() -> None:
     better, worse = min(pairs, key=lambda pair: seconds[id(pair[1])] - seconds[id(pair[0])])
     cases = [("noise: two searches", better, worse)]
     cases += [(f"gain: search for {name}", mp.solve(problem, name), better) for name in ("contiguous", "eplb")]
-    rows = []
+    formats = {"true gain": "+.2%", "share": ".1%"}
+    table = report.table("applied", ("case", "true gain", "applied", "of", "share"), formats)
     for name, current, candidate in cases:
         before, after = (mp.evaluate(plan, steps, problem).step_seconds.mean() for plan in (current, candidate))
         rng = np.random.default_rng(7)
@@ -78,26 +80,4 @@ def main() -> None:
             == "apply"
             for seed in range(count)
         )
-        rows.append(f"| {name} | {1.0 - after / before:+.2%} | {applied} of {count} ({applied / count:.1%}) |")
-        print(rows[-1], flush=True)
-    text = "\n".join(
-        [
-            "# Noise and gains: what `decide` applies\n",
-            " ".join((__doc__ or "").split("\n\n", 2)[2].split()) + "\n",
-            f"The first {LAYERS} layers, 8 devices in 2 nodes (a100-pcie), decode steps of {CONCURRENCY}, confidence 0.95, "
-            f"{options.resamples} bootstrap draws.\n",
-            f"    python benchmarks/decide_noise.py --data DATA --resamples {options.resamples}\n",
-            "| case | true gain | applied |\n|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
-    else:
-        print(text)
-
-
-if __name__ == "__main__":
-    main()
+        table.row(name, 1.0 - after / before, applied, count, applied / count)

@@ -1,7 +1,7 @@
 """Decoding over ranks on real Gloo processes: how far from the whole model, and what it sends against what is predicted.
 
-    python benchmarks/decoding.py equality [--plans 100] [--ranks 4 8]
-    python benchmarks/decoding.py traffic [--steps 20] [--seconds 5] [--solvers contiguous exflow search]
+    python -m benchmarks decoding equality [--plans 100] [--ranks 4 8]
+    python -m benchmarks decoding traffic [--steps 20] [--seconds 5] [--solvers contiguous exflow search]
 
 equality: small Mixtral and OLMoE models with random weights under random plans (replicas, unequal and zero shares, devices
 without slots), one, two or four experts a token, flat and node-aware; ranks have different numbers of prompts, some none;
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import transformers as tf
 from forked_ranks import on_ranks
+from runner import Report
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
@@ -167,29 +168,38 @@ def traffic(rank: int, ranks: int, cases: list[tuple[str, mp.Plan, str]], routin
     return found
 
 
-def show_equality(args: argparse.Namespace) -> None:
-    print(
-        "| ranks | plans | logits compared | dispatch_combine | context_coherent | one process, float32 | tokens that differ |"
-    )
-    print("|---|---|---|---|---|---|---|")
+def show_equality(args: argparse.Namespace, report: Report) -> None:
+    formats = {"logits compared": ",.0f"} | dict.fromkeys((*MODES, "one process, float32"), ".1e")
+    columns = ("ranks", "plans", *formats, "tokens that differ")
+    table = report.table("Equality of decoding with the whole model", columns, formats)
     for ranks in args.ranks:
         parts = on_ranks(equality, ranks, args.plans)
         worst = {name: max(part.get(name, 0.0) for part in parts) for name in (*MODES, "float32")}
         differ = sum(part.get(f"{mode} tokens", 0.0) for part in parts for mode in MODES)
         compared = 2 * sum(part["iterations"] for part in parts)
-        cells = " | ".join(f"{worst[name]:.1e}" for name in (*MODES, "float32"))
-        print(f"| {ranks} | {args.plans} | {compared:,.0f} | {cells} | {differ:.0f} |", flush=True)
+        table.row(ranks, args.plans, compared, *(worst[name] for name in (*MODES, "float32")), int(differ))
 
 
-def show_traffic(args: argparse.Namespace) -> None:
+def show_traffic(args: argparse.Namespace, report: Report) -> None:
     trace = mp.read_trace(RECORDED)
     train, held = trace.split(by="sequence", held_out=0.25, seed=0)
     topology = mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=2)
     ranks, batch = topology.num_devices, SEQUENCES * topology.num_devices
     steps = held.decode_steps(concurrency=batch, steps=args.steps, seed=0)
-    print("| top-k | plan | mode | exchanges a layer | rows a token and layer | predicted | between nodes | predicted | KB a token between nodes "
-          "| with keys and values of 512 | of 4,096 |")  # fmt: skip
-    print("|---" * 11 + "|")
+    formats = {
+        "top-k": "",
+        "plan": "",
+        "mode": "",
+        "exchanges a layer": "g",
+        "rows a token and layer": ".4f",
+        "predicted": ".4f",
+        "between nodes": ".4f",
+        "predicted between nodes": ".4f",
+        "KB a token between nodes": ".1f",
+        "with keys and values of 512": ".1f",
+        "of 4,096": ".1f",
+    }
+    table = report.table("What decoding sends, measured and predicted", formats, formats)
     for top_k in (2, 1):
         model = mp.ModelSpec(
             layers=trace.num_layers, experts=trace.num_experts, top_k=top_k, hidden_size=32, ffn_size=48
@@ -233,17 +243,22 @@ def show_traffic(args: argparse.Namespace) -> None:
             moved, crossed = (rows["dispatch"][i] + rows["combine"][i] for i in (0, 1))
             gathered = rows["gather"][1] / unit * trace.num_layers
             kilobytes = crossed / unit * trace.num_layers * 2 * HIDDEN / 1e3
-            print(
-                f"| {top_k} | {name} | {mode} | {total[f'{label} exchanges'] / args.steps / trace.num_layers:g} "
-                f"| {moved / unit:.4f} | {matrix.sum() / batch / trace.num_layers:.4f} "
-                f"| {crossed / unit:.4f} | {matrix[away].sum() / batch / trace.num_layers:.4f} | {kilobytes:.1f} "
-                f"| {kilobytes + gathered * 2 * 512 / 1e3:.1f} | {kilobytes + gathered * 2 * 2 * HIDDEN / 1e3:.1f} |",
-                flush=True,
+            table.row(
+                top_k,
+                name,
+                mode,
+                total[f"{label} exchanges"] / args.steps / trace.num_layers,
+                moved / unit,
+                matrix.sum() / batch / trace.num_layers,
+                crossed / unit,
+                matrix[away].sum() / batch / trace.num_layers,
+                kilobytes,
+                kilobytes + gathered * 2 * 512 / 1e3,
+                kilobytes + gathered * 2 * 2 * HIDDEN / 1e3,
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True)
     equal = commands.add_parser("equality")
     equal.add_argument("--plans", type=int, default=100)
@@ -254,9 +269,7 @@ def main() -> None:
     sent.add_argument("--seconds", type=float, default=5.0, help="for a solve")
     sent.add_argument("--solvers", nargs="+", default=["contiguous", "exflow", "search"])
     sent.set_defaults(show=show_traffic)
-    args = parser.parse_args()
-    args.show(args)
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace, report: Report) -> None:
+    options.show(options, report)

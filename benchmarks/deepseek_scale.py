@@ -1,6 +1,6 @@
 """Search on the whole objective at DeepSeek-V3's size: how good after 30 seconds, and how much memory it takes.
 
-    python benchmarks/deepseek_scale.py --data DATA --out docs/results/deepseek_scale.md
+    python -m benchmarks deepseek_scale --write
 
 58 layers, 256 experts, top-8 in 4 of 8 groups; 288 slots on 32 devices in 4 nodes, and 320 slots on 64 in 8. Steps are
 modelled (see deepseek_shape.py). Every solve runs in a process of its own, whose peak memory counts.
@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import deepseek_shape
+from runner import Report, child, data_argument
 
 import moeplace as mp
 
@@ -51,27 +50,40 @@ def solved(folder: Path, slots: int, nodes: int, per_node: int, solver: str, sec
     }
 
 
-def measured(folder: Path, *arguments: object) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", str(folder), *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+COLUMNS = {
+    "solver": "",
+    "solve s": ".1f",
+    "held-out step ms": ".3f",
+    "p99": ".3f",
+    "load max/mean": ".3f",
+    "devices a token": ".2f",
+    "nodes a token": ".2f",
+    "own value ms": ".3f",
+    "to the long solve": "+.2%",
+    "gap": ".1%",
+    "peak GB": ".2f",
+}
 
 
-def row(name: str, seconds: float, figures: dict[str, Any], long: dict[str, Any] | None) -> str:
-    own = f"{figures['value'] * 1e3:.3f}" if name == "search" else ""
-    behind = f"{figures['value'] / long['value'] - 1.0:+.2%}" if long is not None and name == "search" else ""
-    gap = "" if name != "search" else f"{figures['gap']:.1%}"
+def row(name: str, figures: dict[str, Any], long: dict[str, Any]) -> tuple[object, ...]:
+    searched = name == "search"
     return (
-        f"| {name} | {figures['solve_seconds']:.1f} | {figures['step_seconds_mean'] * 1e3:.3f} "
-        f"| {figures['step_seconds_p99'] * 1e3:.3f} | {figures['load_max_mean']:.3f} | {figures['devices_per_token']:.2f} "
-        f"| {figures['nodes_per_token']:.2f} | {own} | {behind} | {gap} | {figures['peak_gb']:.2f} |"
+        name,
+        figures["solve_seconds"],
+        figures["step_seconds_mean"] * 1e3,
+        figures["step_seconds_p99"] * 1e3,
+        figures["load_max_mean"],
+        figures["devices_per_token"],
+        figures["nodes_per_token"],
+        figures["value"] * 1e3 if searched else None,
+        figures["value"] / long["value"] - 1.0 if searched else None,
+        figures["gap"] if searched else None,
+        figures["peak_gb"],
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with the recordings")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument(
         "--tokens", type=int, default=32_768, help="modelled tokens, a quarter of the sequences held out"
     )
@@ -79,14 +91,22 @@ def main() -> None:
     parser.add_argument("--short", type=float, default=30.0, help="seconds")
     parser.add_argument("--long", type=float, default=600.0, help="seconds")
     parser.add_argument("--slots", type=int, help="only the cluster with so many slots")
-    parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
     parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     if options.one:
         folder, slots, nodes, per_node, solver, seconds = options.one
         print(json.dumps(solved(Path(folder), int(slots), int(nodes), int(per_node), solver, float(seconds))))
         return
-    sections = []
+
+    def measured(*arguments: object) -> dict[str, Any]:
+        done = child("deepseek_scale", "--data", options.data, "--one", *arguments)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
     with tempfile.TemporaryDirectory() as name:
         folder = options.trace or Path(name) / "trace"
         if not folder.exists():
@@ -95,31 +115,9 @@ def main() -> None:
         for slots, nodes, per_node in CLUSTERS:
             if options.slots not in (None, slots):
                 continue
-            cluster = (slots, nodes, per_node)
-            long = measured(folder, *cluster, "search", options.long)
-            rows = [
-                row("eplb", options.short, measured(folder, *cluster, "eplb", options.short), None),
-                row("search", options.short, measured(folder, *cluster, "search", options.short), long),
-                row("search", options.long, long, long),
-            ]
-            sections.append(
-                f"## {slots} slots on {nodes * per_node} devices in {nodes} nodes\n\n"
-                "| solver | solve s | held-out step ms | p99 | load max/mean | devices a token | nodes a token "
-                "| own value ms | to the long solve | gap | peak GB |\n" + "|---" * 11 + "|\n" + "\n".join(rows) + "\n"
-            )
-    head = (
-        "# Search at DeepSeek-V3's size\n\n58 layers, 256 experts, top-8 within 4 of 8 groups, h100-hgx nodes, FP8 out "
-        f"and BF16 back, prefill steps of {STEP_TOKENS} tokens. Loads are recorded ones, co-activation and transitions "
-        "modelled on gpt-oss-20b's tokens: see `benchmarks/deepseek_shape.py`.\n\n"
-        f"    python benchmarks/deepseek_scale.py --data DATA --short {options.short:g} --long {options.long:g}\n"
-    )
-    text = "\n".join([head, *sections])
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
-    else:
-        print(text)
-
-
-if __name__ == "__main__":
-    main()
+            title = f"{slots} slots on {nodes * per_node} devices in {nodes} nodes"
+            table, cluster = report.table(title, COLUMNS, COLUMNS), (folder, slots, nodes, per_node)
+            long = measured(*cluster, "search", options.long)
+            for solver in ("eplb", "search"):
+                table.row(*row(solver, measured(*cluster, solver, options.short), long))
+            table.row(*row("search", long, long))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from runner import Report, data_argument
 
 import moeplace as mp
 
@@ -105,27 +106,23 @@ def followers(ids: npt.NDArray[np.integer], experts: int, most: int) -> float:
     return float(np.mean(shares))
 
 
-def main() -> None:
-    """Says how far the modelled loads are from the recorded ones and how the affinity compares."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--strength", type=float, default=6.0)
-    options = parser.parse_args()
-    trace = modelled_trace(options.data, options.tokens, strength=options.strength)
-    ids = trace.expert_ids
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Says how far the modelled loads are from the recorded ones and how the affinity compares."""
+    ids = modelled_trace(options.data, options.tokens, strength=options.strength).expert_ids
     counts = np.load(options.data / "deepseek_v3_counts.npz", allow_pickle=False)
     load = next(counts[name] for name in counts.files if "decode_in1000out1000" in name)[list(LAYERS)]
-    got = np.stack([np.bincount(ids[:, row].ravel(), minlength=EXPERTS) for row in range(len(LAYERS))])
-    wanted = load / load.sum(axis=1, keepdims=True)
-    missed = 0.5 * np.abs(got / got.sum(axis=1, keepdims=True) - wanted).sum(axis=1)
+    modelled = np.stack([np.bincount(ids[:, row].ravel(), minlength=EXPERTS) for row in range(len(LAYERS))])
+    shares = (loads / loads.sum(axis=1, keepdims=True) for loads in (modelled, load))
+    missed = 0.5 * np.abs(np.subtract(*shares)).sum(axis=1)
     real = np.load(options.data / "gpt_oss_20b_routing.npz", allow_pickle=False)["expert_ids"]
-    print(f"load off the recorded one: mean {missed.mean():.2%}, worst layer {missed.max():.2%}")
-    print(
-        f"successors' share (an eighth of experts): modelled {followers(ids, EXPERTS, 32):.2f}, "
-        f"gpt-oss-20b {followers(real, 32, 4):.2f}"
-    )
-
-
-if __name__ == "__main__":
-    main()
+    table = report.table("modelled and recorded", ("figure", "value"))
+    table.row("load off the recorded one, mean", float(missed.mean()))
+    table.row("load off the recorded one, worst layer", float(missed.max()))
+    table.row("share of an eighth of experts as successors, modelled", followers(ids, EXPERTS, 32))
+    table.row("share of an eighth of experts as successors, gpt-oss-20b", followers(real, 32, 4))

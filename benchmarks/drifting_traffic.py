@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from recordings import GPT_OSS
 
 import moeplace as mp
 
@@ -125,7 +126,4 @@ def turns(data: Path, seed: int, windows: int = 128, rounds: int = 1, tokens: in
 
 
 def _gpt_oss() -> tuple[mp.ModelSpec, mp.Topology]:
-    model = mp.ModelSpec(
-        layers=24, experts=32, top_k=4, hidden_size=2880, ffn_size=2880, expert_dtype="mxfp4", name="gpt-oss-20b"
-    )
-    return model, mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=4)
+    return GPT_OSS, mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=4)

@@ -1,7 +1,7 @@
 """Gives exported plans to the engines' own code: what each makes of the file must be the plan.
 
     pip download --no-deps sglang vllm vllm-ascend        # in a folder outside the project; unzip each wheel there
-    python benchmarks/engine_parsers.py --sglang DIR --vllm DIR --vllm-ascend DIR --trtllm DIR/llm_args.py
+    python -m benchmarks engine_parsers --sglang DIR --vllm DIR --vllm-ascend DIR --trtllm DIR/llm_args.py
 
 Each option names an unpacked wheel (for TensorRT-LLM, whose wheel is not on PyPI, its tensorrt_llm/llmapi/llm_args.py);
 engines without one are skipped and said so. Nothing is downloaded. Each engine runs in its own process, without a GPU. The
@@ -26,14 +26,15 @@ import importlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+from runner import Report, child
 
 import moeplace as mp
 from moeplace.runtime.exporters import export_plan
@@ -240,36 +241,31 @@ def version(path: Path) -> str:
     return next((line.removeprefix("Version: ") for line in lines if line.startswith("Version: ")), "?")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def check_engines(name: str, engines: Iterable[str], options: argparse.Namespace, report: Report) -> None:
+    """Runs each engine's check in a process of its own, where its option says where its code is."""
+    table = report.table("engines", ("engine", "version", "found"))
+    for engine in engines:
+        path = vars(options)[engine.replace("-", "_")]
+        if path is None:
+            table.row(engine, None, f"skipped: no --{engine} given")
+            continue
+        done = child(name, "--only", engine, f"--{engine}", path.resolve())
+        if done.returncode:
+            report.failure = f"{engine}: {done.stderr.strip()[-2500:]}"
+        table.row(engine, version(path), "FAILED" if done.returncode else done.stdout.strip())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     for engine in CHECKS:
         parser.add_argument(f"--{engine}", type=Path)
     parser.add_argument("--only", choices=CHECKS, help=argparse.SUPPRESS)
-    chosen = vars(parser.parse_args())
-    if chosen["only"]:
-        engine = chosen["only"]
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    if options.only:
+        path = vars(options)[options.only.replace("-", "_")]
         rng = np.random.default_rng(0)
         with tempfile.TemporaryDirectory() as scratch:
-            plans = [draw_plan(rng) for _ in range(PLANS)]
-            print(CHECKS[engine](chosen[engine.replace("-", "_")], plans, Path(scratch)))
+            print(CHECKS[options.only](path, [draw_plan(rng) for _ in range(PLANS)], Path(scratch)))
         return
-    failed = False
-    for engine in CHECKS:
-        path = chosen[engine.replace("-", "_")]
-        if path is None:
-            print(f"{engine:12} skipped: no --{engine} given")
-            continue
-        done = subprocess.run(
-            [sys.executable, __file__, "--only", engine, f"--{engine}", str(path.resolve())],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        failed |= done.returncode != 0
-        note = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()[-2000:]
-        print(f"{engine:12} {version(path):10} {'accepted' if not done.returncode else 'FAILED'} {PLANS} plans; {note}")
-    raise SystemExit(int(failed))
-
-
-if __name__ == "__main__":
-    main()
+    check_engines("engine_parsers", CHECKS, options, report)

@@ -1,6 +1,6 @@
 """Records written by the engines' own code, read here: what comes out must be the routing that went in.
 
-    python benchmarks/engine_writers.py --sglang DIR --vllm DIR --trtllm expert_statistic.py --megatron router_trace.py
+    python -m benchmarks engine_writers --sglang DIR --vllm DIR --trtllm expert_statistic.py --megatron router_trace.py
 
 DIR are unpacked wheels (see engine_parsers.py); TensorRT-LLM's file is tensorrt_llm/_torch/expert_statistic.py and Megatron-LM's
 megatron/core/transformer/moe/router_trace.py, of their repositories. Engines without one are skipped and said so. Each runs
@@ -23,8 +23,6 @@ import argparse
 import base64
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_parsers import extract, load_source, stand_in, version
+from engine_parsers import check_engines, extract, load_source, stand_in
+from runner import Report
 
 import moeplace as mp
 from moeplace.profiler.read import read_any
@@ -239,35 +238,17 @@ def check_megatron(file: Path, rng: np.random.Generator, scratch: Path) -> str:
 CHECKS = {"sglang": check_sglang, "vllm": check_vllm, "trtllm": check_trtllm, "megatron": check_megatron}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     for engine in CHECKS:
         parser.add_argument(f"--{engine}", type=Path)
     parser.add_argument("--only", choices=CHECKS, help=argparse.SUPPRESS)
-    chosen = vars(parser.parse_args())
-    if chosen["only"]:
-        engine = chosen["only"]
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    if options.only:
+        path = vars(options)[options.only.replace("-", "_")]
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as scratch:
-            print(CHECKS[engine](chosen[engine], np.random.default_rng(0), Path(scratch)))
+            print(CHECKS[options.only](path, np.random.default_rng(0), Path(scratch)))
         return
-    failed = False
-    for engine in CHECKS:
-        path = chosen[engine]
-        if path is None:
-            print(f"{engine:10} skipped: no --{engine} given")
-            continue
-        done = subprocess.run(
-            [sys.executable, __file__, "--only", engine, f"--{engine}", str(path.resolve())],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        failed |= done.returncode != 0
-        note = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()[-2500:]
-        print(f"{engine:10} {version(path):10} {'read' if not done.returncode else 'FAILED'}: {note}")
-    raise SystemExit(int(failed))
-
-
-if __name__ == "__main__":
-    main()
+    check_engines("engine_writers", CHECKS, options, report)

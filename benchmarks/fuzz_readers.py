@@ -1,6 +1,6 @@
 """Mutated records against every reader: the typed error or a result, bounded memory, no code run.
 
-    python benchmarks/fuzz_readers.py --count 100000 --seed 0 [--only "sglang stat" ...]
+    python -m benchmarks fuzz_readers --count 100000 --seed 0 [--only "sglang stat" ...]
 
 For each kind of record a small true one is changed and read, `count` times: bytes flipped, cut out, doubled, moved, numbers
 put at their limits, tokens of the formats inserted, the end cut off; in archives (.pt, .npz) half the time inside a member that
@@ -8,7 +8,7 @@ is packed again, so that what is behind the checksum is reached. Half of the inp
 the reader. An input fails when anything but InputError comes out, when the process would grow by more than 256 MiB (RLIMIT_AS;
 the files have some kilobytes), when the peak of traced memory (Python's and numpy's allocations, traced on every tenth
 input) passes 16 MiB + 64 times the files' size, when reading takes more than 5 s of processor time, or when an audit hook sees code run, a process started, a module loaded from elsewhere, a
-socket, or a file opened to write. Prints a line a reader; failing inputs are kept in --keep. Exits 1 where any failed.
+socket, or a file opened to write. Failing inputs are kept in --keep. The run fails where any failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import codecs
 import importlib
 import io
-import json
 import resource
 import shutil
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from reader_records import RECORDS, Shape
+from runner import Report
 
 import moeplace as mp
 from moeplace.profiler.read import read_any, reader_of
@@ -204,8 +204,8 @@ def trial(target: Target, rng: np.random.Generator, traced: bool) -> tuple[str, 
     return outcome, seconds, peak, peak / max(size, 1)
 
 
-def fuzz(name: str, count: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
-    """Reads `count` changed records of one kind."""
+def fuzz(name: str, count: int, seed: int, keep: Path | None = None) -> tuple[tuple[object, ...], list[str]]:
+    """Reads `count` changed records of one kind; the row of the table, and what failed."""
     rng = np.random.default_rng([seed, list(RECORDS).index(name)])
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
@@ -229,18 +229,8 @@ def fuzz(name: str, count: int, seed: int, keep: Path | None = None) -> dict[str
                     where = keep / f"{name.replace(' ', '_')}-{number}"
                     shutil.copytree(target.scratch, where, dirs_exist_ok=True)
         taken = time.perf_counter() - begin
-    return {
-        "record": name,
-        "inputs": count,
-        "read": outcomes["read"],
-        "refused": outcomes["refused"],
-        "failed": outcomes["FAILED"],
-        "failures": sorted(set(failures))[:10],
-        "most ms": round(1e3 * most_seconds, 1),
-        "most MB": round(most_peak / 1e6, 2),
-        "most memory over size": round(most_ratio, 1),
-        "inputs a second": round(count / taken),
-    }
+    row = (name, count, outcomes["read"], outcomes["refused"], outcomes["FAILED"])
+    return (*row, 1e3 * most_seconds, most_peak / 1e6, most_ratio, count / taken), sorted(set(failures))[:10]
 
 
 def limit_memory() -> None:
@@ -249,13 +239,16 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + GROWTH, resource.RLIM_INFINITY))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=list(RECORDS), default=list(RECORDS))
     parser.add_argument("--keep", type=Path, help="folder for inputs that fail")
-    chosen = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    counted = dict.fromkeys(("inputs", "read", "refused", "failed"), ",")
+    formats = counted | {"most ms": ".1f", "most MB": ".2f", "most memory over size": ".1f", "inputs a second": ",.0f"}
     # What json, zipfile and torch.load import on odd input only, which an audit hook sees as code that runs.
     for encoding in (
         "utf-16",
@@ -279,16 +272,11 @@ def main() -> None:
     ):
         importlib.import_module(module)
     sys.addaudithook(WATCH)
-    failed = False
-    for name in chosen.only:
-        fuzz(name, 50, chosen.seed + 1)
+    for name in options.only:
+        fuzz(name, 50, options.seed + 1)
         limit_memory()
-        result = fuzz(name, chosen.count, chosen.seed, chosen.keep)
+        row, failures = fuzz(name, options.count, options.seed, options.keep)
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        failed |= bool(result["failed"])
-        print(json.dumps(result), flush=True)
-    raise SystemExit(int(failed))
-
-
-if __name__ == "__main__":
-    main()
+        report.table("fuzzing", ("record", *formats), formats).row(*row)
+        if failures:
+            report.failure = "\n".join([*filter(None, [report.failure]), f"{name}: {'; '.join(failures)}"])

@@ -1,7 +1,7 @@
 """Kernels of the expert layer on one GPU: permute and unpermute, LSH compression, grouped products.
 
-    python benchmarks/gpu_kernels.py [--tokens 8192 --hidden 4096 --ffn 1536 --experts 16 --top-k 4] [--json]
-    python benchmarks/gpu_kernels.py --device cpu      # small sizes, to see that it works
+    python -m benchmarks gpu_kernels [--tokens 8192 --hidden 4096 --ffn 1536 --experts 16 --top-k 4]
+    python -m benchmarks gpu_kernels --device cpu      # small sizes, to see that it works
 
 Times are medians (torch.utils.benchmark). A memory-bound kernel is held against the bytes that it must read and write at the bandwidth
 that copying a large tensor reaches here; a product against the rate of one large torch.matmul. "bound" is that least time,
@@ -12,16 +12,16 @@ root of mean squares; the rounding of bfloat16 is 0.002 a value.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from runner import Report
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.benchmark import Timer
@@ -225,8 +225,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.float() - exact.float()).square().mean().sqrt() / exact.float().square().mean().sqrt())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--hidden", type=int)
@@ -234,10 +233,11 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="on this device")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--seconds", type=float, default=0.5, help="least time for each figure")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no CUDA device here; --device cpu runs small sizes, to see that the script works")
+        sys.exit("no CUDA device here; --device cpu runs small sizes, to see that it works")
     sizes = {"tokens": 8192, "hidden": 4096, "ffn": 1536, "experts": 16, "top_k": 4}
     small = {"tokens": 512, "hidden": 128, "ffn": 64, "experts": 8, "top_k": 2}
     for name, value in (sizes if args.device == "cuda" else small).items():
@@ -250,21 +250,13 @@ def main() -> None:
         bench = Bench(args)
         rows = [*permute(bench), *compression(bench), *products(bench)]
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU, one thread"
-    figures = {"device": name, "GB/s": bench.bandwidth / 1e6, "TFLOP/s": bench.rate / 1e9}
-    if args.json:
-        shown = {key: getattr(args, key) for key in sizes}
-        print(json.dumps(figures | shown | {"kernels": [asdict(row) for row in rows]}))
-    else:
-        print(
-            f"{name}: copy {figures['GB/s']:.3g} GB/s, torch.matmul bfloat16 {figures['TFLOP/s']:.3g} TFLOP/s;", end=" "
-        )
-        print(", ".join(f"{key} {getattr(args, key)}" for key in sizes))
-        print("\n| kernel | ms | bound ms | torch ms | error |\n|---|---|---|---|---|")
-        for row in rows:
-            cells = [row.ms, row.bound_ms, row.torch_ms, row.error]
-            print(f"| {row.kernel} | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " |")
+    shapes = ", ".join(f"{key} {getattr(args, key)}" for key in sizes)
+    report.note(
+        "device",
+        f"{name}: copy {bench.bandwidth / 1e6:.3g} GB/s, torch.matmul bfloat16 {bench.rate / 1e9:.3g} TFLOP/s; {shapes}",
+    )
+    formats = dict.fromkeys(("ms", "bound ms", "torch ms", "error"), ".3g")
+    table = report.table("kernels", ("kernel", *formats), formats)
+    for row in rows:
+        table.row(*astuple(row))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,26 +1,24 @@
 """Balance on counts alone, side by side with EPLB: one workload, all workloads, unseen workloads, groups on nodes.
 
-    python benchmarks/load_balance.py --data DATA [--eplb eplb.py] [--repeats 5] [--seconds 12] [--parts one all] > docs/results/load_balance.md
+    python -m benchmarks load_balance --eplb eplb.py --write
 
-DATA holds deepseek_v3_counts.npz, qwen3_30b_load.npz and olmoe_mixtral_counts.npz. --eplb: the file of
-github.com/deepseek-ai/EPLB, timed beside ours; without it our port stands for it. Times are taken in turns within this run,
-after kernels are loaded. Prints Markdown.
+--eplb: the file of github.com/deepseek-ai/EPLB, timed beside ours; without it our port stands for it. Times are taken in turns
+within this run, after kernels are loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from peers.published_eplb import published_eplb
+from runner import Report, data_argument
 from scipy.optimize import linear_sum_assignment
 
 import moeplace as mp
@@ -68,17 +66,6 @@ def scaled(load: Array) -> Array:
     return np.asarray(load / load.sum(axis=1, keepdims=True))
 
 
-def row(*cells: object) -> None:
-    print(
-        "| " + " | ".join(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
-    )
-
-
-def head(*cells: str) -> None:
-    row(*cells)
-    row(*["---"] * len(cells))
-
-
 Eplb = Callable[[Array, int, int], Table]
 
 
@@ -86,27 +73,21 @@ def published(path: Path | None) -> tuple[str, Eplb]:
     """(its name, EPLB's global form: loads, slots and devices to a slot table)."""
     if path is None:
         return "eplb (our port)", lambda load, slots, devices: rebalance(load, slots, 1, 1, devices)
-    import torch
-
-    torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("published_eplb", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"--eplb {path}: not a Python file; expected eplb.py of github.com/deepseek-ai/EPLB")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(load: Array, slots: int, devices: int) -> Table:
-        # Groups that do not divide over nodes: the global form.
-        return np.asarray(module.rebalance_experts(torch.from_numpy(load), slots, 3, 2, devices)[0].numpy())
-
-    return "eplb (published)", run
+    rebalance_published = published_eplb(path)
+    # Groups that do not divide over nodes: the global form.
+    return "eplb (published)", lambda load, slots, devices: rebalance_published(load, slots, 3, 2, devices)
 
 
-def one_workload(data: dict[str, Array], eplb: tuple[str, Eplb], repeats: int) -> None:
-    print("## One workload, fitted and judged on itself\n")
-    print("Device load max/mean, mean over 58 layers. Time: of search over EPLB's, median of runs in turns.\n")
+def fractions(*columns: str) -> dict[str, str]:
+    """Columns with four digits after the point."""
+    return dict.fromkeys(columns, ".4f")
+
+
+def one_workload(report: Report, data: dict[str, Array], eplb: tuple[str, Eplb], repeats: int) -> None:
     name, run = eplb
-    head("slots, devices", "workload", name, "search", "search, free splits", "bound", "time search / EPLB", "EPLB s")
+    formats = fractions("slots, devices", "workload", name, "search", "search, free splits", "bound")
+    formats |= {"time search / EPLB": ".2f", "EPLB s": ".2f"}
+    table = report.table("One workload, fitted and judged on itself", formats, formats)
     for slots, nodes in CLUSTERS:
         devices = 8 * nodes
         mp.solve(deepseek({"": next(iter(data.values()))}, slots, nodes), "search", proposals=12)
@@ -115,32 +96,27 @@ def one_workload(data: dict[str, Array], eplb: tuple[str, Eplb], repeats: int) -
             problem = deepseek({workload: load}, slots, nodes)
             for _ in range(repeats):
                 start = time.perf_counter()
-                table = run(load, slots, devices)
+                dealt = run(load, slots, devices)
                 between = time.perf_counter()
                 plan = mp.solve(problem, "search")
                 ratios.append((time.perf_counter() - between) / (between - start))
                 seconds.append(between - start)
             free = mp.solve(deepseek({workload: load}, slots, nodes, split="free"), "search")
-            row(
+            table.row(
                 f"{slots}, {devices}",
                 workload,
-                imbalance(load, table, devices),
+                imbalance(load, dealt, devices),
                 of_plan(plan, load),
                 of_plan(free, load),
                 plan.bound,
-                f"{statistics.median(ratios):.2f}",
-                f"{statistics.median(seconds):.2f}",
+                statistics.median(ratios),
+                statistics.median(seconds),
             )
-    print()
 
 
-def all_workloads(data: dict[str, Array], run: Eplb, seconds: float) -> None:
-    print("## One plan for all workloads\n")
-    print(
-        f'`risk="worst_workload"`, {seconds:g} s a solve. EPLB on the mean of the workloads: as recorded, and each scaled to the '
-        "same total. Judged on the workloads fitted to:\n"
-    )
-    head("slots, devices", "workload", "EPLB on the mean", "EPLB on the scaled mean", "search")
+def all_workloads(report: Report, data: dict[str, Array], run: Eplb, seconds: float) -> None:
+    formats = fractions("slots, devices", "workload", "EPLB on the mean", "EPLB on the scaled mean", "search")
+    table = report.table("One plan for all workloads", formats, formats)
     folds: list[tuple[object, ...]] = []
     for slots, nodes in CLUSTERS:
         devices = 8 * nodes
@@ -149,8 +125,8 @@ def all_workloads(data: dict[str, Array], run: Eplb, seconds: float) -> None:
             w: (imbalance(x, recorded, devices), imbalance(x, even, devices), of_plan(plan, x)) for w, x in data.items()
         }
         for workload, figures in judged.items():
-            row(f"{slots}, {devices}", workload, *figures)
-        row(f"{slots}, {devices}", "**worst**", *[max(column) for column in zip(*judged.values(), strict=True)])
+            table.row(f"{slots}, {devices}", workload, *figures)
+        table.row(f"{slots}, {devices}", "**worst**", *[max(column) for column in zip(*judged.values(), strict=True)])
         left: list[tuple[float, ...]] = []
         for out, load in data.items():
             rest = {name: other for name, other in data.items() if name != out}
@@ -161,8 +137,7 @@ def all_workloads(data: dict[str, Array], run: Eplb, seconds: float) -> None:
             folds.append((f"{slots}, {devices}", out, *left[-1]))
         folds.append((f"{slots}, {devices}", "**worst**", *[max(column) for column in zip(*left, strict=True)]))
         folds.append((f"{slots}, {devices}", "mean", *[float(np.mean(column)) for column in zip(*left, strict=True)]))
-    print("\nFitted to four, judged on the fifth:\n")
-    head(
+    formats = fractions(
         "slots, devices",
         "left out",
         "EPLB on the mean",
@@ -172,14 +147,9 @@ def all_workloads(data: dict[str, Array], run: Eplb, seconds: float) -> None:
         "new in it",
         "expected with its variances known",
     )
+    table = report.table("Fitted to four, judged on the fifth", formats, formats)
     for fold in folds:
-        row(*fold)
-    print(
-        "\n*New in it*: what of the left-out workload no affine combination of the four explains, root mean square over experts, in "
-        "mean expert loads. *Expected with its variances known*: a plan that balances the four and every combination of them exactly "
-        "and knows how much each expert will be off, though not in which direction, and spends its replicas on those; the mean of the "
-        "largest of its devices' loads. A plan made without the workload can hardly hope for less.\n"
-    )
+        table.row(*fold)
 
 
 def fits(data: dict[str, Array], slots: int, nodes: int, run: Eplb, seconds: float) -> tuple[mp.Plan, Table, Table]:
@@ -190,7 +160,9 @@ def fits(data: dict[str, Array], slots: int, nodes: int, run: Eplb, seconds: flo
 
 
 def unforeseen(load: Array, rest: dict[str, Array], slots: int, devices: int) -> tuple[float, float]:
-    """(rms of what the rest do not explain, in mean expert loads; the largest device load to expect; both over layers)."""
+    """What a plan that balances the rest and all their combinations, and knows each expert's variance, must expect of a load.
+
+    Returns: (rms of what the rest do not explain, in mean expert loads; the largest device load to expect; both over layers)."""
     experts = load.shape[1]
     others = np.stack([scaled(other) for other in rest.values()]) * experts
     rms, largest = [], []
@@ -208,13 +180,11 @@ def unforeseen(load: Array, rest: dict[str, Array], slots: int, devices: int) ->
     return float(np.mean(rms)), float(np.mean(largest))
 
 
-def groups_on_nodes(data: dict[str, Array], seconds: float) -> None:
-    print("## Groups on nodes: node traffic against balance\n")
-    print(
-        "8 expert groups. *Off home*: share of the load served off its group's home node, for the best choice of homes, mean over "
-        "layers; a token of top-8 visits on average at most 8 times that many more nodes than its groups' homes.\n"
+def groups_on_nodes(report: Report, data: dict[str, Array], seconds: float) -> None:
+    formats = fractions(
+        "slots, devices", "plan", "one workload: off home", "max/mean", "all workloads: off home", "worst max/mean"
     )
-    head("slots, devices", "plan", "one workload: off home", "max/mean", "all workloads: off home", "worst max/mean")
+    table = report.table("Groups on nodes: node traffic against balance", formats, formats)
     first = next(iter(data))
     mean = np.asarray(np.mean([scaled(load) for load in data.values()], axis=0))
     for slots, nodes in CLUSTERS:
@@ -222,7 +192,7 @@ def groups_on_nodes(data: dict[str, Array], seconds: float) -> None:
         for name, groups in (("eplb hierarchical", 8), ("eplb global", 1)):
             alone = rebalance(data[first], slots, groups, nodes if groups > 1 else 1, devices)
             shared = rebalance(mean, slots, groups, nodes if groups > 1 else 1, devices)
-            row(
+            table.row(
                 f"{slots}, {devices}",
                 name,
                 off_home(data[first], alone, nodes),
@@ -237,7 +207,7 @@ def groups_on_nodes(data: dict[str, Array], seconds: float) -> None:
             shared_plan = mp.solve(
                 deepseek(data, slots, nodes, risk="worst_workload"), "search", seconds=seconds, off_home=most
             )
-            row(
+            table.row(
                 f"{slots}, {devices}",
                 f"search, off_home={most:g}",
                 off_home(data[first], alone_plan.physical_to_logical, nodes),
@@ -245,11 +215,13 @@ def groups_on_nodes(data: dict[str, Array], seconds: float) -> None:
                 off_home(mean, shared_plan.physical_to_logical, nodes),
                 max(of_plan(shared_plan, load) for load in data.values()),
             )
-    print()
 
 
 def off_home(load: Array, table: Table, nodes: int, groups: int = 8) -> float:
-    """Equal splits; each node is home to as many groups."""
+    """Share of the load served off its group's home node, for the best choice of homes, as many groups a node; mean over layers.
+
+    Splits are equal. A token of top-8 visits on average at most 8 times that many more nodes than its groups' homes.
+    """
     result = []
     for amount, held in zip(load, table, strict=True):
         served = amount[held] / np.bincount(held, minlength=len(amount))[held]
@@ -266,13 +238,11 @@ def losses(figures: dict[str, float], own: dict[str, float]) -> dict[str, float]
     return {name: figures[name] / own[name] - 1 for name in own}
 
 
-def languages(path: Path, seconds: float) -> None:
-    """Fitted on two question sets in both languages, judged on the third."""
-    print("## Robustness: Qwen3-30B-A3B in two languages\n")
-    print(
-        "128 experts, 48 layers, 136 slots on 8 devices. Workloads: English and Hebrew; fitted on two question sets, judged on the "
-        "third. Loss: device load max/mean over that of the language's own plan fitted on the same two sets.\n"
-    )
+def languages(report: Report, path: Path, seconds: float) -> None:
+    """English and Hebrew, fitted on two question sets, judged on the third.
+
+    Loss: device load max/mean over that of the language's own plan fitted on the same two sets.
+    """
     with np.load(path) as file:
         data = {key: np.asarray(file[key], dtype=np.float64) for key in file.files}
     sets = sorted({key.split("/")[0] for key in data})
@@ -286,7 +256,9 @@ def languages(path: Path, seconds: float) -> None:
         )
         return mp.solve(problem, "search", seconds=seconds)
 
-    head("judged on", "plan", *[f"{t}: max/mean" for t in tongues], "worst loss", "to the mean's")
+    formats = fractions("judged on", "plan", *(f"{t}: max/mean" for t in tongues))
+    formats |= {"worst loss": ".2%", "to the mean's": ".2f"}
+    table = report.table("Robustness: Qwen3-30B-A3B in two languages", formats, formats)
     for out in sets:
         fitted = {t: np.asarray(sum(scaled(data[f"{s}/{t}"]) for s in sets if s != out)) for t in tongues}
         for judged, name in ((out, "left out"), ("", "fitted")):
@@ -303,24 +275,21 @@ def languages(path: Path, seconds: float) -> None:
             base = max(losses(by_plan["search on the mean"], own).values())
             for label, figures in by_plan.items():
                 worst = max(losses(figures, own).values())
-                row(
+                table.row(
                     f"{out}, {name}" if judged else f"the other two, {name}",
                     label,
                     *[figures[t] for t in tongues],
-                    f"{worst:.2%}",
-                    f"{worst / base:.2f}",
+                    worst,
+                    worst / base,
                 )
-    print()
 
 
-def domains(path: Path) -> None:
-    """Transitions and loads of top-1 experts: what a context-coherent layer with one expert a token moves by."""
-    print("## Robustness: OLMoE's domains, context-coherent\n")
-    print(
-        "64 experts at layers 0, 7 and 15 taken as neighbours, top-1 transitions recorded without tokens; 8 devices (h100-hgx), "
-        f"prefill steps of 4,096 tokens drawn from the transitions, {DOMAIN_PROPOSALS:,} proposals a layer. Judged on other draws of each domain. Loss: "
-        "predicted step time over that of the domain's own plan (the better of two seeds).\n"
-    )
+def domains(report: Report, path: Path) -> None:
+    """Transitions and loads of top-1 experts: what a context-coherent layer with one expert a token moves by.
+
+    Steps are drawn from the transitions, others to judge than to fit. Loss: predicted step time over that of the domain's own
+    plan, the better of two seeds.
+    """
     names = ("c4", "book", "wikipedia")
     with np.load(path) as file:
         recorded = {n: np.asarray(file[f"olmoe_1b_7b/{n}/transitions_top1"], dtype=np.float64) for n in names}
@@ -343,8 +312,12 @@ def domains(path: Path) -> None:
             return {n: float(mp.evaluate(plan, judged, problem).step_seconds.mean()) for n, judged in steps.items()}
 
         own = {n: min(fit({n: m}, "mean", seed)[n] for seed in (0, 1)) for n, m in recorded.items()}
-        print(f"{slots} slots:\n")
-        head("fitted on", "plan", *[f"loss on {n}" for n in names], "worst loss", "to the mean's")
+        percent = dict.fromkeys((*(f"loss on {n}" for n in names), "worst loss"), ".1%")
+        table = report.table(
+            f"OLMoE, {slots} slots",
+            ("fitted on", "plan", *percent, "to the mean's"),
+            percent | {"to the mean's": ".2f"},
+        )
         for out in ("", *names):
             parts = {n: m for n, m in recorded.items() if n != out}
             lost = {
@@ -354,50 +327,34 @@ def domains(path: Path) -> None:
             base = lost["the mean"][out] if out else max(lost["the mean"].values())
             for label, each in lost.items():
                 worst = each[out] if out else max(each.values())
-                row(
+                table.row(
                     f"all but {out} (worst: on {out})" if out else "all",
                     label,
-                    *[f"{each[n]:.1%}" for n in names],
-                    f"{worst:.1%}",
-                    f"{worst / base:.2f}",
+                    *[each[n] for n in names],
+                    worst,
+                    worst / base,
                 )
-        print()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--eplb", type=Path, help="eplb.py of github.com/deepseek-ai/EPLB")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=12.0, help="a solve that has no end of its own")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     with np.load(options.data / "deepseek_v3_counts.npz") as file:
         data = {key: np.asarray(file[key][3:], dtype=np.float64) for key in file.files}
     eplb = published(options.eplb)
-    print("# Balance on counts alone\n")
-    print(
-        "DeepSeek-V3's shape (58 layers, 256 experts) under five serving workloads, 288 slots on 32 devices in 4 nodes and 320 on 64 in 8, "
-        "equal splits unless said; then Qwen3-30B-A3B and OLMoE. Seed 0, 2 CPU cores.\n"
-    )
-    flag = " --eplb eplb.py" if options.eplb else ""
-    print(
-        f"    python benchmarks/load_balance.py --data DATA{flag} --repeats {options.repeats} --seconds {options.seconds:g} "
-        f"--parts {' '.join(options.parts)}\n"
-    )
-    parts: tuple[Callable[[], None], ...] = (
-        partial(one_workload, data, eplb, options.repeats),
-        partial(all_workloads, data, eplb[1], options.seconds),
-        partial(groups_on_nodes, data, options.seconds / 4),
-        partial(languages, options.data / "qwen3_30b_load.npz", options.seconds / 4),
-        partial(domains, options.data / "olmoe_mixtral_counts.npz"),
-    )
-    for name, part in zip(PARTS, parts, strict=True):
-        if name in options.parts:
-            started = time.perf_counter()
-            part()
-            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()
+    if "one" in options.parts:
+        one_workload(report, data, eplb, options.repeats)
+    if "all" in options.parts:
+        all_workloads(report, data, eplb[1], options.seconds)
+    if "groups" in options.parts:
+        groups_on_nodes(report, data, options.seconds / 4)
+    if "languages" in options.parts:
+        languages(report, options.data / "qwen3_30b_load.npz", options.seconds / 4)
+    if "domains" in options.parts:
+        domains(report, options.data / "olmoe_mixtral_counts.npz")

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import recordings
 from peers import PEERS, Routing
 from peers.plain_annealing import plain_annealing
-from runner import Report, Table
+from runner import Report, Table, data_argument
 from search_peers import PEER_TOKENS, plan_of
 
 import moeplace as mp
@@ -67,7 +66,7 @@ def searched(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, help="folder with the recordings")
+    data_argument(parser)
     parser.add_argument("--proposals", type=int, default=6_000, help="effort a layer, search's and plain annealing's")
 
 
@@ -80,8 +79,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         table = report.table(
             f"{devices} devices",
             ("plan", "slots", "devices a token", "load max/mean"),
-            devices_a_token=".2f",
-            load_max_mean=".3f",
+            {"devices a token": ".2f", "load max/mean": ".3f"},
         )
 
         def add(name: str, plan: mp.Plan, problem: mp.Problem = problem, table: Table = table) -> None:

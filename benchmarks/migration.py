@@ -1,6 +1,6 @@
 """What a change of plan in training costs, and what is left when a rank is killed in the middle of one.
 
-    python benchmarks/migration.py [--ranks 4] [--kills 50] [--json]
+    python -m benchmarks migration [--ranks 4] [--kills 50]
 
 Real Gloo processes, one thread each, on one machine. Two layers of 32 experts, hidden size 128, AdamW; from index order to a
 random plan of as many slots, and back. Bytes: weights and both moments, against the fewest experts that have to change
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from runner import Report
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
@@ -148,7 +148,7 @@ def killed(rank: int, ranks: int, address: str, delay: float, results: Queue[Any
     os._exit(0)  # the process group cannot be taken down in order any more
 
 
-def run(target: Any, ranks: int, delay: float, expected: int) -> list[Any]:
+def of_processes(target: Any, ranks: int, delay: float, expected: int) -> list[Any]:
     context = multiprocessing.get_context("fork")
     results: Queue[Any] = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -166,30 +166,31 @@ def run(target: Any, ranks: int, delay: float, expected: int) -> list[Any]:
     return [answer for _, answer in sorted(found, key=lambda pair: pair[0])]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    timed = run(pauses, args.ranks, 0.0, args.ranks)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    timed = of_processes(pauses, options.ranks, 0.0, options.ranks)
     seconds = {name: max(statistics.median(rank[name]) for rank in timed) for name in ("at once", "spread")}
     whole = seconds["spread"] * timed[0]["rounds"]
     rng = np.random.default_rng(0)
     outcomes = [
-        run(killed, args.ranks, float(rng.uniform(0.0, 1.2 * whole)), args.ranks - 1) for _ in range(args.kills)
+        of_processes(killed, options.ranks, float(rng.uniform(0.0, 1.2 * whole)), options.ranks - 1)
+        for _ in range(options.kills)
     ]
     consistent = [
-        len(found) == args.ranks - 1
+        len(found) == options.ranks - 1
         and all(rank["intact"] for rank in found)
         and len({tuple(rank["plans"]) for rank in found}) == 1
         and len(found[0]["plans"]) == 1
         for found in outcomes
     ]
     new = sum(found[0]["new"] for found in outcomes if found)
-    slowest = max(rank["seconds"] for found in outcomes for rank in found)
+    slowest = max((rank["seconds"] for found in outcomes for rank in found), default=None)
     result = {
-        "ranks": args.ranks,
+        "ranks": options.ranks,
         "experts moved": timed[0]["moves"],
         "fewest possible": timed[0]["fewest"],
         "MB moved": timed[0]["bytes"] / 1e6,
@@ -197,19 +198,12 @@ def main() -> None:
         "pause at once ms": 1e3 * seconds["at once"],
         "longest pause spread ms": 1e3 * seconds["spread"],
         "steps of the spread": timed[0]["rounds"],
-        "runs with a rank killed": args.kills,
-        "inconsistent": args.kills - sum(consistent),
-        "old plan in force": args.kills - new,
+        "runs with a rank killed": options.kills,
+        "inconsistent": options.kills - sum(consistent),
+        "old plan in force": options.kills - new,
         "new plan in force": new,
         "slowest survivor told after s": slowest,
     }
-    if args.json:
-        print(json.dumps(result))
-        return
-    print("| figure | value |\n|---|---|")
+    table = report.table("Changing the plan, and losing a rank in the middle", ("figure", "value"))
     for name, value in result.items():
-        print(f"| {name} | {value:,.4g} |")
-
-
-if __name__ == "__main__":
-    main()
+        table.row(name, value)

@@ -1,6 +1,6 @@
 """ExFlow's integer program on a model of Mixtral's shape: what HiGHS and CBC reach, beside the proven optimum.
 
-    python benchmarks/mixtral_ilp.py --data DATA --seconds 60
+    python -m benchmarks mixtral_ilp --seconds 60 --write
 
 32 layers of 8 experts on 2 and 4 devices. Recorded are Mixtral-8x7B's highest-weight experts at layers 0, 7 and 15 only
 (205k tokens of each of C4, books and Wikipedia), so the 31 neighbouring pairs are made from those two transition matrices:
@@ -12,13 +12,12 @@ Rows "cold" run the program alone; "warm" start it from assignment sweeps, as th
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from runner import Report, data_argument
 
 import moeplace as mp
 
@@ -31,6 +30,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "HiGHS, warm": ("exflow", {"backend": "highs"}),
     "CBC, warm": ("exflow", {"backend": "cbc"}),
 }
+
+
+def recorded_transitions(data: Path, model: str, *, top1: bool = False) -> npt.NDArray[np.float64]:
+    """[domain, pair, E, E] recorded between layers 0, 7 and 15, of all choices or of the highest-weight ones."""
+    counts = np.load(data / "olmoe_mixtral_counts.npz", allow_pickle=False)
+    kind = "transitions_top1" if top1 else "transitions"
+    return np.stack([counts[f"{model}/{domain}/{kind}"] for domain in DOMAINS]).astype(np.float64)
 
 
 def transitions_of_a_whole_model(
@@ -71,61 +77,37 @@ def problem_of(transitions: npt.NDArray[np.float64], devices: int) -> mp.Problem
     )
 
 
-def run(problem: mp.Problem, name: str, seconds: float, seed: int) -> dict[str, Any]:
-    solver, options = RUNS[name]
-    row: dict[str, Any] = {"devices": problem.num_devices, "solver": name}
-    try:
-        plan = mp.solve(problem, solver, seconds=seconds, seed=seed, **options)
-    except mp.SolveError as error:
-        return row | {"error": str(error)}
-    assert plan.certificate is not None
-    assert plan.bound is not None
-    return row | {
-        "local": 1.0 - plan.certificate.value,
-        "at_most": 1.0 - plan.bound,
-        "gap": plan.gap,
-        "proven_optimal": plan.proven_optimal,
-        "stop": plan.provenance.stop,
-        "seconds": plan.provenance.seconds,
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| devices | solver | transitions local | proven at most | gap | proven optimal | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        start = f"| {row['devices']} | {row['solver']} | "
-        if "error" in row:
-            lines.append(f"{start}{row['error']} | | | | |")
-            continue
-        lines.append(
-            f"{start}{row['local']:.4f} | {row['at_most']:.4f} | {row['gap']:.2%} | "
-            f"{'yes' if row['proven_optimal'] else 'no'} | {row['seconds']:.3f} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with olmoe_mixtral_counts.npz")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit of each solve")
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seed", type=int, default=0, help="of the made transitions and of the solvers")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    options = parser.parse_args()
-    counts = np.load(options.data / "olmoe_mixtral_counts.npz", allow_pickle=False)
-    recorded = np.stack([counts[f"mixtral_8x7b/{domain}/transitions_top1"] for domain in DOMAINS]).astype(np.float64)
-    transitions = transitions_of_a_whole_model(recorded, options.seed)
-    rows = []
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    transitions = transitions_of_a_whole_model(
+        recorded_transitions(options.data, "mixtral_8x7b", top1=True), options.seed
+    )
+    columns = {
+        "devices": "",
+        "solver": "",
+        "transitions local": ".4f",
+        "proven at most": ".4f",
+        "gap": ".2%",
+        "proven optimal": "",
+        "seconds": ".3f",
+    }
+    table = report.table("ExFlow's integer program on Mixtral's shape", columns, columns)
     for devices in options.devices:
         problem = problem_of(transitions, devices)
-        for name in RUNS:
-            print(f"{devices} devices: {name}", file=sys.stderr)
-            rows.append(run(problem, name, options.seconds, options.seed))
-    print(json.dumps(rows) if options.json else table(rows))
-
-
-if __name__ == "__main__":
-    main()
+        for name, (solver, own) in RUNS.items():
+            try:
+                plan = mp.solve(problem, solver, seconds=options.seconds, seed=options.seed, **own)
+            except mp.SolveError as error:
+                table.row(devices, name, str(error), None, None, None, None)
+                continue
+            assert plan.certificate is not None
+            assert plan.bound is not None
+            local, most = 1.0 - plan.certificate.value, 1.0 - plan.bound
+            proven = "yes" if plan.proven_optimal else "no"
+            table.row(devices, name, local, most, plan.gap, proven, plan.provenance.seconds)

@@ -1,7 +1,7 @@
 """What replicas near the token are worth: gpt-oss-20b on two nodes of four devices, judged as engines run that use them.
 
     pip install mtkahypar
-    python benchmarks/nearest_replica.py --data DATA --out docs/results/nearest_replica.md
+    python -m benchmarks nearest_replica --write
 
 Every plan is judged on held-out sequences under `replica_choice="nearest"`, tokens' homes spread evenly. Search solves once as
 if any replica might serve any token ("share") and once as the engine will run ("nearest"), each told the steps it is judged
@@ -11,16 +11,15 @@ on. Peers know only routing and solve once a cluster.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import recordings
 from peers.hypergraph import mt_kahypar
 from peers.routing import Routing
+from runner import Report, data_argument
 
 import moeplace as mp
 
@@ -47,7 +46,6 @@ def problem_of(preset: str, slots: int, rule: str, statistics: mp.RoutingStatist
 
 
 def solved(name: str, problem: mp.Problem, solver: str, **options: object) -> Entry:
-    print(f"{name}, {problem.num_slots} slots", file=sys.stderr)
     start = time.process_time()
     plan = mp.solve(problem, solver, **options)
     return Entry(name, problem.num_slots, plan, time.process_time() - start)
@@ -89,82 +87,60 @@ def searches(preset: str, statistics: mp.RoutingStatistics, batch: str, tokens: 
         yield solved(name, problem, "search", batch=batch, step_tokens=tokens, proposals=proposals)
 
 
-def row(entry: Entry, steps: mp.Steps, problem: mp.Problem, best_peer: float) -> str:
-    figures = mp.evaluate(entry.plan, steps, problem).summary()
-    mean = figures["step_seconds_mean"]
-    cells = (
+COLUMNS = {
+    "plan": "",
+    "slots": "",
+    "step ms mean": ".3f",
+    "p99": ".3f",
+    "to the best peer": "+.1%",
+    "compute ms": ".3f",
+    "transfer ms": ".3f",
+    "load max/mean": ".3f",
+    "devices a token": ".2f",
+    "nodes a token": ".2f",
+    "cross-node copies": ".1%",
+    "gap": ".0%",
+    "solve CPU s": ".0f",
+}
+
+
+def row(entry: Entry, figures: dict[str, float], best_peer: float) -> tuple[object, ...]:
+    certificate = entry.plan.certificate
+    return (
         entry.name,
-        str(entry.slots),
-        f"{mean * 1e3:.3f}",
-        f"{figures['step_seconds_p99'] * 1e3:.3f}",
-        f"{mean / best_peer - 1:+.1%}",
-        f"{figures['compute_seconds'] * 1e3:.3f}",
-        f"{figures['transfer_seconds'] * 1e3:.3f}",
-        f"{figures['load_max_mean']:.3f}",
-        f"{figures['devices_per_token']:.2f}",
-        f"{figures['nodes_per_token']:.2f}",
-        f"{figures['cross_node_fraction']:.1%}",
-        "" if entry.plan.gap is None or "seconds" not in figure_of(entry.plan) else f"{entry.plan.gap:.0%}",
-        f"{entry.cpu_seconds:.0f}",
+        entry.slots,
+        figures["step_seconds_mean"] * 1e3,
+        figures["step_seconds_p99"] * 1e3,
+        figures["step_seconds_mean"] / best_peer - 1,
+        figures["compute_seconds"] * 1e3,
+        figures["transfer_seconds"] * 1e3,
+        figures["load_max_mean"],
+        figures["devices_per_token"],
+        figures["nodes_per_token"],
+        figures["cross_node_fraction"],
+        entry.plan.gap if certificate is not None and "seconds" in certificate.objective else None,
+        entry.cpu_seconds,
     )
-    return "| " + " | ".join(cells) + " |"
 
 
-def figure_of(plan: mp.Plan) -> str:
-    return "" if plan.certificate is None else plan.certificate.objective
-
-
-def cell(
-    preset: str, batch: str, tokens: int, entries: list[Entry], held: mp.RoutingTrace, statistics: mp.RoutingStatistics
-) -> str:
-    """One cluster and kind of steps, as a table."""
-    steps = held.prefill_steps(tokens) if batch == "prefill" else held.decode_steps(tokens, 40)
-    judge = problem_of(preset, recordings.GPT_OSS.experts, "nearest", statistics)
-    means = [
-        mp.evaluate(entry.plan, steps, judge).step_seconds.mean()
-        for entry in entries
-        if not entry.name.startswith("search")
-    ]
-    head = (
-        "| plan | slots | step ms mean | p99 | to the best peer | compute ms | transfer ms | load max/mean | "
-        "devices a token | nodes a token | cross-node copies | gap | solve CPU s |"
-    )
-    lines = [row(entry, steps, judge, float(min(means))) for entry in entries]
-    title = f"## {preset}, {batch} {tokens}, {steps.num_steps} held-out steps"
-    return "\n".join([title, "", head, "|" + "---|" * 13, *lines, ""])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with gpt_oss_20b_routing.npz")
-    parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--proposals", type=int, default=5000, help="of search, a layer")
     parser.add_argument("--seconds", type=float, default=30.0, help="time limit of moetuner")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     train, held = recordings.gpt_oss(options.data).split()
     statistics = mp.RoutingStatistics.from_trace(train)
-    sections = []
     for preset in PRESETS:
-        known = peers(preset, statistics, train, options.seconds)
+        others = peers(preset, statistics, train, options.seconds)
+        judge = problem_of(preset, recordings.GPT_OSS.experts, "nearest", statistics)
         for batch, tokens in KINDS:
-            found = [*known, *searches(preset, statistics, batch, tokens, options.proposals)]
-            sections.append(cell(preset, batch, tokens, found, held, statistics))
-            print(sections[-1], file=sys.stderr)
-    head = (
-        f"# Replicas near the token, gpt-oss-20b\n\n{recordings.GPT_OSS.name}: 24 layers, 32 experts, top-4; two nodes of "
-        'four devices; a quarter of 430 recorded sequences held out. Every plan is judged with `replica_choice="nearest"` '
-        "([cost model](../cost-model.md)), homes spread evenly; step times are predicted. 40 slots are 8 more than "
-        f"experts. Search makes {options.proposals:,} proposals a layer; its gap is that of its own objective on the "
-        "training part.\n\n"
-        f"    python benchmarks/nearest_replica.py --data DATA --proposals {options.proposals}\n"
-    )
-    text = "\n".join([head, *sections])
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
-    else:
-        print(text)
-
-
-if __name__ == "__main__":
-    main()
+            steps = held.prefill_steps(tokens) if batch == "prefill" else held.decode_steps(tokens, 40)
+            table = report.table(f"{preset}, {batch} {tokens}, {steps.num_steps} held-out steps", COLUMNS, COLUMNS)
+            judged = [mp.evaluate(entry.plan, steps, judge).summary() for entry in others]
+            best = min(figures["step_seconds_mean"] for figures in judged)
+            for entry, figures in zip(others, judged, strict=True):
+                table.row(*row(entry, figures, best))
+            for entry in searches(preset, statistics, batch, tokens, options.proposals):
+                table.row(*row(entry, mp.evaluate(entry.plan, steps, judge).summary(), best))

@@ -1,6 +1,6 @@
 """Time and peak memory of permuting a synthetic sharded checkpoint, much larger than a shard and than the memory used.
 
-    python benchmarks/permute_checkpoint.py --gigabytes 8 --shard-gigabytes 0.5 [--fused] [--folder DIR]
+    python -m benchmarks permute_checkpoint --gigabytes 8 --shard-gigabytes 0.5 [--fused] [--folder DIR]
 
 Writes a DeepSeek-V3-named checkpoint (58 MoE layers of 256 experts in FP8 with block scales; gpt-oss-named and fused with
 --fused) of random bytes to a temporary folder, permutes it in a process of its own, restores it, and compares.
@@ -16,9 +16,10 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from runner import Report
 
 SCRIPT = """
 import json, re, sys, time
@@ -106,19 +107,23 @@ def write_checkpoint(folder: Path, fused: bool, size: int, shard: int) -> int:
     return len(shards)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--shard-gigabytes", type=float, default=0.25)
     parser.add_argument("--fused", action="store_true")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.folder) as scratch:
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    formats = {"": "", "GB": ".2f", "s": ".1f", "MB/s": ".0f", "peak memory, MiB": ".0f", "before, MiB": ".0f"}
+    table = report.table("permuting", formats, formats)
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         source, permuted, restored = (Path(scratch) / name for name in ("source", "permuted", "restored"))
         source.mkdir()
-        shards = write_checkpoint(source, chosen.fused, int(chosen.gigabytes * 1e9), int(chosen.shard_gigabytes * 1e9))
-        count = sum(1 for _ in tensors(chosen.fused, int(chosen.gigabytes * 1e9)))
-        print(f"{shards} shards, {count:,} tensors")
+        size = int(options.gigabytes * 1e9)
+        shards = write_checkpoint(source, options.fused, size, int(options.shard_gigabytes * 1e9))
+        count = sum(1 for _ in tensors(options.fused, size))
+        report.note("checkpoint", f"{shards} shards, {count:,} tensors")
         for name, arguments in (
             ("permute", (source, permuted, "permute", source)),
             ("restore", (permuted, restored, "invert", source)),
@@ -127,18 +132,11 @@ def main() -> None:
                 [sys.executable, "-c", SCRIPT, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
             )
             figures = json.loads(done.stdout)
-            print(
-                f"{name}: {figures['bytes'] / 1e9:.2f} GB in {figures['seconds']:.1f} s, "
-                f"{figures['bytes'] / figures['seconds'] / 1e6:.0f} MB/s, peak memory {figures['peak'] / 1024:.0f} MiB "
-                f"({figures['idle'] / 1024:.0f} MiB before)"
-            )
-        start = time.perf_counter()
+            nbytes, seconds = figures["bytes"], figures["seconds"]
+            speed, memory = nbytes / seconds / 1e6, (figures["peak"] / 1024, figures["idle"] / 1024)
+            table.row(f"{name}, fused" if options.fused else name, nbytes / 1e9, seconds, speed, *memory)
         names = [path.name for path in source.iterdir()]
         _, different, missing = filecmp.cmpfiles(source, restored, names, shallow=False)
-        print(f"restored files that differ: {len(different) + len(missing)} ({time.perf_counter() - start:.1f} s)")
         moved = filecmp.cmpfiles(source, permuted, names, shallow=False)[1]
-        print(f"permuted files that differ from the source: {len(moved)} of {len(names)}")
-
-
-if __name__ == "__main__":
-    main()
+        report.note("checkpoint", f"restored files that differ: {len(different) + len(missing)}")
+        report.note("checkpoint", f"permuted files that differ from the source: {len(moved)} of {len(names)}")

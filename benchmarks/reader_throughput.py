@@ -1,11 +1,11 @@
 """Throughput and peak memory of every reader on a file of at least so many megabytes.
 
-    python benchmarks/reader_throughput.py --megabytes 500 [--only "sglang stat" ...] [--folder DIR]
+    python -m benchmarks reader_throughput --megabytes 500 [--only "sglang stat" ...] [--folder DIR]
 
 Each record is written to a temporary folder as the engine writes it (16 MoE layers of 64 experts, top-8, after a dense
 layer; counts of 58 layers of 256 experts), read once to fill the page cache, and read by a process of its own, whose time and
 peak resident memory over that of the process before reading are taken. Files are mapped by some readers: pages of a mapped
-file count. Prints a table in Markdown; the folder is deleted.
+file count. The folder is deleted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from reader_records import RECORDS, Shape
+from runner import Report
 
 SCRIPT = """
 import json, re, sys, time
@@ -86,24 +87,31 @@ def measured(name: str, megabytes: float, folder: Path | None) -> dict[str, Any]
     return {"record": name, "bytes": nbytes, **json.loads(done.stdout)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--megabytes", type=float, default=500)
     parser.add_argument("--only", nargs="*", choices=list(BYTES), default=list(BYTES))
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
-    chosen = parser.parse_args()
-    print("| record | MB | s | CPU s | MB/s | MB/CPU s | tokens | tokens/s | peak MB | peak over file | result MB |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for name in chosen.only:
-        row = measured(name, chosen.megabytes, chosen.folder)
-        size, seconds = row["bytes"] / 1e6, row["seconds"]
-        print(
-            f"| {name} | {size:.0f} | {seconds:.1f} | {row['cpu']:.1f} | {size / seconds:.0f} | {size / row['cpu']:.0f} | "
-            f"{row['tokens']:,.0f} | {row['tokens'] / seconds:,.0f} | {row['peak'] / 1e6:.0f} | {row['peak'] / row['bytes']:.2f} | "
-            f"{row['held'] / 1e6:.0f} |",
-            flush=True,
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    formats = {
+        "record": "",
+        "MB": ".0f",
+        "s": ".1f",
+        "CPU s": ".1f",
+        "MB/s": ".0f",
+        "MB/CPU s": ".0f",
+        "tokens": ",.0f",
+        "tokens/s": ",.0f",
+        "peak MB": ".0f",
+        "peak over file": ".2f",
+        "result MB": ".0f",
+    }
+    table = report.table("throughput", formats, formats)
+    for name in options.only:
+        row = measured(name, options.megabytes, options.folder)
+        size, seconds, cpu, tokens = row["bytes"] / 1e6, row["seconds"], row["cpu"], row["tokens"]
+        peak, result = row["peak"] / 1e6, row["held"] / 1e6
+        table.row(
+            name, size, seconds, cpu, size / seconds, size / cpu, tokens, tokens / seconds, peak, peak / size, result
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What recording costs: forward passes of one model with and without it, interleaved, by mode.
 
-    python benchmarks/recording_overhead.py [--pairs 40] [--json]
+    python -m benchmarks recording_overhead [--pairs 40]
 
 The model is an OLMoE of 8 layers of 32 experts, top-2, hidden size 192; a step is a batch of 4,096 tokens. A pair is one
 forward with recording and one without, in random order, so that other work on the machine falls on both alike; the
@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from runner import Report
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moeplace.profiler.profile import profile
@@ -71,7 +69,7 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 def measure(
     model: OlmoeForCausalLM, batches: list[torch.Tensor], mode: str, args: argparse.Namespace
-) -> dict[str, Any]:
+) -> tuple[object, ...]:
     """Pairs of forwards under one recorder, which is switched off for the unrecorded half of each pair."""
     rng = np.random.default_rng(0)
     recorded, plain = np.empty((args.pairs, 2)), np.empty((args.pairs, 2))
@@ -108,21 +106,18 @@ def measure(
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     ratio = recorded / plain - 1.0
     tokens_recorded = recorder.tokens
-    return {
-        "mode": mode,
-        "overhead": float(np.median(ratio[:, 0])),
-        "overhead_interval": interval(ratio[:, 0]),
-        "cpu_overhead": float(np.median(ratio[:, 1])),
-        "cpu_overhead_interval": interval(ratio[:, 1]),
-        "forward_ms": float(np.median(plain[:, 0]) * 1e3),
-        "end_ms": ending * 1e3,
-        "bytes_per_token": size / tokens_recorded,
-        "pairs": args.pairs,
-    }
+    wall, cpu = (interval(ratio[:, column]) for column in (0, 1))
+    return (
+        mode,
+        *(float(np.median(ratio[:, 0])), *wall),
+        *(float(np.median(ratio[:, 1])), *cpu),
+        float(np.median(plain[:, 0]) * 1e3),
+        ending * 1e3,
+        size / tokens_recorded,
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=2)
@@ -132,31 +127,28 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="pairs that are not counted")
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model = build(args)
-    rows = max(1, args.tokens // SEQUENCE)
-    batches = [torch.randint(4096, (rows, SEQUENCE), device=args.device) for _ in range(8)]
-    results = [measure(model, batches, mode, args) for mode in ("counts", "tokens")]
-    if args.json:
-        print(json.dumps({"threads": torch.get_num_threads(), "device": args.device, "modes": results}))
-        return
-    print(f"{args.device}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
-    print(
-        f"{'mode':8} {'overhead (95 % interval)':32} {'CPU time (95 % interval)':32} {'forward':>10} {'end':>9} {'bytes/token':>12}"
-    )
-    for row in results:
-        columns = [
-            f"{row[name]:+.2%} ({row[f'{name}_interval'][0]:+.2%} to {row[f'{name}_interval'][1]:+.2%})"
-            for name in ("overhead", "cpu_overhead")
-        ]
-        print(
-            f"{row['mode']:8} {columns[0]:32} {columns[1]:32} {row['forward_ms']:7.1f} ms {row['end_ms']:6.0f} ms "
-            f"{row['bytes_per_token']:12.1f}"
-        )
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace, report: Report) -> None:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = build(options)
+    rows = max(1, options.tokens // SEQUENCE)
+    batches = [torch.randint(4096, (rows, SEQUENCE), device=options.device) for _ in range(8)]
+    formats = {
+        "mode": "",
+        "overhead": "+.2%",
+        "from": "+.2%",
+        "to": "+.2%",
+        "CPU time": "+.2%",
+        "CPU from": "+.2%",
+        "CPU to": "+.2%",
+        "forward ms": ".1f",
+        "end ms": ".0f",
+        "bytes a token": ".1f",
+    }
+    table = report.table("overhead, with 95 % intervals", formats, formats)
+    for mode in ("counts", "tokens"):
+        table.row(*measure(model, batches, mode, options))
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    report.note("machine", f"{options.device}, {threads} threads, load average {load:.1f}")

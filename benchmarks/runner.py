@@ -11,6 +11,8 @@ the end; `--json FILE` keeps every row as a line, and `--write` puts the tables 
     <!-- table: 8 devices -->
     ...
     <!-- end of table -->
+
+The command stands in the page in the same way, under the name `command`, and a note under its name, where the page has a place for it.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import ast
 import importlib
 import json
 import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,9 +58,13 @@ class Table:
             print(json.dumps(entry, default=float), file=self.sink, flush=True)
 
     def cells(self, values: tuple[Any, ...]) -> list[str]:
-        """A row's texts; None is a dash."""
+        """A row's texts: words as they are, None as a dash, numbers without a format in four digits."""
         return [
-            "-" if value is None else format(value, self.formats.get(column, ""))
+            "-"
+            if value is None
+            else value
+            if isinstance(value, str)
+            else format(value, self.formats.get(column, ",.4g" if isinstance(value, float) else ""))
             for column, value in zip(self.columns, values, strict=True)
         ]
 
@@ -69,35 +76,61 @@ class Table:
 
 @dataclass
 class Report:
-    """The tables of one run."""
+    """The tables and notes of one run. failure: what was found wrong; the run then ends with it and status 1."""
 
     sink: Any = None
     tables: dict[str, Table] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    failure: str | None = None
 
-    def table(self, name: str, columns: Sequence[str], **formats: str) -> Table:
-        """The table of that name, made when first asked for. formats: by column, with blanks as underscores."""
+    def table(self, name: str, columns: Iterable[str], formats: Mapping[str, str] | None = None) -> Table:
+        """The table of that name, made when first asked for. formats: by column."""
         if name not in self.tables:
-            known = {column: formats[key] for column in columns if (key := re.sub(r"\W", "_", column)) in formats}
-            self.tables[name] = Table(name, tuple(columns), known, sink=self.sink)
+            self.tables[name] = Table(name, tuple(columns), dict(formats or {}), sink=self.sink)
         return self.tables[name]
 
+    def note(self, name: str, text: str) -> None:
+        """Adds a line of text beside the tables."""
+        self.notes.setdefault(name, []).append(text)
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
+        if self.sink is not None:
+            print(json.dumps({"note": name, "text": text}), file=self.sink, flush=True)
+
     def write(self, page: Path, command: str) -> None:
-        """Puts each table between its markers in the page, and the command between those of `command`.
+        """Puts each table between its markers in the page, and notes and the command where the page has theirs.
 
         Raises:
             SystemExit: the page lacks a table's markers; they are named, and nothing is written.
         """
         text = page.read_text(encoding="utf-8")
-        for name, content in [*((n, t.markdown()) for n, t in self.tables.items()), ("command", f"    {command}")]:
-            pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(\n?<!-- end of table -->)", re.DOTALL)
+        notes = {"command": f"    {command}", **{name: "\n".join(lines) for name, lines in self.notes.items()}}
+        for name, content in ({name: table.markdown() for name, table in self.tables.items()} | notes).items():
+            pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end of table -->)", re.DOTALL)
             if not pattern.search(text):
-                if name == "command":
+                if name in notes:
                     continue
                 raise SystemExit(
                     f"{page}: no place for table {name!r}; put in\n<!-- table: {name} -->\n<!-- end of table -->"
                 )
-            text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n{match[2]}", text)
+            text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
         page.write_text(text, encoding="utf-8")
+
+
+def data_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--data`, which is asked for only where no recordings stand beside the checkout."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=SHARED if SHARED.is_dir() else None,
+        required=not SHARED.is_dir(),
+        help="folder of recorded routing",
+    )
+
+
+def child(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A benchmark run in a process of its own, whose memory, modules and failures are then its own."""
+    command = [sys.executable, str(HERE), name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def benchmarks() -> dict[str, str]:
@@ -128,14 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    if "--data" in parser.format_usage():
-        parser.set_defaults(data=SHARED if SHARED.is_dir() else None)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append every row to this file, a JSON line each")
     parser.add_argument("--write", type=Path, metavar="PAGE", nargs="?", const=PAGES / f"{name}.md",
                         help=f"put the tables into this page, between their markers (default: docs/results/{name}.md)")  # fmt: skip
     options = parser.parse_args(given[1:])
-    if getattr(options, "data", SHARED) is None:
-        parser.error("--data: name the folder of recorded routing; there is none beside this checkout")
     sink = options.json.open("a", encoding="utf-8") if options.json else None
     try:
         report = Report(sink)
@@ -145,5 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sink.close()
     for table in report.tables.values():
         print(f"\n{table.name}\n\n{table.markdown()}")
+    for note, lines in report.notes.items():
+        print(f"\n{note}\n\n" + "\n".join(lines))
     if options.write:
         report.write(options.write, f"python -m benchmarks {' '.join(given)}")
+    if report.failure:
+        raise SystemExit(report.failure)

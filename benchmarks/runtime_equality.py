@@ -1,6 +1,6 @@
 """How far the distributed layer is from the layer in one process, over random plans, on real Gloo processes.
 
-    python benchmarks/runtime_equality.py [--plans 200] [--ranks 4 8] [--json]
+    python -m benchmarks runtime_equality [--plans 200] [--ranks 4 8]
 
 Plans have replicas (on one device too), unequal and zero shares, devices with few slots or none; ranks have different
 numbers of tokens, some none; gates are random. Dispatch alternates between flat and node-aware, experts between SwiGLU and
@@ -12,11 +12,11 @@ is what rounding alone does.
 from __future__ import annotations
 
 import argparse
-import json
 
 import numpy as np
 import torch
 from forked_ranks import on_ranks
+from runner import Report
 from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
@@ -126,23 +126,16 @@ def measure(ranks: int, plans: int) -> dict[str, dict[str, float]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plans", type=int, default=200)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    found = {ranks: measure(ranks, args.plans) for ranks in args.ranks}
-    if args.json:
-        print(json.dumps(found))
-        return
-    print(f"| {args.plans} plans, ranks | " + " | ".join(found[args.ranks[0]]["error"]) + " |")
-    print("|---" * (1 + len(found[args.ranks[0]]["error"])) + "|")
-    for ranks, figures in found.items():
-        for title, row in figures.items():
-            name = f"{ranks}" if title == "error" else "one process, float32"
-            print(f"| {name} | " + " | ".join(f"{value:.1e}" for value in row.values()) + " |")
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace, report: Report) -> None:
+    for ranks in options.ranks:
+        for title, figures in measure(ranks, options.plans).items():
+            name = f"{ranks}" if title == "error" else f"{ranks}, one process, float32"
+            table = report.table(
+                "Equality with the layer in one process", ("ranks", *figures), dict.fromkeys(figures, ".1e")
+            )
+            table.row(name, *figures.values())

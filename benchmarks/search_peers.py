@@ -2,7 +2,7 @@
 
     pip install mtkahypar pymetis
     git clone https://github.com/deepseek-ai/EPLB
-    python benchmarks/search_peers.py --data DATA --eplb EPLB/eplb.py --out docs/results/search_peers.md
+    python -m benchmarks search_peers --eplb EPLB/eplb.py --write
 
 A cell is a cluster, an execution mode and a kind of step. Peers know only routing, so that each solves once a cluster
 and mode; of its settings the one that is best on the steps judged on counts. Search minimises the cell's step time on
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import recordings
 from peers import PEERS, Routing
 from peers.published_eplb import published_eplb
+from runner import Report, data_argument
 
 import moeplace as mp
 
@@ -118,7 +119,7 @@ def peer_plans(entry: Input, problem: mp.Problem, eplb: Path | None, seconds: fl
     topology, model = problem.topology, problem.model
     if eplb is not None:
         load = problem.statistics.total_load
-        table = published_eplb(eplb, load, problem.num_slots, 1, topology.num_nodes, topology.num_devices)
+        table = published_eplb(eplb)(load, problem.num_slots, 1, topology.num_nodes, topology.num_devices)
         plan = mp.Plan(model, topology, table, problem.slot_device, np.empty(0), provenance=mp.Provenance("eplb", ""))
         found["eplb"]["published code"] = plan
     routing = Routing(
@@ -196,7 +197,6 @@ def search_cells(entry: Input, seconds: float, known: Rows, until: float) -> Non
                 plan = mp.solve(problem, "search", seconds=seconds, seed=0, batch=kind.batch, step_tokens=kind.tokens)
                 rows[0]["figures"]["search"] = {"setting": "", "gap": plan.gap, **judged(plan, steps, problem)}
                 rows[0]["search_seconds"] = plan.provenance.seconds
-                print("  " + line(rows[0]), file=sys.stderr)
                 known.save()
 
 
@@ -218,77 +218,49 @@ def best_peer(row: dict[str, Any]) -> str:
     return min(peers, key=lambda name: peers[name]["step_seconds_mean"])
 
 
-def line(row: dict[str, Any]) -> str:
+def cells(row: dict[str, Any]) -> list[object]:
     """A row of the table: step time of each relative to contiguous, and search against the best peer."""
     figures = row["figures"]
     base = figures["contiguous"]["step_seconds_mean"]
-    cells = [
-        f"{figures[name]['step_seconds_mean'] / base:.3f}" if name in figures else "none in time" for name in COLUMNS
+    best, search = best_peer(row), figures["search"]
+    gain, p99 = (1.0 - search[f"step_seconds_{of}"] / figures[best][f"step_seconds_{of}"] for of in ("mean", "p99"))
+    return [
+        row["cluster"],
+        row["execution"],
+        row["kind"],
+        base * 1e3,
+        *(figures[name]["step_seconds_mean"] / base if name in figures else "none in time" for name in COLUMNS),
+        f"{best} {figures[best]['setting']}",
+        gain,
+        p99,
+        search["gap"],
+        row["search_seconds"],
     ]
-    best = best_peer(row)
-    mine = figures["search"]["step_seconds_mean"]
-    gain = 1.0 - mine / figures[best]["step_seconds_mean"]
-    p99 = 1.0 - figures["search"]["step_seconds_p99"] / figures[best]["step_seconds_p99"]
-    cells[-1] = f"**{cells[-1]}**"
-    return (
-        f"| {row['cluster']} | {row['execution']} | {row['kind']} | {base * 1e3:.3f} | {' | '.join(cells)} "
-        f"| {best} {figures[best]['setting']} | {gain:+.1%} | {p99:+.1%} | {figures['search']['gap']:.1%} "
-        f"| {row['search_seconds']:.0f} |"
-    )
 
 
-def page(rows: list[dict[str, Any]], command: str) -> str:
-    """The Markdown page."""
-    parts = [
-        "# Search against every peer, held-out steps\n",
-        "Mean predicted step time relative to contiguous placement (lower is better) on steps of sequences that no "
-        "solver saw, one slot an expert. Each peer stands with the best of its settings on the very steps it is judged "
-        "on: EPLB as ported and as published, ExFlow's program staged and by bisection, MoETuner's (HiGHS), Mt-KaHyPar with equal parts, with loads as weights, nodes first and on the chain of layers, METIS by "
-        "layer and on the chain, sweeps of linear assignment, each also with devices renamed so that layers suit their neighbours. `to best peer` is what search saves against the best of "
-        "them, in the mean and in the p99; `gap` what it could still lose to the optimum on the steps it solved on.\n",
-        f"    {command}\n",
-    ]
-    for name in dict.fromkeys(row["input"] for row in rows):
-        mine = [row for row in rows if row["input"] == name]
-        parts += [
-            f"## {name}\n",
-            f"| cluster | execution | steps | contiguous ms | {' | '.join(COLUMNS)} | best peer | to best peer "
-            "| p99 to best peer | gap | search s |\n" + "|---" * (len(COLUMNS) + 9) + "|",
-            "\n".join(line(row) for row in mine) + "\n",
-        ]
-    won = sum(
-        row["figures"]["search"]["step_seconds_mean"] < row["figures"][best_peer(row)]["step_seconds_mean"]
-        for row in rows
-    )
-    parts.append(f"Search is below every peer in {won} of {len(rows)} cells.\n")
-    return "\n".join(parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the recordings")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--eplb", type=Path, help="eplb.py of DeepSeek's repository")
     parser.add_argument("--seconds", type=float, default=15.0, help="time limit of each solve")
     parser.add_argument("--inputs", default="", help="only inputs whose name contains this")
-    parser.add_argument("--out", type=Path, help="Markdown file to write (default: print)")
     parser.add_argument("--rows", type=Path, help="keep finished cells here; they are not run again")
     parser.add_argument("--minutes", type=float, default=np.inf, help="begin nothing new after so many, with --rows")
-    options = parser.parse_args()
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
     known, until = Rows.read(options.rows), time.monotonic() + 60.0 * options.minutes
     for entry in inputs(options.data):
         if options.inputs in entry.name:
             peer_cells(entry, options.eplb, options.seconds, known, until)
             search_cells(entry, options.seconds, known, until)
-    text = page(
-        [row for row in known.rows if "search" in row["figures"]],
-        f"python benchmarks/search_peers.py --data DATA --eplb EPLB/eplb.py --seconds {options.seconds:g}",
+    done = [row for row in known.rows if "search" in row["figures"]]
+    percent = dict.fromkeys(("to best peer", "p99 to best peer"), "+.1%") | {"gap": ".1%", "search s": ".0f"}
+    columns = ("cluster", "execution", "steps", "contiguous ms", *COLUMNS, "best peer", *percent)
+    formats = dict.fromkeys(("contiguous ms", *COLUMNS), ".3f") | percent
+    for row in done:
+        report.table(row["input"], columns, formats).row(*cells(row))
+    won = sum(
+        row["figures"]["search"]["step_seconds_mean"] < row["figures"][best_peer(row)]["step_seconds_mean"]
+        for row in done
     )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text)
-    else:
-        print(text)
-
-
-if __name__ == "__main__":
-    main()
+    report.note("cells won", f"Search is below every peer in {won} of {len(done)} cells.")

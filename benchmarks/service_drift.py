@@ -1,9 +1,9 @@
 """Replays traffic that changes and compares ways to run it: one fixed plan, EPLB every window, and the service's watch with
 automatic publishing and its default policy.
 
-    python benchmarks/service_drift.py --data DATA --out docs/results/service_drift.md --figure docs/results/service_drift.svg
+    python -m benchmarks service_drift --write --figure docs/results/service_drift.svg
 
-DATA holds gpt_oss_20b_routing.npz, azure_2023_requests_*.npz and deepseek_v3_counts.npz. Each window is priced with the plan in
+Each window is priced with the plan in
 force before it was seen (`window_seconds`), against a plan that EPLB makes from that very window: its regret, which nobody can
 bring to zero. The service's tasks run as its workers run them, on an SQLite file, one look every so many windows as the server
 does. All plans are EPLB's, so that what differs is when they change. `--stationary N` replays traffic that does not change.
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from drifting_traffic import Traffic, stationary, turns, week
+from runner import Report, data_argument
 
 import moeplace as mp
 from moeplace.db import Store
@@ -174,19 +175,19 @@ def quiet(data: Path, windows: int, seed: int) -> list[tuple[int, int]]:
     return found
 
 
-def report_of(traffic: Traffic, runs: dict[str, Run], about: str) -> list[str]:
-    lines = [
-        f"## {about}",
-        "",
-        "| way | mean regret | p95 | changes of plan | moved, GB | spent moving, s |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {name} | {np.mean(run.regret):.2%} | {np.percentile(run.regret, 95):.2%} | {run.moves} | {run.bytes / 1e9:.1f} | "
-            f"{run.seconds:.2f} |"
-            for name, run in runs.items()
-        ),
-        "",
-    ]
+def tell(report: Report, traffic: Traffic, runs: dict[str, Run], about: str) -> None:
+    formats = {
+        "way": "",
+        "mean regret": ".2%",
+        "p95": ".2%",
+        "changes of plan": "",
+        "moved, GB": ".1f",
+        "spent moving, s": ".2f",
+    }
+    table = report.table(about, formats, formats)
+    for name, run in runs.items():
+        regret = float(np.mean(run.regret)), float(np.percentile(run.regret, 95))
+        table.row(name, *regret, run.moves, run.bytes / 1e9, run.seconds)
     alarms = runs["service"].alarms
     # A change is found by an alarm before the next one begins; any further alarm of the phase tells of no change.
     spans = list(zip(traffic.changes, [*traffic.changes[1:], len(traffic.load)], strict=True))
@@ -194,8 +195,11 @@ def report_of(traffic: Traffic, runs: dict[str, Run], about: str) -> list[str]:
     delays = [delay for delay in found if delay is not None]
     further = len(alarms) - len(delays)
     told = f"median {np.median(delays):.0f}, most {max(delays)} windows after they began" if delays else "none"
-    lines.append(
-        f"{len(traffic.changes)} true changes, {len(delays)} found ({told}), {further} further alarms in {len(traffic.load):,} windows."
+    note = f"{traffic.name}, changes found"
+    report.note(
+        note,
+        f"{len(traffic.changes)} true changes, {len(delays)} found ({told}), "
+        f"{further} further alarms in {len(traffic.load):,} windows.",
     )
     prices = Prices(traffic)
     missed = []
@@ -207,10 +211,9 @@ def report_of(traffic: Traffic, runs: dict[str, Run], about: str) -> list[str]:
             least = np.mean([prices.regret(fresh, number) for number in range(first, last)])
             missed.append(f"{loss - least:.1%}")
     if missed:
-        lines.append(
-            f"Of those not found, a plan from before loses against one made for the phase: {', '.join(missed)}."
+        report.note(
+            note, f"Of those not found, a plan from before loses against one made for the phase: {', '.join(missed)}."
         )
-    return [*lines, ""]
 
 
 COLOURS = {"fixed plan": "#999999", "EPLB every window, on it": "#d08000", "service": "#0060c0"}
@@ -265,66 +268,33 @@ def _down(top: int, tall: int, most: float, value: float) -> float:
     return top + tall * (1.0 - value / most)
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--half-days", type=int, default=14)
-    arguments.add_argument("--turn", type=int, default=128, help="windows a DeepSeek-V3 workload")
-    arguments.add_argument("--stationary", type=int, default=200, help="replays without change")
-    arguments.add_argument("--processes", type=int, default=2)
-    arguments.add_argument("--out", type=Path)
-    arguments.add_argument("--figure", type=Path)
-    given = arguments.parse_args()
-    replays = [week(given.data, given.seed, given.half_days), turns(given.data, given.seed, given.turn)]
-    with ProcessPoolExecutor(given.processes) as pool:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--half-days", type=int, default=14)
+    parser.add_argument("--turn", type=int, default=128, help="windows a DeepSeek-V3 workload")
+    parser.add_argument("--stationary", type=int, default=200, help="replays without change")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--figure", type=Path, help="SVG file of regret over time")
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    replays = [week(options.data, options.seed, options.half_days), turns(options.data, options.seed, options.turn)]
+    with ProcessPoolExecutor(options.processes) as pool:
         runs = list(pool.map(ways, replays))
-        replay: Callable[[int], list[tuple[int, int]]] = partial(quiet, given.data, QUIET_WINDOWS)
-        quiets = list(pool.map(replay, range(given.stationary)))
-    counts = dict(zip(ALPHAS, zip(*quiets, strict=True), strict=True)) if quiets else {}
-    text = "\n".join(_text(given, list(zip(replays, runs, strict=True)), counts))
-    print(text)
-    if given.out:
-        given.out.write_text(text)
-    if given.figure:
-        given.figure.write_text(figure(list(zip(replays, runs, strict=True))))
-
-
-def _text(
-    given: argparse.Namespace,
-    replays: list[tuple[Traffic, dict[str, Run]]],
-    counts: dict[float, tuple[tuple[int, int], ...]],
-) -> list[str]:
-    options = f"--half-days {given.half_days} --turn {given.turn} --stationary {given.stationary} --seed {given.seed}"
-    return [
-        "# Plans while traffic drifts",
-        "",
-        f"Default policy but for `publish: automatic`; a look every {CHECK} windows; every plan by EPLB. Regret is of the predicted step time against "
-        "an EPLB plan made from each window itself, so nobody reaches zero.",
-        "",
-        f"    python benchmarks/service_drift.py --data DATA {options}",
-        "",
-        "![Regret over time with a fixed plan, with EPLB every window and with the service](service_drift.svg)",
-        "",
-        *report_of(
-            *replays[0],
-            f"A week of gpt-oss-20b: topics by the half day, Azure's arrivals, {len(replays[0][0].load):,} windows of 5 minutes",
-        ),
-        *report_of(*replays[1], "DeepSeek-V3: five workloads in turn, 288 slots on 32 devices"),
-        "## False alarms",
-        "",
-        f"{given.stationary} replays of {QUIET_WINDOWS} windows of the first kind without change of topic, day and night included.",
-        "",
-        "| stated chance at a look | looks | changes found | rate | replays with any |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {alpha:g} | {sum(c for c, _ in found):,} | {sum(a for _, a in found)} | {sum(a for _, a in found) / sum(c for c, _ in found):.4f} | "
-            f"{sum(a > 0 for _, a in found)} |"
-            for alpha, found in counts.items()
-        ),
-        "",
-    ]
-
-
-if __name__ == "__main__":
-    main()
+        replay: Callable[[int], list[tuple[int, int]]] = partial(quiet, options.data, QUIET_WINDOWS)
+        quiets = list(pool.map(replay, range(options.stationary)))
+    tell(
+        report,
+        replays[0],
+        runs[0],
+        f"A week of gpt-oss-20b: topics by the half day, Azure's arrivals, {len(replays[0].load):,} windows of 5 minutes",
+    )
+    tell(report, replays[1], runs[1], "DeepSeek-V3: five workloads in turn, 288 slots on 32 devices")
+    columns = ("stated chance at a look", "looks", "changes found", "rate", "replays with any")
+    table = report.table("False alarms", columns, {"looks": ",", "rate": ".4f"})
+    for alpha, counts in zip(ALPHAS, zip(*quiets, strict=True), strict=False):
+        looks, alarms = (sum(column) for column in zip(*counts, strict=True))
+        table.row(alpha, looks, alarms, alarms / looks, sum(any_alarm > 0 for _, any_alarm in counts))
+    if options.figure:
+        options.figure.write_text(figure(list(zip(replays, runs, strict=True))))

@@ -1,7 +1,7 @@
 """Faults done to the service again and again: what is lost, what is doubled, which jobs do not finish, how long it takes.
 
-    python benchmarks/service_faults.py --repeats 20 --out docs/results/service_faults.md
-    python benchmarks/service_faults.py --repeats 3 --only "PostgreSQL restarted"
+    python -m benchmarks service_faults --repeats 20 --write
+    python -m benchmarks service_faults --repeats 3 --only "PostgreSQL restarted"
 
 Everything is real: server and worker processes, a PostgreSQL of the benchmark's own that is stopped in mid-air, a file system
 that is full, system clocks that jump (libfaketime). Senders go on meanwhile and send again what got no answer. Needs
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import psycopg
 from fault_scene import MODEL, Postgres, Pusher, Server, counts, folder, prepared, until
+from runner import Report
 
 import moeplace as mp
 from moeplace.profiler.trace_files import write_trace
@@ -397,46 +398,18 @@ FAULTS: dict[str, Callable[[int], Found]] = {
 }
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--repeats", type=int, default=20)
-    arguments.add_argument("--only", action="append", help="part of a fault's name; may be given several times")
-    arguments.add_argument("--at-once", type=int, default=1, help="faults side by side, each with servers of its own")
-    arguments.add_argument("--out", type=Path)
-    given = arguments.parse_args()
-    names = [name for name in FAULTS if not given.only or any(part in name for part in given.only)]
-
-    def row(name: str) -> str:
-        found = FAULTS[name](given.repeats)
-        median, slowest = np.median(found.recovery), max(found.recovery)
-        figures = (len(found.recovery), found.middle, found.lost, found.doubled, found.unfinished)
-        told = f"| {name} | {' | '.join(map(str, figures))} | {median:.1f} | {slowest:.1f} |"
-        print(told, flush=True)
-        return told
-
-    with ThreadPoolExecutor(given.at_once) as pool:
-        rows = list(pool.map(row, names))
-    if given.out:
-        command = f"    python benchmarks/service_faults.py --repeats {given.repeats} --at-once {given.at_once}"
-        given.out.write_text("\n".join((*HEAD, command, "", *COLUMNS, *rows, "")))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", action="append", help="part of a fault's name; may be given several times")
+    parser.add_argument("--at-once", type=int, default=1, help="faults side by side, each with servers of its own")
 
 
-HEAD = (
-    "# Faults done to the service",
-    "",
-    "Server, workers and PostgreSQL are real processes; senders go on and send again what got no answer. Lost and doubled count "
-    "windows, uploads, plans and approvals against what was answered; unfinished counts jobs that did not end as done. In the "
-    "middle: repeats in which the fault did cut something short (an upload open, a solve running, an approval without answer, a "
-    "write refused). Recovery: seconds from the fault, or its end, until what was cut short is complete. It holds the start of a "
-    "process and, for solves, their two seconds; leases were 15 s, and 120 s where clocks jump: there, a job begun a second time counts "
-    "as doubled.",
-    "",
-)
-COLUMNS = (
-    "| fault | repeats | in the middle | lost | doubled | unfinished | recovery s, median | slowest |",
-    "|---|---|---|---|---|---|---|---|",
-)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace, report: Report) -> None:
+    names = [name for name in FAULTS if not options.only or any(part in name for part in options.only)]
+    counted = ("repeats", "in the middle", "lost", "doubled", "unfinished")
+    formats = dict.fromkeys(("recovery s, median", "slowest"), ".1f")
+    table = report.table("faults", ("fault", *counted, *formats), formats)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for name, found in zip(names, pool.map(lambda name: FAULTS[name](options.repeats), names), strict=True):
+            figures = (len(found.recovery), found.middle, found.lost, found.doubled, found.unfinished)
+            table.row(name, *figures, float(np.median(found.recovery)), max(found.recovery))

@@ -1,6 +1,6 @@
 """Many deployments pushing count windows to one server: requests a second, latencies, errors, and whether all counts arrived.
 
-    python benchmarks/service_load.py --db postgresql://user@host/empty --deployments 200 --seconds 600 --out docs/results/service_load.md
+    python -m benchmarks service_load --db postgresql://user@host/empty --deployments 200 --seconds 600 --write
 
 Starts `moeplace serve` on the database and pushes a window of 58 layers of 256 experts a deployment every `--every` seconds, on
 a fixed schedule: a late answer does not delay the next push, and latencies count from when a push was due. A push that fails is
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import queue
 import subprocess
 import sys
@@ -21,12 +20,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 import psutil
+from runner import Report
 
 import moeplace as mp
 from moeplace.db.records import CountWindow
@@ -37,24 +36,21 @@ LAYERS, EXPERTS, TOP_K = 58, 256, 8
 Loads = npt.NDArray[np.int64]
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--db", required=True)
-    arguments.add_argument("--deployments", type=int, default=200)
-    arguments.add_argument("--seconds", type=int, default=600)
-    arguments.add_argument("--every", type=float, default=1.0)
-    arguments.add_argument("--senders", type=int, default=64)
-    arguments.add_argument("--out", type=Path)
-    given = arguments.parse_args()
-    server, url = start(given.db)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--db", required=True)
+    parser.add_argument("--deployments", type=int, default=200)
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--every", type=float, default=1.0)
+    parser.add_argument("--senders", type=int, default=64)
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    server, url = start(options.db)
     try:
-        report = measure(url, given, psutil.Process(server.pid))
+        measure(report, url, options, psutil.Process(server.pid))
     finally:
         server.terminate()
         server.wait(60)
-    print(report)
-    if given.out:
-        given.out.write_text(report)
 
 
 def start(db: str) -> tuple[subprocess.Popen[str], str]:
@@ -83,7 +79,7 @@ class Sent:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def measure(url: str, given: argparse.Namespace, server: psutil.Process) -> str:
+def measure(report: Report, url: str, given: argparse.Namespace, server: psutil.Process) -> None:
     client = mp.Client(url)
     spec = mp.ModelSpec(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, hidden_size=7168, ffn_size=2048, name="load")
     client.add_model(spec)
@@ -115,7 +111,16 @@ def measure(url: str, given: argparse.Namespace, server: psutil.Process) -> str:
     used = {name: seconds(processes) - used[name] for name, processes in parts(server, given.db).items()}
     stored = {name: client.totals(name) for name in names}
     lost = [name for name in names if stored[name] != (rounds, sent.counted[name])]
-    return text(given, elapsed, sent, lost, rounds, used)
+    table = report.table("load on the service", ("figure", "value"), {"value": ","})
+    table.row("windows stored", rounds * given.deployments)
+    table.row("requests a second", round(len(sent.took) / elapsed, 1))
+    for name, values in (("answer", sent.took), ("answer from when due", sent.waited)):
+        quantiles = (*np.percentile(values, [50, 99, 99.9]), max(values))
+        table.row(f"{name} ms, p50 / p99 / p99.9 / max", " / ".join(f"{1e3 * value:.0f}" for value in quantiles))
+    a_window = " / ".join(f"{1e3 * value / len(sent.took):.2f}" for value in used.values())
+    table.row(f"CPU time a window, ms, {' / '.join(used)}", a_window)
+    table.row("errors", len(sent.failures))
+    table.row("deployments whose counts differ from those sent", len(lost))
 
 
 def send(url: str, loads: list[Loads], due: queue.Queue[tuple[float, str, int, int] | None], sent: Sent) -> None:
@@ -156,39 +161,3 @@ def parts(server: psutil.Process, db: str) -> dict[str, list[psutil.Process]]:
 def seconds(processes: list[psutil.Process]) -> float:
     """CPU time they used so far."""
     return sum(sum(process.cpu_times()[:2]) for process in processes)
-
-
-def text(
-    given: argparse.Namespace, elapsed: float, sent: Sent, lost: list[str], rounds: int, used: dict[str, float]
-) -> str:
-    kind = "PostgreSQL" if given.db.startswith("postgres") else "SQLite"
-    options = (
-        f"--deployments {given.deployments} --seconds {given.seconds} --every {given.every:g} --senders {given.senders}"
-    )
-    lines = [
-        "# Load on the service",
-        "",
-        f"{given.deployments} deployments push a count window of {LAYERS} x {EXPERTS} every {given.every:g} s for {given.seconds} s to one server "
-        f"on {kind}. Server, database and senders share {os.cpu_count()} cores ({platform.machine()}); load average over 15 "
-        f"minutes {os.getloadavg()[2]:.0f}, with other work at lower priority.",
-        "",
-        f"    python benchmarks/service_load.py --db ... {options}",
-        "",
-        "| figure | value |",
-        "|---|---|",
-        f"| windows stored | {rounds * given.deployments:,} |",
-        f"| requests a second | {len(sent.took) / elapsed:.1f} |",
-        *(
-            f"| {name} ms, p50 / p99 / p99.9 / max | {' / '.join(f'{1e3 * value:.0f}' for value in (*np.percentile(values, [50, 99, 99.9]), max(values)))} |"
-            for name, values in (("answer", sent.took), ("answer from when due", sent.waited))
-        ),
-        f"| CPU time a window, ms, {' / '.join(used)} | {' / '.join(f'{1e3 * value / len(sent.took):.2f}' for value in used.values())} |",
-        f"| errors | {len(sent.failures)} |",
-        f"| deployments whose counts differ from those sent | {len(lost)} |",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

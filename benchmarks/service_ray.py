@@ -1,9 +1,9 @@
 """A batch of solves on the service: worker processes of one machine, and the same number of workers on a local Ray.
 
-    python benchmarks/service_ray.py --data DATA --jobs 64 --workers 2
+    python -m benchmarks service_ray --jobs 64 --workers 2 --write
 
 Each job places a model of Mixtral's shape (32 layers of 8 experts, on 4 devices) for other transitions, made from recorded ones as
-benchmarks/mixtral_ilp.py makes them, by the solver chain: exact, so that two ways of running it must give the same plans. Each way
+mixtral_ilp.py makes them, by the solver chain: exact, so that two ways of running it must give the same plans. Each way
 has a server and an SQLite database of its own; time runs from the first job asked for to the last one done, with workers up before.
 The plans are compared table by table. Needs the extra `ray`.
 """
@@ -11,8 +11,6 @@ The plans are compared table by table. Needs the extra `ray`.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -25,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mixtral_ilp import DOMAINS, problem_of, transitions_of_mixtral_shape
+from mixtral_ilp import problem_of, recorded_transitions, transitions_of_a_whole_model
+from runner import Report, data_argument
 
 import moeplace as mp
 
@@ -92,48 +91,35 @@ def batch(
         return taken, plans, len({job.worker for job in done})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data_argument(parser)
     parser.add_argument("--jobs", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
-    given = parser.parse_args()
-    counts = np.load(given.data / "olmoe_mixtral_counts.npz", allow_pickle=False)
-    recorded = np.stack([counts[f"mixtral_8x7b/{domain}/transitions_top1"] for domain in DOMAINS]).astype(float)
-    problems = [problem_of(transitions_of_mixtral_shape(recorded, seed), DEVICES) for seed in range(given.jobs)]
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    recorded = recorded_transitions(options.data, "mixtral_8x7b", top1=True)
+    problems = [problem_of(transitions_of_a_whole_model(recorded, seed), DEVICES) for seed in range(options.jobs)]
     ways = {
-        "process pool": ("--workers", str(given.workers)),
-        "local Ray": ("--workers", "ray:local", "--ray-workers", str(given.workers)),
+        "process pool": ("--workers", str(options.workers)),
+        "local Ray": ("--workers", "ray:local", "--ray-workers", str(options.workers)),
     }
-    found = {}
+    found = []
+    formats = {"seconds": ".1f", "solves a second": ".2f"}
+    table = report.table("solves", ("way", *formats, "workers that took part"), formats)
     with tempfile.TemporaryDirectory() as folder:
         for number, (way, workers) in enumerate(ways.items()):
-            found[way] = batch(Path(folder) / f"{number}.db", workers, problems, given.workers)
-            print(f"{way}: {found[way][0]:.1f} s", file=sys.stderr)
-    pool, ray = found["process pool"], found["local Ray"]
+            taken, plans, took_part = batch(Path(folder) / f"{number}.db", workers, problems, options.workers)
+            found.append(plans)
+            table.row(way, taken, len(plans) / taken, took_part)
     same = sum(
         np.array_equal(one.physical_to_logical, other.physical_to_logical) and one.fingerprint == other.fingerprint
-        for one, other in zip(pool[1], ray[1], strict=True)
+        for one, other in zip(*found, strict=True)
     )
-    different = len({plan.fingerprint for plan in pool[1]})
-    load = os.getloadavg()[2]
-    print("# Solves on Ray\n")
-    print(
-        f"{given.jobs} solves of a model of Mixtral's shape on {DEVICES} devices by the solver chain, {given.workers} workers each way, "
-        f"on {os.cpu_count()} cores ({platform.machine()}) that server, database and sender share; load average {load:.1f} over "
-        "15 minutes from other work too. One run each, in this order: at such a load the two times tell that both ways keep up, not "
-        "which is faster. Ray starts a worker process beside each actor, and jobs go through the database either way.\n"
+    different = len({plan.fingerprint for plan in found[0]})
+    report.note(
+        "same plans",
+        f"The same plan, table by table: {same} of {options.jobs} ({different} different problems' plans among them).",
     )
-    print(f"    python benchmarks/service_ray.py --data DATA --jobs {given.jobs} --workers {given.workers}\n")
-    print("| way | seconds | solves a second | workers that took part |\n|---|---|---|---|")
-    for way, (taken, plans, took_part) in found.items():
-        print(f"| {way} | {taken:.1f} | {len(plans) / taken:.2f} | {took_part} |")
-    print(
-        f"\nThe same plan, table by table: {same} of {given.jobs} ({different} different problems' plans among them)."
-    )
-    if same != given.jobs:
-        raise SystemExit("the two ways disagree")
-
-
-if __name__ == "__main__":
-    main()
+    if same != options.jobs:
+        report.failure = "the two ways disagree"

@@ -1,6 +1,6 @@
 """A layer of many ranks without their hardware: what the host does for one MoE layer at DeepSeek-V3's shapes.
 
-    python benchmarks/wide_layer.py [--ranks 64] [--tokens 512] [--repeats 20] [--json]
+    python -m benchmarks wide_layer [--ranks 64] [--tokens 512] [--repeats 20]
 
 One rank of torch's fake process group, whose collectives give back what was sent, so nothing travels. The layer has 256
 experts and 32 redundant slots, top-8 from 4 of 8 groups, on 8 ranks a node. Tokens are routed at hidden size 7168, and then
@@ -11,7 +11,6 @@ counting, packing). Times are medians of CPU seconds of one thread, in ms.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from runner import Report
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -103,27 +103,18 @@ def round_trip(dispatcher: Dispatcher, x_TD: torch.Tensor, slot_TK: torch.Tensor
     dispatcher.combine(row_ND, metadata)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 4096])
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    if args.ranks % NODE:
-        parser.error(f"--ranks {args.ranks}: expected a multiple of {NODE}, the ranks of a node")
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    if options.ranks % NODE:
+        raise SystemExit(f"--ranks {options.ranks}: expected a multiple of {NODE}, the ranks of a node")
     torch.set_num_threads(1)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.ranks)
-    found = [measure(args.ranks, tokens, args.repeats) for tokens in args.tokens]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
+    for tokens in options.tokens:
+        figures = measure(options.ranks, tokens, options.repeats)
+        report.table(f"Planning at {options.ranks} ranks", figures, {"tokens": ","}).row(*figures.values())
     dist.destroy_process_group()
-    if args.json:
-        print(json.dumps(found))
-        return
-    print("| " + " | ".join(found[0]) + " |")
-    print("|---" * len(found[0]) + "|")
-    for row in found:
-        print("| " + " | ".join(f"{value:,.4g}" for value in row.values()) + " |")
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ from .commands.stats import stats_command
 from .commands.tokens import tokens_app
 from .commands.topology import topology_app
 from .commands.whatif import whatif_command
-from .grouping import grouped
+from .options import grouped
 from .output import note
 
 DOMAIN_ERROR = 1
@@ -54,6 +54,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Expert placement for mixture-of-experts models.\n\n"
     "Record routing, solve for a placement, judge it on held-out steps, export it.\n\n"
     "Example:\n\n"
@@ -88,8 +89,8 @@ app.add_typer(topology_app, name="topology", no_args_is_help=True)
 app.add_typer(plans_app, name="plans", no_args_is_help=True)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         from ..placement.version import __version__
 
         typer.echo(f"moeplace {__version__}")

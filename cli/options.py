@@ -1,11 +1,14 @@
-"""Options that several commands share, in groups (see `grouping`)."""
+"""Options that several commands share, in groups: a dataclass in a command's signature stands for its fields."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
 
@@ -38,7 +41,8 @@ RoutingPath = Annotated[
     Path,
     Argument(
         metavar="ROUTING",
-        help="Recorded routing: a trace folder or Parquet file, a statistics .npz, or any record `moeplace import` reads.",
+        help="Recorded routing: a trace folder or Parquet file, a statistics .npz, or any record `moeplace import` "
+        "reads.",
         show_default=False,
     ),
 ]
@@ -189,7 +193,7 @@ class ObjectiveOptions:
             "--replica-choice",
             metavar="share|nearest",
             help="Which replica the engine lets serve a token: any by its share, or the nearest to the token's rank "
-            "(SGLang's static and dynamic dispatch). Default: as the engine of --for does, else share.",
+            "(SGLang's static and dynamic dispatch). Default: as the engine that plans are for does, else share.",
             show_default=False,
             rich_help_panel=OBJECTIVE,
         ),
@@ -254,11 +258,29 @@ class BatchOptions:
     ] = None
 
     @property
+    def is_assumed(self) -> bool:
+        """Whether neither kind of steps was asked for."""
+        return self.decode is None and self.prefill is None
+
+    @property
     def kinds(self) -> dict[str, int]:
         """Tokens a step by kind ("decode", "prefill"), decode first."""
         decode = self.decode or (None if self.prefill else DECODE_CONCURRENCY)
-        wanted = {"decode": decode, "prefill": self.prefill}
-        return {kind: tokens for kind, tokens in wanted.items() if tokens is not None}
+        kinds = {"decode": decode, "prefill": self.prefill}
+        return {kind: tokens for kind, tokens in kinds.items() if tokens is not None}
+
+
+Engine = Annotated[
+    str | None,
+    Option(
+        "--for",
+        metavar="ENGINE",
+        help="Solve within what an engine can run: sglang, vllm, vllm-ascend, trtllm, or permute (a permuted "
+        "checkpoint). Where --slots is not given, the fewest it can run; replicas are chosen as it chooses them.",
+        show_default=False,
+        rich_help_panel=SOLVING,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,3 +368,42 @@ class ServerOptions:
             rich_help_panel=STORE,
         ),
     ] = None
+
+
+def grouped(function: Callable[..., None]) -> Callable[..., None]:
+    """Replaces each parameter annotated with a dataclass by the dataclass's fields, and builds it on the call."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            groups[parameter.name] = hint
+            parameters.extend(_parameters(hint))
+        else:
+            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        built = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        function(**values, **built)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameters(group: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]

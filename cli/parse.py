@@ -1,110 +1,23 @@
-"""What a command is given, read and checked: routing, the model's shape, the cluster, plans, solvers."""
+"""What options say, read and checked: the model's shape, the cluster, the objective, sizes, slots, solvers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..placement.errors import InputError, MoeplaceError, nearest
+from ..placement.errors import InputError, nearest
 from .options import BatchOptions, ModelOptions, ObjectiveOptions, TopologyOptions
 
 if TYPE_CHECKING:
     from ..placement.model import ModelSpec
     from ..placement.objective import Objective
-    from ..placement.plan import Plan
-    from ..placement.statistics import RoutingStatistics
     from ..placement.topology import Topology
-    from ..placement.trace import RoutingTrace
+    from ..profiler.read import Recording
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Routing as it was found: a trace, or statistics (with a token sample where they keep one).
-
-    model: the recorded model, where the record names it.
-    """
-
-    path: Path
-    trace: RoutingTrace | None
-    statistics: RoutingStatistics | None
-    model: ModelSpec | None = None
-
-    @property
-    def tokens(self) -> RoutingTrace:
-        """Token-level routing.
-
-        Raises:
-            InputError: the record holds counts only.
-        """
-        if self.trace is not None:
-            return self.trace
-        if self.statistics is not None and self.statistics.sample is not None and self.statistics.sample.num_tokens:
-            return self.statistics.sample
-        raise InputError(
-            f"{self.path} holds counts only, and plans are judged on the experts single tokens chose; "
-            "record in token mode (`moeplace profile --mode tokens`)"
-        )
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """What the record says of the model, in ModelSpec's terms."""
-        if self.trace is not None:
-            trace = self.trace
-            return {
-                "layers": trace.num_layers,
-                "experts": trace.num_experts,
-                "top_k": trace.top_k,
-                "moe_layers": trace.moe_layers,
-            }
-        assert self.statistics is not None
-        shape = {
-            "layers": self.statistics.num_layers,
-            "experts": self.statistics.experts,
-            "moe_layers": self.statistics.moe_layers,
-        }
-        return shape if self.statistics.top_k is None else shape | {"top_k": self.statistics.top_k}
-
-
-def read_routing(path: Path, given: Mapping[str, Any] | None = None, known: Mapping[str, Any] | None = None) -> Routing:
-    """Reads any record of routing. given: options of its reader, refused where it has no use for them. known: more, used
-    where it has.
-
-    Raises:
-        InputError: no such file, or an option it does not take. FileFormatError: not a record, or damaged.
-    """
-    from ..placement.statistics import RoutingStatistics
-    from ..profiler.read import read_any, reader_of
-
-    existing(path)
-    useful = {name: value for name, value in (known or {}).items() if name in reader_of(path).options} if known else {}
-    record = read_any(path, **{**useful, **(given or {})})
-    if isinstance(record, RoutingStatistics):
-        return Routing(path, None, record)
-    return Routing(path, record, None, recorded_model(path))
-
-
-def existing(path: Path) -> Path:
-    """The path, when something is there.
-
-    Raises:
-        InputError: nothing is.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-    return path
-
-
-def recorded_model(path: Path) -> ModelSpec | None:
-    """The model a Parquet trace says it is of; None for other records and for traces that do not know."""
-    from ..profiler.trace_files import is_trace, read_header
-
-    return read_header(path).model if is_trace(path) else None
-
-
-def read_model(options: ModelOptions, routing: Routing) -> ModelSpec:
+def read_model(options: ModelOptions, recording: Recording) -> ModelSpec:
     """The model's shape: from --model, from the record, or from the sizes given; single options override.
 
     Raises:
@@ -112,31 +25,42 @@ def read_model(options: ModelOptions, routing: Routing) -> ModelSpec:
     """
     from ..placement.model import ModelSpec
 
-    given = {
+    sizes = {
         name: value
         for name in ("hidden_size", "ffn_size", "top_k", "groups", "expert_dtype")
         if (value := getattr(options, name)) is not None
     }
     if options.model is not None:
-        spec = ModelSpec.from_config(options.model).replace(**given)
-    elif routing.model is not None:
-        spec = routing.model.replace(**given)
+        spec = ModelSpec.from_config(options.model).replace(**sizes)
+    elif recording.model is not None:
+        spec = recording.model.replace(**sizes)
     else:
-        fields = {**routing.shape, **given}
+        fields = {**recording.header.model_fields, **sizes}
         missing = [f"--{name.replace('_', '-')}" for name in ("hidden_size", "ffn_size", "top_k") if name not in fields]
         if missing:
             raise InputError(
-                f"{routing.path} does not say how large the model is; give --model config.json, or {' and '.join(missing)}"
+                f"{recording.path} does not say how large the model is; give --model config.json, or "
+                f"{' and '.join(missing)}"
             )
         spec = ModelSpec(**fields)
-    recorded = routing.shape
-    if recorded["layers"] == spec.layers and recorded["moe_layers"] != spec.moe_layers:
+    layers = recording.header.moe_layers
+    if len(layers) == spec.layers and layers != spec.moe_layers:
         raise InputError(
-            f"{routing.path} numbers its layers {_span(recorded['moe_layers'])}, the model's MoE layers are "
-            f"{_span(spec.moe_layers)}; if they are the same layers, `moeplace import {routing.path} --model CONFIG "
+            f"{recording.path} numbers its layers {_span(layers)}, the model's MoE layers are "
+            f"{_span(spec.moe_layers)}; if they are the same layers, `moeplace import {recording.path} --model CONFIG "
             "--out DIR` writes the record with the model's numbers"
         )
     return spec
+
+
+def reader_defaults(model: Path | None) -> dict[str, Any]:
+    """What --model says that a record's own format may leave out."""
+    from ..placement.model import ModelSpec, hidden_layers
+
+    if model is None:
+        return {}
+    spec = ModelSpec.from_config(model)
+    return {"num_experts": spec.experts, "top_k": spec.top_k, "layers": hidden_layers(model)}
 
 
 def _span(layers: tuple[int, ...]) -> str:
@@ -163,7 +87,8 @@ def read_topology(options: TopologyOptions) -> Topology:
 
 
 def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Objective:
-    """The objective of the options. engine: what the plan is for, whose choice among replicas holds where none is given.
+    """The objective of the options. engine: what the plan is for, whose choice among replicas holds where none is
+    given.
 
     Raises:
         InputError: a setting out of range.
@@ -184,29 +109,6 @@ def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Obje
         replica_choice=choice,
         dispatch_dtype=options.dispatch_dtype,
     )
-
-
-def read_plan(reference: str, db: str | None, server: str | None = None) -> Plan:
-    """A plan from a file, or else from the database, or the service where one is named, by name or id.
-
-    Raises:
-        InputError: neither; both are named.
-    """
-    from ..db import Store
-    from ..placement.plan import Plan
-
-    if Path(reference).is_file() or reference.endswith(".json"):
-        return Plan.load(reference)
-    try:
-        if server is not None:
-            from .remote import service
-
-            with service(server) as client:
-                return client.plan(reference)
-        with Store.open(db) as store:
-            return store.plan(reference).plan
-    except MoeplaceError as error:
-        raise InputError(f"{reference!r} is not a file, and not a stored plan either: {error}") from None
 
 
 def read_size(option: str, text: str) -> float:
@@ -288,11 +190,11 @@ class SolverChoice:
         from ..solvers import solver_named
 
         kind, tokens = next(iter(batch.kinds.items()))
-        wanted: dict[str, Any] = {"batch": kind, "step_tokens": tokens}
+        batch_options: dict[str, Any] = {"batch": kind, "step_tokens": tokens}
         if self.solver is not None:
             known = signature(solver_named(self.solver).solve).parameters
-            wanted = {name: value for name, value in wanted.items() if name in known}
-        return replace(self, options={**wanted, **self.options})
+            batch_options = {name: value for name, value in batch_options.items() if name in known}
+        return replace(self, options={**batch_options, **self.options})
 
 
 def split_list(text: str | None) -> list[str]:

@@ -1,9 +1,9 @@
-"""What commands do on a service instead of on this machine."""
+"""Plans by name, wherever they are kept, and what commands do on a service instead of on this machine."""
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +11,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..placement.errors import InputError, UnsupportedError
+from ..placement.errors import InputError, MoeplaceError, UnsupportedError
+from .options import StepOptions
 from .output import Update
+from .parse import SolverChoice
+from .routing_split import RoutingSplit
 
 if TYPE_CHECKING:
     from ..db.records import CountWindow, JobRecord
@@ -20,10 +23,8 @@ if TYPE_CHECKING:
     from ..placement.plan import Plan
     from ..placement.problem import Problem
     from ..placement.statistics import RoutingStatistics
+    from ..profiler.read import Recording
     from ..service.client import Client
-    from .comparison import Parted
-    from .options import StepOptions
-    from .parse import Routing, SolverChoice
 
 TOKEN = "MOEPLACE_TOKEN"
 SENT_AT_ONCE = 128
@@ -36,6 +37,27 @@ def service(url: str) -> Iterator[Client]:
 
     with Client(url, os.environ.get(TOKEN) or None) as client:
         yield client
+
+
+def read_plan(reference: str, db: str | None, server: str | None = None) -> Plan:
+    """A plan from a file, or else from the database, or the service where one is named, by name or id.
+
+    Raises:
+        InputError: none of them has it; both are named.
+    """
+    from ..db import Store
+    from ..placement.plan import Plan
+
+    if Path(reference).is_file() or reference.endswith(".json"):
+        return Plan.load(reference)
+    try:
+        if server is not None:
+            with service(server) as client:
+                return client.plan(reference)
+        with Store.open(db) as store:
+            return store.plan(reference).plan
+    except MoeplaceError as error:
+        raise InputError(f"{reference!r} is not a file, and not a stored plan either: {error}") from None
 
 
 def solve_remotely(
@@ -71,10 +93,10 @@ def solve_remotely(
             objective=problem.objective,
         )
 
-        def tell(found: JobRecord) -> None:
-            value, done = found.progress.get("value"), found.progress.get("seconds", 0.0)
+        def tell(news: JobRecord) -> None:
+            value, done = news.progress.get("value"), news.progress.get("seconds", 0.0)
             shown = "" if value is None else f" {value:.5g}"
-            update(f"job {found.key} on {url}: {found.state}{shown}", min(1.0, done / seconds))
+            update(f"job {news.key} on {url}: {news.state}{shown}", min(1.0, done / seconds))
 
         result = client.wait(job, progress=tell).result
         assert result is not None
@@ -88,7 +110,7 @@ def solve_remotely(
 class Study:
     """What a what-if or a front is judged on, and who solves for it."""
 
-    parted: Parted
+    split: RoutingSplit
     steps: StepOptions
     choice: SolverChoice
     seconds: float
@@ -99,7 +121,7 @@ class Study:
         from ..placement.statistics import RoutingStatistics
 
         assert self.choice.solver is not None
-        judged = RoutingStatistics.from_trace(self.parted.judged, sample_tokens=self.parted.judged.num_tokens)
+        judged = RoutingStatistics.from_trace(self.split.judged, sample_tokens=self.split.judged.num_tokens)
         kind, tokens = next(iter(self.steps.kinds.items()))
         return {
             "statistics": send_statistics(client, problem.statistics),
@@ -131,13 +153,13 @@ def what_if_remotely(
     with service(url) as client:
         update("sending the routing", None)
         other = None if asked["topology"] is None else client.add_topology(asked["topology"]).id
-        given = study.request(client, problem)
+        request = study.request(client, problem)
         job = client.what_if(
             plan=client.add_plan(plan).id,
             changes={**asked, "topology": other},
             ready=ready,
             max_moved_bytes=max_moved,
-            **given,
+            **request,
         )
         return _answer(client, job, url, update)
 
@@ -155,7 +177,7 @@ def sweep_remotely(
     """Has a service sweep the front; returns its answer."""
     with service(url) as client:
         update("sending the routing", None)
-        given = study.request(client, problem)
+        request = study.request(client, problem)
         job = client.pareto(
             model=client.add_model(problem.model).id,
             topology=client.add_topology(problem.topology).id,
@@ -163,7 +185,7 @@ def sweep_remotely(
             redundant=redundant,
             tolerate=tolerate,
             max_moved=max_moved,
-            **given,
+            **request,
         )
         return _answer(client, job, url, update)
 
@@ -172,30 +194,33 @@ def send_statistics(client: Client, statistics: RoutingStatistics) -> str:
     """Keeps statistics on the service; returns their id."""
     from ..profiler.statistics_file import write_statistics
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "statistics.npz"
-        write_statistics(statistics, path)
-        return client.upload_statistics(path)
+    file = io.BytesIO()
+    write_statistics(statistics, file)
+    return client.upload_statistics(file)
 
 
-def send_record(url: str, record: Routing, statistics: RoutingStatistics, deployment: str | None) -> str:
-    """Sends a record to a service; returns what it is there. Sent again, it is not stored again.
+def send_record(url: str, recording: Recording, statistics: RoutingStatistics, deployment: str | None) -> str:
+    """Sends a recording to a service; returns what it is there. Sent again, it is not stored again.
 
-    A deployment gets a trace as shards, and counts as windows, which end a second after one another, the last when the record
-    was written. Without a deployment the service keeps the statistics.
+    A deployment gets a trace as shards, and counts as windows, which end a second after one another, the last when the
+    record was written. Without a deployment the service keeps the statistics.
     """
-    from ..profiler.trace_files import write_trace
+    import numpy as np
+
+    from ..profiler.trace_files import ROWS_PER_SHARD, write_trace
 
     with service(url) as client:
         if deployment is None:
             return f"statistics {send_statistics(client, statistics)}"
-        if record.trace is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                write_trace(record.trace, folder, model=record.model)
-                shards = sorted(Path(folder).glob("*.parquet"))
-                keys = [client.upload_trace(deployment, shard).key for shard in shards]
-            return f"{len(keys)} trace shard{'s' if len(keys) > 1 else ''} to {deployment!r}"
-        windows = windows_of(statistics, record.path)
+        if recording.is_trace:
+            tokens = np.arange(recording.trace.num_tokens)
+            shards = [tokens[start : start + ROWS_PER_SHARD] for start in range(0, len(tokens), ROWS_PER_SHARD)]
+            for shard in shards:
+                file = io.BytesIO()
+                write_trace(recording.trace.select(shard), file, model=recording.model)
+                client.upload_trace(deployment, file)
+            return f"{len(shards)} trace shard{'s' if len(shards) > 1 else ''} to {deployment!r}"
+        windows = windows_of(statistics, recording.path)
         new = 0
         for first in range(0, len(windows), SENT_AT_ONCE):
             new += client.push_windows(deployment, windows[first : first + SENT_AT_ONCE]).new
@@ -230,8 +255,8 @@ def windows_of(statistics: RoutingStatistics, path: Path) -> list[CountWindow]:
 
 
 def _answer(client: Client, job: JobRecord, url: str, update: Update) -> dict[str, Any]:
-    def tell(found: JobRecord) -> None:
-        update(f"job {found.key} on {url}: {found.progress.get('message') or found.state}", None)
+    def tell(news: JobRecord) -> None:
+        update(f"job {news.key} on {url}: {news.progress.get('message') or news.state}", None)
 
     result = client.wait(job, progress=tell).result
     assert result is not None

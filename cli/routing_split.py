@@ -1,44 +1,96 @@
-"""What solvers are shown of a record: statistics of its training part."""
+"""Which part of a recording solvers see and which part plans are judged on, and the steps made of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .comparison import part, solving_statistics
-from .options import HeldOutOptions
+from ..placement.errors import InputError
+from .options import DECODE_STEPS, PREFILL_STEPS, HeldOutBy, HeldOutOptions, ModelOptions, StepOptions
 from .output import Update
-from .parse import Routing, existing, read_routing, recorded_model
+from .parse import reader_defaults
 
 if TYPE_CHECKING:
     from ..placement.statistics import RoutingStatistics
+    from ..placement.steps import Steps
+    from ..placement.trace import RoutingTrace
+    from ..profiler.read import Recording
+
+
+@dataclass(frozen=True)
+class RoutingSplit:
+    """The part that solvers see and the part that plans are judged on (the same when nothing is held out)."""
+
+    train: RoutingTrace
+    judged: RoutingTrace
+    description: str
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.train is not self.judged
+
+
+def split_routing(recording: Recording, options: HeldOutOptions, seed: int) -> RoutingSplit:
+    """Splits token-level routing as asked.
+
+    Raises:
+        InputError: counts only, or too little to split.
+    """
+    trace = recording.trace
+    if options.held_out == 0.0:
+        return RoutingSplit(trace, trace, "Nothing held out: judged on the routing that was solved on")
+    by = options.held_out_by
+    try:
+        train, judged = trace.split(by.value, options.held_out, seed)
+    except InputError as error:
+        raise InputError(f"{recording.path}: {error}; or give --held-out-by, or --held-out 0") from None
+    units = "of the tokens, the last" if by is HeldOutBy.time else f"of the {by.value}s"
+    return RoutingSplit(train, judged, f"Held out: {options.held_out:.0%} {units}, seed {seed}")
+
+
+def solving_statistics(recording: Recording, split: RoutingSplit) -> RoutingStatistics:
+    """Statistics of the training part; whole statistics are used as they are when nothing is held out."""
+    from ..placement.statistics import RoutingStatistics
+
+    if not split.is_held_out and not recording.is_trace:
+        return recording.statistics()
+    return RoutingStatistics.from_trace(split.train)
 
 
 def training_statistics(
-    path: Path, held_out: HeldOutOptions, seed: int, update: Update
-) -> tuple[Routing, RoutingStatistics, str]:
-    """The record, the statistics to solve on, and which part of the record they are, in words.
+    path: Path, model: ModelOptions, held_out: HeldOutOptions, seed: int, update: Update
+) -> tuple[Recording, RoutingStatistics, str]:
+    """The recording, the statistics to solve on, and which part of the record they are, in words.
 
     A Parquet trace that is used whole is counted in bounded memory, whatever its size.
     """
-    from ..profiler.trace_files import is_trace
+    from ..profiler.read import open_routing
 
-    if held_out.held_out == 0.0 and is_trace(existing(path)):
-        statistics = count_parquet(path, update)
-        return Routing(path, None, statistics, recorded_model(path)), statistics, f"solved on all of {path}"
-    routing = read_routing(path)
-    if routing.trace is None:
-        assert routing.statistics is not None
-        return routing, routing.statistics, f"solved on all of {path}: statistics are used whole"
-    parted = part(routing, held_out, seed)
-    return routing, solving_statistics(routing, parted), parted.description
+    recording = open_routing(path, defaults=reader_defaults(model.model))
+    if not recording.is_trace:
+        return recording, recording.statistics(), f"solved on all of {path}: statistics are used whole"
+    if held_out.held_out == 0.0:
+        return recording, counted(recording, update), f"solved on all of {path}"
+    split = split_routing(recording, held_out, seed)
+    return recording, solving_statistics(recording, split), split.description
 
 
-def count_parquet(path: Path, update: Update, sample_tokens: int = 200_000) -> RoutingStatistics:
-    """Statistics of a Parquet trace of any size."""
-    from ..profiler.aggregate import aggregate
+def counted(recording: Recording, update: Update, sample_tokens: int = 200_000) -> RoutingStatistics:
+    """Statistics of all of a recording, with progress."""
 
     def listen(done: int, total: int) -> None:
         update(f"counted {done:,} of {total:,} tokens", done / max(total, 1))
 
-    return aggregate(path, sample_tokens=sample_tokens, progress=listen)
+    return recording.statistics(sample_tokens=sample_tokens, progress=listen)
+
+
+def make_steps(trace: RoutingTrace, options: StepOptions, seed: int) -> dict[str, Steps]:
+    """The steps asked for, by name, decode first."""
+    steps: dict[str, Steps] = {}
+    for kind, tokens in options.kinds.items():
+        if kind == "decode":
+            steps[f"decode {tokens}"] = trace.decode_steps(tokens, options.steps or DECODE_STEPS, seed)
+        else:
+            steps[f"prefill {tokens}"] = trace.prefill_steps(tokens, options.steps or PREFILL_STEPS, seed)
+    return steps

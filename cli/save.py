@@ -1,8 +1,8 @@
-"""Keeping results in the database."""
+"""Keeping results: recordings as files, and what commands made in the database."""
 
 from __future__ import annotations
 
-import tempfile
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from ..placement.plan import Plan
     from ..placement.statistics import RoutingStatistics
     from ..placement.steps import Steps
+    from ..profiler.read import Recording
+
+
+def save_recording(recording: Recording, out: Path) -> None:
+    """Writes a recording as this project's own files: a folder of shards, or a statistics file."""
+    from ..profiler.statistics_file import write_statistics
+    from ..profiler.trace_files import write_trace
+
+    if recording.is_trace:
+        write_trace(recording.trace, out, model=recording.model)
+    else:
+        write_statistics(recording.statistics(), out)
 
 
 def keep_plan(plan: Plan, statistics: RoutingStatistics, db: str | None, name: str | None = None) -> str:
@@ -100,7 +112,6 @@ def statistics_bytes(statistics: RoutingStatistics) -> bytes:
     """The statistics as their file."""
     from ..profiler.statistics_file import write_statistics
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "statistics.npz"
-        write_statistics(statistics, path)
-        return path.read_bytes()
+    file = io.BytesIO()
+    write_statistics(statistics, file)
+    return file.getvalue()

@@ -1,94 +1,18 @@
-"""The table that shows a front."""
+"""What results look like: rows of plain values for JSON, and the tables that show the same to a reader."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .comparison import BASELINE, Comparison, Entry
 from .output import Column, Table, figure, milliseconds, number, percent, quantity, seconds
+from .run_comparison import BASELINE, Comparison, Entry
 
 if TYPE_CHECKING:
     from ..placement.evaluate import Evaluation
 
-# What a plan's layers wait for, as rows of plain values, and the table that shows them.
 
-
-SHOWN = 5
-"""Layers in a table, the slowest first; JSON has them all."""
-NAMED = 2
-"""Devices or nodes named in a cell."""
-
-COLUMNS = (
-    Column("layer", "layer", right=False),
-    Column("seconds", "step ms", milliseconds),
-    Column("compute", "compute", percent),
-    Column("memory", "memory", percent),
-    Column("intra", "links in\nnodes", percent),
-    Column("inter", "links be-\ntween nodes", percent),
-    Column("latency", "latency", percent),
-    Column("slowest", "slowest devices,\nin steps", right=False),
-    Column("busiest", "busiest links,\nin steps", right=False),
-)
-
-
-def binding_rows(evaluation: Evaluation, moe_layers: Sequence[int]) -> list[dict[str, Any]]:
-    """A row a layer: mean seconds of a step, and by phase the fraction of steps and the seconds each term binds, and the
-    fraction of steps in which each device or node is the one waited for (those never waited for are left out)."""
-    from ..placement.evaluate import PHASES, TERMS, bottleneck_terms
-
-    found = bottleneck_terms(evaluation)
-    rows = []
-    for i, layer in enumerate(moe_layers):
-        phases = {
-            phase: {
-                "steps": dict(zip(TERMS, found.steps[i, p].tolist(), strict=True)),
-                "seconds": dict(zip(TERMS, found.seconds[i, p].tolist(), strict=True)),
-                "devices": {g: share for g, share in enumerate(found.device_steps[i, p].tolist()) if share},
-                "nodes": {n: share for n, share in enumerate(found.node_steps[i, p].tolist()) if share},
-            }
-            for p, phase in enumerate(PHASES)
-        }
-        terms = dict(zip(TERMS, found.layer_seconds()[i].tolist(), strict=True))
-        rows.append({"layer": layer, "seconds": sum(terms.values()), "terms": terms, "phases": phases})
-    return rows
-
-
-def binding_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Shares of the step time by term, of all layers together and of the slowest ones."""
-    slowest = sorted(rows, key=lambda row: -row["seconds"])[:SHOWN]
-    shown = [_cells("all", rows)] + ([_cells(str(row["layer"]), [row]) for row in slowest] if len(rows) > 1 else [])
-    notes = [
-        f"Shares of the step time by what it waits for; the {len(slowest)} slowest of {len(rows)} layers below all."
-    ]
-    columns = [column for column in COLUMNS if column.key != "inter" or any(row.get("inter") for row in shown)]
-    return Table(columns, shown, title, notes)
-
-
-def _cells(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    seconds = sum(row["seconds"] for row in rows)
-    terms = {term: sum(row["terms"][term] for row in rows) for term in rows[0]["terms"]}
-    shares = {term: spent / seconds if seconds else 0.0 for term, spent in terms.items()}
-    links = {f"node {n}": share for n, share in _mean(rows, "dispatch", "nodes").items()}
-    links |= {str(g): share for g, share in _mean(rows, "dispatch", "devices").items()}
-    slowest = {str(g): share for g, share in _mean(rows, "compute", "devices").items()}
-    return {"layer": name, "seconds": seconds, **shares, "slowest": _named(slowest), "busiest": _named(links)}
-
-
-def _mean(rows: list[dict[str, Any]], phase: str, kind: str) -> dict[int, float]:
-    found: dict[int, float] = {}
-    for row in rows:
-        for index, share in row["phases"][phase][kind].items():
-            found[index] = found.get(index, 0.0) + share / len(rows)
-    return found
-
-
-def _named(shares: dict[str, float]) -> str | None:
-    most = sorted(shares.items(), key=lambda entry: -entry[1])[:NAMED]
-    return ", ".join(f"{name} ({percent(share)})" for name, share in most) or None
-
-
-# A comparison as rows of plain values, and the table that shows them.
+# A comparison of plans.
 
 
 FIGURES = (
@@ -111,7 +35,8 @@ FIGURES = (
     "device_memory_max",
 )
 
-ROWS_COLUMNS = (
+
+COMPARISON_COLUMNS = (
     Column("solver", "plan", right=False),
     Column("load_max_mean", "load\nmax/mean", number(3)),
     Column("devices_per_token", "devices\na token", number(2)),
@@ -128,6 +53,9 @@ ROWS_COLUMNS = (
     Column("gap", "gap", percent),
     Column("solve_seconds", "solve s", seconds),
 )
+
+
+BETWEEN_NODES = ("nodes_per_token", "cross_node_fraction")
 RISK = Column("risk_seconds", "risk ms", milliseconds)
 
 
@@ -165,8 +93,7 @@ def _row(comparison: Comparison, entry: Entry, kind: str) -> dict[str, Any]:
 
 def comparison_tables(comparison: Comparison, rows: list[dict[str, Any]]) -> list[Table]:
     """One table a kind of steps; remarks stand below the last."""
-    columns = [column for column in ROWS_COLUMNS if column.key != "nodes_per_token" or _several_nodes(comparison)]
-    columns = [column for column in columns if column.key != "cross_node_fraction" or _several_nodes(comparison)]
+    columns = [column for column in COMPARISON_COLUMNS if column.key not in BETWEEN_NODES or _several_nodes(comparison)]
     if comparison.problem.objective.risk != "mean":
         columns.insert(next(i for i, column in enumerate(columns) if column.key == "ratio"), RISK)
     tables = []
@@ -191,7 +118,7 @@ def reading_notes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[st
         if row["objective"]:
             solvers.setdefault(row["objective"], []).append(row["solver"])
     return [
-        f"{comparison.parted.description}. {objective.execution}, replicas split {objective.split}.",
+        f"{comparison.split.description}. {objective.execution}, replicas split {objective.split}.",
         "Step times are predicted. Value, bound and gap are of each solver's own objective on the training part:",
         *(f"  {', '.join(names)}: {name}" for name, names in solvers.items()),
     ]
@@ -209,14 +136,97 @@ def _once(comparison: Comparison, rows: list[dict[str, Any]]) -> list[dict[str, 
     return [row for row in rows if row["steps"] == first]
 
 
-# The table that shows what changes do to a plan.
+# What the layers of a plan wait for.
+
+
+LAYERS_SHOWN = 5
+"""Layers in a table, the slowest first; JSON has them all."""
+DEVICES_NAMED = 2
+"""Devices or nodes named in a cell."""
+
+
+BINDING_COLUMNS = (
+    Column("layer", "layer", right=False),
+    Column("seconds", "step ms", milliseconds),
+    Column("compute", "compute", percent),
+    Column("memory", "memory", percent),
+    Column("intra", "links in\nnodes", percent),
+    Column("inter", "links be-\ntween nodes", percent),
+    Column("latency", "latency", percent),
+    Column("slowest", "slowest devices,\nin steps", right=False),
+    Column("busiest", "busiest links,\nin steps", right=False),
+)
+
+
+def binding_rows(evaluation: Evaluation, moe_layers: Sequence[int]) -> list[dict[str, Any]]:
+    """A row a layer: mean seconds of a step, and by phase the fraction of steps and the seconds each term binds, and
+    the fraction of steps in which each device or node is the one waited for (those never waited for are left out)."""
+    from ..placement.evaluate import PHASES, TERMS, bottleneck_terms
+
+    bottleneck = bottleneck_terms(evaluation)
+    rows = []
+    for i, layer in enumerate(moe_layers):
+        phases = {
+            phase: {
+                "steps": dict(zip(TERMS, bottleneck.steps[i, p].tolist(), strict=True)),
+                "seconds": dict(zip(TERMS, bottleneck.seconds[i, p].tolist(), strict=True)),
+                "devices": {g: share for g, share in enumerate(bottleneck.device_steps[i, p].tolist()) if share},
+                "nodes": {n: share for n, share in enumerate(bottleneck.node_steps[i, p].tolist()) if share},
+            }
+            for p, phase in enumerate(PHASES)
+        }
+        terms = dict(zip(TERMS, bottleneck.layer_seconds()[i].tolist(), strict=True))
+        rows.append({"layer": layer, "seconds": sum(terms.values()), "terms": terms, "phases": phases})
+    return rows
+
+
+def binding_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Shares of the step time by term, of all layers together and of the slowest ones."""
+    slowest = sorted(rows, key=lambda row: -row["seconds"])[:LAYERS_SHOWN]
+    shown = [_cells("all", rows)] + ([_cells(str(row["layer"]), [row]) for row in slowest] if len(rows) > 1 else [])
+    notes = [
+        f"Shares of the step time by what it waits for; the {len(slowest)} slowest of {len(rows)} layers below all."
+    ]
+    columns = [column for column in BINDING_COLUMNS if column.key != "inter" or any(row.get("inter") for row in shown)]
+    return Table(columns, shown, title, notes)
+
+
+def _cells(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = sum(row["seconds"] for row in rows)
+    terms = {term: sum(row["terms"][term] for row in rows) for term in rows[0]["terms"]}
+    shares = {term: spent / seconds if seconds else 0.0 for term, spent in terms.items()}
+    links = {f"node {n}": share for n, share in _mean(rows, "dispatch", "nodes").items()}
+    links |= {str(g): share for g, share in _mean(rows, "dispatch", "devices").items()}
+    slowest = {str(g): share for g, share in _mean(rows, "compute", "devices").items()}
+    return {"layer": name, "seconds": seconds, **shares, "slowest": _named(slowest), "busiest": _named(links)}
+
+
+def _mean(rows: list[dict[str, Any]], phase: str, kind: str) -> dict[int, float]:
+    means: dict[int, float] = {}
+    for row in rows:
+        for index, share in row["phases"][phase][kind].items():
+            means[index] = means.get(index, 0.0) + share / len(rows)
+    return means
+
+
+def _named(shares: dict[str, float]) -> str | None:
+    most = sorted(shares.items(), key=lambda entry: -entry[1])[:DEVICES_NAMED]
+    return ", ".join(f"{name} ({percent(share)})" for name, share in most) or None
+
+
+# What changes of the cluster do to a plan.
 
 
 def _yes(value: bool) -> str:
     return "yes" if value else "NO"
 
 
-WHAT_IF_ROWS_COLUMNS = (
+def written_survival(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """`devices 3/8, nodes 0/2`."""
+    return ", ".join(f"{kind}s {count['survived']}/{count['of']}" for kind, count in counts.items() if count["of"])
+
+
+WHAT_IF_COLUMNS = (
     Column("change", "change", right=False),
     Column("survives", "every expert\nsurvives", _yes),
     Column("experts_lost", "experts\nlost"),
@@ -234,18 +244,11 @@ WHAT_IF_ROWS_COLUMNS = (
 )
 
 
-def written_survival(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """`devices 3/8, nodes 0/2`."""
-    return ", ".join(f"{kind}s {count['survived']}/{count['of']}" for kind, count in counts.items() if count["of"])
-
-
 def what_if_table(data: Mapping[str, Any], described: str) -> Table:
     """A line a change, and what to read out of them."""
     rows = [_shown(row) for row in data["changes"]]
-    used = [
-        c
-        for c in WHAT_IF_ROWS_COLUMNS
-        if c.key in ("change", "survives") or any(row.get(c.key) is not None for row in rows)
+    columns = [
+        c for c in WHAT_IF_COLUMNS if c.key in ("change", "survives") or any(row.get(c.key) is not None for row in rows)
     ]
     now = f"Now: {data['now']['step_seconds_mean'] * 1e3:.3f} ms in {data['slots']} slots a layer"
     counts = written_survival(data["survives"])
@@ -253,7 +256,7 @@ def what_if_table(data: Mapping[str, Any], described: str) -> Table:
     if any(row["extra_slots"] for row in data["changes"]):
         notes.append("Where survivors need more slots than they have, engines must be started with those.")
     notes += [f"{row['change']}: no ready plan. {row['reason']}" for row in data["changes"] if row["reason"]]
-    return Table(used, rows, footnotes=(*notes, described))
+    return Table(columns, rows, footnotes=(*notes, described))
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,7 +279,10 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-PARETO_ROWS_COLUMNS = (
+# A front of step time against its price.
+
+
+PARETO_COLUMNS = (
     Column("point", "plan", right=False),
     Column("best", "", lambda best: "*" if best else "", right=False),
     Column("redundant_slots", "redundant\nslots"),
@@ -291,12 +297,17 @@ PARETO_ROWS_COLUMNS = (
 )
 
 
+def pareto_table(data: Mapping[str, Any], described: str) -> Table:
+    """A line a point."""
+    return Table(pareto_columns(data), data["points"], footnotes=(*pareto_notes(data), described))
+
+
 def pareto_columns(data: Mapping[str, Any]) -> list[Column]:
     """The columns that say something about these points, their name first."""
     points = data["points"]
     hidden = {key for key in ("bytes_moved", "stored_as") if all(point[key] is None for point in points)}
     hidden |= {"risk_seconds"} if data["objective"]["risk"] in ("mean", "regret") else set()
-    return [column for column in PARETO_ROWS_COLUMNS if column.key not in hidden]
+    return [column for column in PARETO_COLUMNS if column.key not in hidden]
 
 
 def pareto_notes(data: Mapping[str, Any]) -> list[str]:
@@ -307,8 +318,3 @@ def pareto_notes(data: Mapping[str, Any]) -> list[str]:
         "survived, node failures survived.",
         *(f"{refused['point']}: no plan. {refused['reason']}" for refused in data["refused"]),
     ]
-
-
-def pareto_table(data: Mapping[str, Any], described: str) -> Table:
-    """A line a point."""
-    return Table(pareto_columns(data), data["points"], footnotes=(*pareto_notes(data), described))

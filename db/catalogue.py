@@ -1,4 +1,5 @@
-"""Models, topologies, statistics and plans: rows kept once, by their content; what callers get of them; deleting them."""
+"""Models, topologies, statistics and plans: rows kept once, by their content; what callers get of them; deleting
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A database of either kind: its address, transactions on it, connections, tables brought up to this release, and its errors in plain words."""
+"""A database of either kind: its address, transactions on it, connections, tables brought up to this release, and its
+errors in plain words."""
 
 from __future__ import annotations
 
@@ -183,7 +184,8 @@ def _sqlite(url: URL, lock_seconds: float) -> Engine:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        # Taking the lock at once: a transaction that reads first and writes later would fail when another wrote between.
+        # Taking the lock at once: a transaction that reads first and writes later would fail when another wrote
+        # between.
         connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
 
     return engine

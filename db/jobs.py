@@ -1,7 +1,7 @@
 """Jobs: asked for once, held by one worker at a time, finished once.
 
-A worker holds a job by a claim, and keeps it by beating. Who watches over workers compares beats with those seen before,
-by a clock of its own that only runs forward: no clock of another machine matters, nor one that is set.
+A worker holds a job by a claim, and keeps it by beating. Who watches over workers compares beats with those seen
+before, by a clock of its own that only runs forward: no clock of another machine matters, nor one that is set.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ class Jobs:
             return [Heartbeat(key, worker, claim, beat) for key, worker, claim, beat in session.execute(query)]
 
     def lost(self, heartbeat: Heartbeat, attempts: int) -> bool:
-        """Takes a job from a worker that showed no life since `heartbeat`: queued again, or failed after so many attempts.
+        """Takes a job from a worker that showed no life since `heartbeat`: queued again, or failed after so many
+        attempts.
 
         False when the worker did show life, or the job ended.
         """

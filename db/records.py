@@ -1,5 +1,5 @@
-"""What callers of the store get, frozen and good after the database is closed: records, as the API answers with them, and what workers
-and servers hand to and fro."""
+"""What callers of the store get, frozen and good after the database is closed: records, as the API answers with them,
+and what workers and servers hand to and fro."""
 
 from __future__ import annotations
 
@@ -264,8 +264,8 @@ class Judgement:
 class JobOutcome:
     """All that a finished job leaves behind; stored whole or not at all.
 
-    plan: with the statistics it was solved on and their file. plans: more, solved on the same. judgement: needs a plan. rebase: the deployment's
-    traffic is compared with these statistics from now on, which end with this window.
+    plan: with the statistics it was solved on and their file. plans: more, solved on the same. judgement: needs a plan.
+    rebase: the deployment's traffic is compared with these statistics from now on, which end with this window.
     """
 
     result: Mapping[str, Any]
@@ -339,10 +339,11 @@ class WebhookRecord(Stored):
 
 
 class EngineRecord(Stored):
-    """An engine that is asked for its routing, without its key. recorder: name of the folder it writes to, as servers know it.
+    """An engine that is asked for its routing, without its key. recorder: name of the folder it writes to, as servers
+    know it.
 
-    every: seconds from one recording to the next, of `span` seconds each. polled: when windows last came, `windows` of them so
-    far. failures: in a row since, the last at `failed`.
+    every: seconds from one recording to the next, of `span` seconds each. polled: when windows last came, `windows` of
+    them so far. failures: in a row since, the last at `failed`.
     """
 
     deployment: str

@@ -213,8 +213,8 @@ class JoinedRow(Base):
 
 
 class UploadRow(Base):
-    """A file on its way in, told by its SHA-256; `received_bytes` of it are here. place: where it is once complete, when not in
-    parts here."""
+    """A file on its way in, told by its SHA-256; `received_bytes` of it are here. place: where it is once complete,
+    when not in parts here."""
 
     __tablename__ = "uploads"
     __table_args__ = (UniqueConstraint("kind", "owner", "sha256", name="uq_uploads_content"),)
@@ -363,7 +363,8 @@ class DeliveryRow(Base):
 
 
 class EngineRow(Base):
-    """The engine of a deployment, asked for its routing. holder: the server that asks it, which lives while `beat` grows.
+    """The engine of a deployment, asked for its routing. holder: the server that asks it, which lives while `beat`
+    grows.
 
     failures: in a row, the last at `failed`, of `error`.
     """

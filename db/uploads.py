@@ -97,8 +97,8 @@ class Uploads:
         inspect: Callable[[bytes], Mapping[str, Any]],
         move: Callable[[str, bytes], str] | None = None,
     ) -> UploadRecord:
-        """Checks the whole content, once all is here. inspect: says what it is, or raises InputError. move: keeps the content
-        elsewhere under a name, and says where; otherwise it stays here.
+        """Checks the whole content, once all is here. inspect: says what it is, or raises InputError. move: keeps the
+        content elsewhere under a name, and says where; otherwise it stays here.
 
         Raises:
             ConflictError: bytes are missing. InputError: another SHA-256 than announced, or what `inspect` raises; the

@@ -35,7 +35,8 @@ class Webhooks:
         self._sessions = sessions
 
     def add(self, deployment: str, url: str, by: Actor) -> tuple[WebhookRecord, str]:
-        """A webhook and the secret its events are signed with, as Standard Webhooks writes it; it is not shown again."""
+        """A webhook and the secret its events are signed with, as Standard Webhooks writes it; it is not shown
+        again."""
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         with self._sessions.writing() as session:
             row = WebhookRow(

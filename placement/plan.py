@@ -57,7 +57,7 @@ class Provenance:
     """How a plan was made; with the same solver, version, seed, options and trace it can be made again.
 
     history: (seconds, value, bound) of each better plan or bound found on the way. choice: why this solver, where none
-    was named.
+    was named. engine: what the plan was solved for, where one was named.
     """
 
     solver: str
@@ -69,6 +69,7 @@ class Provenance:
     trace_fingerprint: str = ""
     history: tuple[tuple[float, float, float | None], ...] = ()
     choice: str = ""
+    engine: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -351,6 +352,8 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "trace_fingerprint": provenance.trace_fingerprint,
             "history": [list(entry) for entry in provenance.history],
             "choice": provenance.choice,
+            # Left out where nothing is said, for releases that know no such entry.
+            **({"engine": provenance.engine} if provenance.engine else {}),
         },
         "predicted": plan.predicted,
     }

@@ -102,8 +102,8 @@ class Problem(Displayed):
             "current": current,
             "max_moved_bytes": max_moved_bytes,
         }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        for field_name, content in values.items():
+            object.__setattr__(self, field_name, content)
         self._check_slots()
         self._check_tolerates()
         self._check_current()

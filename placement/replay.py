@@ -63,11 +63,10 @@ class Reach:
         """[H, G] copies as they travel between devices, over all steps and layers (`copies_between`)."""
         if self.by_holder is None:
             devices = topology.num_devices
-            pairs, node_pairs = (
-                np.tile(tokens.sum(axis=(0, 1)) / devices, (devices, 1)) for tokens in (self.devices, self.nodes)
-            )
+            pairs = np.tile(self.devices.sum(axis=(0, 1)) / devices, (devices, 1))
+            node_pairs = np.tile(self.nodes.sum(axis=(0, 1)) / devices, (devices, 1))
         else:
-            pairs, node_pairs = (tokens.sum(axis=(0, 1)) for tokens in self.by_holder)
+            pairs, node_pairs = self.by_holder[0].sum(axis=(0, 1)), self.by_holder[1].sum(axis=(0, 1))
         return copies_between(pairs, node_pairs, topology, dedup)
 
     def crossing(self, topology: Topology) -> tuple[FloatArray, FloatArray]:

@@ -1,5 +1,7 @@
 from .aggregate import aggregate as aggregate
 from .profile import profile as profile
+from .read import Recording as Recording
+from .read import open_routing as open_routing
 from .read import read_any as read_any
 from .recorders import merge_counts as merge_counts
 from .statistics_file import read_statistics as read_statistics

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from ..placement.errors import InputError, MoeplaceError
 from ..placement.statistics import RoutingStatistics, StatisticsAccumulator, Stream
+from .files import Source
 from .trace_files import TraceShard, count_streams, read_row_group, trace_shards
 
 IDS_PER_TASK = 1 << 28
@@ -24,7 +24,7 @@ Unit = tuple[TraceShard, int]
 
 
 def aggregate(
-    path: str | Path,
+    path: Source | Sequence[Source],
     *,
     sample_tokens: int = 200_000,
     workers: int | None = None,
@@ -35,16 +35,32 @@ def aggregate(
     Memory is bounded: one row group, the pair tables and the sample a process, whatever the size of the trace. The
     result does not depend on `workers`.
 
-    sample_tokens: tokens kept for building steps, as whole sequences. workers: processes (default: one a core up to 8,
-    fewer for a small trace). progress: called with (tokens done, tokens in all) in this process.
+    Args:
+        path: a folder of shards, one shard, or several in order; shards may be binary file objects.
+        sample_tokens: tokens kept for building steps, as whole sequences.
+        workers: processes (default: one a core up to 8, fewer for a small trace).
+        progress: called with (tokens done, tokens in all) in this process.
+
+    Returns:
+        Loads by window, co-activation, transitions and the token sample.
 
     Raises:
         FileFormatError: damaged shards, see `scan_trace`. InputError: no tokens, or no such path.
         MoeplaceError: a worker process was killed.
     """
+    return aggregate_shards(trace_shards(path), sample_tokens=sample_tokens, workers=workers, progress=progress)
+
+
+def aggregate_shards(
+    shards: Sequence[TraceShard],
+    *,
+    sample_tokens: int = 200_000,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RoutingStatistics:
+    """As `aggregate`, of shards that are open already."""
     if workers is not None and workers < 1:
         raise InputError(f"workers ({workers}) must be at least 1, or None for one a core")
-    shards = trace_shards(path)
     units = [(shard, group) for shard in shards for group in range(shard.row_groups)]
     total = sum(sum(shard.rows) for shard in shards)
     ids = total * shards[0].header.ids_per_token
@@ -97,10 +113,10 @@ def _count(statistics: StatisticsAccumulator, shard: TraceShard, group: int) -> 
         statistics.add(block)
 
 
-def _tasks(units: list[Unit], wanted: int) -> list[list[Unit]]:
+def _tasks(units: list[Unit], count: int) -> list[list[Unit]]:
     """Runs of row groups with about equally many tokens each."""
     ends = np.cumsum([shard.rows[group] for shard, group in units])
-    cuts = np.searchsorted(ends, np.arange(1, wanted) * (ends[-1] / wanted), side="left") + 1
+    cuts = np.searchsorted(ends, np.arange(1, count) * (ends[-1] / count), side="left") + 1
     bounds = sorted({0, *cuts.tolist(), len(units)})
     return [units[start:stop] for start, stop in pairwise(bounds)]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal
 
 from .._http import Answer, Connections, UnansweredError, check_address
 from ..placement.errors import EngineError, InputError
@@ -317,7 +317,7 @@ def record_requests(
     server: EngineServer,
     engine: Engine,
     requests: Iterator[Request],
-    out: TextIO,
+    out: BinaryIO,
     *,
     max_tokens: int = 128,
     seconds: float | None = None,
@@ -363,7 +363,7 @@ def record_requests(
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     try:
-                        out.write(json.dumps(future.result()) + "\n")
+                        out.write(json.dumps(future.result()).encode() + b"\n")
                     except AnswerError as error:
                         # Refusing one request (too long a prompt) is the server's right; anything else ends it all.
                         if error.status != 400:

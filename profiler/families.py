@@ -59,14 +59,14 @@ def find_sites(
     if routers is None:
         if extract is not None:
             raise InputError("extract= reads the modules named by routers=; give routers= as well")
-        found = [(name, module) for name, module in _modules(model) if experts_arguments(module)]
-        if not found:
+        modules = [(name, module) for name, module in _modules(model) if experts_arguments(module)]
+        if not modules:
             raise InputError(_nothing_found(model))
     else:
-        found = _named(model, routers)
-    layers = _layer_indices([name for name, _ in found])
+        modules = _named(model, routers)
+    layers = _layer_indices([name for name, _ in modules])
     sites = []
-    for layer, (name, module) in zip(layers, found, strict=True):
+    for layer, (name, module) in zip(layers, modules, strict=True):
         names = None if routers is not None else experts_arguments(module)
         sites.append(
             RouterSite(
@@ -116,8 +116,8 @@ def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     Raises:
         InputError: none of these is there.
     """
-    returned, given = list(_tensors(output)), list(_tensors((*args, *kwargs.values())))
-    for tensors in (returned, given):
+    returned, passed = list(_tensors(output)), list(_tensors((*args, *kwargs.values())))
+    for tensors in (returned, passed):
         for ids in tensors:
             if _is_index(ids):
                 for weights in tensors:
@@ -128,8 +128,8 @@ def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             return ids, None
     raise InputError(
         f"{type(module).__name__}: no expert ids in its output ({_shapes(returned)}) nor in its arguments "
-        f"({_shapes(given)}); expected an integer tensor [tokens, k]. Pass extract=lambda module, args, kwargs, output: "
-        "(ids, weights)"
+        f"({_shapes(passed)}); expected an integer tensor [tokens, k]. Pass extract=lambda module, args, kwargs, "
+        "output: (ids, weights)"
     )
 
 
@@ -149,11 +149,11 @@ def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
     except InputError as error:
         logger.warning("the recording will not say how large the model is: %s", error)
         return None
-    held = sites[0].num_experts
-    if held != spec.experts:
+    experts = sites[0].num_experts
+    if experts != spec.experts:
         raise UnsupportedError(
-            f"{sites[0].name} has {held} experts, the model's config {spec.experts}: an expert-parallel model numbers "
-            "its experts by rank. Record the routers instead: routers=<regex of their names>, num_experts="
+            f"{sites[0].name} has {experts} experts, the model's config {spec.experts}: an expert-parallel model "
+            "numbers its experts by rank. Record the routers instead: routers=<regex of their names>, num_experts="
             f"{spec.experts}"
         )
     layers = tuple(site.layer for site in sites)
@@ -172,17 +172,17 @@ def _named(model: Module, routers: str | Sequence[str]) -> list[tuple[str, Modul
             pattern = re.compile(routers)
         except re.error as error:
             raise InputError(f"routers={routers!r} is not a regular expression: {error}") from None
-        found = [(name, module) for name, module in modules if pattern.search(name)]
+        matches = [(name, module) for name, module in modules if pattern.search(name)]
     else:
         # A wrapper and what it wraps have one name; the later one is the module itself.
         by_name = dict(modules)
         for name in routers:
             if name not in by_name:
                 raise InputError(f"routers: the model has no module {name!r}; {_suggestions(modules)}")
-        found = [(name, by_name[name]) for name in routers]
-    if not found:
+        matches = [(name, by_name[name]) for name in routers]
+    if not matches:
         raise InputError(f"routers={routers!r} matches no module of {type(model).__name__}; {_suggestions(modules)}")
-    return list(dict(found).items())
+    return list(dict(matches).items())
 
 
 def _suggestions(modules: Sequence[tuple[str, Module]]) -> str:
@@ -194,9 +194,9 @@ def _suggestions(modules: Sequence[tuple[str, Module]]) -> str:
 def _layer_indices(names: Sequence[str]) -> list[int]:
     """Absolute layers from module names: the first number of the names that tells all of them apart."""
     numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
-    depth = min(len(found) for found in numbers)
+    depth = min(len(places) for places in numbers)
     for place in range(depth):
-        column = [found[place] for found in numbers]
+        column = [places[place] for places in numbers]
         if len(set(column)) == len(column):
             return column
     if depth or len(names) > 1:
@@ -205,11 +205,12 @@ def _layer_indices(names: Sequence[str]) -> list[int]:
                 name for i, name in enumerate(names) if any(numbers[i][0] == other[0] for other in numbers[:i])
             )
             raise InputError(
-                f"two routers for one layer ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; {clash!r} shares "
-                "its layer number with another); name the routers of one stack: routers=[...]"
+                f"two routers for one layer ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}; {clash!r} "
+                "shares its layer number with another); name the routers of one stack: routers=[...]"
             )
         raise InputError(
-            f"no layer number in the module names {', '.join(names[:4])}; name modules like 'layers.3.router' in routers="
+            f"no layer number in the module names {', '.join(names[:4])}; name modules like 'layers.3.router' in "
+            "routers="
         )
     return [0]
 
@@ -224,9 +225,10 @@ def _expert_count(name: str, module: Module) -> int:
 
 def _nothing_found(model: Module) -> str:
     return (
-        f"{type(model).__name__} has no MoE layer that is known: looked for modules whose forward takes (hidden_states, "
-        f"{' | '.join(INDEX_ARGUMENTS)}, {' | '.join(WEIGHT_ARGUMENTS)}), as Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and "
-        "gpt-oss have in Transformers 5. For any other model name its router or experts modules: routers=<regex or list "
+        f"{type(model).__name__} has no MoE layer that is known: looked for modules whose forward takes "
+        f"(hidden_states, {' | '.join(INDEX_ARGUMENTS)}, {' | '.join(WEIGHT_ARGUMENTS)}), as Mixtral, OLMoE, "
+        "Qwen3-MoE, DeepSeek-V3 and gpt-oss have in Transformers 5. For any other model name its router or experts "
+        "modules: routers=<regex or list "
         f"of names>, extract=<function> if needed. {_suggestions([pair for pair in _modules(model) if pair[0]])}"
     )
 

@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
     from torch.nn import Module
 
-    from .families import RouterSite
-
-# What stands in the rows of a forward call: which sequences, how far they have been read, and what is padding.
-
-
 CACHES = ("cache", "past_key_values")
 """What Transformers calls the KV cache, the newest name first: `cache` from 5.24 on."""
 
 logger = logging.getLogger(__name__)
+
+
+# What stands in the rows of a forward call: which sequences, how far they have been read, and what is padding.
 
 
 @dataclass(eq=False)
@@ -89,20 +87,20 @@ class BatchReader:
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
         """The batch a forward is about to run on."""
-        given = self._arguments(args, kwargs)
-        count, width = _shape(given)
-        cache = _cache_of(given.get)
+        arguments = self._arguments(args, kwargs)
+        count, width = _shape(arguments)
+        cache = _cache_of(arguments.get)
         past = _cache_length(cache)
         rows = self._of_cache.get(cache) if past and _referable(cache) else None
         if rows is None or rows.count != count:
             rows = Rows(count, seen=np.full(count, past, dtype=np.int64))
             if _referable(cache):
                 self._of_cache[cache] = rows
-        position = given.get("position_ids")
+        position = arguments.get("position_ids")
         if position is not None:
             # A copy: decoding loops write the next positions over these, perhaps before a thread has read them.
             position = position.detach().clone() if position.ndim == 2 and position.shape[1] == width else None
-        return Batch(rows, width, self._mask(given.get("attention_mask"), width, past), position)
+        return Batch(rows, width, self._mask(arguments.get("attention_mask"), width, past), position)
 
     def finish(self, batch: Batch, output: Any) -> None:
         """Notes a KV cache that the forward made itself, so that calls which continue it are known."""
@@ -123,16 +121,16 @@ class BatchReader:
             bound = self._signature.bind_partial(*args, **kwargs).arguments
         except TypeError:
             return kwargs  # the forward itself is about to say what is wrong
-        given: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for name, value in bound.items():
             kind = self._signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD:
-                given.update(value)
+                arguments.update(value)
             elif kind is inspect.Parameter.VAR_POSITIONAL:
-                given.update({f"{name}[{i}]": item for i, item in enumerate(value)})
+                arguments.update({f"{name}[{i}]": item for i, item in enumerate(value)})
             else:
-                given[name] = value
-        return given
+                arguments[name] = value
+        return arguments
 
     def _mask(self, mask: Any, width: int | None, past: int) -> Tensor | None:
         """[B, width] real tokens. A 4-D mask (queries by keys) tells padding on its diagonal: nothing attends to it."""
@@ -167,7 +165,7 @@ def _signature(model: Module) -> inspect.Signature:
     return signature
 
 
-def _shape(given: Mapping[str, Any]) -> tuple[int, int | None]:
+def _shape(arguments: Mapping[str, Any]) -> tuple[int, int | None]:
     """(rows, positions a row) of the model's input.
 
     Token ids are [B, S] or [S], embeddings [B, S, H]. Other input has its rows in front, and their width shows when
@@ -175,15 +173,15 @@ def _shape(given: Mapping[str, Any]) -> tuple[int, int | None]:
     """
     import torch
 
-    first = next((given[n] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
+    first = next((arguments[n] for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None), None)
     named = first is not None
     if first is None:
-        first = next((value for value in given.values() if isinstance(value, torch.Tensor) and value.ndim), None)
+        first = next((value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim), None)
     if first is None:
         return 1, None
     if not first.is_floating_point():
         return (1, int(first.shape[0])) if first.ndim == 1 else (int(first.shape[0]), int(first.shape[1]))
-    mask = given.get("attention_mask")
+    mask = arguments.get("attention_mask")
     masked = isinstance(mask, torch.Tensor) and first.ndim == 3 and mask.shape == first.shape[:2]
     return int(first.shape[0]), int(first.shape[1]) if named or masked else None
 
@@ -326,14 +324,15 @@ class StepRouting:
         start = self._filled[slot]
         if start + tokens > self._ids.shape[1] or ids.shape[-1] != self._ids.shape[-1]:
             raise UnsupportedError(
-                f"{self._sites[slot].name} routed {start + tokens} tokens to {ids.shape[-1]} experts each, other layers "
-                f"of this forward {self._ids.shape[1]} to {self._ids.shape[-1]}; a trace needs the same of every layer"
+                f"{self._sites[slot].name} routed {start + tokens} tokens to {ids.shape[-1]} experts each, other "
+                f"layers of this forward {self._ids.shape[1]} to {self._ids.shape[-1]}; a trace needs the same of "
+                "every layer"
             )
         self._ids[slot, start : start + tokens].copy_(ids, non_blocking=True)
         if self._weights is not None:
             if weights is None or weights.numel() != ids.numel():
-                given = "no gate weights" if weights is None else f"gate weights of shape {list(weights.shape)}"
-                raise InputError(f"{self._sites[slot].name}: {given} beside expert ids of shape {list(ids.shape)}")
+                arguments = "no gate weights" if weights is None else f"gate weights of shape {list(weights.shape)}"
+                raise InputError(f"{self._sites[slot].name}: {arguments} beside expert ids of shape {list(ids.shape)}")
             self._weights[slot, start : start + tokens].copy_(weights.detach().reshape(ids.shape), non_blocking=True)
         self._filled[slot] = start + tokens
 
@@ -532,12 +531,12 @@ class ForwardHooks:
         transformers = sys.modules.get("transformers.modeling_utils")
         if transformers is None or self._compiled:
             return [self._model]
-        wanted = {site.module for site in self._sites}
+        modules = {site.module for site in self._sites}
         return [
             module
             for module in self._model.modules()
             if module is self._model
-            or (isinstance(module, transformers.PreTrainedModel) and wanted <= set(module.modules()))
+            or (isinstance(module, transformers.PreTrainedModel) and modules <= set(module.modules()))
         ]
 
     def _watch_forward(self, root: Module) -> None:
@@ -620,9 +619,9 @@ class ForwardHooks:
         listed = f"{', '.join(silent[:3])}{', ...' if len(silent) > 3 else ''}"
         if step is None:
             raise UnsupportedError(
-                f"a forward call ran without calling {listed}: the layer may run a kernel that bypasses its modules, or "
-                "code compiled before recording began. Pass the compiled module itself to profile, or open the block "
-                "before the first compiled call; name the modules that do route with routers="
+                f"a forward call ran without calling {listed}: the layer may run a kernel that bypasses its modules, "
+                "or code compiled before recording began. Pass the compiled module itself to profile, or open the "
+                "block before the first compiled call; name the modules that do route with routers="
             )
         raise UnsupportedError(
             f"{listed} did not route in this forward call, other layers did; token mode needs every layer of a token: "

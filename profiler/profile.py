@@ -1,4 +1,4 @@
-"""Live recording: `with profile(model, out=...) as recorder:` around any forward passes of a mixture-of-experts model."""
+"""Live recording: `with profile(model, out=...) as recorder:` around any forward passes of an MoE model."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def profile(
 ) -> Recorder:
     """Records the routing of every forward call of `model` inside the `with` block.
 
-    model: a Transformers 5 MoE model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them), plain,
-    wrapped (DistributedDataParallel, FSDP) or compiled (pass the compiled module); or any torch module with `routers`.
+    model: a Transformers 5 MoE model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them),
+    plain, wrapped (DistributedDataParallel, FSDP) or compiled (pass the compiled module); or any torch module with
+    `routers`.
     out: mode "tokens": a folder for Parquet shards, one writer a rank. Mode "counts": a statistics .npz, or a folder
     for `statistics.npz`; expert loads alone, summed over ranks when the block ends, which every rank must reach.
     sample: fraction of sequences recorded, whole ones, chosen by a hash of their number.
@@ -215,6 +216,6 @@ class Recorder:
 
     def _nothing_recorded(self) -> str:
         return (
-            f"no forward call of the {type(self._model).__name__} given to profile was seen in the block. Call this very "
-            "object (a wrapper around it will do)"
+            f"no forward call of the {type(self._model).__name__} given to profile was seen in the block. Call this "
+            "very object (a wrapper around it will do)"
         )

@@ -1,17 +1,21 @@
-"""Reading a record of any known format, found by content."""
+"""Opening a record of any known format, found by content."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 from .._plugins import Registry
 from ..placement.errors import FileFormatError, InputError
+from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
+from .aggregate import aggregate_shards
+from .readers.arrays import check_tokens
 from .readers.exflow import is_exflow, read_exflow
 from .readers.load_history import is_load_history, read_load_history
 from .readers.megatron import is_megatron, read_megatron
@@ -19,8 +23,7 @@ from .readers.routed_experts import is_routed_experts, read_routed_experts
 from .readers.sglang import is_sglang, read_sglang
 from .readers.trtllm import is_trtllm, read_trtllm
 from .statistics_file import is_statistics, read_statistics
-from .tokens_or_loads import check_tokens
-from .trace_files import is_trace, read_trace
+from .trace_files import TraceShard, is_trace, read_trace, trace_of_shards, trace_shards
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Reader:
 
     @property
     def options(self) -> frozenset[str]:
-        """What can be told to `read` beside the path, by keyword."""
+        """What can be said to `read` beside the path, by keyword."""
         return frozenset(signature(self.read).parameters) - {"path"}
 
 
@@ -71,15 +74,131 @@ def reader_of(path: str | Path) -> Reader:
     raise FileFormatError(f"{source}: no known format of routing record; known: {'; '.join(r.name for r in READERS)}")
 
 
-def read_any(
-    path: str | Path, *, kind: Literal["tokens"] | None = None, **options: Any
-) -> RoutingTrace | RoutingStatistics:
-    """Reads a routing record, whatever known format it has. A trace comes whole into memory: for one of many shards,
-    `aggregate` gives the statistics in bounded memory.
+@dataclass(frozen=True)
+class RecordingHeader:
+    """Shape of what was recorded. top_k: None where counts do not say it. moe_layers: absolute indices."""
 
-    kind: "tokens" says that an array of whole numbers holds expert ids, where its numbers leave that open
-    (see `tokens_or_loads.check_tokens`); other formats say themselves what they hold.
-    options: what the format does not say and its reader takes: num_experts, layers, top_k, assignments, ...
+    num_experts: int
+    moe_layers: tuple[int, ...]
+    top_k: int | None
+
+    @property
+    def model_fields(self) -> dict[str, Any]:
+        """The shape in the terms of `ModelSpec`; no `top_k` where it is not known."""
+        fields = {"layers": len(self.moe_layers), "experts": self.num_experts, "moe_layers": self.moe_layers}
+        return fields if self.top_k is None else fields | {"top_k": self.top_k}
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Recorded routing, opened once: its header and model at once, its tokens or counts when they are asked for.
+
+    model: the recorded model, where the record names it. shards: of a Parquet trace, whose tokens stay on disk until
+    then. record: what any other format held.
+    """
+
+    path: Path
+    header: RecordingHeader
+    model: ModelSpec | None = None
+    shards: tuple[TraceShard, ...] = ()
+    record: RoutingTrace | RoutingStatistics | None = None
+
+    @classmethod
+    def of(cls, record: RoutingTrace | RoutingStatistics, path: str | Path) -> Recording:
+        """A recording of a record in memory. path: what errors say it is."""
+        experts = record.num_experts if isinstance(record, RoutingTrace) else record.experts
+        return cls(Path(path), RecordingHeader(experts, record.moe_layers, record.top_k), record=record)
+
+    @property
+    def is_trace(self) -> bool:
+        """Whether single tokens were recorded, and not only counts."""
+        return not isinstance(self.record, RoutingStatistics)
+
+    @cached_property
+    def trace(self) -> RoutingTrace:
+        """Every token, in memory: of statistics, the sample they keep.
+
+        Raises:
+            InputError: the record holds counts only. FileFormatError: damaged shards.
+        """
+        if isinstance(self.record, RoutingTrace):
+            return self.record
+        if self.record is None:
+            return trace_of_shards(self.shards)
+        if self.record.sample is not None and self.record.sample.num_tokens:
+            return self.record.sample
+        raise InputError(
+            f"{self.path} holds counts only, and plans are judged on the experts single tokens chose; "
+            "record in token mode (`moeplace profile --mode tokens`)"
+        )
+
+    def statistics(
+        self, *, sample_tokens: int = 200_000, progress: Callable[[int, int], None] | None = None
+    ) -> RoutingStatistics:
+        """Statistics of the whole record; a Parquet trace of any size is counted in bounded memory.
+
+        Args:
+            sample_tokens: tokens kept for building steps, where the record holds tokens.
+            progress: called with (tokens done, tokens in all) while shards are counted.
+
+        Raises:
+            InputError: no tokens. FileFormatError: damaged shards.
+        """
+        if isinstance(self.record, RoutingStatistics):
+            return self.record
+        if isinstance(self.record, RoutingTrace):
+            return RoutingStatistics.from_trace(self.record, sample_tokens)
+        return aggregate_shards(self.shards, sample_tokens=sample_tokens, progress=progress)
+
+    def of_model(self, model: ModelSpec | None, moe_layers: Sequence[int] | None = None) -> Recording:
+        """The recording with the model, its layers numbered as given, or else as the model's.
+
+        Args:
+            model: the model it is of; None leaves it unsaid.
+            moe_layers: absolute indices of the recorded layers.
+
+        Raises:
+            InputError: the record is of another model, or has another number of layers than are given.
+        """
+        if model is None and moe_layers is None:
+            return self
+        layers = len(self.header.moe_layers)
+        numbers = tuple(sorted(set(moe_layers))) if moe_layers is not None else model.moe_layers if model else ()
+        if moe_layers is not None and (len(numbers) != layers or len(moe_layers) != layers):
+            raise InputError(
+                f"--moe-layers names {len(numbers)} layers, {self.path} has {layers} in which experts were chosen"
+            )
+        if model is not None:
+            model = model if moe_layers is None else model.replace(layers=layers, moe_layers=numbers)
+            for field, recorded in self.header.model_fields.items():
+                if field != "moe_layers" and recorded != getattr(model, field):
+                    raise InputError(
+                        f"{self.path} is of another model: {field} is {recorded}, the model's is "
+                        f"{getattr(model, field)}"
+                    )
+        header = replace(self.header, moe_layers=numbers)
+        record = self.trace if self.record is None else self.record
+        return Recording(self.path, header, model, record=replace(record, moe_layers=numbers))
+
+
+def open_routing(
+    path: str | Path,
+    *,
+    kind: Literal["tokens"] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Recording:
+    """Opens a routing record, whatever known format it has; the path is looked at once.
+
+    Args:
+        path: a file, or a folder of ranks' files or shards.
+        kind: "tokens" says that an array of whole numbers holds expert ids, where its numbers leave that open (see
+            `readers.arrays.check_tokens`); other formats say themselves what they hold.
+        defaults: more options, used where the format takes them.
+        options: what the format does not say and its reader takes: num_experts, layers, top_k, assignments, ...
+
+    Returns:
+        The recording; the tokens of a Parquet trace are not read yet.
 
     Raises:
         InputError: no such path, or an option that the format's reader does not take. FileFormatError: no known format,
@@ -87,13 +206,39 @@ def read_any(
     """
     if kind not in (None, "tokens"):
         raise InputError(f'kind {kind!r} is unknown; "tokens" is known, and None leaves it to what the file holds')
-    reader = reader_of(path)
+    source = Path(path)
+    reader = reader_of(source)
     for name in options:
         if name not in reader.options:
             known = ", ".join(sorted(reader.options)) or "none"
             raise InputError(
                 f"{path} is a {reader.name}: {name} says nothing about it; options of this format: {known}"
             )
+    options = {name: value for name, value in (defaults or {}).items() if name in reader.options} | options
+    if reader.read is read_trace:
+        shards = trace_shards(source)
+        header = shards[0].header
+        shape = RecordingHeader(header.num_experts, header.moe_layers, header.top_k)
+        return Recording(source, shape, header.model, shards)
     if kind is None and reader.read in (read_exflow, read_routed_experts):
-        check_tokens(Path(path), options.get("num_experts"))
-    return reader.read(Path(path), **options)
+        check_tokens(source, options.get("num_experts"))
+    return Recording.of(reader.read(source, **options), source)
+
+
+def read_any(
+    path: str | Path, *, kind: Literal["tokens"] | None = None, **options: Any
+) -> RoutingTrace | RoutingStatistics:
+    """Reads a routing record, whatever known format it has. A trace comes whole into memory: for one of many shards,
+    `aggregate` gives the statistics in bounded memory, as `open_routing` does.
+
+    Args:
+        path, kind, options: as `open_routing` takes them.
+
+    Returns:
+        The trace, or the statistics where only counts were recorded.
+
+    Raises:
+        InputError, FileFormatError: as `open_routing`.
+    """
+    recording = open_routing(path, kind=kind, **options)
+    return recording.trace if recording.record is None else recording.record

@@ -1,4 +1,4 @@
-"""Count mode: how many tokens each expert got, by window of steps, kept on the device and summed over ranks."""
+"""Where recorded steps go: tokens into Parquet shards, or counts, summed over ranks, into statistics."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ from ..placement.files import replacing
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from .hooks import SequenceBook, Step, sampled
+from .statistics_file import write_statistics
 from .trace_files import TraceWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Which rank of how many this process is.
+STEPS_WAITING = 8
+"""Steps that may wait for the disk before the model waits too: bounds memory."""
+PARTIAL_LIMIT_BYTES = 1 << 32
+
+Window = tuple[int, str]
+"""(number of the window since the start, workload)"""
+
+logger = logging.getLogger(__name__)
 
 
 def process_group() -> Any:
@@ -48,13 +56,13 @@ def rank_and_world() -> tuple[int, int]:
     group = process_group()
     if group is not None:
         return int(group.get_rank()), int(group.get_world_size())
-    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    variables = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
     try:
-        rank = int(given["RANK"] or 0)
-        world = int(given["WORLD_SIZE"] or rank + 1)
+        rank = int(variables["RANK"] or 0)
+        world = int(variables["WORLD_SIZE"] or rank + 1)
     except ValueError:
         raise InputError(
-            f"environment: RANK={given['RANK']!r} and WORLD_SIZE={given['WORLD_SIZE']!r} must be numbers"
+            f"environment: RANK={variables['RANK']!r} and WORLD_SIZE={variables['WORLD_SIZE']!r} must be numbers"
         ) from None
     if not 0 <= rank < world:
         raise InputError(f"environment: RANK={rank} must be from 0 to WORLD_SIZE - 1 ({world - 1})")
@@ -62,10 +70,6 @@ def rank_and_world() -> tuple[int, int]:
 
 
 # Token mode: steps go to Parquet shards through a thread, so that the model does not wait for the disk.
-
-
-STEPS_WAITING = 8
-"""Steps that may wait for the disk before the model waits too: bounds memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,12 +213,7 @@ def _copied(parts: Sequence[Tensor | None]) -> list[Any]:
     return [torch.cuda.current_stream(device).record_event() for device in devices]
 
 
-Window = tuple[int, str]
-"""(number of the window since the start, workload)"""
-
-PARTIAL_LIMIT_BYTES = 1 << 32
-
-logger = logging.getLogger(__name__)
+# Count mode: tokens of each expert by window of steps, counted on the device and summed over ranks.
 
 
 @dataclass
@@ -305,8 +304,6 @@ def merge_counts(path: str | Path) -> RoutingStatistics:
     Raises:
         InputError: there are none. FileFormatError: one is damaged.
     """
-    from .statistics_file import write_statistics
-
     target = Path(path)
     parts = sorted(target.parent.glob(f"{target.stem}-rank*.npz"))
     if not parts:
@@ -348,7 +345,7 @@ class CountSink:
         self._running: Tensor | None = None
         self._closed = False
         self.statistics: RoutingStatistics | None = None
-        taken = next((found for found in (path, partial_path(path, rank)) if found.exists()), None)
+        taken = next((file for file in (path, partial_path(path, rank)) if file.exists()), None)
         if taken is not None:
             raise InputError(f"out: {taken} exists already; give another name, or remove it")
 
@@ -378,7 +375,7 @@ class CountSink:
         # Ids that are no expert (masked, out of range) fall into the columns at either end, refused when they are read.
         place = ids.to(torch.int64).clamp_(-1, width - 2)
         place += torch.arange(len(ids), device=ids.device)[:, None, None] * width + 1
-        keep = self._kept(step)
+        keep = self._counted(step)
         ones = torch.ones(1, dtype=torch.int64, device=ids.device) if keep is None else keep.to(torch.int64)[:, None]
         weights = ones.expand(ids.shape[1:])
         if all(step.routed):
@@ -388,7 +385,7 @@ class CountSink:
             if routed:
                 self._running.view(-1).scatter_add_(0, place[layer].reshape(-1), weights.reshape(-1))
 
-    def _kept(self, step: Step) -> Tensor | None:
+    def _counted(self, step: Step) -> Tensor | None:
         """[T] which tokens count: not padding, and of a sampled row. None: all."""
         import torch
 
@@ -426,8 +423,6 @@ class CountSink:
             self._write(_all_reduced(self._counts, group))
 
     def _write(self, counts: WindowCounts) -> None:
-        from .statistics_file import write_statistics
-
         self.statistics = counts.statistics()
         if self._rank == 0:
             write_statistics(self.statistics, self._path)

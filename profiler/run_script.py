@@ -44,8 +44,8 @@ def run_recorded(command: Sequence[str], out: str | Path, mode: Mode = "tokens",
     out, mode, sample: as `profile` takes them; in mode "counts" the ranks are summed when the command has ended. The
     command's input and output are those of this process.
 
-    Returns the command's exit code (128 + n after signal n); 1 if it succeeded but recording failed, which the log says.
-    A failure of recording does not stop the command.
+    Returns the command's exit code (128 + n after signal n); 1 if it succeeded but recording failed, which the log
+    says. A failure of recording does not stop the command.
 
     Raises:
         InputError: the command is empty or not found, a setting is out of range, `out` holds a recording; or the
@@ -71,9 +71,9 @@ def run_recorded(command: Sequence[str], out: str | Path, mode: Mode = "tokens",
         logger.error("recording failed: %s", failure)
     if code == 0 and not failures and not _recorded(target, statistics, mode):
         raise InputError(
-            f"{' '.join(command)}: no forward call of a Transformers MoE model was seen. The model must run in a Python "
-            "process that can import moeplace and was started without -I, -E or -S; to record any other model, use "
-            "moeplace.profile(..., routers=...) in the script"
+            f"{' '.join(command)}: no forward call of a Transformers MoE model was seen. The model must run in a "
+            "Python process that can import moeplace and was started without -I, -E or -S; to record any other model, "
+            "use moeplace.profile(..., routers=...) in the script"
         )
     return code or int(bool(failures))
 
@@ -105,10 +105,10 @@ def _run(command: Sequence[str], settings: dict[str, Any]) -> int:
 def imported(module: ModuleType) -> None:
     """Called in the command's processes with each module of `CALLED` once it has been imported."""
     global _attachment
-    given = os.environ.get(SETTINGS)
-    if given is None:
+    settings = os.environ.get(SETTINGS)
+    if settings is None:
         return
-    _attachment = _attachment or _Attachment(json.loads(given))
+    _attachment = _attachment or _Attachment(json.loads(settings))
     _attachment.watch(getattr(module, CALLED[module.__name__]))
 
 

@@ -8,19 +8,16 @@ import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import check_types
 from ..placement.errors import FileFormatError, InputError
-from ..placement.files import replacing
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace, id_dtype
-from .readers.routed_arrays import npy_shape
-from .zip_members import checked_members
+from .files import Source, checked_members, name_of, npy_shape, path_or_file, reading, size_of, writing
 
 FORMAT = "moeplace.statistics"
 VERSION = 1
@@ -45,9 +42,13 @@ TYPES = {
 }
 
 
-@check_types
-def write_statistics(statistics: RoutingStatistics, path: str | Path) -> None:
-    """Writes statistics, the sample included, whole or not at all."""
+def write_statistics(statistics: RoutingStatistics, path: Source) -> None:
+    """Writes statistics, the sample included: to a path whole or not at all, or into a binary file object.
+
+    Args:
+        statistics: what to write.
+        path: a file's path, or a file object open for writing.
+    """
     arrays: dict[str, npt.NDArray[Any] | None] = {
         "load": statistics.load,
         "window_workload": statistics.window_workload,
@@ -62,7 +63,7 @@ def write_statistics(statistics: RoutingStatistics, path: str | Path) -> None:
             for name in TYPES
             if name.startswith("sample_")
         }
-    kept = {
+    stored = {
         name: np.ascontiguousarray(array, dtype=_type_of(name, statistics.experts))
         for name, array in arrays.items()
         if array is not None
@@ -78,28 +79,41 @@ def write_statistics(statistics: RoutingStatistics, path: str | Path) -> None:
         "fingerprint": statistics.fingerprint,
         "model": None if statistics.model is None else statistics.model.model_dump(mode="json"),
         "sample_workloads": workloads,
-        "shapes": {name: list(array.shape) for name, array in kept.items()},
+        "shapes": {name: list(array.shape) for name, array in stored.items()},
     }
-    with replacing(path) as scratch, zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with (
+        writing(path_or_file(path)) as target,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
         archive.writestr(HEADER, json.dumps(header))
-        for name, array in kept.items():
+        for name, array in stored.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def read_statistics(path: str | Path, *, limit: int = SIZE_LIMIT) -> RoutingStatistics:
-    """Reads what `write_statistics` wrote. limit: bytes that its arrays may unpack to.
+def read_statistics(path: Source, *, limit: int = SIZE_LIMIT) -> RoutingStatistics:
+    """Reads what `write_statistics` wrote.
+
+    Args:
+        path: the file's path, or a binary file object that can seek.
+        limit: bytes that the arrays may unpack to.
+
+    Returns:
+        The statistics, with the token sample where one was written.
 
     Raises:
         InputError: no such file.
         FileFormatError: not such a file, damaged, of a newer version, or larger than its header or the limit allows.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise InputError(f"{source}: no such file")
+    source = name_of(path_or_file(path))
+    with reading(path_or_file(path)) as handle:
+        return _read(handle, source, limit)
+
+
+def _read(handle: BinaryIO, source: str, limit: int) -> RoutingStatistics:
     try:
-        with zipfile.ZipFile(source) as archive:
-            checked_members(source, archive)
+        with zipfile.ZipFile(handle) as archive:
+            checked_members(source, archive, size_of(handle))
             header = _header(archive, source, limit)
             arrays = {name: _array(archive, source, name, shape, header) for name, shape in header["shapes"].items()}
         return _statistics(header, arrays)
@@ -124,7 +138,7 @@ def _type_of(name: str, experts: int) -> str:
     return "|u1" if name == "sample_expert_ids" and id_dtype(experts) is np.uint8 else TYPES[name]
 
 
-def _header(archive: zipfile.ZipFile, source: Path, limit: int) -> dict[str, Any]:
+def _header(archive: zipfile.ZipFile, source: str, limit: int) -> dict[str, Any]:
     if HEADER not in archive.namelist():
         raise FileFormatError(
             f"{source}: a zip file without {HEADER!r}, so not moeplace statistics; counts of your own go through "
@@ -153,7 +167,7 @@ def _header(archive: zipfile.ZipFile, source: Path, limit: int) -> dict[str, Any
 
 
 def _array(
-    archive: zipfile.ZipFile, source: Path, name: str, shape: list[int], header: dict[str, Any]
+    archive: zipfile.ZipFile, source: str, name: str, shape: list[int], header: dict[str, Any]
 ) -> npt.NDArray[Any]:
     """One member, whose own size, shape and type must be those the header declared before anything is unpacked."""
     kind = np.dtype(_type_of(name, header["experts"]))
@@ -168,10 +182,10 @@ def _array(
         )
     with archive.open(f"{name}.npy") as member:
         start = member.read(declared - expected)
-        found, fortran, dtype, begin = npy_shape(source, f"array {name!r}", start)
-        if found != tuple(shape) or fortran or dtype != kind or begin != len(start):
+        actual, fortran, dtype, begin = npy_shape(source, f"array {name!r}", start)
+        if actual != tuple(shape) or fortran or dtype != kind or begin != len(start):
             raise FileFormatError(
-                f"{source}: array {name!r} is {dtype} {found}, the header says {kind} {tuple(shape)}; refused"
+                f"{source}: array {name!r} is {dtype} {actual}, the header says {kind} {tuple(shape)}; refused"
             )
         content = member.read(expected)
         if len(content) != expected or member.read(1):

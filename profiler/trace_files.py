@@ -17,27 +17,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import check_types
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
 from ..placement.model import ModelSpec
 from ..placement.statistics import Stream
 from ..placement.trace import RoutingTrace, id_dtype
-
-# What every shard of a Parquet trace says of itself, and its columns.
-
+from .files import Source, name_of, path_or_file, reading, size_of
 
 HEADER_KEY = b"moeplace.trace"
 VERSION = 1
 
 INTEGER_COLUMNS = ("step", "source", "sequence", "position")
 REQUIRED_COLUMNS = ("sequence", "position", "workload", "expert_ids")
+
+IDS_PER_ROW_GROUP = 1 << 22
+ROWS_PER_SHARD = 1 << 18
+RANK_SHIFT = 40
+
+ROW_GROUP_ID_LIMIT = 1 << 28
+"""Expert ids one row group may hold: it is decoded whole, into four bytes an id at worst."""
+IDS_PER_BYTE_LIMIT = 1 << 10
+"""Real routing takes about half a byte an id; what claims a thousand ids a byte is damaged, or made to fill memory."""
+SMALL_FILE_IDS = 1 << 27
+
+MAGIC = b"PAR1"
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,8 @@ class TraceHeader:
         """
         if not metadata or HEADER_KEY not in metadata:
             raise FileFormatError(
-                f"{origin}: Parquet, but not a routing trace: the metadata key {HEADER_KEY.decode()!r} is absent; tools "
-                "that rewrite Parquet drop it, so pass the recorded shards, or build a trace with "
+                f"{origin}: Parquet, but not a routing trace: the metadata key {HEADER_KEY.decode()!r} is absent; "
+                "tools that rewrite Parquet drop it, so pass the recorded shards, or build a trace with "
                 "RoutingTrace.from_arrays and write it with write_trace"
             )
         try:
@@ -143,20 +152,138 @@ def _list_of(value_type: Any, width: int) -> Any:
     return pa.list_(pa.field("element", value_type, nullable=False), width)
 
 
-# Writing blocks of tokens as row groups of Parquet shards, each shard whole or absent.
+# Writing: blocks of tokens as row groups of shards, each shard whole or absent.
 
 
-IDS_PER_ROW_GROUP = 1 << 22
+class TraceWriter:
+    """Writes tokens of one rank as shards `rank00000-00000.parquet`, ... in `folder`.
+
+    A shard appears under its name only when complete: a killed process leaves whole shards and no torn one. Memory is
+    bounded by one row group (about four million expert ids). Ranks number their sequences independently; the rank is
+    put above bit 40 of the stored sequence number, so that they stay distinct in the folder they share.
+
+    Use it as a context manager, or call `close`. Not for concurrent use; ranks each have their own.
+
+    Raises:
+        InputError: the folder already holds shards of this rank, or the shape is impossible.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        num_experts: int,
+        top_k: int,
+        moe_layers: Sequence[int],
+        rank: int = 0,
+        gate_weights: bool = True,
+        rows_per_shard: int = ROWS_PER_SHARD,
+        model: ModelSpec | None = None,
+    ) -> None:
+        if not 0 <= rank < 1 << 22 or rows_per_shard < 1:
+            raise InputError(f"rank ({rank}) must be 0 or more and rows_per_shard ({rows_per_shard}) at least 1")
+        layers = tuple(int(layer) for layer in moe_layers)
+        self._header = TraceHeader(int(num_experts), int(top_k), layers, model)
+        schema = trace_schema(self._header, gate_weights=gate_weights)
+        self._rank = rank
+        self._shards = _ShardSequence(Path(folder), schema, self._header, rank, rows_per_shard)
+
+    def add(
+        self,
+        expert_ids: npt.ArrayLike,
+        *,
+        gate_weights: npt.ArrayLike | None = None,
+        sequence: npt.ArrayLike,
+        position: npt.ArrayLike,
+        step: int | npt.ArrayLike,
+        workload: str = "",
+    ) -> None:
+        """Appends tokens: expert_ids and gate_weights [T, L, k], sequence and position [T], step one number or [T].
+
+        Raises:
+            InputError: shapes, ids or numbers that are not valid; nothing of the call is written then.
+        """
+        ids = np.asarray(expert_ids)
+        shape = (len(self._header.moe_layers), self._header.top_k)
+        if ids.ndim != 3 or ids.shape[1:] != shape:
+            raise InputError(
+                f"expert_ids has shape {ids.shape}, expected [tokens, {shape[0]} layers, {shape[1]} experts]"
+            )
+        if (gate_weights is not None) != ("gate_weights" in self._shards.columns):
+            opened, called = ("with", "without") if gate_weights is None else ("without", "with")
+            raise InputError(f"this TraceWriter was opened {opened} gate_weights, but add was called {called} them")
+        steps = np.full(len(ids), step, dtype=np.int64) if np.ndim(step) == 0 else step
+        block = RoutingTrace.from_arrays(
+            ids,
+            num_experts=self._header.num_experts,
+            gate_weights=gate_weights,
+            sequence=sequence,
+            position=position,
+            step=steps,
+            source=np.full(len(ids), self._rank, dtype=np.int64),
+            moe_layers=self._header.moe_layers,
+        )
+        if block.num_tokens and not (block.sequence.min() >= 0 and block.sequence.max() < 1 << RANK_SHIFT):
+            raise InputError(
+                f"sequence numbers run from {block.sequence.min()} to {block.sequence.max()}; they must be from 0 to "
+                f"2**{RANK_SHIFT} - 1, since the rank is stored above them"
+            )
+        self._shards.add(block, (workload,), block.sequence + (self._rank << RANK_SHIFT))
+
+    def close(self) -> None:
+        """Completes the last shard; a writer that was given no token leaves one empty shard, so the shape is known."""
+        self._shards.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # What was recorded before an error elsewhere is good, and often dear: keep it.
+        self.close()
 
 
-class ShardSequence:
-    """Row groups into shards, each shard renamed into place when full."""
+def write_trace(trace: RoutingTrace, target: Source, *, model: ModelSpec | None = None) -> None:
+    """Writes a trace held in memory; `read_trace` gives the same trace back.
+
+    Args:
+        trace: the tokens.
+        target: a folder, which gets shards; or a binary file object, which gets all tokens as one shard.
+        model: the recorded model, kept in every shard; default the trace's own.
+
+    Raises:
+        InputError: the folder already holds a trace.
+    """
+    header = TraceHeader(trace.num_experts, trace.top_k, trace.moe_layers, model or trace.model)
+    schema = trace_schema(
+        header,
+        gate_weights=trace.gate_weights is not None,
+        step=trace.step is not None,
+        source=trace.source is not None,
+    )
+    opened = path_or_file(target)
+    if isinstance(opened, Path):
+        shards = _ShardSequence(opened, schema, header, 0, ROWS_PER_SHARD)
+        shards.add(trace, trace.workloads, trace.sequence)
+        shards.close()
+        return
+    position = _narrow("position", trace.position)
+    rows = _rows_per_group(header)
+    with _parquet_writer(opened, schema) as parquet:
+        for start in range(0, trace.num_tokens, rows):
+            part = slice(start, start + rows)
+            parquet.write_table(_table(schema, trace, trace.workloads, trace.sequence, position, part))
+
+
+class _ShardSequence:
+    """Row groups into the shards of one rank, each shard renamed into place when full."""
 
     def __init__(self, folder: Path, schema: Any, header: TraceHeader, rank: int, rows_per_shard: int) -> None:
         self.columns = tuple(schema.names)
         self._folder, self._schema = folder, schema
         self._rank, self._rows_per_shard = rank, rows_per_shard
-        self._rows_per_group = min(max(IDS_PER_ROW_GROUP // header.ids_per_token, 256), 1 << 16, rows_per_shard)
+        self._rows_per_group = min(_rows_per_group(header), rows_per_shard)
         self._waiting: list[Any] = []
         self._waiting_rows = self._shard_rows = self._shard = 0
         self._open: contextlib.ExitStack | None = None
@@ -175,9 +302,9 @@ class ShardSequence:
         position = _narrow("position", block.position)
         start = 0
         while start < block.num_tokens:
-            room = min(self._rows_per_group - self._waiting_rows, self._rows_per_shard - self._shard_rows)
-            stop = min(block.num_tokens, start + room)
-            self._waiting.append(self._table(block, workloads, sequence, position, slice(start, stop)))
+            free = min(self._rows_per_group - self._waiting_rows, self._rows_per_shard - self._shard_rows)
+            stop = min(block.num_tokens, start + free)
+            self._waiting.append(_table(self._schema, block, workloads, sequence, position, slice(start, stop)))
             self._waiting_rows += stop - start
             self._shard_rows += stop - start
             start = stop
@@ -197,42 +324,6 @@ class ShardSequence:
         if self._parquet is not None:
             self._finish_shard()
 
-    def _table(
-        self,
-        block: RoutingTrace,
-        workloads: tuple[str, ...],
-        sequence: IntArray,
-        position: npt.NDArray[np.int32],
-        rows: slice,
-    ) -> Any:
-        import pyarrow as pa
-
-        values = {
-            "step": block.step,
-            "source": block.source,
-            "sequence": sequence,
-            "position": position,
-            "workload": block.workload,
-            "expert_ids": block.expert_ids,
-            "gate_weights": block.gate_weights,
-        }
-        arrays = []
-        for field in self._schema:
-            column = values[field.name]
-            assert column is not None
-            part = np.ascontiguousarray(column[rows])
-            if field.name == "workload":
-                arrays.append(pa.DictionaryArray.from_arrays(part.astype(np.int32), pa.array(workloads, pa.string())))
-            elif part.ndim == 3:
-                arrays.append(
-                    pa.FixedSizeListArray.from_arrays(
-                        pa.array(part.reshape(-1), field.type.value_type), type=field.type
-                    )
-                )
-            else:
-                arrays.append(pa.array(part, field.type))
-        return pa.Table.from_arrays(arrays, schema=self._schema)
-
     def _flush(self) -> None:
         if not self._waiting:
             return
@@ -246,24 +337,11 @@ class ShardSequence:
             self._parquet.write_table(rows, row_group_size=len(rows))
 
     def _start_shard(self) -> None:
-        import pyarrow.parquet as pq
-
         path = self._folder / f"rank{self._rank:05d}-{self._shard:05d}.parquet"
         self._open = contextlib.ExitStack()
         with self._dropping_on_error():
             scratch = self._open.enter_context(replacing(path))
-            self._parquet = pq.ParquetWriter(
-                scratch,
-                self._schema,
-                compression="zstd",
-                compression_level=3,
-                write_page_checksum=True,
-                use_dictionary=["expert_ids.list.element", "workload"],
-                column_encoding={
-                    **dict.fromkeys(("step", "source", "sequence", "position"), "DELTA_BINARY_PACKED"),
-                    "gate_weights.list.element": "BYTE_STREAM_SPLIT",
-                },
-            )
+            self._parquet = _parquet_writer(scratch, self._schema)
 
     def _finish_shard(self) -> None:
         assert self._open is not None
@@ -286,55 +364,156 @@ class ShardSequence:
             raise
 
 
+def _rows_per_group(header: TraceHeader) -> int:
+    return min(max(IDS_PER_ROW_GROUP // header.ids_per_token, 256), 1 << 16)
+
+
+def _table(
+    schema: Any,
+    block: RoutingTrace,
+    workloads: tuple[str, ...],
+    sequence: IntArray,
+    position: npt.NDArray[np.int32],
+    rows: slice,
+) -> Any:
+    """Some tokens as an Arrow table."""
+    import pyarrow as pa
+
+    values = {
+        "step": block.step,
+        "source": block.source,
+        "sequence": sequence,
+        "position": position,
+        "workload": block.workload,
+        "expert_ids": block.expert_ids,
+        "gate_weights": block.gate_weights,
+    }
+    arrays = []
+    for field in schema:
+        column = values[field.name]
+        assert column is not None
+        part = np.ascontiguousarray(column[rows])
+        if field.name == "workload":
+            arrays.append(pa.DictionaryArray.from_arrays(part.astype(np.int32), pa.array(workloads, pa.string())))
+        elif part.ndim == 3:
+            flat = pa.array(part.reshape(-1), field.type.value_type)
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+        else:
+            arrays.append(pa.array(part, field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _parquet_writer(target: Any, schema: Any) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetWriter(
+        target,
+        schema,
+        compression="zstd",
+        compression_level=3,
+        write_page_checksum=True,
+        use_dictionary=["expert_ids.list.element", "workload"],
+        column_encoding={
+            **dict.fromkeys(INTEGER_COLUMNS, "DELTA_BINARY_PACKED"),
+            "gate_weights.list.element": "BYTE_STREAM_SPLIT",
+        },
+    )
+
+
 def _narrow(name: str, values: IntArray) -> npt.NDArray[np.int32]:
     if len(values) and not (values.min() >= 0 and values.max() < 1 << 31):
         raise InputError(f"{name} runs from {values.min()} to {values.max()}; it must be from 0 to 2**31 - 1")
     return values.astype(np.int32)
 
 
-# Opening the shards of a Parquet trace and decoding their row groups, trusting nothing in them.
+# Reading: shards are opened and row groups decoded, and nothing in them is trusted.
 
 
-ROW_GROUP_ID_LIMIT = 1 << 28
-"""Expert ids one row group may hold: it is decoded whole, into four bytes an id at worst."""
+def read_trace(path: Source) -> RoutingTrace:
+    """The whole trace of a folder of shards, or of one shard, in memory.
 
-IDS_PER_BYTE_LIMIT = 1 << 10
-"""Real routing takes about half a byte an id; what claims a thousand ids a byte is damaged, or made to fill memory."""
+    Args:
+        path: of the folder or the shard, or a shard as a binary file object that can seek.
 
-SMALL_FILE_IDS = 1 << 27
+    Returns:
+        All tokens, in the order of the files' names.
 
-MAGIC = b"PAR1"
+    Raises:
+        FileFormatError: as `scan_trace`.
+    """
+    return trace_of_shards(trace_shards(path))
+
+
+def scan_trace(path: Source, tokens: int = 65536) -> Iterator[RoutingTrace]:
+    """Blocks of at most `tokens` tokens of a folder of shards or of one shard, in the order of the files' names.
+
+    One row group is in memory at a time. Everything read is validated.
+
+    Raises:
+        FileFormatError: a file that is truncated, ragged, of a newer version, or at odds with the other shards.
+    """
+    if tokens < 1:
+        raise InputError(f"tokens ({tokens}) must be at least 1")
+    for shard in trace_shards(path):
+        for group in range(shard.row_groups):
+            yield from read_row_group(shard, group, tokens=tokens)
+
+
+def read_header(path: Source) -> TraceHeader:
+    """Shape and model of a trace, without its tokens.
+
+    Raises:
+        FileFormatError: as `scan_trace`.
+    """
+    return trace_shards(path)[0].header
+
+
+def empty_trace(header: TraceHeader) -> RoutingTrace:
+    """A trace of that shape without tokens."""
+    shape = (0, len(header.moe_layers), header.top_k)
+    trace = RoutingTrace.from_arrays(
+        np.empty(shape, np.int64), header.num_experts, workload=np.empty(0, str), moe_layers=header.moe_layers
+    )
+    return replace(trace, model=header.model)
 
 
 @dataclass(frozen=True)
 class TraceShard:
     """One checked Parquet file of a trace. rows: tokens in each row group. columns: those present."""
 
-    path: Path
+    source: Path | BinaryIO
     header: TraceHeader
     rows: tuple[int, ...]
     columns: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return name_of(self.source)
 
     @property
     def row_groups(self) -> int:
         return len(self.rows)
 
 
-def trace_shards(path: str | Path) -> tuple[TraceShard, ...]:
-    """The shards of a folder in the order of their names, or the one file, all of one shape.
+def trace_shards(path: Source | Sequence[Source]) -> tuple[TraceShard, ...]:
+    """The shards of a folder in the order of their names, or the one file, or the files given; all of one shape.
 
     Raises:
         InputError: no such path. FileFormatError: no shard there, one that is damaged or of a newer version, or shards
             that disagree.
     """
-    source = Path(path)
-    if not source.exists():
-        raise InputError(f"{source}: no such file or folder")
-    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    if isinstance(path, Sequence) and not isinstance(path, str):
+        files = [path_or_file(file) for file in path]
+    else:
+        source = path_or_file(path)
+        if isinstance(source, Path) and not source.exists():
+            raise InputError(f"{source}: no such file or folder")
+        files = [*sorted(source.glob("*.parquet"))] if isinstance(source, Path) and source.is_dir() else [source]
     if not files:
         raise FileFormatError(
-            f"{source}: no .parquet file in this folder; expected the shards of a recording (rank00000-00000.parquet, ...). "
-            "A recording that was killed early leaves only .tmp files, which hold no whole shard: record again"
+            f"{path}: no .parquet file in this folder; expected the shards of a recording (rank00000-00000.parquet, "
+            "...). A recording that was killed early leaves only .tmp files, which hold no whole shard: record again"
         )
     shards = tuple(_open_shard(file) for file in files)
     first = shards[0]
@@ -343,13 +522,13 @@ def trace_shards(path: str | Path) -> tuple[TraceShard, ...]:
             here, there = getattr(shard.header, name), getattr(first.header, name)
             if here != there:
                 raise FileFormatError(
-                    f"{shard.path}: {name} is {here}, but {there} in {first.path.name}; the shards are of different "
-                    "models or recordings: keep each recording in its own folder"
+                    f"{shard.name}: {name} is {here}, but {there} in {Path(first.name).name}; the shards are of "
+                    "different models or recordings: keep each recording in its own folder"
                 )
         if set(shard.columns) != set(first.columns):
             raise FileFormatError(
-                f"{shard.path}: columns {', '.join(shard.columns)}, but {', '.join(first.columns)} in "
-                f"{first.path.name}; keep each recording in its own folder"
+                f"{shard.name}: columns {', '.join(shard.columns)}, but {', '.join(first.columns)} in "
+                f"{Path(first.name).name}; keep each recording in its own folder"
             )
     return shards
 
@@ -362,106 +541,14 @@ def is_trace(path: Path) -> bool:
         return handle.read(4) == MAGIC
 
 
-@contextlib.contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Parquet's own errors, said in ours."""
-    import pyarrow as pa
+def trace_of_shards(shards: Sequence[TraceShard]) -> RoutingTrace:
+    """The tokens of shards that are open already.
 
-    try:
-        yield
-    except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
-        message = str(error).strip().splitlines()
-        raise FileFormatError(
-            f"{what}: damaged or truncated Parquet ({message[0] if message else type(error).__name__}); "
-            "copy the file again or leave it out"
-        ) from None
-
-
-def _open_shard(path: Path) -> TraceShard:
-    import pyarrow.parquet as pq
-
-    size = path.stat().st_size
-    with _reading(str(path)), pq.ParquetFile(path) as file:
-        metadata, schema = file.metadata, file.schema_arrow
-        header = TraceHeader.decode(schema.metadata, path)
-        _check_columns(path, schema)
-        rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
-        _check_rows(path, size, metadata, rows, header)
-        _check_chunks_parse(file, rows)
-        _check_sizes(path, size, metadata, rows, header)
-    return TraceShard(path, header, rows, tuple(schema.names))
-
-
-def _check_columns(path: Path, schema: Any) -> None:
-    import pyarrow.types as types
-
-    for name in REQUIRED_COLUMNS:
-        if name not in schema.names:
-            raise FileFormatError(f"{path}: column {name!r} is missing; found {', '.join(schema.names)}")
-    if len(set(schema.names)) < len(schema.names):
-        raise FileFormatError(f"{path}: a column name stands twice in {', '.join(schema.names)}")
-    for name in ("expert_ids", "gate_weights"):
-        if name not in schema.names:
-            continue
-        kind = schema.field(name).type
-        wanted = types.is_integer if name == "expert_ids" else types.is_floating
-        if not (types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind)) or not wanted(
-            kind.value_type
-        ):
-            number = "whole numbers" if name == "expert_ids" else "floating-point numbers"
-            raise FileFormatError(f"{path}: column {name!r} has type {kind}, expected a list of {number}")
-    for name in INTEGER_COLUMNS:
-        if name in schema.names and not types.is_integer(schema.field(name).type):
-            raise FileFormatError(f"{path}: column {name!r} has type {schema.field(name).type}, expected whole numbers")
-    kind = schema.field("workload").type
-    text = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)):
-        raise FileFormatError(f"{path}: column 'workload' has type {kind}, expected strings")
-
-
-def _check_chunks_parse(file: Any, rows: tuple[int, ...]) -> None:
-    """Arrow's own reader goes over each group's columns before `metadata.column` may: that accessor lets C++ exceptions
-    about damaged column statistics end the process, the reader turns them into Python's."""
-    for group in range(len(rows)):
-        next(file.iter_batches(batch_size=1, row_groups=[group], use_threads=False), None)
-
-
-def _check_rows(path: Path, size: int, metadata: Any, rows: tuple[int, ...], header: TraceHeader) -> None:
-    """The number of rows that the footer declares must be possible for a file of this size."""
-    total = sum(rows) * header.ids_per_token
-    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-        raise FileFormatError(f"{path}: row groups hold {sum(rows):,} rows, the footer says {metadata.num_rows:,}")
-    if total > max(SMALL_FILE_IDS, size * IDS_PER_BYTE_LIMIT):
-        raise FileFormatError(
-            f"{path}: the footer declares {total:,} expert ids, more than a file of {size:,} bytes can sensibly hold; "
-            "the header is damaged"
-        )
-    for group, count in enumerate(rows):
-        if count * header.ids_per_token > ROW_GROUP_ID_LIMIT:
-            raise FileFormatError(
-                f"{path}, row group {group}: {count:,} rows of {header.ids_per_token} expert ids, more than the "
-                f"{ROW_GROUP_ID_LIMIT:,} ids a row group may hold; rewrite the file with smaller row groups"
-            )
-
-
-def _check_sizes(path: Path, size: int, metadata: Any, rows: tuple[int, ...], header: TraceHeader) -> None:
-    """What the footer declares of columns must be possible for a file of this size, before all of it is decoded."""
-    for group, count in enumerate(rows):
-        chunks = metadata.row_group(group)
-        for index in range(chunks.num_columns):
-            chunk = chunks.column(index)
-            column = chunk.path_in_schema.partition(".")[0]
-            expected = count * (header.ids_per_token if column in ("expert_ids", "gate_weights") else 1)
-            if column in REQUIRED_COLUMNS + INTEGER_COLUMNS + ("gate_weights",) and chunk.num_values != expected:
-                raise FileFormatError(
-                    f"{path}, row group {group}, column {column!r}: {chunk.num_values:,} values, expected {expected:,} "
-                    f"({count:,} rows, {len(header.moe_layers)} layers, top-{header.top_k}); the file is ragged"
-                )
-            if chunk.total_compressed_size > size or chunk.total_uncompressed_size > 8 * expected + (1 << 26):
-                raise FileFormatError(
-                    f"{path}, row group {group}, column {column!r}: {chunk.total_uncompressed_size:,} bytes for "
-                    f"{expected:,} values; the header is damaged"
-                )
+    Raises:
+        FileFormatError: as `read_row_group`.
+    """
+    blocks = [block for shard in shards for group in range(shard.row_groups) for block in read_row_group(shard, group)]
+    return RoutingTrace.concatenate(blocks) if blocks else empty_trace(shards[0].header)
 
 
 def read_row_group(
@@ -474,21 +561,19 @@ def read_row_group(
     Raises:
         FileFormatError: the row group is damaged, ragged, or holds ids that are not possible.
     """
-    import pyarrow.parquet as pq
-
     rows = shard.rows[group]
-    where = f"{shard.path}, row group {group}"
+    where = f"{shard.name}, row group {group}"
     header = shard.header
     skipped = ("gate_weights", "step") if routing_only else ()
     known = (*REQUIRED_COLUMNS, *INTEGER_COLUMNS, "gate_weights")
     names = [name for name in shard.columns if name in known and name not in skipped]
     columns: dict[str, Any] = {}
-    with _reading(where), pq.ParquetFile(shard.path, page_checksum_verification=True) as file:
+    with _shard_open(shard, where) as file:
         table = file.read_row_group(group, columns=names, use_threads=False)
     if table.num_rows != rows:
         raise FileFormatError(f"{where}: {table.num_rows:,} rows, the footer says {rows:,}")
     for name in names:
-        with _reading(f"{where}, column {name!r}"):
+        with _arrow_errors(f"{where}, column {name!r}"):
             columns[name] = _decode(f"{where}, column {name!r}", name, table[name], header)
         table = table.drop_columns([name])
     width = rows if tokens is None else tokens
@@ -499,11 +584,9 @@ def read_row_group(
 
 def count_streams(shard: TraceShard, group: int) -> Counter[Stream]:
     """Tokens of each (rank, workload) in a row group; reads those two columns alone."""
-    import pyarrow.parquet as pq
-
-    where = f"{shard.path}, row group {group}"
+    where = f"{shard.name}, row group {group}"
     names = [name for name in ("workload", "source") if name in shard.columns]
-    with _reading(where), pq.ParquetFile(shard.path, page_checksum_verification=True) as file:
+    with _shard_open(shard, where) as file:
         table = file.read_row_group(group, columns=names, use_threads=False)
         columns = {name: _decode(f"{where}, column {name!r}", name, table[name], shard.header) for name in names}
     tags, codes = columns["workload"]
@@ -512,6 +595,35 @@ def count_streams(shard: TraceShard, group: int) -> Counter[Stream]:
     return Counter(
         {(int(ranks[i // len(tags)]), str(tags[i % len(tags)])): int(tally[i]) for i in np.flatnonzero(tally)}
     )
+
+
+@contextlib.contextmanager
+def _shard_open(shard: TraceShard, where: str) -> Iterator[Any]:
+    with _arrow_errors(where), _parquet_file(shard.source, page_checksum_verification=True) as file:
+        yield file
+
+
+def _parquet_file(source: Path | BinaryIO, **options: Any) -> Any:
+    import pyarrow.parquet as pq
+
+    if not isinstance(source, Path):
+        source.seek(0)
+    return pq.ParquetFile(source, **options)
+
+
+@contextlib.contextmanager
+def _arrow_errors(what: str) -> Iterator[None]:
+    """Parquet's own errors, said in ours."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
+        message = str(error).strip().splitlines()
+        raise FileFormatError(
+            f"{what}: damaged or truncated Parquet ({message[0] if message else type(error).__name__}); "
+            "copy the file again or leave it out"
+        ) from None
 
 
 def _decode(where: str, name: str, column: Any, header: TraceHeader) -> Any:
@@ -561,159 +673,88 @@ def _block(where: str, header: TraceHeader, columns: dict[str, Any], rows: slice
     return replace(trace, model=header.model)
 
 
-def empty_trace(header: TraceHeader) -> RoutingTrace:
-    """A trace of that shape without tokens."""
-    shape = (0, len(header.moe_layers), header.top_k)
-    trace = RoutingTrace.from_arrays(
-        np.empty(shape, np.int64), header.num_experts, workload=np.empty(0, str), moe_layers=header.moe_layers
-    )
-    return replace(trace, model=header.model)
+def _open_shard(source: Path | BinaryIO) -> TraceShard:
+    name = name_of(source)
+    with reading(source) as handle:
+        size = size_of(handle)
+    with _arrow_errors(name), _parquet_file(source) as file:
+        metadata, schema = file.metadata, file.schema_arrow
+        header = TraceHeader.decode(schema.metadata, name)
+        _check_columns(name, schema)
+        rows = tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))
+        _check_rows(name, size, metadata, rows, header)
+        _check_chunks_parse(file, rows)
+        _check_sizes(name, size, metadata, rows, header)
+    return TraceShard(source, header, rows, tuple(schema.names))
 
 
-RANK_SHIFT = 40
+def _check_columns(file: str, schema: Any) -> None:
+    import pyarrow.types as types
+
+    for name in REQUIRED_COLUMNS:
+        if name not in schema.names:
+            raise FileFormatError(f"{file}: column {name!r} is missing; found {', '.join(schema.names)}")
+    if len(set(schema.names)) < len(schema.names):
+        raise FileFormatError(f"{file}: a column name stands twice in {', '.join(schema.names)}")
+    for name in ("expert_ids", "gate_weights"):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        is_number = types.is_integer if name == "expert_ids" else types.is_floating
+        if not (types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind)) or not is_number(
+            kind.value_type
+        ):
+            number = "whole numbers" if name == "expert_ids" else "floating-point numbers"
+            raise FileFormatError(f"{file}: column {name!r} has type {kind}, expected a list of {number}")
+    for name in INTEGER_COLUMNS:
+        if name in schema.names and not types.is_integer(schema.field(name).type):
+            raise FileFormatError(f"{file}: column {name!r} has type {schema.field(name).type}, expected whole numbers")
+    kind = schema.field("workload").type
+    text = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)):
+        raise FileFormatError(f"{file}: column 'workload' has type {kind}, expected strings")
 
 
-class TraceWriter:
-    """Writes tokens of one rank as shards `rank00000-00000.parquet`, ... in `folder`.
+def _check_chunks_parse(file: Any, rows: tuple[int, ...]) -> None:
+    """Arrow's own reader goes over each group's columns before `metadata.column` may: that accessor lets C++ exceptions
+    about damaged column statistics end the process, the reader turns them into Python's."""
+    for group in range(len(rows)):
+        next(file.iter_batches(batch_size=1, row_groups=[group], use_threads=False), None)
 
-    A shard appears under its name only when complete: a killed process leaves whole shards and no torn one. Memory is
-    bounded by one row group (about four million expert ids). Ranks number their sequences independently; the rank is
-    put above bit 40 of the stored sequence number, so that they stay distinct in the folder they share.
 
-    Use it as a context manager, or call `close`. Not for concurrent use; ranks each have their own.
-
-    Raises:
-        InputError: the folder already holds shards of this rank, or the shape is impossible.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        num_experts: int,
-        top_k: int,
-        moe_layers: Sequence[int],
-        rank: int = 0,
-        gate_weights: bool = True,
-        rows_per_shard: int = 1 << 18,
-        model: ModelSpec | None = None,
-    ) -> None:
-        if not 0 <= rank < 1 << 22 or rows_per_shard < 1:
-            raise InputError(f"rank ({rank}) must be 0 or more and rows_per_shard ({rows_per_shard}) at least 1")
-        layers = tuple(int(layer) for layer in moe_layers)
-        self._header = TraceHeader(int(num_experts), int(top_k), layers, model)
-        schema = trace_schema(self._header, gate_weights=gate_weights)
-        self._rank = rank
-        self._shards = ShardSequence(Path(folder), schema, self._header, rank, rows_per_shard)
-
-    def add(
-        self,
-        expert_ids: npt.ArrayLike,
-        *,
-        gate_weights: npt.ArrayLike | None = None,
-        sequence: npt.ArrayLike,
-        position: npt.ArrayLike,
-        step: int | npt.ArrayLike,
-        workload: str = "",
-    ) -> None:
-        """Appends tokens: expert_ids and gate_weights [T, L, k], sequence and position [T], step one number or [T].
-
-        Raises:
-            InputError: shapes, ids or numbers that are not valid; nothing of the call is written then.
-        """
-        ids = np.asarray(expert_ids)
-        shape = (len(self._header.moe_layers), self._header.top_k)
-        if ids.ndim != 3 or ids.shape[1:] != shape:
-            raise InputError(
-                f"expert_ids has shape {ids.shape}, expected [tokens, {shape[0]} layers, {shape[1]} experts]"
-            )
-        if (gate_weights is not None) != ("gate_weights" in self._shards.columns):
-            wanted, given = ("with", "without") if gate_weights is None else ("without", "with")
-            raise InputError(f"this TraceWriter was opened {wanted} gate_weights, but add was called {given} them")
-        steps = np.full(len(ids), step, dtype=np.int64) if np.ndim(step) == 0 else step
-        block = RoutingTrace.from_arrays(
-            ids,
-            num_experts=self._header.num_experts,
-            gate_weights=gate_weights,
-            sequence=sequence,
-            position=position,
-            step=steps,
-            source=np.full(len(ids), self._rank, dtype=np.int64),
-            moe_layers=self._header.moe_layers,
+def _check_rows(name: str, size: int, metadata: Any, rows: tuple[int, ...], header: TraceHeader) -> None:
+    """The number of rows that the footer declares must be possible for a file of this size."""
+    total = sum(rows) * header.ids_per_token
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise FileFormatError(f"{name}: row groups hold {sum(rows):,} rows, the footer says {metadata.num_rows:,}")
+    if total > max(SMALL_FILE_IDS, size * IDS_PER_BYTE_LIMIT):
+        raise FileFormatError(
+            f"{name}: the footer declares {total:,} expert ids, more than a file of {size:,} bytes can sensibly hold; "
+            "the header is damaged"
         )
-        if block.num_tokens and not (block.sequence.min() >= 0 and block.sequence.max() < 1 << RANK_SHIFT):
-            raise InputError(
-                f"sequence numbers run from {block.sequence.min()} to {block.sequence.max()}; they must be from 0 to "
-                f"2**{RANK_SHIFT} - 1, since the rank is stored above them"
+    for group, count in enumerate(rows):
+        if count * header.ids_per_token > ROW_GROUP_ID_LIMIT:
+            raise FileFormatError(
+                f"{name}, row group {group}: {count:,} rows of {header.ids_per_token} expert ids, more than the "
+                f"{ROW_GROUP_ID_LIMIT:,} ids a row group may hold; rewrite the file with smaller row groups"
             )
-        self._shards.add(block, (workload,), block.sequence + (self._rank << RANK_SHIFT))
-
-    def close(self) -> None:
-        """Completes the last shard; a writer that was given no token leaves one empty shard, so the shape is known."""
-        self._shards.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        # What was recorded before an error elsewhere is good, and often dear: keep it.
-        self.close()
 
 
-@check_types
-def write_trace(trace: RoutingTrace, folder: str | Path, *, model: ModelSpec | None = None) -> None:
-    """Writes a trace held in memory as shards; `read_trace` gives the same trace back.
-
-    Args:
-        trace: the routing. folder: a new or empty one. model: what was recorded (default: the trace's own model).
-
-    Raises:
-        InputError: the folder already holds a trace.
-    """
-    header = TraceHeader(trace.num_experts, trace.top_k, trace.moe_layers, model or trace.model)
-    schema = trace_schema(
-        header,
-        gate_weights=trace.gate_weights is not None,
-        step=trace.step is not None,
-        source=trace.source is not None,
-    )
-    shards = ShardSequence(Path(folder), schema, header, 0, 1 << 18)
-    shards.add(trace, trace.workloads, trace.sequence)
-    shards.close()
-
-
-def scan_trace(path: str | Path, tokens: int = 65536) -> Iterator[RoutingTrace]:
-    """Blocks of at most `tokens` tokens of a folder of shards or of one shard, in the order of the files' names.
-
-    One row group is in memory at a time. Everything read is validated.
-
-    Raises:
-        FileFormatError: a file that is truncated, ragged, of a newer version, or at odds with the other shards.
-    """
-    if tokens < 1:
-        raise InputError(f"tokens ({tokens}) must be at least 1")
-    for shard in trace_shards(path):
-        for group in range(shard.row_groups):
-            yield from read_row_group(shard, group, tokens=tokens)
-
-
-def read_trace(path: str | Path) -> RoutingTrace:
-    """The whole trace of a folder of shards, or of one shard, in memory.
-
-    Raises:
-        FileFormatError: as `scan_trace`.
-    """
-    shards = trace_shards(path)
-    blocks = [block for shard in shards for group in range(shard.row_groups) for block in read_row_group(shard, group)]
-    return RoutingTrace.concatenate(blocks) if blocks else empty_trace(shards[0].header)
-
-
-def read_header(path: str | Path) -> TraceHeader:
-    """Shape and model of a trace, without its tokens.
-
-    Raises:
-        FileFormatError: as `scan_trace`.
-    """
-    return trace_shards(path)[0].header
+def _check_sizes(name: str, size: int, metadata: Any, rows: tuple[int, ...], header: TraceHeader) -> None:
+    """What the footer declares of columns must be possible for a file of this size, before all of it is decoded."""
+    for group, count in enumerate(rows):
+        chunks = metadata.row_group(group)
+        for index in range(chunks.num_columns):
+            chunk = chunks.column(index)
+            column = chunk.path_in_schema.partition(".")[0]
+            expected = count * (header.ids_per_token if column in ("expert_ids", "gate_weights") else 1)
+            if column in REQUIRED_COLUMNS + INTEGER_COLUMNS + ("gate_weights",) and chunk.num_values != expected:
+                raise FileFormatError(
+                    f"{name}, row group {group}, column {column!r}: {chunk.num_values:,} values, expected {expected:,} "
+                    f"({count:,} rows, {len(header.moe_layers)} layers, top-{header.top_k}); the file is ragged"
+                )
+            if chunk.total_compressed_size > size or chunk.total_uncompressed_size > 8 * expected + (1 << 26):
+                raise FileFormatError(
+                    f"{name}, row group {group}, column {column!r}: {chunk.total_uncompressed_size:,} bytes for "
+                    f"{expected:,} values; the header is damaged"
+                )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -98,8 +98,8 @@ class Transport:
         """One request. again: it may be sent several times, when the service is away or busy.
 
         Raises:
-            NotFoundError, ConflictError, InputError, StoreError: as the service says. MoeplaceError: any other refusal, or
-                the service cannot be reached.
+            NotFoundError, ConflictError, InputError, StoreError: as the service says. MoeplaceError: any other refusal,
+                or the service cannot be reached.
         """
         try:
             answer = self._connections.request(
@@ -111,22 +111,28 @@ class Transport:
                 again=again,
             )
         except UnansweredError as error:
-            raise MoeplaceError(f"the service at {self._netloc} cannot be reached ({error})") from None
-        if answer.status >= 400:
+            raise self._unreachable(error) from None
+        if answer.status >= 300 and answer.status != 304:
             raise _error(answer.status, answer.body)
         return answer
 
     @contextmanager
     def lines(self, path: str) -> Iterator[Iterator[bytes]]:
         """An answer line by line, while it comes."""
-        with self._connections.stream(self._root + path, self._headers({}), idle=self._timeout) as stream:
-            if stream.status >= 400:
-                raise _error(stream.status, stream.read())
-            yield iter(stream)
+        try:
+            with self._connections.stream(self._root + path, self._headers({}), idle=self._timeout) as stream:
+                if stream.status != 200:
+                    raise _error(stream.status, stream.read())
+                yield iter(stream)
+        except UnansweredError as error:
+            raise self._unreachable(error) from None
 
     def close(self) -> None:
         """Closes connections."""
         self._connections.close()
+
+    def _unreachable(self, error: UnansweredError) -> MoeplaceError:
+        return MoeplaceError(f"the service at {self._netloc} cannot be reached ({error})")
 
     def _headers(self, headers: Mapping[str, str]) -> dict[str, str]:
         own = {"Authorization": f"Bearer {self._token}"} if self._token else {}
@@ -141,15 +147,27 @@ def _error(status: int, body: bytes) -> MoeplaceError:
     return ERRORS.get(status, MoeplaceError)(detail)
 
 
-# Calls of the client: objects out and in, lists page by page, files piece by piece, jobs asked for once.
-
-
 T = TypeVar("T")
 ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 
-class Calls:
-    """What every method of the client is made of."""
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan in force as its engine reads it. etag: give it to be told only of another one."""
+
+    version: int
+    etag: str
+    content: bytes
+
+
+class Client:
+    """Speaks to a service at `url`. Threads: any number.
+
+    token: made by `moeplace tokens add`. timeout: seconds an answer may take.
+
+    Every method raises NotFoundError, ConflictError, InputError or StoreError as the service says, and MoeplaceError
+    when it cannot be reached. What can be sent twice without harm is sent again when the service is away for a moment.
+    """
 
     def __init__(self, url: str, token: str | None = None, *, timeout: float = 60.0) -> None:
         self._transport = Transport(url, token, timeout)
@@ -164,87 +182,6 @@ class Calls:
     def close(self) -> None:
         """Closes its connections."""
         self._transport.close()
-
-    def _submit(self, path: str, kind: type[JobBody], request: Mapping[str, Any]) -> JobRecord:
-        try:
-            body = kind.model_validate({key: value for key, value in request.items() if value is not None})
-        except ValidationError as error:
-            raise InputError(describe(kind.__name__, error)) from None
-        # A key of its own makes sending it again safe.
-        headers = {"Idempotency-Key": secrets.token_hex(16), "Content-Type": "application/json"}
-        content = body.model_dump_json(exclude_unset=True).encode()
-        answer = self._transport.call("POST", path, content, headers, again=True)
-        record: JobRecord = adapter(JobRecord).validate_json(answer.body)
-        return record
-
-    def _upload(self, announced: Mapping[str, Any], content: bytes) -> UploadRecord:
-        body = {**announced, "sha256": hashlib.sha256(content).hexdigest(), "total_bytes": len(content)}
-        record = self._ask(UploadRecord, "POST", "/v1/uploads", body, again=True)
-        while record.state == "open" and record.received_bytes < len(content):
-            start = record.received_bytes
-            headers = {"Content-Type": "application/octet-stream", "Upload-Offset": str(start)}
-            piece = content[start : start + PIECE_LIMIT]
-            try:
-                self._transport.call("PATCH", f"/v1/uploads/{record.key}", piece, headers)
-            except InputError:
-                raise
-            except MoeplaceError:
-                # Perhaps it arrived, perhaps the service is away: ask how far it is.
-                time.sleep(0.5)
-            record = self._ask(UploadRecord, "GET", f"/v1/uploads/{record.key}")
-        return self._ask(UploadRecord, "POST", f"/v1/uploads/{record.key}/finish", again=True)
-
-    def _pages(
-        self,
-        kind: type[T],
-        path: str,
-        filters: Mapping[str, Any] | None = None,
-        cursor: str = "before",
-        limit: int = 200,
-    ) -> Iterator[T]:
-        query = {key: value for key, value in (filters or {}).items() if value is not None}
-        while True:
-            page = self._json("GET", f"{path}?{urlencode({**query, 'limit': limit})}")
-            for item in page["items"]:
-                yield adapter(kind).validate_python(item)
-            if page["next"] is None:
-                return
-            query[cursor] = page["next"]
-
-    def _ask(self, kind: type[T], method: str, path: str, body: Any = None, *, again: bool = False) -> T:
-        found: T = adapter(kind).validate_python(self._json(method, path, body, again=again))
-        return found
-
-    def _json(self, method: str, path: str, body: Any = None, *, again: bool = False) -> Any:
-        content = None if body is None else json.dumps(body).encode()
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        return self._transport.call(method, path, content, headers, again=again or method == "GET").json()
-
-
-def adapter(kind: Any) -> TypeAdapter[Any]:
-    """Reads a kind of record from plain data."""
-    if kind not in ADAPTERS:
-        ADAPTERS[kind] = TypeAdapter(kind)
-    return ADAPTERS[kind]
-
-
-@dataclass(frozen=True)
-class PlanFile:
-    """A plan in force as its engine reads it. etag: give it to be told only of another one."""
-
-    version: int
-    etag: str
-    content: bytes
-
-
-class Client(Calls):
-    """Speaks to a service at `url`. Threads: any number.
-
-    token: made by `moeplace tokens add`. timeout: seconds an answer may take.
-
-    Every method raises NotFoundError, ConflictError, InputError or StoreError as the service says, and MoeplaceError when
-    it cannot be reached. What can be sent twice without harm is sent again when the service is away for a moment.
-    """
 
     def add_model(self, spec: ModelSpec, name: str | None = None) -> ModelRecord:
         """Keeps a model."""
@@ -326,13 +263,13 @@ class Client(Calls):
         found = self._json("GET", _deployment(deployment, "windows/totals"))
         return found["windows"], found["pairs"]
 
-    def upload_trace(self, deployment: str, path: str | Path) -> UploadRecord:
-        """Sends a Parquet shard of routing; goes on where an earlier attempt stopped."""
-        return self._upload({"kind": "trace", "deployment": deployment}, Path(path).read_bytes())
+    def upload_trace(self, deployment: str, path: str | Path | BinaryIO) -> UploadRecord:
+        """Sends a Parquet shard of routing, from a path or a binary file; goes on where an earlier attempt stopped."""
+        return self._upload({"kind": "trace", "deployment": deployment}, _content(path))
 
-    def upload_statistics(self, path: str | Path) -> str:
-        """Sends a statistics file; returns the statistics' id."""
-        done = self._upload({"kind": "statistics"}, Path(path).read_bytes())
+    def upload_statistics(self, path: str | Path | BinaryIO) -> str:
+        """Sends a statistics file, from a path or a binary file; returns the statistics' id."""
+        done = self._upload({"kind": "statistics"}, _content(path))
         return str((done.about or {})["statistics"])
 
     def solve(self, deployment: str | None = None, **request: Any) -> JobRecord:
@@ -344,13 +281,13 @@ class Client(Calls):
         return self._submit("/v1/decide", DecideRequest, {"deployment": deployment, "candidate": candidate, **request})
 
     def what_if(self, deployment: str | None = None, **request: Any) -> JobRecord:
-        """Asks what failures or another cluster do to a plan; request: what a `WhatIfRequest` has. The result has a row a
-        change."""
+        """Asks what failures or another cluster do to a plan; request: what a `WhatIfRequest` has. The result has a row
+        a change."""
         return self._submit("/v1/what-if", WhatIfRequest, {"deployment": deployment, **request})
 
     def pareto(self, deployment: str | None = None, **request: Any) -> JobRecord:
-        """Asks for the front of step time against its price; request: what a `ParetoRequest` has. The result has a row a
-        point."""
+        """Asks for the front of step time against its price; request: what a `ParetoRequest` has. The result has a row
+        a point."""
         return self._submit("/v1/pareto", ParetoRequest, {"deployment": deployment, **request})
 
     def job(self, key: int) -> JobRecord:
@@ -508,6 +445,75 @@ class Client(Calls):
         """Who did what, newest first. filters: action, subject."""
         return self._pages(AuditRecord, "/v1/audit", filters)
 
+    def _submit(self, path: str, kind: type[JobBody], request: Mapping[str, Any]) -> JobRecord:
+        try:
+            body = kind.model_validate({key: value for key, value in request.items() if value is not None})
+        except ValidationError as error:
+            raise InputError(describe(kind.__name__, error)) from None
+        # A key of its own makes sending it again safe.
+        headers = {"Idempotency-Key": secrets.token_hex(16), "Content-Type": "application/json"}
+        content = body.model_dump_json(exclude_unset=True).encode()
+        answer = self._transport.call("POST", path, content, headers, again=True)
+        record: JobRecord = adapter(JobRecord).validate_json(answer.body)
+        return record
+
+    def _upload(self, announced: Mapping[str, Any], content: bytes) -> UploadRecord:
+        body = {**announced, "sha256": hashlib.sha256(content).hexdigest(), "total_bytes": len(content)}
+        record = self._ask(UploadRecord, "POST", "/v1/uploads", body, again=True)
+        while record.state == "open" and record.received_bytes < len(content):
+            start = record.received_bytes
+            headers = {"Content-Type": "application/octet-stream", "Upload-Offset": str(start)}
+            piece = content[start : start + PIECE_LIMIT]
+            try:
+                self._transport.call("PATCH", f"/v1/uploads/{record.key}", piece, headers)
+            except InputError:
+                raise
+            except MoeplaceError:
+                # Perhaps it arrived, perhaps the service is away: ask how far it is.
+                time.sleep(0.5)
+            record = self._ask(UploadRecord, "GET", f"/v1/uploads/{record.key}")
+        return self._ask(UploadRecord, "POST", f"/v1/uploads/{record.key}/finish", again=True)
+
+    def _pages(
+        self,
+        kind: type[T],
+        path: str,
+        filters: Mapping[str, Any] | None = None,
+        cursor: str = "before",
+        limit: int = 200,
+    ) -> Iterator[T]:
+        query = {key: value for key, value in (filters or {}).items() if value is not None}
+        while True:
+            page = self._json("GET", f"{path}?{urlencode({**query, 'limit': limit})}")
+            for item in page["items"]:
+                yield adapter(kind).validate_python(item)
+            if page["next"] is None:
+                return
+            query[cursor] = page["next"]
+
+    def _ask(self, kind: type[T], method: str, path: str, body: Any = None, *, again: bool = False) -> T:
+        found: T = adapter(kind).validate_python(self._json(method, path, body, again=again))
+        return found
+
+    def _json(self, method: str, path: str, body: Any = None, *, again: bool = False) -> Any:
+        content = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        return self._transport.call(method, path, content, headers, again=again or method == "GET").json()
+
+
+def _content(file: str | Path | BinaryIO) -> bytes:
+    if isinstance(file, str | Path):
+        return Path(file).read_bytes()
+    file.seek(0)
+    return file.read()
+
 
 def _deployment(name: str, what: str = "") -> str:
     return f"/v1/deployments/{quote(name, safe='')}" + (f"/{what}" if what else "")
+
+
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """Reads a kind of record from plain data."""
+    if kind not in ADAPTERS:
+        ADAPTERS[kind] = TypeAdapter(kind)
+    return ADAPTERS[kind]

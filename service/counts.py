@@ -63,12 +63,13 @@ def from_json(body: bytes) -> list[CountWindow]:
 
 
 def from_arrow(body: bytes, layers: int, experts: int) -> list[CountWindow]:
-    """Reads an Arrow stream of the columns ended (timestamp), load (list of layers * experts integers, layer by layer) and,
-    where wanted, workload and source (text). Buffers must not be compressed: what is decoded is no larger than the body.
+    """Reads an Arrow stream of the columns ended (timestamp), load (list of layers * experts integers, layer by layer)
+    and, where wanted, workload and source (text). Buffers must not be compressed: what is decoded is no larger than the
+    body.
 
     Raises:
-        FileFormatError: not an Arrow stream. InputError: a column is missing or of another type; it is named; or the stream
-            is compressed, or of too many rows.
+        FileFormatError: not an Arrow stream. InputError: a column is missing or of another type; it is named; or
+            the stream is compressed, or of too many rows.
     """
     import pyarrow as pa
 

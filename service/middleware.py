@@ -1,4 +1,5 @@
-"""What is noted of every request: a line in the log, a count and a time for Prometheus; headers every answer carries."""
+"""What is noted of every request: a line in the log, a count and a time for Prometheus; headers every answer
+carries."""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ class BodyLimit:
 
 
 class RateLimit:
-    """A bucket an address, filled with `rate` requests a second up to `burst`. Each server process counts for itself."""
+    """A bucket an address, filled with `rate` requests a second up to `burst`. Each server process counts for
+    itself."""
 
     def __init__(self, app: ASGIApp, rate: float, burst: int) -> None:
         self._app, self._rate, self._burst = app, rate, burst

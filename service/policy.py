@@ -10,9 +10,6 @@ from pydantic import AfterValidator, Field, model_validator
 from ..placement.objective import Objective
 from ..placement.validation import Record
 
-# Free-form JSON from requests that every later reader can take: valid text, finite numbers, bounded depth.
-
-
 MOST_CHARACTERS = 20_000
 
 
@@ -28,13 +25,12 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 PlainObject = Annotated[dict[str, Any], AfterValidator(_plain)]
-
-
-# How many slots a request may ask for: one number for all layers, or one for each.
+"""Free-form JSON that every later reader can take: valid text, finite numbers, bounded depth."""
 
 
 SlotCount = Annotated[int, Field(ge=1, le=65_536)]
 SlotCounts = SlotCount | Annotated[list[SlotCount], Field(min_length=1, max_length=1024)]
+"""One number for all layers, or one for each."""
 
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -45,13 +41,13 @@ class Policy(Record):
 
     solver, options, seconds, slots, objective: of its solves; slots is one number, or one for each layer.
     step_tokens: tokens of one engine step over all devices, which count windows are priced for.
-    block: neighbouring windows taken as one observation. recent: newest windows that a check compares with those the plan
-    was judged on; at least 8 blocks, since half of them are held out to judge on. false_alarm: chance of an alarm at a check although nothing changed. min_regret: predicted
-    loss against a fresh solve from which on a change matters.
-    publish: "approval" leaves what `decide` would apply to a person, "automatic" puts it in force. confidence,
+    block: neighbouring windows taken as one observation. recent: newest windows that a check compares with those the
+    plan was judged on; at least 8 blocks, since half of them are held out to judge on. false_alarm: chance of an alarm
+    at a check although nothing changed. min_regret: predicted loss against a fresh solve from which on a change
+    matters. publish: "approval" leaves what `decide` would apply to a person, "automatic" puts it in force. confidence,
     horizon_steps: of `decide`.
-    keep_windows, join, join_after_hours: how many windows are kept, and how many old ones are joined into one, and when.
-    keep_traces: uploaded traces kept.
+    keep_windows, join, join_after_hours: how many windows are kept, and how many old ones are joined into one, and
+    when. keep_traces: uploaded traces kept.
     """
 
     objective: Objective = Objective()

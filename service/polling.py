@@ -1,7 +1,8 @@
-"""Engines asked for their routing: SGLang's recorder started, stopped and dumped on an interval, what it counted a window each time.
+"""Engines asked for their routing: SGLang's recorder started, stopped and dumped on an interval, what it counted a
+window each time.
 
-Of several servers one asks an engine; when it shows no life, another takes over. What fails is noted where the deployment is shown, and
-tried again after twice as long each time, up to an hour.
+Of several servers one asks an engine; when it shows no life, another takes over. What fails is noted where the
+deployment is shown, and tried again after twice as long each time, up to an hour.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Poller:
         self._stop = threading.Event()
 
     def look(self) -> None:
-        """Shows life for the engines this server asks, takes over those of silent servers, and asks where it is time."""
+        """Shows life for the engines this server asks, takes over those of silent servers, and asks where it is
+        time."""
         if not self._settings.recorders or self._stop.is_set():
             return
         now = time.monotonic()

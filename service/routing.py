@@ -1,25 +1,23 @@
-"""Routing as the service keeps it, turned into what solvers read. Files live in folders of this process's own making."""
+"""Routing as the service keeps it, turned into what solvers read."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..db.records import WindowRecord
 from ..db.store import Store
-from ..placement.errors import FileFormatError, InputError
+from ..placement.errors import InputError
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
 from ..profiler.aggregate import aggregate
 from ..profiler.statistics_file import read_statistics, write_statistics
-from ..profiler.trace_files import read_header, read_trace, trace_shards
+from ..profiler.trace_files import read_trace, trace_of_shards, trace_shards
 from .policy import Policy
 from .shards import content_of
 
@@ -54,12 +52,17 @@ def from_windows(windows: Sequence[WindowRecord], model: ModelSpec) -> RoutingSt
     )
 
 
+class Upload(io.BytesIO):
+    """A file somebody sent, in memory."""
+
+    name = "upload"
+
+
 def to_bytes(statistics: RoutingStatistics) -> bytes:
     """The statistics as their file."""
-    with tempfile.TemporaryDirectory(prefix="moeplace-") as folder:
-        path = Path(folder) / "statistics.npz"
-        write_statistics(statistics, path)
-        return path.read_bytes()
+    file = io.BytesIO()
+    write_statistics(statistics, file)
+    return file.getvalue()
 
 
 def statistics_of(content: bytes) -> RoutingStatistics:
@@ -68,8 +71,7 @@ def statistics_of(content: bytes) -> RoutingStatistics:
     Raises:
         FileFormatError: it is not one, or damaged.
     """
-    with _as_files([("statistics.npz", content)]) as folder:
-        return read_statistics(folder / "statistics.npz", limit=UNPACKED_LIMIT)
+    return read_statistics(Upload(content), limit=UNPACKED_LIMIT)
 
 
 def stored_statistics(store: Store, ref: str) -> RoutingStatistics:
@@ -83,33 +85,31 @@ def check_trace(content: bytes, model: ModelSpec) -> Mapping[str, Any]:
     Raises:
         FileFormatError: not a shard, or damaged. InputError: of another model.
     """
-    with _as_files([("trace.parquet", content)]) as folder:
-        header = read_header(folder / "trace.parquet")
-        found = (header.num_experts, header.top_k, header.moe_layers)
-        if found != (model.experts, model.top_k, model.moe_layers):
-            raise InputError(
-                f"the trace has {found[0]} experts, top-{found[1]}, MoE layers {list(found[2])}; the deployment's model "
-                f"has {model.experts}, top-{model.top_k}, {list(model.moe_layers)}"
-            )
-        ids = sum(sum(shard.rows) for shard in trace_shards(folder)) * header.ids_per_token
-        if ids > TRACE_LIMIT:
-            raise InputError(f"the trace holds {ids:,} expert ids, at most {TRACE_LIMIT:,} are taken; send several")
-        trace = read_trace(folder / "trace.parquet")
-        if not trace.num_tokens:
-            raise InputError("the trace holds no token")
-        return {"tokens": trace.num_tokens, "workloads": list(trace.workloads)}
+    shards = trace_shards(Upload(content))
+    header = shards[0].header
+    shape = (header.num_experts, header.top_k, header.moe_layers)
+    if shape != (model.experts, model.top_k, model.moe_layers):
+        raise InputError(
+            f"the trace has {shape[0]} experts, top-{shape[1]}, MoE layers {list(shape[2])}; the deployment's model "
+            f"has {model.experts}, top-{model.top_k}, {list(model.moe_layers)}"
+        )
+    ids = sum(sum(shard.rows) for shard in shards) * header.ids_per_token
+    if ids > TRACE_LIMIT:
+        raise InputError(f"the trace holds {ids:,} expert ids, at most {TRACE_LIMIT:,} are taken; send several")
+    trace = trace_of_shards(shards)
+    if not trace.num_tokens:
+        raise InputError("the trace holds no token")
+    return {"tokens": trace.num_tokens, "workloads": list(trace.workloads)}
 
 
 def trace_statistics(contents: Sequence[bytes]) -> RoutingStatistics:
     """Statistics of uploaded traces, oldest first."""
-    with _as_files([(f"{index:05}.parquet", content) for index, content in enumerate(contents)]) as folder:
-        return aggregate(folder, sample_tokens=SAMPLE_TOKENS, workers=1)
+    return aggregate([Upload(content) for content in contents], sample_tokens=SAMPLE_TOKENS, workers=1)
 
 
 def trace_of(content: bytes) -> RoutingTrace:
     """An uploaded trace, in memory."""
-    with _as_files([("trace.parquet", content)]) as folder:
-        return read_trace(folder / "trace.parquet")
+    return read_trace(Upload(content))
 
 
 # Which of a deployment's routing is solved on and which is held out: always the newest is, so that a plan is judged
@@ -155,16 +155,3 @@ def judging_trace(store: Store, deployment: str) -> RoutingTrace:
     if not uploads:
         raise InputError("no trace is uploaded to judge on; upload one, or judge on counts")
     return trace_of(content_of(store, uploads[0]))
-
-
-@contextlib.contextmanager
-def _as_files(files: Sequence[tuple[str, bytes]]) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="moeplace-") as name:
-        folder = Path(name)
-        for file, content in files:
-            (folder / file).write_bytes(content)
-        try:
-            yield folder
-        except FileFormatError as error:
-            # Where this process put the file is nobody's business.
-            raise FileFormatError(str(error).replace(f"{folder}/", "").replace(str(folder), "upload")) from None

@@ -1,7 +1,7 @@
 """What the API takes, and what it gives where that is not a record of the store as it is.
 
-A request is one model from end to end: the route's body, the client's and so the command's, and what its job keeps. The job's, a subclass,
-has ids for names and nothing left out that a policy decides.
+A request is one model from end to end: the route's body, the client's and so the command's, and what its job keeps. The
+job's, a subclass, has ids for names and nothing left out that a policy decides.
 """
 
 from __future__ import annotations
@@ -277,9 +277,9 @@ class WebhookIn(Body):
 class EngineIn(Body):
     """An SGLang that serves the deployment, started with --expert-distribution-recorder-mode stat.
 
-    url: called by the servers as given. recorder: name of the folder it writes to, as `moeplace serve --recorder` gave it.
-    every: seconds from one recording to the next. span: seconds of each. key: the engine's, sent as a bearer token; it is not
-    shown again.
+    url: called by the servers as given. recorder: name of the folder it writes to, as `moeplace serve --recorder` gave
+    it. every: seconds from one recording to the next. span: seconds of each. key: the engine's, sent as a bearer token;
+    it is not shown again.
     """
 
     url: Address
@@ -312,7 +312,8 @@ Count = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class StepsRequest(Body):
-    """The steps plans are replayed on: of one token of each of `tokens` sequences (decode), or of whole sequences (prefill).
+    """The steps plans are replayed on: of one token of each of `tokens` sequences (decode), or of whole sequences
+    (prefill).
 
     Where a deployment has counts only, steps of so many tokens are drawn from them, whichever batch is named. Left out:
     tokens is 128 for decode, 4096 for prefill, the policy's step_tokens for counts; count is 200, 32 and 16.
@@ -324,8 +325,8 @@ class StepsRequest(Body):
 
 
 class StudyRequest(JobBody):
-    """On a deployment's routing (`routing` and `windows` as for a solve; the newest is held out to replay), or on stored
-    statistics, with the token sample of `held_out`, other stored statistics, to replay.
+    """On a deployment's routing (`routing` and `windows` as for a solve; the newest is held out to replay), or on
+    stored statistics, with the token sample of `held_out`, other stored statistics, to replay.
 
     solver, options, seconds, seed, objective: of each solve; left out, those of the deployment's policy.
     """
@@ -344,9 +345,9 @@ class StudyRequest(JobBody):
 
 
 class ChangesRequest(Body):
-    """lose: failures such as "device:3", "node:1" or "device:3+node:1". n_1: every single device and node, as is the default
-    when nothing else is asked. devices, nodes: the plan's cluster with so many. topology: another, stored one. slots: a
-    layer of the ready plans, or one number for each layer."""
+    """lose: failures such as "device:3", "node:1" or "device:3+node:1". n_1: every single device and node, as is the
+    default when nothing else is asked. devices, nodes: the plan's cluster with so many. topology: another, stored one.
+    slots: a layer of the ready plans, or one number for each layer."""
 
     lose: Annotated[list[Annotated[str, Field(max_length=2000)]], Field(max_length=MOST_PARTS)] = []
     n_1: bool = False
@@ -367,9 +368,9 @@ class WhatIfRequest(StudyRequest):
 
 
 class ParetoRequest(StudyRequest):
-    """model, topology: where no deployment is named. current: bytes moved are counted from this plan; left out, from the
-    deployment's in force. redundant: slots a layer beyond one an expert. tolerate: single failures to survive, null for
-    none. max_moved: most bytes moved, null for any. What is left out, `pareto` chooses."""
+    """model, topology: where no deployment is named. current: bytes moved are counted from this plan; left out, from
+    the deployment's in force. redundant: slots a layer beyond one an expert. tolerate: single failures to survive, null
+    for none. max_moved: most bytes moved, null for any. What is left out, `pareto` chooses."""
 
     model: Ref | None = None
     topology: Ref | None = None

@@ -15,8 +15,8 @@ DRAIN_SECONDS = 20
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT: then no request is taken any more, those under way are answered, windows that wait
-    are stored, and jobs under way are given back.
+    """Serves until SIGTERM or SIGINT: then no request is taken any more, those under way are answered, windows that
+    wait are stored, and jobs under way are given back.
 
     Raises:
         StoreError: the database cannot be opened. InputError: the address cannot be listened on.

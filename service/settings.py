@@ -51,13 +51,13 @@ def configure(level: int = logging.INFO) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """db: address of the database. traces: where uploaded traces are kept, a folder or an address fsspec opens; None for the
-    database. recorders: folders that engines' recorders write to, by name. workers: processes that solve, 0 for none here, or a Ray cluster: "ray://host:port", "ray" for
-    the one this machine is part of, "ray:local" for one of this machine alone. ray_workers: processes on it, None for one a
-    CPU. auth: None to ask
+    """db: address of the database. traces: where uploaded traces are kept, a folder or an address fsspec opens; None
+    for the database. recorders: folders that engines' recorders write to, by name. workers: processes that solve, 0 for
+    none here, or a Ray cluster: "ray://host:port", "ray" for the one this machine is part of, "ray:local" for one of
+    this machine alone. ray_workers: processes on it, None for one a CPU. auth: None to ask
     for tokens everywhere but on loopback. rate: requests a second and caller, 0 for any; burst: that many at once.
-    check_windows: new windows of a deployment from which on it is checked for drift. lease_seconds: a worker that shows no
-    sign of life for so long is given up.
+    check_windows: new windows of a deployment from which on it is checked for drift. lease_seconds: a worker that shows
+    no sign of life for so long is given up.
     """
 
     db: str | None = None

@@ -1,7 +1,8 @@
 """Trace shards outside the database: a folder here, or anything fsspec opens (S3 and its like).
 
-Names are made here, of an upload's number and SHA-256. A shard is whole or not there: object stores show what was sent only
-when all of it was; elsewhere it is renamed into place. What is read is compared with its SHA-256, wherever it came from.
+Names are made here, of an upload's number and SHA-256. A shard is whole or not there: object stores show what was sent
+only when all of it was; elsewhere it is renamed into place. What is read is compared with its SHA-256, wherever it came
+from.
 """
 
 from __future__ import annotations

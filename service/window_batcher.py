@@ -20,7 +20,8 @@ MOST_TOGETHER = 512
 """Windows in one transaction, about."""
 
 GATHER_SECONDS = 0.03
-"""A transaction waits so long for more, where the last one held several requests. A sender that is alone never waits."""
+"""A transaction waits so long for more, where the last one held several requests. A sender that is alone never
+waits."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ STORE_PATIENCE = 600.0
 
 
 class Pulse:
-    """Beats for a job from a thread of its own, passing on its progress. Calls `gone` when the job is not ours any more."""
+    """Beats for a job from a thread of its own, passing on its progress. Calls `gone` when the job is not ours any
+    more."""
 
     def __init__(self, job: ClaimedJob, store: Store, every: float, gone: Callable[[], None]) -> None:
         self._job, self._store, self._every, self._gone = job, store, every, gone
@@ -88,7 +89,8 @@ class Pulse:
 
 
 class Stop:
-    """Whether this process is to end. Told so in the middle of a job, it gives the job back and ends with all children."""
+    """Whether this process is to end. Told so in the middle of a job, it gives the job back and ends with all
+    children."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._told = store, threading.Event()

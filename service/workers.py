@@ -1,4 +1,5 @@
-"""Workers of this server: started, replaced when they die, ended with the server. And a look after those of all servers."""
+"""Workers of this server: started, replaced when they die, ended with the server. And a look after those of all
+servers."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ from ..db.store import Store
 from ..placement.errors import MoeplaceError, UnsupportedError
 from .settings import Settings
 
-# Where worker processes run: on this machine, unless asked otherwise.
+log = logging.getLogger("moeplace.service.workers")
+
+GRACE_SECONDS = 20.0
+SHORT_LIFE = 5.0
+"""A worker that dies sooner than this is not replaced at once: what kills it may kill the next."""
 
 
 class WorkerHandle(Protocol):
@@ -113,8 +118,6 @@ class LocalWorker:
 # that process held is begun again as after any worker's death. Routing, plans and outcomes go through the database,
 # which the cluster's nodes must reach; Ray itself carries a command line and the database's address only.
 
-
-log = logging.getLogger("moeplace.service.ray")
 
 LOCAL = "ray:local"
 """A Ray of this machine alone, that begins and ends with the server."""
@@ -242,13 +245,6 @@ def _where(workers: str, count: int | None) -> dict[str, Any]:
     return {**quiet, "address": "auto" if workers == "ray" else workers}
 
 
-pool_log = logging.getLogger("moeplace.service.workers")
-
-GRACE_SECONDS = 20.0
-SHORT_LIFE = 5.0
-"""A worker that dies sooner than this is not replaced at once: what kills it may kill the next."""
-
-
 @dataclass
 class _Worker:
     name: str
@@ -264,7 +260,6 @@ def backend_for(settings: Settings, address: str) -> WorkerBackend:
     """
     if isinstance(settings.workers, int):
         return LocalBackend(settings, address)
-
     return RayBackend(settings, address)
 
 
@@ -279,14 +274,15 @@ class Pool:
         self._lock = threading.Lock()
 
     def tend(self) -> None:
-        """Replaces the dead; what they were doing is queued again at once, for a process that ended cannot come back."""
+        """Replaces the dead; what they were doing is queued again at once, for a process that ended cannot come
+        back."""
         with self._lock:
             for worker in list(self._workers):
                 how = worker.handle.ended()
                 if how is None:
                     continue
                 self._workers.remove(worker)
-                pool_log.warning("worker died", extra={"worker": worker.name, "code": how})
+                log.warning("worker died", extra={"worker": worker.name, "code": how})
                 if time.monotonic() - worker.started < SHORT_LIFE:
                     self._rest_until = time.monotonic() + SHORT_LIFE
                 for heartbeat in self._store.jobs.heartbeats():
@@ -312,13 +308,13 @@ class Pool:
     def _start(self) -> _Worker:
         name = f"{socket.gethostname()[:60]}:{os.getpid()}:{secrets.token_hex(4)}"
         handle = self._backend.start(name)
-        pool_log.info("worker starts", extra={"worker": name, **handle.place})
+        log.info("worker starts", extra={"worker": name, **handle.place})
         return _Worker(name, handle, time.monotonic())
 
 
 class Reaper:
-    """Finds jobs whose workers show no life, whoever's they were. Compares with what it saw before, by a clock that only
-    runs forward."""
+    """Finds jobs whose workers show no life, whoever's they were. Compares with what it saw before, by a clock that
+    only runs forward."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
@@ -330,6 +326,4 @@ class Reaper:
         self._seen = {heartbeat: self._seen.get(heartbeat, now) for heartbeat in self._store.jobs.heartbeats()}
         for heartbeat, since in self._seen.items():
             if now - since > self._settings.lease_seconds and self._store.jobs.lost(heartbeat, self._settings.attempts):
-                pool_log.warning(
-                    "job taken from a silent worker", extra={"job": heartbeat.key, "worker": heartbeat.worker}
-                )
+                log.warning("job taken from a silent worker", extra={"job": heartbeat.key, "worker": heartbeat.worker})

@@ -59,7 +59,7 @@ class CompileTime:
 
 
 COMPILE_TIME = CompileTime()
-"""Of this process, kept by `compiled.kernel`."""
+"""Of this process, kept by `jit.kernel`."""
 
 
 def working_seconds() -> float:

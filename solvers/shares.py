@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,8 @@ from ..placement.evaluate import evaluate
 from ..placement.plan import EMPTY, Plan
 from ..placement.problem import Problem
 from ..placement.steps import Steps
+from .base import Budget
+from .mip import ProgramBuilder, solve_program
 
 STRIDES = (1.0, 0.5, 0.25)
 """How far to go towards the program's shares; transfers and reading may turn on the way."""
@@ -89,16 +90,20 @@ def layer_shares(
     slot_device: IntArray,
     problem: Problem,
     weight: FloatArray | None = None,
+    backend: str = "highs",
 ) -> LayerShares:
-    """One layer's program. loads: [S, E] tokens of each expert in each step. weight: [S] what steps count; None: alike. table, shares, slot_device: [P], with
-    empty slots or without; their shares stay 0.
+    """One layer's program.
+
+    Args:
+        loads: [S, E] tokens of each expert in each step.
+        table, shares, slot_device: [P], with empty slots or without; their shares stay 0.
+        problem: Model and cluster.
+        weight: [S] what steps count; None: alike.
+        backend: A name of `mip.BACKENDS`.
 
     Raises:
-        SolveError: HiGHS ended without an optimum.
+        SolveError: the backend ended without an optimum.
     """
-    from scipy.optimize import linprog
-    from scipy.sparse import csr_array, hstack, vstack
-
     model, topology = problem.model, problem.topology
     steps, devices = len(loads), problem.num_devices
     per_pair, per_read = Roofline.of(model, topology)
@@ -107,33 +112,41 @@ def layer_shares(
     table, shares, slot_device = table[filled], shares[filled], slot_device[filled]
     counts = loads[:, table]
     owner = (slot_device[:, None] == np.arange(devices)).astype(np.float64)
-    # Rows are (step, device); a column a slot. One expert a slot or not, shares of the same expert sum to one.
-    arithmetic = np.einsum("sp,pg->sgp", counts, owner * per_pair).reshape(steps * devices, -1)
     idle = np.power(1.0 - shares, np.maximum(counts - 1.0, 0.0))
     slope = np.where(counts > 0, counts * idle, 0.0)
     hit = np.where(counts > 0, 1.0 - idle * (1.0 - shares), 0.0)
-    reading = np.einsum("sp,pg->sgp", slope, owner * per_read).reshape(steps * devices, -1)
-    offset = (((hit - slope * shares) @ owner) * per_read).ravel()
-    slowest = csr_array(np.repeat(np.eye(steps), devices, axis=0))
-    replicas = csr_array((np.ones(len(table)), (table, np.arange(len(table)))), shape=(model.experts, len(table)))
+    # [S, P] seconds of each slot by its share, [S, G] those of reading that no share changes.
+    arithmetic, reading = counts * per_pair[slot_device], slope * per_read[slot_device]
+    offset = ((hit - slope * shares) @ owner) * per_read
     # Sums of hundreds of tiny seconds: the program is solved in the unit of a typical one.
-    unit = max(float((arithmetic @ shares).max()), float((reading @ shares + offset).max()), 1e-300)
-    # Sparse, which HiGHS takes, though the types of scipy's interface do not know it.
-    upper: Any = vstack([hstack([csr_array(rows / unit), -slowest]) for rows in (arithmetic, reading)])
-    equal: Any = hstack([replicas, csr_array((model.experts, steps))])
-    solved = linprog(
-        np.concatenate([np.zeros(len(table)), np.full(steps, 1.0 / steps) if weight is None else weight]),
-        A_ub=upper,
-        b_ub=np.concatenate([np.zeros(steps * devices), -offset / unit]),
-        A_eq=equal,
-        b_eq=np.ones(model.experts),
-        bounds=[(0.0, 1.0)] * len(table) + [(0.0, None)] * steps,
-        method="highs",
+    unit = max(float((arithmetic * shares @ owner).max()), float((reading * shares @ owner + offset).max()), 1e-300)
+    builder = ProgramBuilder("shares")
+    share = builder.add_variables((len(table),))
+    # No step's slowest device takes longer than all work and all reading of a device.
+    most = max(float((work @ owner).max()) for work in (arithmetic, reading)) + float(np.abs(offset).max())
+    slowest = builder.add_variables(
+        (steps,), upper=2.0 * most / unit + 1.0, cost=1.0 / steps if weight is None else weight
     )
-    if solved.x is None or solved.fun is None:
-        raise SolveError(f"the program of shares ended without an optimum: {solved.message}")
-    kept = np.clip(solved.x[: len(table)], 0.0, 1.0)
+    for work, rest in ((arithmetic, np.zeros_like(offset)), (reading, offset)):
+        step, slot = np.nonzero(work)
+        builder.add_sparse_rows(
+            steps * devices,
+            np.concatenate([step * devices + slot_device[slot], np.arange(steps * devices)]),
+            np.concatenate([share[slot], np.repeat(slowest, devices)]),
+            np.concatenate([work[step, slot] / unit, np.full(steps * devices, -1.0)]),
+            upper=-rest.ravel() / unit,
+        )
+    # One expert a slot or not, shares of the same expert sum to one.
+    _, expert = np.unique(table, return_inverse=True)
+    builder.add_sparse_rows(int(expert.max()) + 1, expert, share, 1.0, 1.0, 1.0)
+    program = builder.build()
+    found = solve_program(program, Budget(), backend=backend)
+    if found.stop == "interrupted":
+        raise KeyboardInterrupt
+    if found.values is None or found.prices is None:
+        raise SolveError(f"the program of shares ended without an optimum ({found.stop})")
+    kept = np.clip(found.values[share], 0.0, 1.0)
     sums = np.bincount(table, weights=kept, minlength=model.experts)
-    price = -solved.ineqlin.marginals.reshape(2, steps, devices).sum(axis=(0, 1))
+    price = -found.prices[: 2 * steps * devices].reshape(2, steps, devices).sum(axis=(0, 1))
     result[filled] = kept / sums[table]
-    return LayerShares(result, float(solved.fun) * unit, np.maximum(price, 0.0))
+    return LayerShares(result, found.value * unit, np.maximum(price, 0.0))

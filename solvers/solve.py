@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -300,4 +301,7 @@ def _wrong(solver: Solver, name: str, value: Any, kinds: tuple[Any, ...]) -> Inp
     accepted = [
         " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else words[kind] for kind in kinds
     ]
-    return InputError(f"solver {solver.name!r}: option {name} is {value!r}, it takes {' or '.join(accepted)}")
+    words_taken = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    close = get_close_matches(str(value).lower(), words_taken, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return InputError(f"solver {solver.name!r}: option {name} is {value!r}, it takes {' or '.join(accepted)}{hint}")

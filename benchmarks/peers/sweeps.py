@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplace.solvers.base import Budget
-from moeplace.solvers.exflow_start import assignment_sweeps
+from moeplace.solvers.exflow import assignment_sweeps
 
 from .routing import Routing
 

@@ -35,7 +35,8 @@ def calibrate_command(
         typer.Option(
             "--model",
             metavar="PATH",
-            help="Transformers config.json of the model whose experts to time, or its folder. Default: OLMoE-1B-7B's sizes.",
+            help="Transformers config.json of the model whose experts to time, or its folder. Default: OLMoE-1B-7B's "
+            "sizes.",
         ),
     ] = None,
     hidden_size: Annotated[int | None, typer.Option("--hidden-size", min=1, help="In place of the model's.")] = None,
@@ -71,9 +72,10 @@ def calibrate_command(
     """Measure the devices and links that torchrun's ranks run on, and write them as a topology.
 
     Start it by torchrun as training or serving will run, as many hosts and as many ranks on each:
-    `torchrun --nproc-per-node 8 -m moeplace calibrate -o topology.json`. All ranks work at once throughout. Times expert
-    products of the model's sizes, plain copies, and all-to-alls inside nodes, between nodes and over all ranks, by NCCL on
-    GPUs and Gloo on CPUs. Every command takes the file as --topology. A single process measures its device alone.
+    `torchrun --nproc-per-node 8 -m moeplace calibrate -o topology.json`. All ranks work at once throughout. Times
+    expert products of the model's sizes, plain copies, and all-to-alls inside nodes, between nodes and over all ranks,
+    by NCCL on GPUs and Gloo on CPUs. Every command takes the file as --topology. A single process measures its device
+    alone.
 
     Example:
 
@@ -88,7 +90,7 @@ def calibrate_command(
     spec = _spec(model, hidden_size=hidden_size, ffn_size=ffn_size, top_k=top_k)
     first = int(os.environ.get("RANK", "0")) == 0
     _join()
-    found = calibrate(
+    calibration = calibrate(
         spec,
         dtype=_torch_dtype(dtype),
         experts=experts,
@@ -99,21 +101,21 @@ def calibrate_command(
     )
     if first:
         if output is not None:
-            found.topology.save(output)
-        _show(found, as_json)
+            calibration.topology.save(output)
+        _show(calibration, as_json)
         if output is not None:
             note(f"wrote {output}")
     dist.destroy_process_group()
 
 
-def _spec(model: Path | None, **given: int | None) -> ModelSpec:
+def _spec(model: Path | None, **sizes: int | None) -> ModelSpec:
     from ...placement.model import ModelSpec
 
     if model is None:
         spec = ModelSpec(layers=16, experts=64, top_k=8, hidden_size=2048, ffn_size=1024, name="OLMoE-1B-7B")
     else:
         spec = ModelSpec.from_config(model)
-    return spec.replace(**{name: value for name, value in given.items() if value is not None})
+    return spec.replace(**{name: value for name, value in sizes.items() if value is not None})
 
 
 def _join() -> None:
@@ -140,9 +142,9 @@ def _torch_dtype(dtype: Dtype | None) -> Any:
     return None if dtype is None else names[dtype]
 
 
-def _show(found: Calibration, as_json: bool) -> None:
-    topology = found.topology
-    data = found.to_dict()
+def _show(calibration: Calibration, as_json: bool) -> None:
+    topology = calibration.topology
+    data = calibration.to_dict()
     errors = ("seconds", "predicted")
     links, work = (
         [{**row, "error": row[errors[1]] / row[errors[0]] - 1.0} for row in data[name]] for name in ("links", "work")
@@ -150,21 +152,21 @@ def _show(found: Calibration, as_json: bool) -> None:
     rates = quantity("B/s")
     summary = pairs(
         {
-            "devices": f"{topology.num_devices} in {topology.num_nodes} nodes ({found.device_dtype})",
-            "tokens of a step": f"{found.tokens:,}",
+            "devices": f"{topology.num_devices} in {topology.num_nodes} nodes ({calibration.device_dtype})",
+            "tokens of a step": f"{calibration.tokens:,}",
             "compute a device": _span(topology.compute, quantity("flop/s")),
             "memory bandwidth, reading experts": _span(topology.memory_bandwidth, rates),
-            "memory bandwidth, plain copies": rates(found.copy_bandwidth),
+            "memory bandwidth, plain copies": rates(calibration.copy_bandwidth),
             "links inside a node, a device": _span(topology.intra_bandwidth, rates),
             "links between nodes, a node": _span(topology.inter_bandwidth, rates),
             "a message inside a node": f"{figure(topology.intra_latency * 1e6)} us",
             "a message between nodes": f"{figure(topology.inter_latency * 1e6)} us",
-            "a token's handling on its own rank, a hop": f"{figure(found.token_seconds * 1e6)} us",
+            "a token's handling on its own rank, a hop": f"{figure(calibration.token_seconds * 1e6)} us",
             **{
                 f"a copy in {timed.dispatch} dispatch, beside links": f"{figure(timed.copy_seconds * 1e6)} us"
-                for timed in found.dispatches
+                for timed in calibration.dispatches
             },
-            "a device's speed while others are idle": f"{found.alone:.2f} x",
+            "a device's speed while others are idle": f"{calibration.alone:.2f} x",
         }
     )
     timed = (
@@ -173,7 +175,7 @@ def _show(found: Calibration, as_json: bool) -> None:
         Column("error", "error", percent),
     )
     emit(
-        {**data, "remarks": list(found.remarks)},
+        {**data, "remarks": list(calibration.remarks)},
         summary,
         Table(
             (
@@ -193,7 +195,7 @@ def _show(found: Calibration, as_json: bool) -> None:
                 Column("products_only", "products\nalone ms", milliseconds),
             ),
             work,
-            footnotes=[f"{found.experts} experts a device.", *found.remarks],
+            footnotes=[f"{calibration.experts} experts a device.", *calibration.remarks],
         ),
         as_json=as_json,
     )

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..comparison import Comparison, Request, run_comparison
 from ..options import (
     SOLVING,
     AsJson,
+    Engine,
     HeldOutOptions,
     ModelOptions,
     ObjectiveOptions,
@@ -22,6 +22,7 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note
+from ..run_comparison import Comparison, run_comparison
 from ..tables import comparison_rows, comparison_tables
 
 Solvers = Annotated[
@@ -55,6 +56,7 @@ def compare_command(
     storage: StoreOptions,
     solvers: Solvers = None,
     plans: Plans = None,
+    engine: Engine = None,
     seed: Seed = 0,
     save: Annotated[
         Path | None,
@@ -79,7 +81,18 @@ def compare_command(
       moeplace compare trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solvers eplb,exflow,search
     """
     comparison = run_comparison(
-        Request(routing, model, topology, objective, held_out, steps, solving, storage, solvers, plans, seed)
+        routing,
+        model=model,
+        topology=topology,
+        objective=objective,
+        held_out=held_out,
+        steps=steps,
+        solving=solving,
+        storage=storage,
+        solvers=solvers,
+        plans=plans,
+        seed=seed,
+        engine=engine,
     )
     rows = comparison_rows(comparison)
     if save is not None:
@@ -89,7 +102,7 @@ def compare_command(
 
 def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The comparison as JSON has it."""
-    problem, parted = comparison.problem, comparison.parted
+    problem, split = comparison.problem, comparison.split
     return {
         "model": problem.model.model_dump(mode="json"),
         "topology": {
@@ -101,9 +114,9 @@ def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[
         "objective": problem.objective.model_dump(mode="json"),
         "routing": {
             "train_fingerprint": problem.statistics.fingerprint,
-            "held_out": parted.description,
-            "train_tokens": parted.train.num_tokens,
-            "judged_tokens": parted.judged.num_tokens,
+            "held_out": split.description,
+            "train_tokens": split.train.num_tokens,
+            "judged_tokens": split.judged.num_tokens,
             "seed": comparison.seed,
         },
         "rows": rows,
@@ -113,7 +126,7 @@ def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[
 def save_plans(comparison: Comparison, folder: Path) -> None:
     """Writes every solved plan as `<solver>.json`."""
     for entry in comparison.entries:
-        if entry.plan is not None and not entry.given:
+        if entry.plan is not None and not entry.was_given:
             path = folder / f"{entry.name.replace(':', '-').replace('/', '-')}.json"
             entry.plan.save(path)
             note(f"wrote {path}")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparison import BASELINE, part, solving_statistics
 from ..options import JUDGING, STORE, AsJson, HeldOutOptions, ObjectiveOptions, ServerOptions, StoreOptions
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
-from ..parse import read_objective, read_plan, read_routing
-from ..remote import service
+from ..parse import read_objective
+from ..remote import read_plan, service
+from ..routing_split import solving_statistics, split_routing
+from ..run_comparison import BASELINE
 
 if TYPE_CHECKING:
     from ...placement.decide import Decision
@@ -54,12 +55,13 @@ def decide_command(
         typer.Option(
             "--deployment",
             metavar="NAME",
-            help="Have the service of --server judge one candidate against this deployment's plan in force, on its newest routing.",
+            help="Have the service of --server judge one candidate against this deployment's plan in force, on its "
+            "newest routing.",
             show_default=False,
             rich_help_panel=STORE,
         ),
     ] = None,
-    kept: Annotated[
+    record: Annotated[
         bool,
         typer.Option(
             "--record",
@@ -95,7 +97,8 @@ def decide_command(
     seed: Annotated[int, typer.Option("--seed", help="Decides the held-out part and every draw.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether a candidate is worth applying: its gain on held-out sequences, with an interval, against its migration.
+    """Say whether a candidate is worth applying: its gain on held-out sequences, with an interval, against its
+    migration.
 
     Held-out sequences are drawn again and again; the plan in force and the candidates replay the same draws. Keeping is
     the answer unless a gain is proven and pays the migration back within the horizon.
@@ -107,6 +110,7 @@ def decide_command(
     """
     from ...placement.decide import decide
     from ...placement.problem import Problem
+    from ...profiler.read import open_routing
     from ...solvers import solve
 
     if (routing is None) == (deployment is None):
@@ -114,22 +118,22 @@ def decide_command(
     names = [name.strip() for name in candidates.split(",") if name.strip()]
     plans = [read_plan(name, storage.db, remote.server) for name in names]
     if routing is None:
-        _asked_of_service(remote.server, str(deployment), plans, names, kept, as_json)
+        _asked_of_service(remote.server, str(deployment), plans, names, record, as_json)
         return
     with working("reading the routing") as update:
-        record = read_routing(routing)
-        parted = part(record, held_out, seed)
+        recording = open_routing(routing)
+        split = split_routing(recording, held_out, seed)
         problem = Problem(
             model=plans[0].model,
             topology=plans[0].topology,
-            statistics=solving_statistics(record, parted),
-            objective=read_objective(objective),
+            statistics=solving_statistics(recording, split),
+            objective=read_objective(objective, plans[0].provenance.engine),
         )
         in_force = solve(problem, BASELINE) if current == BASELINE else read_plan(current, storage.db, remote.server)
         decision = decide(
             in_force,
             plans,
-            parted.judged,
+            split.judged,
             problem,
             concurrency=decode,
             resamples=resamples,
@@ -138,22 +142,22 @@ def decide_command(
             seed=seed,
             progress=lambda news: update("replaying draws of the held-out sequences", news.fraction),
         )
-    emit(_data(decision, names), _table(decision, names, parted.description), as_json=as_json)
+    emit(_data(decision, names), _table(decision, names, split.description), as_json=as_json)
 
 
 def _asked_of_service(
-    server: str | None, deployment: str, plans: list[Plan], names: list[str], kept: bool, as_json: bool
+    server: str | None, deployment: str, plans: list[Plan], names: list[str], record: bool, as_json: bool
 ) -> None:
     if server is None or len(plans) != 1:
         raise typer.BadParameter("--deployment goes with --server, and with one candidate")
     with service(server) as client, working(f"asking {server}"):
-        result = client.wait(client.decide(deployment, client.add_plan(plans[0]).id, record=kept)).result or {}
+        result = client.wait(client.decide(deployment, client.add_plan(plans[0]).id, record=record)).result or {}
     rows = [{"candidate": names[0], **decision_row(result["figures"])}]
     answer = "KEEP the plan in force" if result["action"] == "keep" else f"APPLY {names[0]}"
-    told = [f"{answer}: {result['reason']}", f"Judged on the newest routing of {deployment!r}."]
-    if kept:
-        told.append(f"Decision {result['decision']}: {result['decision_state']}.")
-    emit({**result, "candidates": rows}, Table(COLUMNS, rows, footnotes=told), as_json=as_json)
+    footnotes = [f"{answer}: {result['reason']}", f"Judged on the newest routing of {deployment!r}."]
+    if record:
+        footnotes.append(f"Decision {result['decision']}: {result['decision_state']}.")
+    emit({**result, "candidates": rows}, Table(COLUMNS, rows, footnotes=footnotes), as_json=as_json)
 
 
 def decision_row(figures: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..comparison import Parted, compare, make_steps, part, solving_statistics
 from ..options import (
     JUDGING,
     AsJson,
@@ -20,13 +19,17 @@ from ..options import (
     StepOptions,
 )
 from ..output import emit, note, working
-from ..parse import Routing, read_objective, read_plan, read_routing
+from ..parse import read_objective
+from ..remote import read_plan
+from ..routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
+from ..run_comparison import compare
 from ..save import keep_evaluations
 from ..tables import binding_rows, binding_table, comparison_rows, comparison_tables
 from .compare import comparison_data
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
+    from ...profiler.read import Recording
 
 
 def evaluate_command(
@@ -51,30 +54,32 @@ def evaluate_command(
     """Replay held-out routing through a plan, beside the contiguous placement, and say what its layers wait for.
 
     With the plan's own seed and --held-out, the part judged on is the one its solver did not see.
-    With --server the plan may be one of a service's; it is judged here.
+    Replicas are chosen as the engine does that the plan was solved for (`moeplace solve --for`), unless
+    --replica-choice is given. With --server the plan may be one of a service's; it is judged here.
 
     Example:
 
       moeplace evaluate plan.json trace --decode 128 --prefill 4096
     """
     from ...placement.problem import Problem
+    from ...profiler.read import open_routing
 
     judged_plan = read_plan(plan, storage.db, remote.server)
     used_seed = judged_plan.provenance.seed if seed is None else seed
     with working("reading the routing") as update:
-        record = read_routing(routing)
-        parted = part(record, held_out, used_seed)
-        replayed = make_steps(parted.judged, steps, used_seed)
+        recording = open_routing(routing)
+        split = split_routing(recording, held_out, used_seed)
+        replayed = make_steps(split.judged, steps, used_seed)
         problem = Problem(
             model=judged_plan.model,
             topology=judged_plan.topology,
-            statistics=solving_statistics(record, parted),
-            objective=read_objective(objective),
+            statistics=solving_statistics(recording, split),
+            objective=read_objective(objective, judged_plan.provenance.engine),
             device_slots=judged_plan.slots_per_device.tolist(),
         )
         name = Path(plan).stem if plan.endswith(".json") else plan
-        comparison = compare(problem, parted, replayed, (), [(name, judged_plan)], 30.0, used_seed, update)
-    warn_when_seen(judged_plan, record, parted, problem.statistics.fingerprint)
+        comparison = compare(problem, split, replayed, (), [(name, judged_plan)], 30.0, used_seed, update)
+    warn_when_seen(judged_plan, recording, split, problem.statistics.fingerprint)
     rows = comparison_rows(comparison)
     if storage.store and remote.server is None:
         keep_evaluations(judged_plan, comparison.entries[-1].evaluations, replayed, storage.db)
@@ -85,7 +90,7 @@ def evaluate_command(
     emit(data, *comparison_tables(comparison, rows), *tables, as_json=as_json)
 
 
-def warn_when_seen(plan: Plan, routing: Routing, parted: Parted, train_fingerprint: str) -> None:
+def warn_when_seen(plan: Plan, recording: Recording, split: RoutingSplit, train_fingerprint: str) -> None:
     """Says so when the plan was solved on what it is judged on."""
     from ...placement.statistics import RoutingStatistics
 
@@ -93,9 +98,9 @@ def warn_when_seen(plan: Plan, routing: Routing, parted: Parted, train_fingerpri
     if not solved_on:
         return
     if solved_on == train_fingerprint:
-        seen = not parted.is_held_out
+        seen = not split.is_held_out
     else:
-        whole = routing.statistics or RoutingStatistics.from_trace(routing.tokens)
+        whole = RoutingStatistics.from_trace(recording.trace) if recording.is_trace else recording.statistics()
         seen = solved_on == whole.fingerprint
     if seen:
         note("warning: the plan was solved on all of this routing, so these figures flatter it")

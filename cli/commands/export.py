@@ -10,8 +10,8 @@ import typer
 
 from ..options import AsJson, KeepOptions, PlanReference, ServerOptions
 from ..output import emit, pairs
-from ..parse import read_plan, whole_numbers
-from ..remote import service
+from ..parse import whole_numbers
+from ..remote import read_plan, service
 from ..save import keep_export
 
 
@@ -63,7 +63,8 @@ def export_command(
     """Write a plan for a serving engine, and say how to start the engine with it.
 
     The engine's limits (equal slots a rank, equal shares, ...) are checked first.
-    Engines without a way to take a plan deal experts to ranks in order: `moeplace permute` writes a checkpoint for those.
+    Engines without a way to take a plan deal experts to ranks in order: `moeplace permute` writes a checkpoint for
+    those.
 
     Example:
 
@@ -73,8 +74,8 @@ def export_command(
     """
     from ...runtime.exporters import engine_usage, export_plan
 
-    given = {"hidden_layers": hidden_layers, "extra_layers": whole_numbers("--extra-layers", extra_layers)}
-    options = {option: value for option, value in given.items() if value is not None}
+    engine_options = {"hidden_layers": hidden_layers, "extra_layers": whole_numbers("--extra-layers", extra_layers)}
+    options = {option: value for option, value in engine_options.items() if value is not None}
     if remote.server is None:
         exported = read_plan(plan, storage.db)
     else:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ...placement.errors import InputError
 from ..options import STORE, AsJson, KeepOptions, ServerOptions
 from ..output import Table, count, emit, pairs, working
-from ..parse import Routing, read_routing, whole_numbers
+from ..parse import reader_defaults, whole_numbers
 from ..remote import send_record
-from ..save import keep_statistics
-
-if TYPE_CHECKING:
-    from ...placement.model import ModelSpec
+from ..save import keep_statistics, save_recording
 
 
 class Kind(StrEnum):
@@ -69,7 +65,8 @@ class ReadOptions:
         typer.Option(
             "--assignments",
             metavar="FILE",
-            help="TensorRT-LLM's statistics of a run with a load balancer count slots: its YAML, for the expert in each.",
+            help="TensorRT-LLM's statistics of a run with a load balancer count slots: its YAML, for the expert in "
+            "each.",
             show_default=False,
             rich_help_panel=READING,
         ),
@@ -97,15 +94,15 @@ class ReadOptions:
         ),
     ] = None
 
-    def given(self) -> dict[str, Any]:
-        """The options that were given, as readers take them."""
+    def options(self) -> dict[str, Any]:
+        """What was said, as readers take it."""
         from ...runtime.exporters.trtllm import read_assignments
 
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        found["kind"] = None if self.kind is None else self.kind.value
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["kind"] = None if self.kind is None else self.kind.value
         if self.assignments is not None:
-            found["assignments"] = read_assignments(self.assignments)
-        return {name: value for name, value in found.items() if value is not None}
+            values["assignments"] = read_assignments(self.assignments)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def import_command(
@@ -129,7 +126,8 @@ def import_command(
         typer.Option(
             "--deployment",
             metavar="NAME",
-            help="A deployment of the service of --server: a trace is uploaded to it, the windows of a record of counts are pushed.",
+            help="A deployment of the service of --server: a trace is uploaded to it, the windows of a record of "
+            "counts are pushed.",
             show_default=False,
             rich_help_panel=STORE,
         ),
@@ -162,8 +160,8 @@ def import_command(
 
     What it is is found by content, not by name:
     a trace of this project (Parquet) or its statistics (.npz);
-    SGLang's expert distribution records (stat, stat_approx, per_pass, per_token), a file or a folder of the ranks' files;
-    routed experts that vLLM or SGLang return (.npy, .npz, or responses as JSON);
+    SGLang's expert distribution records (stat, stat_approx, per_pass, per_token), a file or a folder of the ranks'
+    files; routed experts that vLLM or SGLang return (.npy, .npz, or responses as JSON);
     TensorRT-LLM's expert statistics (a folder); Megatron-LM's router traces (.jsonl, or a folder of the ranks' files);
     load histories of the ADRS benchmark (.json); ExFlow's trace.npy.
 
@@ -174,41 +172,28 @@ def import_command(
       moeplace import expert_statistics --assignments load_balancer.yaml --moe-layers 3-60 --out counts.npz
       moeplace import history.json --server http://plans:8311 --deployment chat
     """
-    from ...placement.model import ModelSpec, hidden_layers
-    from ...placement.statistics import RoutingStatistics
-    from ...profiler.statistics_file import write_statistics
-    from ...profiler.trace_files import write_trace
+    from ...placement.model import ModelSpec
+    from ...profiler.read import open_routing
 
     if out is None and remote.server is None:
         raise typer.BadParameter("the record would go nowhere: give --out, or --server")
     if deployment is not None and remote.server is None:
         raise typer.BadParameter("--deployment is of the service of --server")
     spec = None if model is None else ModelSpec.from_config(model)
-    known: dict[str, Any] = {}
-    if spec is not None:
-        known = {"num_experts": spec.experts, "top_k": spec.top_k, "layers": hidden_layers(model)}
-    sent: str | None = None
+    sent = stored = None
     with working(f"reading {source}") as update:
-        record = read_routing(source, reading.given(), known)
-        spec = record.model if spec is None else spec
-        record = renumbered(record, spec, whole_numbers("--moe-layers", moe_layers))
-        if record.trace is not None:
-            if out is not None:
-                write_trace(record.trace, out, model=record.model)
-            statistics = RoutingStatistics.from_trace(record.trace)
-        else:
-            assert record.statistics is not None
-            statistics = record.statistics
-            if out is not None:
-                write_statistics(statistics, out)
-        stored = None
+        recording = open_routing(source, defaults=reader_defaults(model), **reading.options())
+        recording = recording.of_model(spec or recording.model, whole_numbers("--moe-layers", moe_layers))
+        statistics = recording.statistics()
+        if out is not None:
+            save_recording(recording, out)
         if remote.server is not None:
             update("sending", None)
-            sent = send_record(remote.server, record, statistics, deployment)
+            sent = send_record(remote.server, recording, statistics, deployment)
         elif storage.store:
             stored = keep_statistics(statistics, storage.db, name)
     data: dict[str, Any] = {
-        "kind": "statistics" if record.trace is None else "trace",
+        "kind": "trace" if recording.is_trace else "statistics",
         "file": None if out is None else str(out),
         "tokens": statistics.tokens,
         "experts": statistics.experts,
@@ -220,38 +205,6 @@ def import_command(
         "sent": sent,
     }
     emit(data, _table(data), as_json=as_json)
-
-
-def renumbered(record: Routing, spec: ModelSpec | None, moe_layers: list[int] | None = None) -> Routing:
-    """The record with the model, and with the layer numbers given, or else the model's.
-
-    Raises:
-        InputError: the record is of another model, or has another number of layers than are given.
-    """
-    shape = record.shape
-    if moe_layers is not None:
-        numbers = tuple(sorted(set(moe_layers)))
-        if len(numbers) != shape["layers"] or len(moe_layers) != len(numbers):
-            raise InputError(
-                f"--moe-layers names {len(numbers)} layers, {record.path} has {shape['layers']} in which experts were chosen"
-            )
-    elif spec is None:
-        return record
-    else:
-        numbers = spec.moe_layers
-    if spec is not None:
-        spec = spec if moe_layers is None else spec.replace(layers=len(numbers), moe_layers=numbers)
-        for field in ("layers", "experts", "top_k"):
-            if shape.get(field, getattr(spec, field)) != getattr(spec, field):
-                raise InputError(
-                    f"{record.path} is of another model: {field} is {shape[field]}, the model's is {getattr(spec, field)}"
-                )
-    return replace(
-        record,
-        model=spec,
-        trace=None if record.trace is None else replace(record.trace, moe_layers=numbers),
-        statistics=None if record.statistics is None else replace(record.statistics, moe_layers=numbers),
-    )
 
 
 def _table(data: dict[str, Any]) -> Table:

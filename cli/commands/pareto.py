@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparison import Parted, make_steps, part, solving_statistics
 from ..options import (
     SOLVING,
     STORE,
@@ -24,17 +23,9 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note, working
-from ..parse import (
-    SolverChoice,
-    read_model,
-    read_objective,
-    read_plan,
-    read_routing,
-    read_size,
-    read_topology,
-    split_list,
-)
-from ..remote import Study, service, sweep_remotely
+from ..parse import SolverChoice, read_model, read_objective, read_size, read_topology, reader_defaults, split_list
+from ..remote import Study, read_plan, service, sweep_remotely
+from ..routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
 from ..save import keep_judged_plans
 from ..tables import pareto_table
 
@@ -61,7 +52,8 @@ def pareto_command(
         typer.Option(
             "--redundant",
             metavar="N,...",
-            help="Slots a layer beyond one an expert. Default: 0, 1/8, 1/4, 1/2 and 1 an expert, as far as memory goes.",
+            help="Slots a layer beyond one an expert. Default: 0, 1/8, 1/4, 1/2 and 1 an expert, as far as memory "
+            "goes.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -124,8 +116,9 @@ def pareto_command(
 ) -> None:
     """Show what shorter steps cost: the front of step time, memory, bytes moved and survivable failures.
 
-    Solves once for each number of redundant slots, kind of failures to survive and limit of bytes moved, judges all plans on the same
-    held-out steps, and marks those that no other beats in everything. Ctrl-C ends the sweep and keeps what is finished.
+    Solves once for each number of redundant slots, kind of failures to survive and limit of bytes moved, judges all
+    plans on the same held-out steps, and marks those that no other beats in everything. Ctrl-C ends the sweep and keeps
+    what is finished.
 
     Example:
 
@@ -133,6 +126,7 @@ def pareto_command(
       moeplace pareto trace --topology h100-hgx --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
+    from ...profiler.read import open_routing
     from ...solvers.pareto import pareto
 
     if len(steps.kinds) > 1:
@@ -149,36 +143,36 @@ def pareto_command(
     cluster, goal = read_topology(topology), read_objective(objective)
     in_force = None if current is None else read_plan(current, storage.db, remote.server)
     with working("reading the routing") as update:
-        record = read_routing(routing)
-        parted = part(record, held_out, seed)
+        recording = open_routing(routing, defaults=reader_defaults(model.model))
+        split = split_routing(recording, held_out, seed)
         problem = Problem(
-            model=read_model(model, record),
+            model=read_model(model, recording),
             topology=cluster,
-            statistics=solving_statistics(record, parted),
+            statistics=solving_statistics(recording, split),
             objective=goal,
         )
         if remote.server is not None:
-            found = sweep_remotely(
+            answer = sweep_remotely(
                 remote.server,
                 problem,
-                Study(parted, steps, choice, seconds, seed),
+                Study(split, steps, choice, seconds, seed),
                 in_force,
                 counts,
                 kinds,
                 limits,
                 update,
             )
-            data = found | {"held_out": parted.description}
+            data = answer | {"held_out": split.description}
             files = [] if out is None else fetch_front(remote.server, data, out)
             for point, file in zip(data["points"], files, strict=False):
                 point["file"] = str(file)
             emit(
                 data,
-                pareto_table(data, f"{data['steps']}. {parted.description}. Step times are predicted."),
+                pareto_table(data, f"{data['steps']}. {split.description}. Step times are predicted."),
                 as_json=as_json,
             )
             return
-        ((kind, replayed),) = make_steps(parted.judged, steps, seed).items()
+        ((kind, replayed),) = make_steps(split.judged, steps, seed).items()
         front = pareto(
             problem,
             replayed,
@@ -193,13 +187,13 @@ def pareto_command(
             progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),
         )
         update("keeping the plans", None)
-        files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", parted, out)
+        files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", split, out)
         judged = [(point.plan, {kind: point.evaluation}) for point in front.points]
         stored = keep_judged_plans(judged, problem.statistics, {kind: replayed}, storage.db) if storage.store else []
     if front.interrupted:
         note("interrupted: these are the points finished by then")
-    data = front.to_dict(files, stored) | {"steps": kind, "held_out": parted.description}
-    described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
+    data = front.to_dict(files, stored) | {"steps": kind, "held_out": split.description}
+    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times are predicted."
     emit(data, pareto_table(data, described), as_json=as_json)
 
 
@@ -219,7 +213,7 @@ def fetch_front(server: str, data: Mapping[str, Any], folder: Path) -> list[Path
     return files
 
 
-def save_front(front: Front, problem: Problem, steps: str, parted: Parted, folder: Path) -> list[Path]:
+def save_front(front: Front, problem: Problem, steps: str, split: RoutingSplit, folder: Path) -> list[Path]:
     """Writes each point's plan, numbered in their order, and the page of plots; returns the plans' files."""
     from ..report.front import build_front_page, write_front_page
 
@@ -227,7 +221,7 @@ def save_front(front: Front, problem: Problem, steps: str, parted: Parted, folde
     for number, point in enumerate(front.points):
         files.append(plan_file(folder, number, point.name))
         point.plan.save(files[-1])
-    write_front_page(build_front_page(front, problem, steps, parted.description), folder / PAGE)
+    write_front_page(build_front_page(front, problem, steps, split.description), folder / PAGE)
     note(f"wrote {len(files)} plans and {folder / PAGE}")
     return files
 

@@ -9,7 +9,7 @@ import typer
 
 from ..options import AsJson, KeepOptions
 from ..output import emit, pairs, working
-from ..parse import read_plan
+from ..remote import read_plan
 from ..save import keep_export
 
 

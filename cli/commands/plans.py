@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..grouping import grouped
-from ..options import AsJson, ServerOptions, StoreOptions
+from ..options import AsJson, ServerOptions, StoreOptions, grouped
 from ..output import Column, Table, emit, figure, milliseconds, note, number, percent
 from ..remote import service
 from .solve import plan_summary, summary_table
@@ -67,8 +66,8 @@ def list_command(
     """
     if remote.server is not None:
         with service(remote.server) as client:
-            found = itertools.islice(client.plans(model=model, solver=solver), limit)
-            rows = [_remote_row(view) for view in found]
+            views = itertools.islice(client.plans(model=model, solver=solver), limit)
+            rows = [_remote_row(view) for view in views]
     else:
         from ...db import Store
 

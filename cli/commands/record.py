@@ -12,8 +12,8 @@ import typer
 from ...placement.errors import InputError
 from ..options import AsJson
 from ..output import count, emit, note, pairs, working
-from ..parse import Routing
-from .import_routing import renumbered
+from ..parse import reader_defaults
+from ..save import save_recording
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RECORDER, REQUESTS = "SGLang's recorder", "Requests"
 
 
-class Kept(StrEnum):
+class RecordMode(StrEnum):
     tokens = "tokens"
     counts = "counts"
 
@@ -58,7 +58,8 @@ def record_command(
         typer.Option(
             "--model",
             metavar="PATH",
-            help="Transformers config.json of the served model, or its folder: kept in the trace, with its layers' numbers.",
+            help="Transformers config.json of the served model, or its folder: kept in the trace, with its layers' "
+            "numbers.",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +77,7 @@ def record_command(
         float, typer.Option("--timeout", metavar="S", min=0.01, help="Seconds to wait for an answer, or for files.")
     ] = 300.0,
     mode: Annotated[
-        Kept | None,
+        RecordMode | None,
         typer.Option(
             "--mode",
             metavar="tokens|counts",
@@ -147,14 +148,13 @@ def record_command(
         data, record = _requests(
             server, "sglang" if sglang else "vllm", prompts, seconds, max_tokens, concurrency, model
         )
-    kept = _kept(record, out, model)
-    data = {**data, **kept}
+    data |= _save(record, out, model)
     shown = {**data, "tokens": count(data["tokens"]) if data["tokens"] else None}
     emit(data, pairs(shown), as_json=as_json)
 
 
 def _recorder(
-    server: EngineServer, seconds: float, folder: Path | None, mode: Kept | None
+    server: EngineServer, seconds: float, folder: Path | None, mode: RecordMode | None
 ) -> tuple[dict[str, Any], RoutingTrace | RoutingStatistics]:
     from ...profiler.engine_servers import record_sglang, recorder_folder
 
@@ -181,53 +181,42 @@ def _requests(
     concurrency: int,
     model: Path | None,
 ) -> tuple[dict[str, Any], RoutingTrace]:
-    from ...placement.model import ModelSpec, hidden_layers
     from ...profiler.engine_servers import read_requests, record_requests
     from ...profiler.readers.routed_experts import read_routed_experts
 
-    known: dict[str, Any] = {}
-    if model is not None:
-        spec = ModelSpec.from_config(model)
-        known = {"num_experts": spec.experts, "top_k": spec.top_k, "layers": hidden_layers(model)}
-    with tempfile.TemporaryDirectory() as scratch, working(f"asking {server.url}") as update:
-        path = Path(scratch) / "answers.jsonl"
-        with path.open("w", encoding="utf-8") as out:
-            told = record_requests(
-                server,
-                engine,
-                read_requests(prompts),
-                out,
-                max_tokens=max_tokens,
-                seconds=seconds,
-                concurrency=concurrency,
-                progress=lambda answers: update(f"asking {server.url}: {answers:,} answers", None),
-            )
+    with tempfile.TemporaryFile() as file, working(f"asking {server.url}") as update:
+        answers = record_requests(
+            server,
+            engine,
+            read_requests(prompts),
+            file,
+            max_tokens=max_tokens,
+            seconds=seconds,
+            concurrency=concurrency,
+            progress=lambda count: update(f"asking {server.url}: {count:,} answers", None),
+        )
         try:
-            trace = read_routed_experts(path, **known)
+            trace = read_routed_experts(file, **reader_defaults(model))
         except InputError as error:
             hint = "" if model is not None else "; give --model"
-            raise InputError(f"answers of {server.url}: {str(error).removeprefix(f'{path}: ')}{hint}") from None
-    if told.failed:
-        note(f"note: {told.failed} of {told.answered + told.failed} requests were refused, first {told.first_failure}")
-    return {"engine": engine, "mode": "requests", "answered": told.answered, "refused": told.failed}, trace
+            raise InputError(f"answers of {server.url}: {str(error).removeprefix('file: ')}{hint}") from None
+    if answers.failed:
+        sent = answers.answered + answers.failed
+        note(f"note: {answers.failed} of {sent} requests were refused, first {answers.first_failure}")
+    return {"engine": engine, "mode": "requests", "answered": answers.answered, "refused": answers.failed}, trace
 
 
-def _kept(record: RoutingTrace | RoutingStatistics, out: Path, model: Path | None) -> dict[str, Any]:
+def _save(record: RoutingTrace | RoutingStatistics, out: Path, model: Path | None) -> dict[str, Any]:
     """Writes the record, and says what it is."""
     from ...placement.model import ModelSpec
-    from ...placement.trace import RoutingTrace
-    from ...profiler.statistics_file import write_statistics
-    from ...profiler.trace_files import write_trace
+    from ...profiler.read import Recording
 
-    spec = None if model is None else ModelSpec.from_config(model)
-    if isinstance(record, RoutingTrace):
-        found = renumbered(Routing(out, record, None), spec)
-        assert found.trace is not None
-        write_trace(found.trace, out, model=spec)
-        kind, tokens, experts, layers = "trace", record.num_tokens, record.num_experts, found.trace.moe_layers
-    else:
-        found = renumbered(Routing(out, None, record), spec)
-        assert found.statistics is not None
-        write_statistics(found.statistics, out)
-        kind, tokens, experts, layers = "statistics", record.tokens, record.experts, found.statistics.moe_layers
-    return {"kind": kind, "file": str(out), "tokens": tokens, "experts": experts, "moe_layers": list(layers)}
+    recording = Recording.of(record, out).of_model(None if model is None else ModelSpec.from_config(model))
+    save_recording(recording, out)
+    return {
+        "kind": "trace" if recording.is_trace else "statistics",
+        "file": str(out),
+        "tokens": recording.trace.num_tokens if recording.is_trace else recording.statistics().tokens,
+        "experts": recording.header.num_experts,
+        "moe_layers": list(recording.header.moe_layers),
+    }

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from ..comparison import Comparison, Request, run_comparison
 from ..options import (
     AsJson,
     HeldOutOptions,
@@ -24,6 +23,7 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note
+from ..run_comparison import Comparison, run_comparison
 from ..tables import comparison_rows, comparison_tables
 from .compare import Plans, Solvers, comparison_data
 
@@ -69,7 +69,17 @@ def report_command(
     from ..report.page import write_page
 
     comparison = run_comparison(
-        Request(routing, model, topology, objective, held_out, steps, solving, storage, solvers, plans, seed)
+        routing,
+        model=model,
+        topology=topology,
+        objective=objective,
+        held_out=held_out,
+        steps=steps,
+        solving=solving,
+        storage=storage,
+        solvers=solvers,
+        plans=plans,
+        seed=seed,
     )
     write_page(build_report(comparison, before, after, provenance(comparison, routing)), output)
     note(f"wrote {output}")
@@ -81,17 +91,17 @@ def provenance(comparison: Comparison, routing: Path) -> list[tuple[str, str]]:
     """Where the figures come from, by name."""
     from ...placement.version import __version__
 
-    problem, parted = comparison.problem, comparison.parted
+    problem, split = comparison.problem, comparison.split
     solved = [
         f"{entry.name} (seed {entry.plan.provenance.seed}, {entry.plan.provenance.stop})"
         for entry in comparison.entries
         if entry.plan is not None
     ]
     return [
-        ("Routing", f"{routing}: {parted.train.num_tokens:,} tokens solved on, {parted.judged.num_tokens:,} judged on"),
+        ("Routing", f"{routing}: {split.train.num_tokens:,} tokens solved on, {split.judged.num_tokens:,} judged on"),
         ("Solved on", f"SHA-256 {problem.statistics.fingerprint}"),
-        ("Judged on", f"SHA-256 {parted.judged.fingerprint}"),
-        ("Split", parted.description),
+        ("Judged on", f"SHA-256 {split.judged.fingerprint}"),
+        ("Split", split.description),
         ("Steps", ", ".join(f"{steps.num_steps} of {kind}" for kind, steps in comparison.steps.items())),
         ("Objective", ", ".join(f"{key} {value}" for key, value in problem.objective.model_dump().items())),
         ("Plans", ", ".join(solved)),

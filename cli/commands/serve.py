@@ -37,8 +37,8 @@ def serve_command(
         typer.Option(
             "--traces",
             metavar="URL|FOLDER",
-            help="Where uploaded traces are kept: a folder, or an address that fsspec opens (s3://bucket/prefix). Default: the "
-            "database. Workers on other machines must reach it too.",
+            help="Where uploaded traces are kept: a folder, or an address that fsspec opens (s3://bucket/prefix). "
+            "Default: the database. Workers on other machines must reach it too.",
             envvar="MOEPLACE_TRACES",
             show_default=False,
             rich_help_panel=STORE,
@@ -49,8 +49,8 @@ def serve_command(
         typer.Option(
             "--recorder",
             metavar="NAME=DIR",
-            help="A folder that engines' recorders write to, as this machine sees it, under the name by which deployments "
-            "choose it; may be given again. Without any, engines are not asked.",
+            help="A folder that engines' recorders write to, as this machine sees it, under the name by which "
+            "deployments choose it; may be given again. Without any, engines are not asked.",
             show_default=False,
             rich_help_panel=WORK,
         ),
@@ -60,8 +60,8 @@ def serve_command(
         typer.Option(
             "--workers",
             metavar="N|RAY",
-            help="Processes that solve; 0 leaves it to other servers. Or a Ray cluster that does: ray://HOST:PORT, ray for the "
-            "one this machine is part of, ray:local for one of this machine alone.",
+            help="Processes that solve; 0 leaves it to other servers. Or a Ray cluster that does: ray://HOST:PORT, "
+            "ray for the one this machine is part of, ray:local for one of this machine alone.",
             rich_help_panel=WORK,
         ),
     ] = "1",
@@ -133,12 +133,12 @@ def serve_command(
     serve(settings)
 
 
-def recorders(given: list[str]) -> dict[str, Path]:
+def recorders(entries: list[str]) -> dict[str, Path]:
     """Recorder folders by name."""
     from ...service.polling import recorder_folders
 
     named = {}
-    for entry in given:
+    for entry in entries:
         name, equals, folder = entry.partition("=")
         if not (name and equals and folder):
             raise typer.BadParameter(f"--recorder {entry!r} is not NAME=DIR")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from ..options import (
     STORE,
     AsJson,
     BatchOptions,
+    Engine,
     HeldOutOptions,
     KeepOptions,
     ModelOptions,
@@ -22,19 +24,23 @@ from ..options import (
     SolveOptions,
     TopologyOptions,
 )
-from ..output import Table, emit, note, pairs, percent, quantity, seconds, solve_listener, working
-from ..parse import SolverChoice, read_model, read_objective, read_plan, read_size, read_slots, read_topology
-from ..remote import solve_remotely
+from ..output import Table, emit, milliseconds, note, pairs, percent, quantity, seconds, solve_listener, working
+from ..parse import SolverChoice, read_model, read_objective, read_size, read_slots, read_topology
+from ..remote import read_plan, solve_remotely
 from ..routing_split import training_statistics
+from ..run_comparison import BASELINE
 from ..save import keep_plan
 from ..tables import binding_rows, binding_table
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
     from ...placement.problem import Problem
+    from ...placement.steps import Steps
 
-WAIT_TOKENS = 16_384
-"""Tokens replayed to say what a new plan's layers wait for."""
+REPLAYED_TOKENS = 16_384
+"""Tokens replayed to say what a new plan costs and what its layers wait for."""
+PREFILL_TOKENS = 4096
+"""Of the prefill steps that are looked at beside an assumed batch."""
 
 
 def solve_command(
@@ -69,23 +75,14 @@ def solve_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            "--for",
-            metavar="ENGINE",
-            help="Solve within what an engine can run: sglang, vllm, vllm-ascend, trtllm, or permute (a permuted "
-            "checkpoint). Where --slots is not given, the fewest it can run.",
-            show_default=False,
-            rich_help_panel=SOLVING,
-        ),
-    ] = None,
+    engine: Engine = None,
     current: Annotated[
         str | None,
         typer.Option(
             "--current",
             metavar="PLAN",
-            help="The plan in force, a file or a stored plan's name or id: where search starts, and what --max-moved counts from.",
+            help="The plan in force, a file or a stored plan's name or id: where search starts, and what --max-moved "
+            "counts from.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -139,9 +136,9 @@ def solve_command(
     cluster, goal = read_topology(topology), read_objective(objective, engine)
     in_force = None if current is None else read_plan(current, storage.db)
     with working("counting the routing") as update:
-        record, statistics, used = training_statistics(routing, held_out, seed, update)
+        recording, statistics, used = training_statistics(routing, model, held_out, seed, update)
         problem = Problem(
-            model=read_model(model, record),
+            model=read_model(model, recording),
             topology=cluster,
             statistics=statistics,
             objective=goal,
@@ -167,11 +164,14 @@ def solve_command(
             )
         if engine is not None:
             check_plan_for(plan, engine)
+            plan = replace(plan, provenance=replace(plan.provenance, engine=engine))
     if output is not None:
         plan.save(output)
     if remote.server is None and storage.store:
         stored = keep_plan(plan, statistics, storage.db, name)
     note(used)
+    if batch.is_assumed and "step_tokens" in plan.provenance.options:
+        note(_assumed(plan, problem, batch, seed))
     moved = None if in_force is None else migration(in_force, plan)
     summary = {
         **plan_summary(plan),
@@ -185,16 +185,43 @@ def solve_command(
     emit({**summary, "binding": waits}, summary_table(summary), *tables, as_json=as_json)
 
 
+def _assumed(plan: Plan, problem: Problem, batch: BatchOptions, seed: int) -> str:
+    """What the search assumed of the steps, and what its plan does in others, on routing it may have seen."""
+    from ...placement.evaluate import evaluate
+    from ...solvers import solve
+
+    ((kind, tokens),) = batch.kinds.items()
+    said = (
+        f"warning: solver {plan.provenance.solver} assumed {kind} steps of {tokens} tokens; say what the deployment "
+        "runs with --decode N or --prefill N"
+    )
+    contiguous = solve(problem, BASELINE)
+    predicted = []
+    for name, size in ((kind, tokens), ("prefill", PREFILL_TOKENS)):
+        steps = _training_steps(problem, name, size, seed)
+        if steps is not None:
+            ours, theirs = (evaluate(each, steps, problem).step_seconds.mean() for each in (plan, contiguous))
+            predicted.append(
+                f"{name} steps of {size:,}: {milliseconds(ours)} ms, {ours / theirs:.3f} of the {BASELINE} plan's"
+            )
+    return f"{said}. Predicted on the training part: {'; '.join(predicted)}" if predicted else said
+
+
 def _waits(plan: Plan, problem: Problem, batch: BatchOptions, seed: int) -> list[dict[str, Any]] | None:
     """Rows of what binds on steps the solver may have seen; None when there are counts only."""
     from ...placement.evaluate import evaluate
 
-    sample, (kind, tokens) = problem.statistics.sample, next(iter(batch.kinds.items()))
+    steps = _training_steps(problem, *next(iter(batch.kinds.items())), seed)
+    return None if steps is None else binding_rows(evaluate(plan, steps, problem), plan.moe_layers)
+
+
+def _training_steps(problem: Problem, kind: str, tokens: int, seed: int) -> Steps | None:
+    sample = problem.statistics.sample
     if sample is None or sample.num_tokens < tokens:
         return None
-    count = max(4, min(64, WAIT_TOKENS // tokens))
+    count = max(4, min(64, REPLAYED_TOKENS // tokens))
     draw = sample.decode_steps if kind == "decode" else sample.prefill_steps
-    return binding_rows(evaluate(plan, draw(tokens, count, seed), problem), plan.moe_layers)
+    return draw(tokens, count, seed)
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -204,6 +231,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "solver": provenance.solver,
         "choice": provenance.choice or None,
         "options": provenance.options,
+        "engine": provenance.engine or None,
         "seed": provenance.seed,
         "model": plan.model.name or None,
         "layers": plan.model.layers,
@@ -236,6 +264,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "solver": summary["solver"]
         + "".join(f" {key}={value}" for key, value in summary["options"].items() if key != "seconds"),
         "chosen because": summary["choice"],
+        "for engine": summary["engine"],
         "placement": f"{summary['layers']} layers of {summary['experts']} experts in "
         f"{spanned(np.array(summary['layer_slots']))} slots on "
         f"{summary['devices']} devices in {summary['nodes']} nodes ({summary['topology']})",
@@ -250,7 +279,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "file": summary.get("file"),
         "stored as": summary.get("stored_as"),
     }
-    rarely = ("chosen because", "moved")
+    rarely = ("chosen because", "for engine", "moved")
     return pairs({name: value for name, value in shown.items() if value is not None or name not in rarely})
 
 

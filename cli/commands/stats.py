@@ -9,8 +9,7 @@ import typer
 
 from ..options import AsJson, RoutingPath
 from ..output import Column, Table, count, emit, note, number, percent, working
-from ..parse import existing, read_routing
-from ..routing_split import count_parquet
+from ..routing_split import counted
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics
@@ -36,28 +35,16 @@ def stats_command(
 
       moeplace stats trace -o statistics.npz
     """
-    with working("counting") as update:
-        statistics = read_statistics(routing, sample_tokens, update)
-    if output is not None:
-        from ...profiler.statistics_file import write_statistics
+    from ...profiler.read import open_routing
+    from ...profiler.statistics_file import write_statistics
 
+    with working("counting") as update:
+        statistics = counted(open_routing(routing), update, sample_tokens)
+    if output is not None:
         write_statistics(statistics, output)
         note(f"wrote {output}")
     data = describe(statistics)
     emit(data, *_tables(data), as_json=as_json)
-
-
-def read_statistics(path: Path, sample_tokens: int, update: Any) -> RoutingStatistics:
-    """Statistics of any record."""
-    from ...placement.statistics import RoutingStatistics
-    from ...profiler.trace_files import is_trace
-
-    if is_trace(existing(path)):
-        return count_parquet(path, update, sample_tokens)
-    record = read_routing(path)
-    if record.statistics is not None:
-        return record.statistics
-    return RoutingStatistics.from_trace(record.tokens, sample_tokens)
 
 
 def describe(statistics: RoutingStatistics) -> dict[str, Any]:

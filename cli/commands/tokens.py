@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..grouping import grouped
-from ..options import AsJson, StoreOptions
+from ..options import AsJson, StoreOptions, grouped
 from ..output import Column, Table, emit, note
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..grouping import grouped
-from ..options import AsJson, TopologyOptions
+from ..options import AsJson, TopologyOptions, grouped
 from ..output import Column, Table, emit, note, quantity
 from ..parse import read_topology
 

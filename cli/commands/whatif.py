@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..comparison import make_steps, part, solving_statistics
+from ...placement.errors import UnsupportedError
 from ..options import (
     CLUSTER,
     SOLVING,
     AsJson,
+    Engine,
     HeldOutOptions,
     ObjectiveOptions,
     PlanReference,
@@ -23,13 +25,15 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import emit, note, working
-from ..parse import SolverChoice, read_objective, read_plan, read_routing, read_size, read_slots, read_topology
-from ..remote import Study, service, what_if_remotely
+from ..parse import SolverChoice, read_objective, read_size, read_slots, read_topology
+from ..remote import Study, read_plan, service, what_if_remotely
+from ..routing_split import make_steps, solving_statistics, split_routing
 from ..tables import what_if_table
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
-    from ...solvers.what_if import Outcome, WhatIf
+    from ...placement.problem import Problem
+    from ...solvers.what_if import Change, Outcome, WhatIf
 
 
 def whatif_command(
@@ -139,6 +143,7 @@ def whatif_command(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
     ] = 10.0,
+    engine: Engine = None,
     seed: Seed = 0,
     out: Annotated[
         Path | None,
@@ -161,35 +166,40 @@ def whatif_command(
       moeplace whatif production trace --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
+    from ...profiler.read import open_routing
     from ...solvers.what_if import parse_changes, what_if
 
     if remote.server is not None and solver is None:
         raise typer.BadParameter("a service is told which solver to use: give --solver")
     if len(steps.kinds) > 1:
         raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
+    if remote.server is not None and engine is not None:
+        raise typer.BadParameter("a service is not told of an engine: leave out --for, or --server")
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     current = read_plan(plan, storage.db, remote.server)
     asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
     changes = parse_changes(current.topology, **asked)
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
-        record = read_routing(routing)
-        parted = part(record, held_out, seed)
+        recording = open_routing(routing)
+        split = split_routing(recording, held_out, seed)
         problem = Problem(
             model=current.model,
             topology=current.topology,
-            statistics=solving_statistics(record, parted),
-            objective=read_objective(objective),
+            statistics=solving_statistics(recording, split),
+            objective=read_objective(objective, engine or current.provenance.engine),
         )
         if remote.server is not None:
-            study = Study(parted, steps, choice, seconds, seed)
+            study = Study(split, steps, choice, seconds, seed)
             data = what_if_remotely(remote.server, current, problem, study, asked, ready, most_moved, update)
             if out is not None:
                 fetch_plans(remote.server, data, out)
-            told = f"{data['steps']}. {parted.description}. Step times are predicted."
-            emit(data | {"held_out": parted.description}, what_if_table(data, told), as_json=as_json)
+            described = f"{data['steps']}. {split.description}. Step times are predicted."
+            emit(data | {"held_out": split.description}, what_if_table(data, described), as_json=as_json)
             return
-        ((kind, replayed),) = make_steps(parted.judged, steps, seed).items()
+        if engine is not None:
+            changes = [for_engine(change, current, problem, engine) for change in changes]
+        ((kind, replayed),) = make_steps(split.judged, steps, seed).items()
         result = what_if(
             current,
             problem,
@@ -207,14 +217,14 @@ def whatif_command(
         note(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")
     files = {} if out is None else save_plans(result, out)
 
-    def about(outcome: Outcome, kept: str, _: Plan) -> dict[str, str | None]:
-        file = files.get(outcome.change.name, {}).get(kept)
+    def about(outcome: Outcome, kind_of_plan: str, _: Plan) -> dict[str, str | None]:
+        file = files.get(outcome.change.name, {}).get(kind_of_plan)
         return {"file": None if file is None else str(file)}
 
     data = result.to_dict(about)
-    described = f"{kind}: {replayed.num_steps} steps. {parted.description}. Step times are predicted."
+    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times are predicted."
     emit(
-        data | {"steps": kind, "held_out": parted.description},
+        data | {"steps": kind, "held_out": split.description},
         what_if_table(data, described),
         as_json=as_json,
     )
@@ -245,6 +255,35 @@ def asked_changes(
         "topology": other,
         "slots": slots,
     }
+
+
+def for_engine(change: Change, plan: Plan, problem: Problem, engine: str) -> Change:
+    """The change with slots that the engine can run, where it does not say how many: those a device has now, or the
+    fewest.
+
+    Raises:
+        InputError: unknown engine. UnsupportedError: the engine cannot run on the changed cluster; says what to change.
+    """
+    from ...placement.problem import Problem
+    from ...runtime.engine_problems import problem_for
+
+    present = plan.num_slots // plan.topology.num_devices * change.topology.num_devices
+    choices = [present, None] if present >= plan.model.experts else [None]
+    for slots in choices if change.slots is None else [change.slots]:
+        changed = Problem(
+            model=problem.model,
+            topology=change.topology,
+            statistics=problem.statistics,
+            objective=problem.objective,
+            slots=slots,
+        )
+        try:
+            narrowed = problem_for(changed, engine)
+        except UnsupportedError as error:
+            refusal = error
+        else:
+            return change if change.slots is not None else replace(change, slots=narrowed.num_slots)
+    raise UnsupportedError(f"{change.name}: {refusal}")
 
 
 def plan_file(folder: Path, change: str, kind: str) -> Path:

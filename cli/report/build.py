@@ -8,8 +8,8 @@ from typing import Any
 
 from ...placement.errors import InputError, nearest
 from ...placement.layer_slots import spanned
-from ..comparison import Comparison, Entry
 from ..output import Column
+from ..run_comparison import Comparison, Entry
 from ..tables import comparison_rows, comparison_tables, reading_notes
 from .figures import Figure
 from .sections import affinity_figure, breakdown_figure, distribution_figure, load_figure, traffic_figure
@@ -96,7 +96,7 @@ def _sides(comparison: Comparison, before: str | None, after: str | None, kind: 
         if name is not None and name not in usable:
             raise InputError(f"{name!r} is not among the plans of this report; {nearest(name, usable)}")
     if before is None:
-        old = next((entry for entry in usable.values() if entry.given), comparison.baseline)
+        old = next((entry for entry in usable.values() if entry.was_given), comparison.baseline)
     else:
         old = usable[before]
     rest = [entry for entry in usable.values() if entry is not old]

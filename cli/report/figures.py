@@ -1,4 +1,4 @@
-"""Two heat maps side by side under one colour scale: before and after."""
+"""Plots of the report: colours for both themes, axes, what a plot is, and heat maps in pairs, before and after."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Colours of the page's plots, for light and dark; the page itself has the same in its style sheet.
-
-
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 Scale = tuple[tuple[float, str], ...]
@@ -17,9 +14,9 @@ Scale = tuple[tuple[float, str], ...]
 
 @dataclass(frozen=True)
 class Theme:
-    """text, muted, rule: type, secondary type, hairlines. paper: the ground that plots stand on. before, after: the
-    two plans that matter. others: the rest, in turn. parts: parts of a whole. diverging: around a middle that recedes.
-    sequential: from the ground up."""
+    """Colours; the page has the same in its style sheet. text, muted, rule: type, secondary type, hairlines. paper: the
+    ground that plots stand on. before, after: the two plans that matter. others: the rest, in turn. parts: parts of a
+    whole. diverging: around a middle that recedes. sequential: from the ground up."""
 
     name: str
     text: str
@@ -128,11 +125,8 @@ def colour_axis(theme: Theme, scale: Scale, title: str, **more: Any) -> dict[str
     return {"colorscale": [list(stop) for stop in scale], "colorbar": bar, **more}
 
 
-# A plot as the page needs it: data once, a layout for each theme, and which traces each choice shows.
-
-
 @dataclass(frozen=True)
-class Choice:
+class TraceChoice:
     """An entry of a plot's selector: its label, and the traces it shows."""
 
     label: str
@@ -141,14 +135,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Figure:
-    """key: its element's id. caption: what to look for. data, layouts: Plotly's, by theme name."""
+    """A plot as the page needs it: data once, a layout for each theme. key: its element's id. caption: what to look
+    for. data, layouts: Plotly's, by theme name."""
 
     key: str
     title: str
     caption: str
     data: list[dict[str, Any]]
     layouts: dict[str, dict[str, Any]]
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[TraceChoice, ...] = ()
     choice_label: str = ""
 
 
@@ -158,7 +153,7 @@ def make_figure(
     caption: str,
     traces: Sequence[Any],
     layout: Callable[[Theme], dict[str, Any]],
-    choices: Sequence[Choice] = (),
+    choices: Sequence[TraceChoice] = (),
     choice_label: str = "",
 ) -> Figure:
     """Checks traces and layouts against Plotly's schema, and packs arrays. With choices, the first is shown."""

@@ -93,7 +93,8 @@ def build_front_page(front: Front, problem: Problem, steps: str, held_out: str) 
 def front_figure(
     front: Front, key: str, title: str, x_title: str, value: Callable[[Point], float], more_is_better: bool = False
 ) -> Figure:
-    """Points of step time over `value`; plans that nothing beats are large, the line joins the fastest for each value."""
+    """Points of step time over `value`; plans that nothing beats are large, the line joins the fastest for each
+    value."""
     import plotly.graph_objects as go
 
     kinds = [_kind(point) for point in front.points]

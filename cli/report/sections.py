@@ -9,7 +9,7 @@ import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ..output import quantity
-from .figures import Choice, Figure, Theme, axis, base_layout, boundaries, colour_axis, make_figure, paired_layout
+from .figures import Figure, Theme, TraceChoice, axis, base_layout, boundaries, colour_axis, make_figure, paired_layout
 
 if TYPE_CHECKING:
     from ...placement.evaluate import Evaluation
@@ -193,7 +193,7 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
     count = int(np.clip(CELLS // (2 * experts * experts), 1, min(layers, 12)))
     chosen = np.unique(np.linspace(0, layers - 1, count).round().astype(int)).tolist()
     traces: list[Any] = []
-    choices: list[Choice] = []
+    choices: list[TraceChoice] = []
     shares = {layer: _row_percent(transitions[layer]) for layer in chosen}
     top = float(np.percentile(np.concatenate([share.ravel() for share in shares.values()]), 99.5))
     names_of = plans[0].model.moe_layers
@@ -218,7 +218,7 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
             )
         kept = [kept_share(transitions[layer], plan, layer) for plan in plans]
         choices.append(
-            Choice(
+            TraceChoice(
                 f"{names_of[layer]} to {names_of[layer + 1]} (kept on a device: {kept[0]:.0%} before, {kept[1]:.0%} after)",
                 tuple(range(first, len(traces))),
             )
@@ -302,7 +302,7 @@ def distribution_figure(evaluations: dict[str, dict[str, Evaluation]], before: s
 
     names = _order(evaluations, before, after)
     traces: list[Any] = []
-    choices: list[Choice] = []
+    choices: list[TraceChoice] = []
     for kind, by_name in evaluations.items():
         first = len(traces)
         for rank, name in enumerate(names):
@@ -337,7 +337,7 @@ def distribution_figure(evaluations: dict[str, dict[str, Evaluation]], before: s
                     hovertemplate="%{text} %{x:.3f} ms<extra>" + name + "</extra>",
                 )
             )
-        choices.append(Choice(kind, tuple(range(first, len(traces)))))
+        choices.append(TraceChoice(kind, tuple(range(first, len(traces)))))
 
     def layout(theme: Theme) -> dict[str, Any]:
         colours = _colours(theme, names, before, after)
@@ -390,7 +390,7 @@ def breakdown_figure(evaluations: dict[str, dict[str, Evaluation]], before: str,
 
     names = _order(evaluations, before, after)
     traces: list[Any] = []
-    choices: list[Choice] = []
+    choices: list[TraceChoice] = []
     for kind, by_name in evaluations.items():
         first = len(traces)
         present = [name for name in names if name in by_name]
@@ -405,7 +405,7 @@ def breakdown_figure(evaluations: dict[str, dict[str, Evaluation]], before: str,
                     hovertemplate="%{y}: %{x:.3f} ms " + part + "<extra></extra>",
                 )
             )
-        choices.append(Choice(kind, tuple(range(first, len(traces)))))
+        choices.append(TraceChoice(kind, tuple(range(first, len(traces)))))
 
     def layout(theme: Theme) -> dict[str, Any]:
         return base_layout(theme, 110 + 26 * len(names)) | {

@@ -1,1 +1,1 @@
-"""Alembic's environment and, in `versions/`, one file a change of the tables. `db/session.py` runs them."""
+"""Alembic's environment and, in `versions/`, one file a change of the tables. `db/database.py` runs them."""

@@ -20,7 +20,8 @@ def statistics_of(
 ) -> RoutingStatistics:
     """Statistics of windows of [L, E] counts, without the windows and the layers in which nothing was counted.
 
-    layers: absolute indices of the L layers. A dense layer counts nothing, and is how engines number the layers after it.
+    layers: absolute indices of the L layers. A dense layer counts nothing, and is how engines number the layers after
+    it.
     Memory: the counts once more, in float64; each window is let go once it is copied, where the caller lets it go.
 
     Raises:
@@ -41,16 +42,16 @@ def statistics_of(
             windows.append(counts)
     if not windows:
         raise FileFormatError(f"{source}: every count is 0; record while the engine serves requests")
-    kept = np.empty((len(windows), int(used.sum()), windows[0].shape[1]), np.float64)
+    load_WLE = np.empty((len(windows), int(used.sum()), windows[0].shape[1]), np.float64)
     windows.reverse()
-    for row in kept:
+    for row in load_WLE:
         counts = windows.pop()
         row[:] = counts if used.all() else counts[used]
     # Not writable, so that it is taken as it is.
-    kept.flags.writeable = False
+    load_WLE.flags.writeable = False
     names = [layer for layer, counted in zip(layers, used, strict=True) if counted]
     try:
-        return RoutingStatistics.from_counts(kept, moe_layers=names, top_k=top_k)
+        return RoutingStatistics.from_counts(load_WLE, moe_layers=names, top_k=top_k)
     except InputError as error:
         raise FileFormatError(f"{source}: {error}") from None
 

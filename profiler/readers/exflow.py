@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy.typing as npt
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
-from .routed_arrays import MAGIC, START, npy_shape
+from ..files import NPY_MAGIC
+from .arrays import npy_table
 
 ROWS = 1 << 16
 
@@ -23,25 +23,14 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
     numbering takes the highest expert seen as the last. The file says nothing of sequences: all is one sequence.
 
     Raises:
-        InputError: no such file. FileFormatError: not such an array, truncated, or ids of neither numbering; or E cannot
-            be told from the values, then pass num_experts.
+        InputError: no such file.
+        FileFormatError: not such an array, truncated, or ids of neither numbering; or E cannot be told from the
+            values, then pass num_experts.
     """
     source = Path(path)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    with source.open("rb") as handle:
-        header = handle.read(START)
-    shape, fortran, dtype, begin = npy_shape(source, "array", header)
-    if len(shape) != 2 or 0 in shape or dtype.kind not in "iu":
-        raise FileFormatError(
-            f"{source}: {dtype} {shape}, expected whole numbers of shape [tokens, layers]; "
-            "for another layout load it and call RoutingTrace.from_arrays"
-        )
-    wanted, size = math.prod(shape) * dtype.itemsize, source.stat().st_size - begin
-    if min(shape) < 0 or wanted > size:
-        raise FileFormatError(f"{source}: damaged or cut off: {size:,} bytes for shape {shape} of {wanted:,}")
-    # Mapped, so that it takes no memory before it is known to be a trace.
-    table = np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
+    table = npy_table(source)
     low, high = _ranges(table)
     experts, stride = _numbering(source, low, high, num_experts)
     ids = np.empty((*table.shape, 1), id_dtype(experts))
@@ -59,7 +48,7 @@ def is_exflow(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as handle:
-        return handle.read(len(MAGIC)) == MAGIC
+        return handle.read(len(NPY_MAGIC)) == NPY_MAGIC
 
 
 def _ranges(table: npt.NDArray[Any]) -> tuple[list[int], list[int]]:
@@ -83,15 +72,16 @@ def _numbering(source: Path, low: list[int], high: list[int], num_experts: int |
             return num_experts, num_experts
         layer = next(i for i in layers if high[i] >= num_experts)
         raise FileFormatError(
-            f"{source}: layer {layer} holds ids {low[layer]} to {high[layer]}; with {num_experts} experts they must be from "
-            f"0 to {num_experts - 1}, or from {layer * num_experts} to {(layer + 1) * num_experts - 1}"
+            f"{source}: layer {layer} holds ids {low[layer]} to {high[layer]}; with {num_experts} experts they must "
+            f"be from 0 to {num_experts - 1}, or from {layer * num_experts} to {(layer + 1) * num_experts - 1}"
         )
     least = max(high[i] // (i + 1) + 1 for i in layers)
     most = min((low[i] // i for i in layers if i), default=0)
     if len(low) > 1 and least <= most:
         if least < most:
             raise FileFormatError(
-                f"{source}: experts are numbered layer by layer, with {least} to {most} experts a layer; pass num_experts"
+                f"{source}: experts are numbered layer by layer, with {least} to {most} experts a layer; pass "
+                "num_experts"
             )
         return least, least
     if max(high) >= 65536:

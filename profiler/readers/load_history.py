@@ -10,13 +10,11 @@ import numpy as np
 from ..._types import FloatArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
-from ..json_stream import JsonStream
+from ..json_items import json_items
 from .engine_counts import MOST_EXPERTS, statistics_of
 
 START = 4096
 FIELD = "logical_expert_load"
-
-Loads = FloatArray
 
 
 def is_load_history(path: Path) -> bool:
@@ -44,33 +42,26 @@ def read_load_history(path: str | Path, *, entries_per_window: int = 1) -> Routi
         raise InputError(f"{source}: no such file")
     if entries_per_window < 1:
         raise InputError(f"entries_per_window ({entries_per_window}) must be at least 1")
-    windows: list[Loads] = []
-    found = False
-    with JsonStream(source) as stream:
-        for key in stream.fields():
-            if key != "load_history" or found:
-                stream.value()
-                continue
-            found = True
-            for number, _ in enumerate(stream.items()):
-                load = _load(source, number, stream.value())
-                if windows and load.shape != windows[0].shape:
-                    raise FileFormatError(
-                        f"{source}: load_history[{number}].{FIELD} has shape {load.shape}, the first {windows[0].shape}"
-                    )
-                if number % entries_per_window:
-                    windows[-1] += load
-                else:
-                    windows.append(load)
-        stream.end()
+    windows: list[FloatArray] = []
+    with source.open("rb") as handle:
+        for number, entry in enumerate(json_items(handle, str(source), "load_history.item")):
+            load = _load(source, number, entry)
+            if windows and load.shape != windows[0].shape:
+                raise FileFormatError(
+                    f"{source}: load_history[{number}].{FIELD} has shape {load.shape}, the first {windows[0].shape}"
+                )
+            if number % entries_per_window:
+                windows[-1] += load
+            else:
+                windows.append(load)
     if not windows:
-        raise FileFormatError(f"{source}: load_history is {'empty' if found else 'missing'}, expected a list of loads")
+        raise FileFormatError(f"{source}: load_history is empty or missing, or no list; expected a list of loads")
     layers = range(len(windows[0]))
     windows.reverse()
     return statistics_of(source, (windows.pop() for _ in range(len(windows))), layers)
 
 
-def _load(source: Path, number: int, entry: Any) -> Loads:
+def _load(source: Path, number: int, entry: Any) -> FloatArray:
     """[L, E] of one entry."""
     rows = entry.get(FIELD) if isinstance(entry, dict) else None
     if (

@@ -1,8 +1,8 @@
 """Megatron-LM's router traces: `router_trace_rank{r}.jsonl` of --moe-routing-trace-path, one file or a folder of them.
 
 A line is one router call: the experts of each token in one layer. The training hook reads them off a boolean map: they
-come in order of expert, not of gate weight, and gate weights are not kept. Whatever looks at the first expert of a token alone
-is wrong on such a trace. Source: megatron/core/transformer/moe/router_trace.py.
+come in order of expert, not of gate weight, and gate weights are not kept. Whatever looks at the first expert of a
+token alone is wrong on such a trace. Source: megatron/core/transformer/moe/router_trace.py.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def read_megatron(path: str | Path, *, num_experts: int | None = None) -> Routin
     num_experts: E; without it, it is read off the logits' shape where those were captured, else the highest expert seen
     is the last. Each router call is a sequence of its own (a micro-batch: the file does not say where its sequences
     end). Several calls of a layer in a step are micro-batches, in order. Megatron skips calls that dropped
-    tokens: a step that so lacks a layer's call is left out for that rank, and so are tokens with -1 for an expert. A rank
-    whose whole record equals another's (tensor parallelism without sequence parallelism) counts once. Record without pipeline
-    parallelism, which numbers each stage's layers from 0 again. Memory: one line at a time, and the trace.
+    tokens: a step that so lacks a layer's call is left out for that rank, and so are tokens with -1 for an expert. A
+    rank whose whole record equals another's (tensor parallelism without sequence parallelism) counts once. Record
+    without pipeline parallelism, which numbers each stage's layers from 0 again. Memory: one line at a time, and the
+    trace.
 
     Raises:
         InputError: no such path. FileFormatError: no such record, damaged, or files of different models.
@@ -135,15 +136,15 @@ def _ids(file: Path, where: str, record: dict[str, Any]) -> Ids:
 
 def _once(ranks: dict[int, Batches]) -> dict[int, Batches]:
     """The ranks without those that hold copies of another's tokens."""
-    kept: dict[bytes, int] = {}
+    first_rank: dict[bytes, int] = {}
     for rank in sorted(ranks):
         digest = hashlib.sha256()
         for step, calls in sorted(ranks[rank].items()):
             for layer, batches in sorted(calls.items()):
                 for ids in batches:
                     digest.update(repr((step, layer, ids.shape)).encode() + ids.tobytes())
-        kept.setdefault(digest.digest(), rank)
-    return {rank: ranks[rank] for rank in kept.values()}
+        first_rank.setdefault(digest.digest(), rank)
+    return {rank: ranks[rank] for rank in first_rank.values()}
 
 
 def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_experts: int | None) -> RoutingTrace:
@@ -165,8 +166,8 @@ def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_exper
                 for name, value in (("sequence", len(ids)), ("step", step), ("source", rank)):
                     columns[name].append(np.full(len(whole), value, np.int64))
                 columns["position"].append(whole)
-                kept = together[whole]
-                ids.append(kept.astype(id_dtype(int(kept.max(initial=0)) + 1)))
+                rows = together[whole]
+                ids.append(rows.astype(id_dtype(int(rows.max(initial=0)) + 1)))
     if not sum(len(part) for part in ids):
         raise FileFormatError(
             f"{source}: no step has a record of each of the {len(layers)} layers on one rank; record with no "

@@ -1,28 +1,30 @@
 """Routed experts that vLLM and SGLang return with a request (--enable-return-routed-experts).
 
-A saved array (.npy, .npz) or saved responses (JSON, one, a list, or one a line). vLLM returns .npy bytes in base64, or lists in
-older releases; SGLang returns int32 values in base64, [tokens, num_hidden_layers, top_k], without saying the shape.
+A saved array (.npy, .npz) or saved responses (JSON, one, a list, or one a line). vLLM returns .npy bytes in base64, or
+lists in older releases; SGLang returns int32 values in base64, [tokens, num_hidden_layers, top_k], without saying the
+shape.
 Sources: vllm/entrypoints/openai/chat_completion/protocol.py, sglang/srt/state_capturer/routed_experts.py.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from ..._types import BoolArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
-from ..json_stream import JsonStream
+from ..files import NPY_MAGIC, Source, name_of, path_or_file, reading
+from ..json_items import json_items
+from .arrays import ROUTED, Ids, holds_arrays, is_filled, npy_array, npy_file, npz_arrays
 from .engine_counts import MOST_EXPERTS
-from .routed_arrays import MAGIC, Ids, base64_array, is_routed_arrays, npy_mapped, npz_arrays
 
-PROMPT, ROUTED = "prompt_routed_experts", "routed_experts"
+PROMPT = f"prompt_{ROUTED}"
 LOOKED_AT = 1 << 24
 RESPONSE_LIMIT = 1 << 28
 ROWS = 1 << 14
@@ -44,7 +46,7 @@ def is_routed_experts(path: Path) -> bool:
     """Whether `path` holds such arrays, or responses with them."""
     if not path.is_file():
         return False
-    if is_routed_arrays(path):
+    if holds_arrays(path):
         return True
     with path.open("rb") as handle:
         start = handle.read(min(LOOKED_AT, path.stat().st_size))
@@ -53,27 +55,26 @@ def is_routed_experts(path: Path) -> bool:
 
 
 def read_routed_experts(
-    path: str | Path, *, layers: int | None = None, top_k: int | None = None, num_experts: int | None = None
+    path: Source, *, layers: int | None = None, top_k: int | None = None, num_experts: int | None = None
 ) -> RoutingTrace:
     """Reads the routing of requests: each array or choice a sequence, a prompt's array before its answer's.
 
-    layers, top_k: the shape of SGLang's values. Without them it is found where enough ids are there: the tokens come from
-    `meta_info`, and k is the largest for which no token has an expert twice in a layer. num_experts: without it the
-    highest expert seen is the last. Dense layers (zeros everywhere) are dropped, the others keep their absolute
-    indices; tokens of a cached prefix (-1) and tokens never captured (zeros) are dropped, positions stay. Experts come in
-    the engine's order, without weights.
+    layers, top_k: the shape of SGLang's values. Without them it is found where enough ids are there: the tokens come
+    from `meta_info`, and k is the largest for which no token has an expert twice in a layer. num_experts: without it
+    the highest expert seen is the last. Dense layers (zeros everywhere) are dropped, the others keep their absolute
+    indices; tokens of a cached prefix (-1) and tokens never captured (zeros) are dropped, positions stay. Experts come
+    in the engine's order, without weights.
 
     Raises:
         InputError: no such file. FileFormatError: no such record, damaged, requests of different models, or a shape
             that cannot be told: pass it.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise InputError(f"{source}: no such file")
-    with source.open("rb") as handle:
-        start = handle.read(len(MAGIC))
-    if start == MAGIC:
-        pieces = [Piece("array", npy_mapped(source), 0)]
+    source = path_or_file(path)
+    name = name_of(source)
+    with reading(source) as handle:
+        start = handle.read(len(NPY_MAGIC))
+    if start == NPY_MAGIC:
+        pieces = [Piece("array", npy_file(source), 0)]
     elif start.startswith(b"PK"):
         pieces = list(_saved(npz_arrays(source)))
     else:
@@ -81,9 +82,9 @@ def read_routed_experts(
     pieces = [piece for piece in pieces if len(piece.ids)]
     if not pieces:
         raise FileFormatError(
-            f"{source}: no routed experts in it; enable them in the engine and ask for them in the request"
+            f"{name}: no routed experts in it; enable them in the engine and ask for them in the request"
         )
-    return _trace(source, pieces, num_experts)
+    return _trace(name, pieces, num_experts)
 
 
 def _saved(arrays: dict[str, Ids]) -> Iterator[Piece]:
@@ -103,21 +104,19 @@ def _saved(arrays: dict[str, Ids]) -> Iterator[Piece]:
             number += 1
 
 
-def _responses(source: Path, layers: int | None, top_k: int | None) -> list[Piece]:
+def _responses(path: Path | BinaryIO, layers: int | None, top_k: int | None) -> list[Piece]:
+    source = name_of(path)
     pieces: list[Piece] = []
     shapeless: list[tuple[Piece, int | None]] = []
-    with JsonStream(source, limit=RESPONSE_LIMIT) as stream:
-        number = 0
-        while mark := stream.next_mark():
-            for _ in stream.items() if mark == "[" else (None,):
-                for piece, tokens in _choices(
-                    source, f"response {number}", stream.value(), len(pieces) + len(shapeless)
-                ):
-                    if piece.ids.ndim == 1:
-                        shapeless.append((piece, tokens))
-                    else:
-                        pieces.append(piece)
-                number += 1
+    with reading(path) as handle:
+        listed = handle.read(1 << 12).lstrip()[:1] == b"["
+        handle.seek(0)
+        for number, response in enumerate(json_items(handle, source, "item" if listed else "", RESPONSE_LIMIT)):
+            for piece, tokens in _choices(source, f"response {number}", response, len(pieces) + len(shapeless)):
+                if piece.ids.ndim == 1:
+                    shapeless.append((piece, tokens))
+                else:
+                    pieces.append(piece)
     if shapeless and pieces:
         raise FileFormatError(f"{source}: {shapeless[0][0].field} has no shape, {pieces[0].field} has; of two engines")
     if shapeless and (layers is None or top_k is None):
@@ -127,23 +126,24 @@ def _responses(source: Path, layers: int | None, top_k: int | None) -> list[Piec
         assert top_k is not None
         if layers < 1 or top_k < 1 or len(piece.ids) % (layers * top_k):
             raise FileFormatError(
-                f"{source}: {piece.field} holds {len(piece.ids)} ids, not a multiple of {layers} layers x {top_k} experts"
+                f"{source}: {piece.field} holds {len(piece.ids)} ids, not a multiple of {layers} layers x {top_k} "
+                "experts"
             )
         pieces.append(Piece(piece.field, piece.ids.reshape(-1, layers, top_k), piece.sequence))
     return pieces
 
 
-def _choices(source: Path, where: str, response: Any, sequence: int) -> Iterator[tuple[Piece, int | None]]:
+def _choices(source: str, where: str, response: Any, sequence: int) -> Iterator[tuple[Piece, int | None]]:
     """The arrays of one response, and how many tokens each should have where that is said."""
     if not isinstance(response, dict):
         raise FileFormatError(f"{source}: {where} is a JSON {type(response).__name__}, expected an object")
     prompt = _decoded(source, f"{where}.{PROMPT}", response.get(PROMPT))
     if prompt is not None:
         yield Piece(f"{where}.{PROMPT}", prompt, sequence), None
-    given = response.get("choices")
+    listed = response.get("choices")
     choices = [(where, response)]
-    if isinstance(given, list):
-        choices += [(f"{where}.choices[{i}]", choice) for i, choice in enumerate(given) if isinstance(choice, dict)]
+    if isinstance(listed, list):
+        choices += [(f"{where}.choices[{i}]", choice) for i, choice in enumerate(listed) if isinstance(choice, dict)]
     for at, choice in choices:
         inner = [(f"{at}.{name}", choice.get(name)) for name in ("meta_info", "sglext")]
         for place, holder in [(at, choice), *inner]:
@@ -163,11 +163,11 @@ def _tokens(holder: dict[str, Any]) -> int | None:
     return sum(known) - 1 if len(known) == 2 else None
 
 
-def _decoded(source: Path, field: str, value: Any) -> Ids | None:
+def _decoded(source: str, field: str, value: Any) -> Ids | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return base64_array(source, field, value)
+        return _base64_array(source, field, value)
     if not isinstance(value, list) or not all(isinstance(token, list) for token in value):
         raise FileFormatError(f"{source}: {field} is neither base64 text nor a list [tokens][layers][top_k]")
     layers = len(value[0]) if value else 0
@@ -179,7 +179,7 @@ def _decoded(source: Path, field: str, value: Any) -> Ids | None:
     return np.array(value, np.int32).reshape(len(value), layers, width)
 
 
-def _shape(source: Path, pieces: list[tuple[Piece, int | None]]) -> tuple[int, int]:
+def _shape(source: str, pieces: list[tuple[Piece, int | None]]) -> tuple[int, int]:
     """(layers, k) of values whose shape is not said."""
     ask = f"{source}: SGLang's values do not say their shape; pass layers (num_hidden_layers) and top_k"
     widths = {len(piece.ids) / tokens for piece, tokens in pieces if tokens}
@@ -194,14 +194,20 @@ def _shape(source: Path, pieces: list[tuple[Piece, int | None]]) -> tuple[int, i
     raise FileFormatError(ask)
 
 
-def is_filled(ids: Ids) -> BoolArray:
-    """[T, L] where experts differ, or all are the same: 0 of a dense layer, -1 of a cached token."""
-    ordered = np.sort(ids, axis=2)
-    steps = np.diff(ordered, axis=2)
-    return np.asarray((steps > 0).all(axis=2) | ((steps == 0).all(axis=2) & (ordered[:, :, 0] <= 0)))
+def _base64_array(source: str, field: str, text: str) -> Ids:
+    """[T, L, K] of vLLM's base64 .npy, or [N] int32 of SGLang's, which says no shape."""
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise FileFormatError(f"{source}: {field} is not base64 ({error})") from None
+    if content.startswith(NPY_MAGIC):
+        return npy_array(source, field, content)
+    if len(content) % 4:
+        raise FileFormatError(f"{source}: {field} holds {len(content)} bytes, expected .npy bytes or int32 values")
+    return np.frombuffer(content, "<i4")
 
 
-def _trace(source: Path, pieces: list[Piece], num_experts: int | None) -> RoutingTrace:
+def _trace(source: str, pieces: list[Piece], num_experts: int | None) -> RoutingTrace:
     shapes = {piece.ids.shape[1:] for piece in pieces}
     if len(shapes) > 1 or 0 in next(iter(shapes)):
         raise FileFormatError(f"{source}: [layers, top_k] are {sorted(shapes)}, expected one shape of a model")
@@ -209,7 +215,8 @@ def _trace(source: Path, pieces: list[Piece], num_experts: int | None) -> Routin
         low, high = int(piece.ids.min()), int(piece.ids.max())
         if low < -1 or high >= (num_experts or MOST_EXPERTS):
             raise FileFormatError(
-                f"{source}: {piece.field} holds ids from {low} to {high}, expected -1 or 0 to {(num_experts or MOST_EXPERTS) - 1}"
+                f"{source}: {piece.field} holds ids from {low} to {high}, expected -1 or 0 to "
+                f"{(num_experts or MOST_EXPERTS) - 1}"
             )
     blocks = [(piece, start) for piece in pieces for start in range(0, len(piece.ids), ROWS)]
     seen = np.zeros(next(iter(shapes))[0], np.bool_)

@@ -13,7 +13,6 @@ import pickletools
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,107 +23,189 @@ from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.statistics import RoutingStatistics
 from ...placement.trace import RoutingTrace, id_dtype
-from ..zip_members import checked_members
+from ..files import checked_members
 from .engine_counts import MOST_EXPERTS, statistics_of, whole_number
-
-# Opening a file of `torch.save` that nobody vouches for.
-
 
 START = 8192
 PLAIN = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
 NAMED_OPCODES = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 
-
-def start_of(path: Path) -> bytes:
-    """The first bytes of the pickled structure, where `torch.save` puts it first; empty for any other file."""
-    with path.open("rb") as handle:
-        start = handle.read(START)
-    if not start.startswith(b"PK\x03\x04") or len(start) < 30:
-        return b""
-    name_ends = 30 + int.from_bytes(start[26:28], "little")
-    content = name_ends + int.from_bytes(start[28:30], "little")
-    return start[content:] if start[30:name_ends].endswith(b"/data.pkl") else b""
+Rows = npt.NDArray[np.integer[Any]]
 
 
-def load_plain(path: Path) -> Any:
-    """Lists, dicts, numbers, text and CPU tensors of a `torch.save` file, and nothing else.
-
-    Nothing is unpacked before sizes are checked: members must be stored as they are, so that what comes into memory is
-    no more than the file; and the structure may name tensors only, so that nothing in it is called.
-
-    Raises:
-        FileFormatError: damaged, compressed, or holding anything else. UnsupportedError: torch is not installed.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise UnsupportedError(f"{path}: reading this needs torch; pip install 'moeplace[torch]'") from None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = checked_members(path, archive)
-            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            if packed or sum(member.file_size for member in members) > path.stat().st_size:
-                raise FileFormatError(
-                    f"{path}: members that unpack to more than the file; torch.save writes none, refused"
-                )
-            structure = [member for member in members if member.filename.endswith("/data.pkl")]
-            if len(structure) != 1:
-                raise FileFormatError(f"{path}: {len(structure)} members named data.pkl, expected 1; not of torch.save")
-            _check_names(path, archive.read(structure[0]))
-        # Mapped, so that a tensor that claims more than its member ends with the file: reading on is not possible.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (FileFormatError, MemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 - torch's unpickler lets any error through that the bytes provoke
-        raise FileFormatError(f"{path}: damaged or not a plain torch.save file ({_line(error)})") from None
+def is_sglang(path: Path) -> bool:
+    """Whether `path` is such a file, or a folder with one in it."""
+    return bool(_files(path))
 
 
-def array_of(path: Path, field: str, value: Any, dimensions: int) -> npt.NDArray[np.integer[Any]]:
-    """A dense tensor of whole numbers as an array.
+def read_sglang(path: str | Path) -> RoutingTrace | RoutingStatistics:
+    """Reads the record of one run; files of several ranks lie in one folder, and are put together.
+
+    stat, stat_approx: a window for each row of the buffer in use, in order of time unless the buffer was full, when
+    the file does not say which row came first. per_pass: a window for each forward pass that every rank recorded.
+    per_token: a trace, without gate weights, and with experts in whatever order SGLang kept them. Layers that count
+    nothing are dense: dropped, the others keep their absolute indices. Processes that share a rank (expert parallelism
+    narrower than tensor parallelism) write the same counts: those are taken once.
 
     Raises:
-        FileFormatError: anything else, or a shape that claims more than is stored; the field is named.
+        InputError: no such path. FileFormatError: no such record, damaged, or files of different runs.
     """
-    import torch
-
-    if not isinstance(value, torch.Tensor):
-        raise FileFormatError(f"{path}: {field} is a {type(value).__name__}, expected a tensor")
-    shape = tuple(value.shape)
-    whole = value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    if value.layout != torch.strided or not whole or len(shape) != dimensions:
-        raise FileFormatError(
-            f"{path}: {field} is {value.dtype} of shape {shape}, expected whole numbers in {dimensions} dimensions"
-        )
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise FileFormatError(f"{path}: {field} claims shape {shape}, more than the file stores of it")
-    result: npt.NDArray[np.integer[Any]] = value.detach().numpy()
-    return result
+    source = Path(path)
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder")
+    files = _files(source)
+    if not files:
+        raise FileFormatError(f"{source}: no file of SGLang's expert distribution recorder")
+    return read_sglang_files(files, source)
 
 
-def _check_names(path: Path, structure: bytes) -> None:
-    """Refuses a pickle that names anything but tensors."""
-    for opcode, argument, _ in pickletools.genops(structure):
-        name = str(argument)
-        storage = name.startswith("torch ") and name.endswith("Storage")
-        if opcode.name in NAMED_OPCODES or (opcode.name == "GLOBAL" and name not in PLAIN and not storage):
+def read_sglang_files(files: Sequence[Path], source: Path) -> RoutingTrace | RoutingStatistics:
+    """Reads the files of one run, in order of time. source: what errors about all of them are said of.
+
+    Raises:
+        FileFormatError: as `read_sglang`.
+    """
+    rows: list[Rows] = []
+    whole: set[bytes] = set()
+    passes = PassCounts()
+    tokens = TokenPasses()
+    modes: dict[str, Path] = {}
+    for file in files:
+        content = load_plain(file)
+        if not isinstance(content, dict):
             raise FileFormatError(
-                f"{path}: holds {name if opcode.name == 'GLOBAL' else opcode.name}; a record holds tensors, lists, "
-                "numbers and text only, refused"
+                f"{file}: a {type(content).__name__}, expected a record with logical_count or records"
             )
+        if "logical_count" in content:
+            modes.setdefault("stat", file)
+            buffer = _buffer(file, content["logical_count"])
+            digest = hashlib.sha256(np.ascontiguousarray(buffer).data).digest()
+            if digest not in whole:
+                whole.add(digest)
+                rows += _rows_in_use(file, buffer)
+            continue
+        records = content.get("records")
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise FileFormatError(f"{file}: records is not a list of records")
+        mapping = _mapping(file, content.get("last_physical_to_logical_map"))
+        for number, record in enumerate(records):
+            where = f"records[{number}]"
+            into = tokens if "topk_ids_of_layer" in record else passes
+            modes.setdefault("per_token" if into is tokens else "per_pass", file)
+            into.add(file, where, record, mapping)
+    if len(modes) != 1:
+        content_modes = " and ".join(f"{mode} ({file.name})" for mode, file in modes.items()) or "no forward pass"
+        raise FileFormatError(
+            f"{source}: holds {content_modes}; give one record, of one mode, of a run that served requests"
+        )
+    if "per_token" in modes:
+        return tokens.trace(source)
+    load = rows or passes.load(source)
+    shapes = {window.shape for window in load}
+    if len(shapes) > 1:
+        raise FileFormatError(f"{source}: files of different models, [layers, experts] are {sorted(shapes)}")
+    layers = range(len(load[0]))
+    load.reverse()
+    return statistics_of(source, (load.pop() for _ in range(len(load))), layers)
 
 
-def _line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        # torch goes on to advise loading without weights_only, which is what a stranger's file would want.
-        return "its structure is not what torch.save writes for tensors, lists and numbers"
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
+def _files(path: Path) -> list[Path]:
+    """The files of the recorder, in order of name, which is order of time."""
+    candidates = [path] if path.is_file() else sorted(path.glob("*.pt")) if path.is_dir() else []
+    return [file for file in candidates if file.is_file() and _is_record(start_of(file))]
 
 
-# SGLang's per_token records: tokens of forward passes, put together into a trace.
+def _is_record(start: bytes) -> bool:
+    return b"logical_count" in start or (b"records" in start and start.startswith(b"\x80"))
 
 
-Ints = IntArray
+def _mapping(file: Path, value: Any) -> IntArray:
+    """[L, P] logical expert of each slot."""
+    mapping = array_of(file, "last_physical_to_logical_map", value, 2).astype(np.int64)
+    if not mapping.size or mapping.min() < 0 or mapping.max() >= min(mapping.shape[1], MOST_EXPERTS):
+        raise FileFormatError(
+            f"{file}: last_physical_to_logical_map has shape {mapping.shape} and ids from "
+            f"{mapping.min() if mapping.size else 'none'} to {mapping.max() if mapping.size else 'none'}; expected "
+            f"logical ids of at least 0 and fewer experts than slots"
+        )
+    return mapping
+
+
+# stat and stat_approx: a circular buffer of counts of logical experts.
+
+
+def _buffer(file: Path, value: Any) -> Rows:
+    """[rows, L, E] of a circular buffer, as it is."""
+    dimensions = 2 if getattr(value, "ndim", 3) == 2 else 3
+    buffer = array_of(file, "logical_count", value, dimensions).reshape(-1, *value.shape[-2:])
+    if 0 in buffer.shape or buffer.shape[2] > MOST_EXPERTS:
+        raise FileFormatError(f"{file}: logical_count has shape {buffer.shape}, expected [rows, layers, experts]")
+    return buffer
+
+
+def _rows_in_use(file: Path, buffer: Rows) -> list[Rows]:
+    """[L, E] each: the rows of a buffer, from the one after its longest run of unused (zero) ones."""
+    used = np.flatnonzero([bool(row.any()) for row in buffer])
+    if not len(used):
+        raise FileFormatError(
+            f"{file}: logical_count is 0 everywhere; dump while recording, after requests were served"
+        )
+    gaps = np.diff(used, append=used[0] + len(buffer))
+    first = (int(np.argmax(gaps)) + 1) % len(used) if gaps.max() > 1 else 0
+    return [buffer[row] for row in np.roll(used, -first)]
+
+
+# per_pass: counts of slots, a record a rank and forward pass.
+
+
+class PassCounts:
+    """Partial counts of forward passes, summed over ranks."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, dict[int, tuple[Path, bytes]]] = {}
+        self._counts: dict[int, Rows] = {}
+        self._shape: tuple[int, int] | None = None
+
+    def add(self, file: Path, where: str, record: dict[str, Any], mapping: IntArray) -> None:
+        """Adds one rank's counts of one pass: `global_physical_count` [L, P]."""
+        step = whole_number(file, f"{where}.forward_pass_id", record.get("forward_pass_id"))
+        rank = whole_number(file, f"{where}.rank", record.get("rank"))
+        counts = array_of(file, f"{where}.global_physical_count", record.get("global_physical_count"), 2)
+        if counts.shape != mapping.shape:
+            raise FileFormatError(
+                f"{file}: {where}.global_physical_count has shape {counts.shape}, last_physical_to_logical_map "
+                f"{mapping.shape}; they must agree"
+            )
+        seen = self._ranks.setdefault(step, {})
+        digest = hashlib.sha256(np.ascontiguousarray(counts).data).digest()
+        if rank in seen:
+            if seen[rank][0] != file and seen[rank][1] == digest:
+                return
+            raise FileFormatError(
+                f"{file}: {where} is forward pass {step} of rank {rank}, which {seen[rank][0].name} holds too; "
+                "keep the files of one run in a folder"
+            )
+        shape = (len(mapping), int(mapping.max()) + 1)
+        if self._shape not in (None, shape):
+            raise FileFormatError(f"{file}: {shape} layers and experts, other files {self._shape}; not of one model")
+        self._shape = shape
+        seen[rank] = file, digest
+        total = self._counts.setdefault(step, np.zeros(shape, np.int64))
+        np.add.at(total, (np.arange(len(mapping))[:, None], mapping), counts)
+
+    def load(self, source: Path) -> list[Rows]:
+        """[L, E] of each pass that every rank recorded, in order."""
+        everyone: set[int] = set().union(*self._ranks.values())
+        whole = sorted(step for step, seen in self._ranks.items() if len(seen) == len(everyone))
+        if not whole:
+            raise FileFormatError(
+                f"{source}: no forward pass was recorded by all of the {len(everyone)} ranks; "
+                "keep the files of one run in a folder"
+            )
+        return [self._counts.pop(step) for step in whole]
+
+
+# per_token: the slots of each token, put together into a trace.
 
 
 @dataclass(frozen=True)
@@ -136,7 +217,7 @@ class Pass:
     where: str
     step: int
     ids: npt.NDArray[np.integer[Any]]
-    positions: Ints
+    positions: IntArray
     pieces: list[int]
 
 
@@ -146,9 +227,9 @@ class TokenPasses:
     def __init__(self) -> None:
         self._ranks: dict[int, dict[int, Pass]] = {}
         self._digests: dict[int, Any] = {}
-        self._maps: dict[Path, Ints] = {}
+        self._maps: dict[Path, IntArray] = {}
 
-    def add(self, file: Path, where: str, record: dict[str, Any], mapping: Ints) -> None:
+    def add(self, file: Path, where: str, record: dict[str, Any], mapping: IntArray) -> None:
         """Takes one record: `topk_ids_of_layer` [L, T, K], `positions` and `input_ids` [T], `extend_seq_lens`."""
         step = whole_number(file, f"{where}.forward_pass_id", record.get("forward_pass_id"))
         rank = whole_number(file, f"{where}.rank", record.get("rank"))
@@ -191,9 +272,9 @@ class TokenPasses:
         Raises:
             FileFormatError: ranks that disagree in shape, or no token with k experts in every MoE layer.
         """
-        kept = {digest.digest(): rank for rank, digest in sorted(self._digests.items(), reverse=True)}
+        distinct = {digest.digest(): rank for rank, digest in sorted(self._digests.items(), reverse=True)}
         order = [
-            (rank, self._ranks[rank][step]) for rank in sorted(kept.values()) for step in sorted(self._ranks[rank])
+            (rank, self._ranks[rank][step]) for rank in sorted(distinct.values()) for step in sorted(self._ranks[rank])
         ]
         shapes = {(p.ids.shape[1:], int(self._maps[p.file].max()) + 1) for _, p in order}
         if len(shapes) != 1:
@@ -251,9 +332,9 @@ class _Lanes:
     def __init__(self) -> None:
         self._next = 0
         self._rank = -1
-        self._open: tuple[Ints, Ints] = (np.empty(0, np.int64), np.empty(0, np.int64))
+        self._open: tuple[IntArray, IntArray] = (np.empty(0, np.int64), np.empty(0, np.int64))
 
-    def sequences(self, rank: int, part: Pass) -> Ints:
+    def sequences(self, rank: int, part: Pass) -> IntArray:
         """[T] sequence numbers."""
         lengths = np.array(part.pieces, np.int64)
         if not len(lengths):
@@ -268,7 +349,7 @@ class _Lanes:
         return np.repeat(numbers, lengths)
 
 
-def _numbers(file: Path, field: str, value: Any, count: int) -> Ints:
+def _numbers(file: Path, field: str, value: Any, count: int) -> IntArray:
     if (
         not isinstance(value, list)
         or len(value) != count
@@ -278,169 +359,90 @@ def _numbers(file: Path, field: str, value: Any, count: int) -> Ints:
     return np.array(value, np.int64)
 
 
-Counts = IntArray
-Rows = npt.NDArray[np.integer[Any]]
+# Opening a file of `torch.save` that nobody vouches for.
 
 
-def is_sglang(path: Path) -> bool:
-    """Whether `path` is such a file, or a folder with one in it."""
-    return bool(_files(path))
+def start_of(path: Path) -> bytes:
+    """The first bytes of the pickled structure, where `torch.save` puts it first; empty for any other file."""
+    with path.open("rb") as handle:
+        start = handle.read(START)
+    if not start.startswith(b"PK\x03\x04") or len(start) < 30:
+        return b""
+    name_ends = 30 + int.from_bytes(start[26:28], "little")
+    content = name_ends + int.from_bytes(start[28:30], "little")
+    return start[content:] if start[30:name_ends].endswith(b"/data.pkl") else b""
 
 
-def read_sglang(path: str | Path) -> RoutingTrace | RoutingStatistics:
-    """Reads the record of one run; files of several ranks lie in one folder, and are put together.
+def load_plain(path: Path) -> Any:
+    """Lists, dicts, numbers, text and CPU tensors of a `torch.save` file, and nothing else.
 
-    stat, stat_approx: a window for each row of the buffer in use, in order of time unless the buffer was full, when
-    the file does not say which row came first. per_pass: a window for each forward pass that every rank recorded.
-    per_token: a trace, without gate weights, and with experts in whatever order SGLang kept them. Layers that count
-    nothing are dense: dropped, the others keep their absolute indices. Processes that share a rank (expert parallelism
-    narrower than tensor parallelism) write the same counts: those are taken once.
-
-    Raises:
-        InputError: no such path. FileFormatError: no such record, damaged, or files of different runs.
-    """
-    source = Path(path)
-    if not source.exists():
-        raise InputError(f"{source}: no such file or folder")
-    files = _files(source)
-    if not files:
-        raise FileFormatError(f"{source}: no file of SGLang's expert distribution recorder")
-    return read_sglang_files(files, source)
-
-
-def read_sglang_files(files: Sequence[Path], source: Path) -> RoutingTrace | RoutingStatistics:
-    """Reads the files of one run, in order of time. source: what errors about all of them are said of.
+    Nothing is unpacked before sizes are checked: members must be stored as they are, so that what comes into memory is
+    no more than the file; and the structure may name tensors only, so that nothing in it is called.
 
     Raises:
-        FileFormatError: as `read_sglang`.
+        FileFormatError: damaged, compressed, or holding anything else. UnsupportedError: torch is not installed.
     """
-    rows: list[Rows] = []
-    whole: set[bytes] = set()
-    passes = PassCounts()
-    tokens = TokenPasses()
-    modes: dict[str, Path] = {}
-    for file in files:
-        content = load_plain(file)
-        if not isinstance(content, dict):
-            raise FileFormatError(
-                f"{file}: a {type(content).__name__}, expected a record with logical_count or records"
-            )
-        if "logical_count" in content:
-            modes.setdefault("stat", file)
-            buffer = _buffer(file, content["logical_count"])
-            digest = sha256(np.ascontiguousarray(buffer).data).digest()
-            if digest not in whole:
-                whole.add(digest)
-                rows += _rows_in_use(file, buffer)
-            continue
-        records = content.get("records")
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise FileFormatError(f"{file}: records is not a list of records")
-        mapping = _mapping(file, content.get("last_physical_to_logical_map"))
-        for number, record in enumerate(records):
-            where = f"records[{number}]"
-            into = tokens if "topk_ids_of_layer" in record else passes
-            modes.setdefault("per_token" if into is tokens else "per_pass", file)
-            into.add(file, where, record, mapping)
-    if len(modes) != 1:
-        found = " and ".join(f"{mode} ({file.name})" for mode, file in modes.items()) or "no forward pass"
-        raise FileFormatError(f"{source}: holds {found}; give one record, of one mode, of a run that served requests")
-    if "per_token" in modes:
-        return tokens.trace(source)
-    load = rows or passes.load(source)
-    shapes = {window.shape for window in load}
-    if len(shapes) > 1:
-        raise FileFormatError(f"{source}: files of different models, [layers, experts] are {sorted(shapes)}")
-    layers = range(len(load[0]))
-    load.reverse()
-    return statistics_of(source, (load.pop() for _ in range(len(load))), layers)
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError(f"{path}: reading this needs torch; pip install 'moeplace[torch]'") from None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = checked_members(str(path), archive, path.stat().st_size)
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            if packed or sum(member.file_size for member in members) > path.stat().st_size:
+                raise FileFormatError(
+                    f"{path}: members that unpack to more than the file; torch.save writes none, refused"
+                )
+            structure = [member for member in members if member.filename.endswith("/data.pkl")]
+            if len(structure) != 1:
+                raise FileFormatError(f"{path}: {len(structure)} members named data.pkl, expected 1; not of torch.save")
+            _check_names(path, archive.read(structure[0]))
+        # Mapped, so that a tensor that claims more than its member ends with the file: reading on is not possible.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FileFormatError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - torch's unpickler lets any error through that the bytes provoke
+        raise FileFormatError(f"{path}: damaged or not a plain torch.save file ({_line(error)})") from None
 
 
-class PassCounts:
-    """Partial counts of forward passes, summed over ranks."""
+def array_of(path: Path, field: str, value: Any, dimensions: int) -> npt.NDArray[np.integer[Any]]:
+    """A dense tensor of whole numbers as an array.
 
-    def __init__(self) -> None:
-        self._ranks: dict[int, dict[int, tuple[Path, bytes]]] = {}
-        self._counts: dict[int, Rows] = {}
-        self._shape: tuple[int, int] | None = None
+    Raises:
+        FileFormatError: anything else, or a shape that claims more than is stored; the field is named.
+    """
+    import torch
 
-    def add(self, file: Path, where: str, record: dict[str, Any], mapping: Counts) -> None:
-        """Adds one rank's counts of one pass: `global_physical_count` [L, P]."""
-        step = whole_number(file, f"{where}.forward_pass_id", record.get("forward_pass_id"))
-        rank = whole_number(file, f"{where}.rank", record.get("rank"))
-        given = array_of(file, f"{where}.global_physical_count", record.get("global_physical_count"), 2)
-        if given.shape != mapping.shape:
-            raise FileFormatError(
-                f"{file}: {where}.global_physical_count has shape {given.shape}, last_physical_to_logical_map "
-                f"{mapping.shape}; they must agree"
-            )
-        seen = self._ranks.setdefault(step, {})
-        digest = sha256(np.ascontiguousarray(given).data).digest()
-        if rank in seen:
-            if seen[rank][0] != file and seen[rank][1] == digest:
-                return
-            raise FileFormatError(
-                f"{file}: {where} is forward pass {step} of rank {rank}, which {seen[rank][0].name} holds too; "
-                "keep the files of one run in a folder"
-            )
-        shape = (len(mapping), int(mapping.max()) + 1)
-        if self._shape not in (None, shape):
-            raise FileFormatError(f"{file}: {shape} layers and experts, other files {self._shape}; not of one model")
-        self._shape = shape
-        seen[rank] = file, digest
-        total = self._counts.setdefault(step, np.zeros(shape, np.int64))
-        np.add.at(total, (np.arange(len(mapping))[:, None], mapping), given)
-
-    def load(self, source: Path) -> list[Rows]:
-        """[L, E] of each pass that every rank recorded, in order."""
-        everyone: set[int] = set().union(*self._ranks.values())
-        whole = sorted(step for step, seen in self._ranks.items() if len(seen) == len(everyone))
-        if not whole:
-            raise FileFormatError(
-                f"{source}: no forward pass was recorded by all of the {len(everyone)} ranks; "
-                "keep the files of one run in a folder"
-            )
-        return [self._counts.pop(step) for step in whole]
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of the recorder, in order of name, which is order of time."""
-    candidates = [path] if path.is_file() else sorted(path.glob("*.pt")) if path.is_dir() else []
-    return [file for file in candidates if file.is_file() and _is_record(start_of(file))]
-
-
-def _is_record(start: bytes) -> bool:
-    return b"logical_count" in start or (b"records" in start and start.startswith(b"\x80"))
-
-
-def _buffer(file: Path, value: Any) -> Rows:
-    """[rows, L, E] of a circular buffer, as it is."""
-    dimensions = 2 if getattr(value, "ndim", 3) == 2 else 3
-    buffer = array_of(file, "logical_count", value, dimensions).reshape(-1, *value.shape[-2:])
-    if 0 in buffer.shape or buffer.shape[2] > MOST_EXPERTS:
-        raise FileFormatError(f"{file}: logical_count has shape {buffer.shape}, expected [rows, layers, experts]")
-    return buffer
-
-
-def _rows_in_use(file: Path, buffer: Rows) -> list[Rows]:
-    """[L, E] each: the rows of a buffer, from the one after its longest run of unused (zero) ones."""
-    used = np.flatnonzero([bool(row.any()) for row in buffer])
-    if not len(used):
+    if not isinstance(value, torch.Tensor):
+        raise FileFormatError(f"{path}: {field} is a {type(value).__name__}, expected a tensor")
+    shape = tuple(value.shape)
+    whole = value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if value.layout != torch.strided or not whole or len(shape) != dimensions:
         raise FileFormatError(
-            f"{file}: logical_count is 0 everywhere; dump while recording, after requests were served"
+            f"{path}: {field} is {value.dtype} of shape {shape}, expected whole numbers in {dimensions} dimensions"
         )
-    gaps = np.diff(used, append=used[0] + len(buffer))
-    first = (int(np.argmax(gaps)) + 1) % len(used) if gaps.max() > 1 else 0
-    return [buffer[row] for row in np.roll(used, -first)]
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise FileFormatError(f"{path}: {field} claims shape {shape}, more than the file stores of it")
+    result: npt.NDArray[np.integer[Any]] = value.detach().numpy()
+    return result
 
 
-def _mapping(file: Path, value: Any) -> Counts:
-    """[L, P] logical expert of each slot."""
-    mapping = array_of(file, "last_physical_to_logical_map", value, 2).astype(np.int64)
-    if not mapping.size or mapping.min() < 0 or mapping.max() >= min(mapping.shape[1], MOST_EXPERTS):
-        raise FileFormatError(
-            f"{file}: last_physical_to_logical_map has shape {mapping.shape} and ids from "
-            f"{mapping.min() if mapping.size else 'none'} to {mapping.max() if mapping.size else 'none'}; expected logical "
-            f"ids of at least 0 and fewer experts than slots"
-        )
-    return mapping
+def _check_names(path: Path, structure: bytes) -> None:
+    """Refuses a pickle that names anything but tensors."""
+    for opcode, argument, _ in pickletools.genops(structure):
+        name = str(argument)
+        storage = name.startswith("torch ") and name.endswith("Storage")
+        if opcode.name in NAMED_OPCODES or (opcode.name == "GLOBAL" and name not in PLAIN and not storage):
+            raise FileFormatError(
+                f"{path}: holds {name if opcode.name == 'GLOBAL' else opcode.name}; a record holds tensors, lists, "
+                "numbers and text only, refused"
+            )
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        # torch goes on to advise loading without weights_only, which is what a stranger's file would want.
+        return "its structure is not what torch.save writes for tensors, lists and numbers"
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -67,7 +67,7 @@ def read_trtllm(path: str | Path, *, assignments: Mapping[int, Sequence[int]] | 
 
 
 def _rank_files(path: Path) -> dict[int, Path]:
-    return {int(found[1]): file for file in path.iterdir() if (found := RANK.fullmatch(file.name)) and file.is_file()}
+    return {int(match[1]): file for file in path.iterdir() if (match := RANK.fullmatch(file.name)) and file.is_file()}
 
 
 def _meta(path: Path) -> tuple[int, int]:
@@ -91,7 +91,7 @@ def _add_rank(path: Path, experts: int, totals: dict[tuple[int, int], Counts]) -
         header = _parsed(path, handle.read(length))
         content = handle.read()
     header.pop("__metadata__", None)
-    wanted = 8 * experts
+    length_needed = 8 * experts
     for key, entry in header.items():
         name = KEY.fullmatch(key)
         if name is None:
@@ -102,9 +102,10 @@ def _add_rank(path: Path, experts: int, totals: dict[tuple[int, int], Counts]) -
         if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int for at in offsets):
             raise FileFormatError(f"{path}: tensor {key} has data_offsets {str(offsets)[:60]}, expected two numbers")
         start, end = offsets
-        if not 0 <= start <= end <= len(content) or end - start != wanted:
+        if not 0 <= start <= end <= len(content) or end - start != length_needed:
             raise FileFormatError(
-                f"{path}: tensor {key} lies at {start}:{end} of {len(content)} bytes and takes {wanted}; truncated"
+                f"{path}: tensor {key} lies at {start}:{end} of {len(content)} bytes and takes {length_needed}; "
+                "truncated"
             )
         counts = np.frombuffer(content, "<i8", experts, start)
         if counts.min() < 0 or counts.max() >= 1 << 48:

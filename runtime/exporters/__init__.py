@@ -1,7 +1,15 @@
 """Plans as the files that serving engines read, and back."""
 
 from .base import Constraint
-from .export import check_export, engine_constraints, engine_names, engine_usage, export_plan, read_exported
+from .export import (
+    check_export,
+    engine_constraints,
+    engine_names,
+    engine_usage,
+    export_plan,
+    export_text,
+    read_exported,
+)
 
 __all__ = [
     "Constraint",
@@ -10,5 +18,6 @@ __all__ = [
     "engine_names",
     "engine_usage",
     "export_plan",
+    "export_text",
     "read_exported",
 ]

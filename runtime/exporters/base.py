@@ -153,8 +153,8 @@ _CHECKS: dict[Constraint, Callable[[Plan], str | None]] = {
 class Exporter(Protocol):
     """One engine's file format. Instances are stateless.
 
-    `write(plan, path, *, <options>) -> None` gets a plan that keeps to `constraints`; the options are keyword arguments
-    of `export_plan`. `read(path, model, topology) -> Plan` takes an untrusted file and raises FileFormatError.
+    `text(plan, *, <options>) -> str` gets a plan that keeps to `constraints`; the options are keyword arguments of
+    `export_plan`. `read(path, model, topology) -> Plan` takes an untrusted file and raises FileFormatError.
     """
 
     @property
@@ -174,7 +174,7 @@ class Exporter(Protocol):
         ...
 
     @property
-    def write(self) -> Callable[..., None]: ...
+    def text(self) -> Callable[..., str]: ...
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan: ...
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..._arguments import check_types
 from ..._plugins import Registry
 from ...placement.errors import InputError, UnsupportedError, nearest
+from ...placement.files import write_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
@@ -56,7 +57,7 @@ def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Pa
         plan: to write.
         engine: a name of `engine_names()`.
         path: of the file.
-        options: the format's own (see the `write` method of its exporter).
+        options: the format's own (see the `text` method of its exporter).
 
     Returns:
         The path.
@@ -65,11 +66,20 @@ def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Pa
         InputError: unknown engine or option.
         UnsupportedError: the engine cannot express the plan; see `check_export`.
     """
+    write_text(path, export_text(plan, engine, **options))
+    return Path(path)
+
+
+def export_text(plan: Plan, engine: str, **options: Any) -> str:
+    """What `export_plan` writes.
+
+    Raises:
+        InputError, UnsupportedError: as `export_plan`.
+    """
     exporter = exporter_named(engine)
     _check_options(exporter, options)
     check_export(plan, engine)
-    exporter.write(plan, Path(path), **options)
-    return Path(path)
+    return exporter.text(plan, **options)
 
 
 @check_types
@@ -119,7 +129,7 @@ def engine_usage(plan: Plan, engine: str, path: str | Path) -> str:
 
 
 def _check_options(exporter: Exporter, options: dict[str, Any]) -> None:
-    known = set(inspect.signature(exporter.write).parameters) - {"plan", "path"}
+    known = set(inspect.signature(exporter.text).parameters) - {"plan"}
     for name in options:
         if name not in known:
             listed = nearest(name, known) if known else "it takes none"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
-from ...placement.plan import Plan
+from ...placement.plan import Plan, plan_to_dict
 from ...placement.topology import Topology
 from .base import Constraint
 
@@ -20,8 +21,8 @@ class MoeplaceJson:
     constraints: frozenset[Constraint] = frozenset()
     replica_choice: Literal["share", "nearest"] = "share"
 
-    def write(self, plan: Plan, path: Path) -> None:
-        plan.save(path)
+    def text(self, plan: Plan) -> str:
+        return json.dumps(plan_to_dict(plan), allow_nan=False)
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
         """Reads a plan file, which must be for that model and topology.

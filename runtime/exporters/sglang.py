@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 
 from ...placement.errors import FileFormatError, InputError
-from ...placement.files import write_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
@@ -34,14 +33,14 @@ class SGLang:
     constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES})
     replica_choice: Literal["share", "nearest"] = "nearest"
 
-    def write(self, plan: Plan, path: Path, *, hidden_layers: int | None = None) -> None:
+    def text(self, plan: Plan, *, hidden_layers: int | None = None) -> str:
         """hidden_layers: `num_hidden_layers` of the model; wanted when dense layers follow the last MoE layer."""
         count = plan.moe_layers[-1] + 1 if hidden_layers is None else hidden_layers
         if count <= plan.moe_layers[-1]:
             raise InputError(f"hidden_layers ({count}) must exceed the last MoE layer's index ({plan.moe_layers[-1]})")
         table = np.tile(np.arange(plan.num_slots) % plan.model.experts, (count, 1))
         table[list(plan.moe_layers)] = plan.physical_to_logical
-        write_text(path, json.dumps({KEY: table.tolist()}))
+        return json.dumps({KEY: table.tolist()})
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
         """Reads the rows of the model's MoE layers.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...placement.errors import FileFormatError, InputError
-from ...placement.files import read_text, write_text
+from ...placement.files import read_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
@@ -32,7 +32,7 @@ class TensorRTLLM:
     constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES})
     replica_choice: Literal["share", "nearest"] = "share"
 
-    def write(self, plan: Plan, path: Path, *, extra_layers: Sequence[int] = ()) -> None:
+    def text(self, plan: Plan, *, extra_layers: Sequence[int] = ()) -> str:
         """extra_layers: MoE layers the plan does not know (DeepSeek-V3's MTP layer 61), laid out as slot i mod E."""
         rows = dict(zip(plan.moe_layers, plan.physical_to_logical.tolist(), strict=True))
         for layer in extra_layers:
@@ -41,7 +41,7 @@ class TensorRTLLM:
             rows[layer] = [slot % plan.model.experts for slot in range(plan.num_slots)]
         lines = [f"{SLOTS}: {plan.num_slots}", f"{UPDATES}: 0", f"{ASSIGNMENTS}:"]
         lines += [f"  {layer}: [{', '.join(map(str, row))}]" for layer, row in sorted(rows.items())]
-        write_text(path, "\n".join(lines) + "\n")
+        return "\n".join(lines) + "\n"
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
         """Reads the entries of the model's MoE layers; others (an MTP layer's) are checked and left.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from ...placement.errors import FileFormatError
-from ...placement.files import write_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
@@ -28,8 +27,8 @@ class VLLM:
     constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES})
     replica_choice: Literal["share", "nearest"] = "share"
 
-    def write(self, plan: Plan, path: Path) -> None:
-        write_text(path, json.dumps(plan.physical_to_logical.tolist()))
+    def text(self, plan: Plan) -> str:
+        return json.dumps(plan.physical_to_logical.tolist())
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
         """Reads a row a MoE layer, or one row for all.

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 
 from ...placement.errors import FileFormatError
-from ...placement.files import write_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
@@ -31,7 +30,7 @@ class VLLMAscend:
     constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES, Constraint.SPREAD_REPLICAS})
     replica_choice: Literal["share", "nearest"] = "share"
 
-    def write(self, plan: Plan, path: Path) -> None:
+    def text(self, plan: Plan) -> str:
         devices = plan.topology.num_devices
         layers = [
             {
@@ -44,7 +43,7 @@ class VLLMAscend:
             }
             for index, row in enumerate(plan.physical_to_logical)
         ]
-        write_text(path, json.dumps({"moe_layer_count": len(layers), "layer_list": layers}))
+        return json.dumps({"moe_layer_count": len(layers), "layer_list": layers})
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
         """Reads every MoE layer's devices.

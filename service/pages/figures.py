@@ -24,8 +24,8 @@ SHOWN_MOVES = 200
 
 @dataclass(frozen=True)
 class LoadComparison:
-    """Two plans of a deployment on its newest windows. before, after: [L, G] device load over the layer's mean device load.
-    traffic: [G, G] bytes a step from each device to each other under `plan`, of dispatch, as copies travel.
+    """Two plans of a deployment on its newest windows. before, after: [L, G] device load over the layer's mean device
+    load. traffic: [G, G] bytes a step from each device to each other under `plan`, of dispatch, as copies travel.
     """
 
     plan: Plan
@@ -37,8 +37,8 @@ class LoadComparison:
 
 
 def compare(store: Store, deployment: DeploymentRecord, candidate: str | None) -> LoadComparison | None:
-    """The plan in force against a candidate, or without one, index order against the plan in force; None without any plan
-    or window."""
+    """The plan in force against a candidate, or without one, index order against the plan in force; None without any
+    plan or window."""
     if deployment.plan_id is None and candidate is None:
         return None
     base = index_order(store, deployment)
@@ -77,8 +77,8 @@ def compared(
 
 @dataclass(frozen=True)
 class ExpertMoves:
-    """What going from one plan to another moves. by_pair: (source, target, experts), most first. listed: (layer, expert,
-    source, target), the first of them. matrix: [G, G] experts from each device to each."""
+    """What going from one plan to another moves. by_pair: (source, target, experts), most first. listed: (layer,
+    expert, source, target), the first of them. matrix: [G, G] experts from each device to each."""
 
     count: int
     bytes_moved: float

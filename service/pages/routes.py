@@ -26,9 +26,6 @@ from ..tasks.decide import default_plan
 from . import figures
 from .charts import Mark, Series, heat_map, line_chart, scatter
 
-# What all pages share: templates, who visits, and forms.
-
-
 pages = Environment(
     loader=PackageLoader(__name__.rpartition(".")[0]), autoescape=select_autoescape(default=True), trim_blocks=True
 )
@@ -102,9 +99,6 @@ def device_map(title: str, values: FloatArray) -> Markup:
     devices = range(len(values))
     rows, columns = [f"from {d}" for d in devices], [f"to {d}" for d in devices]
     return Markup(heat_map(title, values, rows, columns, low=0.0, high=float(values.max()) or 1.0))
-
-
-# Pages of jobs (fronts and what-ifs among them) and of what one plan changes against another.
 
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)

@@ -11,9 +11,6 @@ from pydantic import BaseModel
 
 from ...db.store import Store
 
-# Lists in pages, and answers that need not be sent again.
-
-
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -1,4 +1,5 @@
-"""Deployments: their windows, the plan in force, checks, decisions, publications, webhooks, engines asked for their routing."""
+"""Deployments: their windows, the plan in force, checks, decisions, publications, webhooks, engines asked for their
+routing."""
 
 from __future__ import annotations
 
@@ -247,7 +248,8 @@ def remove_webhook(name: NamePath, key: KeyPath, store: Stored, actor: Approver)
 
 @router.put("/deployments/{name}/engine")
 def set_engine(name: NamePath, body: EngineIn, request: Request, store: Stored, actor: Approver) -> EngineRecord:
-    """Has SGLang's recorder started, stopped and read on an interval; what it counts is stored as windows. Replaces any other."""
+    """Has SGLang's recorder started, stopped and read on an interval; what it counts is stored as windows. Replaces any
+    other."""
     known = request.app.state.settings.recorders
     if body.recorder not in known:
         named = ", ".join(map(repr, known)) or "none"

@@ -37,7 +37,8 @@ LOOK_SECONDS = 0.3
 def submit_solve(
     body: SolveRequest, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
 ) -> JobRecord:
-    """A solve of a deployment's routing, or of a stored model, topology and statistics. The job's result names the plan."""
+    """A solve of a deployment's routing, or of a stored model, topology and statistics. The job's result names the
+    plan."""
     policy = Policy()
     model, topology = body.model, body.topology
     if body.deployment is not None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
-from ...placement.errors import FileFormatError, InputError
+from ...placement.errors import FileFormatError
 from ...placement.plan import Plan, plan_from_dict
-from ...runtime.exporters import export_plan
+from ...runtime.exporters import export_text
 from ...runtime.exporters.export import engine_usage
 from ..access import Reader, Submitter
 from ..schemas import PlanFull, PlanIn, PlanView
@@ -92,12 +90,7 @@ def usage(ref: RefPath, store: Stored, _: Reader, format: Engine = "moeplace") -
 def exported(plan: Plan, plan_id: str, engine: Engine, headers: dict[str, str]) -> Response:
     """The engine's file as a download."""
     name = file_name(plan_id, engine)
-    # Exporters write files; this one is this process's own, and gone at once.
-    with tempfile.TemporaryDirectory(prefix="moeplace-") as folder:
-        path = export_plan(plan, engine, Path(folder) / name)
-        if not path.is_file():
-            raise InputError(f"{engine} takes more than one file; export with the command line")
-        content = path.read_bytes()
+    content = export_text(plan, engine)
     kind = "application/yaml" if name.endswith(".yaml") else "application/json"
     disposition = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(content, media_type=kind, headers={**headers, **disposition})

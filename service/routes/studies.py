@@ -28,8 +28,8 @@ DEFAULT_REDUNDANCIES, DEFAULT_LIMITS = 5, 3
 def submit_what_if(
     body: WhatIfRequest, request: Request, store: Stored, actor: Submitter, idempotency: Idempotency = None
 ) -> JobRecord:
-    """What failures or another cluster do to a plan, and a plan ready for each. The job's result has a row a change; its
-    plans are stored."""
+    """What failures or another cluster do to a plan, and a plan ready for each. The job's result has a row a change;
+    its plans are stored."""
     filled = _filled(body, store)
     plan = body.plan
     if body.deployment is not None:

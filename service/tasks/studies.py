@@ -40,7 +40,8 @@ DECODE_STEPS, PREFILL_STEPS, DRAWN_STEPS = 200, 32, 16
 
 @dataclass(frozen=True, eq=False)
 class RoutingSplit:
-    """What a study solves on and what it is replayed on. statistics: for solvers. steps: held out of them. described: what the steps are, in words."""
+    """What a study solves on and what it is replayed on. statistics: for solvers. steps: held out of them. described:
+    what the steps are, in words."""
 
     statistics: RoutingStatistics
     steps: Steps

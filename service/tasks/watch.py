@@ -1,14 +1,14 @@
 """A look at a deployment: has its traffic moved, does that matter, and if so, is a new plan worth its migration?
 
-1. All windows since the plan was last judged are searched for a change against those it was judged on and against each other
-   (`placement.drift`), which also says when it was.
-2. Once a change is found and enough windows came after it, a fresh plan is solved on the older half of those. What the plan in
-   force loses against it on the newer half is the regret. An alarm is a change found and a regret that matters, so alarms
-   without a change come no more often than the test's stated rate.
-3. On an alarm, `decide` judges the fresh plan on the newer half, with its migration. Its answer waits for approval or is
-   published, as the policy says.
-4. A plan judged on few windows is looked at again when there are twice as many, until `recent`: without an alarm, for nothing
-   changed but what is known.
+1. All windows since the plan was last judged are searched for a change against those it was judged on and against each
+   other (`placement.drift`), which also says when it was.
+2. Once a change is found and enough windows came after it, a fresh plan is solved on the older half of those. What the
+   plan in force loses against it on the newer half is the regret. An alarm is a change found and a regret that matters,
+   so alarms without a change come no more often than the test's stated rate.
+3. On an alarm, `decide` judges the fresh plan on the newer half, with its migration. Its answer waits for approval or
+   is published, as the policy says.
+4. A plan judged on few windows is looked at again when there are twice as many, until `recent`: without an alarm, for
+   nothing changed but what is known.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ..base import working_seconds
-from ..ilp_highs import SilentHighs
+from ..mip.highs import QuietHighs
 from .sdp import ROUNDING
 
 CLOSE = 2e-3
@@ -60,7 +60,7 @@ class _Program:
         self._inside = np.zeros(len(members), dtype=bool)
         self._prices = cost.sum(axis=0)
         self.value, self.bound = np.inf, -np.inf
-        self._solver = SilentHighs()  # type: ignore[no-untyped-call]
+        self._solver = QuietHighs()
         options: dict[str, bool | float | str] = {
             "output_flag": False,
             "solver": "ipm",

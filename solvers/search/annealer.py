@@ -1,23 +1,171 @@
-"""Layers annealed side by side, in rounds of falling temperature, until the budget is spent."""
+"""Layers annealed side by side, each with exact incremental evaluation, in rounds of falling temperature.
+
+A proposal exchanges the experts of two slots, gives a slot to another expert, or shifts shares between two replicas;
+its effect on every step is computed from the tokens of the (at most two) experts it touches. How depends on how tokens
+travel, which the type of the layer's tokens tells: spread evenly (`even_traffic`), from known source ranks
+(`source_traffic`), or from layer to layer (`coherent_traffic`).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numba.extending import overload
 
 from ..._types import FloatArray, IntArray
 from ...placement.problem import Problem
-from .anneal import anneal, anneal_coherent, anneal_homes
-from .kernel_types import Aim, Limit, Moves, Neighbours, Rates, no_limit
-from .scenario import Scenario, home_tokens
+from ..jit import kernel
+from . import coherent_traffic, even_traffic, source_traffic
+from .coherent_traffic import CoherentState
+from .even_traffic import EvenState
+from .kernel_types import (
+    Change,
+    CoherentTokens,
+    LayerTokens,
+    MoveLimit,
+    MoveRules,
+    Neighbours,
+    Placement,
+    Rates,
+    RiskWeights,
+    SourceTokens,
+    no_move_limit,
+)
+from .moves import (
+    accepted,
+    carry_out,
+    copy,
+    copy_all,
+    count_moved,
+    layer_value,
+    more_moved,
+    propose,
+    remember,
+    slot_tables,
+)
+from .scenario import Scenario, source_tokens
+from .source_traffic import SourceState
 
-TASTE = 30
+CALIBRATION = 30
 """Proposals that tell how much one typically changes a layer's figure, the unit of temperatures."""
+
+Tokens = LayerTokens | SourceTokens | CoherentTokens
+State = EvenState | SourceState | CoherentState
+
+# In compiled code these four are the functions of the module that the tokens' type belongs to.
+
+_TRAFFIC: dict[type, ModuleType] = {
+    LayerTokens: even_traffic,
+    SourceTokens: source_traffic,
+    CoherentTokens: coherent_traffic,
+}
+
+
+def begin(tokens: Tokens, rates: Rates, placement: Placement) -> State:
+    """The state of a placement."""
+    raise NotImplementedError
+
+
+def delta(state: State, tokens: Tokens, rates: Rates, placement: Placement, change: Change, new: FloatArray) -> None:
+    """Prices a change into `state.new_cost`. new: [2, G] shares of its experts."""
+
+
+def commit(state: State, tokens: Tokens, rates: Rates, placement: Placement, change: Change, new: FloatArray) -> None:
+    """Keeps a change that `delta` has priced; the placement is still the old one."""
+
+
+def rollback(state: State, tokens: Tokens, rates: Rates, placement: Placement, change: Change, new: FloatArray) -> None:
+    """Drops a change that `delta` has priced."""
+
+
+@overload(begin, strict=False)
+def _begin(tokens: Any, rates: Any, placement: Any) -> Callable[..., Any]:
+    return _TRAFFIC[tokens.instance_class].begin
+
+
+@overload(delta, strict=False)
+def _delta(state: Any, tokens: Any, rates: Any, placement: Any, change: Any, new: Any) -> Callable[..., Any]:
+    return _TRAFFIC[tokens.instance_class].delta
+
+
+@overload(commit, strict=False)
+def _commit(state: Any, tokens: Any, rates: Any, placement: Any, change: Any, new: Any) -> Callable[..., Any]:
+    return _TRAFFIC[tokens.instance_class].commit
+
+
+@overload(rollback, strict=False)
+def _rollback(state: Any, tokens: Any, rates: Any, placement: Any, change: Any, new: Any) -> Callable[..., Any]:
+    return _TRAFFIC[tokens.instance_class].rollback
+
+
+@kernel
+def anneal(
+    tokens: Tokens,
+    rates: Rates,
+    risk: RiskWeights,
+    rules: MoveRules,
+    limit: MoveLimit,
+    slot_expert: IntArray,
+    slot_device: IntArray,
+    share: FloatArray,
+    proposals: int,
+    hot: float,
+    cold: float,
+    seed: int,
+) -> tuple[float, IntArray, FloatArray, FloatArray, IntArray, FloatArray, FloatArray, float]:
+    """Anneals one layer from temperature `hot` to `cold` (seconds), geometrically; the start is the first incumbent.
+
+    slot_expert: [P]. slot_device: [P]. share: [E, G]. No expert may stand twice on one device.
+    Returns the best placement seen (value, slot_expert, share, step costs [S]), where the walk ended (slot_expert,
+    share, step costs), and the mean absolute change of the value over proposals.
+    """
+    np.random.seed(seed)
+    slot_at, replicas = slot_tables(slot_expert, slot_device, share.shape[0], share.shape[1])
+    placement = Placement(slot_expert.copy(), slot_device, share.copy(), slot_at, replicas)
+    state = begin(tokens, rates, placement)
+    value = layer_value(state.cost, risk)
+    best, best_cost = value, state.cost.copy()
+    best_expert, best_share = placement.slot_expert.copy(), placement.share.copy()
+    moved = count_moved(placement, limit)
+    remember(value, moved, placement, limit)
+
+    new = np.zeros((2, share.shape[1]))
+    cooling = (cold / hot) ** (1.0 / max(1, proposals - 1)) if hot > 0.0 else 0.0
+    temperature = hot
+    changes, priced = 0.0, 0
+    for _ in range(proposals):
+        temperature *= cooling
+        change = propose(placement, rules, new)
+        if change.kind == 0:
+            continue
+        more = more_moved(change, slot_device, limit)
+        if more > 0 and moved + more > limit.most:
+            continue
+        delta(state, tokens, rates, placement, change, new)
+        new_value = layer_value(state.new_cost, risk)
+        changes += abs(new_value - value)
+        priced += 1
+        if not accepted(value, new_value + more * limit.price, temperature):
+            rollback(state, tokens, rates, placement, change, new)
+            continue
+        commit(state, tokens, rates, placement, change, new)
+        carry_out(change, new, placement)
+        value = new_value
+        moved += more
+        remember(value, moved, placement, limit)
+        if value < best:
+            best = value
+            copy(placement.slot_expert, best_expert)
+            copy_all(placement.share, best_share)
+            copy(state.cost, best_cost)
+    typical = changes / priced if priced > 0 else 0.0
+    return best, best_expert, best_share, best_cost, placement.slot_expert, placement.share, state.cost, typical
 
 
 @dataclass(frozen=True)
@@ -39,56 +187,65 @@ class LayerState:
     typical: float
 
 
-class Engine:
+class Annealer:
     """Holds one state a layer and improves it. Thread-safe only through `run`, which does its own threading."""
 
-    def __init__(self, problem: Problem, scenario: Scenario, rates: Rates, moves: Sequence[Moves], seed: int) -> None:
-        self._problem, self._scenario, self._rates, self._moves = problem, scenario, rates, moves
+    def __init__(
+        self, problem: Problem, scenario: Scenario, rates: Rates, rules: Sequence[MoveRules], seed: int
+    ) -> None:
+        self._problem, self._scenario, self._rates, self._rules = problem, scenario, rates, rules
         self._coherent = problem.objective.execution == "context_coherent" and scenario.steps is not None
-        homes = scenario.steps is not None and scenario.steps.source is not None and not self._coherent
-        self._anneal = anneal_homes if homes else anneal
-        self._tokens: list[Any] = [
-            home_tokens(scenario, layer, problem) if homes else scenario.layer(layer)
-            for layer in range(problem.model.layers)
-        ]
+        sources = scenario.steps is not None and scenario.steps.source is not None and not self._coherent
+        self._tokens: list[LayerTokens] | list[SourceTokens] = (
+            [source_tokens(scenario, layer, problem) for layer in range(problem.model.layers)]
+            if sources
+            else [scenario.layer(layer) for layer in range(problem.model.layers)]
+        )
         self._seeds = np.random.SeedSequence(seed)
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
         self.states: list[LayerState] = []
-        self.limits: list[Limit] = [no_limit()] * problem.model.layers
+        self.limits: list[MoveLimit] = [no_move_limit()] * problem.model.layers
 
     def start(
-        self, tables: Sequence[IntArray], shares: Sequence[FloatArray], aims: Sequence[Aim], taste: int = TASTE
+        self,
+        tables: Sequence[IntArray],
+        shares: Sequence[FloatArray],
+        risks: Sequence[RiskWeights],
+        calibration: int = CALIBRATION,
     ) -> None:
-        """Takes a placement as the state, prices it, and learns what a proposal changes, of `taste` that improve."""
+        """Takes a placement as the state, prices it, and learns what a proposal changes from `calibration` ones."""
         zero = np.zeros(self._scenario.num_steps)
         placed = [Placed(table, share, zero) for table, share in zip(tables, shares, strict=True)]
         self.states = [LayerState(layer, layer, np.inf, 0.0) for layer in placed]
-        self.run(aims, taste, hot=0.0, cold=0.0)
+        self.run(risks, calibration, hot=0.0, cold=0.0)
 
-    def run(self, aims: Sequence[Aim], proposals: int, hot: float, cold: float) -> None:
+    def run(self, risks: Sequence[RiskWeights], proposals: int, hot: float, cold: float) -> None:
         """One round: every layer walks on for `proposals`, from temperature `hot` to `cold` in typical changes."""
         seeds = self._seeds.spawn(1)[0].generate_state(len(self.states))
         layers = range(len(self.states))
         # In context-coherent execution a layer's cost depends on its neighbours: odd ones wait for even ones.
         for group in [layers[::2], layers[1::2]] if self._coherent else [layers]:
             tasks = [
-                self._pool.submit(self._one, layer, aims[layer], proposals, hot, cold, int(seeds[layer]) % (1 << 31))
+                self._pool.submit(self._one, layer, risks[layer], proposals, hot, cold, int(seeds[layer]) % (1 << 31))
                 for layer in group
             ]
             for layer, task in zip(group, tasks, strict=True):
                 self.states[layer] = task.result()
 
-    def answer(self, aims_changed: bool) -> list[Placed]:
-        """The best placement of each layer; where it was judged beside other neighbours or by another aim than today's,
+    def answer(self, risk_changed: bool) -> list[Placed]:
+        """The best placement of each layer; where it was priced beside other neighbours or by another risk than today's,
         the present one."""
-        return [state.now if self._coherent or aims_changed else state.best for state in self.states]
+        return [state.now if self._coherent or risk_changed else state.best for state in self.states]
 
-    def _one(self, layer: int, aim: Aim, proposals: int, hot: float, cold: float, seed: int) -> LayerState:
-        state = self.states[layer]
-        common = (
+    def _one(self, layer: int, risk: RiskWeights, proposals: int, hot: float, cold: float, seed: int) -> LayerState:
+        state, tokens = self.states[layer], self._tokens[layer]
+        walked = anneal(
+            CoherentTokens(tokens, self._around(layer))
+            if self._coherent and isinstance(tokens, LayerTokens)
+            else tokens,
             self._rates,
-            aim,
-            self._moves[layer],
+            risk,
+            self._rules[layer],
             self.limits[layer],
             state.now.slot_expert,
             self._problem.layer_slot_device(layer),
@@ -98,10 +255,6 @@ class Engine:
             cold * state.typical,
             seed,
         )
-        if self._coherent:
-            walked = anneal_coherent(self._tokens[layer], self._around(layer), *common)
-        else:
-            walked = self._anneal(self._tokens[layer], *common)
         value, table, share, cost, table_now, share_now, cost_now, typical = walked
         best, now = Placed(table, share, cost), Placed(table_now, share_now, cost_now)
         if value >= state.value:

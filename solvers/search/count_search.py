@@ -1,4 +1,4 @@
-"""The course of a search on counts alone: rounds of balancing every layer on all recorded load vectors together."""
+"""Search on counts alone: every layer balanced on all recorded load vectors together, by swaps and by annealing."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
-from ...placement.plan import Certificate, Stop
+from ...placement.plan import Stop
 from ...placement.problem import Problem
 from ...placement.risk import tail_weight, weighted_mean
 from ..base import Budget, Solution
 from ..jit import kernel
-from .evaluator import Judge, window_bounds
-from .kernel_types import Moves
-from .moves import accepted, slot_tables, survives
-from .multistart import Pace
+from .evaluator import Answer, Evaluator, better, window_bounds
+from .kernel_types import MoveRules
+from .moves import accepted, copy, copy_all, slot_tables, survives
+from .multistart import CoolingSchedule
 from .scenario import Scenario
 from .starts import GroupHomes, balanced_layer, even_layer_share, even_shares
 
@@ -74,7 +74,7 @@ class WindowWeights:
 
 
 def level_layer(
-    load: FloatArray, slots: IntArray, speed: FloatArray, moves: Moves
+    load: FloatArray, slots: IntArray, speed: FloatArray, moves: MoveRules
 ) -> tuple[IntArray, FloatArray] | None:
     """A layer's slots [P] and shares [E, G] in exact balance of one load vector [E], or None where this finds none.
 
@@ -157,8 +157,6 @@ def level_shares(
 # figure itself decides what is kept.
 
 
-Floats = FloatArray
-
 REFRESH = 4096
 """Proposals after which sums are made anew, so that rounding does not add up."""
 LOST = 1e-6
@@ -173,7 +171,11 @@ AIMED = 0.5
 """How many take their first slot from a row's heaviest device rather than from anywhere."""
 
 
-class LoadLayer(NamedTuple):
+Changes = tuple[IntArray, IntArray, FloatArray]
+"""Expert, device and amount of each change of share."""
+
+
+class CountLayer(NamedTuple):
     """One layer as the kernel reads it. K load rows, E experts, G devices.
 
     rows: [K, E], each summing to 1. weight: [K], summing to 1. slowness: [G], such that a row spread in proportion to
@@ -181,26 +183,26 @@ class LoadLayer(NamedTuple):
     exceed `limit`.
     """
 
-    rows: Floats
-    weight: Floats
-    slowness: Floats
-    stray: Floats
+    rows: FloatArray
+    weight: FloatArray
+    slowness: FloatArray
+    stray: FloatArray
     limit: float
-    moves: Moves
+    moves: MoveRules
 
 
 @kernel
-def balance_loads(
-    layer: Any,
-    slot_expert: Any,
-    slot_device: Any,
-    share: Any,
+def anneal_counts(
+    layer: CountLayer,
+    slot_expert: IntArray,
+    slot_device: IntArray,
+    share: FloatArray,
     proposals: int,
     sharpness: float,
     hot: float,
     enough: float,
     seed: int,
-) -> Any:
+) -> tuple[IntArray, FloatArray]:
     """Anneals for `proposals`, from temperature `hot` to a hundredth; ends early at a figure of at most `enough`.
 
     slot_expert: [P]. slot_device: [P]. share: [E, G]. No expert may stand twice on one device.
@@ -228,9 +230,11 @@ def balance_loads(
             _load(layer, share, loads)
             value = _peaks(layer, loads, heaviest)
             _lift(loads, heaviest, sharpness, zero, lifted, sums)
-            strayed = (layer.stray * share).sum()
+            strayed = _strayed(layer.stray, share)
             if value < best:
-                best, best_expert[:], best_share[:] = value, slot_expert, share
+                best = value
+                copy(slot_expert, best_expert)
+                copy_all(share, best_share)
             if best <= enough or turn == proposals:
                 break
         temperature *= cooling
@@ -242,25 +246,25 @@ def balance_loads(
         if kind == 0:
             continue
         more = 0.0
-        found = 0
+        changed = 0
         for i in range(count):
             e, g, part = changes[0][i], changes[1][i], changes[2][i]
             more += layer.stray[e, g] * part
             if where[g] < 0:
-                where[g] = found
-                touched[found] = g
-                shift[:, found] = 0.0
-                found += 1
+                where[g] = changed
+                touched[changed] = g
+                shift[:, changed] = 0.0
+                changed += 1
             for k in range(rows):
                 shift[k, where[g]] += layer.rows[k, e] * part * layer.slowness[g]
-        for i in range(found):
+        for i in range(changed):
             where[touched[i]] = -1
         if more > 0.0 and strayed + more > layer.limit:
             continue
         change = 0.0
         for k in range(rows):
             new_sums[k] = sums[k]
-            for i in range(found):
+            for i in range(changed):
                 g = touched[i]
                 risen[k, i] = np.exp(min(MOST, sharpness * (loads[k, g] + shift[k, i] - zero[k])))
                 new_sums[k] += risen[k, i] - lifted[k, g]
@@ -271,7 +275,7 @@ def balance_loads(
         strayed += more
         for k in range(rows):
             sums[k] = new_sums[k]
-            for i in range(found):
+            for i in range(changed):
                 loads[k, touched[i]] += shift[k, i]
                 lifted[k, touched[i]] = risen[k, i]
         for i in range(count):
@@ -282,14 +286,16 @@ def balance_loads(
             _lift(loads, heaviest, sharpness, zero, lifted, sums)
         # Rounding alone is no progress; what follows copies the placement.
         if value < best * (1.0 - 1e-9):
-            best, best_expert[:], best_share[:] = value, slot_expert, share
+            best = value
+            copy(slot_expert, best_expert)
+            copy_all(share, best_share)
             if best <= enough:
                 break
     return best_expert, best_share
 
 
 @kernel
-def _runs(slot_device: Any, devices: int) -> Any:
+def _runs(slot_device: IntArray, devices: int) -> tuple[IntArray, IntArray]:
     """First slot and number of slots of each device."""
     first, width = np.zeros(devices, np.int64), np.zeros(devices, np.int64)
     for p in range(slot_device.shape[0] - 1, -1, -1):
@@ -299,7 +305,7 @@ def _runs(slot_device: Any, devices: int) -> Any:
 
 
 @kernel
-def _load(layer: Any, share: Any, loads: Any) -> None:
+def _load(layer: CountLayer, share: FloatArray, loads: FloatArray) -> None:
     """Loads [K, G], slowness included, of shares [E, G]."""
     loads[:] = 0.0
     for e in range(share.shape[0]):
@@ -310,7 +316,7 @@ def _load(layer: Any, share: Any, loads: Any) -> None:
 
 
 @kernel
-def _peaks(layer: Any, loads: Any, heaviest: Any) -> float:
+def _peaks(layer: CountLayer, loads: FloatArray, heaviest: IntArray) -> float:
     """The layer's figure; `heaviest` [K] gets each row's heaviest device."""
     value = 0.0
     for k in range(loads.shape[0]):
@@ -324,7 +330,9 @@ def _peaks(layer: Any, loads: Any, heaviest: Any) -> float:
 
 
 @kernel
-def _lift(loads: Any, heaviest: Any, sharpness: float, zero: Any, lifted: Any, sums: Any) -> None:
+def _lift(
+    loads: FloatArray, heaviest: IntArray, sharpness: float, zero: FloatArray, lifted: FloatArray, sums: FloatArray
+) -> None:
     """Exponentials [K, G] of loads over each row's heaviest, `zero` [K], and their sums [K]."""
     for k in range(loads.shape[0]):
         zero[k] = loads[k, heaviest[k]]
@@ -336,8 +344,15 @@ def _lift(loads: Any, heaviest: Any, sharpness: float, zero: Any, lifted: Any, s
 
 @kernel
 def _draw(
-    layer: Any, p: int, slot_expert: Any, slot_device: Any, slot_at: Any, replicas: Any, share: Any, changes: Any
-) -> Any:
+    layer: CountLayer,
+    p: int,
+    slot_expert: IntArray,
+    slot_device: IntArray,
+    slot_at: IntArray,
+    replicas: IntArray,
+    share: FloatArray,
+    changes: Changes,
+) -> tuple[int, int, int, int]:
     """A random change that begins at slot p: (kind, slot q, expert b, how many changes of share it lists).
 
     Kinds: 0 none, 1 exchange p and q, 2 give p to b, 3 shift share from p to q. changes: (expert, device, amount).
@@ -385,14 +400,22 @@ def _draw(
 
 
 @kernel
-def _list(changes: Any, count: int, expert: int, device: int, amount: float) -> int:
+def _list(changes: Changes, count: int, expert: int, device: int, amount: float) -> int:
     changes[0][count], changes[1][count], changes[2][count] = expert, device, amount
     return count + 1
 
 
 @kernel
 def _commit(
-    kind: int, p: int, q: int, b: int, slot_expert: Any, slot_device: Any, slot_at: Any, replicas: Any, share: Any
+    kind: int,
+    p: int,
+    q: int,
+    b: int,
+    slot_expert: IntArray,
+    slot_device: IntArray,
+    slot_at: IntArray,
+    replicas: IntArray,
+    share: FloatArray,
 ) -> None:
     """Carries out on slots what `_draw` proposed; a share that rounding left beside 0 becomes 0."""
     a, g, h = slot_expert[p], slot_device[p], slot_device[q]
@@ -423,10 +446,22 @@ LEAST_GAIN = 1e-9
 
 
 @kernel
-def settle(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: float) -> Any:
+def _strayed(stray: FloatArray, share: FloatArray) -> float:
+    """The limited sum of shares [E, G]."""
+    total = 0.0
+    for e in range(share.shape[0]):
+        for g in range(share.shape[1]):
+            total += stray[e, g] * share[e, g]
+    return total
+
+
+@kernel
+def steepest_swap(
+    layer: CountLayer, slot_expert: IntArray, slot_device: IntArray, share: FloatArray, enough: float
+) -> tuple[IntArray, FloatArray]:
     """(slot_expert, share) once no exchange lowers the heaviest device of `layer`'s first row, or it is at `enough`.
 
-    layer: a `LoadLayer`. slot_expert: [P]. slot_device: [P]. share: [E, G].
+    slot_expert: [P]. slot_device: [P]. share: [E, G].
     """
     experts, devices = share.shape
     slots = slot_expert.shape[0]
@@ -436,7 +471,7 @@ def settle(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: f
     for p in range(slots):
         carried[p] = layer.rows[0, slot_expert[p]] * share[slot_expert[p], slot_device[p]]
         loads[slot_device[p]] += carried[p] * layer.slowness[slot_device[p]]
-    strayed = (layer.stray * share).sum()
+    strayed = _strayed(layer.stray, share)
     allowed, failures = layer.moves.allowed, layer.moves.failures
     while True:
         g = int(loads.argmax())
@@ -481,7 +516,7 @@ def settle(layer: Any, slot_expert: Any, slot_device: Any, share: Any, enough: f
 
 
 @kernel
-def _strays(stray: Any, share: Any, expert: int, left: int, joined: int) -> float:
+def _strays(stray: FloatArray, share: FloatArray, expert: int, left: int, joined: int) -> float:
     """What an expert's part on device `left` adds to the limited sum by moving to `joined`."""
     return share[expert, left] * (stray[expert, joined] - stray[expert, left])
 
@@ -495,7 +530,7 @@ LEAPS = 1000
 """Slots below which the first round is hotter, in proportion: with few slots every exchange is a leap."""
 TOLERANCE = 1e-3
 """A figure this close to its bound, relatively, is good enough; a layer is done at half of it."""
-LOAD_COURSE_LEAST_EXCESS = 1e-6
+LEAST_LAYER_EXCESS = 1e-6
 """What a layer is taken to lie above its bound at least, so that sharpness stays finite."""
 
 
@@ -508,11 +543,11 @@ class BalancedLayer:
     peaks: FloatArray
 
 
-def search_loads(
+def search_counts(
     problem: Problem,
     budget: Budget,
     scenario: Scenario,
-    moves: Sequence[Moves],
+    moves: Sequence[MoveRules],
     tables: Sequence[IntArray],
     current: tuple[list[IntArray], list[FloatArray]] | None,
     proposals: int | None,
@@ -520,7 +555,7 @@ def search_loads(
 ) -> Solution:
     """Balances the windows' loads [S, L, E] from slot tables [P], one a layer, or the plan in force (tables and shares
     [E, G]) in layers where that is better; see `Search` for `proposals`."""
-    judge = Judge(problem, scenario)
+    evaluator = Evaluator(problem, scenario)
     windows = WindowWeights(problem, scenario)
     balance = _Balance(problem, scenario, moves, budget.seed, homes, current)
     stop: Stop = "finished"
@@ -528,35 +563,34 @@ def search_loads(
         balance.start(tables, windows.weight)
         if scenario.num_steps == 1 and homes is None:
             balance.level()
-        best = _best_start(balance, judge)
-        budget.report(best[1].value, best[1].bound, "start")
+        best = _best_start(balance, evaluator)
+        budget.report(best.value, best.bound, "start")
         try:
             if problem.objective.risk == "regret":
-                judge.reference = _alone(balance, judge, scenario, tables, proposals or PROPOSALS, budget)
-                windows.reference = judge.reference
+                evaluator.reference = _alone(balance, evaluator, scenario, tables, proposals or PROPOSALS, budget)
+                windows.reference = evaluator.reference
                 balance.start(tables, windows.weight)
-                best = _best_start(balance, judge)
-            pace = Pace(budget, proposals or PROPOSALS, ROUNDS)
+                best = _best_start(balance, evaluator)
+            schedule = CoolingSchedule(budget, proposals or PROPOSALS, ROUNDS)
             for round_ in range(ROUNDS):
                 if budget.spent or balance.done:
                     break
-                with pace.timing():
-                    balance.run(windows.weight, pace.proposals(round_), round_ / (ROUNDS - 1))
-                answer = _answer(balance, judge)
-                if answer[1].value < best[1].value:
-                    best = answer
-                budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
-                windows.learn(judge.figures(answer[0], answer[2]), judge.bound)
+                with schedule.timing():
+                    balance.run(windows.weight, schedule.proposals(round_), round_ / (ROUNDS - 1))
+                answer = _answer(balance, evaluator)
+                best = better(best, answer)
+                budget.report(best.value, best.bound, f"round {round_ + 1} of {ROUNDS}")
+                windows.learn(evaluator.figures(answer.table, answer.shares), evaluator.bound)
             stop = "time limit" if budget.spent else "finished"
         except KeyboardInterrupt:
             stop = "interrupted"
     finally:
         balance.close()
-    certificate = best[1]
+    certificate = best.certificate
     if homes is not None:
         limited = f"{certificate.objective}, at most {homes.most:g} of a layer's load off its groups' home nodes"
         certificate = replace(certificate, objective=limited)
-    return Solution(best[0], certificate, shares=best[2], stop=stop)
+    return Solution(best.table, certificate, shares=best.shares, stop=stop)
 
 
 class _Balance:
@@ -566,13 +600,13 @@ class _Balance:
         self,
         problem: Problem,
         scenario: Scenario,
-        moves: Sequence[Moves],
+        moves: Sequence[MoveRules],
         seed: int,
         homes: GroupHomes | None,
         current: tuple[list[IntArray], list[FloatArray]] | None,
     ) -> None:
         speed = problem.topology.compute
-        self.problem, self._moves = problem, moves
+        self.problem, self._rules = problem, moves
         self._rows = scenario.loads.transpose(1, 0, 2).copy()
         self._slowness = speed.sum() / speed
         nowhere = np.zeros((problem.model.experts, problem.num_devices))
@@ -608,7 +642,7 @@ class _Balance:
         problem = self.problem
         if problem.objective.split != "free":
             return
-        for layer, moves in enumerate(self._moves):
+        for layer, moves in enumerate(self._rules):
             levelled = level_layer(self._rows[layer][0], problem.layer_slots[layer], problem.topology.compute, moves)
             if levelled is not None:
                 placed = self._placed(layer, *levelled)
@@ -639,24 +673,24 @@ class _Balance:
             return state
         weight = weight / weight.sum()
         least = float(weight @ self._bounds[:, layer])
-        excess = max(float(weight @ state.peaks) - least, LOAD_COURSE_LEAST_EXCESS)
-        given = LoadLayer(
+        excess = max(float(weight @ state.peaks) - least, LEAST_LAYER_EXCESS)
+        counts = CountLayer(
             self._rows[layer][counted],
             weight[counted],
             self._slowness,
             self._stray[layer],
             self._limit,
-            self._moves[layer],
+            self._rules[layer],
         )
         slot_device, enough = self.problem.layer_slot_device(layer), least * (1.0 + 0.5 * TOLERANCE)
         table, share = state.slot_expert, state.share
         if counted.sum() == 1:
-            table, share = settle(given, table, slot_device, share, enough)
-            excess = max(float((given.rows[0] @ share * self._slowness).max()) - least, LOAD_COURSE_LEAST_EXCESS)
+            table, share = steepest_swap(counts, table, slot_device, share, enough)
+            excess = max(float((counts.rows[0] @ share * self._slowness).max()) - least, LEAST_LAYER_EXCESS)
         # A device this much above the others is felt, and ln G of them together are not mistaken for one.
         sharpness = np.log(self.problem.num_devices) / excess
         hot = heat * excess / len(table)
-        table, share = balance_loads(given, table, slot_device, share, proposals, sharpness, hot, enough, seed)
+        table, share = anneal_counts(counts, table, slot_device, share, proposals, sharpness, hot, enough, seed)
         if self.problem.objective.split == "equal":
             share = even_layer_share(self.problem, layer, table)
         return self._placed(layer, table, share)
@@ -670,7 +704,12 @@ class _Balance:
 
 
 def _alone(
-    balance: _Balance, judge: Judge, scenario: Scenario, tables: Sequence[IntArray], proposals: int, budget: Budget
+    balance: _Balance,
+    evaluator: Evaluator,
+    scenario: Scenario,
+    tables: Sequence[IntArray],
+    proposals: int,
+    budget: Budget,
 ) -> FloatArray:
     """[W] figure of each workload's own plan, which regret is measured against: a quarter of all effort, over them."""
     present = np.unique(scenario.workload)
@@ -680,30 +719,25 @@ def _alone(
         weight /= weight.sum()
         balance.start(tables, weight)
         timed = budget.seconds is not None
-        pace = Pace(
+        schedule = CoolingSchedule(
             budget, max(1, proposals // 4), rounds=4 * ROUNDS * (len(present) - w) // 3 if timed else ALONE_ROUNDS
         )
         for round_ in range(ALONE_ROUNDS):
-            with pace.timing():
-                balance.run(weight, pace.proposals(round_), round_ / (ALONE_ROUNDS - 1))
-        table, _, shares = _answer(balance, judge)
-        reference[code] = weighted_mean(judge.figures(table, shares), weight)
+            with schedule.timing():
+                balance.run(weight, schedule.proposals(round_), round_ / (ALONE_ROUNDS - 1))
+        table, _, shares = _answer(balance, evaluator)
+        reference[code] = weighted_mean(evaluator.figures(table, shares), weight)
     return reference
 
 
-def _best_start(balance: _Balance, judge: Judge) -> tuple[IntArray, Certificate, FloatArray]:
+def _best_start(balance: _Balance, evaluator: Evaluator) -> Answer:
     """The state, or the whole plan in force: under some risks the better layers are not the better plan."""
-    best = _answer(balance, judge)
-    current = _answer(balance, judge, balance.current) if balance.current else best
-    return min(best, current, key=lambda answer: answer[1].value)
+    best = _answer(balance, evaluator)
+    current = _answer(balance, evaluator, balance.current) if balance.current else best
+    return better(best, current)
 
 
-def _answer(
-    balance: _Balance, judge: Judge, layers: Sequence[BalancedLayer] | None = None
-) -> tuple[IntArray, Certificate, FloatArray]:
-    """(slot table [L, P], certificate, shares [L, P]) of the state, or of other `layers`."""
+def _answer(balance: _Balance, evaluator: Evaluator, layers: Sequence[BalancedLayer] | None = None) -> Answer:
+    """The state, or other `layers`."""
     layers = balance.layers if layers is None else layers
-    rows = [layer.slot_expert for layer in layers]
-    table = balance.problem.slot_table(rows)
-    shares = balance.problem.slot_shares(rows, [layer.share for layer in layers])
-    return table, judge.certificate(table, shares), shares
+    return evaluator.answer([layer.slot_expert for layer in layers], [layer.share for layer in layers])

@@ -8,6 +8,9 @@ from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.errors import SolveError
 from ...placement.plan import Plan
 from ...placement.problem import Problem
+from ..base import Budget
+from ..mip import solve_program
+from .tolerant_start import placement_program
 
 PROGRAM_SECONDS = 30.0
 """For the program of one layer; 256 experts on 32 devices take a fraction of a second."""
@@ -55,28 +58,17 @@ def _layer_fits(problem: Problem, layer: int, held: BoolArray, allowed: BoolArra
 
 def _nearest(held: BoolArray, slots: IntArray, allowed: BoolArray, failures: BoolArray, load: FloatArray) -> BoolArray:
     """[E, G] the placement without an expert twice on a device that holds most of what is held."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import eye, kron
-
-    experts, devices = held.shape
-    each, ones = eye(experts, format="csr"), np.ones((1, devices))
-    constraints = [
-        LinearConstraint(kron(np.ones((1, experts)), eye(devices)), slots, slots),
-        LinearConstraint(kron(each, ones), 1, devices),
-        *(LinearConstraint(kron(each, (~failure).astype(float)[None]), 1, devices) for failure in failures),
-    ]
     # Of equally near ones, replicas of what has most load; together these count less than one move.
     weight = 0.5 / slots.sum() * load / max(load.max(), 1e-300)
-    solved = milp(
-        -(held + weight[:, None]).ravel(),
-        integrality=np.ones(experts * devices),
-        bounds=Bounds(0.0, allowed.ravel().astype(float)),
-        constraints=constraints,
-        options={"time_limit": PROGRAM_SECONDS},
+    program = placement_program("nearest placement", -(held + weight[:, None]), slots, allowed, failures)
+    found = solve_program(
+        program, Budget(seconds=PROGRAM_SECONDS), backend="highs", start=held.ravel().astype(np.float64)
     )
-    if solved.x is None:
+    if found.stop == "interrupted":
+        raise KeyboardInterrupt
+    if found.values is None:
         raise SolveError(
             "no placement near the current plan was found that respects slots, pinned and forbidden devices and failures; "
             "loosen them, or leave out Problem.current"
         )
-    return np.asarray(solved.x.reshape(experts, devices) > 0.5)
+    return np.asarray(found.values.reshape(held.shape) > 0.5)

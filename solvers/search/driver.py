@@ -1,4 +1,4 @@
-"""The course of a search: start, references for regret, rounds of annealing, and the best placement seen."""
+"""A search: starts, rounds of annealing, whole placements evaluated, the best one kept and certified."""
 
 from __future__ import annotations
 
@@ -10,125 +10,22 @@ import numpy as np
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.errors import SolveError, UnsupportedError
 from ...placement.failures import failure_mask
-from ...placement.plan import Certificate, Stop
+from ...placement.plan import Stop
 from ...placement.problem import Problem
 from ...placement.risk import tail_weight, weighted_mean
 from ..base import Budget, Solution
+from ..certify.step_time import risk_bound
 from ..chain import Chain, fastest_step
 from ..shares import layer_shares, towards
 from . import Batch
-from .annealer import TASTE, Engine
-from .count_search import search_loads
-from .evaluator import Judge
-from .kernel_types import Aim, Moves
+from .annealer import CALIBRATION, Annealer
+from .count_search import search_counts
+from .evaluator import Answer, Evaluator, better
+from .kernel_types import MoveRules, RiskWeights
 from .move_budget import MoveBudget
-from .multistart import Pace, Start, race
-from .scenario import Scenario, mean_aims, rates_for, scenario_from, weighted_aims, with_homes, worst_aims
+from .multistart import CoolingSchedule, Start, multistart
+from .scenario import Scenario, mean_risks, rates_for, scenario_from, weighted_risks, with_sources, worst_risks
 from .starts import aligned, allowed_devices, can_align, current_placement, first_placements, homes_of, made_placements
-
-# The shares of a search's answer, made the best its placement can have.
-
-
-Answer = tuple[IntArray, Certificate, FloatArray]
-
-PART = 0.05
-"""Of a time limit, that may go into programs of shares."""
-
-
-def polished(judge: Judge, answer: Answer, budget: Budget) -> Answer:
-    """The answer (slot table [L, P], certificate, shares [L, P]) with shares from linear programs where replicas may share
-    freely and that lowers the risk's value; see `layer_shares`. Ctrl-C leaves it as it is."""
-    problem, scenario = judge.problem, judge.scenario
-    objective = problem.objective
-    # Programs know shares that count alike from every home.
-    if objective.split != "free" or not problem.has_replicas or objective.replica_choice != "share":
-        return answer
-    table, certificate, shares = answer
-    brief = Budget(None if budget.seconds is None else PART * budget.seconds)
-    aim, weights = shares.copy(), scenario.layer_weights(scenario.step_weight)
-    with suppress(KeyboardInterrupt):
-        for layer in range(len(table)):
-            if brief.spent:
-                break
-            loads = scenario.loads[:, layer]
-            aim[layer] = layer_shares(
-                loads, table[layer], shares[layer], problem.slot_device, problem, weights[:, layer]
-            ).shares
-        better = towards(shares, aim, certificate.value, lambda tried: judge.certificate(table, tried).value)
-        if better is not None:
-            answer = table, judge.certificate(table, better), better
-            budget.report(answer[1].value, answer[1].bound, "shares")
-    return answer
-
-
-# A search's answer with its certificate: the bound that the time given can prove.
-
-
-UNASKED = 0.05
-"""Part of a time limit that may go into the bound when no time for it was asked."""
-QUICK_SECONDS = 0.5
-"""Estimated seconds a proof may take that nobody asked for, without a time limit."""
-
-
-def certified(judge: Judge, answer: Answer, budget: Budget, seconds: float) -> Answer:
-    """The answer (slot table [L, P], certificate, shares [L, P]) after `seconds` spent on its bound; with 0, little.
-
-    Where a layer has few placements they are all gone through, and the answer is the best of them. Ctrl-C ends it with what
-    is proven so far. Tells of better bounds as they are found.
-    """
-    scenario, problem = judge.scenario, judge.problem
-    table, _, shares = answer
-    if scenario.steps is None:
-        return answer
-    from ..certify.step_time import risk_bound
-
-    # Replaying a large model takes seconds, and the plan stays the same while its bound rises.
-    found = judge.certificate(table, shares)
-
-    def tell(bound: float) -> None:
-        judge.proven = max(judge.proven, bound)
-        budget.report(found.value, min(found.value, max(found.bound or bound, bound)), "bound")
-
-    unasked = None if budget.seconds is None else UNASKED * budget.seconds
-    given = seconds if seconds > 0 else unasked
-    with suppress(KeyboardInterrupt):
-        if (best := _best_of_all(judge, given)) is not None:
-            tell(best[1])
-            better = judge.figures(best[0], np.ones(best[0].shape)).mean() < judge.figures(table, shares).mean()
-            if better and _within_reach(problem, best[0]):
-                table, shares = best[0], np.ones(best[0].shape)
-        else:
-            figures = judge.figures(table, shares)
-            tell(risk_bound(problem, scenario.steps, scenario.workload, figures, judge.reference, given, tell))
-    return table, judge.certificate(table, shares), shares
-
-
-def _within_reach(problem: Problem, table: IntArray) -> bool:
-    """Whether a placement [L, P] moves no more from the plan in force than allowed."""
-    if problem.current is None or problem.max_moves is None:
-        return True
-    held = problem.current.holds[np.arange(len(table))[:, None], table, problem.slot_device]
-    return int((~held).sum()) <= problem.max_moves
-
-
-def _best_of_all(judge: Judge, seconds: float | None) -> tuple[IntArray, float] | None:
-    """(slot table, mean step time) of the best of all placements, if there is time to go through them."""
-    problem, steps = judge.problem, judge.scenario.steps
-    if steps is None or steps.source is not None or problem.objective.risk != "mean":
-        return None
-    if problem.has_replicas or problem.tolerates or not problem.layers_alike:
-        return None
-    work = Chain().work(problem, steps=steps.num_steps)
-    if work is None or work > (QUICK_SECONDS if seconds is None else seconds):
-        return None
-    try:
-        found = fastest_step(problem, Budget(seconds), steps, "scenario")
-    except SolveError:
-        return None
-    # What certifies is the sum along the path, which its own replay only meets up to rounding.
-    bound = found.certificate.bound
-    return None if bound is None else (found.physical_to_logical, bound)
-
 
 HOT, COLD = 1.0, 1e-3
 """Temperatures, in what a proposal typically changes: at the first many that worsen are taken, at the last none."""
@@ -152,15 +49,15 @@ def run_search(
     certify: float,
     off_home: float | None,
 ) -> Solution:
-    """Anneals every layer on scenario steps; see `Search` for the arguments."""
-    scenario = with_homes(scenario_from(problem, batch, step_tokens, steps, budget.seed), problem, budget.seed)
+    """Searches on scenario steps, or where only counts are known on these; see `Search` for the arguments."""
+    scenario = with_sources(scenario_from(problem, batch, step_tokens, steps, budget.seed), problem, budget.seed)
     allowed = allowed_devices(problem)
-    moves = _moves(problem, allowed)
+    rules = _rules(problem, allowed)
     if scenario.steps is None and problem.max_moves is None:
-        homes = None if off_home is None else homes_of(problem, scenario.loads, moves, off_home)
+        homes = None if off_home is None else homes_of(problem, scenario.loads, rules, off_home)
         tables = made_placements(problem, allowed, budget)[0] if homes is None else homes.tables
         current = current_placement(problem, allowed)
-        return search_loads(problem, budget, scenario, moves, tables, current, proposals, homes)
+        return search_counts(problem, budget, scenario, rules, tables, current, proposals, homes)
     if off_home is not None:
         raise UnsupportedError(
             "off_home and Problem.max_moved_bytes do not go together; leave one of them out"
@@ -168,104 +65,163 @@ def run_search(
             else "off_home limits what counts alone can tell of node traffic; these statistics hold a token sample, or the "
             "transitions context-coherent steps are drawn from, on which the traffic itself is priced"
         )
-    engine = Engine(problem, scenario, rates_for(problem, scenario), moves, budget.seed)
+    annealer = Annealer(problem, scenario, rates_for(problem, scenario), rules, budget.seed)
     try:
-        return _search(problem, budget, scenario, engine, allowed, proposals or PROPOSALS, certify)
+        return _search(problem, budget, scenario, annealer, allowed, proposals or PROPOSALS, certify)
     finally:
-        engine.close()
+        annealer.close()
 
 
 def _search(
     problem: Problem,
     budget: Budget,
     scenario: Scenario,
-    engine: Engine,
+    annealer: Annealer,
     allowed: BoolArray,
     proposals: int,
     certify: float,
 ) -> Solution:
-    stop: Stop
-    judge = Judge(problem, scenario)
-    starts, limited = first_placements(problem, allowed, budget), problem.max_moves is not None
-    # Layers of one placement cannot be mixed with another's where neighbours matter.
-    whole = problem.objective.execution == "context_coherent"
-    aims = _first_aims(problem, scenario)
-    first, price = starts[0], 0.0
+    evaluator = Evaluator(problem, scenario)
+    coherent, limited = problem.objective.execution == "context_coherent", problem.max_moves is not None
+    calibration = 0 if limited else CALIBRATION
+    tail, weight, price = problem.objective.tail is not None, scenario.step_weight, 0.0
+    risks = _first_risks(problem, scenario)
+    moves: MoveBudget | None = None
+    stop: Stop = "finished" if budget.seconds is None else "time limit"
+
+    def present(risk_changed: bool = False) -> Answer:
+        placed = annealer.answer(risk_changed) if moves is None else moves.answer()
+        return evaluator.answer([layer.slot_expert for layer in placed], [layer.share for layer in placed])
+
+    starts = first_placements(problem, allowed, budget)
+    start = starts[0]
+    # The first answer needs no compiled code, which a new installation has to wait for.
+    best = evaluator.answer(*start)
+    budget.report(best.value, best.bound, "first placement")
     try:
-        if whole and scenario.steps is not None:
-            relaxed, price = _as_dispatched(problem, scenario, allowed, budget, proposals, first)
-            if can_align(problem, allowed):
-                starts += [aligned(problem, scenario, relaxed, True), aligned(problem, scenario, first, False)]
-            starts.append(relaxed)
-        if whole:
-            quick = Judge(problem, scenario.beginning)
-            first = min(starts, key=lambda start: quick.value(*start))
-        engine.start(*first, aims, taste=0 if limited else TASTE)
-    except KeyboardInterrupt:
-        engine.start(*first, aims, taste=0)
-        table, certificate, shares = _or_current(problem, judge, allowed, _answer(problem, engine, judge))
-        return Solution(table, certificate, shares=shares, stop="interrupted")
-    best = _answer(problem, engine, judge)
-    moved: MoveBudget | None = None
-    moving_aims, tail = problem.objective.tail is not None, scenario.step_weight
-    try:
-        if not whole and len(starts) > 1:
-            first = race(engine, starts, aims, budget, proposals)
-            engine.start(*first, aims)
-            best = min(best, _answer(problem, engine, judge), key=lambda answer: answer[1].value)
+        # Layers of one placement cannot be mixed with another's where neighbours matter.
+        if coherent and scenario.steps is not None:
+            start, price = _coherent_start(problem, scenario, allowed, budget, proposals, starts)
+        annealer.start(*start, risks, calibration)
+        best = better(present(), best)
+        if not coherent and len(starts) > 1:
+            start = multistart(annealer, starts, risks, budget, proposals)
+            annealer.start(*start, risks)
+            best = better(best, present())
         if problem.objective.risk == "regret":
-            judge.reference, aims = _regret(problem, scenario, engine, judge, proposals, budget)
-            engine.start(*first, aims, taste=0 if limited else TASTE)
-            best = _answer(problem, engine, judge)
+            evaluator.reference, risks = _references(problem, scenario, annealer, evaluator, proposals, budget)
+            annealer.start(*start, risks, calibration)
+            best = present()
         if limited:
             # References of regret are each workload's own best, whatever moves.
-            moved = MoveBudget(problem, engine, whole, price)
-            engine.start(*first, aims)
-        budget.report(best[1].value, best[1].bound, "start")
-        pace = Pace(budget, proposals, reserve=judge.seconds)
+            moves = MoveBudget(problem, annealer, coherent, price)
+            annealer.start(*start, risks)
+        budget.report(best.value, best.bound, "start")
+        schedule = CoolingSchedule(budget, proposals, ROUNDS, reserve=evaluator.seconds)
         for round_ in range(ROUNDS):
-            with pace.timing():
-                _round(engine, aims, pace, round_, problem, moved)
+            with schedule.timing():
+                _anneal_round(annealer, risks, schedule, round_, problem, moves)
             last = round_ == ROUNDS - 1 or budget.spent
-            if last or budget.seconds is None or judge.due:
-                answer = _answer(problem, engine, judge, moving_aims, moved)
-                if answer[1].value < best[1].value:
-                    best = answer
-            budget.report(best[1].value, best[1].bound, f"round {round_ + 1} of {ROUNDS}")
+            if last or budget.seconds is None or evaluator.due:
+                best = better(best, present(risk_changed=tail))
+            budget.report(best.value, best.bound, f"round {round_ + 1} of {ROUNDS}")
             if last:
                 break
-            aims, tail = _tail_aims(scenario, problem, engine, aims, tail)
-        stop = "finished" if budget.seconds is None else "time limit"
+            risks, weight = _tail_risks(scenario, problem, annealer, risks, weight)
     except KeyboardInterrupt:
         stop = "interrupted"
-        best = min(best, _answer(problem, engine, judge, moving_aims, moved), key=lambda answer: answer[1].value)
-    best = _or_current(problem, judge, allowed, best)
+        if annealer.states:
+            best = better(best, present(risk_changed=tail))
+    best = _or_current(problem, evaluator, allowed, best)
     if stop != "interrupted":
-        best = certified(judge, polished(judge, best, budget), budget, certify)
-    return Solution(best[0], best[1], shares=best[2], stop=stop)
+        best = certify_answer(evaluator, optimise_shares(evaluator, best, budget), budget, certify)
+    return Solution(best.table, best.certificate, shares=best.shares, stop=stop)
 
 
-def _round(
-    engine: Engine, aims: list[Aim], pace: Pace, round_: int, problem: Problem, moved: MoveBudget | None = None
+# Starts.
+
+
+def _rules(problem: Problem, allowed: BoolArray) -> list[MoveRules]:
+    failures = failure_mask(problem.tolerates, problem.num_devices)
+    return [MoveRules(mask, problem.objective.split == "free", failures) for mask in allowed]
+
+
+def _coherent_start(
+    problem: Problem, scenario: Scenario, allowed: BoolArray, budget: Budget, proposals: int, starts: list[Start]
+) -> tuple[Start, float]:
+    """The best of the starts, of one found as if tokens returned home, and of both renamed for what tokens do next; and
+    what a move is worth, where moves are limited."""
+    relaxed, price = _as_dispatched(problem, scenario, allowed, budget, proposals, starts[0])
+    more = [relaxed]
+    if can_align(problem, allowed):
+        more = [aligned(problem, scenario, relaxed, True), aligned(problem, scenario, starts[0], False), relaxed]
+    quick = Evaluator(problem, scenario.beginning)
+    return min(starts + more, key=lambda start: quick.answer(*start).value), price
+
+
+def _as_dispatched(
+    problem: Problem, scenario: Scenario, allowed: BoolArray, budget: Budget, proposals: int, start: Start
+) -> tuple[Start, float]:
+    """A start for context-coherent search: a third of the effort as if tokens returned home. Work and copies a token
+    are the same there and layers do not depend on each other, so that a proposal costs a tenth. Also what a move is
+    worth, where moves are limited."""
+    relaxed = replace(problem, objective=problem.objective.replace(execution="dispatch_combine"))
+    brief = Budget(None if budget.left is None else budget.left / 3, budget.seed)
+    rules = _rules(problem, allowed)
+    annealer = Annealer(relaxed, scenario, rates_for(relaxed, scenario), rules, budget.seed)
+    try:
+        risks = _first_risks(problem, scenario)
+        annealer.start(*start, risks, calibration=0)
+        moves = None if problem.max_moves is None else MoveBudget(problem, annealer, coupled=False)
+        annealer.start(*start, risks)
+        schedule = CoolingSchedule(brief, proposals)
+        for round_ in range(ROUNDS):
+            with schedule.timing():
+                _anneal_round(annealer, risks, schedule, round_, problem, moves)
+        placed = annealer.answer(risk_changed=False) if moves is None else moves.answer()
+    finally:
+        annealer.close()
+    price = 0.0 if moves is None else moves.price
+    return ([layer.slot_expert for layer in placed], [layer.share for layer in placed]), price
+
+
+def _or_current(problem: Problem, evaluator: Evaluator, allowed: BoolArray, best: Answer) -> Answer:
+    """The plan in force where it fits the problem and is better than what was found: starts are compared briefly, and what
+    is best of each layer by proposals' tokens need not be best on the whole."""
+    current = current_placement(problem, allowed, exact=True)
+    return best if current is None else better(best, evaluator.answer(*current))
+
+
+# Rounds.
+
+
+def _anneal_round(
+    annealer: Annealer,
+    risks: list[RiskWeights],
+    schedule: CoolingSchedule,
+    round_: int,
+    problem: Problem,
+    moves: MoveBudget | None = None,
 ) -> None:
+    """Where moves are limited, limits are dealt anew first."""
     rounds = ROUNDS
-    if moved is not None and moved.coupled:
-        moved.deal()
-    elif moved is not None:
+    if moves is not None and moves.coupled:
+        moves.deal()
+    elif moves is not None:
         # Several coolings, each from the best mix so far with limits around it.
         rounds //= COOLINGS
-        moving_aims = problem.objective.tail is not None
-        if round_ and (moving_aims or round_ % rounds == 0):
-            best = moved.answer()
+        moving_risk = problem.objective.tail is not None
+        if round_ and (moving_risk or round_ % rounds == 0):
+            best = moves.answer()
             tables, shares = [layer.slot_expert for layer in best], [layer.share for layer in best]
-            engine.start(tables, shares, aims, taste=0)
-            moved.deal()
-            if moving_aims:
+            annealer.start(tables, shares, risks, calibration=0)
+            moves.deal()
+            if moving_risk:
                 # What was remembered under other weights of steps does not compare.
-                moved.forget()
-            engine.start(tables, shares, aims)
-    temperatures = _temperatures(round_ % rounds, rounds, pace.expected / problem.num_slots * rounds / ROUNDS)
-    engine.run(aims, pace.proposals(round_), *temperatures)
+                moves.forget()
+            annealer.start(tables, shares, risks)
+    temperatures = _temperatures(round_ % rounds, rounds, schedule.expected / problem.num_slots * rounds / ROUNDS)
+    annealer.run(risks, schedule.proposals(round_), *temperatures)
 
 
 def _temperatures(round_: int, rounds: int, proposals_a_slot: float) -> tuple[float, float]:
@@ -275,63 +231,30 @@ def _temperatures(round_: int, rounds: int, proposals_a_slot: float) -> tuple[fl
     return hot * ratio ** (round_ / rounds), hot * ratio ** ((round_ + 1) / rounds)
 
 
-def _moves(problem: Problem, allowed: BoolArray) -> list[Moves]:
-    failures = failure_mask(problem.tolerates, problem.num_devices)
-    return [Moves(mask, problem.objective.split == "free", failures) for mask in allowed]
+# What of the steps counts.
 
 
-def _as_dispatched(
-    problem: Problem,
-    scenario: Scenario,
-    allowed: BoolArray,
-    budget: Budget,
-    proposals: int,
-    start: Start,
-) -> tuple[Start, float]:
-    """A start for context-coherent search: a third of the effort as if tokens returned home. Work and copies a token
-    are the same there and layers do not depend on each other, so that a proposal costs a tenth. Also what a move is
-    worth, where moves are limited."""
-    relaxed = replace(problem, objective=problem.objective.replace(execution="dispatch_combine"))
-    brief = Budget(None if budget.left is None else budget.left / 3, budget.seed)
-    moves = _moves(problem, allowed)
-    engine = Engine(relaxed, scenario, rates_for(relaxed, scenario), moves, budget.seed)
-    try:
-        aims = _first_aims(problem, scenario)
-        engine.start(*start, aims, taste=0)
-        moved = None if problem.max_moves is None else MoveBudget(problem, engine, coupled=False)
-        engine.start(*start, aims)
-        pace = Pace(brief, proposals)
-        for round_ in range(ROUNDS):
-            with pace.timing():
-                _round(engine, aims, pace, round_, problem, moved)
-        placed = engine.answer(aims_changed=False) if moved is None else moved.answer()
-    finally:
-        engine.close()
-    price = 0.0 if moved is None else moved.price
-    return ([layer.slot_expert for layer in placed], [layer.share for layer in placed]), price
+def _first_risks(problem: Problem, scenario: Scenario) -> list[RiskWeights]:
+    return worst_risks(scenario) if problem.objective.risk == "worst_workload" else mean_risks(scenario)
 
 
-def _first_aims(problem: Problem, scenario: Scenario) -> list[Aim]:
-    return worst_aims(scenario) if problem.objective.risk == "worst_workload" else mean_aims(scenario)
-
-
-def _tail_aims(
-    scenario: Scenario, problem: Problem, engine: Engine, aims: list[Aim], weight: FloatArray
-) -> tuple[list[Aim], FloatArray]:
-    """Under cvar, steps that are slow over all layers weigh more than by `weight` [S] in the next round; other aims stay."""
+def _tail_risks(
+    scenario: Scenario, problem: Problem, annealer: Annealer, risks: list[RiskWeights], weight: FloatArray
+) -> tuple[list[RiskWeights], FloatArray]:
+    """Under cvar, steps that are slow over all layers weigh more than by `weight` [S] in the next round; other risks stay."""
     tail = problem.objective.tail
     if tail is None:
-        return aims, weight
-    figures = scenario.over_layers(np.stack([state.now.cost for state in engine.states], axis=1))
+        return risks, weight
+    figures = scenario.over_layers(np.stack([state.now.cost for state in annealer.states], axis=1))
     slow = tail_weight(figures, tail, None if scenario.weight is None else scenario.step_weight)
     # Half of the last weights stay, else two sets of steps would take turns at being slow.
     weight = 0.5 * weight + 0.5 * slow
-    return weighted_aims(scenario, weight), weight
+    return weighted_risks(scenario, weight), weight
 
 
-def _regret(
-    problem: Problem, scenario: Scenario, engine: Engine, judge: Judge, proposals: int, budget: Budget
-) -> tuple[FloatArray, list[Aim]]:
+def _references(
+    problem: Problem, scenario: Scenario, annealer: Annealer, evaluator: Evaluator, proposals: int, budget: Budget
+) -> tuple[FloatArray, list[RiskWeights]]:
     """Each workload solved alone first: what it loses by sharing a plan is measured against that, layer by layer."""
     present = np.unique(scenario.workload)
     layers = problem.model.layers
@@ -339,37 +262,113 @@ def _regret(
     best = np.zeros((len(present), layers))
     for w, code in enumerate(present):
         mine = np.where(scenario.workload == code, scenario.step_weight, 0.0)
-        aims = weighted_aims(scenario, mine)
-        now = [state.now for state in engine.states]
-        engine.start([layer.slot_expert for layer in now], [layer.share for layer in now], aims)
-        # A quarter of all effort, over all workloads; with a time limit, a first taste tells how much that is.
+        risks = weighted_risks(scenario, mine)
+        now = [state.now for state in annealer.states]
+        annealer.start([layer.slot_expert for layer in now], [layer.share for layer in now], risks)
+        # A quarter of all effort, over all workloads; with a time limit, a first short walk tells how much that is.
         timed = budget.seconds is not None
-        pace = Pace(budget, max(1, proposals // 4), rounds=4 * (len(present) - w) + 1 if timed else 1)
-        for taste in range(2 if timed else 1):
-            with pace.timing():
-                engine.run(aims, pace.proposals(taste), HOT, COLD)
-        best[w] = [state.value for state in engine.states]
-        table, _, shares = _answer(problem, engine, judge)
-        reference[code] = weighted_mean(judge.figures(table, shares), mine)
-    return reference, worst_aims(scenario, best)
+        rounds = 4 * (len(present) - w) + 1 if timed else 1
+        schedule = CoolingSchedule(budget, max(1, proposals // 4), rounds=rounds)
+        for turn in range(2 if timed else 1):
+            with schedule.timing():
+                annealer.run(risks, schedule.proposals(turn), HOT, COLD)
+        best[w] = [state.value for state in annealer.states]
+        placed = annealer.answer(risk_changed=False)
+        answer = evaluator.answer([layer.slot_expert for layer in placed], [layer.share for layer in placed])
+        reference[code] = weighted_mean(evaluator.figures(answer.table, answer.shares), mine)
+    return reference, worst_risks(scenario, best)
 
 
-def _or_current(problem: Problem, judge: Judge, allowed: BoolArray, best: Answer) -> Answer:
-    """The plan in force where it fits the problem and is better than what was found: a race may pass over it, and what is
-    best of each layer by proposals' tokens need not be best on the whole."""
-    current = current_placement(problem, allowed, exact=True)
-    if current is None:
-        return best
-    table, shares = problem.slot_table(current[0]), problem.slot_shares(*current)
-    certificate = judge.certificate(table, shares)
-    return (table, certificate, shares) if certificate.value < best[1].value else best
+# What is done to the best placement in the end: shares and bound.
+
+SHARES_PART = 0.05
+"""Of a time limit, that may go into programs of shares."""
+UNASKED = 0.05
+"""Part of a time limit that may go into the bound when no time for it was asked."""
+QUICK_SECONDS = 0.5
+"""Estimated seconds a proof may take that nobody asked for, without a time limit."""
 
 
-def _answer(
-    problem: Problem, engine: Engine, judge: Judge, aims_changed: bool = False, moved: MoveBudget | None = None
-) -> tuple[IntArray, Certificate, FloatArray]:
-    """(slot table [L, P], certificate, shares [L, P]) of the engine's answer, within the budget of moves if any."""
-    placed = engine.answer(aims_changed) if moved is None else moved.answer()
-    rows = [layer.slot_expert for layer in placed]
-    table, shares = problem.slot_table(rows), problem.slot_shares(rows, [layer.share for layer in placed])
-    return table, judge.certificate(table, shares), shares
+def optimise_shares(evaluator: Evaluator, answer: Answer, budget: Budget) -> Answer:
+    """The answer with shares from linear programs where replicas may share freely and that lowers the risk's value; see
+    `layer_shares`. Ctrl-C leaves it as it is."""
+    problem, scenario = evaluator.problem, evaluator.scenario
+    objective = problem.objective
+    # Programs know shares that count alike from every source rank.
+    if objective.split != "free" or not problem.has_replicas or objective.replica_choice != "share":
+        return answer
+    table, certificate, shares = answer
+    brief = Budget(None if budget.seconds is None else SHARES_PART * budget.seconds)
+    aim, weights = shares.copy(), scenario.layer_weights(scenario.step_weight)
+    with suppress(KeyboardInterrupt):
+        for layer in range(len(table)):
+            if brief.spent:
+                break
+            loads = scenario.loads[:, layer]
+            aim[layer] = layer_shares(
+                loads, table[layer], shares[layer], problem.slot_device, problem, weights[:, layer]
+            ).shares
+        lower = towards(shares, aim, certificate.value, lambda tried: evaluator.certificate(table, tried).value)
+        if lower is not None:
+            answer = Answer(table, evaluator.certificate(table, lower), lower)
+            budget.report(answer.value, answer.bound, "shares")
+    return answer
+
+
+def certify_answer(evaluator: Evaluator, answer: Answer, budget: Budget, seconds: float) -> Answer:
+    """The answer after `seconds` spent on its bound; with 0, little.
+
+    Where a layer has few placements they are all gone through, and the answer is the best of them. Ctrl-C ends it with what
+    is proven so far. Tells of better bounds as they are found.
+    """
+    scenario, problem = evaluator.scenario, evaluator.problem
+    table, _, shares = answer
+    if scenario.steps is None:
+        return answer
+    # Replaying a large model takes seconds, and the plan stays the same while its bound rises.
+    first = evaluator.certificate(table, shares)
+
+    def tell(bound: float) -> None:
+        evaluator.proven = max(evaluator.proven, bound)
+        budget.report(first.value, min(first.value, max(first.bound or bound, bound)), "bound")
+
+    unasked = None if budget.seconds is None else UNASKED * budget.seconds
+    limit = seconds if seconds > 0 else unasked
+    with suppress(KeyboardInterrupt):
+        if (best := _best_of_all(evaluator, limit)) is not None:
+            tell(best[1])
+            even = np.ones(best[0].shape)
+            improves = evaluator.figures(best[0], even).mean() < evaluator.figures(table, shares).mean()
+            if improves and _within_reach(problem, best[0]):
+                table, shares = best[0], even
+        else:
+            figures = evaluator.figures(table, shares)
+            tell(risk_bound(problem, scenario.steps, scenario.workload, figures, evaluator.reference, limit, tell))
+    return Answer(table, evaluator.certificate(table, shares), shares)
+
+
+def _within_reach(problem: Problem, table: IntArray) -> bool:
+    """Whether a placement [L, P] moves no more from the plan in force than allowed."""
+    if problem.current is None or problem.max_moves is None:
+        return True
+    stays = problem.current.holds[np.arange(len(table))[:, None], table, problem.slot_device]
+    return int((~stays).sum()) <= problem.max_moves
+
+
+def _best_of_all(evaluator: Evaluator, seconds: float | None) -> tuple[IntArray, float] | None:
+    """(slot table, mean step time) of the best of all placements, if there is time to go through them."""
+    problem, steps = evaluator.problem, evaluator.scenario.steps
+    if steps is None or steps.source is not None or problem.objective.risk != "mean":
+        return None
+    if problem.has_replicas or problem.tolerates or not problem.layers_alike:
+        return None
+    work = Chain().work(problem, steps=steps.num_steps)
+    if work is None or work > (QUICK_SECONDS if seconds is None else seconds):
+        return None
+    try:
+        fastest = fastest_step(problem, Budget(seconds), steps, "scenario")
+    except SolveError:
+        return None
+    # What certifies is the sum along the path, which its own replay only meets up to rounding.
+    bound = fastest.certificate.bound
+    return None if bound is None else (fastest.physical_to_logical, bound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,11 +31,32 @@ def window_bounds(problem: Problem, loads: FloatArray) -> FloatArray:
 
 
 PATIENCE = 6
-"""Time between judgements of whole plans, in the time one takes, where time is limited."""
+"""Time between evaluations of whole plans, in the time one takes, where time is limited."""
+
+
+class Answer(NamedTuple):
+    """A whole placement: slot table [L, P], its value and bound, shares [L, P]."""
+
+    table: IntArray
+    certificate: Certificate
+    shares: FloatArray
+
+    @property
+    def value(self) -> float:
+        return self.certificate.value
+
+    @property
+    def bound(self) -> float | None:
+        return self.certificate.bound
+
+
+def better(first: Answer, second: Answer) -> Answer:
+    """The one of less value, the first of equals."""
+    return second if second.value < first.value else first
 
 
 @dataclass
-class Judge:
+class Evaluator:
     """Prices placements of a problem.
 
     reference: [W] what regret is measured against, in the figure's unit. proven: a lower bound of the risk's value known
@@ -64,13 +86,13 @@ class Judge:
         risk = self.problem.objective.risk
         if self.scenario.steps is None:
             return f"device load max/mean of recorded windows by their tokens, mean over layers, {risk}"
-        origin = " of tokens drawn from recorded transitions" if self.scenario.imagined else ""
+        origin = " of tokens drawn from recorded transitions" if self.scenario.synthetic else ""
         chosen = ", nearest replicas" if self.problem.objective.replica_choice == "nearest" else ""
         return f"predicted step seconds on {self.scenario.num_steps} scenario steps{origin}, {risk}{chosen}"
 
     @property
     def due(self) -> bool:
-        """Whether the last judgement is long enough ago for another, beside what it takes (`seconds`)."""
+        """Whether the last evaluation is long enough ago for another, beside what it takes (`seconds`)."""
         return working_seconds() - self._ended >= PATIENCE * self.seconds
 
     def figures(self, table: IntArray, shares: FloatArray) -> FloatArray:
@@ -93,9 +115,10 @@ class Judge:
         plan = Plan(problem.model, problem.topology, table, problem.slot_device, shares)
         return evaluate_on(plan, self.scenario.steps, problem.model, problem.topology, problem.objective).step_seconds
 
-    def value(self, tables: Sequence[IntArray], shares: Sequence[FloatArray]) -> float:
-        """The risk's value of slot tables [P_l] and shares [E, G], one of each a layer."""
-        return self._risk(self.figures(self.problem.slot_table(tables), self.problem.slot_shares(tables, shares)))
+    def answer(self, tables: Sequence[IntArray], shares: Sequence[FloatArray]) -> Answer:
+        """The placement of slot tables [P_l] and shares [E, G], one of each a layer."""
+        table, slot_shares = self.problem.slot_table(tables), self.problem.slot_shares(tables, shares)
+        return Answer(table, self.certificate(table, slot_shares), slot_shares)
 
     def certificate(self, table: IntArray, shares: FloatArray) -> Certificate:
         """The risk's value of a placement and its bound."""

@@ -1,4 +1,4 @@
-"""What the compiled kernels read. T tokens, S steps, E experts, G devices, N nodes, W workloads."""
+"""What the compiled kernels read and keep. T tokens, S steps, E experts, G devices, N nodes, P slots, W workloads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 from ..._types import BoolArray, FloatArray, IntArray
 
-Floats = FloatArray
-Ints = IntArray
 Ids = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.uint8]
 
 
 class LayerTokens(NamedTuple):
@@ -21,11 +20,45 @@ class LayerTokens(NamedTuple):
     counts: [S, E] tokens each expert got.
     """
 
-    experts: npt.NDArray[np.int32]
-    step_of: npt.NDArray[np.int32]
-    first: Ints
-    tokens: npt.NDArray[np.int32]
-    counts: Floats
+    experts: Ids
+    step_of: Ids
+    first: IntArray
+    tokens: Ids
+    counts: FloatArray
+
+
+class SourceTokens(NamedTuple):
+    """One layer of scenario steps whose tokens have source ranks. T tokens in order of source and step, H sources.
+
+    experts: [T, k] int32. source, step_of: [T] int32. first, tokens: CSR lists of the tokens of each (expert, source)
+    ([E * H + 1], [T * k]). counts: [E, H, S] tokens that chose the expert, those not walked over too. nearest: whether
+    a token takes the replica nearest to its source rank, or any by share.
+    """
+
+    experts: Ids
+    source: Ids
+    step_of: Ids
+    first: IntArray
+    tokens: Ids
+    counts: FloatArray
+    nearest: bool
+
+
+class Neighbours(NamedTuple):
+    """The fixed layers around. before: [T] expert that owns the token before (-1: spread evenly over all devices);
+    before_share: [E, G]. after: [T, k] experts of the next layer (k = 0 for the last one); after_share: [E, G]."""
+
+    before: Ids
+    before_share: FloatArray
+    after: Ids
+    after_share: FloatArray
+
+
+class CoherentTokens(NamedTuple):
+    """One layer in context-coherent execution, between its neighbours."""
+
+    layer: LayerTokens
+    around: Neighbours
 
 
 class Rates(NamedTuple):
@@ -35,31 +68,31 @@ class Rates(NamedTuple):
     (token, node) between nodes.
     """
 
-    per_pair: Floats
-    per_expert: Floats
-    per_copy: Floats
-    per_node_copy: Floats
+    per_pair: FloatArray
+    per_expert: FloatArray
+    per_copy: FloatArray
+    per_node_copy: FloatArray
     back: float
-    node_of: Ints
-    node_size: Floats
+    node_of: IntArray
+    node_size: FloatArray
     dedup: bool
 
 
-class Aim(NamedTuple):
+class RiskWeights(NamedTuple):
     """What of the step times counts: (1 - worst) * weighted mean + worst * the largest group mean over its reference.
 
     weight: [S], summing to 1. group: [S] workload of a step. group_weight: [S], summing to 1 in each group.
     reference: [W] subtracted from each group's mean. worst: 0 for means, 1 for the worst group.
     """
 
-    weight: Floats
-    group: Ints
-    group_weight: Floats
-    reference: Floats
+    weight: FloatArray
+    group: IntArray
+    group_weight: FloatArray
+    reference: FloatArray
     worst: float
 
 
-class Moves(NamedTuple):
+class MoveRules(NamedTuple):
     """What a proposal may do. allowed: [E, G] where experts may stand. free: whether replicas' shares may differ.
     failures: [F, G] sets of devices outside each of which every expert must keep a replica."""
 
@@ -68,7 +101,7 @@ class Moves(NamedTuple):
     failures: BoolArray = np.zeros((0, 0), dtype=np.bool_)
 
 
-class Limit(NamedTuple):
+class MoveLimit(NamedTuple):
     """How far one layer may go from a plan in force, and the best seen at every distance.
 
     held: [E, G] what devices hold in that plan. most: slots that may hold what their device does not hold yet, -1 for
@@ -80,21 +113,38 @@ class Limit(NamedTuple):
     held: BoolArray
     most: int
     price: float
-    value: Floats
-    slot_expert: Ints
-    slot_share: Floats
+    value: FloatArray
+    slot_expert: IntArray
+    slot_share: FloatArray
 
 
-def no_limit() -> Limit:
+def no_move_limit() -> MoveLimit:
     """Anything may move."""
-    return Limit(np.zeros((0, 0), dtype=np.bool_), -1, 0.0, np.zeros(0), np.zeros((0, 0), np.int64), np.zeros((0, 0)))
+    return MoveLimit(
+        np.zeros((0, 0), dtype=np.bool_), -1, 0.0, np.zeros(0), np.zeros((0, 0), np.int64), np.zeros((0, 0))
+    )
 
 
-class Neighbours(NamedTuple):
-    """The fixed layers around. before: [T] expert that owns the token before (-1: spread evenly over all devices);
-    before_share: [E, G]. after: [T, k] experts of the next layer (k = 0 for the last one); after_share: [E, G]."""
+class Placement(NamedTuple):
+    """One layer's placement while it is changed.
 
-    before: Ids
-    before_share: Floats
-    after: Ids
-    after_share: Floats
+    slot_expert, slot_device: [P]. share: [E, G]. slot_at: [E, G] the slot of an expert on a device, -1 where it has
+    none. replicas: [E] slots each expert has.
+    """
+
+    slot_expert: IntArray
+    slot_device: IntArray
+    share: FloatArray
+    slot_at: IntArray
+    replicas: IntArray
+
+
+class Change(NamedTuple):
+    """A proposal. kind: 0 none, 1 exchange slots p and q, 2 give slot p of expert a to b, 3 shift share of a from p to q.
+    a, b: the experts whose shares change; b is -1 where only a's do."""
+
+    kind: int
+    p: int
+    q: int
+    a: int
+    b: int

@@ -13,18 +13,18 @@ import numpy as np
 from ..._types import FloatArray, IntArray
 from ...placement.errors import SolveError
 from ...placement.problem import Problem
-from .annealer import Engine, Placed
-from .kernel_types import Limit, no_limit
+from .annealer import Annealer, Placed
+from .kernel_types import MoveLimit, no_move_limit
 
 HEADROOM = 4
-"""Moves beyond its part of the budget that a layer may at least try."""
+"""MoveRules beyond its part of the budget that a layer may at least try."""
 
 
 class MoveBudget:
-    """Sets an engine's limits, and reads the answer from what its layers remember."""
+    """Sets an annealer's limits, and reads the answer from what its layers remember."""
 
-    def __init__(self, problem: Problem, engine: Engine, coupled: bool, price: float = 0.0) -> None:
-        """coupled: whether layers' values depend on their neighbours'. The engine has been given its start, which must
+    def __init__(self, problem: Problem, annealer: Annealer, coupled: bool, price: float = 0.0) -> None:
+        """coupled: whether layers' values depend on their neighbours'. The annealer has been given its start, which must
         lie within the budget.
 
         Raises:
@@ -32,7 +32,7 @@ class MoveBudget:
         """
         assert problem.current is not None
         assert problem.max_moves is not None
-        self._problem, self._engine, self.coupled = problem, engine, coupled
+        self._problem, self._engine, self.coupled = problem, annealer, coupled
         self._most, self.price = problem.max_moves, price
         # Copies: arrays that may not be written are another type to compiled code.
         self._held = [held.copy() for held in problem.current.holds]
@@ -68,7 +68,7 @@ class MoveBudget:
         known = self._engine.limits
         kept = np.zeros(len(most), np.int64) if self.coupled else most + 1
         self._engine.limits = [
-            Limit(held, int(cap), self.price, *_memory(limit if keep else no_limit(), int(count), int(slots)))
+            MoveLimit(held, int(cap), self.price, *_memory(limit if keep else no_move_limit(), int(count), int(slots)))
             for held, cap, count, limit, slots in zip(
                 self._held, most, kept, known, self._problem.layer_slots.sum(axis=1), strict=True
             )
@@ -98,7 +98,7 @@ class MoveBudget:
         return placed
 
 
-def _memory(known: Limit, count: int, slots: int) -> tuple[FloatArray, IntArray, FloatArray]:
+def _memory(known: MoveLimit, count: int, slots: int) -> tuple[FloatArray, IntArray, FloatArray]:
     """Room for the best placement at `count` distances, with those already known."""
     value, slot_expert, slot_share = (
         np.full(count, np.inf),

@@ -1,4 +1,4 @@
-"""Several starts, one race: a short cold walk from each tells, layer by layer, which basin is the deepest."""
+"""Several starts, one multistart: a short cold walk from each tells, layer by layer, which basin is the deepest."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 
 from ..._types import FloatArray, IntArray
 from ..base import Budget
-from .annealer import Engine
-from .kernel_types import Aim
+from .annealer import Annealer
+from .kernel_types import RiskWeights
 
 # How many proposals a round gets, so that a time limit is met and a cooling still ends cold.
 
 
-TASTE = 20
+FIRST_ROUND = 20
 """Proposals of the first timed round: a few milliseconds to a second, enough to learn the speed."""
 
 
-class Pace:
+class CoolingSchedule:
     """Deals `proposals` evenly over rounds; with a time limit, what is left of the time evenly over rounds left."""
 
     def __init__(self, budget: Budget, proposals: int, rounds: int = 12, reserve: float = 0.0) -> None:
@@ -34,7 +34,7 @@ class Pace:
         if self._budget.left is None:
             self._given = self._even
         elif self._per_proposal is None:
-            self._given = TASTE
+            self._given = FIRST_ROUND
         else:
             share = max(0.0, self._budget.left - self._reserve) / max(1, self._rounds - round_) - self._beside
             self._given = max(1, int(share / self._per_proposal))
@@ -66,18 +66,20 @@ WARM, COLD = 3e-2, 1e-3
 """Temperatures of the walks, in typical changes: cold enough to stay in the basin a start lies in."""
 
 
-def race(engine: Engine, starts: Sequence[Start], aims: Sequence[Aim], budget: Budget, proposals: int) -> Start:
+def multistart(
+    annealer: Annealer, starts: Sequence[Start], risks: Sequence[RiskWeights], budget: Budget, proposals: int
+) -> Start:
     """(slot tables, shares) of the best layers after a walk from each start. Layers must not depend on each other."""
     if len(starts) == 1:
         return starts[0]
     runners = []
     for start in starts:
         brief = Budget(None if budget.left is None else budget.left / EFFORT, budget.seed)
-        engine.start(*start, aims)
-        pace = Pace(brief, max(1, proposals // EFFORT), rounds=2)
+        annealer.start(*start, risks)
+        schedule = CoolingSchedule(brief, max(1, proposals // EFFORT), rounds=2)
         for turn in range(2):
-            with pace.timing():
-                engine.run(aims, pace.proposals(turn), WARM, COLD)
-        runners.append(engine.states)
+            with schedule.timing():
+                annealer.run(risks, schedule.proposals(turn), WARM, COLD)
+        runners.append(annealer.states)
     best = [min(layers, key=lambda state: state.value).best for layers in zip(*runners, strict=True)]
     return [layer.slot_expert for layer in best], [layer.share for layer in best]

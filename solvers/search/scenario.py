@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +15,12 @@ from ...placement.steps import Steps
 from ...placement.synthetic import sample_tokens
 from ...placement.trace import RoutingTrace
 from . import Batch
-from .kernel_types import Aim, Floats, Ints, LayerTokens, Rates
+from .kernel_types import LayerTokens, Rates, RiskWeights, SourceTokens
 
 SCENARIO_TOKENS = 65_536
 """Tokens of a scenario when the number of steps is not given, at most: whole plans are judged on all of them."""
 WALKED_TOKENS = 16_384
-"""Tokens proposals are priced on. Loads are known from all tokens of every step; which devices tokens reach is counted on
+"""Tokens proposals are priced on. Loads are known from all tokens of every step; which devices tokens coverage is counted on
 so many of them, evenly over steps: many sequences thinly tell more of unseen ones than few sequences wholly."""
 MOST_STEPS = 64
 
@@ -30,7 +29,7 @@ MOST_STEPS = 64
 class Scenario:
     """Steps (None when only counts were recorded), loads [S, L, E] of each step, and the workload [S] of each.
 
-    imagined: the steps' tokens were drawn from transitions, none having been recorded. walked: the tokens of the steps that
+    synthetic: the steps' tokens were drawn from transitions, none having been recorded. walked: the tokens of the steps that
     proposals are priced on, in order; None for all. weight: [S, L] how much each layer of each window counts (see
     `window_weights`); None for steps, which all count alike.
     """
@@ -39,7 +38,7 @@ class Scenario:
     loads: FloatArray
     workload: IntArray
     workloads: tuple[str, ...]
-    imagined: bool = False
+    synthetic: bool = False
     walked: IntArray | None = None
     weight: FloatArray | None = None
 
@@ -79,7 +78,7 @@ class Scenario:
             return self
         count = max(1, int(np.searchsorted(self.steps.offsets, WALKED_TOKENS, side="right")) - 1)
         steps = self.steps.select(np.arange(count))
-        return Scenario(steps, self.loads[:count], self.workload[:count], self.workloads, self.imagined)
+        return Scenario(steps, self.loads[:count], self.workload[:count], self.workloads, self.synthetic)
 
     def layer(self, index: int) -> LayerTokens:
         """One layer's tokens in the kernels' layout; no tokens when only counts are known."""
@@ -117,12 +116,12 @@ def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int |
     """
     statistics = problem.statistics
     count = max(4, min(MOST_STEPS, SCENARIO_TOKENS // step_tokens)) if steps is None else steps
-    sample, imagined = statistics.sample, False
+    sample, synthetic = statistics.sample, False
     if sample is None or not sample.num_tokens:
         if problem.objective.execution != "context_coherent" or statistics.transitions is None:
             return _from_windows(problem)
         # Without the combine it is transitions that cost: tokens that show the recorded ones can be priced.
-        sample, imagined = sample_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
+        sample, synthetic = sample_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
     if batch == "prefill" and steps is None:
         # More steps than the sample fills would only be its sequences in another order.
         count = max(4, min(count, sample.num_tokens // step_tokens))
@@ -135,7 +134,7 @@ def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int |
             [_draw(sample.select(sample.workload == code), batch, step_tokens, share, seed) for code in present]
         )
     loads = drawn.loads().astype(np.float64)
-    return Scenario(drawn, loads, drawn.step_workload, statistics.workloads, imagined, _thinned(drawn, seed))
+    return Scenario(drawn, loads, drawn.step_workload, statistics.workloads, synthetic, _thinned(drawn, seed))
 
 
 def _thinned(steps: Steps, seed: int) -> IntArray | None:
@@ -210,12 +209,12 @@ def rates_for(problem: Problem, scenario: Scenario) -> Rates:
     )
 
 
-def mean_aims(scenario: Scenario) -> list[Aim]:
+def mean_risks(scenario: Scenario) -> list[RiskWeights]:
     """One a layer: every step counts the same, every window by its tokens."""
-    return weighted_aims(scenario, scenario.step_weight)
+    return weighted_risks(scenario, scenario.step_weight)
 
 
-def worst_aims(scenario: Scenario, reference: FloatArray | None = None) -> list[Aim]:
+def worst_risks(scenario: Scenario, reference: FloatArray | None = None) -> list[RiskWeights]:
     """One a layer: the worst workload counts, with a little of the mean so that the others are not left to drift.
 
     reference: [W, L] each workload's own best, subtracted (regret).
@@ -226,42 +225,25 @@ def worst_aims(scenario: Scenario, reference: FloatArray | None = None) -> list[
     alone = scenario.layer_weights(scenario.step_weight / size[group])
     best = np.zeros((len(present), even.shape[1])) if reference is None else reference
     return [
-        Aim(even[:, layer].copy(), group.astype(np.int64), alone[:, layer].copy(), best[:, layer].copy(), 0.95)
+        RiskWeights(even[:, layer].copy(), group.astype(np.int64), alone[:, layer].copy(), best[:, layer].copy(), 0.95)
         for layer in range(even.shape[1])
     ]
 
 
-def weighted_aims(scenario: Scenario, weight: FloatArray) -> list[Aim]:
+def weighted_risks(scenario: Scenario, weight: FloatArray) -> list[RiskWeights]:
     """One a layer: steps or windows count by weight [S] (normalised here)."""
     none = np.zeros(scenario.num_steps, np.int64)
     return [
-        Aim(mine.copy(), none, mine.copy(), np.zeros(1), 0.0)
+        RiskWeights(mine.copy(), none, mine.copy(), np.zeros(1), 0.0)
         for mine in scenario.layer_weights(weight / weight.sum()).T
     ]
 
 
-# Scenario tokens with a home device each, laid out for the kernels.
+# Scenario tokens with a source rank each.
 
 
-class HomeTokens(NamedTuple):
-    """One layer of scenario steps whose tokens have homes. T tokens in order of home and step, k experts each, H homes.
-
-    experts: [T, k] int32. home, step_of: [T] int32. first, tokens: CSR lists of the tokens of each (expert, home)
-    ([E * H + 1], [T * k]). counts: [E, H, S] tokens that chose the expert, those not walked over too. nearest: whether a token takes the replica
-    nearest to its home, or any by share.
-    """
-
-    experts: npt.NDArray[np.int32]
-    home: npt.NDArray[np.int32]
-    step_of: npt.NDArray[np.int32]
-    first: Ints
-    tokens: npt.NDArray[np.int32]
-    counts: Floats
-    nearest: bool
-
-
-def with_homes(scenario: Scenario, problem: Problem, seed: int) -> Scenario:
-    """The scenario, its tokens dealt to home devices where the choice of replicas depends on homes.
+def with_sources(scenario: Scenario, problem: Problem, seed: int) -> Scenario:
+    """The scenario, its tokens dealt to source ranks where the choice of replicas depends on them.
 
     Each step's tokens are dealt evenly in random order: one draw of what an even spread means, so that a token is
     priced once rather than once a device.
@@ -269,10 +251,10 @@ def with_homes(scenario: Scenario, problem: Problem, seed: int) -> Scenario:
     wanted = problem.objective.replica_choice == "nearest" and problem.has_replicas
     if scenario.steps is None or scenario.steps.source is not None or not wanted:
         return scenario
-    return replace(scenario, steps=deal_homes(scenario.steps, problem.num_devices, seed))
+    return replace(scenario, steps=deal_sources(scenario.steps, problem.num_devices, seed))
 
 
-def deal_homes(steps: Steps, devices: int, seed: int) -> Steps:
+def deal_sources(steps: Steps, devices: int, seed: int) -> Steps:
     """The steps, each one's tokens dealt evenly over devices."""
     rng = np.random.default_rng(seed)
     source = np.empty(len(steps.expert_ids), np.int64)
@@ -284,8 +266,8 @@ def deal_homes(steps: Steps, devices: int, seed: int) -> Steps:
     return replace(steps, source=source)
 
 
-def home_tokens(scenario: Scenario, layer: int, problem: Problem) -> HomeTokens:
-    """One layer of a scenario whose tokens have homes."""
+def source_tokens(scenario: Scenario, layer: int, problem: Problem) -> SourceTokens:
+    """One layer of a scenario whose tokens have source ranks."""
     steps, devices = scenario.steps, problem.num_devices
     assert steps is not None
     assert steps.source is not None
@@ -295,13 +277,13 @@ def home_tokens(scenario: Scenario, layer: int, problem: Problem) -> HomeTokens:
     walked = np.arange(len(steps.source)) if scenario.walked is None else scenario.walked
     order = walked[np.argsort(steps.source[walked], kind="stable")]
     ids = np.ascontiguousarray(steps.expert_ids[order, layer], dtype=np.int32)
-    home, step_of = steps.source[order].astype(np.int32), steps.step_of[order].astype(np.int32)
-    group = (ids * devices + home[:, None]).ravel()
+    source, step_of = steps.source[order].astype(np.int32), steps.step_of[order].astype(np.int32)
+    group = (ids * devices + source[:, None]).ravel()
     first = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=groups))]).astype(np.int64)
     tokens = (np.argsort(group, kind="stable") // ids.shape[1]).astype(np.int32)
-    return HomeTokens(
+    return SourceTokens(
         ids,
-        home,
+        source,
         step_of,
         first,
         tokens,

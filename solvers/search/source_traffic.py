@@ -1,147 +1,181 @@
-"""Traffic and work of one layer whose tokens' homes are known, kept up to date while experts move.
+"""Traffic and work of one layer whose tokens' source ranks are known: replicas near the token pay here.
 
-Which device serves an expert depends on the home that asks (`serve_rows`), so an expert has a row a home. Tokens keep
-products of missed chances as in `reach`; what they put on links goes to the ledgers of `traffic`: [3, G] and [2, N] a step.
+Which device serves an expert depends on the source that asks (`serve_rows`), so an expert has a row a source. Tokens keep
+products of missed chances as in `even_traffic`; what they put on links goes to ledgers of sums a link, [3, G] and [2, N]
+a step.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from ..._types import BoolArray, FloatArray, IntArray
 from ..jit import kernel
-from .moves import idle_chance
-from .traffic import post, post_node
-
-# Which targets (devices, nodes) tokens reach, kept up to date while experts move. Target g is reached with
-# probability 1 - prod_j (1 - w[e_j, g]) over a token's k experts. For O(1) updates the product is kept in two parts a
-# token and target: how many factors are zero (experts wholly on g), and the product of the others.
+from .device_work import compute_seconds, idle_chance, post, post_node, transfer_seconds
+from .even_traffic import coverage_change
+from .kernel_types import Change, Counts, Placement, Rates, SourceTokens
+from .moves import copy, copy_all
 
 
-@kernel
-def reach_change(zeros: int, soft: float, old: float, new: float) -> tuple[float, int, float]:
-    """(change of the chance of being reached, zero factors, product) when one factor goes from 1-old to 1-new."""
-    before = soft if zeros == 0 else 0.0
-    if old >= 1.0:
-        zeros -= 1
-    else:
-        soft /= 1.0 - old
-    if new >= 1.0:
-        zeros += 1
-    else:
-        soft *= 1.0 - new
-    after = soft if zeros == 0 else 0.0
-    return before - after, zeros, soft
+class SourceState(NamedTuple):
+    """What is known of a placement and, from `old_rows` on, of a change. H sources, as many as devices.
 
-
-@kernel
-def fill_state(layer: Any, share: Any, zeros: Any, soft: Any, reach: Any) -> None:
-    """Products of a token's factors on every target (device or node), and tokens reaching each target a step."""
-    zeros[:] = 0
-    soft[:] = 1.0
-    reach[:] = 0.0
-    for t in range(layer.experts.shape[0]):
-        s = layer.step_of[t]
-        for j in range(layer.experts.shape[1]):
-            e = layer.experts[t, j]
-            for g in range(share.shape[1]):
-                w = share[e, g]
-                if w >= 1.0:
-                    zeros[t, g] += 1
-                elif w > 0.0:
-                    soft[t, g] *= 1.0 - w
-        for g in range(share.shape[1]):
-            reach[s, g] += 1.0 - (soft[t, g] if zeros[t, g] == 0 else 0.0)
-
-
-@kernel
-def walk(layer: Any, a: int, b: int, old: Any, new: Any, zeros: Any, soft: Any, change: Any, apply: bool) -> None:
-    """Changes of `reach` [S, targets] when the rows of experts a and b go from old to new ([2, targets] each).
-
-    b may be -1. With `apply` the token products are updated too.
+    rows: [E, H, G], node_rows: [E, H, N] who serves each expert. zeros, soft: [T, G] factors of tokens' products on
+    devices, node_zeros, node_soft: [T, N] on nodes. split: [H, G], node_split: [H, N] experts whose rows are neither 0
+    nor 1 there. ledgers: [S, 3, G]. node_ledgers: [S, 2, N]. load, hit: [S, G]. cost: [S] seconds.
     """
-    targets = old.shape[1]
-    touched = np.empty(targets, dtype=np.int64)
-    for turn in range(2):
-        e = a if turn == 0 else b
-        if e < 0:
-            continue
-        count = 0
-        for g in range(targets):
-            if old[0, g] != new[0, g] or old[1, g] != new[1, g]:
-                touched[count] = g
-                count += 1
-        for i in range(layer.first[e], layer.first[e + 1]):
-            t = layer.tokens[i]
-            other = False
-            for j in range(layer.experts.shape[1]):
-                if layer.experts[t, j] == (b if turn == 0 else a):
-                    other = True
-            if turn == 1 and other:
-                continue
-            s = layer.step_of[t]
-            for c in range(count):
-                g = touched[c]
-                z, p = int(zeros[t, g]), soft[t, g]
-                total = 0.0
-                if old[turn, g] != new[turn, g]:
-                    delta, z, p = reach_change(z, p, old[turn, g], new[turn, g])
-                    total += delta
-                if other and old[1, g] != new[1, g]:
-                    delta, z, p = reach_change(z, p, old[1, g], new[1, g])
-                    total += delta
-                change[s, g] += total
-                if apply:
-                    zeros[t, g] = z
-                    soft[t, g] = p
+
+    rows: FloatArray
+    node_rows: FloatArray
+    zeros: Counts
+    soft: FloatArray
+    node_zeros: Counts
+    node_soft: FloatArray
+    split: IntArray
+    node_split: IntArray
+    ledgers: FloatArray
+    node_ledgers: FloatArray
+    load: FloatArray
+    hit: FloatArray
+    cost: FloatArray
+    old_rows: FloatArray
+    new_rows: FloatArray
+    old_node_rows: FloatArray
+    new_node_rows: FloatArray
+    new_ledgers: FloatArray
+    new_node_ledgers: FloatArray
+    new_load: FloatArray
+    new_hit: FloatArray
+    new_cost: FloatArray
 
 
-@kernel
-def exchange(
-    layer: Any, a: int, b: int, g: int, h: int, zeros: Any, soft: Any, plain: bool, change: Any, apply: bool
+def begin(tokens: SourceTokens, rates: Rates, placement: Placement) -> SourceState:
+    """The state of a placement."""
+    share = placement.share
+    experts, devices = share.shape
+    nodes, steps, count = rates.node_size.shape[0], tokens.counts.shape[2], tokens.experts.shape[0]
+    rows, node_rows = np.zeros((experts, devices, devices)), np.zeros((experts, devices, nodes))
+    for e in range(experts):
+        serve_rows(share[e], rates.node_of, tokens.nearest, rows[e], node_rows[e])
+    zeros, node_zeros = np.zeros((count, devices), np.uint8), np.zeros((count, nodes), np.uint8)
+    soft, node_soft = np.ones((count, devices)), np.ones((count, nodes))
+    split, node_split = np.zeros((devices, devices), np.int64), np.zeros((devices, nodes), np.int64)
+    for e in range(experts):
+        count_split(rows[e], split, 1)
+        count_split(node_rows[e], node_split, 1)
+    fill_sources(tokens, rows, zeros, soft)
+    fill_sources(tokens, node_rows, node_zeros, node_soft)
+    ledgers, node_ledgers = np.zeros((steps, 3, devices)), np.zeros((steps, 2, nodes))
+    first_ledgers(tokens, zeros, soft, node_zeros, node_soft, ledgers, node_ledgers, rates)
+    load, hit = np.zeros((steps, devices)), np.zeros((steps, devices))
+    first_source_work(tokens, rows, load, hit)
+    cost = np.empty(steps)
+    for s in range(steps):
+        cost[s] = step_seconds(load[s], hit[s], ledgers[s], node_ledgers[s], rates)
+    return SourceState(
+        rows,
+        node_rows,
+        zeros,
+        soft,
+        node_zeros,
+        node_soft,
+        split,
+        node_split,
+        ledgers,
+        node_ledgers,
+        load,
+        hit,
+        cost,
+        np.zeros((2, devices, devices)),
+        np.zeros((2, devices, devices)),
+        np.zeros((2, devices, nodes)),
+        np.zeros((2, devices, nodes)),
+        np.zeros((steps, 3, devices)),
+        np.zeros((steps, 2, nodes)),
+        np.zeros((steps, devices)),
+        np.zeros((steps, devices)),
+        np.zeros(steps),
+    )
+
+
+def delta(
+    state: SourceState, tokens: SourceTokens, rates: Rates, placement: Placement, change: Change, new: FloatArray
 ) -> None:
-    """`walk` for the commonest move: whole expert a goes from target g to h, whole expert b from h to g.
-
-    A token that chose both needs the same targets afterwards. plain: no expert is split, so every product is one.
-    """
+    """Prices a change into `state.new_cost`. new: [2, G] shares of its experts."""
     for turn in range(2):
-        e, other, leave, enter = (a, b, g, h) if turn == 0 else (b, a, h, g)
-        for i in range(layer.first[e], layer.first[e + 1]):
-            t = layer.tokens[i]
-            alone = True
-            for j in range(layer.experts.shape[1]):
-                alone &= layer.experts[t, j] != other
-            s = layer.step_of[t]
-            if plain:
-                # Without branches: which tokens lose or gain a target is not predictable.
-                change[s, leave] -= alone & (zeros[t, leave] == 1)
-                change[s, enter] += alone & (zeros[t, enter] == 0)
-            elif alone:
-                if zeros[t, leave] == 1:
-                    change[s, leave] -= soft[t, leave]
-                if zeros[t, enter] == 0:
-                    change[s, enter] += soft[t, enter]
-            if apply and alone:
-                zeros[t, leave] -= 1
-                zeros[t, enter] += 1
+        e = change.a if turn == 0 else change.b
+        if e < 0:
+            state.old_rows[turn] = 0.0
+            state.old_node_rows[turn] = 0.0
+            state.new_rows[turn] = 0.0
+            state.new_node_rows[turn] = 0.0
+        else:
+            copy_all(state.rows[e], state.old_rows[turn])
+            copy_all(state.node_rows[e], state.old_node_rows[turn])
+            serve_rows(new[turn], rates.node_of, tokens.nearest, state.new_rows[turn], state.new_node_rows[turn])
+    copy_all(state.ledgers, state.new_ledgers)
+    copy_all(state.node_ledgers, state.new_node_ledgers)
+    copy_all(state.load, state.new_load)
+    copy_all(state.hit, state.new_hit)
+    _follow(state, tokens, rates, change, False)
+    shift_source_work(tokens, change.a, change.b, state.old_rows, state.new_rows, state.new_load, state.new_hit)
+    for s in range(state.cost.shape[0]):
+        state.new_cost[s] = step_seconds(
+            state.new_load[s], state.new_hit[s], state.new_ledgers[s], state.new_node_ledgers[s], rates
+        )
+
+
+def commit(
+    state: SourceState, tokens: SourceTokens, rates: Rates, placement: Placement, change: Change, new: FloatArray
+) -> None:
+    """Keeps a change that `delta` has priced; the placement is still the old one."""
+    _follow(state, tokens, rates, change, True)
+    for turn in range(2):
+        e = change.a if turn == 0 else change.b
+        if e >= 0:
+            count_split(state.old_rows[turn], state.split, -1)
+            count_split(state.new_rows[turn], state.split, 1)
+            count_split(state.old_node_rows[turn], state.node_split, -1)
+            count_split(state.new_node_rows[turn], state.node_split, 1)
+            copy_all(state.new_rows[turn], state.rows[e])
+            copy_all(state.new_node_rows[turn], state.node_rows[e])
+    copy_all(state.new_ledgers, state.ledgers)
+    copy_all(state.new_node_ledgers, state.node_ledgers)
+    copy_all(state.new_load, state.load)
+    copy_all(state.new_hit, state.hit)
+    copy(state.new_cost, state.cost)
+
+
+def rollback(
+    state: SourceState, tokens: SourceTokens, rates: Rates, placement: Placement, change: Change, new: FloatArray
+) -> None:
+    """Drops a change: pricing has left the state alone."""
 
 
 @kernel
-def node_rows(rows: Any, node_of: Any, result: Any) -> None:
-    result[:] = 0.0
-    for r in range(rows.shape[0]):
-        for g in range(rows.shape[1]):
-            result[r, node_of[g]] += rows[r, g]
-        for n in range(result.shape[1]):
-            # Thirds and sevenths do not add up to one exactly; whole experts must be recognised as whole.
-            if result[r, n] > 1.0 - 1e-9:
-                result[r, n] = 1.0
+def _follow(state: SourceState, tokens: SourceTokens, rates: Rates, change: Change, apply: bool) -> None:
+    """Posts what a change does to traffic, or with `apply` updates the tokens' products."""
+    a, b = change.a, change.b
+    ledgers, node_ledgers = state.new_ledgers, state.new_node_ledgers
+    products = (state.zeros, state.soft, state.split)
+    walk_sources(tokens, a, b, state.old_rows, state.new_rows, products, ledgers, node_ledgers, rates, False, apply)
+    if rates.dedup:
+        products = (state.node_zeros, state.node_soft, state.node_split)
+        rows, new_rows = state.old_node_rows, state.new_node_rows
+        walk_sources(tokens, a, b, rows, new_rows, products, ledgers, node_ledgers, rates, True, apply)
 
 
 @kernel
-def serve_rows(share: Any, node_of: Any, nearest: bool, rows: Any, node_rows: Any) -> None:
-    """Fills rows [H, G] and node_rows [H, N] with who serves each home's tokens of an expert with shares [G]."""
+def step_seconds(load: FloatArray, hit: FloatArray, ledger: FloatArray, node_ledger: FloatArray, rates: Rates) -> float:
+    """Of one step in one layer, latency left out."""
+    return compute_seconds(load, hit, rates) + (1.0 + rates.back) * transfer_seconds(ledger, node_ledger, rates)
+
+
+@kernel
+def serve_rows(share: FloatArray, node_of: IntArray, nearest: bool, rows: FloatArray, node_rows: FloatArray) -> None:
+    """Fills rows [H, G] and node_rows [H, N] with who serves each source's tokens of an expert with shares [G]."""
     devices = share.shape[0]
     rows[:] = 0.0
     node_rows[:] = 0.0
@@ -168,12 +202,12 @@ def serve_rows(share: Any, node_of: Any, nearest: bool, rows: Any, node_rows: An
 
 
 @kernel
-def fill_homes(layer: Any, rows: Any, zeros: Any, soft: Any) -> None:
-    """Products of a token's missed chances on every target, from rows [E, H, targets]; see `reach.fill_state`."""
+def fill_sources(layer: SourceTokens, rows: FloatArray, zeros: Counts, soft: FloatArray) -> None:
+    """Products of a token's missed chances on every target, from rows [E, H, targets]; see `even_traffic.fill_coverage`."""
     zeros[:] = 0
     soft[:] = 1.0
     for t in range(layer.experts.shape[0]):
-        h = layer.home[t]
+        h = layer.source[t]
         for j in range(layer.experts.shape[1]):
             e = layer.experts[t, j]
             for g in range(rows.shape[2]):
@@ -186,13 +220,20 @@ def fill_homes(layer: Any, rows: Any, zeros: Any, soft: Any) -> None:
 
 @kernel
 def first_ledgers(
-    layer: Any, zeros: Any, soft: Any, node_zeros: Any, node_soft: Any, ledgers: Any, node_ledgers: Any, rates: Any
+    layer: SourceTokens,
+    zeros: Counts,
+    soft: FloatArray,
+    node_zeros: Counts,
+    node_soft: FloatArray,
+    ledgers: FloatArray,
+    node_ledgers: FloatArray,
+    rates: Rates,
 ) -> None:
     """Ledgers [S, 3, G] and [S, 2, N] of all tokens."""
     ledgers[:] = 0.0
     node_ledgers[:] = 0.0
     for t in range(layer.experts.shape[0]):
-        s, h = layer.step_of[t], layer.home[t]
+        s, h = layer.step_of[t], layer.source[t]
         for g in range(zeros.shape[1]):
             chance = 1.0 - (soft[t, g] if zeros[t, g] == 0 else 0.0)
             if chance != 0.0:
@@ -205,7 +246,7 @@ def first_ledgers(
 
 
 @kernel
-def count_split(rows: Any, split: Any, amount: int) -> None:
+def count_split(rows: FloatArray, split: IntArray, amount: int) -> None:
     """Adds amount to split [H, targets] wherever the rows [H, targets] of an expert are neither 0 nor 1."""
     for h in range(rows.shape[0]):
         for g in range(rows.shape[1]):
@@ -214,16 +255,16 @@ def count_split(rows: Any, split: Any, amount: int) -> None:
 
 
 @kernel
-def walk_homes(
-    layer: Any,
+def walk_sources(
+    layer: SourceTokens,
     a: int,
     b: int,
-    old: Any,
-    new: Any,
-    products: Any,
-    ledgers: Any,
-    node_ledgers: Any,
-    rates: Any,
+    old: FloatArray,
+    new: FloatArray,
+    products: tuple[Counts, FloatArray, IntArray],
+    ledgers: FloatArray,
+    node_ledgers: FloatArray,
+    rates: Rates,
     on_nodes: bool,
     apply: bool,
 ) -> None:
@@ -234,14 +275,14 @@ def walk_homes(
     products are updated instead, and nothing is posted.
     """
     zeros, soft, split = products
-    homes, targets = old.shape[1], old.shape[2]
+    sources, targets = old.shape[1], old.shape[2]
     gained = np.zeros(ledgers.shape[0])
-    for h in range(homes):
-        first, last = layer.first[a * homes + h], layer.first[a * homes + h + 1]
+    for h in range(sources):
+        first, last = layer.first[a * sources + h], layer.first[a * sources + h + 1]
         longest = last - first
         if b >= 0:
-            longest = max(longest, layer.first[b * homes + h + 1] - layer.first[b * homes + h])
-        changed = (old[0, h] != new[0, h]).any(), (old[1, h] != new[1, h]).any()
+            longest = max(longest, layer.first[b * sources + h + 1] - layer.first[b * sources + h])
+        changed = _differ(old[0, h], new[0, h]), _differ(old[1, h], new[1, h])
         if not (changed[0] or changed[1]):
             continue
         both = np.empty(longest, np.bool_)
@@ -249,14 +290,14 @@ def walk_homes(
             e, partner = (a, b) if turn == 0 else (b, a)
             if e < 0 or not changed[turn]:
                 continue
-            first, last = layer.first[e * homes + h], layer.first[e * homes + h + 1]
+            first, last = layer.first[e * sources + h], layer.first[e * sources + h + 1]
             for i in range(first, last):
                 t = layer.tokens[i]
-                found = False
+                chose_both = False
                 for j in range(layer.experts.shape[1]):
-                    found |= layer.experts[t, j] == partner
-                both[i - first] = found
-            # A token of both is taken in a's turn, unless only b changes for this home.
+                    chose_both |= layer.experts[t, j] == partner
+                both[i - first] = chose_both
+            # A token of both is taken in a's turn, unless only b changes for this source.
             skip = turn == 1 and changed[0]
             for g in range(targets):
                 was, is_ = old[turn, h, g], new[turn, h, g]
@@ -285,9 +326,9 @@ def walk_homes(
                         t = layer.tokens[i]
                         total, z, p = 0.0, int(zeros[t, g]), soft[t, g]
                         if was != is_:
-                            total, z, p = reach_change(z, p, was, is_)
+                            total, z, p = coverage_change(z, p, was, is_)
                         if both[i - first] and other_was != other_is:
-                            more, z, p = reach_change(z, p, other_was, other_is)
+                            more, z, p = coverage_change(z, p, other_was, other_is)
                             total += more
                         gained[layer.step_of[t]] += total
                         if apply:
@@ -303,17 +344,25 @@ def walk_homes(
 
 
 @kernel
+def _differ(row: FloatArray, other: FloatArray) -> bool:
+    differ = False
+    for g in range(row.shape[0]):
+        differ |= row[g] != other[g]
+    return differ
+
+
+@kernel
 def _count_whole(
-    layer: Any,
+    layer: SourceTokens,
     first: int,
     last: int,
-    both: Any,
+    both: BoolArray,
     skip: bool,
     change: int,
     other_change: int,
     g: int,
-    zeros: Any,
-    gained: Any,
+    zeros: Counts,
+    gained: FloatArray,
     apply: bool,
 ) -> None:
     """Tokens that gain or lose target g where nobody is split, by counting: without branches, which nothing predicts."""
@@ -330,7 +379,7 @@ def _count_whole(
 
 
 @kernel
-def idle_of(layer: Any, e: int, rows: Any, g: int, s: int) -> float:
+def idle_of(layer: SourceTokens, e: int, rows: FloatArray, g: int, s: int) -> float:
     """Chance that no token of step s has expert e served on device g, from the expert's rows [H, G]."""
     idle = 1.0
     for h in range(rows.shape[0]):
@@ -340,7 +389,7 @@ def idle_of(layer: Any, e: int, rows: Any, g: int, s: int) -> float:
 
 
 @kernel
-def first_home_work(layer: Any, rows: Any, load: Any, hit: Any) -> None:
+def first_source_work(layer: SourceTokens, rows: FloatArray, load: FloatArray, hit: FloatArray) -> None:
     """Token-expert pairs and experts read on each device [S, G], from rows [E, H, G]."""
     load[:] = 0.0
     hit[:] = 0.0
@@ -353,16 +402,18 @@ def first_home_work(layer: Any, rows: Any, load: Any, hit: Any) -> None:
 
 
 @kernel
-def shift_home_work(layer: Any, a: int, b: int, old: Any, new: Any, load: Any, hit: Any) -> None:
+def shift_source_work(
+    layer: SourceTokens, a: int, b: int, old: FloatArray, new: FloatArray, load: FloatArray, hit: FloatArray
+) -> None:
     """Changes load and hit [S, G] when the rows of a and b (or -1) go from old to new ([2, H, G] each)."""
-    homes, devices = old.shape[1], old.shape[2]
+    sources, devices = old.shape[1], old.shape[2]
     for turn in range(2):
         e = a if turn == 0 else b
         if e < 0:
             continue
         for g in range(devices):
             changed = False
-            for h in range(homes):
+            for h in range(sources):
                 shift = new[turn, h, g] - old[turn, h, g]
                 if shift != 0.0:
                     changed = True

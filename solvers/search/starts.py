@@ -1,24 +1,23 @@
-"""A first placement of one layer: replicas where load is, heaviest first to the least loaded device."""
+"""Where a search may begin: balanced, grouped, swept for transitions, and the plan in force."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.errors import InputError, SolveError, UnsupportedError
 from ...placement.failures import failure_mask
+from ...placement.packing import deal, pack, replicate
 from ...placement.problem import Problem
 from ..base import Budget, fill_slots
-from ..exflow_start import assignment_sweeps
-from ..jit import kernel
-from ..moetuner_mapping import pair_cost
+from ..exflow import assignment_sweeps
+from ..moetuner import pair_cost
 from .current_start import fits, from_current
-from .kernel_types import Moves
+from .kernel_types import MoveRules
 from .multistart import Start
 from .scenario import Scenario
 from .tolerant_start import tolerant_layer
@@ -32,27 +31,58 @@ def balanced_layer(load: FloatArray, slots_per_device: IntArray, speed: FloatArr
     Raises:
         SolveError: the pinned and forbidden devices leave no placement that this finds.
     """
-    devices = len(slots_per_device)
-    choices = allowed.sum(axis=1)
-    copies = replicate(load, int(slots_per_device.sum()), np.minimum(choices, devices))
-    count = np.bincount(copies, minlength=len(load))
+    return balanced_layers(load[None], slots_per_device[None], speed, allowed[None])[0]
+
+
+def balanced_layers(load: FloatArray, layer_slots: IntArray, speed: FloatArray, allowed: BoolArray) -> list[IntArray]:
+    """As `balanced_layer`, of layers with load [L, E], layer_slots [L, G] and allowed [L, E, G]."""
+    tables: list[IntArray] = [np.zeros(0, dtype=np.int64)] * len(load)
+    for slots in np.unique(layer_slots, axis=0):
+        layers = np.flatnonzero((layer_slots == slots).all(axis=1))
+        for layer, table in zip(layers, _balanced(load[layers], slots, speed, allowed[layers]), strict=True):
+            tables[layer] = table
+    return tables
+
+
+def _balanced(load: FloatArray, slots: IntArray, speed: FloatArray, allowed: BoolArray) -> list[IntArray]:
+    """`balanced_layers` of layers with the same slots [G]."""
+    choices, total = allowed.sum(axis=2), int(slots.sum())
+    if total > int(choices.sum(axis=1).min()):
+        raise SolveError(
+            f"{total} slots a layer, but only {int(choices.sum(axis=1).min())} replicas fit without standing twice on a "
+            "device"
+        )
+    copies = np.sort(replicate(load, total, choices), axis=1)
+    count = np.stack([np.bincount(row, minlength=load.shape[1]) for row in copies])
     weight = load / count
-    holds = np.zeros((len(load), devices), dtype=bool)
-    order = copies[np.lexsort((copies, -weight[copies], choices[copies]))]
-    if deal(order, weight, slots_per_device, speed, allowed, holds):
-        return np.concatenate([np.flatnonzero(holds[:, g]) for g in range(devices)]).astype(np.int64)
-    holds[:] = False
-    free, loaded = slots_per_device.copy(), np.zeros(devices)
+    orders = [row[np.lexsort((row, -weight[layer][row], choices[layer][row]))] for layer, row in enumerate(copies)]
+    order = np.stack(orders)
+    devices = deal(np.take_along_axis(weight, order, axis=1), order, slots, speed, allowed)
+    tables = []
+    for layer, device in enumerate(devices):
+        holds = np.zeros(allowed.shape[1:], dtype=bool)
+        if (device >= 0).all():
+            holds[order[layer], device] = True
+        else:
+            _deal_with_detours(order[layer], weight[layer], slots, speed, allowed[layer], holds)
+        tables.append(np.nonzero(holds.T)[1].astype(np.int64))
+    return tables
+
+
+def _deal_with_detours(
+    order: IntArray, weight: FloatArray, slots: IntArray, speed: FloatArray, allowed: BoolArray, holds: BoolArray
+) -> None:
+    """Deals replicas into `holds` [E, G], moving others on where no device is left for one."""
+    free, loaded = slots.copy(), np.zeros(len(slots))
     for expert in order:
-        fits = allowed[expert] & ~holds[expert] & (free > 0)
-        if not fits.any():
-            _make_room(expert, allowed, holds, free, loaded, weight, speed)
+        possible = allowed[expert] & ~holds[expert] & (free > 0)
+        if not possible.any():
+            _make_way(expert, allowed, holds, free, loaded, weight, speed)
             continue
-        device = int(np.argmin(np.where(fits, (loaded + weight[expert] / speed), np.inf)))
+        device = int(np.argmin(np.where(possible, (loaded + weight[expert] / speed), np.inf)))
         holds[expert, device] = True
         free[device] -= 1
         loaded[device] += weight[expert] / speed[device]
-    return np.concatenate([np.flatnonzero(holds[:, g]) for g in range(devices)]).astype(np.int64)
 
 
 def even_shares(problem: Problem, tables: Sequence[IntArray]) -> list[FloatArray]:
@@ -67,41 +97,7 @@ def even_layer_share(problem: Problem, layer: int, table: IntArray) -> FloatArra
     return np.asarray(share / share.sum(axis=1, keepdims=True))
 
 
-@kernel
-def deal(order: Any, weight: Any, slots_per_device: Any, speed: Any, allowed: Any, holds: Any) -> bool:
-    """Deals replicas in `order` to the devices that stay least loaded, into `holds` [E, G]; False where one finds none."""
-    free, loaded = slots_per_device.copy(), np.zeros(speed.shape[0])
-    for expert in order:
-        best, least = -1, np.inf
-        for g in range(speed.shape[0]):
-            after = loaded[g] + weight[expert] / speed[g]
-            if allowed[expert, g] and not holds[expert, g] and free[g] > 0 and after < least:
-                best, least = g, after
-        if best < 0:
-            return False
-        holds[expert, best] = True
-        free[best] -= 1
-        loaded[best] = least
-    return True
-
-
-def replicate(load: FloatArray, slots: int, most: IntArray) -> IntArray:
-    """[slots] experts, each at least once, spare slots to whoever has most load a replica, `most` [E] replicas each.
-
-    Raises:
-        SolveError: more slots than experts may have replicas.
-    """
-    if slots > int(most.sum()):
-        raise SolveError(
-            f"{slots} slots a layer, but only {int(most.sum())} replicas fit without standing twice on a device"
-        )
-    count = np.ones(len(load), dtype=np.int64)
-    for _ in range(slots - len(load)):
-        count[int(np.argmax(np.where(count < most, load / count, -1.0)))] += 1
-    return np.repeat(np.arange(len(load)), count)
-
-
-def _make_room(
+def _make_way(
     expert: int,
     allowed: BoolArray,
     holds: BoolArray,
@@ -135,7 +131,7 @@ def _make_room(
     raise SolveError(f"no device is left for expert {expert}: too many experts are pinned or forbidden")
 
 
-# A first placement of one layer for engines that take the nearest replica: the hottest experts in every node.
+# For engines that take the nearest replica: the hottest experts in every node.
 
 
 def near_layer(load: FloatArray, slots_per_device: IntArray, speed: FloatArray, node_of: IntArray) -> IntArray:
@@ -149,10 +145,10 @@ def near_layer(load: FloatArray, slots_per_device: IntArray, speed: FloatArray, 
     """
     node_slots = np.bincount(node_of, weights=slots_per_device).astype(np.int64)
     node_speed = np.bincount(node_of, weights=speed).astype(np.float64)
-    held = _experts_of_nodes(load, node_slots, node_speed)
-    part = load / held.sum(axis=0)
+    holds = _experts_of_nodes(load, node_slots, node_speed)
+    part = load / holds.sum(axis=0)
     tables = []
-    for node, mask in enumerate(held):
+    for node, mask in enumerate(holds):
         experts, devices = np.flatnonzero(mask), node_of == node
         anywhere = np.ones((len(experts), int(devices.sum())), dtype=bool)
         local = balanced_layer(part[experts], slots_per_device[devices], speed[devices], anywhere)
@@ -171,19 +167,19 @@ def _experts_of_nodes(load: FloatArray, slots: IntArray, speed: FloatArray) -> B
     replicas[hottest[:full]] = nodes
     if full < experts:
         replicas[hottest[full]] += spare - full * (nodes - 1)
-    held, loaded = np.zeros((nodes, experts), dtype=bool), np.zeros(nodes)
+    holds, loaded = np.zeros((nodes, experts), dtype=bool), np.zeros(nodes)
     for expert in hottest:
         part = load[expert] / replicas[expert]
         order = np.argsort(np.where(free > 0, loaded + part / speed, np.inf), kind="stable")
         chosen = order[: min(int(replicas[expert]), int((free > 0).sum()))]
-        held[chosen, expert] = True
+        holds[chosen, expert] = True
         free[chosen] -= 1
         loaded[chosen] += part / speed[chosen]
     for node in np.flatnonzero(free > 0):
         # A smaller node was full before its turn; the hottest experts it lacks take what is left here.
-        lacking = hottest[~held[node, hottest]]
-        held[node, lacking[: free[node]]] = True
-    return held
+        lacking = hottest[~holds[node, hottest]]
+        holds[node, lacking[: free[node]]] = True
+    return holds
 
 
 # Home nodes of expert groups, for routing that keeps a token's experts within few groups. Counts do not say which
@@ -201,7 +197,7 @@ class GroupHomes:
     tables: tuple[IntArray, ...]
 
 
-def homes_of(problem: Problem, loads: FloatArray, moves: Sequence[Moves], most: float) -> GroupHomes:
+def homes_of(problem: Problem, loads: FloatArray, moves: Sequence[MoveRules], most: float) -> GroupHomes:
     """Homes that even out the nodes' loads, and a start with every group at home. loads: [S, L, E].
 
     Raises:
@@ -237,23 +233,23 @@ def _assigned(problem: Problem, loads: FloatArray, slots: IntArray) -> IntArray:
     """
     topology, groups = problem.topology, problem.model.groups
     size = problem.model.experts // groups
-    room = np.bincount(topology.node_of, weights=slots).astype(np.int64) // size
-    if room.sum() < groups:
+    fitting = np.bincount(topology.node_of, weights=slots).astype(np.int64) // size
+    if fitting.sum() < groups:
         raise InputError(
-            f"off_home: {groups} groups of {size} experts do not fit the nodes, whose slots hold {room.tolist()} whole groups"
+            f"off_home: {groups} groups of {size} experts do not fit the nodes, whose slots hold {fitting.tolist()} whole groups"
         )
     speed = np.bincount(topology.node_of, weights=topology.compute)
     by_group = loads.reshape(len(loads), groups, size).sum(axis=2)
     node = np.full(groups, -1, dtype=np.int64)
-    carried = np.zeros((len(loads), len(room)))
+    carried = np.zeros((len(loads), len(fitting)))
     for group in np.argsort(-by_group.sum(axis=0), kind="stable"):
         after = (carried + by_group[:, [group]]) / speed
-        taken = np.bincount(node[node >= 0], minlength=len(room))
-        node[group] = int(np.where(taken < room, after.sum(axis=0), np.inf).argmin())
+        taken = np.bincount(node[node >= 0], minlength=len(fitting))
+        node[group] = int(np.where(taken < fitting, after.sum(axis=0), np.inf).argmin())
         carried[:, node[group]] += by_group[:, group]
 
     def value(assigned: IntArray) -> float:
-        total = np.zeros((len(loads), len(room)))
+        total = np.zeros((len(loads), len(fitting)))
         np.add.at(total.T, assigned, by_group.T)
         return float((total / speed).max(axis=1).sum())
 
@@ -272,7 +268,7 @@ def _assigned(problem: Problem, loads: FloatArray, slots: IntArray) -> IntArray:
     return node
 
 
-def _at_home(problem: Problem, load: FloatArray, slots: IntArray, home: IntArray, moves: Moves) -> IntArray:
+def _at_home(problem: Problem, load: FloatArray, slots: IntArray, home: IntArray, moves: MoveRules) -> IntArray:
     """[P_l] a balanced table with every expert's replicas on its home node."""
     topology = problem.topology
     tables = []
@@ -289,39 +285,33 @@ def _at_home(problem: Problem, load: FloatArray, slots: IntArray, home: IntArray
     return np.concatenate(tables)
 
 
-# A first placement for group-limited routing: whole expert groups on nodes, balanced inside, as tokens choose few
-# groups and then need few nodes.
+# For group-limited routing: whole expert groups on nodes, balanced inside, as tokens choose few groups and then need
+# few nodes.
 
 
 def groups_on_nodes(problem: Problem, load: FloatArray) -> list[IntArray] | None:
     """[P_l] experts of each layer's own slots, for loads [L, E]; None where groups do not fill nodes evenly."""
-    groups, nodes = problem.model.groups, problem.topology.num_nodes
-    room = problem.layer_slots @ np.eye(nodes, dtype=np.int64)[problem.topology.node_of]
-    if nodes == 1 or groups % nodes or room.min() < problem.model.experts // nodes:
+    topology, groups, experts = problem.topology, problem.model.groups, problem.model.experts
+    nodes = topology.num_nodes
+    node_slots = problem.layer_slots @ np.eye(nodes, dtype=np.int64)[topology.node_of]
+    if nodes == 1 or groups % nodes or node_slots.min() < experts // nodes:
         return None
-    return [_layer(problem, row, slots, groups // nodes) for row, slots in zip(load, problem.layer_slots, strict=True)]
-
-
-def _layer(problem: Problem, load: FloatArray, slots: IntArray, groups_a_node: int) -> IntArray:
-    groups, nodes = problem.model.groups, problem.topology.num_nodes
-    speed = problem.topology.compute / problem.topology.compute.mean()
-    weight = load.reshape(groups, -1).sum(axis=1)
-    node_of_group = np.full(groups, -1)
-    carried, filled = np.zeros(nodes), np.zeros(nodes, dtype=np.int64)
-    for group in np.argsort(-weight, kind="stable"):
-        node = int(np.argmin(np.where(filled < groups_a_node, carried, np.inf)))
-        node_of_group[group] = node
-        carried[node] += weight[group]
-        filled[node] += 1
-    node_of_expert = np.repeat(node_of_group, len(load) // groups)
-    slot_device = np.repeat(np.arange(len(slots)), slots)
-    table = np.empty(len(slot_device), dtype=np.int64)
-    for node in range(nodes):
-        mine, devices = np.flatnonzero(node_of_expert == node), np.flatnonzero(problem.topology.node_of == node)
-        everywhere = np.ones((len(mine), len(devices)), dtype=bool)
-        inside = balanced_layer(load[mine], slots[devices], speed[devices], everywhere)
-        table[np.isin(slot_device, devices)] = mine[inside]
-    return table
+    weight = load.reshape(len(load), groups, -1).sum(axis=2)
+    node_of_group, _ = pack(weight, np.full(nodes, groups // nodes))
+    speed = topology.compute / topology.compute.mean()
+    tables = []
+    for row, slots, node_of_expert in zip(
+        load, problem.layer_slots, np.repeat(node_of_group, experts // groups, axis=1), strict=True
+    ):
+        slot_device = np.repeat(np.arange(len(slots)), slots)
+        table = np.empty(len(slot_device), dtype=np.int64)
+        for node in range(nodes):
+            mine, devices = np.flatnonzero(node_of_expert == node), np.flatnonzero(topology.node_of == node)
+            everywhere = np.ones((len(mine), len(devices)), dtype=bool)
+            inside = balanced_layer(row[mine], slots[devices], speed[devices], everywhere)
+            table[np.isin(slot_device, devices)] = mine[inside]
+        tables.append(table)
+    return tables
 
 
 # Devices renamed layer by layer so that tokens find their next experts near: what each device holds stays together.
@@ -360,7 +350,7 @@ def aligned(problem: Problem, scenario: Scenario, start: Start, whole_nodes: boo
             # The first sweep goes on from where it is; what follows has no place yet.
             if sweep and layer < layers - 1:
                 price += onward[layer] @ cost[place[layer + 1]]
-            place[layer] = _renamed(price, node_of) if whole_nodes else _aligned_start_assigned(price)
+            place[layer] = _renamed(price, node_of) if whole_nodes else _assignment(price)
         if sweep and (place == before).all():
             break
     return _moved(problem, tables, shares, place)
@@ -380,7 +370,7 @@ def _onward(scenario: Scenario, shares: Sequence[FloatArray]) -> FloatArray:
     return np.asarray(result)
 
 
-def _aligned_start_assigned(price: FloatArray) -> IntArray:
+def _assignment(price: FloatArray) -> IntArray:
     """[G] the device each device's content goes to, of price [content, device]."""
     from scipy.optimize import linear_sum_assignment
 
@@ -388,9 +378,9 @@ def _aligned_start_assigned(price: FloatArray) -> IntArray:
 
 
 def _renamed(price: FloatArray, node_of: IntArray) -> IntArray:
-    """`_assigned` with the content of a node kept in one node: nodes by the cheapest renaming inside each pair."""
+    """`_assignment` with the content of a node kept in one node: nodes by the cheapest renaming inside each pair."""
     members = [np.flatnonzero(node_of == node) for node in range(int(node_of.max()) + 1)]
-    inside = [[_aligned_start_assigned(price[np.ix_(mine, theirs)]) for theirs in members] for mine in members]
+    inside = [[_assignment(price[np.ix_(mine, theirs)]) for theirs in members] for mine in members]
     total = np.array(
         [
             [price[mine, theirs[chosen]].sum() for theirs, chosen in zip(members, row, strict=True)]
@@ -398,7 +388,7 @@ def _renamed(price: FloatArray, node_of: IntArray) -> IntArray:
         ]
     )
     place = np.empty(len(node_of), dtype=np.int64)
-    for node, target in enumerate(_aligned_start_assigned(total)):
+    for node, target in enumerate(_assignment(total)):
         place[members[node]] = members[target][inside[node][target]]
     return place
 
@@ -412,9 +402,6 @@ def _moved(problem: Problem, tables: Sequence[IntArray], shares: Sequence[FloatA
         moved[layer].reshape(slots)[target] = tables[layer].reshape(slots)
         split[layer][:, target] = shares[layer]
     return moved, split
-
-
-# Where a search may begin: balanced, grouped, swept for transitions, and the plan in force.
 
 
 def allowed_devices(problem: Problem) -> BoolArray:
@@ -436,12 +423,12 @@ def first_placements(problem: Problem, allowed: BoolArray, budget: Budget) -> li
     if problem.current is not None and problem.max_moves is not None:
         failures = failure_mask(problem.tolerates, problem.num_devices)
         return [from_current(problem, problem.current, allowed, failures)]
-    given = current_placement(problem, allowed)
+    current = current_placement(problem, allowed)
     made = made_placements(problem, allowed, budget)
     starts: list[Start] = [(tables, even_shares(problem, tables)) for tables in made]
     if problem.objective.split == "free" and problem.has_replicas:
         starts.append((made[0], _one_serves(problem, made[0])))
-    return starts + ([] if given is None else [given])
+    return starts + ([] if current is None else [current])
 
 
 def current_placement(problem: Problem, allowed: BoolArray, exact: bool = False) -> Start | None:
@@ -473,11 +460,7 @@ def made_placements(problem: Problem, allowed: BoolArray, budget: Budget) -> lis
                 for layer_load, slots, mask in zip(total, problem.layer_slots, allowed, strict=True)
             ]
         ]
-    tables = [
-        balanced_layer(layer_load, slots, speed, mask)
-        for layer_load, slots, mask in zip(total, problem.layer_slots, allowed, strict=True)
-    ]
-    starts = [tables]
+    starts = [balanced_layers(total, problem.layer_slots, speed, allowed)]
     if statistics.sample is not None and allowed.all():
         grouped = groups_on_nodes(problem, total)
         starts += [grouped] if grouped is not None else []

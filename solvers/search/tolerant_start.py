@@ -6,6 +6,8 @@ import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.errors import SolveError
+from ..base import Budget
+from ..mip import Program, ProgramBuilder, solve_program
 
 PROGRAM_SECONDS = 30.0
 """For the integer program that takes over where dealing fails; it settles a layer of 256 experts in a few."""
@@ -74,28 +76,29 @@ def _replicas(load: FloatArray, slots: IntArray, allowed: BoolArray, failures: B
 
 def _programmed(slots: IntArray, allowed: BoolArray, failures: BoolArray) -> BoolArray:
     """[E, G] by an integer program, which also proves that there is none."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import eye, kron
-
-    experts, devices = allowed.shape
-    each, ones = eye(experts, format="csr"), np.ones((1, devices))
-    constraints = [
-        LinearConstraint(kron(np.ones((1, experts)), eye(devices)), slots, slots),
-        LinearConstraint(kron(each, ones), 1, devices),
-        *(LinearConstraint(kron(each, (~failure).astype(float)[None]), 1, devices) for failure in failures),
-    ]
-    solved = milp(
-        np.zeros(experts * devices),
-        integrality=np.ones(experts * devices),
-        bounds=Bounds(0.0, allowed.ravel().astype(float)),
-        constraints=constraints,
-        options={"time_limit": PROGRAM_SECONDS},
-    )
-    if solved.x is None:
+    program = placement_program("placement that tolerates failures", np.zeros(allowed.shape), slots, allowed, failures)
+    found = solve_program(program, Budget(seconds=PROGRAM_SECONDS), backend="highs")
+    if found.stop == "interrupted":
+        raise KeyboardInterrupt
+    if found.values is None:
         wanted = f"a placement in which every expert keeps a replica in each of {len(failures)} failures"
-        if solved.status == 2:
+        if found.infeasible:
             raise SolveError(
                 f"{wanted} does not exist within these slots and devices; give more slots, or tolerate fewer failures"
             )
         raise SolveError(f"{wanted} was not found within {PROGRAM_SECONDS:g} s; give more slots")
-    return np.asarray(solved.x.reshape(experts, devices) > 0.5)
+    return np.asarray(found.values.reshape(allowed.shape) > 0.5)
+
+
+def placement_program(name: str, cost: FloatArray, slots: IntArray, allowed: BoolArray, failures: BoolArray) -> Program:
+    """One layer's placements without an expert twice on a device, x[e, g], at cost [E, G].
+
+    slots: [G], all filled. allowed: [E, G]. failures: [F, G]; every expert keeps a replica in each.
+    """
+    builder = ProgramBuilder(name)
+    held = builder.add_variables(allowed.shape, upper=allowed, cost=cost, integral=True)
+    builder.add_rows(held.T, 1.0, slots, slots)
+    builder.add_rows(held, 1.0, 1.0)
+    for failure in failures:
+        builder.add_rows(held[:, ~failure], 1.0, 1.0)
+    return builder.build()

@@ -181,8 +181,9 @@ def test_experts_and_layer_numbers_a_record_lacks_are_given(tmp_path: Path) -> N
     assert done.code == 0, done.err
     assert (done.data["experts"], done.data["moe_layers"]) == (16, [3, 5, 6])
     assert mp.read_trace(tmp_path / "trace").moe_layers == (3, 5, 6)
-    assert "names 2 layers" in run(*common, "--moe-layers", "3-4").err
-    assert "--moe-layers names 2 layers" in run(*common, "--moe-layers", "3,3,4").err
+    ids = ("--as", "tokens")
+    assert "names 2 layers" in run(*common, *ids, "--moe-layers", "3-4").err
+    assert "--moe-layers names 2 layers" in run(*common, *ids, "--moe-layers", "3,3,4").err
 
 
 def test_options_a_format_has_no_use_for_are_refused_but_a_models_are_not(tmp_path: Path) -> None:
@@ -230,3 +231,49 @@ def test_a_history_is_summed_into_windows(tmp_path: Path) -> None:
     done = run("import", tmp_path / "h.json", "--entries-per-window", 2, "--out", tmp_path / "s.npz")
     assert done.code == 0, done.err
     np.testing.assert_array_equal(mp.read_statistics(tmp_path / "s.npz").load[:, 0], [[3, 2], [7, 2]])
+
+
+# plans of an engine, judged and compared
+
+
+CLUSTER = ("-t", "gb200-nvl72", "--nodes", 2, "--devices-per-node", 2)
+
+
+def test_what_a_plan_was_solved_for_decides_how_it_is_judged(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    assert run("solve", trace, *CLUSTER, "--for", "sglang", "--slots", 12, "-s", "eplb", "-o", path).code == 0
+    assert mp.Plan.load(path).provenance.engine == "sglang"
+    judged = ("evaluate", path, trace, "--decode", 16, "--steps", 10, "--json")
+    assert run(*judged).data["objective"]["replica_choice"] == "nearest"
+    assert run(*judged, "--replica-choice", "share").data["objective"]["replica_choice"] == "share"
+
+
+def test_comparing_for_an_engine_keeps_its_slots_and_its_choice_of_replicas(trace: Path) -> None:
+    compared = ("compare", trace, *CLUSTER, "--solvers", "eplb", "--decode", 16, "--steps", 10, "--json")
+    data = run(*compared, "--for", "sglang", "--slots", 12).data
+    assert (data["objective"]["replica_choice"], data["slots"]) == ("nearest", 12)
+    refused = run(*compared, "--for", "vllm", "--slots", 13)
+    assert "13 do not divide over 4 devices; use 12 or 16" in refused.err
+
+
+def test_plans_ready_for_a_failure_can_be_run_by_the_engine(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    assert run("solve", trace, *CLUSTER, "--slots", 12, "-s", "eplb", "-o", path).code == 0
+    asked = ("whatif", path, trace, "--lose", "device:1", "-s", "eplb", "--decode", 16, "--steps", 10, "--json")
+    data = run(*asked, "--for", "vllm").data
+    assert data["changes"][0]["ready"]["device_slots"] == [3, 3, 3]
+    assert "8 experts do not divide over 3 devices" in run(*asked, "--for", "permute").err
+
+
+def test_an_assumed_batch_is_said_with_what_the_plan_does_in_others(trace: Path) -> None:
+    solved = ("solve", trace, *CLUSTER, *SEARCH)
+    warned = run(*solved).err
+    assert "warning: solver search assumed decode steps of 128 tokens" in warned
+    assert "of the contiguous plan's" in warned
+    assert "warning" not in run(*solved, "--decode", 64).err
+    assert "warning" not in run("solve", trace, *CLUSTER, "-s", "eplb").err
+
+
+def test_short_help_is_help() -> None:
+    for command in ((), ("solve",), ("plans", "list")):
+        assert run(*command, "-h").out == run(*command, "--help").out != ""

@@ -18,7 +18,7 @@ import numpy as np
 import sqlalchemy.dialects.postgresql.psycopg
 import sqlalchemy.dialects.sqlite.pysqlite
 import moeplace as mp
-from moeplace.db import Store, keep
+from moeplace.db import Store, catalogue
 if importlib.util.find_spec("psycopg"):
     import psycopg
 
@@ -75,7 +75,7 @@ KILLED = (
     COMMON
     + """
 # Many small pieces, so that most kills fall between two of them.
-keep.PART_BYTES = 1 << 14
+catalogue.PART_BYTES = 1 << 14
 
 def work(turn):
     store = Store.open(url)

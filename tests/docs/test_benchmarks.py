@@ -18,7 +18,7 @@ from runner import PAGES, Report, benchmarks  # noqa: E402
 def filled(folder: Path) -> Report:
     with (folder / "rows.jsonl").open("w") as sink:
         report = Report(sink)
-        table = report.table("8 devices", ("plan", "load max/mean"), load_max_mean=".2f")
+        table = report.table("8 devices", ("plan", "load max/mean"), {"load max/mean": ".2f"})
         table.row("eplb", 1.126)
         table.row("none", None)
     return report
@@ -49,6 +49,24 @@ def test_a_page_without_a_place_for_a_table_is_left_as_it_is(tmp_path: Path) -> 
     with pytest.raises(SystemExit, match="no place for table '8 devices'"):
         filled(tmp_path).write(page, "")
     assert page.read_text() == "nothing here\n"
+
+
+def test_a_note_is_written_where_the_page_has_its_place_and_nowhere_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: won -->\n<!-- end of table -->\n")
+    report = Report()
+    report.note("won", "47 of 48")
+    report.note("lost", "1 of 48")
+    report.write(page, "")
+    assert page.read_text() == "<!-- table: won -->\n\n47 of 48\n\n<!-- end of table -->\n"
+
+
+def test_what_a_benchmark_finds_wrong_ends_the_run_after_its_table(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "engine_parsers", "--trtllm", str(tmp_path / "missing.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "| trtllm | ? | FAILED |" in done.stdout
+    assert "missing.py" in done.stderr
 
 
 def test_a_row_of_another_length_is_refused(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ HEAVY = {
     "pyarrow",
     "pulp",
     "highspy",
+    "ortools",
     "scipy",
     "sqlalchemy",
     "alembic",

@@ -22,7 +22,7 @@ from moeplace.placement.migration import migration
 from moeplace.placement.plan import EMPTY
 from moeplace.solvers.base import Feature
 from moeplace.solvers.registry import SOLVERS
-from moeplace.solvers.search.evaluator import Judge
+from moeplace.solvers.search.evaluator import Evaluator
 from moeplace.solvers.search.scenario import scenario_from
 
 MODEL = mp.ModelSpec(layers=3, experts=4, top_k=2, hidden_size=256, ffn_size=512, moe_layers=(2, 3, 7))
@@ -182,14 +182,15 @@ def test_search_finds_the_brute_force_optimum_of_layers_with_their_own_slots(
     asked = problem(statistics, slots=slots, objective={"split": "equal"})
     arguments = {"step_tokens": 8, "steps": 3}
     plan = mp.solve(asked, "search", proposals=1500, seed=seed, **arguments)
-    judge = Judge(asked, scenario_from(asked, "decode", 8, 3, seed))
+    evaluator = Evaluator(asked, scenario_from(asked, "decode", 8, 3, seed))
     rows = [fillings(own, 4) for own in asked.layer_slots]
     first = [choices[0] for choices in rows]
 
     def value(chosen: list[np.ndarray]) -> float:
         table = asked.slot_table(chosen)
         shares = mp.Plan(MODEL, CLUSTER, table, asked.slot_device).shares
-        return float(judge.figures(table, shares).mean())
+        # Windows count by their tokens, steps alike.
+        return evaluator.certificate(table, shares).value
 
     # Layers add up, so that each may be tried with the others as they are.
     base = value(first)

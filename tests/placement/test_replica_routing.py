@@ -18,9 +18,9 @@ import moeplace as mp
 from moeplace.placement.bounds import least_leaving, step_seconds_bound
 from moeplace.placement.cost import all_to_all_latency
 from moeplace.placement.replay import device_traffic, routed_share
-from moeplace.solvers.search.annealer import Engine
-from moeplace.solvers.search.kernel_types import Moves
-from moeplace.solvers.search.scenario import deal_homes, mean_aims, rates_for, scenario_from
+from moeplace.solvers.search.annealer import Annealer
+from moeplace.solvers.search.kernel_types import MoveRules
+from moeplace.solvers.search.scenario import deal_sources, mean_risks, rates_for, scenario_from
 from moeplace.solvers.search.starts import near_layer
 
 
@@ -177,26 +177,26 @@ def test_the_kernels_price_known_homes_as_evaluation_does(
     given_problem = searched(trace, cluster, slots, replica_choice=rule, split=split, node_dedup=node_dedup)
     drawn = scenario_from(given_problem, "decode", 8, 6, seed=0)
     assert drawn.steps is not None
-    scenario = dataclasses.replace(drawn, steps=deal_homes(drawn.steps, 4, seed=2))
-    moves = [Moves(np.ones((8, 4), dtype=bool), split == "free")] * 3
-    engine = Engine(given_problem, scenario, rates_for(given_problem, scenario), moves, seed=3)
+    scenario = dataclasses.replace(drawn, steps=deal_sources(drawn.steps, 4, seed=2))
+    moves = [MoveRules(np.ones((8, 4), dtype=bool), split == "free")] * 3
+    annealer = Annealer(given_problem, scenario, rates_for(given_problem, scenario), moves, seed=3)
     table = mp.solve(given_problem, "search", step_tokens=8, steps=2, proposals=1).physical_to_logical
     shares = []
     for row in table:
         share = np.zeros((8, 4))
         share[row, given_problem.slot_device] = 1.0
         shares.append(share / share.sum(axis=1, keepdims=True))
-    aims = mean_aims(scenario)
-    engine.start(list(table), shares, aims)
-    engine.run(aims, proposals=400, hot=1.0, cold=0.5)
-    final = np.stack([state.now.cost for state in engine.states], axis=1)
-    engine.close()
+    risks = mean_risks(scenario)
+    annealer.start(list(table), shares, risks)
+    annealer.run(risks, proposals=400, hot=1.0, cold=0.5)
+    final = np.stack([state.now.cost for state in annealer.states], axis=1)
+    annealer.close()
     plan = mp.Plan(
         given_problem.model,
         given_problem.topology,
-        np.stack([state.now.slot_expert for state in engine.states]),
+        np.stack([state.now.slot_expert for state in annealer.states]),
         given_problem.slot_device,
-        np.stack([state.now.share[state.now.slot_expert, given_problem.slot_device] for state in engine.states]),
+        np.stack([state.now.share[state.now.slot_expert, given_problem.slot_device] for state in annealer.states]),
     )
     assert scenario.steps is not None
     replayed = mp.evaluate(plan, scenario.steps, given_problem)

@@ -19,10 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
-from moeplace.profiler.read import READERS, read_any, reader_of
+from moeplace.profiler import trace_files
+from moeplace.profiler.aggregate import aggregate
+from moeplace.profiler.read import READERS, open_routing, read_any, reader_of
 from moeplace.profiler.readers.exflow import read_exflow
 from moeplace.profiler.statistics_file import read_statistics, write_statistics
-from moeplace.profiler.trace_files import write_trace
+from moeplace.profiler.trace_files import read_trace, write_trace
 
 ARRAYS = ("load", "window_workload", "coactivation", "transitions")
 
@@ -361,3 +363,63 @@ def test_a_truncated_record_is_still_known_for_what_it_is(good_file: Path) -> No
     good_file.write_bytes(good_file.read_bytes()[:300])
     with pytest.raises(mp.FileFormatError, match="damaged or truncated statistics"):
         read_any(good_file)
+
+
+# file objects, and opening once
+
+
+def test_statistics_and_traces_go_through_binary_file_objects(toy_trace: mp.RoutingTrace) -> None:
+    statistics, file = mp.RoutingStatistics.from_trace(toy_trace), io.BytesIO()
+    write_statistics(statistics, file)
+    assert_same(read_statistics(file), statistics)
+    halves = [io.BytesIO(), io.BytesIO()]
+    middle = toy_trace.num_tokens // 2
+    for half, tokens in zip(halves, np.split(np.arange(toy_trace.num_tokens), [middle]), strict=True):
+        write_trace(toy_trace.select(tokens), half)
+    first = read_trace(halves[0])
+    np.testing.assert_array_equal(first.expert_ids, toy_trace.expert_ids[:middle])
+    together = aggregate(halves, workers=1)
+    assert together.fingerprint == statistics.fingerprint
+    np.testing.assert_array_equal(together.transitions, statistics.transitions)
+
+
+def test_a_damaged_file_object_is_called_by_its_name() -> None:
+    class Upload(io.BytesIO):
+        name = "upload"
+
+    for content, read in ((b"PAR1" + bytes(40), read_trace), (b"PK\x03\x04" + bytes(40), read_statistics)):
+        with pytest.raises(mp.FileFormatError, match="^upload: "):
+            read(Upload(content))
+    with pytest.raises(mp.FileFormatError, match="^file: "):
+        read_trace(io.BytesIO(b"PAR1"))
+
+
+def test_a_trace_is_opened_once_and_its_tokens_are_read_when_asked_for(
+    toy_trace: mp.RoutingTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=4, ffn_size=4, moe_layers=toy_trace.moe_layers)
+    write_trace(toy_trace, tmp_path / "trace", model=spec)
+    opened: list[Path] = []
+    real = trace_files._open_shard
+    monkeypatch.setattr(trace_files, "_open_shard", lambda source: (opened.append(source), real(source))[1])
+    recording = open_routing(tmp_path / "trace")
+    assert recording.model == spec
+    assert (recording.header.num_experts, recording.header.top_k) == (8, 2)
+    assert recording.statistics().fingerprint == mp.RoutingStatistics.from_trace(toy_trace).fingerprint
+    np.testing.assert_array_equal(recording.trace.expert_ids, toy_trace.expert_ids)
+    assert len(opened) == 1
+    monkeypatch.undo()
+    renumbered = recording.of_model(None, [4, 6, 9])
+    assert renumbered.trace.moe_layers == renumbered.statistics().moe_layers == (4, 6, 9)
+    with pytest.raises(mp.InputError, match="names 2 layers"):
+        recording.of_model(None, [4, 6])
+
+
+def test_counts_have_statistics_and_no_tokens(tmp_path: Path) -> None:
+    write_statistics(mp.RoutingStatistics.from_counts(np.ones((2, 3, 8))), tmp_path / "s.npz")
+    recording = open_routing(tmp_path / "s.npz")
+    assert not recording.is_trace
+    assert recording.header.top_k is None
+    assert recording.statistics().load.shape == (2, 3, 8)
+    with pytest.raises(mp.InputError, match="counts only"):
+        _ = recording.trace

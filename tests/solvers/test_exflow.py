@@ -25,11 +25,15 @@ import moeplace as mp
 from moeplace.placement.layer_slots import even_slots
 from moeplace.placement.plan import RELATIVE_TOLERANCE
 from moeplace.solvers.base import Budget, Progress, Solution
-from moeplace.solvers.exflow import Exflow
-from moeplace.solvers.exflow_bound import local_weight_bound
-from moeplace.solvers.exflow_program import SCALE, exflow_program
-from moeplace.solvers.exflow_start import assignment_sweeps, local_weight
-from moeplace.solvers.ilp import BACKENDS
+from moeplace.solvers.exflow import (
+    Exflow,
+    assignment_sweeps,
+    exflow_program,
+    local_weight,
+    local_weight_bound,
+    together_program,
+)
+from moeplace.solvers.mip import BACKENDS, solve_program
 from moeplace.solvers.symmetry import forbidden_names, renaming
 
 NODES = {"2": [[1.0, 1.0]], "1+1": [[1.0], [1.0]], "3": [[1.0] * 3], "2+1": [[1.0, 1.0], [1.0]]}
@@ -107,12 +111,10 @@ def test_the_bound_without_search_holds_for_every_placement(
 def test_the_bound_without_search_is_the_program_s_relaxation_for_equal_slots() -> None:
     transitions = random_transitions(5, 4, 8, tokens=3000, sharpness=1.0)
     slots = np.array([2, 2, 2, 2])
-    program = exflow_program(transitions, slots, Budget())
-    for variable in program.model.variables():
-        if variable.cat == pulp.LpInteger:
-            variable.cat, variable.upBound = pulp.LpContinuous, 1
-    program.model.solve(pulp.HiGHS(msg=False))
-    relaxed = 1.0 - pulp.value(program.model.objective) / SCALE
+    program = exflow_program(transitions, slots)
+    # Without the order of device names, too.
+    free = replace(program.program.relaxed(), upper=np.ones(program.program.variables))
+    relaxed = 1.0 - solve_program(free, Budget()).value * program.unit
     assert local_weight_bound(transitions, slots, Budget()) / transitions.sum() == pytest.approx(relaxed, rel=1e-6)
 
 
@@ -153,17 +155,14 @@ def test_one_variable_an_expert_pair_is_the_paper_s_one_a_token() -> None:
 def test_a_start_satisfies_the_whole_program_whichever_names_devices_have(seed: int, slots: list[int]) -> None:
     rng = np.random.default_rng(seed)
     transitions = random_transitions(seed, 3, 6)
-    program = exflow_program(transitions, np.array(slots), Budget())
     device_of = np.stack([rng.permutation(np.repeat(np.arange(len(slots)), slots)) for _ in range(3)])
-    values = program.start(device_of)
-    for variable in program.model.variables():
-        variable.varValue = values[variable.name]
-        assert variable.lowBound <= values[variable.name] <= variable.upBound
-    assert program.model.valid(1e-9)
-    assert pulp.value(program.model.objective) / SCALE == pytest.approx(crossing_share(transitions, device_of))
-    assert crossing_share(transitions, program.placement(values)) == pytest.approx(
-        crossing_share(transitions, device_of)
-    )
+    for form in (exflow_program, together_program):
+        program = form(transitions, np.array(slots))
+        values = program.start(device_of)
+        assert program.program.violation(values) <= 1e-9
+        share = crossing_share(transitions, device_of)
+        assert program.program.value(values) * program.unit == pytest.approx(share)
+        assert crossing_share(transitions, program.placement(values)) == pytest.approx(share)
 
 
 @given(names=st.permutations([0, 0, 1, 1, 2, 3]), kinds=st.sampled_from(["aaaa", "aabb", "abca", "abcd"]))
@@ -309,9 +308,9 @@ def test_statistics_without_transitions_are_refused() -> None:
 
 
 def test_a_program_too_large_to_build_is_refused_before_any_work() -> None:
-    transitions = np.ones((5, 256, 256))
+    transitions = np.ones((10, 256, 256))
     problem = problem_of(transitions, topology_of([[1.0] * 8]))
-    with pytest.raises(mp.UnsupportedError, match=r"2,621,440 pair variables \(limit 1,000,000\).*search"):
+    with pytest.raises(mp.UnsupportedError, match=r"5,242,880 pair variables \(limit 5,000,000\).*search"):
         solved(problem)
 
 

@@ -16,10 +16,10 @@ import moeplace as mp
 from moeplace.placement.bounds import step_seconds_bound
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.solvers.base import Budget
-from moeplace.solvers.search.annealer import Engine
-from moeplace.solvers.search.kernel_types import Moves
-from moeplace.solvers.search.multistart import Pace
-from moeplace.solvers.search.scenario import mean_aims, rates_for, scenario_from
+from moeplace.solvers.search.annealer import Annealer
+from moeplace.solvers.search.kernel_types import MoveRules
+from moeplace.solvers.search.multistart import CoolingSchedule
+from moeplace.solvers.search.scenario import mean_risks, rates_for, scenario_from
 
 MODEL = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=256)
 FAST = {"compute": 1e12, "memory": 1e12, "memory_bandwidth": 1e11, "intra_bandwidth": 1e9}
@@ -53,30 +53,30 @@ def test_the_kernels_price_placements_as_evaluation_does(
     )
     scenario = scenario_from(given_problem, "decode", 8, 6, seed=0)
     mask = np.ones((8, 4), dtype=bool)
-    moves = [Moves(mask, split == "free")] * 3
-    engine = Engine(given_problem, scenario, rates_for(given_problem, scenario), moves, seed=3)
+    moves = [MoveRules(mask, split == "free")] * 3
+    annealer = Annealer(given_problem, scenario, rates_for(given_problem, scenario), moves, seed=3)
     table = mp.solve(given_problem, "search", step_tokens=8, steps=2, proposals=1).physical_to_logical
     shares = []
     for row in table:
         share = np.zeros((8, 4))
         share[row, given_problem.slot_device] = 1.0
         shares.append(share / share.sum(axis=1, keepdims=True))
-    aims = mean_aims(scenario)
-    engine.start(list(table), shares, aims)
-    engine.run(aims, proposals=400, hot=1.0, cold=0.5)
-    final = [state.now.cost for state in engine.states]
-    engine.run(aims, proposals=0, hot=0.0, cold=0.0)
-    repriced = [state.now.cost for state in engine.states]
-    engine.close()
+    risks = mean_risks(scenario)
+    annealer.start(list(table), shares, risks)
+    annealer.run(risks, proposals=400, hot=1.0, cold=0.5)
+    final = [state.now.cost for state in annealer.states]
+    annealer.run(risks, proposals=0, hot=0.0, cold=0.0)
+    repriced = [state.now.cost for state in annealer.states]
+    annealer.close()
     # Context-coherent, the even layers walked before the odd ones beside them.
     walked_last = slice(None) if execution == "dispatch_combine" else slice(1, None, 2)
     np.testing.assert_allclose(final[walked_last], repriced[walked_last], rtol=1e-9)
     plan = mp.Plan(
         MODEL,
         given_problem.topology,
-        np.stack([state.now.slot_expert for state in engine.states]),
+        np.stack([state.now.slot_expert for state in annealer.states]),
         given_problem.slot_device,
-        np.stack([state.now.share[state.now.slot_expert, given_problem.slot_device] for state in engine.states]),
+        np.stack([state.now.share[state.now.slot_expert, given_problem.slot_device] for state in annealer.states]),
     )
     assert scenario.steps is not None
     replayed = evaluate_on(plan, scenario.steps, MODEL, given_problem.topology, given_problem.objective)
@@ -234,11 +234,11 @@ class Clock(Budget):
 def test_rounds_are_dealt_so_that_a_cooling_ends_with_the_time(per_proposal: float) -> None:
     """However fast the machine: each round takes its proposals' time, and half a second passes between rounds."""
     clock = Clock(seconds=20.0)
-    pace = Pace(clock, proposals=1000, rounds=12)
+    schedule = CoolingSchedule(clock, proposals=1000, rounds=12)
     for round_ in range(12):
         assert not clock.spent
-        with pace.timing():
-            clock.now += pace.proposals(round_) * per_proposal
+        with schedule.timing():
+            clock.now += schedule.proposals(round_) * per_proposal
         clock.now += 0.5
     assert 18.0 <= clock.now <= 20.6
 
@@ -258,15 +258,15 @@ def test_ctrl_c_at_any_time_gives_the_best_plan_so_far(
     monkeypatch: pytest.MonkeyPatch, toy_trace: mp.RoutingTrace, execution: str, rounds: int
 ) -> None:
     given_problem = problem(toy_trace, execution=execution)
-    walk, begun = Engine.run, []
+    walk, begun = Annealer.run, []
 
-    def interrupted(self: Engine, *arguments: Any, **named: Any) -> None:
+    def interrupted(self: Annealer, *arguments: Any, **named: Any) -> None:
         begun.append(1)
         if len(begun) == rounds + 1:
             raise KeyboardInterrupt
         walk(self, *arguments, **named)
 
-    monkeypatch.setattr(Engine, "run", interrupted)
+    monkeypatch.setattr(Annealer, "run", interrupted)
     plan = mp.solve(given_problem, "search", step_tokens=8, steps=4, proposals=240)
     assert plan.provenance.stop == "interrupted"
     start = mp.solve(given_problem, "eplb")

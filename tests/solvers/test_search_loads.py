@@ -14,7 +14,7 @@ import moeplace as mp
 from moeplace.placement.bounds import device_loads
 from moeplace.solvers.eplb import rebalance
 from moeplace.solvers.search.count_search import level_layer
-from moeplace.solvers.search.kernel_types import Moves
+from moeplace.solvers.search.kernel_types import MoveRules
 
 RATES = {"compute": 1e12, "memory": 1e12, "memory_bandwidth": 1e11, "intra_bandwidth": 1e9}
 
@@ -146,7 +146,7 @@ def test_free_shares_balance_exactly_with_a_slot_a_device_to_spare(seed: int, si
     load = np.random.default_rng(seed).gamma(1.0, size=(2, experts))
     given_problem = problem(load, cluster(devices), slots, split="free")
     plan = mp.solve(given_problem, "search", proposals=12)
-    anywhere = Moves(np.ones((experts, devices), bool), True)
+    anywhere = MoveRules(np.ones((experts, devices), bool), True)
     for row in load:
         assert level_layer(row, given_problem.slots_per_device, given_problem.topology.compute, anywhere) is not None
     assert value_of(plan) == pytest.approx(1.0, abs=1e-9)

@@ -1,4 +1,4 @@
-"""Starts of a search: whole groups on nodes, and a race that keeps the better start of every layer."""
+"""Starts of a search: whole groups on nodes, and several starts of which search keeps the better start of every layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from traces import make_trace
 
 import moeplace as mp
 from moeplace.solvers.base import Budget
-from moeplace.solvers.search.annealer import Engine
-from moeplace.solvers.search.evaluator import Judge
-from moeplace.solvers.search.kernel_types import Moves
-from moeplace.solvers.search.multistart import race
-from moeplace.solvers.search.scenario import mean_aims, rates_for, scenario_from
+from moeplace.solvers.search.annealer import Annealer
+from moeplace.solvers.search.evaluator import Evaluator
+from moeplace.solvers.search.kernel_types import MoveRules
+from moeplace.solvers.search.multistart import multistart
+from moeplace.solvers.search.scenario import mean_risks, rates_for, scenario_from
 from moeplace.solvers.search.starts import aligned, allowed_devices, can_align, even_shares, groups_on_nodes
 
 MODEL = mp.ModelSpec(layers=3, experts=16, top_k=2, groups=4, hidden_size=512, ffn_size=256)
@@ -65,7 +65,7 @@ def test_no_group_start_where_groups_do_not_fill_nodes() -> None:
 
 
 def test_a_race_keeps_the_better_start_of_every_layer() -> None:
-    """Good in layer 0 only, good in layers 1 and 2 only: the race's answer is near the good one everywhere."""
+    """Good in layer 0 only, good in layers 1 and 2 only: the answer of several starts is near the good one everywhere."""
     given = problem(slots=16)
     scenario = scenario_from(given, "prefill", 128, 4, seed=0)
     good = groups_on_nodes(given, given.statistics.total_load)
@@ -73,18 +73,20 @@ def test_a_race_keeps_the_better_start_of_every_layer() -> None:
     bad = np.arange(16).reshape(4, 4).T.ravel()
     share = [np.eye(4)[given.slot_device[np.argsort(table)]] for table in good]
     spread = np.eye(4)[given.slot_device[np.argsort(bad)]]
-    engine = Engine(given, scenario, rates_for(given, scenario), [Moves(np.ones((16, 4), dtype=bool), False)] * 3, 0)
-    aims = mean_aims(scenario)
+    annealer = Annealer(
+        given, scenario, rates_for(given, scenario), [MoveRules(np.ones((16, 4), dtype=bool), False)] * 3, 0
+    )
+    risks = mean_risks(scenario)
     try:
         first = ([good[0], bad, bad], [share[0], spread, spread])
         second = ([bad, good[1], good[2]], [spread, share[1], share[2]])
-        engine.start(good, share, aims)
-        wanted = [state.value for state in engine.states]
-        tables, shares = race(engine, [first, second], aims, Budget(None, 0), proposals=20)
-        engine.start(tables, shares, aims)
-        assert [state.value for state in engine.states] <= [value * 1.001 for value in wanted]
+        annealer.start(good, share, risks)
+        wanted = [state.value for state in annealer.states]
+        tables, shares = multistart(annealer, [first, second], risks, Budget(None, 0), proposals=20)
+        annealer.start(tables, shares, risks)
+        assert [state.value for state in annealer.states] <= [value * 1.001 for value in wanted]
     finally:
-        engine.close()
+        annealer.close()
 
 
 def test_search_keeps_groups_on_nodes_where_links_between_nodes_are_slow() -> None:
@@ -115,8 +117,8 @@ def test_renamed_devices_bring_tokens_nearer_and_leave_what_stands_together() ->
                     {frozenset(map(frozenset, t.reshape(2, 2, 4).tolist()[n])) for n in (0, 1)} for t in (table, new)
                 ]
                 assert pairs[0] == pairs[1], "devices of a node stay together"
-        judge = Judge(given, scenario)
-        assert judge.value(renamed, shares) <= judge.value(*start)
+        evaluator = Evaluator(given, scenario)
+        assert evaluator.answer(renamed, shares).value <= evaluator.answer(*start).value
     pinned = mp.Problem(
         MODEL, TOPOLOGY, given.statistics, mp.Objective(execution="context_coherent"), pinned={(0, 0): 1}
     )

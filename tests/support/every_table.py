@@ -8,7 +8,7 @@ import numpy as np
 
 import moeplace as mp
 from moeplace.placement.evaluate import evaluate_on
-from moeplace.solvers.certify.proof import risk_bound
+from moeplace.solvers.certify.step_time import risk_bound
 
 
 def all_tables(problem: mp.Problem, layer: int = 0) -> list[np.ndarray]:

@@ -1,8 +1,8 @@
 """Measured step times of plans on an emulated cluster, and what the cost model said of them.
 
-    python benchmarks/cluster/placements.py --hosts 2 --ranks 2 --out results.json [--show compare,predict]
+    python -m benchmarks cluster_placements --hosts 2 --ranks 2 --json rows.jsonl [--show compare,predict]
 
-Ranks have emulated devices (`devices.py`): ranks that share cores speed up when others wait, which devices do not.
+Ranks have emulated devices (`cluster/devices.py`): ranks that share cores speed up when others wait, which devices do not.
 Calibrates the cluster (`mp.runtime.calibrate`), solves for it on three quarters of the example model's recorded sequences,
 and runs the model's MoE layers (8 layers, 32 experts, top-2, hidden size 192) on steps of the others: real
 `ExpertParallelMoE` layers, a router that sends tokens where the trained model sent them, homes by sequence. Plans take
@@ -26,19 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plans
-from hosts import Cluster
-from predictions import Predictions
+from runner import Report
 from scipy.stats import spearmanr
 
 import moeplace as mp
 
-HERE = Path(__file__).resolve().parent
+CLUSTER = Path(__file__).resolve().parent / "cluster"
+sys.path.insert(0, str(CLUSTER))
+
+import plans  # noqa: E402
+from hosts import Cluster  # noqa: E402
+from predictions import Predictions  # noqa: E402
 
 
 def calibrated(cluster: Cluster, folder: Path, tokens: int) -> dict[str, Any]:
     """What the cluster's ranks find of it, for steps of so many tokens."""
-    cluster.torchrun(str(HERE / "measure.py"), "calibrate", str(folder), str(tokens))
+    cluster.torchrun(str(CLUSTER / "measure.py"), "calibrate", str(folder), str(tokens))
     found: dict[str, Any] = json.loads((folder / "calibration.json").read_text())
     return found
 
@@ -82,7 +85,7 @@ class Work:
 
     def measured(self, cluster: Cluster) -> list[dict[str, Any]]:
         (self.folder / "work.json").write_text(json.dumps({"runs": self.runs}))
-        cluster.torchrun(str(HERE / "measure.py"), "run", str(self.folder))
+        cluster.torchrun(str(CLUSTER / "measure.py"), "run", str(self.folder))
         found: list[dict[str, Any]] = json.loads((self.folder / "times.json").read_text())
         return found
 
@@ -101,7 +104,6 @@ def compared(times: Sequence[dict[str, Any]], work: Work, run: str) -> list[dict
         mine = [row for row in times if (row["run"], row["plan"]) == (run, name)]
         rows.append(
             {
-                "run": run,
                 "plan": name,
                 "median_ms": 1e3 * float(np.median(seconds)),
                 "mean_ms": 1e3 * float(seconds.mean()),
@@ -109,8 +111,6 @@ def compared(times: Sequence[dict[str, Any]], work: Work, run: str) -> list[dict
                 "speedup": float((base / seconds).mean()),
                 "faster_steps": float((seconds < base).mean()),
                 "in_collectives": float(np.mean([row["blocked"] / row["seconds"] for row in mine])),
-                "predicted_transfer_ms": 1e3 * predicted["transfer"],
-                "predicted_compute_ms": 1e3 * predicted["compute"],
                 "predicted_ms": 1e3 * float(np.mean(predicted["seconds"])),
                 "model_ms": 1e3 * float(np.mean(predicted["model"])),
                 "load_max_mean": predicted["load_max_mean"],
@@ -131,8 +131,7 @@ def agreement(rows: Sequence[dict[str, Any]], said: str = "predicted_ms") -> dic
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2, help="processes a host")
     parser.add_argument("--rate", default="200mbit")
@@ -140,8 +139,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of each solve")
     parser.add_argument("--show", default="compare,predict", help="of compare, predict, decode")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     train, held = plans.routing()
     cluster = Cluster(arguments.hosts, arguments.ranks, arguments.rate)
@@ -169,20 +169,22 @@ def main() -> None:
             for dispatch in ("flat", "node_aware"):
                 work.add(f"decode, {dispatch}", named, decode, dispatch, coherent=coherent)
         times = work.measured(cluster)
-    rows = {run["name"]: compared(times, work, run["name"]) for run in work.runs}
-    result = {
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
-        "calibration": calibration,
-        "rows": rows,
-        "agreement": {
-            run: {"predicted": agreement(found), "mp.evaluate alone": agreement(found, "model_ms")}
-            for run, found in rows.items()
-            if run == "forward" or run.startswith("predict")
-        },
-    }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1))
-    print(report(result))
+    report.note("calibration", json.dumps(calibration))
+    for name in work.predicted:
+        rows = sorted(compared(times, work, name), key=lambda row: row["mean_ms"])
+        columns = PREDICTED if name.startswith("predict") else COMPARED
+        formats = {title: FORMATS.get(key, ".0f") for key, title in columns.items()}
+        table = report.table(name, columns.values(), formats)
+        for row in rows:
+            table.row(*(row[key] for key in columns))
+        if name == "forward" or name.startswith("predict"):
+            for said, key in (("predicted", "predicted_ms"), ("mp.evaluate alone", "model_ms")):
+                found = agreement(rows, key)
+                report.note(
+                    f"{name}, agreement",
+                    f"{said} against measured over {found['plans']} plans: Spearman {found['spearman']:.3f}, "
+                    f"median error {found['median_error']:.1%}, largest {found['largest_error']:.1%}.",
+                )
 
 
 COMPARED = {
@@ -204,30 +206,5 @@ PREDICTED = {
 }
 
 
-def report(result: dict[str, Any]) -> str:
-    """Markdown tables of the rows."""
-    parts = []
-    for run, rows in result["rows"].items():
-        columns = PREDICTED if run.startswith("predict") else COMPARED
-        ordered = sorted(rows, key=lambda row: row["mean_ms"])
-        lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(_cell(key, row[key]) for key in columns) + " |" for row in ordered]
-        note = "".join(
-            f"\n\n{said} against measured over {found['plans']} plans: Spearman {found['spearman']:.3f}, median error "
-            f"{found['median_error']:.1%}, largest {found['largest_error']:.1%}."
-            for said, found in result["agreement"].get(run, {}).items()
-        )
-        parts.append(f"**{run}**\n\n" + "\n".join(lines) + note)
-    return "\n\n".join(parts)
-
-
-def _cell(key: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if key in ("faster_steps", "in_collectives"):
-        return f"{value:.0%}"
-    return f"{value:.0f}" if key.endswith("_ms") else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    main()
+FORMATS = dict.fromkeys(("speedup", "load_max_mean"), ".2f") | dict.fromkeys(("faster_steps", "in_collectives"), ".0%")
+"""Of columns that are not milliseconds."""

@@ -1,4 +1,4 @@
-"""Traffic of context-coherent execution in one layer, on the links it loads.
+"""Traffic of context-coherent execution in one layer, its neighbour layers fixed, on the links it loads.
 
 A token enters from the device of its highest-weight expert in the layer before, goes to the devices of its experts
 (dispatch), the outputs go to the device of its highest-weight expert here (back), and from there on to the next layer's
@@ -8,36 +8,252 @@ ledger of sums a link, [3, G] and [2, N] a step, and updated token by token.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from ..._types import BoolArray, FloatArray, IntArray
 from ..jit import kernel
+from .device_work import compute_seconds, first_work, post, post_node, shift_work, transfer_seconds
+from .kernel_types import Change, CoherentTokens, Counts, Ids, LayerTokens, Neighbours, Placement, Rates
+from .moves import copy, copy_all
+
+
+class Supports(NamedTuple):
+    """Devices and nodes each expert stands on: how many [E], which [E, G] or [E, N], and its share there."""
+
+    number: IntArray
+    where: IntArray
+    part: FloatArray
+    node_number: IntArray
+    node_where: IntArray
+    node_part: FloatArray
+
+
+class Covered(NamedTuple):
+    """To work in: devices [G] and nodes [N] one token covers, with what chance. The marks are all False in between."""
+
+    targets: IntArray
+    chance: FloatArray
+    mark: BoolArray
+    node_targets: IntArray
+    node_chance: FloatArray
+    node_mark: BoolArray
+
+
+class TokenCounts(NamedTuple):
+    """[T, G], [T, N] experts of each token on each device and node; nothing where replicas make them probabilities."""
+
+    devices: Counts
+    nodes: Counts
+
+
+class Onward(NamedTuple):
+    """[E, S, G], [E, S, N] tokens of each step whose highest-weight expert is e and that need a device, a node, next."""
+
+    toward: FloatArray
+    node_toward: FloatArray
+
+
+class CoherentState(NamedTuple):
+    """What is known of a placement and, from `new_ledgers` on, of a change.
+
+    here, before, after: where experts of this layer and its neighbours stand. came_from: [T] device before, -1 for all
+    evenly. device_of: [E], counts and onward: without replicas only (plain). ledgers: [S, 3, 3, G]. node_ledgers:
+    [S, 3, 2, N]. load, hit: [S, G]. cost: [S] seconds, of this layer and the next one's dispatch, which it decides too.
+    """
+
+    here: Supports
+    before: Supports
+    after: Supports
+    came_from: IntArray
+    device_of: IntArray
+    counts: TokenCounts
+    onward: Onward
+    plain: bool
+    ledgers: FloatArray
+    node_ledgers: FloatArray
+    load: FloatArray
+    hit: FloatArray
+    cost: FloatArray
+    old: FloatArray
+    new_ledgers: FloatArray
+    new_node_ledgers: FloatArray
+    new_load: FloatArray
+    new_hit: FloatArray
+    new_cost: FloatArray
+    change: FloatArray
+    owned: FloatArray
+    node_owned: FloatArray
+    covered: Covered
+
+
+def begin(tokens: CoherentTokens, rates: Rates, placement: Placement) -> CoherentState:
+    """The state of a placement."""
+    layer, around = tokens
+    share = placement.share
+    experts, devices = share.shape
+    nodes, steps, count = rates.node_size.shape[0], layer.counts.shape[0], layer.experts.shape[0]
+    here = supports(share, rates.node_of, nodes)
+    before = supports(around.before_share, rates.node_of, nodes)
+    after = supports(around.after_share, rates.node_of, nodes)
+    covered = Covered(
+        np.zeros(devices, np.int64),
+        np.zeros(devices),
+        np.zeros(devices, np.bool_),
+        np.zeros(nodes, np.int64),
+        np.zeros(nodes),
+        np.zeros(nodes, np.bool_),
+    )
+    ledgers, node_ledgers = np.zeros((steps, 3, 3, devices)), np.zeros((steps, 3, 2, nodes))
+    plain = placement.slot_expert.shape[0] == experts
+    came_from, device_of = np.full(count, -1, np.int64), whole_devices(share)
+    if plain:
+        device_before = whole_devices(around.before_share)
+        for t in range(count):
+            if around.before[t] >= 0:
+                came_from[t] = device_before[around.before[t]]
+    counts = token_counts(layer, device_of, rates.node_of, nodes, plain)
+    onward = tokens_onward(layer, around, whole_devices(around.after_share), rates.node_of, nodes, plain)
+    if plain:
+        whole_traffic(layer, came_from, device_of, onward, rates, ledgers, node_ledgers)
+    else:
+        for t in range(count):
+            s = layer.step_of[t]
+            account(layer, around, t, 1.0, here, before, after, ledgers[s], node_ledgers[s], rates, covered)
+    load, hit = first_work(layer, share, placement.slot_at)
+    cost = np.empty(steps)
+    for s in range(steps):
+        cost[s] = step_seconds(load[s], hit[s], ledgers[s], node_ledgers[s], rates)
+    return CoherentState(
+        here,
+        before,
+        after,
+        came_from,
+        device_of,
+        counts,
+        onward,
+        plain,
+        ledgers,
+        node_ledgers,
+        load,
+        hit,
+        cost,
+        np.zeros((2, devices)),
+        np.zeros((steps, 3, 3, devices)),
+        np.zeros((steps, 3, 2, nodes)),
+        np.zeros((steps, devices)),
+        np.zeros((steps, devices)),
+        np.zeros(steps),
+        np.zeros((2, steps, devices + 1, 4)),
+        np.zeros((steps, devices)),
+        np.zeros((steps, nodes)),
+        covered,
+    )
+
+
+def delta(
+    state: CoherentState, tokens: CoherentTokens, rates: Rates, placement: Placement, change: Change, new: FloatArray
+) -> None:
+    """Prices a change into `state.new_cost`; `state.here` already holds it. new: [2, G] shares of its experts."""
+    layer, around = tokens
+    _, p, q, a, b = change
+    ledgers, node_ledgers = state.new_ledgers, state.new_node_ledgers
+    copy_all(state.load, state.new_load)
+    copy_all(state.hit, state.new_hit)
+    copy_all(state.ledgers, ledgers)
+    copy_all(state.node_ledgers, node_ledgers)
+    copy(placement.share[a], state.old[0])
+    if b >= 0:
+        copy(placement.share[b], state.old[1])
+    else:
+        state.old[1] = 0.0
+    if state.plain:
+        exchange_traffic(
+            layer,
+            state.came_from,
+            state.counts,
+            state.onward,
+            a,
+            b,
+            placement.slot_device[p],
+            placement.slot_device[q],
+            state.device_of,
+            rates,
+            ledgers,
+            node_ledgers,
+            state.change,
+            state.owned,
+            state.node_owned,
+        )
+    else:
+        replace_traffic(
+            layer, around, a, b, new, state.here, state.before, state.after, ledgers, node_ledgers, rates, state.covered
+        )
+    shift_work(layer, a, b, state.old, new, state.new_load, state.new_hit)
+    for s in range(state.cost.shape[0]):
+        state.new_cost[s] = step_seconds(state.new_load[s], state.new_hit[s], ledgers[s], node_ledgers[s], rates)
+
+
+def commit(
+    state: CoherentState, tokens: CoherentTokens, rates: Rates, placement: Placement, change: Change, new: FloatArray
+) -> None:
+    """Keeps a change that `delta` has priced; the placement is still the old one."""
+    copy_all(state.new_load, state.load)
+    copy_all(state.new_hit, state.hit)
+    copy_all(state.new_ledgers, state.ledgers)
+    copy_all(state.new_node_ledgers, state.node_ledgers)
+    copy(state.new_cost, state.cost)
+    if state.plain:
+        g, h = placement.slot_device[change.p], placement.slot_device[change.q]
+        recount(tokens.layer, change.a, change.b, g, h, rates.node_of, state.counts)
+        state.device_of[change.a], state.device_of[change.b] = h, g
+
+
+def rollback(
+    state: CoherentState, tokens: CoherentTokens, rates: Rates, placement: Placement, change: Change, new: FloatArray
+) -> None:
+    """Drops a change: its experts stand where they stood."""
+    if not state.plain:
+        support(change.a, state.old[0], rates.node_of, state.here)
+        if change.b >= 0:
+            support(change.b, state.old[1], rates.node_of, state.here)
 
 
 @kernel
-def supports(share: Any, node_of: Any, nodes: int) -> Any:
-    """Devices and nodes each expert stands on, with its share there: (count, ids, shares) for both."""
+def step_seconds(
+    load: FloatArray, hit: FloatArray, ledgers: FloatArray, node_ledgers: FloatArray, rates: Rates
+) -> float:
+    """Of one step in one layer, latency left out."""
+    return (
+        compute_seconds(load, hit, rates)
+        + transfer_seconds(ledgers[0], node_ledgers[0], rates)
+        + rates.back * transfer_seconds(ledgers[1], node_ledgers[1], rates)
+        + transfer_seconds(ledgers[2], node_ledgers[2], rates)
+    )
+
+
+@kernel
+def supports(share: FloatArray, node_of: IntArray, nodes: int) -> Supports:
+    """Where each expert stands, by its shares [E, G]."""
     experts, devices = share.shape
-    count, where, part = (
+    result = Supports(
         np.zeros(experts, np.int64),
         np.zeros((experts, devices), np.int64),
         np.zeros((experts, devices)),
-    )
-    node_count, node_where, node_part = (
         np.zeros(experts, np.int64),
         np.zeros((experts, nodes), np.int64),
         np.zeros((experts, nodes)),
     )
     for e in range(experts):
-        support(e, share[e], node_of, count, where, part, node_count, node_where, node_part)
-    return count, where, part, node_count, node_where, node_part
+        support(e, share[e], node_of, result)
+    return result
 
 
 @kernel
-def support(
-    e: int, row: Any, node_of: Any, count: Any, where: Any, part: Any, node_count: Any, node_where: Any, node_part: Any
-) -> None:
+def support(e: int, row: FloatArray, node_of: IntArray, here: Supports) -> None:
+    """Keeps `here` of expert e by its shares [G]."""
+    count, where, part, node_count, node_where, node_part = here
     count[e] = 0
     node_count[e] = 0
     for g in range(row.shape[0]):
@@ -55,210 +271,132 @@ def support(
 
 
 @kernel
-def reach_of(experts: Any, first: int, count: Any, where: Any, part: Any, targets: Any, chance: Any, mark: Any) -> int:
+def cover(experts: Ids, first: int, stand: Supports, covered: Covered) -> tuple[int, int]:
+    """How many devices and nodes any of experts[first:] covers; which, and with what chance, is put into `covered`."""
+    reached = _cover(
+        experts, first, stand.number, stand.where, stand.part, covered.targets, covered.chance, covered.mark
+    )
+    nodes_reached = _cover(
+        experts,
+        first,
+        stand.node_number,
+        stand.node_where,
+        stand.node_part,
+        covered.node_targets,
+        covered.node_chance,
+        covered.node_mark,
+    )
+    return reached, nodes_reached
+
+
+@kernel
+def _cover(
+    experts: Ids,
+    first: int,
+    count: IntArray,
+    where: IntArray,
+    part: FloatArray,
+    targets: IntArray,
+    chance: FloatArray,
+    mark: BoolArray,
+) -> int:
     """Targets any of experts[first:] reaches and with what chance; returns how many. `mark` is all False around it."""
-    found = 0
+    reached = 0
     for j in range(first, experts.shape[0]):
         e = experts[j]
         for i in range(count[e]):
             g = where[e, i]
             if not mark[g]:
                 mark[g] = True
-                targets[found] = g
+                targets[reached] = g
                 chance[g] = 1.0
-                found += 1
+                reached += 1
             chance[g] *= 1.0 - part[e, i]
-    for i in range(found):
+    for i in range(reached):
         mark[targets[i]] = False
         chance[targets[i]] = 1.0 - chance[targets[i]]
-    return found
+    return reached
 
 
 @kernel
-def post(ledger: Any, node_ledger: Any, h: int, g: int, amount: float, rates: Any) -> None:
-    """Adds tokens held by device h that need device g. ledger: [3, G] sent, received inside the node, arriving from other
-    nodes, to be fanned out; node_ledger: [2, N] sent, received, of copies that are not merged by node."""
-    m, n = rates.node_of[h], rates.node_of[g]
-    if m == n:
-        if g != h:
-            ledger[0, h] += amount
-            ledger[1, g] += amount
-    elif rates.dedup:
-        ledger[2, g] += amount
-    else:
-        node_ledger[0, m] += amount
-        node_ledger[1, n] += amount
-
-
-@kernel
-def post_node(node_ledger: Any, m: int, n: int, amount: float) -> None:
-    """Adds tokens held in node m that need node n, where copies to its devices travel as one."""
-    if m != n:
-        node_ledger[0, m] += amount
-        node_ledger[1, n] += amount
-
-
-@kernel
-def post_reached(
-    ledger: Any,
-    node_ledger: Any,
+def post_covered(
+    ledger: FloatArray,
+    node_ledger: FloatArray,
     h: int,
     weight: float,
-    found: int,
-    targets: Any,
-    chance: Any,
-    node_found: int,
-    node_targets: Any,
-    node_chance: Any,
-    rates: Any,
+    reached: int,
+    nodes_reached: int,
+    covered: Covered,
+    rates: Rates,
 ) -> None:
-    """Adds `weight` tokens held by device h that need what `reach_of` found, devices and nodes."""
-    for i in range(found):
-        post(ledger, node_ledger, h, targets[i], weight * chance[targets[i]], rates)
+    """Adds `weight` tokens held by device h that need what `cover` found: so many devices and nodes."""
+    for i in range(reached):
+        g = covered.targets[i]
+        post(ledger, node_ledger, h, g, weight * covered.chance[g], rates)
     if rates.dedup:
-        for i in range(node_found):
-            post_node(node_ledger, rates.node_of[h], node_targets[i], weight * node_chance[node_targets[i]])
-
-
-@kernel
-def compute_cost(load: Any, hit: Any, rates: Any) -> float:
-    """Seconds of the slowest device's expert work in a step, from token-expert pairs and experts read [G] (`Roofline`)."""
-    slowest = 0.0
-    for g in range(load.shape[0]):
-        slowest = max(slowest, load[g] * rates.per_pair[g], hit[g] * rates.per_expert[g])
-    return slowest
-
-
-@kernel
-def transfer_cost(ledger: Any, node_ledger: Any, rates: Any) -> float:
-    """Seconds of one all-to-all, latency left out."""
-    slowest = 0.0
-    first = 0
-    for n in range(node_ledger.shape[1]):
-        size = rates.node_size[n]
-        last = first + int(size)
-        arriving = 0.0
-        for g in range(first, last):
-            arriving += ledger[2, g]
-        for g in range(first, last):
-            sent = ledger[0, g] + (arriving - ledger[2, g]) / size
-            received = ledger[1, g] + ledger[2, g] * (size - 1.0) / size
-            slowest = max(slowest, max(sent, received) * rates.per_copy[g])
-        slowest = max(slowest, max(node_ledger[0, n], node_ledger[1, n]) * rates.per_node_copy[n])
-        first = last
-    return slowest
+        for i in range(nodes_reached):
+            n = covered.node_targets[i]
+            post_node(node_ledger, rates.node_of[h], n, weight * covered.node_chance[n])
 
 
 @kernel
 def account(
-    layer: Any,
-    around: Any,
+    layer: LayerTokens,
+    around: Neighbours,
     t: int,
     weight: float,
-    here: Any,
-    before: Any,
-    after: Any,
-    ledgers: Any,
-    node_ledgers: Any,
-    rates: Any,
-    work: Any,
+    here: Supports,
+    before: Supports,
+    after: Supports,
+    ledgers: FloatArray,
+    node_ledgers: FloatArray,
+    rates: Rates,
+    covered: Covered,
 ) -> None:
     """Adds (weight 1) or takes out (-1) token t's traffic in its step's ledgers ([3, 3, G] and [3, 2, N])."""
-    targets, chance, mark, node_targets, node_chance, node_mark = work
-    count, where, part, node_count, node_where, node_part = here
-    experts = layer.experts[t]
-    devices = rates.node_of.shape[0]
-    found = reach_of(experts, 0, count, where, part, targets, chance, mark)
-    node_found = reach_of(experts, 0, node_count, node_where, node_part, node_targets, node_chance, node_mark)
-    e = around.before[t]
+    experts, e = layer.experts[t], around.before[t]
+    devices, top = rates.node_of.shape[0], layer.experts[t, 0]
+    reached, nodes = cover(experts, 0, here, covered)
     if e < 0:
         for h in range(devices):
-            post_reached(
-                ledgers[0],
-                node_ledgers[0],
-                h,
-                weight / devices,
-                found,
-                targets,
-                chance,
-                node_found,
-                node_targets,
-                node_chance,
-                rates,
-            )
+            post_covered(ledgers[0], node_ledgers[0], h, weight / devices, reached, nodes, covered, rates)
     else:
-        for i in range(before[0][e]):
-            post_reached(
-                ledgers[0],
-                node_ledgers[0],
-                before[1][e, i],
-                weight * before[2][e, i],
-                found,
-                targets,
-                chance,
-                node_found,
-                node_targets,
-                node_chance,
-                rates,
-            )
-    top = experts[0]
+        for i in range(before.number[e]):
+            part = weight * before.part[e, i]
+            post_covered(ledgers[0], node_ledgers[0], before.where[e, i], part, reached, nodes, covered, rates)
     if experts.shape[0] > 1:
-        found = reach_of(experts, 1, count, where, part, targets, chance, mark)
-        node_found = reach_of(experts, 1, node_count, node_where, node_part, node_targets, node_chance, node_mark)
-        for i in range(count[top]):
-            post_reached(
-                ledgers[1],
-                node_ledgers[1],
-                where[top, i],
-                weight * part[top, i],
-                found,
-                targets,
-                chance,
-                node_found,
-                node_targets,
-                node_chance,
-                rates,
-            )
+        reached, nodes = cover(experts, 1, here, covered)
+        for i in range(here.number[top]):
+            part = weight * here.part[top, i]
+            post_covered(ledgers[1], node_ledgers[1], here.where[top, i], part, reached, nodes, covered, rates)
     if around.after.shape[1] > 0:
-        found = reach_of(around.after[t], 0, after[0], after[1], after[2], targets, chance, mark)
-        node_found = reach_of(around.after[t], 0, after[3], after[4], after[5], node_targets, node_chance, node_mark)
-        for i in range(count[top]):
-            post_reached(
-                ledgers[2],
-                node_ledgers[2],
-                where[top, i],
-                weight * part[top, i],
-                found,
-                targets,
-                chance,
-                node_found,
-                node_targets,
-                node_chance,
-                rates,
-            )
+        reached, nodes = cover(around.after[t], 0, after, covered)
+        for i in range(here.number[top]):
+            part = weight * here.part[top, i]
+            post_covered(ledgers[2], node_ledgers[2], here.where[top, i], part, reached, nodes, covered, rates)
 
 
 @kernel
 def replace_traffic(
-    layer: Any,
-    around: Any,
+    layer: LayerTokens,
+    around: Neighbours,
     a: int,
     b: int,
-    new: Any,
-    here: Any,
-    before: Any,
-    after: Any,
-    ledgers: Any,
-    node_ledgers: Any,
-    rates: Any,
-    work: Any,
+    new: FloatArray,
+    here: Supports,
+    before: Supports,
+    after: Supports,
+    ledgers: FloatArray,
+    node_ledgers: FloatArray,
+    rates: Rates,
+    covered: Covered,
 ) -> None:
     """Takes out the traffic of the tokens of a and b, gives the two experts their new rows, and adds it again."""
     for phase in range(2):
         if phase == 1:
-            support(a, new[0], rates.node_of, here[0], here[1], here[2], here[3], here[4], here[5])
+            support(a, new[0], rates.node_of, here)
             if b >= 0:
-                support(b, new[1], rates.node_of, here[0], here[1], here[2], here[3], here[4], here[5])
+                support(b, new[1], rates.node_of, here)
         for turn in range(2):
             e = a if turn == 0 else b
             if e < 0:
@@ -271,17 +409,7 @@ def replace_traffic(
                 if not twice:
                     s = layer.step_of[t]
                     weight = -1.0 if phase == 0 else 1.0
-                    account(layer, around, t, weight, here, before, after, ledgers[s], node_ledgers[s], rates, work)
-
-
-@kernel
-def coherent_step_cost(load: Any, hit: Any, ledgers: Any, node_ledgers: Any, rates: Any) -> float:
-    return (
-        compute_cost(load, hit, rates)
-        + transfer_cost(ledgers[0], node_ledgers[0], rates)
-        + rates.back * transfer_cost(ledgers[1], node_ledgers[1], rates)
-        + transfer_cost(ledgers[2], node_ledgers[2], rates)
-    )
+                    account(layer, around, t, weight, here, before, after, ledgers[s], node_ledgers[s], rates, covered)
 
 
 # The same ledgers for the commonest move, two whole experts changing places: counts instead of probabilities. How
@@ -291,7 +419,7 @@ def coherent_step_cost(load: Any, hit: Any, ledgers: Any, node_ledgers: Any, rat
 
 
 @kernel
-def whole_devices(share: Any) -> Any:
+def whole_devices(share: FloatArray) -> IntArray:
     """Device of each expert, for placements without replicas."""
     device_of = np.zeros(share.shape[0], np.int64)
     for e in range(share.shape[0]):
@@ -302,8 +430,8 @@ def whole_devices(share: Any) -> Any:
 
 
 @kernel
-def token_counts(layer: Any, device_of: Any, node_of: Any, nodes: int, plain: bool) -> Any:
-    """([T, G], [T, N] experts of each token on each device and node); nothing where replicas make them probabilities."""
+def token_counts(layer: LayerTokens, device_of: IntArray, node_of: IntArray, nodes: int, plain: bool) -> TokenCounts:
+    """How many of each token's experts stand where; see `TokenCounts`."""
     tokens, top_k = layer.experts.shape
     tokens = tokens if plain else 0
     counted = np.zeros((tokens, node_of.shape[0]), np.uint8)
@@ -313,12 +441,13 @@ def token_counts(layer: Any, device_of: Any, node_of: Any, nodes: int, plain: bo
             g = device_of[layer.experts[t, j]]
             counted[t, g] += 1
             node_counted[t, node_of[g]] += 1
-    return counted, node_counted
+    return TokenCounts(counted, node_counted)
 
 
 @kernel
-def recount(layer: Any, a: int, b: int, g: int, h: int, node_of: Any, counted: Any, node_counted: Any) -> None:
+def recount(layer: LayerTokens, a: int, b: int, g: int, h: int, node_of: IntArray, counts: TokenCounts) -> None:
     """Keeps `token_counts` up to date when a goes from device g to h and b from h to g."""
+    counted, node_counted = counts
     m, n = node_of[g], node_of[h]
     for turn in range(2):
         expert, leave, enter, left, entered = (a, g, h, m, n) if turn == 0 else (b, h, g, n, m)
@@ -331,8 +460,10 @@ def recount(layer: Any, a: int, b: int, g: int, h: int, node_of: Any, counted: A
 
 
 @kernel
-def ways_onward(layer: Any, around: Any, after_device: Any, node_of: Any, nodes: int, plain: bool) -> Any:
-    """([E, S, G], [E, S, N] tokens of each step whose highest-weight expert is e and that need a device, a node, next)."""
+def tokens_onward(
+    layer: LayerTokens, around: Neighbours, after_device: IntArray, node_of: IntArray, nodes: int, plain: bool
+) -> Onward:
+    """Where tokens go from an expert that owns them; see `Onward`."""
     experts, steps, devices = layer.first.shape[0] - 1, layer.counts.shape[0], node_of.shape[0]
     experts = experts if plain else 0
     toward, node_toward = np.zeros((experts, steps, devices)), np.zeros((experts, steps, nodes))
@@ -347,11 +478,13 @@ def ways_onward(layer: Any, around: Any, after_device: Any, node_of: Any, nodes:
                 new_node &= node_of[before] != node_of[g]
             toward[e, s, g] += new
             node_toward[e, s, node_of[g]] += new_node
-    return toward, node_toward
+    return Onward(toward, node_toward)
 
 
 @kernel
-def _pair(ledgers: Any, s: int, w: int, source: int, target: int, x: float, rates: Any, node_ledgers: Any) -> None:
+def _pair(
+    ledgers: FloatArray, s: int, w: int, source: int, target: int, x: float, rates: Rates, node_ledgers: FloatArray
+) -> None:
     """Adds x tokens from a device (or, for source G, evenly from all) to a device in ledger w of step s; merging by node is
     left to `_node_pair`."""
     if x == 0.0:
@@ -363,7 +496,7 @@ def _pair(ledgers: Any, s: int, w: int, source: int, target: int, x: float, rate
 
 
 @kernel
-def _node_pair(node_ledgers: Any, s: int, w: int, source: int, target: int, x: float, rates: Any) -> None:
+def _node_pair(node_ledgers: FloatArray, s: int, w: int, source: int, target: int, x: float, rates: Rates) -> None:
     """Adds x tokens from a device (or evenly from all) to a node, where copies to its devices travel as one."""
     if x == 0.0 or not rates.dedup:
         return
@@ -375,7 +508,13 @@ def _node_pair(node_ledgers: Any, s: int, w: int, source: int, target: int, x: f
 
 @kernel
 def whole_traffic(
-    layer: Any, held: Any, device_of: Any, ways: Any, rates: Any, ledgers: Any, node_ledgers: Any
+    layer: LayerTokens,
+    came_from: IntArray,
+    device_of: IntArray,
+    onward: Onward,
+    rates: Rates,
+    ledgers: FloatArray,
+    node_ledgers: FloatArray,
 ) -> None:
     """Adds all traffic of a placement without replicas; see `exchange_traffic`."""
     devices, nodes = rates.node_of.shape[0], rates.node_size.shape[0]
@@ -384,7 +523,7 @@ def whole_traffic(
     experts, step_of, node_of = layer.experts, layer.step_of, rates.node_of
     for t in range(experts.shape[0]):
         s, owner = step_of[t], device_of[experts[t, 0]]
-        source = held[t] if held[t] >= 0 else devices
+        source = came_from[t] if came_from[t] >= 0 else devices
         for j in range(top_k):
             # Outputs of all but the first expert go back; inputs of all come.
             place = device_of[experts[t, j]]
@@ -399,10 +538,13 @@ def whole_traffic(
             node_pairs[0, s, source, node_of[place]] += new_node
             pairs[1, s, owner, place] += other
             node_pairs[1, s, owner, node_of[place]] += other_node
-    toward, node_toward = ways
+    toward, node_toward = onward
     for e in range(toward.shape[0]):
-        pairs[2, :, device_of[e]] += toward[e]
-        node_pairs[2, :, device_of[e]] += node_toward[e]
+        for s in range(steps):
+            for d in range(devices):
+                pairs[2, s, device_of[e], d] += toward[e, s, d]
+            for d in range(nodes):
+                node_pairs[2, s, device_of[e], d] += node_toward[e, s, d]
     for w in range(3):
         for s in range(steps):
             for source in range(devices + 1):
@@ -414,25 +556,25 @@ def whole_traffic(
 
 @kernel
 def exchange_traffic(
-    layer: Any,
-    held: Any,
-    counts: Any,
-    ways: Any,
+    layer: LayerTokens,
+    came_from: IntArray,
+    counts: TokenCounts,
+    onward: Onward,
     a: int,
     b: int,
     g: int,
     h: int,
-    device_of: Any,
-    rates: Any,
-    ledgers: Any,
-    node_ledgers: Any,
-    change: Any,
-    owned: Any,
-    node_owned: Any,
+    device_of: IntArray,
+    rates: Rates,
+    ledgers: FloatArray,
+    node_ledgers: FloatArray,
+    change: FloatArray,
+    owned: FloatArray,
+    node_owned: FloatArray,
 ) -> None:
     """Traffic changes when whole expert a goes from device g to h and b from h to g (no replicas).
 
-    held: [T] device before (-1: all evenly). counts: of `token_counts`. ways: of `ways_onward`. To work in: change
+    came_from: [T] device before (-1: all evenly). counts: of `token_counts`. onward: of `tokens_onward`. To work in: change
     [2, S, G + 1, 4], what inputs and outputs by source come to g, h and their nodes more than before; owned [S, G] and
     node_owned [S, N], outputs by source that go to h rather than g.
     """
@@ -464,7 +606,7 @@ def exchange_traffic(
             gone, new = counted[t, leave] == 1, counted[t, enter] == 0
             node_gone = crossing and node_counted[t, left] == 1
             node_new = crossing and node_counted[t, entered] == 0
-            source = held[t] if held[t] >= 0 else devices
+            source = came_from[t] if came_from[t] >= 0 else devices
             change[0, s, source, turn] -= gone
             change[0, s, source, 1 - turn] += new
             change[0, s, source, 2 + turn] -= node_gone
@@ -512,7 +654,7 @@ def exchange_traffic(
                 if dedup:
                     ledgers[s, w, 2, target] += far
                 node_ledgers[s, w, 1, node] += node_far
-    toward, node_toward = ways
+    toward, node_toward = onward
     for side in range(2):
         source, sign = (g, -1.0) if side == 0 else (h, 1.0)
         node = node_of[source]
@@ -543,17 +685,17 @@ def exchange_traffic(
 
 @kernel
 def _turned(
-    experts: Any,
+    experts: Ids,
     t: int,
     s: int,
-    device_of: Any,
+    device_of: IntArray,
     a: int,
     b: int,
     g: int,
     h: int,
-    rates: Any,
-    ledgers: Any,
-    node_ledgers: Any,
+    rates: Rates,
+    ledgers: FloatArray,
+    node_ledgers: FloatArray,
 ) -> None:
     """Outputs of token t, which chose both a and b, one of them first, when the two change places."""
     node_of = rates.node_of

@@ -1,0 +1,225 @@
+"""Bare arrays of whole numbers, .npy and .npz: read with nothing trusted, and whether they are expert ids or loads."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ..._types import BoolArray
+from ...placement.errors import FileFormatError
+from ..files import NPY_HEADER, NPY_MAGIC, checked_members, name_of, npy_shape, reading, size_of
+
+GROWTH_LIMIT = 50
+"""How many times its own size an .npz may unpack to."""
+SMALL = 1 << 20
+
+ROUTED = "routed_experts"
+"""What engines call such arrays."""
+
+MOST_LAYERS = 512
+"""More rows than any model has layers."""
+MOST_TOP_K = 64
+ROWS_LOOKED_AT = 1 << 16
+EXPECTED_PAIRS = 9.0
+"""Expected pairs of equal numbers in a row, had they been counts: that none is seen has chance e^-9, 1 in 8,100."""
+
+Ids = npt.NDArray[np.integer[Any]]
+
+
+def npy_array(name: str, field: str, content: bytes) -> Ids:
+    """[T, L, K] whole numbers of .npy bytes, whose size must be what their header says.
+
+    Raises:
+        FileFormatError: other bytes, another shape or type, or damaged.
+    """
+    shape, fortran, dtype, begin = npy_shape(name, field, content)
+    _check_array(name, field, shape, dtype, len(content) - begin)
+    return np.frombuffer(content, dtype, offset=begin).reshape(shape, order="F" if fortran else "C")
+
+
+def npy_file(source: Path | BinaryIO) -> Ids:
+    """[T, L, K] whole numbers of an .npy file, mapped where it has a path.
+
+    Raises:
+        FileFormatError: as `npy_array`.
+    """
+    if not isinstance(source, Path):
+        with reading(source) as handle:
+            return npy_array(name_of(source), "array", handle.read())
+    shape, fortran, dtype, begin = _header_of(source)
+    size = source.stat().st_size - begin
+    _check_array(str(source), "array", shape, dtype, size)
+    if not size:
+        return np.empty(shape, dtype)
+    return np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
+
+
+def npy_table(source: Path) -> Ids:
+    """[rows, columns] whole numbers of an .npy file, mapped.
+
+    Raises:
+        FileFormatError: another shape or type, or damaged.
+    """
+    shape, fortran, dtype, begin = _header_of(source)
+    if len(shape) != 2 or 0 in shape or dtype.kind not in "iu":
+        raise FileFormatError(
+            f"{source}: {dtype} {shape}, expected whole numbers of shape [tokens, layers]; "
+            "for another layout load it and call RoutingTrace.from_arrays"
+        )
+    needed, size = math.prod(shape) * dtype.itemsize, source.stat().st_size - begin
+    if min(shape) < 0 or needed > size:
+        raise FileFormatError(f"{source}: damaged or cut off: {size:,} bytes for shape {shape} of {needed:,}")
+    return np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
+
+
+def npz_arrays(source: Path | BinaryIO) -> dict[str, Ids]:
+    """The arrays of an .npz by name, each [T, L, K].
+
+    Raises:
+        FileFormatError: damaged, unpacking to more than 50 times the file, or other arrays.
+    """
+    called = name_of(source)
+    try:
+        with reading(source) as handle, zipfile.ZipFile(handle) as archive:
+            size = size_of(handle)
+            members = checked_members(called, archive, size)
+            total = sum(member.file_size for member in members)
+            if total > max(SMALL, GROWTH_LIMIT * size):
+                raise FileFormatError(
+                    f"{called}: unpacks to {total:,} bytes, over {GROWTH_LIMIT} times the file; refused"
+                )
+            arrays: dict[str, Ids] = {}
+            for member in members:
+                with archive.open(member) as packed:
+                    content = packed.read(member.file_size + 1)
+                name = member.filename.removesuffix(".npy")
+                arrays[name] = npy_array(called, name[:60], content)
+            return arrays
+    except FileFormatError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise FileFormatError(f"{called}: damaged .npz ({error})") from None
+
+
+def holds_arrays(path: Path) -> bool:
+    """Whether a file is an .npy of whole numbers in three dimensions, or an .npz of such arrays and nothing else."""
+    with path.open("rb") as handle:
+        start = handle.read(NPY_HEADER)
+    try:
+        if start.startswith(NPY_MAGIC):
+            return _is_three_dimensional(start)
+        if not start.startswith(b"PK"):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            members = checked_members(str(path), archive, path.stat().st_size)
+            for member in members:
+                with archive.open(member) as packed:
+                    if not _is_three_dimensional(packed.read(NPY_HEADER)):
+                        return False
+            return bool(members)
+    except (
+        FileFormatError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+        ValueError,
+    ):
+        return False
+
+
+def is_filled(ids: Ids) -> BoolArray:
+    """[T, L] where the experts of a token differ, or all are the same: 0 of a dense layer, -1 of a cached token."""
+    ordered = np.sort(ids, axis=2)
+    steps = np.diff(ordered, axis=2)
+    return np.asarray((steps > 0).all(axis=2) | ((steps == 0).all(axis=2) & (ordered[:, :, 0] <= 0)))
+
+
+def check_tokens(source: Path, num_experts: int | None) -> None:
+    """Lets an .npy or .npz pass whose numbers are surely, or nearly so, expert ids; other files pass unseen.
+
+    The same bytes can be ids [tokens, layers] or [tokens, layers, top_k], and loads [layers, experts] or
+    [windows, layers, experts]. They are ids where one of these holds:
+
+    - an array of an .npz is named as engines name routed experts;
+    - `num_experts` is given, no number reaches it, and the last axis has another length (loads have that length);
+    - [tokens, layers] (or top_k 1): more rows than any model has layers (512), and than any layer's numbers span;
+    - [tokens, layers, top_k]: no row of at most 64 numbers holds one twice (blank rows apart), though of counts in the
+      same range 9 pairs or more would be expected to be equal; and rows do not add up to one total in all layers, as
+      loads do, every token choosing as many experts in each.
+
+    Raises:
+        FileFormatError: both readings are possible; says how to tell. Or damaged.
+    """
+    for array in _bare_arrays(source):
+        if array.size and not _surely_ids(array[:ROWS_LOOKED_AT], num_experts):
+            shape = list(array.shape)
+            ids, loads = (
+                ("[tokens, layers]", "[layers, experts]")
+                if array.ndim == 2
+                else ("[tokens, layers, top_k]", "[windows, layers, experts]")
+            )
+            raise FileFormatError(
+                f"{source}: whole numbers {shape} up to {int(array.max()):,} may be expert ids {ids} or loads {loads}. "
+                'If they are ids, say so: read_any(path, kind="tokens"), or moeplace import --as tokens. Bare tables '
+                "of loads are not read: make RoutingStatistics of them in Python, with write_statistics for a file"
+            )
+
+
+def _bare_arrays(source: Path) -> list[Ids]:
+    """The arrays that nothing but their numbers tells of. Tables of another type are left to their reader to refuse."""
+    if not source.is_file():
+        return []
+    with source.open("rb") as handle:
+        start = handle.read(len(NPY_MAGIC))
+    if start == NPY_MAGIC:
+        shape, _, dtype, _ = _header_of(source)
+        if len(shape) == 2:
+            return [npy_table(source)] if dtype.kind in "iu" else []
+        return [npy_file(source)] if len(shape) == 3 and dtype.kind in "iu" else []
+    if not start.startswith(b"PK"):
+        return []
+    arrays = npz_arrays(source)
+    return [] if any(name.endswith(ROUTED) for name in arrays) else list(arrays.values())
+
+
+def _surely_ids(array: Ids, num_experts: int | None) -> bool:
+    if num_experts is not None and array.shape[-1] != num_experts and int(array.max()) < num_experts:
+        return True
+    if array.ndim == 2 or array.shape[2] == 1:
+        table = array.reshape(len(array), -1).astype(np.int64)
+        return len(table) > max(MOST_LAYERS, int(np.ptp(table, axis=0).max()) + 1)
+    ids = array.astype(np.int64)
+    top_k, span = ids.shape[2], int(ids.max()) + 1
+    chosen = (ids > 0).any(axis=2)
+    pairs = int(chosen.sum()) * top_k * (top_k - 1) / 2 / max(span, 1)
+    if top_k > MOST_TOP_K or pairs < EXPECTED_PAIRS or not is_filled(ids).all():
+        return False
+    used = ids[:, chosen.any(axis=0)].sum(axis=2)
+    return used.shape[1] < 2 or bool((np.ptp(used, axis=1) > 0).any())
+
+
+def _header_of(source: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    with source.open("rb") as handle:
+        return npy_shape(str(source), "array", handle.read(NPY_HEADER))
+
+
+def _check_array(name: str, field: str, shape: tuple[int, ...], dtype: np.dtype[Any], stored: int) -> None:
+    if len(shape) != 3 or dtype.kind not in "iu":
+        raise FileFormatError(f"{name}: {field} is {dtype} {shape}, expected whole numbers [tokens, layers, top_k]")
+    size = math.prod(shape) * dtype.itemsize
+    if any(n < 0 for n in shape) or size != stored:
+        raise FileFormatError(f"{name}: {field} has shape {shape} of {size:,} bytes in {stored:,}; damaged")
+
+
+def _is_three_dimensional(start: bytes) -> bool:
+    shape, _, dtype, _ = npy_shape("", "array", start)
+    return len(shape) == 3 and dtype.kind in "iu"

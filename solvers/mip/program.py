@@ -1,0 +1,351 @@
+"""An integer program as arrays, what a backend is asked about it, and what it answers.
+
+    minimise    cost x + constant
+    subject to  row_lower <= A x <= row_upper,  lower <= x <= upper,  x[integral] whole
+
+A is held in compressed sparse rows, which HiGHS takes as they are. Programs of half a million variables are built in half a
+second; an object a variable and row, as in PuLP, takes thirty times as long and three times the memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..._types import BoolArray, FloatArray, IntArray
+from ...placement.errors import InputError, SolveError
+from ...placement.plan import RELATIVE_TOLERANCE
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+
+FEASIBLE = 1e-6
+"""How far a row or a bound may be missed, relative to its own size where that is above 1; backends' own tolerance."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A minimisation over n variables under m rows.
+
+    Args:
+        name: For messages.
+        cost: [n].
+        constant: Added to the objective.
+        lower, upper: [n], infinite where there is no bound.
+        integral: [n] variables that must be whole.
+        implied: [n] variables that are whole in some optimum once `integral` ones are. Solvers over linear relaxations do
+            without that, solvers over integers need it.
+        row_start, column, coefficient: A in compressed sparse rows, [m + 1], [nonzeros], [nonzeros].
+        row_lower, row_upper: [m].
+    """
+
+    name: str
+    cost: FloatArray
+    constant: float
+    lower: FloatArray
+    upper: FloatArray
+    integral: BoolArray
+    implied: BoolArray
+    row_start: IntArray
+    column: IntArray
+    coefficient: FloatArray
+    row_lower: FloatArray
+    row_upper: FloatArray
+
+    @property
+    def variables(self) -> int:
+        return len(self.cost)
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_lower)
+
+    @cached_property
+    def matrix(self) -> csr_array[np.float64]:
+        """A as scipy holds it, [m, n]."""
+        from scipy.sparse import csr_array
+
+        return csr_array((self.coefficient, self.column, self.row_start), shape=(self.rows, self.variables))
+
+    def value(self, values: FloatArray) -> float:
+        """The objective of [n] values."""
+        return float(self.cost @ values) + self.constant
+
+    def violation(self, values: FloatArray) -> float:
+        """The most by which [n] values miss a row, a bound or a whole number, relative to bounds above 1."""
+        activity = np.asarray(self.matrix @ values)
+        whole = values[self.integral]
+        missed = (
+            _missed(activity, self.row_lower, self.row_upper),
+            _missed(values, self.lower, self.upper),
+            float(np.abs(whole - np.rint(whole)).max(initial=0.0)),
+        )
+        return max(missed) if np.isfinite(values).all() else math.inf
+
+    def fixed(self, values: FloatArray) -> Program:
+        """The linear program that is left when the integral variables stay at the whole numbers nearest to `values`."""
+        at = np.rint(values)
+        return self._replaced(
+            lower=np.where(self.integral, at, self.lower),
+            upper=np.where(self.integral, at, self.upper),
+            integral=np.zeros(self.variables, dtype=bool),
+        )
+
+    def relaxed(self) -> Program:
+        """The same without any whole number."""
+        return self._replaced(integral=np.zeros(self.variables, dtype=bool))
+
+    def dual_bound(self, prices: FloatArray) -> float:
+        """A lower bound of the linear relaxation from row prices [m], whatever they are (weak duality).
+
+        Prices of the sign that a row's missing side forbids are taken as 0.
+        """
+        prices = np.where(np.isneginf(self.row_lower), np.minimum(prices, 0.0), prices)
+        prices = np.where(np.isposinf(self.row_upper), np.maximum(prices, 0.0), prices)
+        reduced = self.cost - np.asarray(self.matrix.T @ prices)
+        at_rows = np.where(prices > 0, self.row_lower, self.row_upper)
+        at_bounds = np.where(reduced > 0, self.lower, self.upper)
+        rows = float((prices[prices != 0] * at_rows[prices != 0]).sum())
+        # Free of rounding, no variable without a bound would have a reduced cost that asks for one.
+        noise = 1e-9 * max(1.0, float(np.abs(self.cost).max(initial=0.0)))
+        counted = (reduced != 0) & ~(np.isinf(at_bounds) & (np.abs(reduced) < noise))
+        return rows + float((reduced[counted] * at_bounds[counted]).sum()) + self.constant
+
+    def _replaced(self, **changes: FloatArray | BoolArray) -> Program:
+        from dataclasses import replace
+
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _missed(values: FloatArray, lower: FloatArray, upper: FloatArray) -> float:
+    """The most by which values are outside, relative to bounds above 1."""
+    below = (lower - values) / np.maximum(1.0, np.where(np.isfinite(lower), np.abs(lower), 1.0))
+    above = (values - upper) / np.maximum(1.0, np.where(np.isfinite(upper), np.abs(upper), 1.0))
+    return float(max(below.max(initial=0.0), above.max(initial=0.0)))
+
+
+class ProgramBuilder:
+    """Collects variables and rows in blocks, as arrays."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.constant = 0.0
+        self._variables: list[tuple[npt.NDArray[np.generic], ...]] = []
+        self._rows: list[tuple[IntArray, IntArray, FloatArray, FloatArray, FloatArray]] = []
+        self._count = 0
+
+    def add_variables(
+        self,
+        shape: tuple[int, ...],
+        *,
+        lower: npt.ArrayLike = 0.0,
+        upper: npt.ArrayLike = 1.0,
+        cost: npt.ArrayLike = 0.0,
+        integral: bool = False,
+        implied: bool = False,
+    ) -> IntArray:
+        """Adds a block of variables; lower, upper and cost are broadcast to `shape`.
+
+        Returns:
+            Their numbers, in `shape`.
+        """
+        size = math.prod(shape)
+        block = [np.broadcast_to(np.asarray(of, np.float64), shape).ravel() for of in (cost, lower, upper)]
+        self._variables.append((*block, np.full(size, integral), np.full(size, implied)))
+        numbers = np.arange(self._count, self._count + size, dtype=np.int64).reshape(shape)
+        self._count += size
+        return numbers
+
+    def add_rows(
+        self,
+        columns: IntArray,
+        coefficients: npt.ArrayLike,
+        lower: npt.ArrayLike = -np.inf,
+        upper: npt.ArrayLike = np.inf,
+    ) -> None:
+        """Adds rows of equally many terms: columns [rows, terms], coefficients broadcast to them, lower and upper to [rows]."""
+        rows, terms = columns.shape
+        of = np.repeat(np.arange(rows, dtype=np.int64), terms)
+        values = np.broadcast_to(np.asarray(coefficients, np.float64), columns.shape).ravel()
+        self.add_sparse_rows(rows, of, columns.ravel(), values, lower, upper)
+
+    def add_sparse_rows(
+        self,
+        rows: int,
+        row: IntArray,
+        column: IntArray,
+        coefficient: npt.ArrayLike,
+        lower: npt.ArrayLike = -np.inf,
+        upper: npt.ArrayLike = np.inf,
+    ) -> None:
+        """Adds `rows` rows from terms: row (counted from 0 in this block), column and coefficient, [terms] each."""
+        values = np.broadcast_to(np.asarray(coefficient, np.float64), row.shape)
+        if len(row) and (np.diff(row) < 0).any():
+            order = np.argsort(row, kind="stable")
+            row, column, values = row[order], column[order], values[order]
+        sides = [np.broadcast_to(np.asarray(side, np.float64), (rows,)) for side in (lower, upper)]
+        self._rows.append((np.bincount(row, minlength=rows), column, values, sides[0], sides[1]))
+
+    def build(self) -> Program:
+        """The program of all blocks so far.
+
+        Raises:
+            InputError: there is no variable, or a variable's or row's bounds cross or are not numbers.
+        """
+        if not self._count:
+            raise InputError(f"program {self.name!r} has no variables")
+        cost, lower, upper, integral, implied = (np.concatenate(parts) for parts in zip(*self._variables, strict=True))
+        empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0), np.zeros(0))
+        counts, column, coefficient, row_lower, row_upper = (
+            np.concatenate(parts) for parts in zip(*(self._rows or [empty]), strict=True)
+        )
+        if not (lower <= upper).all() or not (row_lower <= row_upper).all():
+            raise InputError(
+                f"program {self.name!r} has a variable or row whose lower bound is not below its upper one"
+            )
+        return Program(
+            self.name,
+            cost,
+            self.constant,
+            lower,
+            upper,
+            integral,
+            implied,
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            column,
+            coefficient,
+            row_lower,
+            row_upper,
+        )
+
+
+class Feature(Enum):
+    """What a backend can do."""
+
+    INTEGERS = "integer variables"
+    CONTINUOUS = "programs without integer variables"
+    STARTS = "beginning from a given solution"
+    BOUNDS = "a proven bound when stopped early"
+    PRICES = "row prices of a linear program"
+    NEWS = "reports of better solutions on the way"
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a backend is told.
+
+    Args:
+        seconds: Wall clock from `asked` on, None for no limit.
+        work: A limit that does not depend on the machine, in the backend's own deterministic unit; None for none.
+        seed: Of every random choice.
+        relative_gap, absolute_gap: At or below which it may stop.
+        start: [n] values to begin from; hints where they are not feasible.
+        report: Called with (value, bound) of solutions found, by backends with NEWS.
+    """
+
+    seconds: float | None = None
+    work: float | None = None
+    seed: int = 0
+    relative_gap: float = 0.0
+    absolute_gap: float = 0.0
+    start: FloatArray | None = None
+    report: Callable[[float, float | None], None] = lambda value, bound: None
+    asked: float = field(default_factory=time.perf_counter)
+
+    @property
+    def spent(self) -> float:
+        """Seconds since it was asked."""
+        return time.perf_counter() - self.asked
+
+    def seconds_left(self) -> float | None:
+        """What is left to search in, when handing the program over took until now and reading the answer takes as long."""
+        return None if self.seconds is None else max(0.01, self.seconds - 2.0 * self.spent)
+
+
+Stop = Literal["finished", "time limit", "interrupted"]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a backend found and proved.
+
+    Args:
+        backend: Its name; of a portfolio, the one that found the values.
+        stop: "finished" by itself (at optimality, within the gap asked for, or at infeasibility), at the "time limit" (of
+            seconds or of work), or "interrupted" by Ctrl-C.
+        values: [n] the best solution, None where there is none.
+        value: Its objective, infinite where there is none.
+        bound: No solution is below it; minus infinity where nothing was proven.
+        infeasible: It is proven that there is no solution.
+        seconds: Wall clock spent, building and reading included.
+        prices: [m] row prices of a linear program: what the optimum rises by where a row's bound does.
+    """
+
+    backend: str
+    stop: Stop
+    values: FloatArray | None
+    value: float
+    bound: float
+    infeasible: bool = False
+    seconds: float = 0.0
+    prices: FloatArray | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.stop == "finished"
+
+    @property
+    def status(self) -> Literal["optimal", "feasible", "infeasible", "unknown"]:
+        """Optimal only where the bound meets the value."""
+        if self.infeasible:
+            return "infeasible"
+        if self.values is None:
+            return "unknown"
+        met = self.value - self.bound <= RELATIVE_TOLERANCE * max(1.0, abs(self.value))
+        return "optimal" if met else "feasible"
+
+    def solution(self, program: Program) -> FloatArray:
+        """The values.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came before any were found.
+            SolveError: there are none, with what to do.
+        """
+        if self.values is not None:
+            return self.values
+        if self.stop == "interrupted":
+            raise KeyboardInterrupt
+        if self.infeasible:
+            raise SolveError(f"the integer program {program.name!r} has no solution ({self.backend})")
+        raise SolveError(
+            f"{self.backend} found no solution of the integer program {program.name!r} ({program.variables:,} variables) "
+            f"within {self.seconds:.1f} s; allow more seconds, or let it start from a given solution"
+        )
+
+
+class Backend(Protocol):
+    """A solver of programs, one module each, imported when first used."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def features(self) -> frozenset[Feature]: ...
+
+    def solve(self, program: Program, request: Request) -> Result:
+        """Minimises; stops soon after the request's limit and on Ctrl-C, which it does not pass on.
+
+        Raises:
+            UnsupportedError: the library is not installed, or cannot take this program.
+            SolveError: it failed.
+        """
+        ...
