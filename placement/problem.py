@@ -89,7 +89,7 @@ class Problem(Displayed):
         for name, value, kind in (("objective", objective, Objective), ("current", current, Plan)):
             if value is not None and not isinstance(value, kind):
                 raise wrong_type("Problem", name, value, kind)
-        values = {
+        values: dict[str, Any] = {
             "model": model.of_routing(statistics.experts, statistics.moe_layers, statistics.top_k),
             "topology": topology,
             "statistics": statistics,
