@@ -4,6 +4,8 @@ from .placement.bounds import least_device_load as least_device_load
 from .placement.decide import Decision as Decision
 from .placement.decide import Verdict as Verdict
 from .placement.decide import decide as decide
+from .placement.engines import EngineProfile as EngineProfile
+from .placement.engines import engine_profile as engine_profile
 from .placement.errors import ArgumentTypeError as ArgumentTypeError
 from .placement.errors import EngineError as EngineError
 from .placement.errors import FileFormatError as FileFormatError

@@ -179,31 +179,36 @@ class ObjectiveOptions:
         ),
     ] = "mean"
     split: Annotated[
-        Split,
+        Split | None,
         Option(
             "--split",
             metavar="equal|free",
-            help="Whether replicas share tokens equally or by weights.",
+            help="Whether replicas share tokens equally or by weights. Default: as the engine does, else equal.",
+            show_default=False,
             rich_help_panel=OBJECTIVE,
         ),
-    ] = Split.equal
+    ] = None
     replica_choice: Annotated[
         ReplicaChoice | None,
         Option(
             "--replica-choice",
             metavar="share|nearest",
             help="Which replica the engine lets serve a token: any by its share, or the nearest to the token's rank "
-            "(SGLang's static and dynamic dispatch). Default: as the engine that plans are for does, else share.",
+            "(SGLang's static and dynamic dispatch). Default: as the engine does, else share.",
             show_default=False,
             rich_help_panel=OBJECTIVE,
         ),
     ] = None
     dispatch_dtype: Annotated[
-        str,
+        str | None,
         Option(
-            "--dispatch-dtype", metavar="DTYPE", help="How activations travel to experts.", rich_help_panel=OBJECTIVE
+            "--dispatch-dtype",
+            metavar="DTYPE",
+            help="How activations travel to experts. Default: as the engine does, else bf16.",
+            show_default=False,
+            rich_help_panel=OBJECTIVE,
         ),
-    ] = "bf16"
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +280,9 @@ Engine = Annotated[
     Option(
         "--for",
         metavar="ENGINE",
-        help="Solve within what an engine can run: sglang, vllm, vllm-ascend, trtllm, or permute (a permuted "
-        "checkpoint). Where --slots is not given, the fewest it can run; replicas are chosen as it chooses them.",
+        help="Keep to what an engine can run, and judge as it runs plans: sglang, vllm, vllm-ascend, trtllm, "
+        "permute (a permuted checkpoint), or moeplace (any plan). Where --slots is not given, the fewest it can run. "
+        "Default: what the plan was solved for, if there is one.",
         show_default=False,
         rich_help_panel=SOLVING,
     ),
@@ -368,6 +374,56 @@ class ServerOptions:
             rich_help_panel=STORE,
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions(
+    ModelOptions, TopologyOptions, ObjectiveOptions, HeldOutOptions, StepOptions, SolveOptions, StoreOptions
+):
+    """Several plans, solved for and judged on the same held-out steps."""
+
+    solvers: Annotated[
+        str | None,
+        Option(
+            "--solvers",
+            help="Comma-separated solvers, each with options where wanted: exflow:form=staged. Default: all.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None
+    plans: Annotated[
+        str | None,
+        Option(
+            "--plans",
+            help="Comma-separated plan files, engines' own files or stored plans to judge beside them, such as the one "
+            "in force.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None
+    engine: Engine = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(HeldOutOptions, StepOptions, ServerOptions):
+    """Many solves, judged on the same held-out steps, here or by a service."""
+
+    solver: Annotated[
+        str | None,
+        Option(
+            "--solver",
+            "-s",
+            help="Who solves. Default: as `moeplace solve` chooses.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None
+    seconds: Annotated[
+        float, Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
+    ] = 10.0
+    engine: Engine = None
+    seed: Seed = 0
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:

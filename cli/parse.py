@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, nearest
-from .options import BatchOptions, ModelOptions, ObjectiveOptions, TopologyOptions
+from .options import BatchOptions, Execution, ModelOptions, ObjectiveOptions, StudyOptions, TopologyOptions
 
 if TYPE_CHECKING:
     from ..placement.model import ModelSpec
@@ -86,29 +86,22 @@ def read_topology(options: TopologyOptions) -> Topology:
     raise InputError(f"--topology {name!r} is neither a preset nor a file; {nearest(name, PRESETS)}")
 
 
-def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Objective:
-    """The objective of the options. engine: what the plan is for, whose choice among replicas holds where none is
-    given.
+def read_objective(options: ObjectiveOptions) -> Objective:
+    """The objective of the options; what none says is left to the engine.
 
     Raises:
         InputError: a setting out of range.
     """
     from ..placement.objective import Objective
-    from ..runtime.exporters.export import engine_names, exporter_named
 
-    choice: Literal["share", "nearest"] = "share"
-    if options.replica_choice is not None:
-        choice = options.replica_choice.value
-    elif engine is not None and engine in engine_names() and options.execution.value == "dispatch_combine":
-        choice = exporter_named(engine).replica_choice
-
-    return Objective(
-        execution=options.execution.value,
-        risk=options.risk,
-        split=options.split.value,
-        replica_choice=choice,
-        dispatch_dtype=options.dispatch_dtype,
-    )
+    chosen: dict[str, Any] = {
+        "split": None if options.split is None else options.split.value,
+        "replica_choice": None if options.replica_choice is None else options.replica_choice.value,
+        "dispatch_dtype": options.dispatch_dtype,
+        # What the command line has a default for counts as said only where it is another.
+        "execution": None if options.execution is Execution.dispatch_combine else options.execution.value,
+    }
+    return Objective(risk=options.risk, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def read_size(option: str, text: str) -> float:
@@ -195,6 +188,18 @@ class SolverChoice:
             known = signature(solver_named(self.solver).solve).parameters
             batch_options = {name: value for name, value in batch_options.items() if name in known}
         return replace(self, options={**batch_options, **self.options})
+
+
+def study_solver(options: StudyOptions) -> SolverChoice:
+    """Who solves a study, for the one kind of steps it is judged on."""
+    import typer
+
+    if options.server is not None and options.solver is None:
+        raise typer.BadParameter("a service is told which solver to use: give --solver")
+    if len(options.kinds) > 1:
+        raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
+    choice = SolverChoice.parse(options.solver) if options.solver else SolverChoice.best()
+    return choice.for_steps(options)
 
 
 def split_list(text: str | None) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, MoeplaceError, UnsupportedError
-from .options import StepOptions
+from .options import StudyOptions
 from .output import Update
 from .parse import SolverChoice
 from .routing_split import RoutingSplit
@@ -91,6 +91,7 @@ def solve_remotely(
             seed=seed,
             slots=problem.slots,
             objective=problem.objective,
+            engine=problem.engine,
         )
 
         def tell(news: JobRecord) -> None:
@@ -111,10 +112,8 @@ class Study:
     """What a what-if or a front is judged on, and who solves for it."""
 
     split: RoutingSplit
-    steps: StepOptions
+    options: StudyOptions
     choice: SolverChoice
-    seconds: float
-    seed: int
 
     def request(self, client: Client, problem: Problem) -> dict[str, Any]:
         """Sends the routing, in the part that solvers see and the part that is replayed; what a `StudyRequest` has."""
@@ -122,20 +121,21 @@ class Study:
 
         assert self.choice.solver is not None
         judged = RoutingStatistics.from_trace(self.split.judged, sample_tokens=self.split.judged.num_tokens)
-        kind, tokens = next(iter(self.steps.kinds.items()))
+        kind, tokens = next(iter(self.options.kinds.items()))
         return {
             "statistics": send_statistics(client, problem.statistics),
             "held_out": send_statistics(client, judged),
             "steps": {
                 "batch": "decode" if kind == "decode" else "prefill",
                 "tokens": tokens,
-                "count": self.steps.steps,
+                "count": self.options.steps,
             },
             "solver": self.choice.solver,
             "options": self.choice.options,
-            "seconds": self.seconds,
-            "seed": self.seed,
+            "seconds": self.options.seconds,
+            "seed": self.options.seed,
             "objective": problem.objective,
+            "engine": problem.engine,
         }
 
 

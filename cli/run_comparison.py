@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
-from .options import (
-    HeldOutOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    SolveOptions,
-    StepOptions,
-    StoreOptions,
-    TopologyOptions,
-)
+from .options import ComparisonOptions
 from .output import Update, solve_listener, working
 from .parse import SolverChoice, read_model, read_objective, read_slots, read_topology, reader_defaults, split_list
 from .remote import read_plan
@@ -136,47 +128,31 @@ def _with_different_names(entries: Sequence[Entry]) -> list[Entry]:
     return result
 
 
-def run_comparison(
-    routing: Path,
-    *,
-    model: ModelOptions,
-    topology: TopologyOptions,
-    objective: ObjectiveOptions,
-    held_out: HeldOutOptions,
-    steps: StepOptions,
-    solving: SolveOptions,
-    storage: StoreOptions,
-    solvers: str | None,
-    plans: str | None,
-    seed: int,
-    engine: str | None = None,
-) -> Comparison:
+def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
     """Reads, checks everything that can be wrong, then solves and judges: from options to a finished comparison."""
     from ..placement.problem import Problem
     from ..profiler.read import open_routing
-    from ..runtime.engine_problems import problem_for
     from ..solvers import solver_names
 
-    cluster, goal = read_topology(topology), read_objective(objective, engine)
-    names = split_list(solvers) if solvers is not None else list(solver_names())
-    choices = [SolverChoice.parse(name).for_steps(steps) for name in names]
-    judged_too = [(_plan_name(name), read_plan(name, storage.db)) for name in split_list(plans)]
+    cluster, seed = read_topology(options), options.seed
+    names = split_list(options.solvers) if options.solvers is not None else list(solver_names())
+    choices = [SolverChoice.parse(name).for_steps(options) for name in names]
+    judged_too = [(_plan_name(name), read_plan(name, options.db)) for name in split_list(options.plans)]
     with working("reading the routing") as update:
-        recording = open_routing(routing, defaults=reader_defaults(model.model))
-        spec = read_model(model, recording)
-        split = split_routing(recording, held_out, seed)
+        recording = open_routing(routing, defaults=reader_defaults(options.model))
+        spec = read_model(options, recording)
+        split = split_routing(recording, options, seed)
         update("counting", None)
         problem = Problem(
             model=spec,
             topology=cluster,
             statistics=solving_statistics(recording, split),
-            objective=goal,
-            slots=read_slots(solving.slots),
+            objective=read_objective(options),
+            slots=read_slots(options.slots),
+            engine=options.engine,
         )
-        if engine is not None:
-            problem = problem_for(problem, engine)
-        replayed = make_steps(split.judged, steps, seed)
-        return compare(problem, split, replayed, choices, judged_too, solving.seconds, seed, update)
+        replayed = make_steps(split.judged, options, seed)
+        return compare(problem, split, replayed, choices, judged_too, options.seconds, seed, update)
 
 
 def _plan_name(reference: str) -> str:

@@ -9,7 +9,9 @@ from typing import Any, cast
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..placement.errors import ConflictError, InputError, NotFoundError
+from ..placement.engines import check_plan
+from ..placement.errors import ConflictError, InputError, NotFoundError, UnsupportedError
+from ..placement.plan import plan_from_dict
 from . import audit
 from .content import ID_DIGITS, plain
 from .database import Sessions
@@ -85,6 +87,7 @@ class Deployments:
 
         Raises:
             ConflictError: another plan was published meanwhile. InputError: a plan for another model or topology.
+            UnsupportedError: the policy's engine cannot run it.
         """
         with self._sessions.writing() as session:
             row = deployment_row(session, name)
@@ -141,6 +144,12 @@ def publish(
     """Puts a plan in force in the transaction at hand, tells webhooks, and closes what waits for approval."""
     if (plan.model_key, plan.topology_key) != (row.model_key, row.topology_key):
         raise InputError(f"plan {plan.fingerprint[:ID_DIGITS]} is for another model or topology than {row.name!r}")
+    if row.policy.get("engine"):
+        digits = plan.fingerprint[:ID_DIGITS]
+        try:
+            check_plan(plan_from_dict(plan.document, f"plan {digits}"), row.policy["engine"])
+        except UnsupportedError as error:
+            raise UnsupportedError(f"plan {digits} cannot be put in force for {row.name!r}: {error}") from None
     waiting = select(DecisionRow).where(DecisionRow.deployment_key == row.key, DecisionRow.state == "waiting")
     for other in session.scalars(waiting):
         if other is not decision:

@@ -14,7 +14,8 @@ from .._deprecated import old_listener, renamed_argument
 from .._display import Displayed, data_size
 from .._types import FloatArray
 from .cost import window_seconds
-from .errors import InputError
+from .engines import check_plan
+from .errors import InputError, UnsupportedError
 from .evaluate import evaluate
 from .migration import Migration, migration
 from .plan import Plan
@@ -109,12 +110,23 @@ def decide(
 
     Raises:
         InputError: no candidate, a level out of range, too few resamples for it, plans of another model or cluster.
+        UnsupportedError: the problem's engine cannot run a candidate.
     """
     check_levels(len(candidates), resamples, confidence, horizon_steps)
+    _check_engine(candidates, problem)
     moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
     listener = old_listener(progress, ("done",), "decide")
     figures = _figures([current, *candidates], held_out, problem, concurrency, resamples, seed, listener)
     return conclude(figures, moves, confidence, horizon_steps)
+
+
+def _check_engine(candidates: Sequence[Plan], problem: Problem) -> None:
+    for number, plan in enumerate(candidates):
+        if problem.engine is not None:
+            try:
+                check_plan(plan, problem.engine)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"candidate {number}: {error}") from None
 
 
 def check_levels(candidates: int, resamples: int, confidence: float, horizon_steps: float) -> None:
@@ -266,6 +278,7 @@ def decide_on_counts(
         InputError: fewer than 4 blocks of windows with tokens, a level out of range, plans of another model or cluster.
     """
     check_levels(len(candidates), resamples, confidence, horizon_steps)
+    _check_engine(candidates, problem)
     load = load[with_tokens(load)]
     count = len(load) // block
     if count < LEAST_BLOCKS:

@@ -76,6 +76,17 @@ def degraded(plan: Plan, failure: Failure) -> Plan:
     )
 
 
+def renumbered(plan: Plan, topology: Topology, ranks: IntArray) -> Plan:
+    """The plan of survivors on the whole cluster: those left keep their numbers, the others have no slots.
+
+    Args:
+        plan: on the devices left.
+        topology: of the whole cluster.
+        ranks: [G left] each device's number in it.
+    """
+    return replace(plan, topology=topology, slot_device=ranks[plan.slot_device])
+
+
 def remap_source_ranks(steps: Steps, origin: IntArray) -> Steps:
     """The same tokens on another cluster.
 

@@ -29,10 +29,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes `content` to `path` whole or not at all."""
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` to `path` whole or not at all."""
-    with replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def read_text(path: str | Path, limit_bytes: int = 1 << 30) -> str:

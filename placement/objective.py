@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -48,6 +48,23 @@ class Objective(Record):
                 'not give them; use "dispatch_combine", or replica_choice "share"'
             )
         return self
+
+    def filled(self, **values: Any) -> Objective:
+        """With these values for fields that nobody set. They still count as unset, so that another engine's go first.
+
+        Raises:
+            InputError: a value out of range.
+        """
+        unset = {name: value for name, value in values.items() if name not in self.model_fields_set}
+        result = Objective(**{**self.model_dump(), **unset})
+        object.__setattr__(result, "__pydantic_fields_set__", set(self.model_fields_set))
+        return result
+
+    def replace(self, **changes: Any) -> Objective:
+        """A changed copy, validated again; what `filled` filled stays as it is."""
+        result = Objective(**{**self.model_dump(), **changes})
+        object.__setattr__(result, "__pydantic_fields_set__", {*self.model_fields_set, *changes})
+        return result
 
     @property
     def tail(self) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 from .._arguments import wrong_type
 from .._display import Displayed, plural
 from .._types import BoolArray, FloatArray, IntArray
+from .engines import Constraint, EngineProfile, check_problem, engine_objective, engine_profile, group_rows
 from .errors import InputError
 from .failures import Failure, failure_mask
 from .layer_slots import DeviceSlots, Slots, in_table, own_slots, slots_by_layer, spanned
@@ -38,6 +39,9 @@ class Problem(Displayed):
     current: the plan in force, where a solver may start. max_moved_bytes: most bytes of expert weights that may travel
     to get from it to the answer, an expert counting once for every device that does not hold it yet.
     tolerates: failures (see `single_failures`) in each of which every expert of every layer must keep a replica.
+    engine: what the plan is for, a name of `target_names()`. The problem is then held to what that engine runs (slots
+    default to the fewest that it deals), the objective says what it does wherever it says nothing itself, and the plan
+    keeps the name.
 
     Example:
         >>> import moeplace as mp
@@ -58,6 +62,7 @@ class Problem(Displayed):
     tolerates: Sequence[Failure]
     current: Plan | None
     max_moved_bytes: float | None
+    engine: str | None
 
     def __init__(
         self,
@@ -74,12 +79,14 @@ class Problem(Displayed):
         max_moved_bytes: float | None = None,
         *,
         model: ModelSpec | None = None,
+        engine: str | None = None,
     ) -> None:
         """See the class. The first argument is a trace, statistics, or the model, told by its type.
 
         Raises:
             InputError: no routing, no topology or no model known, an argument of another type, or arguments that do not
                 go together.
+            UnsupportedError: the engine cannot run what is asked for; says what to change.
         """
         if routing is None and statistics is None:
             raise wrong_type("Problem", "routing", None, RoutingTrace, RoutingStatistics)
@@ -90,10 +97,10 @@ class Problem(Displayed):
             if value is not None and not isinstance(value, kind):
                 raise wrong_type("Problem", name, value, kind)
         values: dict[str, Any] = {
-            "model": model.of_routing(statistics.experts, statistics.moe_layers, statistics.top_k),
+            "model": (spec := model.of_routing(statistics.experts, statistics.moe_layers, statistics.top_k)),
             "topology": topology,
             "statistics": statistics,
-            "objective": Objective() if objective is None else objective,
+            "objective": _objective(objective, spec, engine),
             "slots": slots,
             "device_slots": device_slots,
             "pinned": {} if pinned is None else pinned,
@@ -101,9 +108,12 @@ class Problem(Displayed):
             "tolerates": tolerates,
             "current": current,
             "max_moved_bytes": max_moved_bytes,
+            "engine": engine,
         }
         for field_name, content in values.items():
             object.__setattr__(self, field_name, content)
+        if self.profile is not None:
+            check_problem(self, self.profile)
         self._check_slots()
         self._check_tolerates()
         self._check_current()
@@ -122,7 +132,12 @@ class Problem(Displayed):
             return f"{value!r}" if isinstance(value, str) else f"{value}"
 
         title = f"{self.model.layers} layers of {self.model.experts} experts on {plural(self.num_devices, 'device')}"
-        changed = {name: getattr(self.objective, name) for name in sorted(self.objective.model_fields_set)}
+        plain, asked_of = Objective(), self.objective
+        changed = {
+            name: value
+            for name in sorted(Objective.model_fields)
+            if (value := getattr(asked_of, name)) != getattr(plain, name) or name in asked_of.model_fields_set
+        }
         routing = self.statistics._summary()
         rows = {
             "model": self.model.title,
@@ -139,6 +154,7 @@ class Problem(Displayed):
             "forbidden": plural(len(self.forbidden), "expert") if self.forbidden else "",
             "tolerates": plural(len(self.tolerates), "failure") if len(self.tolerates) else "",
             "in force": "" if self.current is None else self.current._summary()[0],
+            "engine": "" if self.profile is None else f"{self.engine} ({self.profile.requires})",
             "may move": "" if self.max_moved_bytes is None else f"{self.max_moved_bytes:,.0f} bytes",
         }
         return title, rows | {name: text for name, text in asked.items() if text}
@@ -216,9 +232,31 @@ class Problem(Displayed):
         return bool((self.layer_slots == self.layer_slots[0]).all())
 
     @cached_property
+    def profile(self) -> EngineProfile | None:
+        """Of the engine, where one is named."""
+        return None if self.engine is None else engine_profile(self.engine)
+
+    @property
+    def spreads_replicas(self) -> bool:
+        """Whether no device may hold an expert twice, and has the slots to."""
+        return self.has_replicas and self.profile is not None and Constraint.SPREAD_REPLICAS in self.profile.constraints
+
+    @cached_property
+    def forbidden_devices(self) -> Mapping[tuple[int, int], Sequence[int]]:
+        """`forbidden`, with the devices that the engine's rows of grouped experts rule out besides."""
+        if self.profile is None or Constraint.GROUP_ROWS not in self.profile.constraints:
+            return self.forbidden
+        away = group_rows(self.model, self.num_devices)
+        places = {**self.forbidden, **away}
+        return {at: sorted({*self.forbidden.get(at, ()), *away.get(at, ())}) for at in places}
+
+    @cached_property
     def layer_slots(self) -> IntArray:
         """[L, G] slots of each layer on each device."""
-        return slots_by_layer(self.model, self.num_devices, self.slots, self.device_slots)
+        slots = self.slots
+        if slots is None and self.device_slots is None and self.profile is not None:
+            slots = self.profile.whole_slots(self.model.experts, self.num_devices)
+        return slots_by_layer(self.model, self.num_devices, slots, self.device_slots)
 
     @cached_property
     def slots_per_device(self) -> IntArray:
@@ -255,6 +293,12 @@ class Problem(Displayed):
             for layer, (row, share) in enumerate(zip(rows, shares, strict=True))
         ]
         return in_table(own, self.own_slots, elsewhere=0)
+
+
+def _objective(objective: Objective | None, model: ModelSpec, engine: str | None) -> Objective:
+    """The objective given, with the engine's choices where one is named."""
+    objective = Objective() if objective is None else objective
+    return objective if engine is None else engine_objective(engine_profile(engine), objective, model)
 
 
 def _model_and_statistics(routing: Any, statistics: Any, model: Any) -> tuple[ModelSpec, RoutingStatistics]:

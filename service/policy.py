@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 
+from ..placement.engines import engine_profile
 from ..placement.objective import Objective
 from ..placement.validation import Record
 
@@ -36,10 +37,19 @@ SlotCounts = SlotCount | Annotated[list[SlotCount], Field(min_length=1, max_leng
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
+AskedObjective = Annotated[
+    Objective, PlainSerializer(lambda objective: objective.model_dump(mode="json", exclude_unset=True))
+]
+"""An objective that is kept as it was asked for: what it leaves out is the engine's to choose."""
+
+EngineName = Annotated[str, AfterValidator(lambda name: engine_profile(name).name)]
+
+
 class Policy(Record):
     """How a deployment's plans are solved, judged and published.
 
-    solver, options, seconds, slots, objective: of its solves; slots is one number, or one for each layer.
+    engine: what plans are for; they are solved within its limits, and no other plan is put in force. solver, options,
+    seconds, slots, objective: of its solves; slots is one number, or one for each layer.
     step_tokens: tokens of one engine step over all devices, which count windows are priced for.
     block: neighbouring windows taken as one observation. recent: newest windows that a check compares with those the
     plan was judged on; at least 8 blocks, since half of them are held out to judge on. false_alarm: chance of an alarm
@@ -50,7 +60,8 @@ class Policy(Record):
     when. keep_traces: uploaded traces kept.
     """
 
-    objective: Objective = Objective()
+    objective: AskedObjective = Objective()
+    engine: EngineName | None = None
     solver: str = "search"
     options: PlainObject = {}  # noqa: RUF012
     seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 30.0

@@ -24,11 +24,10 @@ from ..db.uploads import UPLOAD_LIMIT
 from ..placement.errors import InputError
 from ..placement.failures import Kind
 from ..placement.model import ModelSpec
-from ..placement.objective import Objective
 from ..placement.plan import plan_to_dict
 from ..placement.topology import Topology
 from ..profiler.engine_servers import EngineServer
-from .policy import PlainObject, Policy, SlotCounts
+from .policy import AskedObjective, EngineName, PlainObject, Policy, SlotCounts
 
 Name = Annotated[str, Field(min_length=1, max_length=100, description="A name, not one that reads as an id.")]
 Ref = Annotated[str, Field(min_length=1, max_length=200, description="A name, or the first digits of an id.")]
@@ -204,8 +203,8 @@ class SolveRequest(JobBody):
     """Of a deployment, or of a stored model, topology and statistics.
 
     routing: what of a deployment's record to solve on, its newest `windows` count windows or its uploaded traces.
-    slots: one number for all layers, or one for each. Left out: solver, options, seconds, slots and objective are those
-    of the deployment's policy.
+    slots: one number for all layers, or one for each. engine: what the plan is for. Left out: solver, options, seconds,
+    slots, objective and engine are those of the deployment's policy.
     """
 
     deployment: Ref | None = None
@@ -219,7 +218,8 @@ class SolveRequest(JobBody):
     seconds: Annotated[float, Field(gt=0.0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     slots: SlotCounts | None = None
-    objective: Objective | None = None
+    objective: AskedObjective | None = None
+    engine: EngineName | None = None
 
 
 class SolveJob(SolveRequest):
@@ -228,7 +228,7 @@ class SolveJob(SolveRequest):
     solver: Annotated[str, Field(max_length=50)]
     options: PlainObject
     seconds: Annotated[float, Field(gt=0.0)]
-    objective: Objective
+    objective: AskedObjective
 
 
 class DecideRequest(JobBody):
@@ -328,7 +328,7 @@ class StudyRequest(JobBody):
     """On a deployment's routing (`routing` and `windows` as for a solve; the newest is held out to replay), or on
     stored statistics, with the token sample of `held_out`, other stored statistics, to replay.
 
-    solver, options, seconds, seed, objective: of each solve; left out, those of the deployment's policy.
+    solver, options, seconds, seed, objective, engine: of each solve; left out, those of the deployment's policy.
     """
 
     deployment: Ref | None = None
@@ -341,13 +341,15 @@ class StudyRequest(JobBody):
     options: PlainObject | None = None
     seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 10.0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    objective: Objective | None = None
+    objective: AskedObjective | None = None
+    engine: EngineName | None = None
 
 
 class ChangesRequest(Body):
     """lose: failures such as "device:3", "node:1" or "device:3+node:1". n_1: every single device and node, as is the
     default when nothing else is asked. devices, nodes: the plan's cluster with so many. topology: another, stored one.
-    slots: a layer of the ready plans, or one number for each layer."""
+    slots: a layer of the ready plans, or one number for each layer. keep_ranks: lost devices keep their numbers, with
+    no slots, where the engine knows masked ranks."""
 
     lose: Annotated[list[Annotated[str, Field(max_length=2000)]], Field(max_length=MOST_PARTS)] = []
     n_1: bool = False
@@ -355,6 +357,7 @@ class ChangesRequest(Body):
     nodes: Annotated[int, Field(ge=1, le=4096)] | None = None
     topology: Ref | None = None
     slots: SlotCounts | None = None
+    keep_ranks: bool = False
 
 
 class WhatIfRequest(StudyRequest):
@@ -383,7 +386,7 @@ class ParetoRequest(StudyRequest):
 class WhatIfJob(WhatIfRequest):
     solver: Annotated[str, Field(max_length=50)]
     options: PlainObject
-    objective: Objective
+    objective: AskedObjective
 
 
 class ParetoJob(ParetoRequest):
@@ -391,7 +394,7 @@ class ParetoJob(ParetoRequest):
     topology: Ref
     solver: Annotated[str, Field(max_length=50)]
     options: PlainObject
-    objective: Objective
+    objective: AskedObjective
 
 
 StudyJob = WhatIfJob | ParetoJob

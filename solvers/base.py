@@ -77,6 +77,7 @@ class Feature(Enum):
     REPLICAS = "replicas"
     UNEVEN_SLOTS = "devices with different numbers of slots"
     LAYER_SLOTS = "layers with different numbers of slots"
+    SPREAD_REPLICAS = "replicas each on a device of its own, as the engine needs"
     PINNED = "pinned or forbidden devices"
     TOLERATES = "failures to tolerate"
     MOVE_LIMIT = "a limit of bytes moved from the current plan"

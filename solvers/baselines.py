@@ -17,7 +17,7 @@ class Contiguous:
     """
 
     name = "contiguous"
-    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS})
+    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS, Feature.SPREAD_REPLICAS})
     needs: frozenset[Needs] = frozenset()
 
     def solve(self, problem: Problem, budget: Budget) -> Solution:
@@ -34,7 +34,7 @@ class RoundRobin:
     """
 
     name = "round_robin"
-    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS})
+    supports = frozenset({Feature.REPLICAS, Feature.UNEVEN_SLOTS, Feature.LAYER_SLOTS, Feature.SPREAD_REPLICAS})
     needs: frozenset[Needs] = frozenset()
 
     def solve(self, problem: Problem, budget: Budget) -> Solution:

@@ -186,7 +186,7 @@ def allowed_states(problem: Problem, space: PlacementSpace) -> BoolArray:
     allowed = np.ones((problem.model.layers, len(placed)), dtype=bool)
     for (layer, expert), device in problem.pinned.items():
         allowed[layer] &= placed[:, expert] == device
-    for (layer, expert), devices in problem.forbidden.items():
+    for (layer, expert), devices in problem.forbidden_devices.items():
         allowed[layer] &= ~np.isin(placed[:, expert], devices)
     stuck = np.flatnonzero(~allowed.any(axis=1))
     if len(stuck):
@@ -214,7 +214,7 @@ def _device_kinds(problem: Problem) -> list[Hashable]:
 
 def _space(problem: Problem, kinds: Sequence[Hashable]) -> PlacementSpace:
     """The placements of a layer; a device named by a constraint is like no other."""
-    named = set(problem.pinned.values()).union(*problem.forbidden.values())
+    named = set(problem.pinned.values()).union(*problem.forbidden_devices.values())
     kind = tuple(("named", g) if g in named else kind for g, kind in enumerate(kinds))
     return PlacementSpace(tuple(problem.slots_per_device.tolist()), kind)
 

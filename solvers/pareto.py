@@ -15,9 +15,11 @@ from .._arguments import check_types
 from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
 from ..placement.degraded import grown_slots, slot_capacity, with_standbys
+from ..placement.engines import Constraint
 from ..placement.errors import InputError, SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate
 from ..placement.failures import KINDS, Failure, Kind, single_failures, survives
+from ..placement.layer_slots import even_slots
 from ..placement.migration import Migration, migration
 from ..placement.plan import Plan
 from ..placement.problem import Problem
@@ -174,10 +176,12 @@ def pareto(
     points are judged by their mean step.
 
     Args:
-        problem: its slots are swept, so it names none, and no failures to tolerate.
+        problem: its slots are swept, so it names none, and no failures to tolerate. Where it names no engine, that of
+            the plan in force is obeyed.
         steps: the held-out steps.
         redundant: slots a layer beyond one an expert; default 0, 1/8, 1/4, 1/2 and 1 for each expert, as far as memory
-            goes, rounded up to whole slots a device.
+            goes, rounded up to whole slots a device; where experts do not divide over the devices of an engine that
+            deals them equally, the least is not 0.
         tolerate: kinds of failures to survive.
         current: the plan in force, which bytes are moved from.
         max_moved: most bytes to move; default any number, and with a plan in force also 1/16 and 1/4 of the weights.
@@ -198,6 +202,8 @@ def pareto(
     if problem.slots is not None or problem.device_slots is not None or problem.tolerates:
         raise InputError("pareto sweeps slots and failures to tolerate; leave slots, device_slots and tolerates out")
     check_seconds(seconds)
+    if problem.engine is None and current is not None and current.provenance.engine:
+        problem = replace(problem, engine=current.provenance.engine)
     listener, began = old_listener(progress, ("done", "total", "message"), "pareto"), time.perf_counter()
     limits = max_moved
     if limits is None:
@@ -244,6 +250,10 @@ def redundancy_steps(problem: Problem) -> list[int]:
     experts, devices = problem.model.experts, problem.num_devices
     most = int(slot_capacity(problem.model, problem.topology).sum()) - experts
     counts = {0}
+    if problem.profile is not None:
+        counts = {problem.profile.whole_slots(experts, devices) - experts}
+        if Constraint.NO_REPLICAS in problem.profile.constraints:
+            return sorted(counts)
     for part in (8, 4, 2, 1):
         slots = experts + -(-experts // part)
         counts.add(-(-slots // devices) * devices - experts)
@@ -259,6 +269,8 @@ def problem_for(config: ParetoConfig, problem: Problem, current: Plan | None = N
     devices = problem.num_devices
     total, capacity = problem.model.experts + config.redundant, slot_capacity(problem.model, problem.topology)
     slots = grown_slots(np.zeros(devices, dtype=np.int64), total, capacity)
+    if slots is not None and problem.profile is not None and problem.profile.equal_slots:
+        slots = even_slots(total, devices) if total <= devices * capacity.min() else None
     if slots is None:
         raise SolveError(f"does not fit: {total} slots a layer are wanted, the devices hold {int(capacity.sum())}")
     tolerates: tuple[Failure, ...] = ()

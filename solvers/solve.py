@@ -15,6 +15,7 @@ import numpy as np
 
 from .._arguments import check_types
 from ..placement.bounds import device_loads
+from ..placement.engines import check_plan
 from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.plan import Plan, Provenance
 from ..placement.problem import Problem
@@ -166,8 +167,11 @@ def solve(
             trace_fingerprint=problem.statistics.fingerprint,
             history=tuple(budget.history),
             choice=choice.reason,
+            engine=problem.engine or "",
         ),
     )
+    if problem.engine is not None:
+        check_plan(plan, problem.engine)
     return replace(plan, predicted=_predicted(plan, problem))
 
 
@@ -213,8 +217,10 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         asked.add(Feature.UNEVEN_SLOTS)
     if not problem.layers_alike:
         asked.add(Feature.LAYER_SLOTS)
-    if problem.pinned or problem.forbidden:
+    if problem.pinned or problem.forbidden_devices:
         asked.add(Feature.PINNED)
+    if problem.spreads_replicas:
+        asked.add(Feature.SPREAD_REPLICAS)
     if problem.tolerates:
         asked.add(Feature.TOLERATES)
     if problem.max_moved_bytes is not None:

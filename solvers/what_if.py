@@ -13,7 +13,16 @@ import numpy as np
 from .._arguments import check_types
 from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
-from ..placement.degraded import degraded, grown_layer_slots, remap_source_ranks, repaired, slot_capacity, survivors
+from ..placement.degraded import (
+    degraded,
+    grown_layer_slots,
+    remap_source_ranks,
+    renumbered,
+    repaired,
+    slot_capacity,
+    survivors,
+)
+from ..placement.engines import violations
 from ..placement.errors import SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate, evaluate_on
 from ..placement.failures import KINDS, Failure, failure_mask, single_failures, survives
@@ -41,7 +50,8 @@ class Change:
         name: shown to the user. topology: the other cluster. origin: [G] the rank that each of its devices has in the
         plan's cluster, -1 for a new device. slots: P a layer of the ready plan, or [L] numbers, one a layer; by default
         those of the devices that stay, or as
-            many as the plan has where there are new ones, and always enough for every expert.
+            many as the plan has where there are new ones, always enough for every expert, and as many as the problem's
+            engine deals.
     """
 
     name: str
@@ -238,6 +248,7 @@ def what_if(
     *,
     ready: bool = True,
     max_moved_bytes: float | None = None,
+    keep_ranks: bool = False,
     solver: str | Solver | SolverOptions | None = None,
     seconds: float | None = None,
     seed: int = 0,
@@ -249,12 +260,14 @@ def what_if(
     Args:
         plan: the plan in force.
         problem: statistics, objective and constraints, on the plan's topology; pins to devices that go are dropped, and
-            failures it tolerates are not asked of ready plans.
+            failures it tolerates are not asked of ready plans. Where it names no engine, the plan's is obeyed.
         steps: to replay, which no solver has seen.
         changes: default the loss of every device and of every node.
         ready: whether to repair and solve; otherwise only survival and the degraded plan are looked at.
         max_moved_bytes: most that ready plans may move between devices, after failures (lost experts are loaded beside
             that).
+        keep_ranks: whether devices that are left keep their numbers in the repaired and ready plans after a failure,
+            the lost ones having no slots; for engines that know masked ranks.
         solver: of each solve (see `solve`).
         seconds: of each solve; by default no limit, as in `solve`.
         seed: of each solve.
@@ -266,12 +279,21 @@ def what_if(
 
     Raises:
         InputError: the plan, the problem and the steps are not about the same model or number of devices.
+        UnsupportedError: the engine does not run the slots that a change names, or knows no masked ranks.
     """
     check_seconds(seconds)
+    problem = replace(problem, engine=problem.engine or plan.provenance.engine or None)
+    if keep_ranks and (problem.profile is None or not problem.profile.masked_ranks):
+        raise UnsupportedError(
+            f"keep_ranks leaves lost devices their numbers: {problem.engine or 'no engine named'} knows no masked ranks"
+        )
     listener, began = old_listener(progress, ("done", "total", "message"), "what_if"), time.perf_counter()
     before = evaluate(plan, steps, problem)
     if changes is None:
         changes = [Change.losing(failure, plan.topology) for failure in single_failures(plan.topology)]
+    for change in changes:
+        if change.slots is not None:
+            _check_slots_named(problem, change)
     make_plan = partial(solve, solver=solver, seconds=seconds, seed=seed, **(options or {}))
     outcomes: list[Outcome] = []
     try:
@@ -282,6 +304,8 @@ def what_if(
             outcome = _unrepaired(plan, problem, steps, change)
             if ready:
                 outcome = _made_ready(outcome, plan, problem, steps, make_plan, max_moved_bytes)
+            if keep_ranks and change.stays:
+                outcome = _keeping_ranks(outcome, plan.topology)
             outcomes.append(outcome)
             if outcome.ready is not None and outcome.ready.plan.provenance.stop == "interrupted":
                 return WhatIf(plan, before, tuple(outcomes), interrupted=len(outcomes) < len(changes))
@@ -318,9 +342,11 @@ def _made_ready(
         totals = slots_by_layer(problem.model, change.topology.num_devices, change.slots, None).sum(axis=1)
     else:
         totals = np.maximum(experts, (present if keeps_slots else plan.slots_per_device).sum(axis=1))
-    slots = grown_layer_slots(
-        present if keeps_slots else np.zeros_like(present), totals, problem.model, change.topology
-    )
+    least = present if keeps_slots else np.zeros_like(present)
+    if problem.profile is not None and problem.profile.equal_slots:
+        slots = _dealt_slots(problem, change, totals, least)
+    else:
+        slots = grown_layer_slots(least, totals, problem.model, change.topology)
     if slots is None:
         capacity = int(slot_capacity(problem.model, change.topology).sum())
         return replace(
@@ -328,13 +354,19 @@ def _made_ready(
             reason=f"does not fit: {spanned(totals)} slots a layer are needed, {change.topology.num_devices} devices "
             f"hold {capacity}",
         )
+    try:
+        after = _problem_after(problem, change, slots)
+    except UnsupportedError as error:
+        return replace(outcome, reason=str(error))
     extra = np.maximum(slots - present, 0)[:, change.origin >= 0].sum(axis=1)
     outcome = replace(outcome, extra_slots=int(extra.max()))
     if keeps_slots and outcome.lost.any():
         failure = Failure(change.name, _gone(plan, change))
         repaired_plan = repaired(plan, failure, slots, problem.statistics.total_load)
-        outcome = replace(outcome, repaired=_evaluated(repaired_plan, plan, problem, steps, change))
-    after = _problem_after(problem, change, slots)
+        if problem.profile is None or not violations(repaired_plan, problem.profile.constraints):
+            made = replace(repaired_plan.provenance, engine=problem.engine or "")
+            repaired_plan = replace(repaired_plan, provenance=made)
+            outcome = replace(outcome, repaired=_evaluated(repaired_plan, plan, problem, steps, change))
     at_once = outcome.degraded or outcome.repaired
     if max_moved_bytes is not None and at_once is not None:
         after = replace(after, current=at_once.plan, max_moved_bytes=max_moved_bytes)
@@ -343,6 +375,32 @@ def _made_ready(
     except (UnsupportedError, SolveError) as error:
         return replace(outcome, reason=str(error))
     return replace(outcome, ready=_evaluated(ready, plan, problem, steps, change))
+
+
+def _check_slots_named(problem: Problem, change: Change) -> None:
+    """Refuses slots that a change names and the engine does not run, before anything is solved."""
+    try:
+        replace(_problem_after(problem, change, None), slots=change.slots)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{change.name}: {error}") from None
+
+
+def _dealt_slots(problem: Problem, change: Change, totals: IntArray, least: IntArray) -> IntArray | None:
+    """[L, G] as many slots on every device in every layer, at least so many in all [L] and on each [L, G]; None when
+    some device does not hold them."""
+    devices = change.topology.num_devices
+    each = max(-(-int(totals.max()) // devices), int(least.max()))
+    fits = each <= int(slot_capacity(problem.model, change.topology).min())
+    return np.full((problem.model.layers, devices), each, dtype=np.int64) if fits else None
+
+
+def _keeping_ranks(outcome: Outcome, cluster: Topology) -> Outcome:
+    """The outcome with its plans on the whole cluster, lost devices without slots."""
+
+    def on_cluster(judged: EvaluatedPlan | None) -> EvaluatedPlan | None:
+        return judged and replace(judged, plan=renumbered(judged.plan, cluster, outcome.change.origin))
+
+    return replace(outcome, repaired=on_cluster(outcome.repaired), ready=on_cluster(outcome.ready))
 
 
 def _evaluated(result: Plan, plan: Plan, problem: Problem, steps: Steps, change: Change) -> EvaluatedPlan:
@@ -363,13 +421,13 @@ def _holds_before(plan: Plan, change: Change) -> BoolArray:
     return np.concatenate([plan.holds, nothing], axis=2)[:, :, change.origin]
 
 
-def _problem_after(problem: Problem, change: Change, slots: IntArray) -> Problem:
+def _problem_after(problem: Problem, change: Change, slots: IntArray | None) -> Problem:
     rank = {int(old): new for new, old in enumerate(change.origin) if old >= 0}
     return replace(
         problem,
         topology=change.topology,
         slots=None,
-        device_slots=slots.tolist(),
+        device_slots=None if slots is None else slots.tolist(),
         pinned={key: rank[device] for key, device in problem.pinned.items() if device in rank},
         forbidden={key: [rank[d] for d in devices if d in rank] for key, devices in problem.forbidden.items()},
         tolerates=(),

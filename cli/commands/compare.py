@@ -7,57 +7,15 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..options import (
-    SOLVING,
-    AsJson,
-    Engine,
-    HeldOutOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    RoutingPath,
-    Seed,
-    SolveOptions,
-    StepOptions,
-    StoreOptions,
-    TopologyOptions,
-)
+from ..options import SOLVING, AsJson, ComparisonOptions, RoutingPath
 from ..output import emit, note
 from ..run_comparison import Comparison, run_comparison
 from ..tables import comparison_rows, comparison_tables
 
-Solvers = Annotated[
-    str | None,
-    Option(
-        "--solvers",
-        help="Comma-separated solvers, each with options where wanted: exflow:form=staged. Default: all.",
-        show_default=False,
-        rich_help_panel=SOLVING,
-    ),
-]
-Plans = Annotated[
-    str | None,
-    Option(
-        "--plans",
-        help="Comma-separated plan files or stored plans to judge beside them, such as the one in force.",
-        show_default=False,
-        rich_help_panel=SOLVING,
-    ),
-]
-
 
 def compare_command(
     routing: RoutingPath,
-    model: ModelOptions,
-    topology: TopologyOptions,
-    objective: ObjectiveOptions,
-    held_out: HeldOutOptions,
-    steps: StepOptions,
-    solving: SolveOptions,
-    storage: StoreOptions,
-    solvers: Solvers = None,
-    plans: Plans = None,
-    engine: Engine = None,
-    seed: Seed = 0,
+    options: ComparisonOptions,
     save: Annotated[
         Path | None,
         Option(
@@ -80,20 +38,7 @@ def compare_command(
 
       moeplace compare trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solvers eplb,exflow,search
     """
-    comparison = run_comparison(
-        routing,
-        model=model,
-        topology=topology,
-        objective=objective,
-        held_out=held_out,
-        steps=steps,
-        solving=solving,
-        storage=storage,
-        solvers=solvers,
-        plans=plans,
-        seed=seed,
-        engine=engine,
-    )
+    comparison = run_comparison(routing, options)
     rows = comparison_rows(comparison)
     if save is not None:
         save_plans(comparison, save)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import JUDGING, STORE, AsJson, HeldOutOptions, ObjectiveOptions, ServerOptions, StoreOptions
+from ..options import JUDGING, STORE, AsJson, Engine, HeldOutOptions, ObjectiveOptions, ServerOptions, StoreOptions
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
 from ..parse import read_objective
 from ..remote import read_plan, service
@@ -75,6 +75,7 @@ def decide_command(
             "--current", metavar="PLAN", help="The plan in force; contiguous is what engines do without a plan."
         ),
     ] = BASELINE,
+    engine: Engine = None,
     decode: Annotated[
         int, typer.Option("--decode", min=1, metavar="N", help="Sequences a decode step.", rich_help_panel=JUDGING)
     ] = 128,
@@ -127,7 +128,8 @@ def decide_command(
             model=plans[0].model,
             topology=plans[0].topology,
             statistics=solving_statistics(recording, split),
-            objective=read_objective(objective, plans[0].provenance.engine),
+            objective=read_objective(objective),
+            engine=engine or plans[0].provenance.engine or None,
         )
         in_force = solve(problem, BASELINE) if current == BASELINE else read_plan(current, storage.db, remote.server)
         decision = decide(

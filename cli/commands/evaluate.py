@@ -10,6 +10,7 @@ import typer
 from ..options import (
     JUDGING,
     AsJson,
+    Engine,
     HeldOutOptions,
     KeepOptions,
     ObjectiveOptions,
@@ -40,6 +41,7 @@ def evaluate_command(
     steps: StepOptions,
     storage: KeepOptions,
     remote: ServerOptions,
+    engine: Engine = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -54,8 +56,8 @@ def evaluate_command(
     """Replay held-out routing through a plan, beside the contiguous placement, and say what its layers wait for.
 
     With the plan's own seed and --held-out, the part judged on is the one its solver did not see.
-    Replicas are chosen as the engine does that the plan was solved for (`moeplace solve --for`), unless
-    --replica-choice is given. With --server the plan may be one of a service's; it is judged here.
+    It is judged as the engine runs it that --for names, or that it was solved for. With --server the plan may be one
+    of a service's; it is judged here.
 
     Example:
 
@@ -74,8 +76,9 @@ def evaluate_command(
             model=judged_plan.model,
             topology=judged_plan.topology,
             statistics=solving_statistics(recording, split),
-            objective=read_objective(objective, judged_plan.provenance.engine),
+            objective=read_objective(objective),
             device_slots=judged_plan.slots_per_device.tolist(),
+            engine=engine or judged_plan.provenance.engine or None,
         )
         name = Path(plan).stem if plan.endswith(".json") else plan
         comparison = compare(problem, split, replayed, (), [(name, judged_plan)], 30.0, used_seed, update)

@@ -12,18 +12,23 @@ from ..options import (
     SOLVING,
     STORE,
     AsJson,
-    HeldOutOptions,
     KeepOptions,
     ModelOptions,
     ObjectiveOptions,
     RoutingPath,
-    Seed,
-    ServerOptions,
-    StepOptions,
+    StudyOptions,
     TopologyOptions,
 )
 from ..output import emit, note, working
-from ..parse import SolverChoice, read_model, read_objective, read_size, read_topology, reader_defaults, split_list
+from ..parse import (
+    read_model,
+    read_objective,
+    read_size,
+    read_topology,
+    reader_defaults,
+    split_list,
+    study_solver,
+)
 from ..remote import Study, read_plan, service, sweep_remotely
 from ..routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
 from ..save import keep_judged_plans
@@ -43,10 +48,8 @@ def pareto_command(
     model: ModelOptions,
     topology: TopologyOptions,
     objective: ObjectiveOptions,
-    held_out: HeldOutOptions,
-    steps: StepOptions,
+    study: StudyOptions,
     storage: KeepOptions,
-    remote: ServerOptions,
     redundant: Annotated[
         str | None,
         typer.Option(
@@ -88,20 +91,6 @@ def pareto_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            "--solver",
-            "-s",
-            help="Who solves. Default: as `moeplace solve` chooses.",
-            show_default=False,
-            rich_help_panel=SOLVING,
-        ),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
-    ] = 10.0,
-    seed: Seed = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -129,33 +118,30 @@ def pareto_command(
     from ...profiler.read import open_routing
     from ...solvers.pareto import pareto
 
-    if len(steps.kinds) > 1:
-        raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
-    if remote.server is not None and solver is None:
-        raise typer.BadParameter("a service is told which solver to use: give --solver")
-    if out is None and not storage.store and remote.server is None:
+    choice, server, seed = study_solver(study), study.server, study.seed
+    if out is None and not storage.store and server is None:
         raise typer.BadParameter("the plans would go nowhere: give --out, or leave out --no-store")
     if max_moved is not None and current is None:
         raise typer.BadParameter("--max-moved counts from --current, the plan in force")
     limits = None if max_moved is None else [_limit(entry) for entry in split_list(max_moved)]
     counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
-    choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
     cluster, goal = read_topology(topology), read_objective(objective)
-    in_force = None if current is None else read_plan(current, storage.db, remote.server)
+    in_force = None if current is None else read_plan(current, storage.db, server)
     with working("reading the routing") as update:
         recording = open_routing(routing, defaults=reader_defaults(model.model))
-        split = split_routing(recording, held_out, seed)
+        split = split_routing(recording, study, seed)
         problem = Problem(
             model=read_model(model, recording),
             topology=cluster,
             statistics=solving_statistics(recording, split),
             objective=goal,
+            engine=study.engine or (in_force.provenance.engine or None if in_force else None),
         )
-        if remote.server is not None:
+        if server is not None:
             answer = sweep_remotely(
-                remote.server,
+                server,
                 problem,
-                Study(split, steps, choice, seconds, seed),
+                Study(split, study, choice),
                 in_force,
                 counts,
                 kinds,
@@ -163,7 +149,7 @@ def pareto_command(
                 update,
             )
             data = answer | {"held_out": split.description}
-            files = [] if out is None else fetch_front(remote.server, data, out)
+            files = [] if out is None else fetch_front(server, data, out)
             for point, file in zip(data["points"], files, strict=False):
                 point["file"] = str(file)
             emit(
@@ -172,7 +158,7 @@ def pareto_command(
                 as_json=as_json,
             )
             return
-        ((kind, replayed),) = make_steps(split.judged, steps, seed).items()
+        ((kind, replayed),) = make_steps(split.judged, study, seed).items()
         front = pareto(
             problem,
             replayed,
@@ -181,7 +167,7 @@ def pareto_command(
             current=in_force,
             max_moved=limits,
             solver=choice.solver,
-            seconds=seconds,
+            seconds=study.seconds,
             seed=seed,
             options=choice.options,
             progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),

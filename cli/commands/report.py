@@ -10,36 +10,17 @@ from typing import Annotated
 
 import typer
 
-from ..options import (
-    AsJson,
-    HeldOutOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    RoutingPath,
-    Seed,
-    SolveOptions,
-    StepOptions,
-    StoreOptions,
-    TopologyOptions,
-)
+from ..options import AsJson, ComparisonOptions, RoutingPath
 from ..output import emit, note
 from ..run_comparison import Comparison, run_comparison
 from ..tables import comparison_rows, comparison_tables
-from .compare import Plans, Solvers, comparison_data
+from .compare import comparison_data
 
 
 def report_command(
     routing: RoutingPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.", show_default=False)],
-    model: ModelOptions,
-    topology: TopologyOptions,
-    objective: ObjectiveOptions,
-    held_out: HeldOutOptions,
-    steps: StepOptions,
-    solving: SolveOptions,
-    storage: StoreOptions,
-    solvers: Solvers = None,
-    plans: Plans = None,
+    options: ComparisonOptions,
     before: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +34,6 @@ def report_command(
         str | None,
         typer.Option("--after", help="Plan to show against it. Default: the best of the others.", show_default=False),
     ] = None,
-    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compare as `moeplace compare` does, and also write one HTML page with table and plots.
@@ -68,19 +48,7 @@ def report_command(
     from ..report.build import build_report
     from ..report.page import write_page
 
-    comparison = run_comparison(
-        routing,
-        model=model,
-        topology=topology,
-        objective=objective,
-        held_out=held_out,
-        steps=steps,
-        solving=solving,
-        storage=storage,
-        solvers=solvers,
-        plans=plans,
-        seed=seed,
-    )
+    comparison = run_comparison(routing, options)
     write_page(build_report(comparison, before, after, provenance(comparison, routing)), output)
     note(f"wrote {output}")
     rows = comparison_rows(comparison)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,7 +120,6 @@ def solve_command(
     """
     from ...placement.migration import migration
     from ...placement.problem import Problem
-    from ...runtime.engine_problems import check_plan_for, problem_for
     from ...solvers import solve
 
     if remote.server is not None and solver is None:
@@ -133,7 +131,7 @@ def solve_command(
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(batch)
     if certify is not None:
         choice = choice.certified(certify)
-    cluster, goal = read_topology(topology), read_objective(objective, engine)
+    cluster, goal = read_topology(topology), read_objective(objective)
     in_force = None if current is None else read_plan(current, storage.db)
     with working("counting the routing") as update:
         recording, statistics, used = training_statistics(routing, model, held_out, seed, update)
@@ -145,9 +143,8 @@ def solve_command(
             slots=read_slots(solving.slots),
             current=in_force,
             max_moved_bytes=None if max_moved is None else read_size("--max-moved", max_moved),
+            engine=engine,
         )
-        if engine is not None:
-            problem = problem_for(problem, engine)
         stored: str | None = None
         if remote.server is not None and choice.solver is not None:
             plan, stored = solve_remotely(
@@ -162,9 +159,6 @@ def solve_command(
                 progress=solve_listener(update, choice.label, solving.seconds + (certify or 0.0)),
                 **choice.options,
             )
-        if engine is not None:
-            check_plan_for(plan, engine)
-            plan = replace(plan, provenance=replace(plan.provenance, engine=engine))
     if output is not None:
         plan.save(output)
     if remote.server is None and storage.store:

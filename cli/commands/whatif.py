@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...placement.errors import UnsupportedError
 from ..options import (
     CLUSTER,
     SOLVING,
     AsJson,
-    Engine,
-    HeldOutOptions,
     ObjectiveOptions,
     PlanReference,
     RoutingPath,
-    Seed,
-    ServerOptions,
-    StepOptions,
     StoreOptions,
+    StudyOptions,
     TopologyOptions,
 )
 from ..output import emit, note, working
-from ..parse import SolverChoice, read_objective, read_size, read_slots, read_topology
+from ..parse import read_objective, read_size, read_slots, read_topology, study_solver
 from ..remote import Study, read_plan, service, what_if_remotely
 from ..routing_split import make_steps, solving_statistics, split_routing
 from ..tables import what_if_table
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
-    from ...placement.problem import Problem
-    from ...solvers.what_if import Change, Outcome, WhatIf
+    from ...solvers.what_if import Outcome, WhatIf
 
 
 def whatif_command(
     plan: PlanReference,
     routing: RoutingPath,
     objective: ObjectiveOptions,
-    held_out: HeldOutOptions,
-    steps: StepOptions,
+    study: StudyOptions,
     storage: StoreOptions,
-    remote: ServerOptions,
     lose: Annotated[
         list[str] | None,
         typer.Option(
@@ -130,21 +121,15 @@ def whatif_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
-    solver: Annotated[
-        str | None,
+    keep_ranks: Annotated[
+        bool,
         typer.Option(
-            "--solver",
-            "-s",
-            help="Who solves the ready plans. Default: as `moeplace solve` chooses.",
-            show_default=False,
+            "--keep-ranks",
+            help="After a failure the devices left keep their numbers, lost ones having no slots: for engines that run "
+            "on with masked ranks (sglang).",
             rich_help_panel=SOLVING,
         ),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", min=0.01, help="Time limit of each.", rich_help_panel=SOLVING)
-    ] = 10.0,
-    engine: Engine = None,
-    seed: Seed = 0,
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="DIR", help="Write the plans into this folder.", show_default=False),
@@ -169,37 +154,32 @@ def whatif_command(
     from ...profiler.read import open_routing
     from ...solvers.what_if import parse_changes, what_if
 
-    if remote.server is not None and solver is None:
-        raise typer.BadParameter("a service is told which solver to use: give --solver")
-    if len(steps.kinds) > 1:
-        raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
-    if remote.server is not None and engine is not None:
-        raise typer.BadParameter("a service is not told of an engine: leave out --for, or --server")
-    choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(steps)
-    current = read_plan(plan, storage.db, remote.server)
+    choice, server, seed = study_solver(study), study.server, study.seed
+    current = read_plan(plan, storage.db, server)
     asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
     changes = parse_changes(current.topology, **asked)
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
         recording = open_routing(routing)
-        split = split_routing(recording, held_out, seed)
+        split = split_routing(recording, study, seed)
         problem = Problem(
             model=current.model,
             topology=current.topology,
             statistics=solving_statistics(recording, split),
-            objective=read_objective(objective, engine or current.provenance.engine),
+            objective=read_objective(objective),
+            engine=study.engine or current.provenance.engine or None,
         )
-        if remote.server is not None:
-            study = Study(split, steps, choice, seconds, seed)
-            data = what_if_remotely(remote.server, current, problem, study, asked, ready, most_moved, update)
+        if server is not None:
+            asked |= {"keep_ranks": keep_ranks}
+            data = what_if_remotely(
+                server, current, problem, Study(split, study, choice), asked, ready, most_moved, update
+            )
             if out is not None:
-                fetch_plans(remote.server, data, out)
+                fetch_plans(server, data, out)
             described = f"{data['steps']}. {split.description}. Step times are predicted."
             emit(data | {"held_out": split.description}, what_if_table(data, described), as_json=as_json)
             return
-        if engine is not None:
-            changes = [for_engine(change, current, problem, engine) for change in changes]
-        ((kind, replayed),) = make_steps(split.judged, steps, seed).items()
+        ((kind, replayed),) = make_steps(split.judged, study, seed).items()
         result = what_if(
             current,
             problem,
@@ -207,8 +187,9 @@ def whatif_command(
             changes,
             ready=ready,
             max_moved_bytes=most_moved,
+            keep_ranks=keep_ranks,
             solver=choice.solver,
-            seconds=seconds,
+            seconds=study.seconds,
             seed=seed,
             options=choice.options,
             progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),
@@ -255,35 +236,6 @@ def asked_changes(
         "topology": other,
         "slots": slots,
     }
-
-
-def for_engine(change: Change, plan: Plan, problem: Problem, engine: str) -> Change:
-    """The change with slots that the engine can run, where it does not say how many: those a device has now, or the
-    fewest.
-
-    Raises:
-        InputError: unknown engine. UnsupportedError: the engine cannot run on the changed cluster; says what to change.
-    """
-    from ...placement.problem import Problem
-    from ...runtime.engine_problems import problem_for
-
-    present = plan.num_slots // plan.topology.num_devices * change.topology.num_devices
-    choices = [present, None] if present >= plan.model.experts else [None]
-    for slots in choices if change.slots is None else [change.slots]:
-        changed = Problem(
-            model=problem.model,
-            topology=change.topology,
-            statistics=problem.statistics,
-            objective=problem.objective,
-            slots=slots,
-        )
-        try:
-            narrowed = problem_for(changed, engine)
-        except UnsupportedError as error:
-            refusal = error
-        else:
-            return change if change.slots is not None else replace(change, slots=narrowed.num_slots)
-    raise UnsupportedError(f"{change.name}: {refusal}")
 
 
 def plan_file(folder: Path, change: str, kind: str) -> Path:

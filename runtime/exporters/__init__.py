@@ -1,13 +1,13 @@
 """Plans as the files that serving engines read, and back."""
 
-from .base import Constraint
+from ...placement.engines import Constraint
 from .export import (
     check_export,
     engine_constraints,
     engine_names,
     engine_usage,
+    export_bytes,
     export_plan,
-    export_text,
     read_exported,
 )
 
@@ -17,7 +17,7 @@ __all__ = [
     "engine_constraints",
     "engine_names",
     "engine_usage",
+    "export_bytes",
     "export_plan",
-    "export_text",
     "read_exported",
 ]

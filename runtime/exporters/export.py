@@ -11,12 +11,13 @@ from typing import Any
 
 from ..._arguments import check_types
 from ..._plugins import Registry
-from ...placement.errors import InputError, UnsupportedError, nearest
-from ...placement.files import write_text
+from ...placement.engines import Constraint, check_plan, engine_profile
+from ...placement.errors import InputError, nearest
+from ...placement.files import write_bytes
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import Constraint, Exporter, violations
+from .base import Exporter
 from .moeplace_json import MoeplaceJson
 from .sglang import SGLang
 from .trtllm import TensorRTLLM
@@ -26,7 +27,7 @@ from .vllm_ascend import VLLMAscend
 EXPORTERS: Registry[Exporter] = Registry(
     "engine",
     "moeplace.exporters",
-    ("name", "constraints", "requires", "replica_choice", "text", "read", "usage"),
+    ("name", "profile", "content", "read", "usage"),
     MoeplaceJson(),
     SGLang(),
     VLLM(),
@@ -57,7 +58,7 @@ def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Pa
         plan: to write.
         engine: a name of `engine_names()`.
         path: of the file.
-        options: the format's own (see the `text` method of its exporter).
+        options: the format's own (see the `content` method of its exporter).
 
     Returns:
         The path.
@@ -66,12 +67,12 @@ def export_plan(plan: Plan, engine: str, path: str | Path, **options: Any) -> Pa
         InputError: unknown engine or option.
         UnsupportedError: the engine cannot express the plan; see `check_export`.
     """
-    write_text(path, export_text(plan, engine, **options))
+    write_bytes(path, export_bytes(plan, engine, suffix=Path(path).suffix, **options))
     return Path(path)
 
 
-def export_text(plan: Plan, engine: str, **options: Any) -> str:
-    """What `export_plan` writes.
+def export_bytes(plan: Plan, engine: str, *, suffix: str = "", **options: Any) -> bytes:
+    """What `export_plan` writes. suffix: of the file's name, by which some engines tell formats.
 
     Raises:
         InputError, UnsupportedError: as `export_plan`.
@@ -79,21 +80,21 @@ def export_text(plan: Plan, engine: str, **options: Any) -> str:
     exporter = exporter_named(engine)
     _check_options(exporter, options)
     check_export(plan, engine)
-    return exporter.text(plan, **options)
+    if suffix and "suffix" in inspect.signature(exporter.content).parameters:
+        options["suffix"] = suffix
+    content = exporter.content(plan, **options)
+    return content.encode() if isinstance(content, str) else content
 
 
 @check_types
 def check_export(plan: Plan, engine: str) -> None:
-    """Checks that the engine can express the plan.
+    """Checks that the engine can express the plan; the engine `permute` is a permuted checkpoint.
 
     Raises:
         InputError: unknown engine.
         UnsupportedError: it cannot; names every constraint broken, what to change, and the versions meant.
     """
-    exporter = exporter_named(engine)
-    broken = violations(plan, exporter.constraints)
-    if broken:
-        raise UnsupportedError(f"{engine} cannot express this plan ({exporter.requires}): {'; '.join(broken)}")
+    check_plan(plan, engine)
 
 
 @check_types
@@ -120,7 +121,7 @@ def read_exported(path: str | Path, engine: str, model: ModelSpec, topology: Top
 
 def engine_constraints(engine: str) -> frozenset[Constraint]:
     """What a plan for that engine must keep to."""
-    return exporter_named(engine).constraints
+    return engine_profile(engine).constraints
 
 
 def engine_usage(plan: Plan, engine: str, path: str | Path) -> str:
@@ -129,7 +130,7 @@ def engine_usage(plan: Plan, engine: str, path: str | Path) -> str:
 
 
 def _check_options(exporter: Exporter, options: dict[str, Any]) -> None:
-    known = set(inspect.signature(exporter.text).parameters) - {"plan"}
+    known = set(inspect.signature(exporter.content).parameters) - {"plan", "suffix"}
     for name in options:
         if name not in known:
             listed = nearest(name, known) if known else "it takes none"

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
+from ...placement.engines import engine_profile
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan, plan_to_dict
 from ...placement.topology import Topology
-from .base import Constraint
 
 
 class MoeplaceJson:
     """What `Plan.save` writes. Any plan fits."""
 
     name = "moeplace"
-    requires = "moeplace"
-    constraints: frozenset[Constraint] = frozenset()
-    replica_choice: Literal["share", "nearest"] = "share"
+    profile = engine_profile("moeplace")
 
-    def text(self, plan: Plan) -> str:
+    def content(self, plan: Plan) -> str:
         return json.dumps(plan_to_dict(plan), allow_nan=False)
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:

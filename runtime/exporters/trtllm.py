@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from ...placement.engines import engine_profile
 from ...placement.errors import FileFormatError, InputError
 from ...placement.files import read_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import FILE_LIMIT, Constraint, expert_row, plan_of_rows
+from .base import FILE_LIMIT, expert_row, plan_of_rows
 
 SLOTS, ASSIGNMENTS, UPDATES = "num_slots", "initial_global_assignments", "layer_updates_per_iter"
 DEEPEST = 4
@@ -28,11 +29,9 @@ class TensorRTLLM:
     """Layers by their absolute index."""
 
     name = "trtllm"
-    requires = "TensorRT-LLM 1.0 or newer"
-    constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES})
-    replica_choice: Literal["share", "nearest"] = "share"
+    profile = engine_profile("trtllm")
 
-    def text(self, plan: Plan, *, extra_layers: Sequence[int] = ()) -> str:
+    def content(self, plan: Plan, *, extra_layers: Sequence[int] = ()) -> str:
         """extra_layers: MoE layers the plan does not know (DeepSeek-V3's MTP layer 61), laid out as slot i mod E."""
         rows = dict(zip(plan.moe_layers, plan.physical_to_logical.tolist(), strict=True))
         for layer in extra_layers:

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
+from ...placement.engines import engine_profile
 from ...placement.errors import FileFormatError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import Constraint, expert_row, plan_of_rows, read_json
+from .base import expert_row, plan_of_rows, read_json
 
 
 class VLLM:
     """[MoE layers][slots]; read also with one row for all layers."""
 
     name = "vllm"
-    requires = "a vLLM with pull request 49572 (no release up to 0.33 reads a placement file)"
-    constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES})
-    replica_choice: Literal["share", "nearest"] = "share"
+    profile = engine_profile("vllm")
 
-    def text(self, plan: Plan) -> str:
+    def content(self, plan: Plan) -> str:
         return json.dumps(plan.physical_to_logical.tolist())
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:

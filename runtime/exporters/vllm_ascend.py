@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from ...placement.engines import engine_profile
 from ...placement.errors import FileFormatError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import Constraint, expert_row, plan_of_rows, read_json
+from .base import expert_row, plan_of_rows, read_json
 
 
 class VLLMAscend:
     """Layers and devices by their position."""
 
     name = "vllm-ascend"
-    requires = "vLLM-Ascend 0.14 to 0.23"
-    constraints = frozenset({Constraint.EQUAL_SLOTS, Constraint.EQUAL_SHARES, Constraint.SPREAD_REPLICAS})
-    replica_choice: Literal["share", "nearest"] = "share"
+    profile = engine_profile("vllm-ascend")
 
-    def text(self, plan: Plan) -> str:
+    def content(self, plan: Plan) -> str:
         devices = plan.topology.num_devices
         layers = [
             {

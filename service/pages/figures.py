@@ -12,6 +12,7 @@ from ...db.records import DeploymentRecord
 from ...db.store import Store
 from ...placement.bounds import device_loads
 from ...placement.cost import dispatch_bytes
+from ...placement.engines import engine_objective, engine_profile
 from ...placement.migration import migration
 from ...placement.plan import Plan
 from ...placement.replay import traffic_from_counts
@@ -62,8 +63,10 @@ def compared(
     windows = store.windows.page(deployment.name, limit=policy.recent)
     if not windows:
         return None
-    load = from_windows(windows, store.model(deployment.model_id).spec).total_load
-    objective = policy.objective
+    model = store.model(deployment.model_id).spec
+    load, objective = from_windows(windows, model).total_load, policy.objective
+    if policy.engine is not None:
+        objective = engine_objective(engine_profile(policy.engine), objective, model)
     traffic = traffic_from_counts(after[0], load, policy.step_tokens, objective)
     return LoadComparison(
         plan=after[0],

@@ -66,6 +66,7 @@ def submit_solve(
             "seconds": seconds,
             "slots": body.slots if body.slots is not None else policy.slots,
             "objective": body.objective or policy.objective,
+            "engine": body.engine or policy.engine,
         }
     )
     return store.jobs.submit("solve", job.payload(), actor, deployment=body.deployment, idempotency=idempotency)

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from ...placement.errors import FileFormatError
 from ...placement.plan import Plan, plan_from_dict
-from ...runtime.exporters import export_text
+from ...runtime.exporters import export_bytes
 from ...runtime.exporters.export import engine_usage
 from ..access import Reader, Submitter
 from ..schemas import PlanFull, PlanIn, PlanView
@@ -90,7 +90,7 @@ def usage(ref: RefPath, store: Stored, _: Reader, format: Engine = "moeplace") -
 def exported(plan: Plan, plan_id: str, engine: Engine, headers: dict[str, str]) -> Response:
     """The engine's file as a download."""
     name = file_name(plan_id, engine)
-    content = export_text(plan, engine)
+    content = export_bytes(plan, engine)
     kind = "application/yaml" if name.endswith(".yaml") else "application/json"
     disposition = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(content, media_type=kind, headers={**headers, **disposition})

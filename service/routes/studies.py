@@ -107,6 +107,7 @@ def _filled(body: StudyRequest, store: Store) -> dict[str, Any]:
         "solver": solver,
         "options": options,
         "objective": body.objective or policy.objective,
+        "engine": body.engine or policy.engine,
     }
 
 

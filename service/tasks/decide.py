@@ -28,9 +28,10 @@ from .base import Report
 # Decisions and plans as plain figures.
 
 
-def problem_of(plan: Plan, statistics: RoutingStatistics, objective: Objective) -> Problem:
+def problem_of(plan: Plan, statistics: RoutingStatistics, objective: Objective, engine: str | None = None) -> Problem:
     """The problem that this plan is one answer to, on other routing than it was solved on."""
-    return Problem(plan.model, plan.topology, statistics, objective, device_slots=plan.slots_per_device.tolist())
+    slots = plan.slots_per_device.tolist()
+    return Problem(plan.model, plan.topology, statistics, objective, device_slots=slots, engine=engine)
 
 
 def balance(plan: Plan, statistics: RoutingStatistics) -> dict[str, float]:
@@ -77,7 +78,9 @@ class DecideTask:
         current = store.plan(in_force).plan if in_force else default_plan(model, topology)
         if request.routing == "tokens":
             trace = judging_trace(store, deployment.name)
-            problem = Problem(model, topology, RoutingStatistics.from_trace(trace, 0), policy.objective)
+            problem = Problem(
+                model, topology, RoutingStatistics.from_trace(trace, 0), policy.objective, engine=policy.engine
+            )
             decision = decide(
                 current,
                 [candidate],
@@ -102,7 +105,7 @@ class DecideTask:
 
 def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: Policy) -> Decision:
     """The decision on held-out windows, as the policy wants it; on shorter blocks where there are few windows."""
-    problem = problem_of(candidate, held, policy.objective)
+    problem = problem_of(candidate, held, policy.objective, policy.engine)
     return decide_on_counts(
         current,
         [candidate],

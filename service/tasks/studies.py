@@ -105,7 +105,7 @@ class ParetoTask:
         request = ParetoJob.of(job)
         model, topology = store.model(request.model).spec, store.topology(request.topology).topology
         split = split_routing(request, store, model)
-        problem = Problem(model, topology, split.statistics, request.objective)
+        problem = Problem(model, topology, split.statistics, request.objective, engine=request.engine)
         front = pareto(
             problem,
             split.steps,
@@ -133,7 +133,7 @@ class WhatIfTask:
         request = WhatIfJob.of(job)
         plan = _asked_plan(request, store)
         split = split_routing(request, store, plan.model)
-        problem = Problem(plan.model, plan.topology, split.statistics, request.objective)
+        problem = Problem(plan.model, plan.topology, split.statistics, request.objective, engine=request.engine)
         result = what_if(
             plan,
             problem,
@@ -141,6 +141,7 @@ class WhatIfTask:
             changes_of(plan.topology, request.changes, store),
             ready=request.ready,
             max_moved_bytes=request.max_moved_bytes,
+            keep_ranks=request.changes.keep_ranks,
             solver=request.solver,
             seconds=request.seconds,
             seed=request.seed,
@@ -173,4 +174,5 @@ def changes_of(cluster: Topology, changes: ChangesRequest, store: Store) -> list
         InputError: as `parse_changes`.
     """
     other = None if changes.topology is None else store.topology(changes.topology).topology
-    return parse_changes(cluster, **{**changes.model_dump(), "topology": other})
+    asked = changes.model_dump(exclude={"keep_ranks"})
+    return parse_changes(cluster, **{**asked, "topology": other})

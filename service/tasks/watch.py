@@ -162,7 +162,8 @@ class _Look:
         )
 
     def _problem(self, routing: RoutingStatistics) -> Problem:
-        return Problem(self._model, self._topology, routing, self._policy.objective, slots=self._policy.slots)
+        policy = self._policy
+        return Problem(self._model, self._topology, routing, policy.objective, slots=policy.slots, engine=policy.engine)
 
 
 def _weight(routing: RoutingStatistics) -> FloatArray:

@@ -412,7 +412,7 @@ def allowed_devices(problem: Problem) -> BoolArray:
     A pinned expert keeps its pinned device and gets no replica elsewhere.
     """
     mask = np.ones((problem.model.layers, problem.model.experts, problem.num_devices), dtype=bool)
-    for (layer, expert), devices in problem.forbidden.items():
+    for (layer, expert), devices in problem.forbidden_devices.items():
         mask[layer, expert, list(devices)] = False
     for (layer, expert), device in problem.pinned.items():
         mask[layer, expert] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,8 @@ import yaml
 from cli_runs import run, toy_model, toy_trace_folder
 
 import moeplace as mp
-from moeplace.cli.options import ObjectiveOptions, ReplicaChoice
-from moeplace.cli.parse import read_objective
+from moeplace.placement.engines import target_names
 from moeplace.placement.objective import Objective
-from moeplace.runtime.engine_problems import check_plan_for, problem_for, target_names
 from moeplace.runtime.permute.rows import expert_order
 
 pytestmark = pytest.mark.slow
@@ -35,7 +34,10 @@ def trace(tmp_path: Path) -> Path:
 
 def problem(devices: int = 4, **changes: Any) -> mp.Problem:
     experts, groups = changes.pop("experts", 8), changes.pop("groups", 1)
-    spec = mp.ModelSpec(layers=2, experts=experts, top_k=2, hidden_size=8, ffn_size=8, groups=groups)
+    dtype = changes.pop("expert_dtype", "bf16")
+    spec = mp.ModelSpec(
+        layers=2, experts=experts, top_k=2, hidden_size=8, ffn_size=8, groups=groups, expert_dtype=dtype
+    )
     load = np.random.default_rng(0).integers(1, 100, (3, 2, experts))
     topology = mp.Topology.preset("gb200-nvl72", devices_per_node=devices)
     return mp.Problem(spec, topology, mp.RoutingStatistics.from_counts(load), **changes)
@@ -46,40 +48,40 @@ def problem(devices: int = 4, **changes: Any) -> mp.Problem:
 
 @pytest.mark.parametrize("engine", target_names())
 def test_a_solved_problem_of_an_engine_needs_no_repair(engine: str) -> None:
-    narrowed = problem_for(problem(slots=8 if engine == "permute" else 12), engine)
-    check_plan_for(mp.solve(narrowed, "search", seconds=5, steps=10, proposals=200), engine)
+    narrowed = problem(slots=8 if engine == "permute" else 12, engine=engine)
+    mp.check_export(mp.solve(narrowed, "search", seconds=5, steps=10, proposals=200), engine)
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm", "vllm-ascend", "trtllm"])
 def test_slots_are_the_fewest_the_engine_can_run_unless_given(engine: str) -> None:
-    assert problem_for(problem(experts=10), engine).num_slots == 12
-    assert problem_for(problem(experts=12), engine).num_slots == 12
+    assert problem(experts=10, engine=engine).num_slots == 12
+    assert problem(experts=12, engine=engine).num_slots == 12
     with pytest.raises(mp.UnsupportedError, match="14 do not divide over 4 devices; use 12 or 16"):
-        problem_for(problem(experts=10, slots=14), engine)
+        problem(experts=10, slots=14, engine=engine)
     with pytest.raises(mp.UnsupportedError, match="use 12$"):
-        problem_for(problem(experts=10, device_slots=[4, 3, 2, 1]), engine)
+        problem(experts=10, device_slots=[4, 3, 2, 1], engine=engine)
     with pytest.raises(
         mp.UnsupportedError, match="this problem's have 8 to 12; use one number for all, a multiple of 4"
     ):
-        problem_for(problem(slots=[8, 12]), engine)
+        problem(slots=[8, 12], engine=engine)
     with pytest.raises(mp.UnsupportedError, match="split='free'; use equal"):
-        problem_for(problem(objective=Objective(split="free")), engine)
+        problem(objective=Objective(split="free"), engine=engine)
 
 
 def test_a_permuted_model_has_no_replicas_and_even_devices() -> None:
     with pytest.raises(mp.UnsupportedError, match="12 slots a layer for 8 experts make replicas; use 8"):
-        problem_for(problem(slots=12), "permute")
+        problem(slots=12, engine="permute")
     with pytest.raises(mp.UnsupportedError, match="10 experts do not divide over 4 devices; use 2"):
-        problem_for(problem(experts=10), "permute")
-    assert not problem_for(problem(), "permute").forbidden
+        problem(experts=10, engine="permute")
+    assert not problem(engine="permute").forbidden_devices
     with pytest.raises(mp.InputError, match="did you mean 'sglang'"):
-        problem_for(problem(), "sglan")
+        problem(engine="sglan")
 
 
 @pytest.mark.parametrize(("experts", "groups", "devices"), [(16, 4, 4), (16, 8, 4), (16, 2, 8), (12, 4, 6), (24, 3, 4)])
 def test_experts_keep_to_the_rows_of_their_group(experts: int, groups: int, devices: int) -> None:
-    asked = problem_for(problem(devices, experts=experts, groups=groups, forbidden={(0, 0): [devices - 1]}), "permute")
-    assert devices - 1 in asked.forbidden[0, 0]
+    asked = problem(devices, experts=experts, groups=groups, forbidden={(0, 0): [devices - 1]}, engine="permute")
+    assert devices - 1 in asked.forbidden_devices[0, 0]
     plan = mp.solve(asked, "search", seconds=5, steps=10, proposals=200)
     order = expert_order(plan)
     np.testing.assert_array_equal(order * groups // experts, np.tile(np.arange(experts) * groups // experts, (2, 1)))
@@ -100,15 +102,24 @@ def test_solve_for_an_engine_and_export_to_it(trace: Path, tmp_path: Path) -> No
     assert not (tmp_path / "no.json").exists()
 
 
-def test_for_an_engine_the_objective_chooses_replicas_as_it_does_unless_told() -> None:
-    assert read_objective(ObjectiveOptions(), "sglang").replica_choice == "nearest"
+def test_for_an_engine_the_objective_is_what_it_does_unless_told() -> None:
+    assert problem(engine="sglang").objective.replica_choice == "nearest"
     for other in ("vllm", "vllm-ascend", "trtllm", "permute", None):
-        assert read_objective(ObjectiveOptions(), other).replica_choice == "share"
-    told = ObjectiveOptions(replica_choice=ReplicaChoice.share)
-    assert read_objective(told, "sglang").replica_choice == "share"
+        assert problem(engine=other).objective.replica_choice == "share"
+    told = Objective(replica_choice="share")
+    assert problem(engine="sglang", objective=told).objective.replica_choice == "share"
+    with pytest.raises(mp.UnsupportedError, match="vllm .*does not do replica_choice='nearest'; use 'share'"):
+        problem(engine="vllm", objective=Objective(replica_choice="nearest"))
+    with pytest.raises(mp.UnsupportedError, match="execution='context_coherent'; use 'dispatch_combine'"):
+        problem(engine="trtllm", objective=Objective(execution="context_coherent"))
+    # What an engine chose is no choice of the user's: another engine chooses anew.
+    again = dataclasses.replace(problem(engine="sglang"), engine="vllm")
+    assert (again.objective.replica_choice, again.objective.dispatch_dtype) == ("share", "bf16")
+    assert problem(engine="sglang", expert_dtype="fp8").objective.dispatch_dtype == "fp8"
+    assert problem(engine="vllm-ascend").objective.replace(risk="cvar:0.9").node_dedup is False
 
 
-def test_a_solver_that_breaks_the_limits_leaves_no_plan(tmp_path: Path) -> None:
+def test_a_solver_that_cannot_keep_the_limits_is_refused_before_it_runs(tmp_path: Path) -> None:
     load = np.ones((1, 1, 4))
     load[0, 0, 0] = 100
     mp.write_statistics(mp.RoutingStatistics.from_counts(load), tmp_path / "s.npz")
@@ -117,7 +128,8 @@ def test_a_solver_that_breaks_the_limits_leaves_no_plan(tmp_path: Path) -> None:
     common = ("solve", tmp_path / "s.npz", *sizes, *cluster, "--slots", 8, "--for", "vllm-ascend", "-s")
     ended = run(*common, "eplb", "-o", tmp_path / "p.json")
     assert ended.code == 1
-    assert "a device may hold an expert once" in ended.err
+    assert "solver 'eplb' does not support replicas each on a device of its own" in ended.err
+    assert "these do: contiguous, round_robin, search" in ended.err
     assert not (tmp_path / "p.json").exists()
     assert run(*common, "search:steps=5:proposals=50", "--seconds", 5, "-o", tmp_path / "p.json").code == 0
 
@@ -264,7 +276,9 @@ def test_plans_ready_for_a_failure_can_be_run_by_the_engine(trace: Path, tmp_pat
     asked = ("whatif", path, trace, "--lose", "device:1", "-s", "eplb", "--decode", 16, "--steps", 10, "--json")
     data = run(*asked, "--for", "vllm").data
     assert data["changes"][0]["ready"]["device_slots"] == [3, 3, 3]
-    assert "8 experts do not divide over 3 devices" in run(*asked, "--for", "permute").err
+    refused = run(*asked, "--for", "permute").data["changes"][0]
+    assert refused["ready"] is None
+    assert "8 experts do not divide over 3 devices" in refused["reason"]
 
 
 def test_an_assumed_batch_is_said_with_what_the_plan_does_in_others(trace: Path) -> None:

@@ -19,7 +19,10 @@ from traces import make_trace
 
 import moeplace as mp
 from moeplace.db.records import CountWindow
+from moeplace.placement.engines import target_names
+from moeplace.placement.objective import Objective
 from moeplace.profiler.trace_files import write_trace
+from moeplace.service.policy import Policy
 
 pytestmark = pytest.mark.slow
 
@@ -197,3 +200,43 @@ def test_a_candidate_is_judged_by_the_service_and_a_stored_plan_here(
     evaluated = run("evaluate", plan, tmp_path / "trace", "--server", server.url, *JUDGED, "--json")
     assert evaluated.code == 0, evaluated.err
     assert plan in json.dumps(evaluated.data)
+
+
+@pytest.mark.parametrize("engine", target_names())
+def test_every_plan_made_under_a_policy_for_an_engine_is_one_it_runs(server: Server, engine: str) -> None:
+    name = f"for-{engine}"
+    with server.client() as client:
+        slots = None if engine == "permute" else 24
+        prepared(client, name, engine=engine, slots=slots, solver="search", options={"proposals": 50}, seconds=5.0)
+        client.push_windows(name, [CountWindow(NOON + timedelta(minutes=i), counts(i, skewed(0))) for i in range(40)])
+        made = [result(client, client.solve(name))["plan"]]
+        client.publish(name, made[0])
+        changes = {"lose": ["device:1"], "devices": 6}
+        for row in result(client, client.what_if(name, changes=changes, seconds=2.0))["changes"]:
+            assert row["ready"] or "do not divide over" in row["reason"]
+            made += [row[kind]["stored_as"] for kind in ("repaired", "ready") if row[kind]]
+        front = result(client, client.pareto(name, seconds=2.0, tolerate=[None], max_moved=[None]))
+        assert front["points"]
+        made += [point["stored_as"] for point in front["points"]]
+        for plan in map(client.plan, made):
+            assert plan.provenance.engine == engine
+            mp.check_export(plan, engine)
+        # What the engine cannot run is not put in force, whoever asks.
+        stacked = np.tile(np.r_[np.arange(16), np.zeros(2, dtype=int)], (3, 1))
+        uneven = mp.Plan(MODEL, TOPOLOGY, stacked, np.sort(np.arange(18) % TOPOLOGY.num_devices))
+        other = client.add_plan(uneven).id
+        if engine == "moeplace":
+            assert client.publish(name, other).version == 2
+            return
+        with pytest.raises(mp.MoeplaceError, match=f"cannot be put in force for 'for-{engine}': {engine} cannot"):
+            client.publish(name, other)
+        with pytest.raises(mp.MoeplaceError, match=f"{engine} cannot"):
+            result(client, client.decide(name, other))
+
+
+def test_a_policy_names_a_known_engine_and_keeps_what_was_asked(server: Server) -> None:
+    with pytest.raises(mp.InputError, match="did you mean 'sglang'"):
+        Policy(engine="sglan")
+    document = Policy(engine="sglang", objective=Objective(risk="cvar:0.9")).as_document()
+    assert (document["engine"], document["objective"]) == ("sglang", {"risk": "cvar:0.9"})
+    assert Policy(**document).objective.model_fields_set == {"risk"}

@@ -38,11 +38,9 @@ class Lines:
 
 class Slots:
     name = "slots-only"
-    constraints = frozenset()
-    requires = "no engine"
-    replica_choice = "share"
+    profile = mp.EngineProfile(name="slots-only", requires="no engine")
 
-    def text(self, plan, *, header="slots"):
+    def content(self, plan, *, header="slots"):
         return header + " " + repr(plan.physical_to_logical.tolist())
 
     def read(self, path, model, topology):
