@@ -70,6 +70,7 @@ from .runtime import parallelize as parallelize
 from .runtime import permute_checkpoint as permute_checkpoint
 from .runtime import permute_model as permute_model
 from .runtime import read_exported as read_exported
+from .runtime import read_plan_file as read_plan_file
 from .runtime import save_checkpoint as save_checkpoint
 from .service.client import Client as Client
 from .solvers import Budget as Budget

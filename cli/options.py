@@ -280,9 +280,9 @@ Engine = Annotated[
     Option(
         "--for",
         metavar="ENGINE",
-        help="Keep to what an engine can run, and judge as it runs plans: sglang, vllm, vllm-ascend, trtllm, "
-        "permute (a permuted checkpoint), or moeplace (any plan). Where --slots is not given, the fewest it can run. "
-        "Default: what the plan was solved for, if there is one.",
+        help="Keep to what an engine can run, and judge as it runs plans: sglang, sglang-lp, vllm, vllm-ascend, "
+        "trtllm, permute (a permuted checkpoint), or moeplace (any plan). Where --slots is not given, the fewest it "
+        "can run. Default: what the plan was solved for, if there is one.",
         show_default=False,
         rich_help_panel=SOLVING,
     ),

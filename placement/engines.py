@@ -53,6 +53,7 @@ class EngineProfile:
         dispatch_dtypes: what activations travel in by what experts are stored in; bf16 elsewhere.
         node_dedup: whether a token travels once to a node.
         layer_rows: how its files number layers: "model" counts dense layers, "moe" does not.
+        split: how replicas share an expert's tokens, in the objective's terms, where the objective does not say.
         masked_ranks: whether it runs on when ranks are lost, those left keeping their numbers: a device may then have
             no slots.
     """
@@ -64,6 +65,7 @@ class EngineProfile:
     executions: tuple[Literal["dispatch_combine", "context_coherent"], ...] = ("dispatch_combine",)
     dispatch_dtypes: Mapping[str, str] = field(default_factory=dict)
     node_dedup: bool = True
+    split: Literal["equal", "free"] = "equal"
     layer_rows: Literal["model", "moe"] = "moe"
     masked_ranks: bool = False
 
@@ -97,6 +99,15 @@ PROFILES: Registry[EngineProfile] = Registry(
         dispatch_dtypes=FP8,
         layer_rows="model",
         masked_ranks=True,
+    ),
+    EngineProfile(
+        name="sglang-lp",
+        requires="HYGON-AI's sglang-das, or another SGLang that reads static LP shares",
+        constraints=frozenset({Constraint.EQUAL_SLOTS}),
+        replica_choices=("share",),
+        dispatch_dtypes=FP8,
+        split="free",
+        layer_rows="model",
     ),
     EngineProfile(
         name="vllm",
@@ -167,6 +178,7 @@ def engine_objective(profile: EngineProfile, objective: Objective, model: ModelS
     nearest_replica = objective.execution == "dispatch_combine"
     return objective.filled(
         replica_choice=profile.replica_choices[0] if nearest_replica else "share",
+        split=profile.split,
         dispatch_dtype=profile.dispatch_dtypes.get(model.expert_dtype, "bf16"),
         node_dedup=profile.node_dedup,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,23 +68,6 @@ def size_of(handle: BinaryIO) -> int:
     size = handle.seek(0, io.SEEK_END)
     handle.seek(at)
     return size
-
-
-def checked_members(name: str, archive: zipfile.ZipFile, size: int) -> list[zipfile.ZipInfo]:
-    """The members of a zip archive of `size` bytes, which together take no more of the file than there is of it.
-
-    zipfile allocates what a member claims to take before it reads.
-
-    Raises:
-        FileFormatError: they claim more, or a stored member claims another size than it takes.
-    """
-    members = archive.infolist()
-    if sum(member.compress_size for member in members) > size:
-        raise FileFormatError(f"{name}: members claim more than the {size:,} bytes of the file; damaged")
-    for member in members:
-        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
-            raise FileFormatError(f"{name}: {member.filename[:60]!r} is stored and claims two sizes; damaged")
-    return members
 
 
 def npy_shape(name: str, field: str, start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .._arguments import check_types
+from .._tensor_files import checked_members
 from ..placement.errors import FileFormatError, InputError
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace, id_dtype
-from .files import Source, checked_members, name_of, npy_shape, path_or_file, reading, size_of, writing
+from .files import Source, name_of, npy_shape, path_or_file, reading, size_of, writing
 
 FORMAT = "moeplace.statistics"
 VERSION = 1

@@ -4,6 +4,7 @@ from .exporters import check_export as check_export
 from .exporters import engine_names as engine_names
 from .exporters import export_plan as export_plan
 from .exporters import read_exported as read_exported
+from .exporters import read_plan_file as read_plan_file
 from .moe.checkpoint import load_checkpoint as load_checkpoint
 from .moe.checkpoint import save_checkpoint as save_checkpoint
 from .moe.coherent import DecodeStatistics as DecodeStatistics

@@ -22,7 +22,8 @@ def export_command(
         typer.Option(
             "--for",
             metavar="ENGINE",
-            help="sglang, vllm, vllm-ascend, trtllm, or moeplace (the plan file itself).",
+            help="sglang, sglang-lp (forks that serve a plan's own shares), vllm, vllm-ascend, trtllm, or moeplace "
+            "(the plan file itself).",
             show_default=False,
         ),
     ],
@@ -32,7 +33,7 @@ def export_command(
             "--output",
             "-o",
             metavar="PATH",
-            help="File to write.",
+            help="File to write; sglang tells .json and .pt by the name.",
             show_default=False,
         ),
     ],
@@ -44,7 +45,8 @@ def export_command(
             "--hidden-layers",
             metavar="N",
             min=1,
-            help="sglang: num_hidden_layers of the model, where dense layers follow the last MoE layer.",
+            help="sglang, vllm --form 53022: num_hidden_layers of the model, draft layers included, where layers that "
+            "the plan lacks follow its last.",
             show_default=False,
         ),
     ] = None,
@@ -58,9 +60,30 @@ def export_command(
             show_default=False,
         ),
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--form",
+            metavar="49572|41141|53022",
+            help="vllm: the pull request whose file is written. Default: 49572, which moeplace's plug-in reads too.",
+            show_default=False,
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            metavar="shares|map",
+            help="sglang-lp: the file of shares, or of the placement that goes with it. Default: shares.",
+            show_default=False,
+        ),
+    ] = None,
+    model_path: Annotated[
+        str, typer.Option("--model-path", metavar="PATH", help="What the engine serves, for the commands shown.")
+    ] = "MODEL",
     as_json: AsJson = False,
 ) -> None:
-    """Write a plan for a serving engine, and say how to start the engine with it.
+    """Write a plan for a serving engine, and give the commands that serve it, show that it is in force, and undo it.
 
     The engine's limits (equal slots a rank, equal shares, ...) are checked first.
     Engines without a way to take a plan deal experts to ranks in order: `moeplace permute` writes a checkpoint for
@@ -69,12 +92,19 @@ def export_command(
     Example:
 
       moeplace export plan.json --for sglang -o init_expert_location.json
+      moeplace export plan.json --for sglang --model-path deepseek-ai/DeepSeek-V3 -o location.pt
+      moeplace export plan.json --for vllm --form 41141 -o mapping.jsonl
       moeplace export plan.json --for trtllm --extra-layers 61 -o load_balancer.yaml
       moeplace export 3f2a91c0 --server http://plans:8311 --for sglang -o init_expert_location.json
     """
     from ...runtime.exporters import engine_usage, export_plan
 
-    engine_options = {"hidden_layers": hidden_layers, "extra_layers": whole_numbers("--extra-layers", extra_layers)}
+    engine_options = {
+        "hidden_layers": hidden_layers,
+        "extra_layers": whole_numbers("--extra-layers", extra_layers),
+        "form": form,
+        "part": part,
+    }
     options = {option: value for option, value in engine_options.items() if value is not None}
     if remote.server is None:
         exported = read_plan(plan, storage.db)
@@ -86,7 +116,7 @@ def export_command(
         "engine": engine,
         "path": str(written),
         "sha256": hashlib.sha256(written.read_bytes()).hexdigest(),
-        "usage": engine_usage(exported, engine, written),
+        "usage": engine_usage(exported, engine, written, model_path),
     }
     if storage.store:
         keep_export(exported, engine, written, storage.db, data["sha256"])

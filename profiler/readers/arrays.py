@@ -11,9 +11,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from ..._tensor_files import checked_members
 from ..._types import BoolArray
 from ...placement.errors import FileFormatError
-from ..files import NPY_HEADER, NPY_MAGIC, checked_members, name_of, npy_shape, reading, size_of
+from ..files import NPY_HEADER, NPY_MAGIC, name_of, npy_shape, reading, size_of
 
 GROWTH_LIMIT = 50
 """How many times its own size an .npz may unpack to."""

@@ -9,6 +9,7 @@ from .export import (
     export_bytes,
     export_plan,
     read_exported,
+    read_plan_file,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "export_bytes",
     "export_plan",
     "read_exported",
+    "read_plan_file",
 ]

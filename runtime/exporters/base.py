@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..._tensor_files import load_plain
+from ..._types import IntArray
 from ...placement.engines import EngineProfile
-from ...placement.errors import FileFormatError, InputError
+from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.files import read_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
@@ -18,20 +23,63 @@ from ...placement.topology import Topology
 
 FILE_LIMIT = 1 << 24
 """Bytes a placement file may have; DeepSeek-V3's with 512 slots takes 120 KB."""
+DEEPEST = 4
+"""Levels of YAML nesting that a placement file needs, documents and scalars included."""
 
 
-def read_json(path: Path) -> Any:
-    """Parses a JSON file of bounded size.
+# What a file holds, as plain data, whichever engine's it is.
+
+
+def load_content(path: Path) -> Any:
+    """What a placement file holds: of `torch.save` (tensors as they are), JSON, or YAML; told apart by how it begins.
 
     Raises:
-        FileFormatError: too large, not UTF-8, not JSON, truncated, or nested too deep.
+        InputError: no such file. FileFormatError: too large, damaged, none of them, or nested too deep.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as handle:
+        start = handle.read(64)
+    if start.startswith(b"PK"):
+        if path.stat().st_size > FILE_LIMIT:
+            raise FileFormatError(f"{path}: {path.stat().st_size:,} bytes, at most {FILE_LIMIT:,} are read")
+        return load_plain(path)
+    text = read_text(path, limit_bytes=FILE_LIMIT)
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            # Bare keys are YAML's, which may begin like JSON.
+            if text.lstrip()[0] == "[":
+                raise FileFormatError(f"{path}: not JSON, or truncated ({error})") from None
+    return _load_yaml(text, path)
+
+
+def _load_yaml(text: str, path: Path) -> Any:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return json.loads(read_text(path, limit_bytes=FILE_LIMIT))
-    except (ValueError, RecursionError) as error:
+        _check_shape(yaml.parse(text, Loader=loader), path)
+        return yaml.load(text, Loader=loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise FileFormatError(f"{path}: not JSON, or truncated ({error})") from None
+        raise FileFormatError(f"{path}: neither JSON nor YAML, or truncated ({str(error)[:200]})") from None
+
+
+def _check_shape(events: Any, path: Path) -> None:
+    """Refuses what the format has no use for and a loader chokes on: aliases, tags, more documents, deep nesting."""
+    import yaml
+
+    depth = documents = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise FileFormatError(f"{path}: line {event.start_mark.line + 1}: aliases and tags are not accepted")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        if depth > DEEPEST or documents > 1:
+            raise FileFormatError(f"{path}: line {event.start_mark.line + 1}: nested deeper than this format goes")
 
 
 def expert_row(row: Any, origin: str, model: ModelSpec, slots: int | None = None) -> list[int]:
@@ -48,8 +96,8 @@ def expert_row(row: Any, origin: str, model: ModelSpec, slots: int | None = None
     return row
 
 
-def plan_of_rows(rows: Sequence[list[int]], origin: str, model: ModelSpec, topology: Topology) -> Plan:
-    """The plan of one checked row a MoE layer, its slots dealt to devices in equal runs.
+def plan_of_rows(rows: Sequence[list[int]], origin: str, model: ModelSpec, topology: Topology, **more: Any) -> Plan:
+    """The plan of one checked row a MoE layer, its slots dealt to devices in equal runs. more: fields of the plan.
 
     Raises:
         FileFormatError: slots that do not divide over the devices, or a layer that misses an expert.
@@ -65,9 +113,87 @@ def plan_of_rows(rows: Sequence[list[int]], origin: str, model: ModelSpec, topol
             topology=topology,
             physical_to_logical=np.array(rows, dtype=np.int64),
             slot_device=np.repeat(np.arange(devices), slots // devices),
+            **more,
         )
     except InputError as error:
         raise FileFormatError(f"{origin}: {error}") from None
+
+
+# What is written.
+
+
+def model_rows(plan: Plan, table: IntArray, hidden_layers: int | None) -> IntArray:
+    """[layers of the model, P] the table [L, P], and slot i mod E in the layers that the plan does not know.
+
+    hidden_layers: of the model; default up to the last MoE layer.
+
+    Raises:
+        InputError: fewer than the plan's layers need.
+    """
+    count = plan.moe_layers[-1] + 1 if hidden_layers is None else hidden_layers
+    if count <= plan.moe_layers[-1]:
+        raise InputError(f"hidden_layers ({count}) must exceed the last MoE layer's index ({plan.moe_layers[-1]})")
+    rows = np.tile(np.arange(table.shape[1]) % plan.model.experts, (count, 1))
+    rows[list(plan.moe_layers)] = table
+    return rows
+
+
+def tensor_file(name: str, **arrays: Any) -> bytes:
+    """A dict of tensors as `torch.save` writes it.
+
+    Raises:
+        UnsupportedError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError(f"writing {name} needs torch; pip install 'moeplace[torch]'") from None
+    file = io.BytesIO()
+    torch.save({key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}, file)
+    return file.getvalue()
+
+
+# How to use it: whole commands.
+
+
+def quoted(word: object) -> str:
+    """The word as a shell takes it."""
+    return shlex.quote(str(word))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a file gets to its engine.
+
+    commands: one a node. needs: what else must be there. files: which nodes read the file, in words. applied: how to
+    see that it was. back: how to undo it. notes: what to know besides.
+    """
+
+    commands: Sequence[str]
+    files: str
+    applied: str
+    back: str
+    needs: str = ""
+    notes: Sequence[str] = ()
+
+    def text(self) -> str:
+        """Commands first, then a line each."""
+        many = len(self.commands) > 1
+        lines = [f"# node {node}\n{line}" if many else line for node, line in enumerate(self.commands)]
+        told = {"Needs": self.needs, "File": self.files, "Applied": self.applied, "Roll back": self.back}
+        return "\n".join([*lines, *(f"{name}: {text}" for name, text in told.items() if text), *self.notes])
+
+
+def every_node(path: Path, plan: Plan) -> str:
+    """Which nodes need the file."""
+    nodes = plan.topology.num_nodes
+    where = "the machine" if nodes == 1 else f"all {nodes} nodes"
+    return f"{quoted(path)} must be readable under this path on {where}."
+
+
+def checked(path: Path) -> str:
+    """How to compare what runs with the file."""
+    return f"`moeplace check {quoted(path)} --running URL|DUMP` compares what runs."
 
 
 class Exporter(Protocol):
@@ -75,7 +201,8 @@ class Exporter(Protocol):
 
     `content(plan, *, <options>) -> str | bytes` gets a plan that keeps to the profile's constraints; the options are
     keyword arguments of `export_plan`. An option `suffix` is the file's own, for an engine that tells formats by it.
-    `read(path, model, topology) -> Plan` takes an untrusted file and raises FileFormatError.
+    `read(path, model, topology) -> Plan` takes an untrusted file and raises FileFormatError. An exporter that also has
+    `recognises(content) -> bool`, given what the file holds as plain data, is found by `read_plan_file`.
     """
 
     @property
@@ -91,6 +218,8 @@ class Exporter(Protocol):
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan: ...
 
-    def usage(self, plan: Plan, path: Path) -> str:
-        """How to give the file to the engine: the commands this very plan needs."""
+    @property
+    def usage(self) -> Callable[..., str]:
+        """`usage(plan, path, model_path)`: whole commands that give the file to the engine, with the options this very
+        plan needs. model_path: what the engine serves."""
         ...

@@ -6,20 +6,21 @@ A new format is a file and a line here, or an entry point "moeplace.exporters" o
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..._arguments import check_types
 from ..._plugins import Registry
 from ...placement.engines import Constraint, check_plan, engine_profile
-from ...placement.errors import InputError, nearest
+from ...placement.errors import FileFormatError, InputError, nearest
 from ...placement.files import write_bytes
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import Exporter
+from .base import Exporter, load_content
 from .moeplace_json import MoeplaceJson
-from .sglang import SGLang
+from .sglang import SGLang, SGLangShares
 from .trtllm import TensorRTLLM
 from .vllm import VLLM
 from .vllm_ascend import VLLMAscend
@@ -30,6 +31,7 @@ EXPORTERS: Registry[Exporter] = Registry(
     ("name", "profile", "content", "read", "usage"),
     MoeplaceJson(),
     SGLang(),
+    SGLangShares(),
     VLLM(),
     VLLMAscend(),
     TensorRTLLM(),
@@ -119,14 +121,64 @@ def read_exported(path: str | Path, engine: str, model: ModelSpec, topology: Top
     return exporter_named(engine).read(Path(path), model, topology)
 
 
+@check_types
+def read_plan_file(
+    path: str | Path, model: ModelSpec | None = None, topology: Topology | None = None, engine: str | None = None
+) -> Plan:
+    """Reads a plan from moeplace's file or an engine's own, told by what it holds.
+
+    Args:
+        path: of the file, which is untrusted: it is checked throughout.
+        model: that an engine's file is for; moeplace's says itself.
+        topology: that an engine's file is for; moeplace's says itself.
+        engine: whose file it is, where that is known.
+
+    Returns:
+        The plan. One from an engine's file is that engine's: what asks about it keeps to what the engine runs.
+
+    Raises:
+        InputError: no such file, or an engine's without model or topology.
+        FileFormatError: no engine's file, or damaged, or not of that model on that topology; layer and field are named.
+    """
+    source = Path(path)
+    exporter = exporter_named(engine) if engine is not None else recognised(source)
+    if exporter.name == "moeplace":
+        return Plan.load(source)
+    if model is None or topology is None:
+        missing = " and ".join(name for name, value in (("model", model), ("topology", topology)) if value is None)
+        raise InputError(f"{source} is {exporter.name}'s own file, which does not say its {missing}; give that too")
+    plan = exporter.read(source, model, topology)
+    return replace(plan, provenance=replace(plan.provenance, engine=exporter.name))
+
+
+def recognised(path: Path) -> Exporter:
+    """The exporter whose file this is, told by what it holds.
+
+    Raises:
+        InputError: no such file. FileFormatError: damaged, or no engine's; says what it holds.
+    """
+    content = load_content(path)
+    for exporter in EXPORTERS:
+        recognises = getattr(exporter, "recognises", None)
+        if recognises is not None and recognises(content):
+            return exporter
+    if isinstance(content, dict):
+        held = f"an object with {', '.join(sorted(map(str, content))[:5]) or 'nothing in it'}"
+        held += "; those are loads, `moeplace import` reads them" if "logical_count" in content else ""
+    else:
+        held = f"a {type(content).__name__}"
+    raise FileFormatError(f"{path} holds {held}: no plan of {', '.join(engine_names())}")
+
+
 def engine_constraints(engine: str) -> frozenset[Constraint]:
     """What a plan for that engine must keep to."""
     return engine_profile(engine).constraints
 
 
-def engine_usage(plan: Plan, engine: str, path: str | Path) -> str:
-    """How to start the engine with the exported file: the options this plan needs."""
-    return exporter_named(engine).usage(plan, Path(path))
+def engine_usage(plan: Plan, engine: str, path: str | Path, model_path: str = "MODEL") -> str:
+    """How to give the exported file to the engine: whole commands with the options this plan needs, which nodes read
+    the file, how to see that it was applied, and how to undo it. model_path: what the engine serves."""
+    return exporter_named(engine).usage(plan, Path(path), model_path)
 
 
 def _check_options(exporter: Exporter, options: dict[str, Any]) -> None:

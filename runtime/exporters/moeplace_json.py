@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ...placement.engines import engine_profile
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
-from ...placement.plan import Plan, plan_to_dict
+from ...placement.plan import FORMAT, Plan, plan_to_dict
 from ...placement.topology import Topology
 
 
@@ -36,7 +37,10 @@ class MoeplaceJson:
                 )
         return plan
 
-    def usage(self, plan: Plan, path: Path) -> str:
+    def recognises(self, content: Any) -> bool:
+        return isinstance(content, dict) and content.get("format") == FORMAT
+
+    def usage(self, plan: Plan, path: Path, model_path: str = "MODEL") -> str:
         return f"mp.Plan.load({str(path)!r})"
 
 

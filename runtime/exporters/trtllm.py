@@ -8,21 +8,19 @@ on logical experts and maps them afterwards, so expert groups of the model do no
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...placement.engines import engine_profile
 from ...placement.errors import FileFormatError, InputError
-from ...placement.files import read_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import FILE_LIMIT, expert_row, plan_of_rows
+from .base import Usage, every_node, expert_row, load_content, plan_of_rows, quoted
 
 SLOTS, ASSIGNMENTS, UPDATES = "num_slots", "initial_global_assignments", "layer_updates_per_iter"
-DEEPEST = 4
-"""Levels of YAML nesting the format needs, documents and scalars included."""
 
 
 class TensorRTLLM:
@@ -49,7 +47,7 @@ class TensorRTLLM:
             FileFormatError: not YAML, aliases or deep nesting, an unknown field, a MoE layer without an entry, an entry
                 not as long as num_slots, an id out of range, a layer that misses an expert; the layer is named.
         """
-        data = _load(path)
+        data = load_content(path)
         if not isinstance(data, dict) or not set(data) <= {SLOTS, ASSIGNMENTS, UPDATES}:
             fields = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
             raise FileFormatError(f"{path}: expected the fields {SLOTS}, {ASSIGNMENTS} and {UPDATES}, found {fields}")
@@ -58,6 +56,7 @@ class TensorRTLLM:
             raise FileFormatError(f"{path}: {SLOTS} is {slots!r}, expected a whole number of at least {model.experts}")
         if not isinstance(entries, dict):
             raise FileFormatError(f"{path}: {ASSIGNMENTS} must map layers to lists, found {type(entries).__name__}")
+        entries = _layers(entries, f"{path}: {ASSIGNMENTS}")
         missing = [layer for layer in model.moe_layers if layer not in entries]
         if missing:
             raise FileFormatError(
@@ -68,13 +67,30 @@ class TensorRTLLM:
             expert_row(row, f"{path}: {ASSIGNMENTS}[{layer}]", model, slots)
         return plan_of_rows([entries[layer] for layer in model.moe_layers], str(path), model, topology)
 
-    def usage(self, plan: Plan, path: Path) -> str:
+    def recognises(self, content: Any) -> bool:
         return (
-            f"trtllm-serve --ep_size {plan.topology.num_devices} --extra_llm_api_options FILE, FILE holding "
-            f"enable_attention_dp: true and moe_config: {{load_balancer: {path}}}\n"
-            "TensorRT-LLM ignores the load balancer, without a word, for architectures outside its moe_model_arch_list "
-            "(OLMoE is not in it) and without expert parallelism over more than one rank."
+            isinstance(content, dict) and ASSIGNMENTS in content and SLOTS in content and "record_type" not in content
         )
+
+    def usage(self, plan: Plan, path: Path, model_path: str = "MODEL") -> str:
+        devices, nodes = plan.topology.num_devices, plan.topology.num_nodes
+        launch = "" if nodes == 1 else f"mpirun -n {devices} --map-by ppr:{devices // nodes}:node trtllm-llmapi-launch "
+        return Usage(
+            [
+                "cat > extra_llm_api_options.yaml <<'EOF'\nenable_attention_dp: true\nmoe_config:\n"
+                f"  load_balancer: {json.dumps(str(path))}\nEOF\n"
+                f"{launch}trtllm-serve {quoted(model_path)} --tp_size {devices} --ep_size {devices} "
+                "--extra_llm_api_options extra_llm_api_options.yaml"
+            ],
+            files=every_node(path, plan),
+            applied="TensorRT-LLM says nothing of it; with ENABLE_PERFECT_ROUTER unset and EXPERT_STATISTIC_PATH set "
+            "it records slots, which `moeplace import --assignments` maps back by this file.",
+            back="restart without moe_config.load_balancer.",
+            notes=(
+                "TensorRT-LLM ignores the load balancer, without a word, for architectures outside its "
+                "moe_model_arch_list (OLMoE is not in it) and without expert parallelism over more than one rank.",
+            ),
+        ).text()
 
 
 def read_assignments(path: str | Path) -> dict[int, list[int]]:
@@ -84,41 +100,31 @@ def read_assignments(path: str | Path) -> dict[int, list[int]]:
         InputError: no such file. FileFormatError: not such a file, or entries other than lists of num_slots ids.
     """
     source = Path(path)
-    data = _load(source)
+    data = load_content(source)
     entries = data.get(ASSIGNMENTS) if isinstance(data, dict) else None
     slots = data.get(SLOTS) if isinstance(data, dict) else None
     if not isinstance(entries, dict) or not entries or type(slots) is not int:
         raise FileFormatError(f"{source}: expected {SLOTS} and {ASSIGNMENTS}, as a load balancer's file has them")
-    for layer, row in entries.items():
+    rows = _layers(entries, f"{source}: {ASSIGNMENTS}")
+    for layer, row in rows.items():
         whole = isinstance(row, list) and len(row) == slots and all(type(e) is int and 0 <= e < slots for e in row)
-        if type(layer) is not int or layer < 0 or not whole:
-            raise FileFormatError(f"{source}: {ASSIGNMENTS}[{str(layer)[:20]}] is not a list of {slots} expert ids")
-    return {int(layer): list(row) for layer, row in entries.items()}
+        if not whole:
+            raise FileFormatError(f"{source}: {ASSIGNMENTS}[{layer}] is not a list of {slots} expert ids")
+    return {layer: list(row) for layer, row in rows.items()}
 
 
-def _load(path: Path) -> Any:
-    import yaml
+def _layers(entries: dict[Any, Any], origin: str) -> dict[int, Any]:
+    """The entries by whole numbers: pydantic takes quoted layers for numbers, as it takes bare ones.
 
-    text = read_text(path, limit_bytes=FILE_LIMIT)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        _check_shape(yaml.parse(text, Loader=loader), path)
-        return yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FileFormatError(f"{path}: not YAML, or truncated ({str(error)[:200]})") from None
-
-
-def _check_shape(events: Any, path: Path) -> None:
-    """Refuses what the format has no use for and a loader chokes on: aliases, tags, more documents, deep nesting."""
-    import yaml
-
-    depth = documents = 0
-    for event in events:
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
-            raise FileFormatError(f"{path}: line {event.start_mark.line + 1}: aliases and tags are not accepted")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        documents += isinstance(event, yaml.DocumentStartEvent)
-        if depth > DEEPEST or documents > 1:
-            raise FileFormatError(f"{path}: line {event.start_mark.line + 1}: nested deeper than this format goes")
+    Raises:
+        FileFormatError: a key that is no layer, or one given twice.
+    """
+    result: dict[int, Any] = {}
+    for key, row in entries.items():
+        # Of a huge number only its length is looked at.
+        number = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 else key
+        if type(number) is not int or number < 0 or number in result:
+            twice = " twice" if type(number) is int and number in result else ""
+            raise FileFormatError(f"{origin}[{str(key)[:20]}]{twice}: expected each layer's absolute index once")
+        result[number] = row
+    return result

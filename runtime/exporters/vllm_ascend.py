@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from ...placement.engines import engine_profile
-from ...placement.errors import FileFormatError
+from ...placement.errors import FileFormatError, InputError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import expert_row, plan_of_rows, read_json
+from .base import Usage, checked, every_node, expert_row, load_content, plan_of_rows, quoted
+from .vllm import vllm_commands
 
 
 class VLLMAscend:
@@ -29,7 +30,9 @@ class VLLMAscend:
     name = "vllm-ascend"
     profile = engine_profile("vllm-ascend")
 
-    def content(self, plan: Plan) -> str:
+    def content(self, plan: Plan, *, suffix: str = ".json") -> str:
+        if suffix != ".json":
+            raise InputError(f"vLLM-Ascend takes a file whose name ends in .json, not {suffix!r}")
         devices = plan.topology.num_devices
         layers = [
             {
@@ -52,7 +55,7 @@ class VLLMAscend:
                 topology's or out of order, devices with different numbers of slots, an id out of range, a layer that
                 misses an expert; layer and device are named.
         """
-        data = read_json(path)
+        data = load_content(path)
         layers = _entries(data, "layer_list", str(path), model.layers, "MoE layers")
         if data.get("moe_layer_count") != model.layers:
             raise FileFormatError(f"{path}: moe_layer_count is {data.get('moe_layer_count')!r}, not {model.layers}")
@@ -77,13 +80,21 @@ class VLLMAscend:
             rows.append(row)
         return plan_of_rows(rows, str(path), model, topology)
 
-    def usage(self, plan: Plan, path: Path) -> str:
-        config = {"eplb_config": {"expert_map_path": str(path)}}
-        return (
-            f"vllm serve --enable-expert-parallel --additional-config '{json.dumps(config)}'\n"
-            "From 0.24.0rc1 on vLLM-Ascend loads weights in the default order whatever the map says, and means to "
-            "remove static maps: use 0.23, or a permuted checkpoint."
-        )
+    def recognises(self, content: Any) -> bool:
+        return isinstance(content, dict) and "layer_list" in content
+
+    def usage(self, plan: Plan, path: Path, model_path: str = "MODEL") -> str:
+        config = json.dumps({"eplb_config": {"expert_map_path": str(path)}})
+        return Usage(
+            vllm_commands(plan, model_path, f"--additional-config {quoted(config)}"),
+            files=every_node(path, plan),
+            applied=f"each worker logs 'The expert_map is' with the path at start. {checked(path)}",
+            back="restart without expert_map_path.",
+            notes=(
+                "From 0.24.0rc1 on vLLM-Ascend loads weights in the default order whatever the map says, and means to "
+                "remove static maps: use 0.23, or a permuted checkpoint.",
+            ),
+        ).text()
 
 
 def _entries(data: Any, field: str, origin: str, count: int, what: str) -> list[Any]:

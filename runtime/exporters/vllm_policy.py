@@ -13,32 +13,39 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..._types import FloatArray, IntArray
-from ...placement.errors import InputError, UnsupportedError
-from ...placement.plan import Plan
+from ...placement.errors import FileFormatError, InputError, UnsupportedError
+from ...placement.plan import FORMAT, Plan
+from .base import load_content
 from .export import check_export
+from .vllm import map_rows
 
 PLAN_VARIABLE = "MOEPLACE_VLLM_PLAN"
 
 Rebalance = Callable[[FloatArray, int, int, int, int], IntArray | None]
 """(load [L, E], slots, expert groups, nodes, ranks) -> physical_to_logical [L, P], or None to leave it to vLLM."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("vllm.moeplace")
+"""Below vLLM's own, which is the one that is shown."""
 
 
 def install() -> None:
-    """vLLM plugin: serves the plan in the file that `MOEPLACE_VLLM_PLAN` names; without the variable does nothing.
+    """vLLM plugin: serves the map in the file that `MOEPLACE_VLLM_PLAN` names; without the variable does nothing.
+
+    The file is a plan, or what `moeplace export --for vllm` wrote of one.
 
     Raises:
         FileFormatError, InputError: no plan there. UnsupportedError: vLLM cannot express it.
     """
     path = os.environ.get(PLAN_VARIABLE)
     if path:
-        install_policy(plan_rebalancer(Plan.load(path)))
+        install_policy(_rebalancer_of(Path(path)))
+        log.info("moeplace serves the map in %s", path)
 
 
 def plan_rebalancer(plan: Plan) -> Rebalance:
@@ -51,27 +58,45 @@ def plan_rebalancer(plan: Plan) -> Rebalance:
             runs with other numbers of slots or ranks than the plan's.
     """
     check_export(plan, "vllm")
-    expected = (plan.model.layers, plan.model.experts)
+    return _rebalancer(plan.physical_to_logical, plan.model.experts, plan.topology.num_devices)
+
+
+def _rebalancer(table: IntArray, experts: int, devices: int | None) -> Rebalance:
+    """devices: ranks that the table [L, P] is for, where that is known."""
 
     def rebalance(load: FloatArray, slots: int, groups: int, nodes: int, ranks: int) -> IntArray | None:
+        expected = (len(table), experts)
         if load.shape != expected:
             log.warning(
                 "moeplace: the plan is for a model of %s layers x experts, leaving %s to vLLM", expected, load.shape
             )
             return None
         for name, running, planned in (
-            ("physical experts", slots, plan.num_slots),
-            ("expert-parallel ranks", ranks, plan.topology.num_devices),
+            ("physical experts", slots, table.shape[1]),
+            ("expert-parallel ranks", ranks, devices or ranks),
         ):
             if running != planned:
                 raise InputError(
                     f"vLLM runs with {running} {name}, the plan in {PLAN_VARIABLE} is for {planned}: set "
-                    f"num_redundant_experts to {plan.num_slots - plan.model.experts} and the parallel sizes to "
-                    f"{plan.topology.num_devices} ranks, or solve for this deployment"
+                    f"num_redundant_experts to {table.shape[1] - experts} and the parallel sizes to "
+                    f"{devices or ranks} ranks, or solve for this deployment"
                 )
-        return plan.physical_to_logical
+        return table
 
     return rebalance
+
+
+def _rebalancer_of(path: Path) -> Rebalance:
+    """The rebalancer of a plan's file, or of its export, which knows rows alone."""
+    content = load_content(path)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        return plan_rebalancer(Plan.load(path))
+    rows = map_rows(content, path)
+    for index, row in enumerate(rows):
+        whole = isinstance(row, list) and row and all(type(expert) is int and expert >= 0 for expert in row)
+        if not whole or len(row) != len(rows[0]) or max(row) != max(rows[0]) or len(set(row)) != max(row) + 1:
+            raise FileFormatError(f"{path}: row {index} is no list of every expert's slots, as many as in row 0")
+    return _rebalancer(np.array(rows, dtype=np.int64), max(rows[0]) + 1, None)
 
 
 def install_policy(rebalance: Rebalance) -> type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -17,7 +18,8 @@ from .catalogue import Older
 from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
 
 router = APIRouter(prefix="/v1", tags=["plans"], responses=ERRORS)
-Engine = Literal["moeplace", "sglang", "vllm", "vllm-ascend", "trtllm"]
+Engine = Literal["moeplace", "sglang", "sglang-lp", "vllm", "vllm-ascend", "trtllm"]
+KINDS = {".json": "application/json", ".yaml": "application/yaml", ".pt": "application/octet-stream"}
 Text = Annotated[str | None, Query(max_length=100, pattern=r"^[ -~]*$")]
 
 
@@ -91,11 +93,12 @@ def exported(plan: Plan, plan_id: str, engine: Engine, headers: dict[str, str]) 
     """The engine's file as a download."""
     name = file_name(plan_id, engine)
     content = export_bytes(plan, engine)
-    kind = "application/yaml" if name.endswith(".yaml") else "application/json"
+    kind = KINDS[Path(name).suffix]
     disposition = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Response(content, media_type=kind, headers={**headers, **disposition})
 
 
 def file_name(plan_id: str, engine: Engine) -> str:
     """What a download is called."""
-    return f"plan-{plan_id}-{engine}.{'yaml' if engine == 'trtllm' else 'json'}"
+    suffix = {"trtllm": ".yaml", "sglang-lp": ".pt"}.get(engine, ".json")
+    return f"plan-{plan_id}-{engine}{suffix}"

@@ -147,7 +147,7 @@ def test_layers_an_engine_counts_beside_the_plans_can_be_named(trace: Path, tmp_
     assert list(yaml.safe_load((tmp_path / "t.yaml").read_text())["initial_global_assignments"]) == [0, 1, 2, 3, 5, 6]
     ended = run("export", plan, "--for", "vllm", "--hidden-layers", 6, "-o", tmp_path / "v.json")
     assert ended.code == 1
-    assert "no option 'hidden_layers'" in ended.err
+    assert "hidden_layers goes with form 53022" in ended.err
     ended = run("export", plan, "--for", "trtllm", "--extra-layers", "three", "-o", tmp_path / "t.yaml")
     assert "'three' is not a number or a range" in ended.err
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from moeplace.runtime.exporters import (
 
 pytestmark = pytest.mark.slow
 
-ENGINES = ("moeplace", "sglang", "vllm", "vllm-ascend", "trtllm")
+ENGINES = ("moeplace", "sglang", "sglang-lp", "vllm", "vllm-ascend", "trtllm")
 DEALT = ENGINES[1:]
+EQUAL = tuple(engine for engine in DEALT if engine != "sglang-lp")
 
 
 def make_plan(
@@ -84,7 +87,7 @@ def test_any_plan_an_engine_takes_reads_back_as_itself(engine: str, data: Any, t
     plan = make_plan(tuple(layers), experts, slots, 1, devices, seed=data.draw(st.integers(0, 99)))
     if engine == "vllm-ascend":
         assume(not stacked(plan))
-    path = export_plan(plan, engine, tmp_path / "plan.file")
+    path = export_plan(plan, engine, tmp_path / "plan.json")
     assert same_placement(read_exported(path, engine, plan.model, plan.topology), plan)
 
 
@@ -137,12 +140,157 @@ def test_trtllm_keys_are_absolute_layers_and_extra_layers_can_be_named(tmp_path:
     assert same_placement(read_exported(tmp_path / "a.yaml", "trtllm", plan.model, plan.topology), plan)
 
 
-def test_usage_names_the_file_and_the_redundant_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", DEALT)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_usage_is_whole_commands_with_what_they_need(engine: str, nodes: int, tmp_path: Path) -> None:
+    plan, path = make_plan(nodes=nodes, devices=4 // nodes), tmp_path / "two words" / "p.json"
+    usage = engine_usage(plan, engine, path, "org/model name")
+    commands = [line for line in usage.splitlines() if "'org/model name'" in line]
+    assert len(commands) == (1 if engine == "trtllm" else nodes)
+    for number, command in enumerate(commands):
+        words = shlex.split(command)
+        assert "4" in words
+        assert any(path.name in word for word in words) or engine == "trtllm"
+        if engine.startswith("sglang"):
+            assert words[words.index("--moe-a2a-backend") + 1] == "deepep"
+            assert words[words.index("--ep-num-redundant-experts") + 1] == "2"
+            assert ("--node-rank" in words) == (nodes > 1)
+            assert nodes == 1 or words[words.index("--node-rank") + 1] == str(number)
+    for part in ("File: ", "Applied: ", "Roll back: ", "all 2 nodes" if nodes == 2 else "the machine"):
+        assert part in usage
+    if engine == "trtllm":
+        assert f'load_balancer: "{path}"' in usage
+
+
+def test_usage_without_replicas_asks_for_no_all_to_all_backend() -> None:
+    assert "a2a" not in engine_usage(make_plan(slots=6, devices=1), "sglang", "p.json")
+
+
+def test_vllms_own_options_are_those_that_a_release_takes() -> None:
+    usage = engine_usage(make_plan(), "vllm", "p.json")
+    # The variable comes first, and no field that 0.33's EPLBConfig, which forbids others, does not have.
+    assert usage.split("# node 0\n")[1].startswith("MOEPLACE_VLLM_PLAN=p.json vllm serve MODEL ")
+    config = json.loads(next(word for word in shlex.split(usage.splitlines()[1]) if word.startswith("{")))
+    assert config == {"num_redundant_experts": 2}
+
+
+def test_sglang_takes_a_tensor_file_too_and_no_other_name(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
     plan = make_plan()
-    assert "--ep-num-redundant-experts 2" in engine_usage(plan, "sglang", "p.json")
-    assert "redundant" not in engine_usage(make_plan(slots=6, devices=1), "sglang", "p.json")
-    for engine in ENGINES:
-        assert "p.json" in engine_usage(plan, engine, "p.json")
+    path = export_plan(plan, "sglang", tmp_path / "p.pt", hidden_layers=6)
+    content = torch.load(path, weights_only=True)
+    assert list(content) == ["physical_to_logical_map"]
+    assert content["physical_to_logical_map"].shape == (6, 8)
+    assert same_placement(read_exported(path, "sglang", plan.model, plan.topology), plan)
+    with pytest.raises(mp.InputError, match="ends in .json or .pt, not '.yaml'"):
+        export_plan(plan, "sglang", tmp_path / "p.yaml")
+    with pytest.raises(mp.InputError, match="ends in .json, not '.pt'"):
+        export_plan(next(p for seed in range(99) if not stacked(p := make_plan(seed=seed))), "vllm-ascend", "p.pt")
+
+
+def test_shares_of_a_plan_go_to_forks_of_sglang_that_serve_them(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    plan = make_plan(layers=(1, 3), experts=3, slots=4, devices=2, nodes=1)
+    table = np.array([[0, 1, 2, 1], [2, 1, 0, 0]])
+    shares = np.array([[1.0, 0.25, 1.0, 0.75], [1.0, 1.0, 0.0, 1.0]])
+    plan = mp.Plan(plan.model, plan.topology, table, plan.slot_device, shares=shares)
+    path = export_plan(plan, "sglang-lp", tmp_path / "shares.pt", hidden_layers=5)
+    content = torch.load(path, weights_only=True)
+    mass, served = content["physical_mass"], content["physical_to_logical_map"]
+    assert mass.dtype == torch.float32
+    # Every expert's mass of a layer adds up to the same, whose parts are the shares.
+    for layer in range(5):
+        sums = torch.zeros(3).index_add(0, served[layer], mass[layer])
+        torch.testing.assert_close(sums, torch.full((3,), 1 / 3))
+    torch.testing.assert_close(mass[1] * 3, torch.tensor([1.0, 0.25, 1.0, 0.75]))
+    back = read_exported(path, "sglang-lp", plan.model, plan.topology)
+    np.testing.assert_allclose(back.shares, shares, atol=1e-6)
+    # SGLang's own option takes no other key than the map: that is a file of its own.
+    placed = export_plan(plan, "sglang-lp", tmp_path / "map.pt", part="map", hidden_layers=5)
+    assert torch.equal(torch.load(placed, weights_only=True)["physical_to_logical_map"], served)
+    assert str(tmp_path / "shares-map.pt") in engine_usage(plan, "sglang-lp", path)
+
+
+def test_vllms_open_forms_are_as_their_pull_requests_read_them(tmp_path: Path) -> None:
+    plan = make_plan(layers=(0, 1, 2))
+    record = json.loads(export_plan(plan, "vllm", tmp_path / "a.jsonl", form="41141").read_text())
+    assert record == {
+        "record_type": "eplb_initial_mapping",
+        "version": 1,
+        "num_redundant_experts": 2,
+        "num_slots": 8,
+        "initial_global_assignments": {str(i): row for i, row in enumerate(plan.physical_to_logical.tolist())},
+    }
+    assert same_placement(read_exported(tmp_path / "a.jsonl", "vllm", plan.model, plan.topology), plan)
+    rows = json.loads(export_plan(plan, "vllm", tmp_path / "b.json", form="53022", hidden_layers=4).read_text())
+    assert rows == [*plan.physical_to_logical.tolist(), [0, 1, 2, 3, 4, 5, 0, 1]]
+    with pytest.raises(mp.UnsupportedError, match="DeepSeek-V4, whose layers are all MoE"):
+        export_plan(make_plan(), "vllm", tmp_path / "c.json", form="53022")
+    with pytest.raises(mp.InputError, match="form '1' is none of vLLM's pull requests: 49572, 41141, 53022"):
+        export_plan(plan, "vllm", tmp_path / "c.json", form="1")
+    model = plan.model.replace(groups=2)
+    row = np.array([[0, 3, 1, 4, 2, 5]] * 3)
+    parted = mp.Plan(model, plan.topology.resized(devices=2), row, np.repeat([0, 1], 3))
+    with pytest.raises(mp.UnsupportedError, match="permutes the router.*parts the groups of layer 0"):
+        export_plan(parted, "vllm", tmp_path / "c.json", form="53022")
+
+
+# Whose file it is, told by what it holds.
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_plan_is_read_from_any_engines_own_file(engine: str, tmp_path: Path) -> None:
+    plan = next(plan for seed in range(99) if not stacked(plan := make_plan(seed=seed)))
+    names = {"sglang-lp": ["x.pt"], "sglang": ["x.json", "x.pt"], "trtllm": ["x.yaml", "x.json"]}
+    for name in names.get(engine, ["x.json"]):
+        path = export_plan(plan, engine, tmp_path / name)
+        back = mp.read_plan_file(path, plan.model, plan.topology)
+        assert same_placement(back, plan)
+        assert back.provenance.engine == ("" if engine == "moeplace" else engine)
+        assert back.certificate is None
+        if engine != "moeplace":
+            with pytest.raises(mp.InputError, match=f"{engine}'s own file, which does not say its model and topology"):
+                mp.read_plan_file(path)
+
+
+def test_layers_of_a_load_balancer_may_be_quoted_or_bare(tmp_path: Path) -> None:
+    plan = make_plan()
+    path = export_plan(plan, "trtllm", tmp_path / "a.yaml")
+    quoted = re.sub(r"^  (\d+):", r'  "\1":', path.read_text(), flags=re.MULTILINE)
+    assert '"4":' in quoted
+    path.write_text(quoted)
+    assert same_placement(mp.read_plan_file(path, plan.model, plan.topology), plan)
+    path.write_text(quoted + "  4: [0, 1, 2, 3, 4, 5, 0, 1]\n")
+    with pytest.raises(mp.FileFormatError, match=r"initial_global_assignments\[4\] twice"):
+        mp.read_plan_file(path, plan.model, plan.topology)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"logical_count": [[1, 2]]}', "those are loads, `moeplace import` reads them: no plan of"),
+        ("a.json", '{"a": 1, "b": 2}', "holds an object with a, b: no plan of"),
+        ("a.json", '"text"', "holds a str"),
+        ("a.json", "[[0, 1", "not JSON, or truncated"),
+        ("a.yaml", "a: &x [1]\nb: *x", "aliases and tags"),
+        ("a.pt", "PK nothing", "damaged or not a plain torch.save file"),
+    ],
+)
+def test_files_that_hold_no_plan_say_what_they_hold(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(mp.FileFormatError, match=re.escape(message)):
+        mp.read_plan_file(tmp_path / name, make_plan().model, make_plan().topology)
+
+
+def test_a_tensor_file_is_not_believed(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    plan = make_plan()
+    torch.save({"physical_to_logical_map": torch.zeros(5, 8, dtype=torch.int64), "extra": 1}, tmp_path / "a.pt")
+    with pytest.raises(mp.FileFormatError, match="SGLang takes no other key"):
+        mp.read_plan_file(tmp_path / "a.pt", plan.model, plan.topology)
+    torch.save({"physical_to_logical_map": print}, tmp_path / "b.pt")
+    with pytest.raises(mp.FileFormatError, match="refused|holds"):
+        mp.read_plan_file(tmp_path / "b.pt", plan.model, plan.topology)
 
 
 @pytest.mark.parametrize("engine", DEALT)
@@ -169,7 +317,7 @@ def test_empty_slots_are_refused_with_the_slots_to_solve_for(engine: str, tmp_pa
     assert same_placement(mp.Plan.load(tmp_path / "plan.json"), plan)
 
 
-@pytest.mark.parametrize("engine", DEALT)
+@pytest.mark.parametrize("engine", EQUAL)
 def test_unequal_shares_are_refused_naming_layer_and_expert(engine: str) -> None:
     plan = make_plan(layers=(3,), experts=3, slots=4, devices=2, nodes=1)
     table = np.array([[0, 1, 2, 1]])
@@ -190,7 +338,7 @@ def test_unknown_engine_and_option_name_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(mp.InputError, match="did you mean 'hidden_layers'"):
         export_plan(make_plan(), "sglang", tmp_path / "x", hidden_layer=3)
     with pytest.raises(mp.InputError, match="it takes none"):
-        export_plan(make_plan(), "vllm", tmp_path / "x", pretty=True)
+        export_plan(make_plan(), "moeplace", tmp_path / "x", pretty=True)
     with pytest.raises(mp.InputError, match=r"hidden_layers \(4\)"):
         export_plan(make_plan(), "sglang", tmp_path / "x", hidden_layers=4)
     with pytest.raises(mp.InputError, match="extra_layers"):
@@ -242,7 +390,7 @@ def test_vllm_reads_one_row_for_all_layers_and_refuses_dense_rows(tmp_path: Path
     for content, message in (
         (ROWS, "does not count dense layers"),
         ([], "expected a list"),
-        ({}, "expected a list"),
+        ({}, "expected rows of experts, or a record"),
         ([ROW, 3, ROW], "row 1: expected a list"),
     ):
         path.write_text(json.dumps(content))
@@ -266,8 +414,8 @@ TRTLLM_BAD = {
     "deep nesting": ("num_slots: " + "[" * 500, "nested deeper"),
     "nesting without end": ("num_slots: " + "[" * 100_000, "nested deeper|maximum nesting depth"),
     "two documents": ("num_slots: 8\n---\nnum_slots: 8\n", "nested deeper|documents"),
-    "an open bracket": ("num_slots: [8\n", "not YAML"),
-    "an endless number": ("num_slots: " + "9" * 5000, "not YAML|num_slots is"),
+    "an open bracket": ("num_slots: [8\n", "nor YAML"),
+    "an endless number": ("num_slots: " + "9" * 5000, "nor YAML|num_slots is"),
 }
 
 
