@@ -55,12 +55,12 @@ def read_model(options: ModelOptions, recording: Recording) -> ModelSpec:
 
 def reader_defaults(model: Path | None) -> dict[str, Any]:
     """What --model says that a record's own format may leave out."""
-    from ..placement.model import ModelSpec, hidden_layers
+    from ..placement.model_config import read_config
 
     if model is None:
         return {}
-    spec = ModelSpec.from_config(model)
-    return {"num_experts": spec.experts, "top_k": spec.top_k, "layers": hidden_layers(model)}
+    fields, _, hidden_layers = read_config(model, expert_dtype="bf16")
+    return {"num_experts": fields["experts"], "top_k": fields["top_k"], "layers": hidden_layers}
 
 
 def _span(layers: tuple[int, ...]) -> str:

@@ -96,12 +96,17 @@ def all_to_all_latency(topology: Topology, node_dedup: bool) -> float:
 
 def dispatch_bytes(model: ModelSpec, objective: Objective) -> float:
     """Bytes of one token's activation on its way to an expert."""
-    return model.hidden_size * DTYPE_BYTES[objective.dispatch_dtype]
+    return _row_width(model, objective, model.expert_input_size) * DTYPE_BYTES[objective.dispatch_dtype]
 
 
 def combine_bytes(model: ModelSpec, objective: Objective) -> float:
     """Bytes of one expert output on its way back."""
-    return model.hidden_size * DTYPE_BYTES[objective.combine_dtype]
+    return _row_width(model, objective, model.expert_output_size) * DTYPE_BYTES[objective.combine_dtype]
+
+
+def _row_width(model: ModelSpec, objective: Objective, expert: int) -> int:
+    """Values of a row that travels: an expert's own, or all of the residual stream where the token moves with it."""
+    return model.hidden_size if objective.execution == "context_coherent" else expert
 
 
 # Copies that cross links, from who holds tokens and which devices they must reach. Between nodes one copy a (token,

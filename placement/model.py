@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from .._display import data_size
 from .errors import InputError
-from .files import read_text
+from .model_config import read_config
 from .validation import Record
 
-DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp4": 0.53125, "fp4": 0.5}
-"""Bytes a value, block scales included (mxfp4: one 8-bit scale per 32 values)."""
+DTYPE_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "mxfp8": 1.0 + 1 / 32,
+    "int4": 0.5 + 2 / 128,
+    "mxfp4": 0.5 + 1 / 32,
+    "nvfp4": 0.5 + 1 / 16,
+    "nf4": 0.5 + 4 / 64,
+    "fp4": 0.5,
+}
+"""Bytes a value, with the scales a checkpoint commonly has: a byte for 32 values (mxfp8, mxfp4) or 16 (nvfp4), two for
+128 (int4), four for 64 (nf4). The scales of fp8 and int8 stand for whole rows or blocks and count nothing here."""
+
+DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""PyTorch's names of dtypes in `DTYPE_BYTES`."""
 
 
 MOST_LAYERS, MOST_EXPERTS = 4096, 65_536
@@ -27,9 +42,15 @@ class ModelSpec(Record):
 
     layers: L, MoE layers only. experts: E, routed experts a layer. top_k: k, experts a token and layer.
     hidden_size, ffn_size: widths of the residual stream and of one expert. groups: expert groups of group-limited
-    routing (DeepSeek `n_group`), 1 without. expert_dtype: how expert weights are stored. moe_layers: the model's
-    absolute layer indices; when not given 0..L-1, and in a `Problem` those of the routing. matrices: weight matrices an
-    expert has (3 for SwiGLU, 2 for GELU).
+    routing (DeepSeek `n_group`), 1 without. expert_dtype: how expert weights are stored, with scales as common for it.
+    moe_layers: the model's absolute layer indices; when not given 0..L-1, and in a `Problem` those of the routing.
+    matrices: weight matrices an expert has (3 for SwiGLU, 2 for GELU).
+
+    expert_input_size, expert_output_size: widths of the rows that an expert takes and gives, where the model projects
+    them to a latent width; hidden_size when left out. expert_bias: whether an expert's matrices have biases.
+    bytes_per_weight: bytes a stored weight takes with its share of scales, where these are not as common for
+    expert_dtype. shared_experts: experts a layer that every token visits, zero_experts: experts without weights that
+    stand after the E routed ones in the router's numbering; neither are placed.
 
     Example:
         >>> import moeplace as mp
@@ -48,6 +69,17 @@ class ModelSpec(Record):
     matrices: PositiveInt = 3
     moe_layers: tuple[int, ...] = ()
     name: str = ""
+    expert_input_size: NonNegativeInt = 0
+    expert_output_size: NonNegativeInt = 0
+    expert_bias: bool = False
+    bytes_per_weight: Annotated[PositiveFloat, Field(le=8)] | None = None
+    shared_experts: NonNegativeInt = 0
+    zero_experts: Annotated[int, Field(ge=0, le=MOST_EXPERTS)] = 0
+
+    @field_validator("expert_dtype")
+    @classmethod
+    def _short_name(cls, dtype: str) -> str:
+        return DTYPE_NAMES.get(dtype, dtype)
 
     @model_validator(mode="before")
     @classmethod
@@ -61,8 +93,10 @@ class ModelSpec(Record):
         if not self.moe_layers:
             # Set past pydantic, which would take it for given by the caller.
             self.__dict__["moe_layers"] = tuple(range(self.layers))
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k ({self.top_k}) must not exceed experts ({self.experts})")
+        for width in ("expert_input_size", "expert_output_size"):
+            self.__dict__[width] = getattr(self, width) or self.hidden_size
+        if self.top_k > self.experts + self.zero_experts:
+            raise ValueError(f"top_k ({self.top_k}) must not exceed experts ({self.experts + self.zero_experts})")
         if self.experts % self.groups:
             raise ValueError(f"experts ({self.experts}) must be divisible by groups ({self.groups})")
         if self.expert_dtype not in DTYPE_BYTES:
@@ -112,128 +146,51 @@ class ModelSpec(Record):
                 )
         return model
 
+    def replace(self, **changes: Any) -> ModelSpec:
+        """A changed copy, validated again. Another expert_dtype has its own bytes a weight."""
+        if "expert_dtype" in changes:
+            changes = {"bytes_per_weight": None, **changes}
+        return super().replace(**changes)
+
+    @property
+    def weights_per_expert(self) -> int:
+        """Values in one expert's matrices: all but the last take its input, the last gives its output."""
+        return self.ffn_size * ((self.matrices - 1) * self.expert_input_size + self.expert_output_size)
+
+    @property
+    def biases_per_expert(self) -> int:
+        """Values in the biases of one expert's matrices."""
+        return ((self.matrices - 1) * self.ffn_size + self.expert_output_size) * self.expert_bias
+
     @property
     def bytes_per_expert(self) -> float:
-        """Bytes of one expert's weights in one layer."""
-        return self.matrices * self.hidden_size * self.ffn_size * DTYPE_BYTES[self.expert_dtype]
+        """Bytes of one expert's weights in one layer; biases are not quantised."""
+        each = self.bytes_per_weight or DTYPE_BYTES[self.expert_dtype]
+        return self.weights_per_expert * each + self.biases_per_expert * max(2.0, DTYPE_BYTES[self.expert_dtype])
 
     @property
     def flops_per_token(self) -> float:
         """Floating-point operations of one token in one expert (a multiply-add counts two)."""
-        return 2.0 * self.matrices * self.hidden_size * self.ffn_size
+        return 2.0 * self.weights_per_expert
+
+    @property
+    def left_out(self) -> set[str]:
+        plain: dict[str, Any] = {"expert_input_size": self.hidden_size, "expert_output_size": self.hidden_size}
+        plain |= {"expert_bias": False, "bytes_per_weight": None, "shared_experts": 0, "zero_experts": 0}
+        return {name for name, value in plain.items() if getattr(self, name) == value}
 
     @classmethod
-    def from_config(cls, config: str | Path | Mapping[str, Any] | Any) -> ModelSpec:
+    def from_config(cls, config: str | Path | Mapping[str, Any] | Any, expert_dtype: str | None = None) -> ModelSpec:
         """Reads a Transformers `config.json` (a path, its folder, a dict, or a PretrainedConfig).
 
-        Knows Mixtral, OLMoE, Qwen2/3-MoE, DeepSeek-V2/V3, gpt-oss and configs that use the same field names.
+        Knows the MoE model types of Transformers 5 and others that are released with their own code
+        (`placement/model_families.py` has the table); an unknown type is read by its fields' names. What was assumed,
+        and fields that speak of experts, layers or quantisation and were not read, `read_config` says.
+
+        Args:
+            config: what to read. expert_dtype: how experts are stored, in place of what the config says of it.
 
         Raises:
-            InputError: the file is missing or no MoE fields are found; the message names the fields looked for.
+            InputError: the file is missing, no MoE fields are there, or one is not understood; the field is named.
         """
-        fields, origin = _config_fields(config)
-        return cls(**_spec_fields(fields, origin))
-
-
-def hidden_layers(config: str | Path | Mapping[str, Any] | Any) -> int:
-    """`num_hidden_layers` of a Transformers config (see `ModelSpec.from_config`): MoE and dense layers together.
-
-    Raises:
-        InputError: no such file, or no such field.
-    """
-    fields, origin = _config_fields(config)
-    inner = fields["text_config"] if isinstance(fields.get("text_config"), Mapping) else fields
-    count = inner.get("num_hidden_layers")
-    if type(count) is not int or count < 1:
-        raise InputError(f"{origin}: num_hidden_layers is {str(count)[:40]}, expected a whole number of at least 1")
-    return count
-
-
-def _config_fields(config: Any) -> tuple[Mapping[str, Any], str]:
-    if isinstance(config, Mapping):
-        return config, "config"
-    if hasattr(config, "to_dict"):
-        return config.to_dict(), type(config).__name__
-    path = Path(config)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(read_text(path, limit_bytes=1 << 24))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
-    return fields, str(path)
-
-
-_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k")
-_FFN = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-
-
-def _spec_fields(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    if isinstance(fields.get("text_config"), Mapping):
-        fields = fields["text_config"]
-
-    def first(names: tuple[str, ...]) -> int:
-        for name in names:
-            if isinstance(fields.get(name), int):
-                return int(fields[name])
-        raise InputError(
-            f"{origin}: none of the fields {', '.join(names)} is there; is this a mixture-of-experts model?"
-        )
-
-    quantisation = fields.get("quantization_config")
-    method = str(quantisation.get("quant_method", "")) if isinstance(quantisation, Mapping) else ""
-    moe_layers = _moe_layers(fields, first(("num_hidden_layers",)), origin)
-    return {
-        "layers": len(moe_layers),
-        "moe_layers": moe_layers,
-        "experts": first(_EXPERTS),
-        "top_k": first(_TOP_K),
-        "hidden_size": first(("hidden_size",)),
-        "ffn_size": first(_FFN),
-        "groups": _whole(fields, "n_group", origin) or _whole(fields, "num_expert_groups", origin) or 1,
-        "expert_dtype": method if method in DTYPE_BYTES else "bf16",
-        "name": str(fields.get("_name_or_path") or fields.get("model_type") or ""),
-    }
-
-
-def _moe_layers(fields: Mapping[str, Any], hidden_layers: int, origin: str) -> tuple[int, ...]:
-    """Absolute indices of the layers that hold experts: DeepSeek's dense head, Qwen's sparse step and dense list, a 0
-    or 1 for each layer (MiMo-V2, MiniMax-M3), or a word for each."""
-    listed = fields.get("mlp_only_layers") or ()
-    if not isinstance(listed, list | tuple) or not all(type(layer) is int for layer in listed):
-        raise _not_understood(fields, "mlp_only_layers", origin, "a list of layer numbers")
-    dense = set(range(_whole(fields, "first_k_dense_replace", origin) or 0)) | set(listed)
-    kinds = fields.get("mlp_layer_types")
-    if isinstance(kinds, list) and len(kinds) == hidden_layers:
-        layers = [i for i, kind in enumerate(kinds) if kind == "sparse"]
-    elif isinstance(flags := fields.get("moe_layer_freq"), list | tuple):
-        if len(flags) != hidden_layers or not all(type(flag) in (int, bool) and flag in (0, 1) for flag in flags):
-            wanted = f"a step, or a list of {hidden_layers} numbers, 1 for a layer with experts and 0 for one without"
-            raise _not_understood(fields, "moe_layer_freq", origin, wanted)
-        layers = [i for i, flag in enumerate(flags) if flag and i not in dense]
-    else:
-        sparse = _whole(fields, "decoder_sparse_step", origin)
-        step = sparse or _whole(fields, "moe_layer_freq", origin) or 1
-        offset = 1 if sparse else 0
-        layers = [i for i in range(hidden_layers) if i not in dense and (i + offset) % step == 0]
-    if not layers:
-        raise InputError(
-            f"{origin}: none of its {hidden_layers} layers holds experts; is this a mixture-of-experts model?"
-        )
-    return tuple(layers)
-
-
-def _whole(fields: Mapping[str, Any], name: str, origin: str) -> int | None:
-    """A field that is a whole number, or not there."""
-    value = fields.get(name)
-    if value is not None and (type(value) is not int or value < 0):
-        raise _not_understood(fields, name, origin, "a whole number")
-    return value
-
-
-def _not_understood(fields: Mapping[str, Any], name: str, origin: str, wanted: str) -> InputError:
-    text = str(fields[name])
-    shown = text if len(text) <= 60 else f"{text[:60]}..."
-    return InputError(f"{origin}: {name} is {shown}, expected {wanted}")
+        return cls(**read_config(config, expert_dtype).fields)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from .errors import InputError
 
@@ -25,6 +34,21 @@ class Record(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise InputError(describe(type(self).__name__, error)) from None
+
+    @property
+    def left_out(self) -> set[str]:
+        """Fields that are not written: younger than the files they stand in, and as releases that lack them have it."""
+        return set()
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        left_out = self.left_out
+        return {name: value for name, value in handler(self).items() if name not in left_out}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        # As without `_written`: the fields are what they are.
+        return handler({name: value for name, value in schema.items() if name != "serialization"})
 
     def replace(self: T, **changes: Any) -> T:
         """A changed copy, validated again."""
