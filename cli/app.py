@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from ..placement.errors import MoeplaceError
 from .commands.calibrate import calibrate_command
+from .commands.check import check_command
 from .commands.compare import compare_command
 from .commands.decide import decide_command
 from .commands.evaluate import evaluate_command
@@ -80,6 +81,7 @@ for name, command in (
     ("report", report_command),
     ("export", export_command),
     ("permute", permute_command),
+    ("check", check_command),
 ):
     app.command(name, no_args_is_help=True)(grouped(command))
 app.command("serve")(grouped(serve_command))

@@ -48,8 +48,63 @@ RoutingPath = Annotated[
 ]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 PlanReference = Annotated[
-    str, Argument(metavar="PLAN", help="A plan file, or a stored plan's name or id.", show_default=False)
+    str,
+    Argument(
+        metavar="PLAN",
+        help="A plan file, an engine's own file of a placement, or a stored plan's name or id.",
+        show_default=False,
+    ),
 ]
+
+
+EngineKey = Annotated[
+    str | None,
+    Option(
+        "--api-key",
+        metavar="KEY",
+        envvar="MOEPLACE_ENGINE_KEY",
+        help="The server's key (SGLang's recorder wants the admin key where there is one).",
+        show_default=False,
+    ),
+]
+RecorderFolder = Annotated[
+    Path | None,
+    Option(
+        "--folder",
+        metavar="DIR",
+        envvar="SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR",
+        help="Where SGLang's recorder writes its files, as this machine sees it. Default: /tmp, as SGLang's.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFileOptions:
+    """What an engine's own file of a placement does not say."""
+
+    plan_model: Annotated[
+        Path | None,
+        Option(
+            "--plan-model",
+            metavar="PATH",
+            help="For a plan in an engine's own file: the model's config.json, or its folder. Default: the routing's "
+            "model.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    plan_topology: Annotated[
+        str | None,
+        Option(
+            "--plan-topology",
+            metavar="NAME[:NxM]|FILE",
+            help="For a plan in an engine's own file: the cluster it is for, a preset with N nodes of M devices "
+            "(h100-hgx:2x8), or a file.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

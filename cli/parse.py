@@ -86,6 +86,20 @@ def read_topology(options: TopologyOptions) -> Topology:
     raise InputError(f"--topology {name!r} is neither a preset nor a file; {nearest(name, PRESETS)}")
 
 
+def plan_topology(text: str) -> Topology:
+    """The cluster of --plan-topology: `h100-hgx`, `h100-hgx:2x8`, or a file.
+
+    Raises:
+        InputError: not of that form, or as `read_topology`.
+    """
+    name, _, size = text.partition(":")
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if size and match is None:
+        raise InputError(f"--plan-topology {text!r} is not NAME, NAME:NODESxDEVICES or a file")
+    nodes, devices = (None, None) if match is None else (int(match[1]), int(match[2]))
+    return read_topology(TopologyOptions(topology=name, nodes=nodes, devices_per_node=devices))
+
+
 def read_objective(options: ObjectiveOptions) -> Objective:
     """The objective of the options; what none says is left to the engine.
 

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, MoeplaceError, UnsupportedError
-from .options import StudyOptions
+from .options import PlanFileOptions, StudyOptions
 from .output import Update
-from .parse import SolverChoice
+from .parse import SolverChoice, plan_topology
 from .routing_split import RoutingSplit
 
 if TYPE_CHECKING:
     from ..db.records import CountWindow, JobRecord
     from ..placement.failures import Kind
+    from ..placement.model import ModelSpec
     from ..placement.plan import Plan
     from ..placement.problem import Problem
     from ..placement.statistics import RoutingStatistics
+    from ..placement.topology import Topology
     from ..profiler.read import Recording
     from ..service.client import Client
 
@@ -39,17 +41,29 @@ def service(url: str) -> Iterator[Client]:
         yield client
 
 
-def read_plan(reference: str, db: str | None, server: str | None = None) -> Plan:
+PLAN_FILES = (".json", ".jsonl", ".pt", ".yaml", ".yml")
+
+
+def read_plan(
+    reference: str,
+    db: str | None,
+    server: str | None = None,
+    *,
+    model: ModelSpec | None = None,
+    topology: Topology | None = None,
+) -> Plan:
     """A plan from a file, or else from the database, or the service where one is named, by name or id.
 
+    model, topology: what an engine's own file is for, which does not say it.
+
     Raises:
-        InputError: none of them has it; both are named.
+        InputError: none of them has it; both are named. FileFormatError: no plan's file.
     """
     from ..db import Store
-    from ..placement.plan import Plan
+    from ..runtime.exporters import read_plan_file
 
-    if Path(reference).is_file() or reference.endswith(".json"):
-        return Plan.load(reference)
+    if Path(reference).is_file() or reference.endswith(PLAN_FILES):
+        return read_plan_file(reference, model, topology)
     try:
         if server is not None:
             with service(server) as client:
@@ -58,6 +72,17 @@ def read_plan(reference: str, db: str | None, server: str | None = None) -> Plan
             return store.plan(reference).plan
     except MoeplaceError as error:
         raise InputError(f"{reference!r} is not a file, and not a stored plan either: {error}") from None
+
+
+def plan_context(options: PlanFileOptions, recording: Recording | None = None) -> dict[str, Any]:
+    """What is known of a plan in an engine's own file, for `read_plan`: model and topology."""
+    from ..placement.model import ModelSpec
+
+    model = None if recording is None else recording.model
+    if options.plan_model is not None:
+        model = ModelSpec.from_config(options.plan_model)
+    topology = None if options.plan_topology is None else plan_topology(options.plan_topology)
+    return {"model": model, "topology": topology}
 
 
 def solve_remotely(

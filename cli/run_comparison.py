@@ -12,7 +12,7 @@ from ..placement.errors import InputError, MoeplaceError, SolveError, Unsupporte
 from .options import ComparisonOptions
 from .output import Update, solve_listener, working
 from .parse import SolverChoice, read_model, read_objective, read_slots, read_topology, reader_defaults, split_list
-from .remote import read_plan
+from .remote import PLAN_FILES, read_plan
 from .routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
 
 if TYPE_CHECKING:
@@ -137,10 +137,13 @@ def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
     cluster, seed = read_topology(options), options.seed
     names = split_list(options.solvers) if options.solvers is not None else list(solver_names())
     choices = [SolverChoice.parse(name).for_steps(options) for name in names]
-    judged_too = [(_plan_name(name), read_plan(name, options.db)) for name in split_list(options.plans)]
     with working("reading the routing") as update:
         recording = open_routing(routing, defaults=reader_defaults(options.model))
         spec = read_model(options, recording)
+        judged_too = [
+            (plan_name(name), read_plan(name, options.db, model=spec, topology=cluster))
+            for name in split_list(options.plans)
+        ]
         split = split_routing(recording, options, seed)
         update("counting", None)
         problem = Problem(
@@ -155,5 +158,6 @@ def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
         return compare(problem, split, replayed, choices, judged_too, options.seconds, seed, update)
 
 
-def _plan_name(reference: str) -> str:
-    return Path(reference).stem if reference.endswith(".json") else reference
+def plan_name(reference: str) -> str:
+    """What a plan is called in tables: its file's name without the ending, or its own."""
+    return Path(reference).stem if reference.endswith(PLAN_FILES) else reference

@@ -316,7 +316,7 @@ def _summary(found: Row[*tuple[Any, ...]]) -> dict[str, Any]:
         "experts": found.experts,
         "devices": found.devices,
         "slots": row.slots,
-        "certificate": None if row.certificate is None else Certificate(**row.certificate),
+        "certificate": None if row.certificate is None else _certificate(row.certificate),
         "provenance": Provenance(**row.provenance),
     }
 
@@ -403,3 +403,8 @@ def describe(session: Session, url: str) -> StoreDescription:
 
 def _count(session: Session, query: Any) -> int:
     return int(session.execute(select(func.count()).select_from(query.subquery())).scalar_one())
+
+
+def _certificate(stored: dict[str, Any]) -> Certificate:
+    """Without the map that a plan's document binds it to."""
+    return Certificate(**{name: value for name, value in stored.items() if name != "map"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -331,7 +332,7 @@ VERSION = 2
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as plain data, in the file's form. Equal shares are left out: they follow from the table."""
     certificate, provenance = plan.certificate, plan.provenance
-    return {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "version": 1 if plan.filled.all() else 2,
         "model": plan.model.model_dump(mode="json"),
@@ -341,7 +342,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "shares": None if plan.has_equal_shares else plan.shares.tolist(),
         "certificate": None
         if certificate is None
-        else {"objective": certificate.objective, "value": certificate.value, "bound": certificate.bound},
+        else {"objective": certificate.objective, "value": certificate.value, "bound": certificate.bound, "map": ""},
         "provenance": {
             "solver": provenance.solver,
             "version": provenance.version,
@@ -357,16 +358,23 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         },
         "predicted": plan.predicted,
     }
+    if certificate is not None:
+        document["certificate"]["map"] = _proven_map(document)
+    return document
 
 
 def plan_from_dict(data: Any, origin: str = "plan") -> Plan:
     """Builds a plan from the file's form.
 
     Raises:
-        FileFormatError: a field is missing or wrong, or the version is newer than this release reads.
+        FileFormatError: a field is missing or wrong, the version is newer than this release reads, or the certificate
+            was proven for another map. One that names no map is left out, with a warning.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise FileFormatError(f"{origin}: not a {FORMAT} file (no such 'format' field); `moeplace export` writes one")
+        raise FileFormatError(
+            f"{origin}: not a {FORMAT} file (no such 'format' field); `Plan.save` writes one, and "
+            "`mp.read_plan_file` reads engines' own files"
+        )
     version = data.get("version")
     if not isinstance(version, int) or version < 1:
         raise FileFormatError(f"{origin}: version is {version!r}, expected a whole number")
@@ -375,18 +383,58 @@ def plan_from_dict(data: Any, origin: str = "plan") -> Plan:
             f"{origin}: plan file of version {version}, this release reads up to {VERSION}; upgrade moeplace"
         )
     try:
-        return Plan(
+        plan = Plan(
             model=ModelSpec(**_mapping(data, "model")),
             topology=Topology(**_mapping(data, "topology")),
             physical_to_logical=_array(data, "physical_to_logical", np.int64),
             slot_device=_array(data, "slot_device", np.int64),
             shares=np.empty(0) if data.get("shares") is None else _array(data, "shares", np.float64),
-            certificate=None if data.get("certificate") is None else _typed(Certificate, data, "certificate"),
+            certificate=None if data.get("certificate") is None else _certificate(data),
             provenance=_typed(Provenance, data, "provenance"),
             predicted={str(k): float(v) for k, v in _mapping(data, "predicted").items()},
         )
     except (InputError, TypeError, ValueError) as error:
         raise FileFormatError(f"{origin}: {error}") from None
+    if plan.certificate is None:
+        return plan
+    proven = data["certificate"].get("map")
+    if proven is None:
+        warnings.warn(
+            f"{origin}: its certificate does not say which map it was proven for, and is left out; plans written "
+            "before certificates were bound to maps have none, and `moeplace solve` proves anew",
+            UserWarning,
+            stacklevel=3,
+        )
+        return dataclasses.replace(plan, certificate=None)
+    if proven != _proven_map(data):
+        raise FileFormatError(
+            f"{origin}: the certificate is of another map: model, cluster, slots, shares or the certificate itself "
+            "were changed after the solve. Take the field 'certificate' out to use the plan without a proof"
+        )
+    return plan
+
+
+def _certificate(data: Mapping[str, Any]) -> Certificate:
+    fields = {name: value for name, value in _mapping(data, "certificate").items() if name != "map"}
+    return _typed(Certificate, {"certificate": fields}, "certificate")
+
+
+def _proven_map(document: Mapping[str, Any]) -> str:
+    """SHA-256 of what a certificate speaks of, and of what it says: as the file has it, so that fields which a later
+    release gives to models or clusters change nothing."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [plain(entry) for entry in value]
+        # Stores may write 1.0 as 1.
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    names = ("model", "topology", "physical_to_logical", "slot_device", "shares", "certificate")
+    certificate = {name: value for name, value in document["certificate"].items() if name != "map"}
+    content = {**{name: document.get(name) for name in names}, "certificate": certificate}
+    return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
 
 
 def write_plan(plan: Plan, path: str | Path) -> None:

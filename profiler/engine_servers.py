@@ -164,6 +164,30 @@ def record_sglang(
         InputError: no such folder. EngineError: unreachable, no SGLang, its recorder is off or in another mode, or no
             file came; says what to do. FileFormatError: the files hold no record, as when nothing was served meanwhile.
     """
+    files, mode, info = dump_sglang(server, seconds, folder, wanted=wanted, patience=patience, progress=progress)
+    notes = []
+    if info.get("enable_eplb"):
+        notes.append(
+            "the server rebalances experts (--enable-eplb): each rebalance empties the recorder, and ids before it are "
+            "mapped by the map after it; record without"
+        )
+    return SGLangRecording(read_sglang_files(files, folder), mode, tuple(files), tuple(notes))
+
+
+def dump_sglang(
+    server: EngineServer,
+    seconds: float,
+    folder: Path,
+    *,
+    wanted: str | None = None,
+    patience: float = 60.0,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[list[Path], str, dict[str, Any]]:
+    """The files that a running SGLang's recorder writes of so many seconds, its mode, and the server's settings.
+
+    Raises:
+        InputError, EngineError: as `record_sglang`.
+    """
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; the server's {FOLDER_VARIABLE} must be a folder that this machine reads too"
@@ -178,14 +202,7 @@ def record_sglang(
     finally:
         server.call("POST", "/stop_expert_distribution_record")
     server.call("POST", "/dump_expert_distribution_record")
-    files = _new_files(folder, before, processes, patience)
-    notes = []
-    if info.get("enable_eplb"):
-        notes.append(
-            "the server rebalances experts (--enable-eplb): each rebalance empties the recorder, and ids before it are "
-            "mapped by the map after it; record without"
-        )
-    return SGLangRecording(read_sglang_files(files, folder), mode, tuple(files), tuple(notes))
+    return _new_files(folder, before, processes, patience), mode, info
 
 
 def server_info(server: EngineServer) -> dict[str, Any]:

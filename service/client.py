@@ -344,6 +344,23 @@ class Client:
         body = {"document": plan_to_dict(plan), "name": name}
         return self._ask(PlanView, "POST", "/v1/plans", body, again=True)
 
+    def add_plan_file(
+        self,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        topology: str | None = None,
+        deployment: str | None = None,
+        name: str | None = None,
+    ) -> PlanView:
+        """Keeps the plan in an engine's own file. Of a stored model on a stored topology, or a deployment's."""
+        given = {"model": model, "topology": topology, "deployment": deployment, "name": name}
+        query = urlencode({key: value for key, value in given.items() if value is not None})
+        content = Path(path).read_bytes()
+        headers = {"Content-Type": "application/octet-stream"}
+        answer = self._transport.call("POST", f"/v1/plans/file?{query}", content, headers, again=True)
+        return PlanView.model_validate(answer.json())
+
     def plan(self, ref: str) -> Plan:
         """A stored plan, by name or id."""
         found = self._json("GET", f"/v1/plans/{quote(ref, safe='')}")

@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import JUDGING, STORE, AsJson, Engine, HeldOutOptions, ObjectiveOptions, ServerOptions, StoreOptions
+from ...placement.errors import FileFormatError, InputError
+from ..options import (
+    JUDGING,
+    STORE,
+    AsJson,
+    Engine,
+    HeldOutOptions,
+    ObjectiveOptions,
+    PlanFileOptions,
+    ServerOptions,
+    StoreOptions,
+)
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
 from ..parse import read_objective
-from ..remote import read_plan, service
+from ..remote import plan_context, read_plan, service
 from ..routing_split import solving_statistics, split_routing
 from ..run_comparison import BASELINE
 
@@ -38,6 +49,7 @@ def decide_command(
     held_out: HeldOutOptions,
     storage: StoreOptions,
     remote: ServerOptions,
+    files: PlanFileOptions,
     candidates: Annotated[
         str,
         typer.Option("--candidates", metavar="PLAN,...", help="Plan files or stored plans that might be applied."),
@@ -117,12 +129,15 @@ def decide_command(
     if (routing is None) == (deployment is None):
         raise typer.BadParameter("give ROUTING to judge on, or --deployment of a service, one of them")
     names = [name.strip() for name in candidates.split(",") if name.strip()]
-    plans = [read_plan(name, storage.db, remote.server) for name in names]
     if routing is None:
+        plans = [read_plan(name, storage.db, remote.server, **plan_context(files)) for name in names]
         _asked_of_service(remote.server, str(deployment), plans, names, record, as_json)
         return
     with working("reading the routing") as update:
         recording = open_routing(routing)
+        known = plan_context(files, recording)
+        references = [*names, *([] if current == BASELINE else [current])]
+        plans, in_force = _plans(references, storage.db, remote.server, known, len(names))
         split = split_routing(recording, held_out, seed)
         problem = Problem(
             model=plans[0].model,
@@ -131,9 +146,8 @@ def decide_command(
             objective=read_objective(objective),
             engine=engine or plans[0].provenance.engine or None,
         )
-        in_force = solve(problem, BASELINE) if current == BASELINE else read_plan(current, storage.db, remote.server)
         decision = decide(
-            in_force,
+            solve(problem, BASELINE) if in_force is None else in_force,
             plans,
             split.judged,
             problem,
@@ -145,6 +159,30 @@ def decide_command(
             progress=lambda news: update("replaying draws of the held-out sequences", news.fraction),
         )
     emit(_data(decision, names), _table(decision, names, split.description), as_json=as_json)
+
+
+def _plans(
+    references: list[str], db: str | None, server: str | None, known: dict[str, Any], candidates: int
+) -> tuple[list[Plan], Plan | None]:
+    """The candidates, and the plan in force where one is named after them. What an engine's own file does not say, a
+    plan beside it may."""
+    read: dict[int, Plan] = {}
+    for number, reference in enumerate(references):
+        try:
+            read[number] = read_plan(reference, db, server, **known)
+        except FileFormatError:
+            raise
+        except InputError as error:
+            refusal = error
+    if not read:
+        raise refusal
+    first = next(iter(read.values()))
+    known = {"model": known["model"] or first.model, "topology": known["topology"] or first.topology}
+    plans = [
+        read[number] if number in read else read_plan(reference, db, server, **known)
+        for number, reference in enumerate(references)
+    ]
+    return plans[:candidates], plans[candidates] if len(plans) > candidates else None
 
 
 def _asked_of_service(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +13,7 @@ from ..options import (
     HeldOutOptions,
     KeepOptions,
     ObjectiveOptions,
+    PlanFileOptions,
     PlanReference,
     RoutingPath,
     ServerOptions,
@@ -21,9 +21,9 @@ from ..options import (
 )
 from ..output import emit, note, working
 from ..parse import read_objective
-from ..remote import read_plan
+from ..remote import plan_context, read_plan
 from ..routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
-from ..run_comparison import compare
+from ..run_comparison import compare, plan_name
 from ..save import keep_evaluations
 from ..tables import binding_rows, binding_table, comparison_rows, comparison_tables
 from .compare import comparison_data
@@ -41,6 +41,7 @@ def evaluate_command(
     steps: StepOptions,
     storage: KeepOptions,
     remote: ServerOptions,
+    files: PlanFileOptions,
     engine: Engine = None,
     seed: Annotated[
         int | None,
@@ -62,14 +63,15 @@ def evaluate_command(
     Example:
 
       moeplace evaluate plan.json trace --decode 128 --prefill 4096
+      moeplace evaluate init_expert_location.json trace --plan-topology h100-hgx:2x8
     """
     from ...placement.problem import Problem
     from ...profiler.read import open_routing
 
-    judged_plan = read_plan(plan, storage.db, remote.server)
-    used_seed = judged_plan.provenance.seed if seed is None else seed
     with working("reading the routing") as update:
         recording = open_routing(routing)
+        judged_plan = read_plan(plan, storage.db, remote.server, **plan_context(files, recording))
+        used_seed = judged_plan.provenance.seed if seed is None else seed
         split = split_routing(recording, held_out, used_seed)
         replayed = make_steps(split.judged, steps, used_seed)
         problem = Problem(
@@ -80,7 +82,7 @@ def evaluate_command(
             device_slots=judged_plan.slots_per_device.tolist(),
             engine=engine or judged_plan.provenance.engine or None,
         )
-        name = Path(plan).stem if plan.endswith(".json") else plan
+        name = plan_name(plan)
         comparison = compare(problem, split, replayed, (), [(name, judged_plan)], 30.0, used_seed, update)
     warn_when_seen(judged_plan, recording, split, problem.statistics.fingerprint)
     rows = comparison_rows(comparison)

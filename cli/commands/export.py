@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import AsJson, KeepOptions, PlanReference, ServerOptions
+from ..options import AsJson, KeepOptions, PlanFileOptions, PlanReference, ServerOptions
 from ..output import emit, pairs
 from ..parse import whole_numbers
-from ..remote import read_plan, service
+from ..remote import plan_context, read_plan, service
 from ..save import keep_export
 
 
@@ -39,6 +39,7 @@ def export_command(
     ],
     storage: KeepOptions,
     remote: ServerOptions,
+    files: PlanFileOptions,
     hidden_layers: Annotated[
         int | None,
         typer.Option(
@@ -107,7 +108,7 @@ def export_command(
     }
     options = {option: value for option, value in engine_options.items() if value is not None}
     if remote.server is None:
-        exported = read_plan(plan, storage.db)
+        exported = read_plan(plan, storage.db, **plan_context(files))
     else:
         with service(remote.server) as client:
             exported = client.plan(plan)

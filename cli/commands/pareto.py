@@ -126,12 +126,13 @@ def pareto_command(
     limits = None if max_moved is None else [_limit(entry) for entry in split_list(max_moved)]
     counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
     cluster, goal = read_topology(topology), read_objective(objective)
-    in_force = None if current is None else read_plan(current, storage.db, server)
     with working("reading the routing") as update:
         recording = open_routing(routing, defaults=reader_defaults(model.model))
         split = split_routing(recording, study, seed)
+        spec = read_model(model, recording)
+        in_force = None if current is None else read_plan(current, storage.db, server, model=spec, topology=cluster)
         problem = Problem(
-            model=read_model(model, recording),
+            model=spec,
             topology=cluster,
             statistics=solving_statistics(recording, split),
             objective=goal,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...placement.errors import InputError
-from ..options import AsJson
+from ..options import AsJson, EngineKey, RecorderFolder
 from ..output import count, emit, note, pairs, working
 from ..parse import reader_defaults
 from ..save import save_recording
@@ -63,16 +63,7 @@ def record_command(
             show_default=False,
         ),
     ] = None,
-    key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            envvar="MOEPLACE_ENGINE_KEY",
-            help="The server's key (SGLang's recorder wants the admin key where there is one).",
-            show_default=False,
-        ),
-    ] = None,
+    key: EngineKey = None,
     timeout: Annotated[
         float, typer.Option("--timeout", metavar="S", min=0.01, help="Seconds to wait for an answer, or for files.")
     ] = 300.0,
@@ -86,17 +77,7 @@ def record_command(
             rich_help_panel=RECORDER,
         ),
     ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--folder",
-            metavar="DIR",
-            envvar="SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR",
-            help="Where the server writes its files, as this machine sees it. Default: /tmp, as SGLang's.",
-            show_default=False,
-            rich_help_panel=RECORDER,
-        ),
-    ] = None,
+    folder: RecorderFolder = None,
     prompts: Annotated[
         Path | None,
         typer.Option(

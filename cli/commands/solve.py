@@ -80,8 +80,8 @@ def solve_command(
         typer.Option(
             "--current",
             metavar="PLAN",
-            help="The plan in force, a file or a stored plan's name or id: where search starts, and what --max-moved "
-            "counts from.",
+            help="The plan in force, a file (an engine's own too) or a stored plan's name or id: where search starts, "
+            "and what --max-moved counts from.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -132,11 +132,12 @@ def solve_command(
     if certify is not None:
         choice = choice.certified(certify)
     cluster, goal = read_topology(topology), read_objective(objective)
-    in_force = None if current is None else read_plan(current, storage.db)
     with working("counting the routing") as update:
         recording, statistics, used = training_statistics(routing, model, held_out, seed, update)
+        spec = read_model(model, recording)
+        in_force = None if current is None else read_plan(current, storage.db, model=spec, topology=cluster)
         problem = Problem(
-            model=read_model(model, recording),
+            model=spec,
             topology=cluster,
             statistics=statistics,
             objective=goal,

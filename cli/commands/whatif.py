@@ -12,6 +12,7 @@ from ..options import (
     SOLVING,
     AsJson,
     ObjectiveOptions,
+    PlanFileOptions,
     PlanReference,
     RoutingPath,
     StoreOptions,
@@ -20,7 +21,7 @@ from ..options import (
 )
 from ..output import emit, note, working
 from ..parse import read_objective, read_size, read_slots, read_topology, study_solver
-from ..remote import Study, read_plan, service, what_if_remotely
+from ..remote import Study, plan_context, read_plan, service, what_if_remotely
 from ..routing_split import make_steps, solving_statistics, split_routing
 from ..tables import what_if_table
 
@@ -35,6 +36,7 @@ def whatif_command(
     objective: ObjectiveOptions,
     study: StudyOptions,
     storage: StoreOptions,
+    files: PlanFileOptions,
     lose: Annotated[
         list[str] | None,
         typer.Option(
@@ -155,12 +157,12 @@ def whatif_command(
     from ...solvers.what_if import parse_changes, what_if
 
     choice, server, seed = study_solver(study), study.server, study.seed
-    current = read_plan(plan, storage.db, server)
     asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
-    changes = parse_changes(current.topology, **asked)
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
         recording = open_routing(routing)
+        current = read_plan(plan, storage.db, server, **plan_context(files, recording))
+        changes = parse_changes(current.topology, **asked)
         split = split_routing(recording, study, seed)
         problem = Problem(
             model=current.model,
@@ -196,10 +198,10 @@ def whatif_command(
         )
     if result.interrupted:
         note(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")
-    files = {} if out is None else save_plans(result, out)
+    written = {} if out is None else save_plans(result, out)
 
     def about(outcome: Outcome, kind_of_plan: str, _: Plan) -> dict[str, str | None]:
-        file = files.get(outcome.change.name, {}).get(kind_of_plan)
+        file = written.get(outcome.change.name, {}).get(kind_of_plan)
         return {"file": None if file is None else str(file)}
 
     data = result.to_dict(about)

@@ -191,9 +191,7 @@ def every_node(path: Path, plan: Plan) -> str:
     return f"{quoted(path)} must be readable under this path on {where}."
 
 
-def checked(path: Path) -> str:
-    """How to compare what runs with the file."""
-    return f"`moeplace check {quoted(path)} --running URL|DUMP` compares what runs."
+CHECK = "`moeplace check PLAN --running URL|DUMP` compares what runs with the plan."
 
 
 class Exporter(Protocol):

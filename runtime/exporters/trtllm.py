@@ -56,7 +56,7 @@ class TensorRTLLM:
             raise FileFormatError(f"{path}: {SLOTS} is {slots!r}, expected a whole number of at least {model.experts}")
         if not isinstance(entries, dict):
             raise FileFormatError(f"{path}: {ASSIGNMENTS} must map layers to lists, found {type(entries).__name__}")
-        entries = _layers(entries, f"{path}: {ASSIGNMENTS}")
+        entries = assigned_layers(entries, f"{path}: {ASSIGNMENTS}")
         missing = [layer for layer in model.moe_layers if layer not in entries]
         if missing:
             raise FileFormatError(
@@ -105,7 +105,7 @@ def read_assignments(path: str | Path) -> dict[int, list[int]]:
     slots = data.get(SLOTS) if isinstance(data, dict) else None
     if not isinstance(entries, dict) or not entries or type(slots) is not int:
         raise FileFormatError(f"{source}: expected {SLOTS} and {ASSIGNMENTS}, as a load balancer's file has them")
-    rows = _layers(entries, f"{source}: {ASSIGNMENTS}")
+    rows = assigned_layers(entries, f"{source}: {ASSIGNMENTS}")
     for layer, row in rows.items():
         whole = isinstance(row, list) and len(row) == slots and all(type(e) is int and 0 <= e < slots for e in row)
         if not whole:
@@ -113,7 +113,7 @@ def read_assignments(path: str | Path) -> dict[int, list[int]]:
     return {layer: list(row) for layer, row in rows.items()}
 
 
-def _layers(entries: dict[Any, Any], origin: str) -> dict[int, Any]:
+def assigned_layers(entries: dict[Any, Any], origin: str) -> dict[int, Any]:
     """The entries by whole numbers: pydantic takes quoted layers for numbers, as it takes bare ones.
 
     Raises:

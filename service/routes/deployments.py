@@ -36,7 +36,7 @@ from ..schemas import (
     WindowView,
 )
 from .common import ERRORS, Before, KeyPath, Limit, NamePath, Page, Stored, etag_of, matches, page_of, unchanged
-from .plans import Engine, exported
+from .plans import OCTETS, Engine, exported
 
 router = APIRouter(prefix="/v1", tags=["deployments"], responses=ERRORS)
 IfMatch = Annotated[str | None, Header(description="The ETag of what is to be changed; 412 when it is another now.")]
@@ -132,7 +132,9 @@ def totals(name: NamePath, store: Stored, _: Reader) -> dict[str, int]:
 @router.get(
     "/deployments/{name}/plan",
     response_class=Response,
-    responses={200: {"description": "The file.", "content": {"application/json": {}, "application/yaml": {}}}},
+    responses={
+        200: {"description": "The file.", "content": {"application/json": {}, "application/yaml": {}, OCTETS: {}}}
+    },
 )
 async def plan_in_force(
     name: NamePath,

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
-from ...placement.errors import FileFormatError
+from ...db.store import Store
+from ...placement.errors import FileFormatError, InputError
 from ...placement.plan import Plan, plan_from_dict
-from ...runtime.exporters import export_bytes
+from ...runtime.exporters import export_bytes, read_plan_file
 from ...runtime.exporters.export import engine_usage
 from ..access import Reader, Submitter
-from ..schemas import PlanFull, PlanIn, PlanView
+from ..schemas import PlanFull, PlanIn, PlanView, Ref
 from .catalogue import Older
 from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
 
 router = APIRouter(prefix="/v1", tags=["plans"], responses=ERRORS)
 Engine = Literal["moeplace", "sglang", "sglang-lp", "vllm", "vllm-ascend", "trtllm"]
-KINDS = {".json": "application/json", ".yaml": "application/yaml", ".pt": "application/octet-stream"}
+OCTETS = "application/octet-stream"
+KINDS = {".json": "application/json", ".yaml": "application/yaml", ".pt": OCTETS}
 Text = Annotated[str | None, Query(max_length=100, pattern=r"^[ -~]*$")]
 
 
@@ -54,6 +58,49 @@ def add_plan(body: PlanIn, store: Stored, _: Submitter) -> PlanView:
     return PlanView.of(store.add_plan(plan, name=body.name))
 
 
+@router.post(
+    "/plans/file",
+    status_code=201,
+    openapi_extra={
+        "requestBody": {"required": True, "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
+    },
+)
+async def add_plan_file(
+    request: Request,
+    store: Stored,
+    _: Submitter,
+    model: Ref | None = None,
+    topology: Ref | None = None,
+    deployment: Ref | None = None,
+    name: Text = None,
+) -> PlanView:
+    """Keeps the plan in an engine's own file (SGLang's, vLLM's, vLLM-Ascend's, TensorRT-LLM's; or moeplace's), told by
+    what it holds. Of a stored model on a stored topology, or a deployment's."""
+    content = await request.body()
+    return await run_in_threadpool(_kept, store, content, model, topology, deployment, name)
+
+
+def _kept(
+    store: Store, content: bytes, model: str | None, topology: str | None, deployment: str | None, name: str | None
+) -> PlanView:
+    if deployment is not None:
+        known = store.deployments.get(deployment)
+        model, topology = known.model_id, known.topology_id
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "file"
+        file.write_bytes(content)
+        try:
+            plan = read_plan_file(
+                file,
+                None if model is None else store.model(model).spec,
+                None if topology is None else store.topology(topology).topology,
+            )
+        except InputError as error:
+            # Where it lay meanwhile is nobody's business.
+            raise type(error)(str(error).replace(str(file), "file")) from None
+    return PlanView.of(store.add_plan(plan, name=name))
+
+
 @router.get("/plans/{ref}", response_model=PlanFull)
 def plan(ref: RefPath, request: Request, response: Response, store: Stored, _: Reader) -> PlanFull | Response:
     """A plan with its tables."""
@@ -64,7 +111,9 @@ def plan(ref: RefPath, request: Request, response: Response, store: Stored, _: R
 @router.get(
     "/plans/{ref}/export",
     response_class=Response,
-    responses={200: {"description": "The file.", "content": {"application/json": {}, "application/yaml": {}}}},
+    responses={
+        200: {"description": "The file.", "content": {"application/json": {}, "application/yaml": {}, OCTETS: {}}}
+    },
 )
 def export(
     ref: RefPath,

@@ -55,6 +55,7 @@ def test_the_program_lists_the_commands_users_are_told_of() -> None:
     wanted = {
         "profile",
         "calibrate",
+        "check",
         "import",
         "stats",
         "topology",

@@ -223,3 +223,43 @@ def test_nearly_equal_shares_are_kept_as_they_are(tmp_path: Path) -> None:
     made = plan(shares=shares)
     made.save(tmp_path / "plan.json")
     assert mp.Plan.load(tmp_path / "plan.json").fingerprint == made.fingerprint
+
+
+def test_a_proof_is_of_its_map_alone(tmp_path: Path) -> None:
+    proven = plan(certificate=mp.Certificate("x", 1.0, 1.0))
+    proven.save(tmp_path / "p.json")
+    assert mp.Plan.load(tmp_path / "p.json").proven_optimal
+    document = json.loads((tmp_path / "p.json").read_text())
+
+    def exchanged(change: Any) -> Path:
+        changed = json.loads(json.dumps(document))
+        change(changed)
+        (tmp_path / "q.json").write_text(json.dumps(changed))
+        return tmp_path / "q.json"
+
+    def two_experts(data: Any) -> None:
+        row = data["physical_to_logical"][0]
+        row[1], row[3] = row[3], row[1]
+
+    changes = {
+        "two experts": two_experts,
+        "a bound": lambda data: data["certificate"].update(bound=0.5),
+        "a share": lambda data: data.update(shares=[[0.5, 1, 0.5, 1, 0.5, 0.5], [0.5, 1, 0.5, 1, 0.5, 0.5]]),
+        "the cluster": lambda data: data["topology"].update(name="another"),
+    }
+    for change in changes.values():
+        with pytest.raises(mp.FileFormatError, match="the certificate is of another map"):
+            mp.Plan.load(exchanged(change))
+    # What takes the proof out may have the plan.
+    assert mp.Plan.load(exchanged(lambda data: (two_experts(data), data.update(certificate=None)))).certificate is None
+    with pytest.warns(UserWarning, match="does not say which map it was proven for, and is left out"):
+        assert mp.Plan.load(exchanged(lambda data: data["certificate"].pop("map"))).certificate is None
+
+
+def test_a_proof_outlives_fields_and_numbers_that_stores_write_otherwise(tmp_path: Path) -> None:
+    plan(certificate=mp.Certificate("x", 2.0, 1.0)).save(tmp_path / "p.json")
+    document = json.loads((tmp_path / "p.json").read_text())
+    document["certificate"]["value"] = 2
+    reordered = {name: document[name] for name in sorted(document)}
+    (tmp_path / "p.json").write_text(json.dumps(reordered))
+    assert mp.Plan.load(tmp_path / "p.json").gap == 0.5

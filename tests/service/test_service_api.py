@@ -365,3 +365,21 @@ def test_commands_ask_a_service_instead(server: Server, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert json.loads(out.read_text())
     assert run("export", "nothing", "--server", server.url, "--for", "sglang", "-o", out, "--no-store").code == 1
+
+
+def test_a_plan_in_force_comes_in_its_engines_own_file(server: Server, client: mp.Client, tmp_path: Path) -> None:
+    rows = np.stack([np.r_[np.roll(np.arange(16), layer), np.arange(8)] for layer in range(3)])
+    plan = mp.Plan(MODEL, TOPOLOGY, rows, np.repeat(np.arange(4), 6))
+    for engine, name in (("sglang", "x.json"), ("sglang", "x.pt"), ("vllm", "x.json"), ("trtllm", "x.yaml")):
+        path = mp.export_plan(plan, engine, tmp_path / name)
+        view = client.add_plan_file(path, model=client.add_model(MODEL).id, topology="box")
+        assert client.add_plan_file(path, deployment="chat").id == view.id
+        stored = client.plan(view.id)
+        np.testing.assert_array_equal(stored.physical_to_logical, rows)
+        assert stored.provenance.engine == engine
+    client.publish("chat", view.id)
+    with pytest.raises(mp.InputError, match="own file, which does not say its model and topology"):
+        client.add_plan_file(path)
+    (tmp_path / "x.json").write_text('{"logical_count": [[1]]}')
+    with pytest.raises(mp.InputError, match="^file holds an object with logical_count; those are loads"):
+        client.add_plan_file(tmp_path / "x.json", deployment="chat")

@@ -38,6 +38,7 @@ class SGLang:
         self.info = {"tp_size": ranks, "pp_size": 1, "dp_size": 1, "enable_eplb": False, "version": "0.5.23"}
         self.info |= {"expert_distribution_recorder_mode": mode, "enable_return_routed_experts": True} | settings
         self.key: str | None = None
+        self.mapping = torch.arange(SLOTS).expand(LAYERS, SLOTS) % EXPERTS
         self.recording = False
         self.passes = 0
         self.called: list[str] = []
@@ -81,8 +82,7 @@ class SGLang:
         else:
             for rank in range(self.ranks):
                 records = [self.record(step, rank) for step in range(self.passes)]
-                mapping = torch.arange(SLOTS).expand(LAYERS, SLOTS) % EXPERTS
-                content = {"records": records, "last_physical_to_logical_map": mapping.contiguous()}
+                content = {"records": records, "last_physical_to_logical_map": self.mapping.contiguous()}
                 if rank and self.late:
                     threading.Timer(self.late, self.write, (rank, content)).start()
                 else:

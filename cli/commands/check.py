@@ -1,0 +1,126 @@
+"""`moeplace check`: is the map that an engine runs with the plan's, and sound in itself?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...placement.errors import EngineError, InputError
+from ..options import AsJson, EngineKey, PlanFileOptions, RecorderFolder, ServerOptions, StoreOptions
+from ..output import Column, Table, emit, working
+from ..remote import plan_context, read_plan
+
+if TYPE_CHECKING:
+    from ...placement.model import ModelSpec
+    from ...placement.plan import Plan
+    from ...placement.topology import Topology
+    from ...runtime.exporters.running import Finding
+
+COLUMNS = (Column("kind", "kind", right=False), Column("layer", "layer"), Column("text", "what is wrong", right=False))
+
+
+def check_command(
+    running: Annotated[
+        str,
+        typer.Option(
+            "--running",
+            metavar="URL|FILE",
+            help="What runs: an SGLang server started with --expert-distribution-recorder-mode per_pass, or a dump: of "
+            "that recorder, vLLM's load statistics, vLLM-Ascend's expert_map_record_path, or a placement file.",
+            show_default=False,
+        ),
+    ],
+    storage: StoreOptions,
+    remote: ServerOptions,
+    files: PlanFileOptions,
+    plan: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PLAN",
+            help="The plan that should run, as for `moeplace evaluate`. Without it the map is checked by itself, for "
+            "--plan-model on --plan-topology.",
+            show_default=False,
+        ),
+    ] = None,
+    folder: RecorderFolder = None,
+    key: EngineKey = None,
+    timeout: Annotated[
+        float,
+        typer.Option("--timeout", metavar="S", min=0.1, help="Seconds a call of the server may take."),
+    ] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the map an engine runs with a plan, and with itself.
+
+    Finds experts missing, unknown or twice on a rank, layers that run another layer's map, other experts than planned,
+    and a plan that was not applied; of a server also the settings that replicas need. Ends with 1 where something is
+    wrong.
+
+    Example:
+
+      moeplace check plan.json --running http://localhost:30000 --folder /tmp/recorder
+      moeplace check plan.json --running expert_distribution_recorder_1700000000.0_0.pt
+      moeplace check --running expert_map.json --plan-model config.json --plan-topology h100-hgx:2x8
+    """
+    from ...runtime.exporters import running as maps
+
+    context = plan_context(files)
+    expected = None if plan is None else read_plan(plan, storage.db, remote.server, **context)
+    model, topology = _shape(expected, context)
+    findings: list[Finding] = []
+    dumps = [Path(running)]
+    if running.startswith(("http://", "https://")):
+        with working(f"asking {running}"):
+            dumps, findings = _recorded(running, key, timeout, folder, expected)
+    rows = maps.read_running(dumps[0], model)
+    findings += [
+        maps.Finding("ranks", None, f"{dump} has another map than {dumps[0]}")
+        for dump in dumps[1:]
+        if maps.read_running(dump, model) != rows
+    ]
+    findings += maps.check_map(rows, model.experts, topology.num_devices)
+    findings += [] if expected is None else maps.compare_map(rows, expected)
+    table = [{"kind": finding.kind, "layer": finding.layer, "text": finding.text} for finding in findings]
+    verdict = "nothing is wrong" if not findings else f"{len(findings)} findings"
+    if expected is not None and not findings:
+        verdict = "what runs is the plan"
+    data: dict[str, Any] = {
+        "running": running,
+        "read": [str(dump) for dump in dumps],
+        "layers": len(rows),
+        "sound": not findings,
+    }
+    emit({**data, "findings": table}, Table(COLUMNS, table, footnotes=(f"{dumps[0]}: {verdict}.",)), as_json=as_json)
+    if findings:
+        raise typer.Exit(1)
+
+
+def _shape(plan: Plan | None, context: dict[str, Any]) -> tuple[ModelSpec, Topology]:
+    if plan is not None:
+        return plan.model, plan.topology
+    if context["model"] is None or context["topology"] is None:
+        raise InputError(
+            "a map alone does not say its model and cluster: give PLAN, or --plan-model and --plan-topology"
+        )
+    return context["model"], context["topology"]
+
+
+def _recorded(
+    url: str, key: str | None, timeout: float, folder: Path | None, plan: Plan | None
+) -> tuple[list[Path], list[Finding]]:
+    """The dumps of the server's recorder, and what is wrong with its settings."""
+    from ...profiler.engine_servers import EngineServer, dump_sglang, recorder_folder, server_info
+    from ...runtime.exporters.running import compare_settings
+
+    server = EngineServer(url, key, timeout)
+    info = server_info(server)
+    mode = info.get("expert_distribution_recorder_mode")
+    if mode not in ("per_pass", "per_token"):
+        raise EngineError(
+            f"{url}: SGLang says which map it runs in records of mode per_pass or per_token, this server's is "
+            f"{mode or 'off'}; start it with --expert-distribution-recorder-mode per_pass, or give a dump"
+        )
+    files, _, _ = dump_sglang(server, 0.0, recorder_folder(folder), patience=min(timeout, 60.0))
+    return files, [] if plan is None else compare_settings(info, plan)
