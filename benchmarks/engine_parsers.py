@@ -28,6 +28,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -112,9 +113,10 @@ def check_sglang(folder: Path, plans: list[mp.Plan], scratch: Path) -> str:
     stand_in("sglang.srt.model_loader", get_model_architecture=lambda config: (config.model_class, None))
     engine = load_source("sglang.srt.eplb.expert_location", folder / "sglang/srt/eplb/expert_location.py")
 
-    for plan in plans:
+    for number, plan in enumerate(plans):
         hidden = plan.moe_layers[-1] + 2
-        path = export_plan(plan, "sglang", scratch / "sglang.json", hidden_layers=hidden)
+        name = "sglang.pt" if number % 2 else "sglang.json"
+        path = export_plan(plan, "sglang", scratch / name, hidden_layers=hidden)
         shape = engine.ModelConfigForExpertLocation(num_layers=hidden, num_logical_experts=plan.model.experts)
         model = SimpleNamespace(
             model_class=SimpleNamespace(get_model_config_for_expert_location=lambda _, shape=shape: shape),
@@ -134,6 +136,8 @@ def check_sglang(folder: Path, plans: list[mp.Plan], scratch: Path) -> str:
             for row, layer in enumerate(plan.moe_layers):
                 served = read.logical_to_rank_dispatch_physical_map[layer].numpy()
                 assert np.array_equal(plan.physical_to_logical[row][served], np.arange(plan.model.experts))
+    path = export_plan(plan, "sglang", scratch / "sglang.json", hidden_layers=hidden)
+    moe.init_expert_location = str(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "note": 1}))
     return f"an extra key: {refused(lambda: engine.compute_initial_expert_location_metadata(model, 0))}"
 
@@ -152,8 +156,14 @@ def check_vllm(folder: Path, plans: list[mp.Plan], scratch: Path) -> str:
     policies = importlib.import_module("vllm.distributed.eplb.policy")
     default = policies.EPLB_POLICIES["default"]
     state = folder / "vllm/distributed/eplb/eplb_state.py"
+    forms = itertools.cycle((None, "49572", "41141"))
     for plan in plans:
-        plan.save(scratch / "plan.json")
+        # The plugin reads the plan and its export alike.
+        form = next(forms)
+        if form is None:
+            plan.save(scratch / "plan.json")
+        else:
+            export_plan(plan, "vllm", scratch / "plan.json", form=form)
         os.environ[vllm_policy.PLAN_VARIABLE] = str(scratch / "plan.json")
         vllm_policy.install()
         policy = policies.EPLB_POLICIES["default"]

@@ -51,6 +51,8 @@ def read_running(path: str | Path, model: ModelSpec) -> dict[int, list[int]]:
     """
     source = Path(path)
     rows = _rows(_last_line(source) if source.suffix == ".jsonl" else load_content(source), source)
+    if not isinstance(rows, list | dict):
+        raise FileFormatError(f"{source}: a {type(rows).__name__}, expected rows of experts")
     if not isinstance(rows, dict):
         counted = model.moe_layers[-1] + 1
         if len(rows) == model.layers:

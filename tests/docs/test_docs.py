@@ -17,6 +17,7 @@ import pytest
 import moeplace as mp
 from moeplace.placement.bounds import least_device_load, step_seconds_bound
 from moeplace.placement.cost import all_to_all_latency
+from moeplace.placement.engines import Constraint, engine_profile, target_names
 from moeplace.placement.replay import replay
 from moeplace.profiler.trace_files import TraceHeader, trace_schema
 from moeplace.solvers import chain, exflow, moetuner
@@ -248,3 +249,20 @@ def test_the_step_bound_as_printed_is_the_codes_and_below_the_plan() -> None:
 def test_the_columns_of_a_shard_are_listed() -> None:
     schema = trace_schema(TraceHeader(32, 4, (0, 1)), gate_weights=True)
     assert [cell.strip("`") for cell, *_ in table("recording.md", "column")] == schema.names
+
+
+def test_the_engines_are_what_their_profiles_say() -> None:
+    rows = {cells[0]: cells[1:] for cells in table("engines.md", "engine")}
+    assert list(rows) == list(target_names())
+    for name, cells in rows.items():
+        profile = engine_profile(name)
+        limits = profile.constraints
+        shares = "equal shares" if Constraint.EQUAL_SHARES in limits else "any shares"
+        stacked = not limits & {Constraint.SPREAD_REPLICAS, Constraint.NO_REPLICAS}
+        assert cells == [
+            "yes" if profile.equal_slots else "no",
+            "none" if Constraint.NO_REPLICAS in limits else shares,
+            "yes" if stacked else "no",
+            profile.replica_choices[0],
+            "yes" if profile.masked_ranks else "no",
+        ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from moeplace.runtime.exporters import (
     export_plan,
     read_exported,
 )
+from moeplace.runtime.exporters.running import read_running
 
 pytestmark = pytest.mark.slow
 
@@ -510,3 +513,20 @@ def test_a_damaged_file_gives_a_plan_or_the_typed_error(engine: str, data: Any, 
     except mp.InputError:
         return
     assert found.physical_to_logical.shape[0] == 2
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_file_is_a_plan_or_a_typed_error(data: Any, tmp_path: Path) -> None:
+    plan = next(plan for seed in range(99) if not stacked(plan := make_plan(seed=seed)))
+    engine = data.draw(st.sampled_from(["moeplace", "sglang", "vllm", "vllm-ascend", "trtllm"]))
+    text = export_plan(plan, engine, tmp_path / "a.json").read_text()
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text)))
+        piece = data.draw(st.sampled_from(["", "[", "}", '"', ":", "-1", "null", "1e309", "9" * 5000, "\n- ", "true"]))
+        text = text[:at] + piece + text[at + data.draw(st.integers(0, 9)) :]
+    (tmp_path / "a.json").write_text(text)
+    with contextlib.suppress(mp.MoeplaceError), warnings.catch_warnings(action="ignore"):
+        mp.read_plan_file(tmp_path / "a.json", plan.model, plan.topology)
+    with contextlib.suppress(mp.MoeplaceError):
+        read_running(tmp_path / "a.json", plan.model)

@@ -136,6 +136,20 @@ def test_the_plugin_serves_the_plan_the_environment_names(
     assert vllm["default"].rebalance_experts(torch.rand(2, 4), 6, 1, 1, 2).tolist() == plan.physical_to_logical.tolist()
 
 
+@pytest.mark.parametrize("form", ["49572", "41141"])
+def test_the_plugin_reads_the_export_as_well_as_the_plan(
+    form: str, plan: mp.Plan, vllm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = mp.export_plan(plan, "vllm", tmp_path / "map.json", form=form)
+    monkeypatch.setenv(PLAN_VARIABLE, str(path))
+    install()
+    served = vllm["default"].rebalance_experts(torch.rand(2, 4), 6, 1, 1, 2)
+    assert served.tolist() == plan.physical_to_logical.tolist()
+    path.write_text("[[0, 1, 2, 3, 0, 1], [0, 1, 2, 2, 0, 1]]")
+    with pytest.raises(mp.FileFormatError, match="row 1 is no list of every expert's slots"):
+        install()
+
+
 def test_a_missing_plan_stops_the_start(vllm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PLAN_VARIABLE, str(tmp_path / "absent.json"))
     with pytest.raises(mp.InputError, match="no such file"):
