@@ -52,7 +52,8 @@ class EngineProfile:
         executions: how it runs a layer, in the objective's terms.
         dispatch_dtypes: what activations travel in by what experts are stored in; bf16 elsewhere.
         node_dedup: whether a token travels once to a node.
-        layer_rows: how its files number layers: "model" counts dense layers, "moe" does not.
+        layer_rows: the layout of its maps: a row a layer of the model ("model": dense layers are counted) or a row a
+            MoE layer ("moe"), a row's slots in equal runs, a rank each.
         split: how replicas share an expert's tokens, in the objective's terms, where the objective does not say.
         masked_ranks: whether it runs on when ranks are lost, those left keeping their numbers: a device may then have
             no slots.

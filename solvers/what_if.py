@@ -387,11 +387,13 @@ def _check_slots_named(problem: Problem, change: Change) -> None:
 
 def _dealt_slots(problem: Problem, change: Change, totals: IntArray, least: IntArray) -> IntArray | None:
     """[L, G] as many slots on every device in every layer, at least so many in all [L] and on each [L, G]; None when
-    some device does not hold them."""
-    devices = change.topology.num_devices
-    each = max(-(-int(totals.max()) // devices), int(least.max()))
-    fits = each <= int(slot_capacity(problem.model, change.topology).min())
-    return np.full((problem.model.layers, devices), each, dtype=np.int64) if fits else None
+    some device does not hold them. Ranks that were lost before have none where the engine masks them."""
+    alive: BoolArray = np.ones(change.topology.num_devices, dtype=np.bool_)
+    if problem.profile is not None and problem.profile.masked_ranks and least.any():
+        alive = np.asarray(least.any(axis=0))
+    each = max(-(-int(totals.max()) // int(alive.sum())), int(least.max()))
+    fits = each <= int(slot_capacity(problem.model, change.topology)[alive].min())
+    return np.tile(np.where(alive, each, 0), (problem.model.layers, 1)) if fits else None
 
 
 def _keeping_ranks(outcome: Outcome, cluster: Topology) -> Outcome:

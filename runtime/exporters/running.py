@@ -21,6 +21,7 @@ import numpy as np
 
 from ..._tensor_files import array_of
 from ..._types import IntArray
+from ...placement.engines import engine_profile
 from ...placement.errors import FileFormatError, InputError
 from ...placement.model import MOST_EXPERTS, MOST_LAYERS, ModelSpec
 from ...placement.plan import Plan
@@ -50,20 +51,19 @@ def read_running(path: str | Path, model: ModelSpec) -> dict[int, list[int]]:
         InputError: no such file. FileFormatError: no such dump, rows that are not the model's; says which.
     """
     source = Path(path)
-    rows = _rows(_last_line(source) if source.suffix == ".jsonl" else load_content(source), source)
+    rows, engine = _rows(_last_line(source) if source.suffix == ".jsonl" else load_content(source), source)
     if not isinstance(rows, list | dict):
         raise FileFormatError(f"{source}: a {type(rows).__name__}, expected rows of experts")
     if not isinstance(rows, dict):
-        counted = model.moe_layers[-1] + 1
-        if len(rows) == model.layers:
-            rows = dict(zip(model.moe_layers, rows, strict=True))
-        elif len(rows) >= counted:
-            rows = {layer: rows[layer] for layer in model.moe_layers}
-        else:
+        counted = engine_profile(engine).layer_rows == "model"
+        last = model.moe_layers[-1]
+        if len(rows) <= last if counted else len(rows) != model.layers:
             raise FileFormatError(
-                f"{source}: {len(rows)} rows, the model has {model.layers} MoE layers, the last of which is layer "
-                f"{counted - 1}: of another model, or of a stage of a pipeline"
+                f"{source}: {len(rows)} rows, {engine} has one for each "
+                + (f"of at least {last + 1} layers, dense ones counted" if counted else f"of {model.layers} MoE layers")
+                + ": of another model, of a stage of a pipeline, or numbered as another engine does"
             )
+        rows = {layer: rows[layer if counted else index] for index, layer in enumerate(model.moe_layers)}
     missing = [layer for layer in model.moe_layers if layer not in rows]
     if missing:
         raise FileFormatError(f"{source}: no row for MoE layer {missing[0]} ({len(missing)} missing)")
@@ -152,28 +152,28 @@ def compare_settings(info: Mapping[str, Any], plan: Plan) -> list[Finding]:
     return [Finding("settings", None, text) for text in texts]
 
 
-def _rows(content: Any, path: Path) -> Any:
-    """Rows by layer number, or in order, of a dump's content."""
+def _rows(content: Any, path: Path) -> tuple[Any, str]:
+    """Rows of a dump's content, by layer number or in order, and the engine that numbers them so."""
     if isinstance(content, dict):
         for name in (LAST, KEY):
             if name in content:
                 value = content[name]
-                return value if isinstance(value, list) else array_of(path, name, value, 2).tolist()
+                return (value if isinstance(value, list) else array_of(path, name, value, 2).tolist()), "sglang"
         if "p2l_map" in content:
-            return content["p2l_map"]
+            return content["p2l_map"], "vllm"
         if "layer_list" in content:
-            return _ascend_rows(content, path)
+            return _ascend_rows(content, path), "vllm-ascend"
         if content.get("record_type") == RECORD:
-            return map_rows(content, path)
+            return map_rows(content, path), "vllm"
         if isinstance(content.get(ASSIGNMENTS), dict):
-            return assigned_layers(content[ASSIGNMENTS], f"{path}: {ASSIGNMENTS}")
+            return assigned_layers(content[ASSIGNMENTS], f"{path}: {ASSIGNMENTS}"), "trtllm"
         fields = ", ".join(sorted(map(str, content))[:5])
         raise FileFormatError(
             f"{path}: an object with {fields or 'nothing in it'}, no map that runs; SGLang's recorder writes one in "
             "modes per_pass and per_token"
         )
     if isinstance(content, list) and content:
-        return content
+        return content, "vllm"
     raise FileFormatError(f"{path}: a {type(content).__name__}, expected rows of experts")
 
 

@@ -261,7 +261,8 @@ def test_a_server_that_trickles_is_given_up_in_time(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"records": []}, "an object with records, no map that runs"),
-        ([[0, 1]], "1 rows, the model has 3 MoE layers"),
+        ([[0, 1]], "1 rows, vllm has one for each of 3 MoE layers"),
+        ({"physical_to_logical_map": [[0, 1]] * 3}, "3 rows, sglang has one for each of at least 4 layers, dense ones"),
         ([[0, 1], [0, "x"], [1, 0]], "expected a list of expert ids"),
         ({"layer_list": [{"a": 1}]}, "layer_list must hold device_list"),
         ("text", "expected rows of experts"),

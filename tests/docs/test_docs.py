@@ -264,5 +264,6 @@ def test_the_engines_are_what_their_profiles_say() -> None:
             "none" if Constraint.NO_REPLICAS in limits else shares,
             "yes" if stacked else "no",
             profile.replica_choices[0],
+            "a layer" if profile.layer_rows == "model" else "a MoE layer",
             "yes" if profile.masked_ranks else "no",
         ]

@@ -91,6 +91,19 @@ def test_lost_ranks_keep_their_numbers_where_the_engine_masks_them(tmp_path: Pat
     ready = outcome.ready.plan
     counts = ready.slots_per_device[0].tolist()
     assert (len(counts), counts[2], len(set(counts))) == (8, 0, 2)
+    # A rank lost before stays lost when another goes.
+    second = mp.what_if(
+        ready,
+        replace(problem, slots=None),
+        steps,
+        parse_changes(plan.topology, lose=["device:5"]),
+        keep_ranks=True,
+        **QUICK,
+    ).outcomes[0]
+    assert second.ready is not None
+    twice = second.ready.plan.slots_per_device[0]
+    assert (twice[2], twice[5], len(set(np.delete(twice, [2, 5]).tolist()))) == (0, 0, 1)
+    mp.check_export(second.ready.plan, "sglang")
     # What SGLang's own elasticity-aware EPLB leaves in the slots of a lost rank is expert 0.
     back = mp.read_exported(mp.export_plan(ready, "sglang", tmp_path / "p.json"), "sglang", plan.model, plan.topology)
     np.testing.assert_array_equal(np.split(back.physical_to_logical[0], 8)[2], 0)
