@@ -165,7 +165,8 @@ class ModelOptions:
         Option(
             "--expert-dtype",
             metavar="DTYPE",
-            help="How expert weights are stored: bf16, fp8, mxfp4, ...",
+            help="How expert weights are stored, in place of what --model says of it: nvfp4, int4, int8, mxfp4, mxfp8, "
+            "fp8, bf16, fp16, float32.",
             show_default=False,
             rich_help_panel=MODEL,
         ),
@@ -205,6 +206,17 @@ class TopologyOptions:
             metavar="N",
             min=1,
             help="Devices used in each node of the preset. Default: all.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None
+    memory_reserve: Annotated[
+        str | None,
+        Option(
+            "--memory-reserve",
+            metavar="SIZE|PERCENT",
+            help="Memory of each device that experts must leave, for other weights, KV cache and buffers: 30GB, 40%. "
+            "Default: what the topology's file says, else none.",
             show_default=False,
             rich_help_panel=CLUSTER,
         ),
@@ -372,6 +384,16 @@ class SolveOptions:
             metavar="N[,N...]",
             help="Slots a layer over all devices, or a number for each layer, by commas; more than the model's experts "
             "makes room for replicas. Default: one an expert.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None
+    device_slots: Annotated[
+        str | None,
+        Option(
+            "--device-slots",
+            metavar="N,N...",
+            help="Slots a layer of each device, by commas. Default: dealt evenly, as far as each device's memory goes.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),

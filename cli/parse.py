@@ -25,13 +25,13 @@ def read_model(options: ModelOptions, recording: Recording) -> ModelSpec:
     """
     from ..placement.model import ModelSpec
 
-    sizes = {
+    sizes: dict[str, Any] = {
         name: value
         for name in ("hidden_size", "ffn_size", "top_k", "groups", "expert_dtype")
         if (value := getattr(options, name)) is not None
     }
     if options.model is not None:
-        spec = ModelSpec.from_config(options.model).replace(**sizes)
+        spec = read_spec(options.model, options.expert_dtype).replace(**sizes)
     elif recording.model is not None:
         spec = recording.model.replace(**sizes)
     else:
@@ -53,6 +53,22 @@ def read_model(options: ModelOptions, recording: Recording) -> ModelSpec:
     return spec
 
 
+def read_spec(model: Path, expert_dtype: str | None = None) -> ModelSpec:
+    """The model that a config describes; what was assumed, and what was not read, goes to stderr.
+
+    Raises:
+        InputError: as `ModelSpec.from_config` does.
+    """
+    from ..placement.model import ModelSpec
+    from ..placement.model_config import read_config
+    from .output import note
+
+    fields, notes, _ = read_config(model, expert_dtype)
+    for line in notes:
+        note(f"note: {model}: {line}")
+    return ModelSpec(**fields)
+
+
 def reader_defaults(model: Path | None) -> dict[str, Any]:
     """What --model says that a record's own format may leave out."""
     from ..placement.model_config import read_config
@@ -72,8 +88,21 @@ def read_topology(options: TopologyOptions) -> Topology:
     """A preset's cluster, or the one a file describes.
 
     Raises:
-        InputError: unknown preset (the nearest is named), no such file, or a count that a file does not take.
+        InputError: unknown preset (the nearest is named), no such file, a count that a file does not take, or a reserve
+            that leaves no memory.
     """
+    topology, reserve = _read_topology(options), options.memory_reserve
+    if reserve is None:
+        return topology
+    if reserve.strip().endswith("%"):
+        share = reserve.strip()[:-1].strip()
+        if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", share):
+            raise InputError(f"--memory-reserve {reserve!r} is not a size like 30GB, nor a percentage from 0% to 99%")
+        return topology.reserving(float(share) / 100, share=True)
+    return topology.reserving(read_size("--memory-reserve", reserve))
+
+
+def _read_topology(options: TopologyOptions) -> Topology:
     from ..placement.topology import PRESETS, Topology
 
     name = options.topology
@@ -139,11 +168,27 @@ def read_slots(text: str | None) -> int | list[int] | None:
     """
     if text is None:
         return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    counts = _counts(text)
+    if not counts or 0 in counts:
         raise InputError(f"--slots {text!r} must be a whole number above 0, or one for each layer with commas between")
-    counts = [int(part) for part in parts]
     return counts if len(counts) > 1 else counts[0]
+
+
+def read_device_slots(text: str | None) -> list[int] | None:
+    """Slots of each device from `40,40,8`.
+
+    Raises:
+        InputError: not of that form.
+    """
+    counts = None if text is None else _counts(text)
+    if counts == []:
+        raise InputError(f"--device-slots {text!r} must be whole numbers, one for each device, with commas between")
+    return counts
+
+
+def _counts(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.isdecimal() and len(part) < 10 for part in parts) else []
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
 from .options import ComparisonOptions
 from .output import Update, solve_listener, working
-from .parse import SolverChoice, read_model, read_objective, read_slots, read_topology, reader_defaults, split_list
+from .parse import (
+    SolverChoice,
+    read_device_slots,
+    read_model,
+    read_objective,
+    read_slots,
+    read_topology,
+    reader_defaults,
+    split_list,
+)
 from .remote import PLAN_FILES, read_plan
 from .routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
 
@@ -152,6 +161,7 @@ def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
             statistics=solving_statistics(recording, split),
             objective=read_objective(options),
             slots=read_slots(options.slots),
+            device_slots=read_device_slots(options.device_slots),
             engine=options.engine,
         )
         replayed = make_steps(split.judged, options, seed)

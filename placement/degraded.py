@@ -14,8 +14,6 @@ from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
 from .failures import Failure, failure_mask, lost_experts
 from .layer_slots import in_table, own_slots
-from .model import ModelSpec
-from .packing import pack
 from .plan import EMPTY, Certificate, Plan, Provenance, equal_shares
 from .steps import Steps
 from .topology import Topology
@@ -108,62 +106,6 @@ def remap_source_ranks(steps: Steps, origin: IntArray) -> Steps:
     orphaned = np.flatnonzero(source < 0)
     source[orphaned] = np.arange(len(orphaned)) % len(origin)
     return replace(steps, source=source)
-
-
-# Slots of another cluster: no device loses any, and memory limits how many each gets.
-
-
-def slot_capacity(model: ModelSpec, topology: Topology) -> IntArray:
-    """[G] slots a layer that each device's memory holds, at most one an expert."""
-    fits = np.floor(topology.memory / (model.bytes_per_expert * model.layers))
-    return np.minimum(fits, model.experts).astype(np.int64)
-
-
-def grown_slots(slots: IntArray, total: int, capacity: IntArray) -> IntArray | None:
-    """Further slots dealt one by one to the device that has fewest.
-
-    Args:
-        slots: [G] slots that each device has at least.
-        total: slots in all.
-        capacity: [G] slots that each device holds.
-
-    Returns:
-        [G] slots of each device, or None when the devices do not hold so many.
-    """
-    free, more = np.maximum(capacity - slots, 0), max(total - int(slots.sum()), 0)
-    if more > free.sum():
-        return None
-    device, _ = pack(np.ones((1, more)), free, slots.astype(np.float64))
-    return slots + np.bincount(device[0], minlength=len(slots))
-
-
-def grown_layer_slots(layer_slots: IntArray, totals: IntArray, model: ModelSpec, topology: Topology) -> IntArray | None:
-    """`grown_slots` of every layer, within the devices' memory; layers that are alike stay alike.
-
-    Args:
-        layer_slots: [L, G] slots that each device has at least.
-        totals: [L] slots of each layer in all.
-        model: gives the bytes of an expert.
-        topology: gives the memory of each device.
-
-    Returns:
-        [L, G], or None when the devices do not hold so many.
-    """
-    if (layer_slots == layer_slots[0]).all() and (totals == totals[0]).all():
-        capacity = slot_capacity(model, topology)
-        one = None if (layer_slots[0] > capacity).any() else grown_slots(layer_slots[0], int(totals[0]), capacity)
-        return None if one is None else np.tile(one, (len(layer_slots), 1))
-    result = layer_slots.copy()
-    memory = np.floor(topology.memory / model.bytes_per_expert).astype(np.int64)
-    for layer, total in enumerate(totals.tolist()):
-        left = memory - result.sum(axis=0)
-        if (left < 0).any():
-            return None
-        grown = grown_slots(result[layer], total, np.minimum(result[layer] + left, model.experts))
-        if grown is None:
-            return None
-        result[layer] = grown
-    return result
 
 
 # The least that makes a plan whole again after a failure: lost experts are loaded, nothing else moves.

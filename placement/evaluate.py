@@ -158,7 +158,7 @@ def evaluate_on(plan: Plan, steps: Steps, model: ModelSpec, topology: Topology, 
         top_k=steps.top_k,
         step_workload=steps.step_workload,
         workloads=steps.workloads,
-        device_memory=plan.slots_per_device.sum(axis=0) * np.float64(model.bytes_per_expert),
+        device_memory=plan.device_memory,
         objective=objective,
         **joined,
     )

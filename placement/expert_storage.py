@@ -94,7 +94,7 @@ def expert_storage(
     config = config or {}
     stored = config.get("expert_dtype") if stored is None else stored
     if stored is not None and str(stored) not in ("fp8", "None"):
-        scheme = {"fp4": USUAL["mxfp4"], **USUAL}.get(str(stored)) or _plain_scheme(str(stored))
+        scheme = {**USUAL, "fp4": USUAL["mxfp4"]}.get(str(stored)) or _plain_scheme(str(stored))
         if scheme is None:
             raise _not_understood(origin, f"expert_dtype is {str(stored)[:60]!r}")
         scheme_of: SchemeOf = lambda names: scheme  # noqa: E731
@@ -180,10 +180,17 @@ def _method_without_name(config: Mapping[str, Any]) -> str:
     return ""
 
 
+FORMATS = {"mxfp4-pack-quantized": "mxfp4", "nvfp4-pack-quantized": "nvfp4", "mxfp8-quantized": "mxfp8"}
+"""Of compressed-tensors, that say all by themselves."""
+
+
 def _compressed_tensors(config: Mapping[str, Any], origin: str) -> SchemeOf:
     excluded = _matches(config.get("ignore"), origin)
     groups: list[tuple[Sequence[str], Matcher, Scheme]] = []
     listed = config.get("config_groups")
+    if not listed and str(config.get("format")) in FORMATS:
+        alone = USUAL[FORMATS[str(config["format"])]]
+        return lambda names: None if _any(excluded, names) else alone
     if not isinstance(listed, Mapping) or not listed:
         raise _not_understood(origin, "quantization_config has no config_groups")
     for name, group in listed.items():

@@ -15,7 +15,9 @@ import numpy.typing as npt
 from .._types import BoolArray, IntArray
 from .errors import InputError
 from .model import ModelSpec
+from .packing import pack
 from .plan import EMPTY
+from .topology import Topology
 
 T = TypeVar("T", np.int64, np.float64)
 
@@ -28,17 +30,26 @@ def even_slots(slots: int, devices: int) -> IntArray:
     return np.full(devices, slots // devices, dtype=np.int64) + (np.arange(devices) < slots % devices)
 
 
-def slots_by_layer(model: ModelSpec, devices: int, slots: Slots | None, device_slots: DeviceSlots | None) -> IntArray:
+def slots_by_layer(
+    model: ModelSpec, topology: Topology, slots: Slots | None, device_slots: DeviceSlots | None, equal: bool = False
+) -> IntArray:
     """[L, G] slots of each layer on each device, from `Problem.slots` and `Problem.device_slots`.
+
+    Without the latter they are dealt evenly; where devices differ in memory and the small ones do not hold so many, as
+    evenly as memory allows, unless they must be `equal`.
 
     Raises:
         InputError: a list of another length than the layers or devices, the two fields contradict each other, or a
         layer
             has no slot for an expert, or more than devices can hold without holding one twice; the layer is named.
     """
-    totals = _totals(model, slots)
+    totals, devices = _totals(model, slots), topology.num_devices
     if device_slots is None:
         result = np.stack([even_slots(int(total), devices) for total in totals])
+        memory = topology.expert_memory
+        if not equal and memory.min() < memory.max() and (result.sum(axis=0) * model.bytes_per_expert > memory).any():
+            grown = grown_layer_slots(np.zeros_like(result), totals, model, topology)
+            result = result if grown is None else grown
     else:
         result = _by_device(model, devices, device_slots)
         if slots is not None and (result.sum(axis=1) != totals).any():
@@ -117,3 +128,59 @@ def _layer_named(model: ModelSpec, layer: int, layer_slots: IntArray) -> str:
     """Where layers differ, which one it is."""
     alike = bool((layer_slots == layer_slots[0]).all())
     return "" if alike else f" (layer {model.moe_layers[layer]})"
+
+
+# Slots within memory: no device loses any that it has.
+
+
+def slot_capacity(model: ModelSpec, topology: Topology) -> IntArray:
+    """[G] slots a layer that each device's memory holds, at most one an expert."""
+    fits = np.floor(topology.expert_memory / (model.bytes_per_expert * model.layers))
+    return np.minimum(fits, model.experts).astype(np.int64)
+
+
+def grown_slots(slots: IntArray, total: int, capacity: IntArray) -> IntArray | None:
+    """Further slots dealt one by one to the device that has fewest.
+
+    Args:
+        slots: [G] slots that each device has at least.
+        total: slots in all.
+        capacity: [G] slots that each device holds.
+
+    Returns:
+        [G] slots of each device, or None when the devices do not hold so many.
+    """
+    free, more = np.maximum(capacity - slots, 0), max(total - int(slots.sum()), 0)
+    if more > free.sum():
+        return None
+    device, _ = pack(np.ones((1, more)), free, slots.astype(np.float64))
+    return slots + np.bincount(device[0], minlength=len(slots))
+
+
+def grown_layer_slots(layer_slots: IntArray, totals: IntArray, model: ModelSpec, topology: Topology) -> IntArray | None:
+    """`grown_slots` of every layer, within the devices' memory; layers that are alike stay alike.
+
+    Args:
+        layer_slots: [L, G] slots that each device has at least.
+        totals: [L] slots of each layer in all.
+        model: gives the bytes of an expert.
+        topology: gives the memory of each device.
+
+    Returns:
+        [L, G], or None when the devices do not hold so many.
+    """
+    if (layer_slots == layer_slots[0]).all() and (totals == totals[0]).all():
+        capacity = slot_capacity(model, topology)
+        one = None if (layer_slots[0] > capacity).any() else grown_slots(layer_slots[0], int(totals[0]), capacity)
+        return None if one is None else np.tile(one, (len(layer_slots), 1))
+    result = layer_slots.copy()
+    memory = np.floor(topology.expert_memory / model.bytes_per_expert).astype(np.int64)
+    for layer, total in enumerate(totals.tolist()):
+        left = memory - result.sum(axis=0)
+        if (left < 0).any():
+            return None
+        grown = grown_slots(result[layer], total, np.minimum(result[layer] + left, model.experts))
+        if grown is None:
+            return None
+        result[layer] = grown
+    return result

@@ -127,6 +127,7 @@ class Plan(Displayed):
         made, certificate, predicted = self.provenance, self.certificate, self.predicted
         gap = "" if self.gap is None else f", gap {self.gap:.2%}"
         rows = {"model": self.model.title, "cluster": self.topology._summary()[0], "slots": self._slots_in_words()}
+        rows["memory"] = memory_in_words(self.device_memory, self.topology)
         if made.stop != "given":
             options = "".join(f", {name}={value}" for name, value in made.options.items())
             rows["solver"] = (
@@ -169,6 +170,11 @@ class Plan(Displayed):
         """[L, G] slots that each layer fills on each device."""
         owner = np.eye(self.topology.num_devices, dtype=np.int64)[self.slot_device]
         return np.asarray(self.filled.astype(np.int64) @ owner)
+
+    @cached_property
+    def device_memory(self) -> FloatArray:
+        """[G] bytes of experts on each device."""
+        return np.asarray(self.slots_per_device.sum(axis=0) * np.float64(self.model.bytes_per_expert))
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -253,6 +259,18 @@ class Plan(Displayed):
         """
 
         return read_plan(path)
+
+
+def memory_in_words(device_memory: FloatArray, topology: Topology) -> str:
+    """Bytes of experts [G], in words: `3.2 GB of experts a device, of 80 GB; nothing reserved for all else`."""
+    share = device_memory / topology.memory
+    fullest = int(np.argmax(share))
+    low, high = data_size(device_memory.min()), data_size(device_memory.max())
+    span = low if low == high else f"{low} to {high}"
+    reserve = topology.reserve[fullest]
+    kept = f"{data_size(reserve)} reserved" if reserve else "nothing reserved for all else (--memory-reserve)"
+    at = f"fullest is device {fullest} with {share[fullest]:.0%} of {data_size(topology.memory[fullest])}"
+    return f"{span} of experts a device; {at}, {kept}"
 
 
 def equal_shares(physical_to_logical: IntArray, experts: int) -> FloatArray:

@@ -18,7 +18,7 @@ from .failures import Failure, failure_mask
 from .layer_slots import DeviceSlots, Slots, in_table, own_slots, slots_by_layer, spanned
 from .model import ModelSpec
 from .objective import Objective
-from .plan import Plan
+from .plan import Plan, memory_in_words
 from .statistics import RoutingStatistics
 from .topology import Topology
 from .trace import RoutingTrace
@@ -31,8 +31,9 @@ class Problem(Displayed):
     `Problem(trace, topology)` is enough where the recording knows its model; statistics that do are as good. Where it
     is not known, say it: `Problem(trace, topology, model=spec)`, or all three, `Problem(spec, topology, statistics)`.
 
-    slots: P, physical slots a layer (default: one an expert), dealt evenly; the first P mod G devices get one more. Or
-    [L] numbers, one a layer: the slot table is then as wide as the largest, and layers with fewer leave slots empty.
+    slots: P, physical slots a layer (default: one an expert), dealt evenly; the first P mod G devices get one more, and
+    where devices differ in memory none gets more than it holds. Or [L] numbers, one a layer: the slot table is then as
+    wide as the largest, and layers with fewer leave slots empty.
     device_slots: [G] slots of each device instead, when they are to differ, or [L, G] where layers differ too.
     pinned: (layer, expert) -> device that must hold it. forbidden: (layer, expert) -> devices that must not. Layers
     count MoE layers from 0.
@@ -148,6 +149,7 @@ class Problem(Displayed):
                 f", {name}={default(value)}" for name, value in changed.items() if name not in ("risk", "execution")
             ),
             "slots": f"{spanned(self.layer_slots.sum(axis=1))} a layer, {spanned(self.slots_per_device)} a device",
+            "memory": memory_in_words(self.device_memory, self.topology),
         }
         asked = {
             "pinned": plural(len(self.pinned), "expert") if self.pinned else "",
@@ -160,14 +162,23 @@ class Problem(Displayed):
         return title, rows | {name: text for name, text in asked.items() if text}
 
     def _check_slots(self) -> None:
-        needed = self.layer_slots.sum(axis=0) * self.model.bytes_per_expert
-        for device in np.flatnonzero(needed > self.topology.memory):
+        needed, memory = self.device_memory, self.topology.expert_memory
+        for device in np.flatnonzero(needed > memory)[:1]:
+            reserve = self.topology.reserve[device]
             raise InputError(
                 f"device {device} would hold {needed[device] / 1e9:.1f} GB of experts in its "
                 f"{spanned(self.layer_slots[:, device])} slots a layer, its memory is "
-                f"{self.topology.memory[device] / 1e9:.1f} GB; "
-                "use fewer slots, more devices, or a smaller expert_dtype"
+                f"{self.topology.memory[device] / 1e9:.1f} GB"
+                + (f", {reserve / 1e9:.1f} GB of it reserved" if reserve else "")
+                + f"; all devices need {needed.sum() / 1e9:.1f} GB for experts, of {memory.sum() / 1e9:.1f} GB. Use "
+                "fewer slots, more devices, a smaller expert_dtype or reserve (--memory-reserve), or say how many "
+                "slots each device has (device_slots, --device-slots)"
             )
+
+    @property
+    def device_memory(self) -> FloatArray:
+        """[G] bytes of experts on each device, its slots all in use."""
+        return np.asarray(self.layer_slots.sum(axis=0) * self.model.bytes_per_expert)
 
     def _check_tolerates(self) -> None:
         if not len(self.tolerates):
@@ -256,7 +267,8 @@ class Problem(Displayed):
         slots = self.slots
         if slots is None and self.device_slots is None and self.profile is not None:
             slots = self.profile.whole_slots(self.model.experts, self.num_devices)
-        return slots_by_layer(self.model, self.num_devices, slots, self.device_slots)
+        equal = self.profile is not None and self.profile.equal_slots
+        return slots_by_layer(self.model, self.topology, slots, self.device_slots, equal)
 
     @cached_property
     def slots_per_device(self) -> IntArray:

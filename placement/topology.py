@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import NonNegativeFloat, PositiveFloat, field_validator
+from pydantic import NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
 
 from .._display import Displayed, plural
 from .._types import FloatArray, IntArray
@@ -76,12 +76,27 @@ MOST_DEVICES = 65_536
 
 
 class Device(Record):
-    """One GPU. Rates are achievable, not datasheet: flop/s, bytes, bytes/s (one direction for links)."""
+    """One GPU. Rates are achievable, not datasheet: flop/s, bytes, bytes/s (one direction for links).
+
+    reserve: bytes of its memory that experts must leave: other weights, KV cache, buffers.
+    """
 
     compute: PositiveFloat
     memory: PositiveFloat
     memory_bandwidth: PositiveFloat
     intra_bandwidth: PositiveFloat
+    reserve: NonNegativeFloat = 0.0
+
+    @field_validator("reserve")
+    @classmethod
+    def _leaves_memory(cls, reserve: float, info: ValidationInfo) -> float:
+        if reserve >= info.data.get("memory", float("inf")):
+            raise ValueError(f"reserve ({reserve:g}) must be below memory ({info.data['memory']:g})")
+        return reserve
+
+    @property
+    def left_out(self) -> set[str]:
+        return set() if self.reserve else {"reserve"}
 
 
 class Node(Record):
@@ -153,6 +168,16 @@ class Topology(Displayed, Record):
         return self._per_device("memory")
 
     @cached_property
+    def reserve(self) -> FloatArray:
+        """[G] bytes that experts must leave."""
+        return self._per_device("reserve")
+
+    @cached_property
+    def expert_memory(self) -> FloatArray:
+        """[G] bytes that experts may take: memory without its reserve."""
+        return np.asarray(self.memory - self.reserve)
+
+    @cached_property
     def memory_bandwidth(self) -> FloatArray:
         """[G] bytes/s."""
         return self._per_device("memory_bandwidth")
@@ -176,7 +201,8 @@ class Topology(Displayed, Record):
         return f"{self.name}, {plural(self.num_nodes, 'node')}, {plural(self.num_devices, 'device')}", {
             "devices a node": f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
             "compute": rates(self.compute, 1e12, "Tflop/s a device"),
-            "memory": f"{rates(self.memory, 1e9, 'GB')} at {rates(self.memory_bandwidth, 1e9, 'GB/s a device')}",
+            "memory": f"{rates(self.memory, 1e9, 'GB')} at {rates(self.memory_bandwidth, 1e9, 'GB/s a device')}"
+            + (f", {rates(self.reserve, 1e9, 'GB')} of it reserved" if self.reserve.any() else ""),
             "inside a node": f"{rates(self.intra_bandwidth, 1e9, 'GB/s a device')}, {self.intra_latency * 1e6:g} us",
             "between nodes": f"{rates(self.inter_bandwidth, 1e9, 'GB/s a node')}, {self.inter_latency * 1e6:g} us",
         }
@@ -216,6 +242,22 @@ class Topology(Displayed, Record):
         )
         node = Node(devices=(device,) * count, inter_bandwidth=box.inter_bandwidth * count / box.devices)
         return cls(nodes=(node,) * nodes, intra_latency=box.intra_latency, inter_latency=box.inter_latency, name=name)
+
+    def reserving(self, reserve: float, share: bool = False) -> Topology:
+        """The same cluster with memory kept from experts on every device.
+
+        Args:
+            reserve: bytes a device, or with `share` a part of its memory from 0 to below 1.
+
+        Raises:
+            InputError: a device has no more memory than that.
+        """
+
+        def reserved(device: Device) -> Device:
+            return device.replace(reserve=device.memory * reserve if share else reserve)
+
+        nodes = (node.replace(devices=tuple(map(reserved, node.devices))) for node in self.nodes)
+        return self.replace(nodes=tuple(nodes))
 
     def without(self, devices: Iterable[int]) -> Topology:
         """What is left when devices go: the others keep their order and are ranked anew, nodes left empty go too.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, UnsupportedError
 from ..placement.model import ModelSpec
+from ..placement.model_config import differing_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,10 +80,13 @@ def find_sites(
             )
         )
     sites.sort(key=lambda site: site.layer)
-    counts = {site.num_experts for site in sites}
-    if len(counts) > 1:
-        listed = ", ".join(f"{site.name}: {site.num_experts}" for site in sites)
-        raise UnsupportedError(f"MoE layers with different numbers of experts cannot share a trace ({listed})")
+    fewest, most = (end(sites, key=lambda site: site.num_experts) for end in (min, max))
+    if fewest.num_experts != most.num_experts:
+        raise UnsupportedError(
+            differing_layers(
+                type(model).__name__, "num_experts", fewest.layer, fewest.num_experts, most.layer, most.num_experts
+            )
+        )
     return tuple(sites)
 
 
@@ -158,6 +162,12 @@ def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
         )
     layers = tuple(site.layer for site in sites)
     return spec if layers == spec.moe_layers else spec.replace(layers=len(layers), moe_layers=layers)
+
+
+def zero_experts(sites: Sequence[RouterSite], spec: ModelSpec | None) -> int:
+    """Experts without weights that the router may choose after those of the sites."""
+    own = getattr(sites[0].module, "zero_expert_num", 0)
+    return max(own if isinstance(own, int) else 0, 0 if spec is None else spec.zero_experts)
 
 
 def _modules(model: Module) -> Iterator[tuple[str, Module]]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from ..placement.errors import InputError, nearest
+from ..placement.errors import InputError, UnsupportedError, nearest
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
-from .families import Extract, find_sites, spec_of
+from .families import Extract, find_sites, spec_of, zero_experts
 from .hooks import ForwardHooks
 from .recorders import CountSink, TokenSink, rank_and_world
 
@@ -112,6 +112,13 @@ class Recorder:
         self.model_spec: ModelSpec | None = spec_of(model, self._sites)
         self.moe_layers = tuple(site.layer for site in self._sites)
         self.num_experts = self._sites[0].num_experts
+        self._zero_experts = zero_experts(self._sites, self.model_spec)
+        if self._zero_experts and mode == "tokens":
+            raise UnsupportedError(
+                f"{self._sites[0].name} has {self._zero_experts} zero-computation experts beside its "
+                f"{self.num_experts}, so that tokens visit fewer experts than the router chose, and a trace has as "
+                "many for each; record counts: mode='counts' (--mode counts). Zero experts are not placed"
+            )
         self.trace_path = out if mode == "tokens" else None
         self.statistics_path = None if mode == "tokens" else out if out.suffix == ".npz" else out / "statistics.npz"
 
@@ -212,6 +219,7 @@ class Recorder:
             sample=self._sample,
             window_steps=self._window_steps,
             reduce=self._reduce,
+            zero_experts=self._zero_experts,
         )
 
     def _nothing_recorded(self) -> str:

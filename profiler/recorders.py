@@ -336,7 +336,9 @@ class CountSink:
         sample: float,
         window_steps: int,
         reduce: bool,
+        zero_experts: int = 0,
     ) -> None:
+        self._zero_experts = zero_experts
         self._path, self._rank, self._world, self._sample = path, rank, world, sample
         self._window_steps, self._reduce = window_steps, reduce
         self._counts = WindowCounts(tuple(moe_layers), num_experts)
@@ -368,7 +370,7 @@ class CountSink:
         if window != self._window:
             self._end_window()
             self._window = window
-        ids, width = step.expert_ids, self._counts.num_experts + 2
+        ids, width = step.expert_ids, self._counts.num_experts + self._zero_experts + 2
         self._counts.top_k = ids.shape[2]
         if self._running is None:
             self._running = torch.zeros(len(ids), width, dtype=torch.int64, device=ids.device)
@@ -445,7 +447,7 @@ class CountSink:
                 f"{self._counts.num_experts - 1}, as masked or rank-local ids of expert parallelism are; record the "
                 "routers instead with routers="
             )
-        return table[:, 1:-1].copy()
+        return table[:, 1 : 1 + self._counts.num_experts].copy()
 
 
 def _all_reduced(counts: WindowCounts, group: Any) -> WindowCounts:

@@ -15,18 +15,16 @@ from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
 from ..placement.degraded import (
     degraded,
-    grown_layer_slots,
     remap_source_ranks,
     renumbered,
     repaired,
-    slot_capacity,
     survivors,
 )
 from ..placement.engines import violations
 from ..placement.errors import SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate, evaluate_on
 from ..placement.failures import KINDS, Failure, failure_mask, single_failures, survives
-from ..placement.layer_slots import Slots, slots_by_layer, spanned
+from ..placement.layer_slots import Slots, grown_layer_slots, slot_capacity, slots_by_layer, spanned
 from ..placement.migration import Migration, migration_from
 from ..placement.plan import Plan
 from ..placement.problem import Problem
@@ -339,7 +337,7 @@ def _made_ready(
     present = np.pad(plan.slots_per_device, ((0, 0), (0, 1)))[:, change.origin]
     keeps_slots = change.stays and change.slots is None
     if change.slots is not None:
-        totals = slots_by_layer(problem.model, change.topology.num_devices, change.slots, None).sum(axis=1)
+        totals = slots_by_layer(problem.model, change.topology, change.slots, None).sum(axis=1)
     else:
         totals = np.maximum(experts, (present if keeps_slots else plan.slots_per_device).sum(axis=1))
     least = present if keeps_slots else np.zeros_like(present)

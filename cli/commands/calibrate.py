@@ -11,6 +11,7 @@ import typer
 
 from ..options import AsJson
 from ..output import Column, Table, emit, figure, milliseconds, note, pairs, percent, quantity
+from ..parse import read_spec
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec
@@ -114,7 +115,7 @@ def _spec(model: Path | None, **sizes: int | None) -> ModelSpec:
     if model is None:
         spec = ModelSpec(layers=16, experts=64, top_k=8, hidden_size=2048, ffn_size=1024, name="OLMoE-1B-7B")
     else:
-        spec = ModelSpec.from_config(model)
+        spec = read_spec(model)
     return spec.replace(**{name: value for name, value in sizes.items() if value is not None})
 
 

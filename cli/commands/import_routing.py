@@ -11,7 +11,7 @@ import typer
 
 from ..options import STORE, AsJson, KeepOptions, ServerOptions
 from ..output import Table, count, emit, pairs, working
-from ..parse import reader_defaults, whole_numbers
+from ..parse import read_spec, reader_defaults, whole_numbers
 from ..remote import send_record
 from ..save import keep_statistics, save_recording
 
@@ -172,14 +172,13 @@ def import_command(
       moeplace import expert_statistics --assignments load_balancer.yaml --moe-layers 3-60 --out counts.npz
       moeplace import history.json --server http://plans:8311 --deployment chat
     """
-    from ...placement.model import ModelSpec
     from ...profiler.read import open_routing
 
     if out is None and remote.server is None:
         raise typer.BadParameter("the record would go nowhere: give --out, or --server")
     if deployment is not None and remote.server is None:
         raise typer.BadParameter("--deployment is of the service of --server")
-    spec = None if model is None else ModelSpec.from_config(model)
+    spec = None if model is None else read_spec(model)
     sent = stored = None
     with working(f"reading {source}") as update:
         recording = open_routing(source, defaults=reader_defaults(model), **reading.options())

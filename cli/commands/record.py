@@ -12,7 +12,7 @@ import typer
 from ...placement.errors import InputError
 from ..options import AsJson, EngineKey, RecorderFolder
 from ..output import count, emit, note, pairs, working
-from ..parse import reader_defaults
+from ..parse import read_spec, reader_defaults
 from ..save import save_recording
 
 if TYPE_CHECKING:
@@ -189,10 +189,9 @@ def _requests(
 
 def _save(record: RoutingTrace | RoutingStatistics, out: Path, model: Path | None) -> dict[str, Any]:
     """Writes the record, and says what it is."""
-    from ...placement.model import ModelSpec
     from ...profiler.read import Recording
 
-    recording = Recording.of(record, out).of_model(None if model is None else ModelSpec.from_config(model))
+    recording = Recording.of(record, out).of_model(None if model is None else read_spec(model))
     save_recording(recording, out)
     return {
         "kind": "trace" if recording.is_trace else "statistics",

@@ -24,7 +24,7 @@ from ..options import (
     TopologyOptions,
 )
 from ..output import Table, emit, milliseconds, note, pairs, percent, quantity, seconds, solve_listener, working
-from ..parse import SolverChoice, read_model, read_objective, read_size, read_slots, read_topology
+from ..parse import SolverChoice, read_device_slots, read_model, read_objective, read_size, read_slots, read_topology
 from ..remote import read_plan, solve_remotely
 from ..routing_split import training_statistics
 from ..run_comparison import BASELINE
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 REPLAYED_TOKENS = 16_384
 """Tokens replayed to say what a new plan costs and what its layers wait for."""
+FULL = 0.8
+"""Of a device's memory: where experts take more and nothing is reserved, engines rarely have enough left."""
 PREFILL_TOKENS = 4096
 """Of the prefill steps that are looked at beside an assumed batch."""
 
@@ -142,6 +144,7 @@ def solve_command(
             statistics=statistics,
             objective=goal,
             slots=read_slots(solving.slots),
+            device_slots=read_device_slots(solving.device_slots),
             current=in_force,
             max_moved_bytes=None if max_moved is None else read_size("--max-moved", max_moved),
             engine=engine,
@@ -165,6 +168,12 @@ def solve_command(
     if remote.server is None and storage.store:
         stored = keep_plan(plan, statistics, storage.db, name)
     note(used)
+    fullest = float((plan.device_memory / cluster.memory).max())
+    if fullest > FULL and not cluster.reserve.any():
+        note(
+            f"warning: experts fill {fullest:.1%} of a device's memory, and nothing is reserved for other weights, KV "
+            "cache and buffers; say how much they need with --memory-reserve"
+        )
     if batch.is_assumed and "step_tokens" in plan.provenance.options:
         note(_assumed(plan, problem, batch, seed))
     moved = None if in_force is None else migration(in_force, plan)
@@ -221,6 +230,8 @@ def _training_steps(problem: Problem, kind: str, tokens: int, seed: int) -> Step
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """How a plan was made and how good it is on its solver's own objective, as plain values."""
+    from ...placement.plan import memory_in_words
+
     certificate, provenance = plan.certificate, plan.provenance
     return {
         "solver": provenance.solver,
@@ -236,6 +247,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "devices": plan.topology.num_devices,
         "nodes": plan.topology.num_nodes,
         "topology": plan.topology.name,
+        "device_memory": plan.device_memory.tolist(),
+        "memory": memory_in_words(plan.device_memory, plan.topology),
         "objective": None if certificate is None else certificate.objective,
         "value": None if certificate is None else certificate.value,
         "bound": plan.bound,
@@ -263,6 +276,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "placement": f"{summary['layers']} layers of {summary['experts']} experts in "
         f"{spanned(np.array(summary['layer_slots']))} slots on "
         f"{summary['devices']} devices in {summary['nodes']} nodes ({summary['topology']})",
+        "memory": summary["memory"],
         "objective": summary["objective"],
         "value": None if summary["value"] is None else f"{summary['value']:.6g}",
         "proven bound": None if summary["bound"] is None else f"{summary['bound']:.6g}",

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..._types import FloatArray
 from ...placement.errors import FileFormatError, InputError
+from ...placement.model_config import differing_layers
 from ...placement.statistics import RoutingStatistics
 from ..json_items import json_items
 from .engine_counts import MOST_EXPERTS, statistics_of
@@ -64,6 +65,12 @@ def read_load_history(path: str | Path, *, entries_per_window: int = 1) -> Routi
 def _load(source: Path, number: int, entry: Any) -> FloatArray:
     """[L, E] of one entry."""
     rows = entry.get(FIELD) if isinstance(entry, dict) else None
+    if isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows):
+        sizes = [len(row) for row in rows]
+        if min(sizes) != max(sizes):
+            low, high = sizes.index(min(sizes)), sizes.index(max(sizes))
+            where = f"{source}: load_history[{number}].{FIELD}"
+            raise FileFormatError(differing_layers(where, "the number of experts", low, min(sizes), high, max(sizes)))
     if (
         not isinstance(rows, list)
         or not rows

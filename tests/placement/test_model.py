@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import moeplace as mp
+from moeplace.placement.model_config import read_config
 
 SHAPE = {"layers": 2, "experts": 8, "top_k": 2, "hidden_size": 64, "ffn_size": 32}
 
@@ -165,3 +166,86 @@ def test_layer_numbers_that_nobody_gave_are_told_from_given_ones() -> None:
         given.of_routing(4, (5, 6))
     with pytest.raises(mp.InputError, match="experts is 8, ModelSpec.experts is 4"):
         guessed.of_routing(8, (0, 1))
+
+
+def test_layers_that_differ_are_refused_in_one_way() -> None:
+    blocks = [
+        {"block_type": "mamba"},
+        {"block_type": "moe", "moe_intermediate_size": 4, "num_experts_per_tok": 2},
+        {"block_type": "moe", "moe_intermediate_size": 8, "num_experts_per_tok": 2},
+    ]
+    puzzle = {"model_type": "nemotron_h_puzzle", "hidden_size": 8, "n_routed_experts": 8, "block_configs": blocks}
+    alike = {**puzzle, "block_configs": [blocks[0], blocks[1], blocks[1]]}
+    assert mp.ModelSpec.from_config(alike).moe_layers == (1, 2)
+    differing: dict[str, dict[str, Any]] = {
+        "moe_intermediate_size": puzzle,
+        "num_experts": {**ROUTED, "num_experts": [8, 6, 8, 8]},
+        "num_local_experts": {**ROUTED, "per_layer_config": {"2": {"num_local_experts": 6}}},
+    }
+    for field, config in differing.items():
+        with pytest.raises(mp.InputError, match=rf"{field} differs between layers .*Nemotron-3 Puzzle.*vLLM"):
+            mp.ModelSpec.from_config(config)
+    assert mp.ModelSpec.from_config({**ROUTED, "num_experts": [8, 8, 8, 8]}).experts == 8
+
+
+SCHEDULES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "a step": ({"interleave_moe_layer_step": 2}, (1, 3)),
+    "a list of layers": ({"moe_layers": [1, 3], "interleave_moe_layer_step": 1}, (1, 3)),
+    "layers in words": ({"moe_layers_enum": "1, 3"}, (1, 3)),
+    "a letter a layer": ({"hybrid_override_pattern": "ME*E"}, (1, 3)),
+    "a word a layer": ({"layers_block_type": ["mamba", "moe", "attention", "moe"]}, (1, 3)),
+    "words of attention alone": ({"layers_block_type": ["mamba", "attention"] * 2}, (0, 1, 2, 3)),
+    "a period": ({"expert_layer_period": 2, "expert_layer_offset": 1}, (1, 3)),
+    "dense at the start": ({"num_dense_layers": 2}, (2, 3)),
+    "hashed, and a layer for more tokens": (
+        {"mlp_layer_types": ["hash_moe", "moe", "dense", "moe", "moe"], "num_nextn_predict_layers": 1},
+        (0, 1, 3),
+    ),
+    "between two": ({"moe_layer_start_index": 1, "moe_layer_end_index": 2}, (1, 2)),
+    "to the end": ({"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 2}, (1, 3)),
+    "flags and a layer for more tokens": ({"moe_layer_freq": [0, 1, 1, 1, 1], "num_mtp_layers": 1}, (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_say_which_layers_hold_experts(kind: str) -> None:
+    fields, layers = SCHEDULES[kind]
+    assert mp.ModelSpec.from_config({**ROUTED, **fields}).moe_layers == layers
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mlp_layer_types", ["sparse", "odd", "sparse", "sparse"]),
+        ("mlp_layer_types", ["sparse"] * 6),
+        ("hybrid_override_pattern", "MEXE"),
+        ("moe_layers", [1, 9]),
+        ("moe_layers_enum", "1,b"),
+        ("interleave_moe_layer_step", 0),
+        ("num_experts_per_tok", [1, 2]),
+        ("moe_latent_size", "wide"),
+        ("num_hidden_layers", 10**9),
+    ],
+)
+def test_schedules_and_sizes_that_are_not_understood_are_named(field: str, value: object) -> None:
+    with pytest.raises(mp.InputError, match=field):
+        mp.ModelSpec.from_config({**ROUTED, field: value})
+
+
+def test_groups_count_where_they_limit_the_choice() -> None:
+    def groups(**fields: object) -> int:
+        return mp.ModelSpec.from_config({**ROUTED, **fields}).groups
+
+    assert groups(n_group=4, topk_group=2) == 4
+    assert groups(num_expert_group=4, topk_group=2) == 4
+    assert groups(n_group=4, topk_group=4) == 1
+    assert groups(n_group=4, topk_group=2, topk_method="greedy") == 1
+    assert groups(num_expert_group=4, topk_group=2, use_grouped_topk=False) == 1
+
+
+def test_what_was_not_read_or_was_assumed_is_told() -> None:
+    notes = read_config({**ROUTED, "model_type": "novel", "moe_every": 3, "quant_table": "a.bin"}).notes
+    said = " ".join(notes)
+    for what in ("'novel' is not one", "not read: moe_every, quant_table", "taken to be gated", "bf16 was taken"):
+        assert what in said
+    assert read_config({**ROUTED, "model_type": "mixtral", "dtype": "bfloat16"}).notes == ()

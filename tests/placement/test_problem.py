@@ -121,3 +121,39 @@ def test_a_model_without_layer_numbers_takes_those_of_the_routing() -> None:
         mp.Problem(recorded(layers=(3, 7)), TOPOLOGY, model=MODEL.replace(moe_layers=(0, 1)))
     counts = mp.RoutingStatistics.from_counts(np.ones((58, 6)), moe_layers=range(3, 61))
     assert mp.Problem(MODEL.replace(layers=58), TOPOLOGY, counts).model.moe_layers == tuple(range(3, 61))
+
+
+def _two_sizes(small: float, large: float, reserve: float = 0.0) -> mp.Topology:
+    rates = {"compute": 1e14, "memory_bandwidth": 1e12, "intra_bandwidth": 1e11}
+    devices = [{"memory": memory, "reserve": reserve, **rates} for memory in (small, large)]
+    return mp.Topology.from_dict({"nodes": [{"devices": devices, "inter_bandwidth": 1e10}]})
+
+
+def _large_experts(topology: mp.Topology, **settings: Any) -> mp.Problem:
+    """64 experts of 1 GB in one layer."""
+    model = mp.ModelSpec(layers=1, experts=64, top_k=2, hidden_size=1000, ffn_size=250_000, matrices=2)
+    statistics = mp.RoutingStatistics.from_counts(np.ones((1, 1, 64), dtype=np.int64), top_k=2)
+    return mp.Problem(model, topology, statistics, **settings)
+
+
+def test_slots_go_where_memory_is_when_devices_differ_in_it() -> None:
+    assert _large_experts(_two_sizes(512e9, 24e9)).slots_per_device.tolist() == [40, 24]
+    assert _large_experts(_two_sizes(512e9, 100e9)).slots_per_device.tolist() == [32, 32], "both hold half"
+    assert _large_experts(_two_sizes(512e9, 24e9, reserve=4e9)).slots_per_device.tolist() == [44, 20]
+
+
+def test_memory_that_is_reserved_is_not_for_experts() -> None:
+    fitting = mp.Topology.preset("h100-hgx", devices_per_node=1)
+    assert "nothing reserved" in str(_large_experts(fitting))
+    with pytest.raises(mp.InputError, match="64.0 GB of experts.* 80.0 GB, 30.0 GB of it reserved.*device_slots"):
+        _large_experts(fitting.reserving(30e9))
+    assert "16 GB reserved" in str(_large_experts(fitting.reserving(0.2, share=True)))
+    with pytest.raises(mp.InputError, match="reserve .* must be below memory"):
+        fitting.reserving(80e9)
+
+
+def test_a_topology_without_reserve_is_written_as_before() -> None:
+    plain = mp.Topology.preset("h100-hgx")
+    assert "reserve" not in plain.model_dump_json()
+    kept = plain.reserving(1e9)
+    assert mp.Topology.from_dict(kept.model_dump(mode="json")) == kept
