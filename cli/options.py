@@ -342,10 +342,18 @@ class BatchOptions:
         return {kind: tokens for kind, tokens in kinds.items() if tokens is not None}
 
 
+def _known(engine: str | None) -> str | None:
+    """The engine named, which is looked up before anything is read."""
+    from ..placement.engines import engine_profile
+
+    return None if engine is None else engine_profile(engine).name
+
+
 Engine = Annotated[
     str | None,
     Option(
         "--for",
+        callback=_known,
         metavar="ENGINE",
         help="Keep to what an engine can run, and judge as it runs plans: sglang, sglang-lp, vllm, vllm-ascend, "
         "trtllm, permute (a permuted checkpoint), or moeplace (any plan). Where --slots is not given, the fewest it "

@@ -129,12 +129,13 @@ def plan_topology(text: str) -> Topology:
     return read_topology(TopologyOptions(topology=name, nodes=nodes, devices_per_node=devices))
 
 
-def read_objective(options: ObjectiveOptions) -> Objective:
+def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Objective:
     """The objective of the options; what none says is left to the engine.
 
     Raises:
-        InputError: a setting out of range.
+        InputError: a setting out of range. UnsupportedError: the engine named does not do what is asked.
     """
+    from ..placement.engines import check_objective, engine_profile
     from ..placement.objective import Objective
 
     chosen: dict[str, Any] = {
@@ -144,7 +145,10 @@ def read_objective(options: ObjectiveOptions) -> Objective:
         # What the command line has a default for counts as said only where it is another.
         "execution": None if options.execution is Execution.dispatch_combine else options.execution.value,
     }
-    return Objective(risk=options.risk, **{name: value for name, value in chosen.items() if value is not None})
+    objective = Objective(risk=options.risk, **{name: value for name, value in chosen.items() if value is not None})
+    if engine is not None:
+        check_objective(engine_profile(engine), objective)
+    return objective
 
 
 def read_size(option: str, text: str) -> float:

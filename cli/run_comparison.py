@@ -143,7 +143,7 @@ def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
     from ..profiler.read import open_routing
     from ..solvers import solver_names
 
-    cluster, seed = read_topology(options), options.seed
+    cluster, goal, seed = read_topology(options), read_objective(options, options.engine), options.seed
     names = split_list(options.solvers) if options.solvers is not None else list(solver_names())
     choices = [SolverChoice.parse(name).for_steps(options) for name in names]
     with working("reading the routing") as update:
@@ -159,7 +159,7 @@ def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
             model=spec,
             topology=cluster,
             statistics=solving_statistics(recording, split),
-            objective=read_objective(options),
+            objective=goal,
             slots=read_slots(options.slots),
             device_slots=read_device_slots(options.device_slots),
             engine=options.engine,

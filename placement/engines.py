@@ -161,11 +161,11 @@ def engine_profile(engine: str) -> EngineProfile:
 # A problem within an engine's limits.
 
 
-def engine_objective(profile: EngineProfile, objective: Objective, model: ModelSpec) -> Objective:
-    """The objective with what the engine does wherever the objective says nothing.
+def check_objective(profile: EngineProfile, objective: Objective) -> None:
+    """Checks what an objective says of itself.
 
     Raises:
-        UnsupportedError: it says something that the engine does not do; says what to change.
+        UnsupportedError: the engine does not do that; says what to change.
     """
     for name, choices in (("execution", profile.executions), ("replica_choice", profile.replica_choices)):
         if name in objective.model_fields_set and getattr(objective, name) not in choices:
@@ -176,6 +176,15 @@ def engine_objective(profile: EngineProfile, objective: Objective, model: ModelS
         raise refusal(
             profile, f"replicas take equal shares there, the objective says split={objective.split!r}; use equal"
         )
+
+
+def engine_objective(profile: EngineProfile, objective: Objective, model: ModelSpec) -> Objective:
+    """The objective with what the engine does wherever the objective says nothing.
+
+    Raises:
+        UnsupportedError: as `check_objective`.
+    """
+    check_objective(profile, objective)
     nearest_replica = objective.execution == "dispatch_combine"
     return objective.filled(
         replica_choice=profile.replica_choices[0] if nearest_replica else "share",

@@ -117,7 +117,7 @@ def export_command(
         "engine": engine,
         "path": str(written),
         "sha256": hashlib.sha256(written.read_bytes()).hexdigest(),
-        "usage": engine_usage(exported, engine, written, model_path),
+        "usage": engine_usage(exported, engine, written.resolve(), model_path),
     }
     if storage.store:
         keep_export(exported, engine, written, storage.db, data["sha256"])

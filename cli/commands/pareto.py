@@ -125,7 +125,7 @@ def pareto_command(
         raise typer.BadParameter("--max-moved counts from --current, the plan in force")
     limits = None if max_moved is None else [_limit(entry) for entry in split_list(max_moved)]
     counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
-    cluster, goal = read_topology(topology), read_objective(objective)
+    cluster, goal = read_topology(topology), read_objective(objective, study.engine)
     with working("reading the routing") as update:
         recording = open_routing(routing, defaults=reader_defaults(model.model))
         split = split_routing(recording, study, seed)

@@ -133,7 +133,7 @@ def solve_command(
     choice = (SolverChoice.parse(solver) if solver else SolverChoice.best()).for_steps(batch)
     if certify is not None:
         choice = choice.certified(certify)
-    cluster, goal = read_topology(topology), read_objective(objective)
+    cluster, goal = read_topology(topology), read_objective(objective, engine)
     with working("counting the routing") as update:
         recording, statistics, used = training_statistics(routing, model, held_out, seed, update)
         spec = read_model(model, recording)

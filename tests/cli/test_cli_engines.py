@@ -293,3 +293,14 @@ def test_an_assumed_batch_is_said_with_what_the_plan_does_in_others(trace: Path)
 def test_short_help_is_help() -> None:
     for command in ((), ("solve",), ("plans", "list")):
         assert run(*command, "-h").out == run(*command, "--help").out != ""
+
+
+@pytest.mark.parametrize("command", [("solve", "-s", "eplb", "-o", "p.json"), ("compare",), ("pareto", "--out", "f")])
+def test_what_an_engine_does_not_do_is_refused_before_the_routing_is_read(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    asked = (command[0], tmp_path / "absent", *CLUSTER, *command[1:])
+    assert "engine 'vlm' is unknown; did you mean 'vllm'" in run(*asked, "--for", "vlm").err
+    refused = run(*asked, "--for", "vllm", "--replica-choice", "nearest")
+    assert "it does not do replica_choice='nearest'; use 'share'" in refused.err
+    assert "split='free'; use equal" in run(*asked, "--for", "trtllm", "--split", "free").err
