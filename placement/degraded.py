@@ -85,6 +85,19 @@ def renumbered(plan: Plan, topology: Topology, ranks: IntArray) -> Plan:
     return replace(plan, topology=topology, slot_device=ranks[plan.slot_device])
 
 
+def on_survivors(plan: Plan, steps: Steps) -> tuple[Plan, Steps]:
+    """A plan that leaves lost ranks their numbers, on the ranks that have slots, and the steps as those run them."""
+    alive = np.flatnonzero(plan.slots_per_device.any(axis=0))
+    if len(alive) == plan.topology.num_devices:
+        return plan, steps
+    lost = np.setdiff1d(np.arange(plan.topology.num_devices), alive)
+    topology = plan.topology.without(tuple(lost.tolist()))
+    return (
+        replace(plan, topology=topology, slot_device=np.searchsorted(alive, plan.slot_device)),
+        remap_source_ranks(steps, alive),
+    )
+
+
 def remap_source_ranks(steps: Steps, origin: IntArray) -> Steps:
     """The same tokens on another cluster.
 

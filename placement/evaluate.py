@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from .cost import (
     link_seconds,
     transfer_seconds,
 )
+from .degraded import on_survivors
 from .errors import InputError
 from .model import ModelSpec
 from .objective import Objective
@@ -142,11 +143,18 @@ class Evaluation(Displayed):
 def evaluate(plan: Plan, steps: Steps, problem: Problem) -> Evaluation:
     """Replays `steps` through `plan` under the problem's topology and objective.
 
+    Where the problem's engine masks lost ranks, devices without slots are lost: they send no tokens and do no work.
+
     Raises:
         InputError: the plan, the steps and the problem are not about the same model or number of devices.
     """
     _check_same(plan, steps, problem)
-    return evaluate_on(plan, steps, problem.model, problem.topology, problem.objective)
+    topology = problem.topology
+    if problem.profile is not None and problem.profile.masked_ranks:
+        # The cluster judged on is the problem's, which may have other links than the plan's.
+        plan, steps = on_survivors(replace(plan, topology=topology), steps)
+        topology = plan.topology
+    return evaluate_on(plan, steps, problem.model, topology, problem.objective)
 
 
 def evaluate_on(plan: Plan, steps: Steps, model: ModelSpec, topology: Topology, objective: Objective) -> Evaluation:

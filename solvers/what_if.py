@@ -15,6 +15,7 @@ from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
 from ..placement.degraded import (
     degraded,
+    on_survivors,
     remap_source_ranks,
     renumbered,
     repaired,
@@ -405,7 +406,11 @@ def _keeping_ranks(outcome: Outcome, cluster: Topology) -> Outcome:
 
 def _evaluated(result: Plan, plan: Plan, problem: Problem, steps: Steps, change: Change) -> EvaluatedPlan:
     steps = remap_source_ranks(steps, change.origin)
-    evaluation = evaluate_on(result, steps, problem.model, change.topology, problem.objective)
+    judged, topology = result, change.topology
+    if problem.profile is not None and problem.profile.masked_ranks:
+        judged, steps = on_survivors(replace(result, topology=topology), steps)
+        topology = judged.topology
+    evaluation = evaluate_on(judged, steps, problem.model, topology, problem.objective)
     return EvaluatedPlan(result, evaluation, migration_from(_holds_before(plan, change), result))
 
 

@@ -104,6 +104,15 @@ def test_lost_ranks_keep_their_numbers_where_the_engine_masks_them(tmp_path: Pat
     twice = second.ready.plan.slots_per_device[0]
     assert (twice[2], twice[5], len(set(np.delete(twice, [2, 5]).tolist()))) == (0, 0, 1)
     mp.check_export(second.ready.plan, "sglang")
+    # Lost ranks send no tokens: judged as the plan of the ranks left is.
+    left = np.delete(np.arange(8), 2)
+    small = plan.topology.without([2])
+    renumbered = mp.Plan(plan.model, small, ready.physical_to_logical, np.searchsorted(left, ready.slot_device))
+    apart = replace(problem, slots=None, topology=small)
+    np.testing.assert_allclose(
+        mp.evaluate(ready, steps, replace(problem, slots=None)).step_seconds,
+        mp.evaluate(renumbered, steps, apart).step_seconds,
+    )
     # What SGLang's own elasticity-aware EPLB leaves in the slots of a lost rank is expert 0.
     back = mp.read_exported(mp.export_plan(ready, "sglang", tmp_path / "p.json"), "sglang", plan.model, plan.topology)
     np.testing.assert_array_equal(np.split(back.physical_to_logical[0], 8)[2], 0)
