@@ -76,19 +76,33 @@ def array_of(path: Path, field: str, value: Any, dimensions: int) -> npt.NDArray
     Raises:
         FileFormatError: anything else, or a shape that claims more than is stored; the field is named.
     """
+    array = tensor_array(path, field, value)
+    if array.dtype.kind not in "iu" or array.ndim != dimensions:
+        raise FileFormatError(
+            f"{path}: {field} is {value.dtype} of shape {array.shape}, expected whole numbers in {dimensions} "
+            "dimensions"
+        )
+    return array
+
+
+def tensor_array(path: Path, field: str, value: Any) -> npt.NDArray[Any]:
+    """A dense tensor of whole or floating-point numbers as an array; bfloat16 becomes float32.
+
+    Raises:
+        FileFormatError: as `array_of`.
+    """
     import torch
 
     if not isinstance(value, torch.Tensor):
         raise FileFormatError(f"{path}: {field} is a {type(value).__name__}, expected a tensor")
     shape = tuple(value.shape)
     whole = value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    if value.layout != torch.strided or not whole or len(shape) != dimensions:
-        raise FileFormatError(
-            f"{path}: {field} is {value.dtype} of shape {shape}, expected whole numbers in {dimensions} dimensions"
-        )
+    floating = value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if value.layout != torch.strided or not (whole or floating):
+        raise FileFormatError(f"{path}: {field} is {value.dtype} of shape {shape}, expected a dense tensor of numbers")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise FileFormatError(f"{path}: {field} claims shape {shape}, more than the file stores of it")
-    result: npt.NDArray[np.integer[Any]] = value.detach().numpy()
+    result: npt.NDArray[Any] = (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
     return result
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..placement.errors import InputError
 from .options import DECODE_STEPS, PREFILL_STEPS, HeldOutBy, HeldOutOptions, ModelOptions, StepOptions
-from .output import Update
+from .output import Update, note
 from .parse import reader_defaults
 
 if TYPE_CHECKING:
@@ -65,15 +65,23 @@ def training_statistics(
 
     A Parquet trace that is used whole is counted in bounded memory, whatever its size.
     """
-    from ..profiler.read import open_routing
-
-    recording = open_routing(path, defaults=reader_defaults(model.model))
+    recording = open_recording(path, model.model)
     if not recording.is_trace:
         return recording, recording.statistics(), f"solved on all of {path}: statistics are used whole"
     if held_out.held_out == 0.0:
         return recording, counted(recording, update), f"solved on all of {path}"
     split = split_routing(recording, held_out, seed)
     return recording, solving_statistics(recording, split), split.description
+
+
+def open_recording(path: Path, model: Path | None = None) -> Recording:
+    """A record of any format, and on stderr what its reader summed, left out or set apart. model: of --model."""
+    from ..profiler.read import open_routing
+
+    recording = open_routing(path, defaults=reader_defaults(model))
+    for remark in recording.notes:
+        note(remark)
+    return recording
 
 
 def counted(recording: Recording, update: Update, sample_tokens: int = 200_000) -> RoutingStatistics:

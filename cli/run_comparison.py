@@ -18,11 +18,10 @@ from .parse import (
     read_objective,
     read_slots,
     read_topology,
-    reader_defaults,
     split_list,
 )
 from .remote import PLAN_FILES, read_plan
-from .routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
+from .routing_split import RoutingSplit, make_steps, open_recording, solving_statistics, split_routing
 
 if TYPE_CHECKING:
     from ..placement.evaluate import Evaluation
@@ -140,14 +139,13 @@ def _with_different_names(entries: Sequence[Entry]) -> list[Entry]:
 def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
     """Reads, checks everything that can be wrong, then solves and judges: from options to a finished comparison."""
     from ..placement.problem import Problem
-    from ..profiler.read import open_routing
     from ..solvers import solver_names
 
     cluster, goal, seed = read_topology(options), read_objective(options, options.engine), options.seed
     names = split_list(options.solvers) if options.solvers is not None else list(solver_names())
     choices = [SolverChoice.parse(name).for_steps(options) for name in names]
     with working("reading the routing") as update:
-        recording = open_routing(routing, defaults=reader_defaults(options.model))
+        recording = open_recording(routing, options.model)
         spec = read_model(options, recording)
         judged_too = [
             (plan_name(name), read_plan(name, options.db, model=spec, topology=cluster))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .._plugins import Registry
 from ..placement.errors import FileFormatError, InputError
@@ -15,12 +16,14 @@ from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
 from .aggregate import aggregate_shards
-from .readers.arrays import check_tokens
+from .notes import remarks
+from .readers.arrays import Kind, kind_of
 from .readers.exflow import is_exflow, read_exflow
 from .readers.load_history import is_load_history, read_load_history
 from .readers.megatron import is_megatron, read_megatron
 from .readers.routed_experts import is_routed_experts, read_routed_experts
 from .readers.sglang import is_sglang, read_sglang
+from .readers.tables import check_loads, is_loads, read_loads
 from .readers.trtllm import is_trtllm, read_trtllm
 from .statistics_file import is_statistics, read_statistics
 from .trace_files import TraceShard, is_trace, read_trace, trace_of_shards, trace_shards
@@ -56,6 +59,12 @@ READERS: Registry[Reader] = Registry(
         read_routed_experts,
     ),
     Reader("ExFlow trace: .npy [tokens, layers]", is_exflow, read_exflow),
+    Reader(
+        "plain loads [layers, experts] or [windows, layers, experts]: .npy, .npz, .pt tensor, JSON, CSV, or a folder "
+        "of such files",
+        is_loads,
+        read_loads,
+    ),
 )
 
 
@@ -94,7 +103,7 @@ class Recording:
     """Recorded routing, opened once: its header and model at once, its tokens or counts when they are asked for.
 
     model: the recorded model, where the record names it. shards: of a Parquet trace, whose tokens stay on disk until
-    then. record: what any other format held.
+    then. record: what any other format held. notes: what its reader summed, left out or set apart.
     """
 
     path: Path
@@ -102,6 +111,7 @@ class Recording:
     model: ModelSpec | None = None
     shards: tuple[TraceShard, ...] = ()
     record: RoutingTrace | RoutingStatistics | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: RoutingTrace | RoutingStatistics, path: str | Path) -> Recording:
@@ -184,7 +194,7 @@ class Recording:
 def open_routing(
     path: str | Path,
     *,
-    kind: Literal["tokens"] | None = None,
+    kind: Kind | None = None,
     defaults: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Recording:
@@ -192,8 +202,8 @@ def open_routing(
 
     Args:
         path: a file, or a folder of ranks' files or shards.
-        kind: "tokens" says that an array of whole numbers holds expert ids, where its numbers leave that open (see
-            `readers.arrays.check_tokens`); other formats say themselves what they hold.
+        kind: whether bare whole numbers are expert ids ("tokens") or "loads", where the numbers leave that open (see
+            `readers.arrays.kind_of`); other formats say themselves what they hold.
         defaults: more options, used where the format takes them.
         options: what the format does not say and its reader takes: num_experts, layers, top_k, assignments, ...
 
@@ -204,30 +214,51 @@ def open_routing(
         InputError: no such path, or an option that the format's reader does not take. FileFormatError: no known format,
             a damaged file, or whole numbers that may be expert ids or loads.
     """
-    if kind not in (None, "tokens"):
-        raise InputError(f'kind {kind!r} is unknown; "tokens" is known, and None leaves it to what the file holds')
+    if kind not in (None, "tokens", "loads"):
+        raise InputError(
+            f'kind {kind!r} is unknown; "tokens" and "loads" are known, and None leaves it to what the file holds'
+        )
     source = Path(path)
     reader = reader_of(source)
+    experts = options.get("num_experts", (defaults or {}).get("num_experts"))
+    if reader.read in (read_exflow, read_routed_experts) and is_loads(source):
+        kind = kind or kind_of(source, experts)
+        if kind == "loads":
+            reader = _reader_named(read_loads)
+    elif reader.read is read_loads:
+        if kind == "tokens":
+            raise FileFormatError(
+                f"{source}: numbers that are no expert ids by type, shape or container; ids come as whole numbers in "
+                ".npy or .npz, [tokens, layers] or [tokens, layers, top_k]"
+            )
+        if kind is None:
+            check_loads(source, experts)
     for name in options:
+        if name == "num_experts" and reader.read is read_loads:
+            continue
         if name not in reader.options:
             known = ", ".join(sorted(reader.options)) or "none"
             raise InputError(
                 f"{path} is a {reader.name}: {name} says nothing about it; options of this format: {known}"
             )
-    options = {name: value for name, value in (defaults or {}).items() if name in reader.options} | options
+    options = {name: value for name, value in {**(defaults or {}), **options}.items() if name in reader.options}
     if reader.read is read_trace:
         shards = trace_shards(source)
         header = shards[0].header
         shape = RecordingHeader(header.num_experts, header.moe_layers, header.top_k)
         return Recording(source, shape, header.model, shards)
-    if kind is None and reader.read in (read_exflow, read_routed_experts):
-        check_tokens(source, options.get("num_experts"))
-    return Recording.of(reader.read(source, **options), source)
+    with remarks() as notes:
+        record = reader.read(source, **options)
+    if kind is not None and isinstance(record, RoutingTrace) != (kind == "tokens"):
+        raise InputError(f"{path} is a {reader.name}, which says itself what it holds: leave out kind (--as)")
+    return replace(Recording.of(record, source), notes=tuple(notes))
 
 
-def read_any(
-    path: str | Path, *, kind: Literal["tokens"] | None = None, **options: Any
-) -> RoutingTrace | RoutingStatistics:
+def _reader_named(read: Callable[..., Any]) -> Reader:
+    return next(reader for reader in READERS if reader.read is read)
+
+
+def read_any(path: str | Path, *, kind: Kind | None = None, **options: Any) -> RoutingTrace | RoutingStatistics:
     """Reads a routing record, whatever known format it has. A trace comes whole into memory: for one of many shards,
     `aggregate` gives the statistics in bounded memory, as `open_routing` does.
 
@@ -241,4 +272,6 @@ def read_any(
         InputError, FileFormatError: as `open_routing`.
     """
     recording = open_routing(path, kind=kind, **options)
+    for note in recording.notes:
+        warnings.warn(note, UserWarning, stacklevel=2)
     return recording.trace if recording.record is None else recording.record

@@ -22,7 +22,7 @@ from ..options import (
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
 from ..parse import read_objective
 from ..remote import plan_context, read_plan, service
-from ..routing_split import solving_statistics, split_routing
+from ..routing_split import open_recording, solving_statistics, split_routing
 from ..run_comparison import BASELINE
 
 if TYPE_CHECKING:
@@ -123,7 +123,6 @@ def decide_command(
     """
     from ...placement.decide import decide
     from ...placement.problem import Problem
-    from ...profiler.read import open_routing
     from ...solvers import solve
 
     if (routing is None) == (deployment is None):
@@ -134,7 +133,7 @@ def decide_command(
         _asked_of_service(remote.server, str(deployment), plans, names, record, as_json)
         return
     with working("reading the routing") as update:
-        recording = open_routing(routing)
+        recording = open_recording(routing)
         known = plan_context(files, recording)
         references = [*names, *([] if current == BASELINE else [current])]
         plans, in_force = _plans(references, storage.db, remote.server, known, len(names))

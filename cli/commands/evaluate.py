@@ -22,7 +22,7 @@ from ..options import (
 from ..output import emit, note, working
 from ..parse import read_objective
 from ..remote import plan_context, read_plan
-from ..routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
+from ..routing_split import RoutingSplit, make_steps, open_recording, solving_statistics, split_routing
 from ..run_comparison import compare, plan_name
 from ..save import keep_evaluations
 from ..tables import binding_rows, binding_table, comparison_rows, comparison_tables
@@ -66,10 +66,9 @@ def evaluate_command(
       moeplace evaluate init_expert_location.json trace --plan-topology h100-hgx:2x8
     """
     from ...placement.problem import Problem
-    from ...profiler.read import open_routing
 
     with working("reading the routing") as update:
-        recording = open_routing(routing)
+        recording = open_recording(routing)
         judged_plan = read_plan(plan, storage.db, remote.server, **plan_context(files, recording))
         used_seed = judged_plan.provenance.seed if seed is None else seed
         split = split_routing(recording, held_out, used_seed)

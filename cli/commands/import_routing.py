@@ -18,6 +18,7 @@ from ..save import keep_statistics, save_recording
 
 class Kind(StrEnum):
     tokens = "tokens"
+    loads = "loads"
 
 
 READING = "What the record does not say"
@@ -87,8 +88,8 @@ class ReadOptions:
         Kind | None,
         typer.Option(
             "--as",
-            metavar="tokens",
-            help="Whole numbers (.npy, .npz) that may be expert ids or loads: tokens says they are ids.",
+            metavar="tokens|loads",
+            help="What bare whole numbers are that may be expert ids of tokens or loads of experts.",
             show_default=False,
             rich_help_panel=READING,
         ),

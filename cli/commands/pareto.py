@@ -25,12 +25,11 @@ from ..parse import (
     read_objective,
     read_size,
     read_topology,
-    reader_defaults,
     split_list,
     study_solver,
 )
 from ..remote import Study, read_plan, service, sweep_remotely
-from ..routing_split import RoutingSplit, make_steps, solving_statistics, split_routing
+from ..routing_split import RoutingSplit, make_steps, open_recording, solving_statistics, split_routing
 from ..save import keep_judged_plans
 from ..tables import pareto_table
 
@@ -115,7 +114,6 @@ def pareto_command(
       moeplace pareto trace --topology h100-hgx --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
-    from ...profiler.read import open_routing
     from ...solvers.pareto import pareto
 
     choice, server, seed = study_solver(study), study.server, study.seed
@@ -127,7 +125,7 @@ def pareto_command(
     counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
     cluster, goal = read_topology(topology), read_objective(objective, study.engine)
     with working("reading the routing") as update:
-        recording = open_routing(routing, defaults=reader_defaults(model.model))
+        recording = open_recording(routing, model.model)
         split = split_routing(recording, study, seed)
         spec = read_model(model, recording)
         in_force = None if current is None else read_plan(current, storage.db, server, model=spec, topology=cluster)

@@ -9,7 +9,7 @@ import typer
 
 from ..options import AsJson, RoutingPath
 from ..output import Column, Table, count, emit, note, number, percent, working
-from ..routing_split import counted
+from ..routing_split import counted, open_recording
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics
@@ -35,11 +35,10 @@ def stats_command(
 
       moeplace stats trace -o statistics.npz
     """
-    from ...profiler.read import open_routing
     from ...profiler.statistics_file import write_statistics
 
     with working("counting") as update:
-        statistics = counted(open_routing(routing), update, sample_tokens)
+        statistics = counted(open_recording(routing), update, sample_tokens)
     if output is not None:
         write_statistics(statistics, output)
         note(f"wrote {output}")

@@ -22,7 +22,7 @@ from ..options import (
 from ..output import emit, note, working
 from ..parse import read_objective, read_size, read_slots, read_topology, study_solver
 from ..remote import Study, plan_context, read_plan, service, what_if_remotely
-from ..routing_split import make_steps, solving_statistics, split_routing
+from ..routing_split import make_steps, open_recording, solving_statistics, split_routing
 from ..tables import what_if_table
 
 if TYPE_CHECKING:
@@ -153,14 +153,13 @@ def whatif_command(
       moeplace whatif production trace --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
-    from ...profiler.read import open_routing
     from ...solvers.what_if import parse_changes, what_if
 
     choice, server, seed = study_solver(study), study.server, study.seed
     asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
-        recording = open_routing(routing)
+        recording = open_recording(routing)
         current = read_plan(plan, storage.db, server, **plan_context(files, recording))
         changes = parse_changes(current.topology, **asked)
         split = split_routing(recording, study, seed)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,15 @@ ROUTED = "routed_experts"
 MOST_LAYERS = 512
 """More rows than any model has layers."""
 MOST_TOP_K = 64
+MOST_EXPERTS = 65536
 ROWS_LOOKED_AT = 1 << 16
 EXPECTED_PAIRS = 9.0
 """Expected pairs of equal numbers in a row, had they been counts: that none is seen has chance e^-9, 1 in 8,100."""
 
 Ids = npt.NDArray[np.integer[Any]]
+Numbers = npt.NDArray[Any]
+Kind = Literal["tokens", "loads"]
+"""What bare numbers are: expert ids of tokens, or loads of experts."""
 
 
 def npy_array(name: str, field: str, content: bytes) -> Ids:
@@ -79,12 +84,44 @@ def npy_table(source: Path) -> Ids:
     return np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
 
 
+def npy_numbers(source: Path) -> Numbers:
+    """Whole or floating-point numbers of an .npy file, mapped.
+
+    Raises:
+        FileFormatError: another type, or damaged.
+    """
+    shape, fortran, dtype, begin = _header_of(source)
+    _check_numbers(str(source), "array", shape, dtype, source.stat().st_size - begin)
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(source, dtype, "r", begin, shape, "F" if fortran else "C")
+
+
+def npz_numbers(source: Path) -> dict[str, Numbers]:
+    """The arrays of an .npz by name, of whole or floating-point numbers.
+
+    Raises:
+        FileFormatError: damaged, unpacking to more than 50 times the file, or of another type.
+    """
+
+    def array(name: str, field: str, content: bytes) -> Numbers:
+        shape, fortran, dtype, begin = npy_shape(name, field, content)
+        _check_numbers(name, field, shape, dtype, len(content) - begin)
+        return np.frombuffer(content, dtype, offset=begin).reshape(shape, order="F" if fortran else "C")
+
+    return _npz(source, array)
+
+
 def npz_arrays(source: Path | BinaryIO) -> dict[str, Ids]:
     """The arrays of an .npz by name, each [T, L, K].
 
     Raises:
         FileFormatError: damaged, unpacking to more than 50 times the file, or other arrays.
     """
+    return _npz(source, npy_array)
+
+
+def _npz(source: Path | BinaryIO, array: Callable[[str, str, bytes], Numbers]) -> dict[str, Numbers]:
     called = name_of(source)
     try:
         with reading(source) as handle, zipfile.ZipFile(handle) as archive:
@@ -95,12 +132,12 @@ def npz_arrays(source: Path | BinaryIO) -> dict[str, Ids]:
                 raise FileFormatError(
                     f"{called}: unpacks to {total:,} bytes, over {GROWTH_LIMIT} times the file; refused"
                 )
-            arrays: dict[str, Ids] = {}
+            arrays: dict[str, Numbers] = {}
             for member in members:
                 with archive.open(member) as packed:
                     content = packed.read(member.file_size + 1)
                 name = member.filename.removesuffix(".npy")
-                arrays[name] = npy_array(called, name[:60], content)
+                arrays[name] = array(called, name[:60], content)
             return arrays
     except FileFormatError:
         raise
@@ -137,6 +174,15 @@ def holds_arrays(path: Path) -> bool:
         return False
 
 
+def npy_is(path: Path, dimensions: int) -> bool:
+    """Whether a file is an .npy of whole numbers in so many dimensions."""
+    try:
+        shape, _, dtype, _ = _header_of(path)
+    except FileFormatError:
+        return False
+    return len(shape) == dimensions and dtype.kind in "iu"
+
+
 def is_filled(ids: Ids) -> BoolArray:
     """[T, L] where the experts of a token differ, or all are the same: 0 of a dense layer, -1 of a cached token."""
     ordered = np.sort(ids, axis=2)
@@ -144,55 +190,70 @@ def is_filled(ids: Ids) -> BoolArray:
     return np.asarray((steps > 0).all(axis=2) | ((steps == 0).all(axis=2) & (ordered[:, :, 0] <= 0)))
 
 
-def check_tokens(source: Path, num_experts: int | None) -> None:
-    """Lets an .npy or .npz pass whose numbers are surely, or nearly so, expert ids; other files pass unseen.
+def kind_of(source: Path, num_experts: int | None) -> Kind:
+    """Whether the bare arrays of an .npy or .npz are expert ids or loads, where their numbers tell.
 
     The same bytes can be ids [tokens, layers] or [tokens, layers, top_k], and loads [layers, experts] or
-    [windows, layers, experts]. They are ids where one of these holds:
-
-    - an array of an .npz is named as engines name routed experts;
-    - `num_experts` is given, no number reaches it, and the last axis has another length (loads have that length);
-    - [tokens, layers] (or top_k 1): more rows than any model has layers (512), and than any layer's numbers span;
-    - [tokens, layers, top_k]: no row of at most 64 numbers holds one twice (blank rows apart), though of counts in the
-      same range 9 pairs or more would be expected to be equal; and rows do not add up to one total in all layers, as
-      loads do, every token choosing as many experts in each.
+    [windows, layers, experts]; see `is_surely_ids` and `is_surely_loads`. An .npz whose arrays are named as engines
+    name routed experts holds ids. Numbers with fractions are loads.
 
     Raises:
         FileFormatError: both readings are possible; says how to tell. Or damaged.
     """
+    kinds: set[Kind] = set()
     for array in _bare_arrays(source):
-        if array.size and not _surely_ids(array[:ROWS_LOOKED_AT], num_experts):
-            shape = list(array.shape)
-            ids, loads = (
-                ("[tokens, layers]", "[layers, experts]")
-                if array.ndim == 2
-                else ("[tokens, layers, top_k]", "[windows, layers, experts]")
-            )
-            raise FileFormatError(
-                f"{source}: whole numbers {shape} up to {int(array.max()):,} may be expert ids {ids} or loads {loads}. "
-                'If they are ids, say so: read_any(path, kind="tokens"), or moeplace import --as tokens. Bare tables '
-                "of loads are not read: make RoutingStatistics of them in Python, with write_statistics for a file"
-            )
+        if array.dtype.kind == "f" or not array.size:
+            kinds.add("loads" if array.dtype.kind == "f" else "tokens")
+        elif is_surely_ids(array, num_experts):
+            kinds.add("tokens")
+        elif is_surely_loads(array, num_experts):
+            kinds.add("loads")
+        else:
+            raise FileFormatError(reading_of(source, array))
+    if len(kinds) > 1:
+        raise FileFormatError(f"{source}: some arrays are expert ids and others loads; keep them in files of their own")
+    return kinds.pop() if kinds else "tokens"
 
 
-def _bare_arrays(source: Path) -> list[Ids]:
-    """The arrays that nothing but their numbers tells of. Tables of another type are left to their reader to refuse."""
+def reading_of(source: Path, array: Numbers) -> str:
+    """What whole numbers that may be ids or loads may be, and how to say which."""
+    ids, loads = (
+        ("[tokens, layers]", "[layers, experts]")
+        if array.ndim == 2
+        else ("[tokens, layers, top_k]", "[windows, layers, experts]")
+    )
+    return (
+        f"{source}: whole numbers {list(array.shape)} up to {int(array.max()):,} may be expert ids {ids} or loads "
+        f'{loads}. Say which: moeplace import --as tokens or --as loads; read_any(path, kind="tokens") or "loads"'
+    )
+
+
+def _bare_arrays(source: Path) -> list[Numbers]:
+    """The arrays that nothing but their numbers tells of."""
     if not source.is_file():
         return []
     with source.open("rb") as handle:
         start = handle.read(len(NPY_MAGIC))
     if start == NPY_MAGIC:
-        shape, _, dtype, _ = _header_of(source)
-        if len(shape) == 2:
-            return [npy_table(source)] if dtype.kind in "iu" else []
-        return [npy_file(source)] if len(shape) == 3 and dtype.kind in "iu" else []
+        return [npy_numbers(source)]
     if not start.startswith(b"PK"):
         return []
-    arrays = npz_arrays(source)
+    arrays = npz_numbers(source)
     return [] if any(name.endswith(ROUTED) for name in arrays) else list(arrays.values())
 
 
-def _surely_ids(array: Ids, num_experts: int | None) -> bool:
+def is_surely_ids(array: Numbers, num_experts: int | None) -> bool:
+    """Whether whole numbers are surely, or nearly so, expert ids. One of these holds:
+
+    - `num_experts` is given, no number reaches it, and the last axis has another length (loads have that length);
+    - [tokens, layers] (or top_k 1): more rows than any model has layers (512), and than any layer's numbers span;
+    - [tokens, layers, top_k]: no row of at most 64 numbers holds one twice (blank rows apart), though of counts in the
+      same range 9 pairs or more would be expected to be equal; and rows do not add up to one total in all layers, as
+      loads do, every token choosing as many experts in each.
+    """
+    array = array[:ROWS_LOOKED_AT]
+    if array.ndim not in (2, 3) or int(array.min()) < -1:
+        return False
     if num_experts is not None and array.shape[-1] != num_experts and int(array.max()) < num_experts:
         return True
     if array.ndim == 2 or array.shape[2] == 1:
@@ -208,6 +269,37 @@ def _surely_ids(array: Ids, num_experts: int | None) -> bool:
     return used.shape[1] < 2 or bool((np.ptp(used, axis=1) > 0).any())
 
 
+def is_surely_loads(array: Numbers, num_experts: int | None) -> bool:
+    """Whether whole numbers are surely, or nearly so, loads. None is negative, and one of these holds:
+
+    - in three dimensions a row holds a number above 0 twice: a token chooses an expert once;
+    - the layers of a window add up to one total (those that count anything), though by chance that would be rarer than
+      1 in 8,100: every token chooses as many experts in each;
+    - `num_experts` is given, the last axis has that length, and a number reaches it;
+    - the last axis is longer than any model has layers, or experts a token.
+    """
+    windows = array[None] if array.ndim == 2 else array[:ROWS_LOOKED_AT]
+    if array.ndim not in (2, 3) or int(windows.min()) < 0 or array.shape[-1] > MOST_EXPERTS:
+        return False
+    if array.shape[-1] > (MOST_LAYERS if array.ndim == 2 else MOST_TOP_K) or int(windows.max()) >= MOST_EXPERTS:
+        return True
+    if num_experts is not None and array.shape[-1] == num_experts and int(windows.max()) >= num_experts:
+        return True
+    windows = windows.astype(np.int64)
+    if array.ndim == 3:
+        ordered = np.sort(windows, axis=2)
+        if ((np.diff(ordered, axis=2) == 0) & (ordered[:, :, 1:] > 0)).any():
+            return True
+    totals = windows.sum(axis=2)
+    surprise = 0.0
+    for window in totals:
+        counted = window[window > 0]
+        if len(counted) and (counted != counted[0]).any():
+            return False
+        surprise += max(0, len(counted) - 1) * math.log(max(int(counted[0]), 1)) if len(counted) else 0.0
+    return surprise >= EXPECTED_PAIRS
+
+
 def _header_of(source: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     with source.open("rb") as handle:
         return npy_shape(str(source), "array", handle.read(NPY_HEADER))
@@ -218,6 +310,17 @@ def _check_array(name: str, field: str, shape: tuple[int, ...], dtype: np.dtype[
         raise FileFormatError(f"{name}: {field} is {dtype} {shape}, expected whole numbers [tokens, layers, top_k]")
     size = math.prod(shape) * dtype.itemsize
     if any(n < 0 for n in shape) or size != stored:
+        raise FileFormatError(f"{name}: {field} has shape {shape} of {size:,} bytes in {stored:,}; damaged")
+
+
+def _check_numbers(name: str, field: str, shape: tuple[int, ...], dtype: np.dtype[Any], stored: int) -> None:
+    if dtype.kind not in "iuf" or len(shape) not in (2, 3):
+        raise FileFormatError(
+            f"{name}: {field} is {dtype} {shape}, expected numbers: expert ids [tokens, layers] or [tokens, layers, "
+            "top_k], or loads [layers, experts] or [windows, layers, experts]"
+        )
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape) < 0 or size != stored:
         raise FileFormatError(f"{name}: {field} has shape {shape} of {size:,} bytes in {stored:,}; damaged")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,8 @@ import numpy.typing as npt
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
-
-MOST_EXPERTS = 65536
+from ..notes import remark
+from .arrays import MOST_EXPERTS as MOST_EXPERTS
 
 
 def statistics_of(
@@ -54,6 +57,82 @@ def statistics_of(
         return RoutingStatistics.from_counts(load_WLE, moe_layers=names, top_k=top_k)
     except InputError as error:
         raise FileFormatError(f"{source}: {error}") from None
+
+
+RANK_IN_NAME = re.compile(r"(?<![a-z0-9])(?:rank|dp|ep|tp)[_-]?(\d{1,6})(?!\d)", re.IGNORECASE)
+ENDS_IN_RANK = re.compile(r"^(expert_distribution_recorder_\d+\.\d+)_(\d{1,6})$")
+
+
+@dataclass(frozen=True, eq=False)
+class RankCounts:
+    """Counts [W, L, E] of one file, or of one array called `name` in it. rank: who counted, where the file says so."""
+
+    file: Path
+    rank: int | None
+    counts: npt.NDArray[Any]
+    name: str = ""
+
+    @property
+    def group(self) -> tuple[str, int | None]:
+        """(name without the rank, rank) as file and array are called; the rank is None where the name has none."""
+        called = f"{self.file.stem}/{self.name}" if self.name else self.file.stem
+        ending = ENDS_IN_RANK.fullmatch(called)
+        if ending:
+            return ending[1], int(ending[2])
+        ranks = RANK_IN_NAME.findall(called)
+        return RANK_IN_NAME.sub("", called), int(ranks[0]) if len(ranks) == 1 else None
+
+
+def sum_ranks(parts: Sequence[RankCounts]) -> list[npt.NDArray[Any]]:
+    """Counts [W, L, E] in order of the files, those of ranks that counted the same windows summed.
+
+    Ranks are told by the files' names (alike but for a rank), by ranks that the files name, and by experts that no two
+    files count, which parts of one window have and windows do not. What was summed is remarked. Files of
+    ranks that are equal hold what was summed already, and count once.
+
+    Raises:
+        FileFormatError: ranks wrote different numbers of files.
+    """
+    once: dict[tuple[object, ...], RankCounts] = {}
+    for number, part in enumerate(parts):
+        named = part.rank is not None or part.group[1] is not None
+        once.setdefault((part.counts.shape, part.counts.tobytes()) if named else (number,), part)
+    parts = list(once.values())
+    groups: dict[tuple[object, ...], list[RankCounts]] = {}
+    written = Counter(part.rank for part in parts)
+    by_rank = None not in written and len(written) > 1
+    if by_rank and len(set(written.values())) > 1:
+        raise FileFormatError(
+            f"{parts[0].file.parent}: ranks wrote different numbers of files "
+            f"({', '.join(f'rank {rank}: {count}' for rank, count in sorted(written.items(), key=str))}), so that it "
+            "cannot be told which belong to one window; keep the files of one dump in a folder"
+        )
+    seen: Counter[int | None] = Counter()
+    for number, part in enumerate(parts):
+        name, rank = part.group
+        key: tuple[object, ...] = ("name", name) if rank is not None else ("file", number)
+        groups.setdefault((("dump", seen[part.rank]) if by_rank else key) + part.counts.shape, []).append(part)
+        seen[part.rank] += 1
+    if len(groups) == len(parts) > 1 and _is_disjoint(parts):
+        groups = {("disjoint",): list(parts)}
+    result = []
+    for members in groups.values():
+        if len(members) > 1:
+            names = ", ".join(part.file.name for part in members[:3]) + (", ..." if len(members) > 3 else "")
+            remark(f"{len(members)} files hold what ranks counted of the same windows, and were summed: {names}")
+        total = members[0].counts
+        for part in members[1:]:
+            total = total + part.counts
+        result.append(total)
+    return result
+
+
+def _is_disjoint(parts: Sequence[RankCounts]) -> bool:
+    """Whether no expert of a layer is counted in two of the files, each of which counts some."""
+    if len({part.counts.shape for part in parts}) > 1:
+        return False
+    counted = np.stack([part.counts.any(axis=0) for part in parts])
+    return bool(counted.any(axis=(1, 2)).all() and (counted.sum(axis=0) <= 1).all())
 
 
 def whole_number(source: Path, field: str, value: object, least: int = 0, most: int = (1 << 62)) -> int:

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
-from ..files import NPY_MAGIC
-from .arrays import npy_table
+from .arrays import npy_is, npy_table
 
 ROWS = 1 << 16
 
@@ -44,11 +43,8 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
 
 
 def is_exflow(path: Path) -> bool:
-    """Whether `path` is a .npy file."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as handle:
-        return handle.read(len(NPY_MAGIC)) == NPY_MAGIC
+    """Whether `path` is an .npy file of whole numbers in two dimensions."""
+    return path.is_file() and npy_is(path, 2)
 
 
 def _ranges(table: npt.NDArray[Any]) -> tuple[list[int], list[int]]:

@@ -9,10 +9,10 @@ import numpy as np
 
 from ..._types import FloatArray
 from ...placement.errors import FileFormatError, InputError
-from ...placement.model_config import differing_layers
 from ...placement.statistics import RoutingStatistics
 from ..json_items import json_items
 from .engine_counts import MOST_EXPERTS, statistics_of
+from .tables import nested_numbers
 
 START = 4096
 FIELD = "logical_expert_load"
@@ -65,20 +65,10 @@ def read_load_history(path: str | Path, *, entries_per_window: int = 1) -> Routi
 def _load(source: Path, number: int, entry: Any) -> FloatArray:
     """[L, E] of one entry."""
     rows = entry.get(FIELD) if isinstance(entry, dict) else None
-    if isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows):
-        sizes = [len(row) for row in rows]
-        if min(sizes) != max(sizes):
-            low, high = sizes.index(min(sizes)), sizes.index(max(sizes))
-            where = f"{source}: load_history[{number}].{FIELD}"
-            raise FileFormatError(differing_layers(where, "the number of experts", low, min(sizes), high, max(sizes)))
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(row, list) and 0 < len(row) <= MOST_EXPERTS and len(row) == len(rows[0]) for row in rows)
-        or not all(set(map(type, row)) <= {int, float} for row in rows)
-    ):
-        raise FileFormatError(f"{source}: load_history[{number}].{FIELD} is not [layers][experts] of numbers")
-    try:
-        return np.array(rows, np.float64)
-    except OverflowError:
-        raise FileFormatError(f"{source}: load_history[{number}].{FIELD} holds a number too large") from None
+    where = f"load_history[{number}].{FIELD}"
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
+        raise FileFormatError(f"{source}: {where} is not [layers][experts] of numbers")
+    numbers = nested_numbers(source, where, rows)
+    if numbers.ndim != 2 or numbers.shape[1] > MOST_EXPERTS:
+        raise FileFormatError(f"{source}: {where} is not [layers][experts] of numbers")
+    return numbers.astype(np.float64)

@@ -21,9 +21,11 @@ from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from ...placement.trace import RoutingTrace, id_dtype
-from .engine_counts import MOST_EXPERTS, statistics_of, whole_number
+from ..notes import remark
+from .engine_counts import MOST_EXPERTS, RankCounts, statistics_of, sum_ranks, whole_number
 
 START = 8192
+RANKS_FIRST = "rank_layer_expert"
 
 Rows = npt.NDArray[np.integer[Any]]
 
@@ -60,8 +62,7 @@ def read_sglang_files(files: Sequence[Path], source: Path) -> RoutingTrace | Rou
     Raises:
         FileFormatError: as `read_sglang`.
     """
-    rows: list[Rows] = []
-    whole: set[bytes] = set()
+    buffers: list[RankCounts] = []
     passes = PassCounts()
     tokens = TokenPasses()
     modes: dict[str, Path] = {}
@@ -73,11 +74,7 @@ def read_sglang_files(files: Sequence[Path], source: Path) -> RoutingTrace | Rou
             )
         if "logical_count" in content:
             modes.setdefault("stat", file)
-            buffer = _buffer(file, content["logical_count"])
-            digest = hashlib.sha256(np.ascontiguousarray(buffer).data).digest()
-            if digest not in whole:
-                whole.add(digest)
-                rows += _rows_in_use(file, buffer)
+            buffers.append(_buffer(file, content))
             continue
         records = content.get("records")
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -95,7 +92,7 @@ def read_sglang_files(files: Sequence[Path], source: Path) -> RoutingTrace | Rou
         )
     if "per_token" in modes:
         return tokens.trace(source)
-    load = rows or passes.load(source)
+    load = [row for buffer in sum_ranks(buffers) for row in _rows_in_use(source, buffer)] or passes.load(source)
     shapes = {window.shape for window in load}
     if len(shapes) > 1:
         raise FileFormatError(f"{source}: files of different models, [layers, experts] are {sorted(shapes)}")
@@ -129,21 +126,28 @@ def _mapping(file: Path, value: Any) -> IntArray:
 # stat and stat_approx: a circular buffer of counts of logical experts.
 
 
-def _buffer(file: Path, value: Any) -> Rows:
-    """[rows, L, E] of a circular buffer, as it is."""
+def _buffer(file: Path, content: dict[str, Any]) -> RankCounts:
+    """[rows, L, E] of a circular buffer, as it is; ranks that lie side by side in it are summed."""
+    value, layout = content["logical_count"], content.get("logical_count_layout")
     dimensions = 2 if getattr(value, "ndim", 3) == 2 else 3
     buffer = array_of(file, "logical_count", value, dimensions).reshape(-1, *value.shape[-2:])
     if 0 in buffer.shape or buffer.shape[2] > MOST_EXPERTS:
         raise FileFormatError(f"{file}: logical_count has shape {buffer.shape}, expected [rows, layers, experts]")
-    return buffer
+    if layout == RANKS_FIRST:
+        remark(f"{file.name} counts {len(buffer)} ranks of one window (logical_count_layout), which were summed")
+        buffer = buffer.sum(axis=0, keepdims=True, dtype=np.int64)
+    elif layout is not None:
+        raise FileFormatError(f"{file}: logical_count_layout is {str(layout)[:60]!r}; {RANKS_FIRST!r} is known")
+    rank = content.get("rank")
+    return RankCounts(file, rank if type(rank) is int else None, buffer)
 
 
-def _rows_in_use(file: Path, buffer: Rows) -> list[Rows]:
+def _rows_in_use(source: Path, buffer: Rows) -> list[Rows]:
     """[L, E] each: the rows of a buffer, from the one after its longest run of unused (zero) ones."""
     used = np.flatnonzero([bool(row.any()) for row in buffer])
     if not len(used):
         raise FileFormatError(
-            f"{file}: logical_count is 0 everywhere; dump while recording, after requests were served"
+            f"{source}: logical_count is 0 everywhere; dump while recording, after requests were served"
         )
     gaps = np.diff(used, append=used[0] + len(buffer))
     first = (int(np.argmax(gaps)) + 1) % len(used) if gaps.max() > 1 else 0

@@ -95,7 +95,10 @@ BAD: dict[str, tuple[str, str]] = {
     "the name as a value": ('{"a": "load_history", "b": {"load_history": []}}', "missing"),
     "an entry without loads": ('{"load_history": [{"load": [[1]]}]}', r"load_history\[0\].logical_expert_load"),
     "a flat load": ('{"load_history": [{"logical_expert_load": [1, 2]}]}', r"not \[layers\]\[experts\]"),
-    "a ragged load": ('{"load_history": [{"logical_expert_load": [[1, 2], [3]]}]}', r"not \[layers\]\[experts\]"),
+    "a ragged load": (
+        '{"load_history": [{"logical_expert_load": [[1, 2], [3]]}]}',
+        "number of experts differs between layers",
+    ),
     "text": ('{"load_history": [{"logical_expert_load": [["1"]]}]}', "of numbers"),
     "truth values": ('{"load_history": [{"logical_expert_load": [[true]]}]}', "of numbers"),
     "shapes that differ": (

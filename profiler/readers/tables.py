@@ -1,0 +1,246 @@
+"""Plain loads, as balancers take them: [layers, experts] or [windows, layers, experts] of .npy, .npz, .pt, JSON or CSV.
+
+A folder of such files is one record: files of ranks are summed (`engine_counts.sum_ranks`), others follow in time.
+Whole numbers may be expert ids as well: `check_kind` tells, or refuses with both readings.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..._tensor_files import load_plain, tensor_array
+from ...placement.errors import FileFormatError, InputError
+from ...placement.model_config import differing_layers
+from ...placement.statistics import RoutingStatistics
+from ..files import NPY_MAGIC
+from ..json_items import ITEM_LIMIT, json_items
+from .arrays import Numbers, is_surely_ids, is_surely_loads, npy_numbers, npz_numbers, reading_of
+from .engine_counts import MOST_EXPERTS, RankCounts, statistics_of, sum_ranks
+from .sglang import start_of
+
+SUFFIXES = (".npy", ".npz", ".pt", ".json", ".csv")
+START = 1 << 12
+TEXT_LIMIT = ITEM_LIMIT
+LOGICAL_COUNT = "logical_count"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2"
+"""How the structure of a tensor alone begins, after two bytes for the protocol."""
+
+
+def is_loads(path: Path) -> bool:
+    """Whether `path` holds bare numbers: a file, or a folder of such files and of nothing else."""
+    if path.is_dir():
+        files = _files(path)
+        return bool(files) and len({_container(file) for file in files}) == 1 and _container(files[0]) != ""
+    return _container(path) != ""
+
+
+def read_loads(path: str | Path) -> RoutingStatistics:
+    """Reads loads; layers are numbered from 0, and layers that count nothing are left out.
+
+    Raises:
+        InputError: no such path.
+        FileFormatError: other shapes or types, damaged, files that differ in shape, or layers that differ in experts.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder")
+    files = _files(source) if source.is_dir() else [source]
+    parts = [
+        RankCounts(file, None, _windows(file, name, numbers)) for file in files for name, numbers in _numbers(file)
+    ]
+    if not parts:
+        raise FileFormatError(f"{source}: no numbers in it; expected [layers, experts] or [windows, layers, experts]")
+    shapes = sorted({part.counts.shape[1:] for part in parts})
+    if len(shapes) > 1:
+        raise FileFormatError(f"{source}: [layers, experts] are {shapes}, expected one shape of a model")
+    return statistics_of(source, (window for rows in sum_ranks(parts) for window in rows), range(shapes[0][0]))
+
+
+def check_loads(source: Path, num_experts: int | None) -> None:
+    """Lets loads pass that are surely no expert ids.
+
+    Raises:
+        FileFormatError: whole numbers that may be ids, or are.
+    """
+    for file in _files(source) if source.is_dir() else [source]:
+        if _container(file) in ("json object", "csv"):
+            continue
+        for _, numbers in _numbers(file):
+            if numbers.size and numbers.dtype.kind in "iu" and numbers.ndim in (2, 3):
+                if is_surely_ids(numbers, num_experts):
+                    raise FileFormatError(
+                        f"{file}: whole numbers {list(numbers.shape)} that are expert ids, by their range and repeats; "
+                        "ids are read from .npy and .npz: np.save them, or say that they are loads (--as loads)"
+                    )
+                if _container(file) != "json" and not is_surely_loads(numbers, num_experts):
+                    raise FileFormatError(reading_of(file, numbers))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+
+
+def _container(file: Path) -> str:
+    """What holds the numbers, told by the first bytes; empty where nothing known does."""
+    if not file.is_file():
+        return ""
+    with file.open("rb") as handle:
+        start = handle.read(START)
+    if start.startswith(NPY_MAGIC):
+        return "npy"
+    if start.startswith(b"PK"):
+        pickled = start_of(file)
+        if pickled:
+            return "pt" if pickled[2:].startswith(TENSOR) else ""
+        return "npz" if b".npy" in start[:200] else ""
+    text = start.lstrip().removeprefix(b"\xef\xbb\xbf")
+    if text.startswith(b"{"):
+        return "json object" if b'"logical_count"' in text[:200] else ""
+    if text.startswith(b"["):
+        return "json" if text[1:].lstrip().startswith(b"[") else ""
+    return "csv" if file.suffix == ".csv" and text[:1] else ""
+
+
+def _numbers(file: Path) -> Iterator[tuple[str, Numbers]]:
+    """The arrays of a file, with their names where they have some."""
+    match _container(file):
+        case "npy":
+            yield "array", npy_numbers(file)
+        case "npz":
+            yield from npz_numbers(file).items()
+        case "pt":
+            yield "tensor", tensor_array(file, "tensor", load_plain(file))
+        case "csv":
+            yield "table", _csv(file)
+        case kind if kind:
+            yield LOGICAL_COUNT if kind == "json object" else "list", _json(file, kind == "json object")
+        case _:
+            raise FileFormatError(
+                f"{file}: no plain loads; expected .npy, .npz, a .pt tensor, CSV, or JSON: [layers][experts], "
+                f'[windows][layers][experts] or {{"{LOGICAL_COUNT}": ...}}'
+            )
+
+
+def _windows(file: Path, name: str, numbers: Numbers) -> npt.NDArray[Any]:
+    """[W, L, E]."""
+    if numbers.ndim not in (2, 3) or 0 in numbers.shape or numbers.shape[-1] > MOST_EXPERTS:
+        raise FileFormatError(
+            f"{file}: {name} has shape {list(numbers.shape)}, expected loads [layers, experts] or [windows, layers, "
+            f"experts], of at most {MOST_EXPERTS:,} experts"
+        )
+    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
+        raise FileFormatError(f"{file}: {name} holds NaN or infinity; loads are finite and start at 0")
+    return numbers if numbers.ndim == 3 else numbers[None]
+
+
+def _json(file: Path, is_object: bool) -> Numbers:
+    if file.stat().st_size > TEXT_LIMIT:
+        raise FileFormatError(f"{file}: {file.stat().st_size:,} bytes of JSON; save as .npy, which has no such limit")
+    with file.open("rb") as handle:
+        values = list(json_items(handle, str(file), LOGICAL_COUNT if is_object else ""))
+    if len(values) != 1:
+        raise FileFormatError(f"{file}: {len(values)} JSON values, expected one table of loads")
+    return nested_numbers(file, LOGICAL_COUNT if is_object else "the list", values[0])
+
+
+def nested_numbers(file: Path, field: str, value: Any) -> Numbers:
+    """Nested lists [L][E] or [W][L][E] of numbers as an array.
+
+    Raises:
+        FileFormatError: other values, or lists of different lengths; layers that differ in experts are named.
+    """
+    depth, inner = 0, value
+    while isinstance(inner, list) and inner and depth < 4:
+        depth, inner = depth + 1, inner[0]
+    windows = [value] if depth == 2 else value
+    if depth not in (2, 3) or not isinstance(windows, list) or not all(isinstance(w, list) for w in windows):
+        raise FileFormatError(f"{file}: {field} is not [layers][experts] or [windows][layers][experts] of numbers")
+    for number, window in enumerate(windows):
+        for layer, row in enumerate(window):
+            if not isinstance(row, list) or not row or not set(map(type, row)) <= {int, float}:
+                raise FileFormatError(
+                    f"{file}: {field}, window {number}, layer {layer} is no list of numbers, one an expert"
+                )
+            check_equal_experts(f"{file}: {field}, window {number}", layer, len(row), len(windows[0][0]))
+        if len(window) != len(windows[0]):
+            raise FileFormatError(
+                f"{file}: {field}, window {number} has {len(window)} layers, the first {len(windows[0])}"
+            )
+    try:
+        return np.array(windows if depth == 3 else value, np.float64 if _has_fractions(windows) else np.int64)
+    except OverflowError:
+        raise FileFormatError(f"{file}: {field} holds a number too large") from None
+
+
+def check_equal_experts(where: str, layer: int, experts: int, first: int) -> None:
+    """Refuses layers that differ in experts, which plans do not describe.
+
+    Raises:
+        FileFormatError: they differ.
+    """
+    if experts != first:
+        raise FileFormatError(differing_layers(where, "the number of experts", 0, first, layer, experts))
+
+
+def _has_fractions(windows: Sequence[Sequence[Sequence[Any]]]) -> bool:
+    return any(type(value) is float for window in windows for row in window for value in row)
+
+
+def _csv(file: Path) -> Numbers:
+    """[L, E] of rows of numbers; with a head, a column `layer` orders the rows and `window` parts them."""
+    if file.stat().st_size > TEXT_LIMIT:
+        raise FileFormatError(f"{file}: {file.stat().st_size:,} bytes of CSV; save as .npy, which has no such limit")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        rows = [row for row in csv.reader(io.StringIO(text), strict=True) if any(cell.strip() for cell in row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise FileFormatError(f"{file}: damaged CSV ({error})") from None
+    head = [cell.strip().lower() for cell in rows[0]] if rows and not all(map(_is_number, rows[0])) else []
+    body = rows[1:] if head else rows
+    named = [name for name in ("window", "layer") if name in head]
+    if {"expert", "count", "load", "tokens"} & set(head):
+        raise FileFormatError(
+            f"{file}: columns {', '.join(head)[:100]}: a row an expert is not read; expected a row a layer with one "
+            "column an expert, and columns layer and window where wanted"
+        )
+    if not body:
+        raise FileFormatError(f"{file}: no rows of numbers; expected a row a layer, a column an expert")
+    width = len(head or body[0])
+    values: Numbers = np.empty((len(body), width))
+    for number, row in enumerate(body, 2 if head else 1):
+        if not all(map(_is_number, row)):
+            raise FileFormatError(f"{file}: row {number} holds {_first_other(row)!r}, expected numbers")
+        check_equal_experts(f"{file}: row {number}", number - 1 - bool(head), len(row), width)
+        values[number - 1 - bool(head)] = [float(cell) for cell in row]
+    keys = values[:, [head.index(name) for name in named]]
+    values = values[:, [i for i in range(width) if not head or head[i] not in named]]
+    if named:
+        order = np.lexsort(keys.T[::-1])
+        keys, values = keys[order], values[order]
+        if len(np.unique(keys, axis=0)) < len(keys):
+            raise FileFormatError(f"{file}: a {' and '.join(named)} stands twice; expected one row each")
+    if "window" in named:
+        sizes = np.unique(keys[:, 0], return_counts=True)[1]
+        if len(set(sizes.tolist())) > 1:
+            raise FileFormatError(f"{file}: windows have {sizes.min()} to {sizes.max()} layers, expected one number")
+        values = values.reshape(len(sizes), int(sizes[0]), values.shape[1])
+    return values
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell)) and "_" not in cell
+    except ValueError:
+        return False
+
+
+def _first_other(row: Sequence[str]) -> str:
+    return next(cell for cell in row if not _is_number(cell))[:40]
