@@ -23,6 +23,8 @@ from .placement.failures import Failure as Failure
 from .placement.failures import single_failures as single_failures
 from .placement.failures import survives as survives
 from .placement.model import ModelSpec as ModelSpec
+from .placement.model_config import ConfigReading as ConfigReading
+from .placement.model_config import read_config as read_config
 from .placement.objective import Objective as Objective
 from .placement.plan import Certificate as Certificate
 from .placement.plan import Plan as Plan

@@ -21,7 +21,14 @@ CONFIG_BYTES = 1 << 26
 
 class ConfigReading(NamedTuple):
     """What a config says. fields: those of `ModelSpec`. notes: what was assumed, and what was not read. hidden_layers:
-    layers with and without experts."""
+    layers with and without experts.
+
+    Example:
+        >>> import moeplace as mp
+        >>> reading = mp.read_config("path/to/model")  # doctest: +SKIP
+        >>> reading.notes  # doctest: +SKIP
+        ('not read: moe_every',)
+    """
 
     fields: dict[str, Any]
     notes: tuple[str, ...]
@@ -37,6 +44,13 @@ def read_config(config: str | Path | Mapping[str, Any] | Any, expert_dtype: str 
 
     Raises:
         InputError: the file is missing, no MoE fields are there, or one is not understood; the field is named.
+
+    Example:
+        >>> import moeplace as mp
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "dtype": "bfloat16"}
+        >>> experts = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "expert_banks": 3}
+        >>> mp.read_config(sizes | experts).notes
+        ('not read: expert_banks',)
     """
     fields, origin, folder = _config_fields(config)
     reader = _Reader(fields, origin)

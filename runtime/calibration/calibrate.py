@@ -94,7 +94,7 @@ def calibrate(
             )
         ranks = Ranks.of_world(device, node_size)
         here = -(-tokens // ranks.size) if tokens else TOKENS[device.type]
-        row_bytes = spec.hidden_size * dtype.itemsize
+        row_bytes = spec.expert_input_size * dtype.itemsize
         clock = Clock(ranks, round_seconds)
         experts = experts or _experts(spec, dtype, ranks)
         work = ExpertWork(spec, kind, experts, dtype, device)
@@ -144,7 +144,7 @@ def own_device() -> torch.device:
 
 
 def _experts(spec: ModelSpec, dtype: torch.dtype, ranks: Ranks) -> int:
-    each = spec.matrices * spec.hidden_size * spec.ffn_size * dtype.itemsize
+    each = spec.weights_per_expert * dtype.itemsize
     return max(1, min(spec.experts // ranks.size, MOST_WEIGHT_BYTES[ranks.device.type] // each))
 
 
@@ -237,7 +237,7 @@ def _link_timings(ranks: Ranks, topology: Topology, timed: dict[str, list[Exchan
 def _dispatch_timings(
     ranks: Ranks, topology: Topology, through: dict[str, TimedDispatch], work: ExpertWork
 ) -> list[DispatchTiming]:
-    row = work.spec.hidden_size * work.dtype.itemsize
+    row = work.spec.expert_input_size * work.dtype.itemsize
     peers = {"intra": int(topology.node_size.max()), "inter": topology.num_nodes, "all": topology.num_devices}
     result = []
     for name, one in through.items():

@@ -278,7 +278,7 @@ class ExpertWork:
     def timed(self, ranks: Ranks, clock: Clock, pairs: int, alone: int | None = None) -> tuple[float, float]:
         """Seconds on this rank: with rows gathered and summed, and of the products alone."""
         total = pairs * self.experts
-        x_ND = torch.randn(total, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        x_ND = torch.randn(total, self.spec.expert_input_size, dtype=self.dtype, device=self.device)
         weight_N = torch.rand(total, device=self.device)
         row_N = torch.randperm(total, device=self.device)
         count_S = torch.full((self.experts,), pairs, dtype=torch.int64, device=self.device)
@@ -288,7 +288,7 @@ class ExpertWork:
 
         def whole() -> None:
             y_ND = products(x_ND.index_select(0, row_N)).float() * weight_N[:, None]
-            y_ND.new_zeros(total, self.spec.hidden_size).index_add(0, row_N, y_ND).to(self.dtype)
+            y_ND.new_zeros(total, self.spec.expert_input_size).index_add(0, row_N, y_ND).to(self.dtype)
 
         return clock.seconds(whole, alone), clock.seconds(products, alone)
 
@@ -323,7 +323,7 @@ def token_seconds(work: ExpertWork, ranks: Ranks, clock: Clock, tokens: int) -> 
     nobody_else = np.zeros(1, np.int64)
     stage = AllToAllStage(Stage(own[ranks.rank], nobody_else, nobody_else), ranks.device)
     stage.place(torch.zeros(work.experts, dtype=torch.int64, device=ranks.device))
-    x_TD = torch.randn(tokens, spec.hidden_size, dtype=work.dtype, device=ranks.device)
+    x_TD = torch.randn(tokens, spec.expert_input_size, dtype=work.dtype, device=ranks.device)
     weight_TK = torch.rand(tokens, spec.top_k, device=ranks.device)
     slot_TK = torch.randint(work.experts, (tokens, spec.top_k), device=ranks.device)
 
@@ -374,7 +374,7 @@ def _timed(way: list[Stage], work: ExpertWork, ranks: Ranks, clock: Clock, token
     generator = torch.Generator().manual_seed(ranks.rank)
     slot_TK = torch.randint(ranks.size, (tokens, spec.top_k), generator=generator).to(ranks.device)
     weight_TK = torch.ones(tokens, spec.top_k, device=ranks.device)
-    x_TD = torch.randn(tokens, spec.hidden_size, dtype=work.dtype, device=ranks.device)
+    x_TD = torch.randn(tokens, spec.expert_input_size, dtype=work.dtype, device=ranks.device)
     copies: list[int] = []
     stages = [AllToAllStage(stage, ranks.device) for stage in way]
     for stage in stages:

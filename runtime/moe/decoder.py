@@ -535,7 +535,7 @@ def _through_model(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor |
         weight = model.lm_head.weight
         for experts in decoder.parts.placed:
             none = weight.new_empty(0, experts.spec.top_k)
-            experts(weight.new_empty(0, experts.spec.hidden_size), none.long(), none)
+            experts(weight.new_empty(0, experts.spec.expert_input_size), none.long(), none)
         return cache, weight.new_empty(0, len(weight))
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     output = model(

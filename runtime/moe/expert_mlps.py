@@ -40,8 +40,8 @@ class SwiGLU:
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         return {
-            "gate_up_proj": (2 * spec.ffn_size, spec.hidden_size),
-            "down_proj": (spec.hidden_size, spec.ffn_size),
+            "gate_up_proj": (2 * spec.ffn_size, spec.expert_input_size),
+            "down_proj": (spec.expert_output_size, spec.ffn_size),
         }
 
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
@@ -57,7 +57,10 @@ class GELU:
     approximate: str = "none"
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-        return {"up_proj": (spec.ffn_size, spec.hidden_size), "down_proj": (spec.hidden_size, spec.ffn_size)}
+        return {
+            "up_proj": (spec.ffn_size, spec.expert_input_size),
+            "down_proj": (spec.expert_output_size, spec.ffn_size),
+        }
 
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
         group = Groups(row_ND, count_S)
@@ -75,10 +78,10 @@ class GptOss:
 
     def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         return {
-            "gate_up_proj": (spec.hidden_size, 2 * spec.ffn_size),
+            "gate_up_proj": (spec.expert_input_size, 2 * spec.ffn_size),
             "gate_up_proj_bias": (2 * spec.ffn_size,),
-            "down_proj": (spec.ffn_size, spec.hidden_size),
-            "down_proj_bias": (spec.hidden_size,),
+            "down_proj": (spec.ffn_size, spec.expert_output_size),
+            "down_proj_bias": (spec.expert_output_size,),
         }
 
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:

@@ -137,7 +137,7 @@ class PlacedExperts(nn.Module):
         def steps() -> int | None:
             return self.optimizer_steps.done if self.training or settings.evaluation else None
 
-        return CompressedDispatcher(plain, self.mesh, settings, self.layer, self.spec.hidden_size, steps)
+        return CompressedDispatcher(plain, self.mesh, settings, self.layer, self.spec.expert_input_size, steps)
 
     @torch.no_grad()
     def _try_kernels(self) -> None:
@@ -147,7 +147,7 @@ class PlacedExperts(nn.Module):
         example = next(iter(weights.values()))
         count_S = torch.zeros(len(example), dtype=torch.int64, device=example.device)
         count_S[:1] = 1
-        self.kind.forward(example.new_zeros(int(count_S.sum()), self.spec.hidden_size), count_S, weights)
+        self.kind.forward(example.new_zeros(int(count_S.sum()), self.spec.expert_input_size), count_S, weights)
 
     def put_in_force(self, plan: Plan, placement: LayerPlacement) -> None:
         """Routes by `placement` from now on. `row_expert` and the parameters' rows must already be its own."""
@@ -192,7 +192,7 @@ class PlacedExperts(nn.Module):
             top_k_weights: [..., K] gate weights.
             meanwhile: called while tokens travel.
         """
-        x_TD = hidden_states.reshape(-1, self.spec.hidden_size)
+        x_TD = hidden_states.reshape(-1, self.spec.expert_input_size)
         weights = self._weights()
         kind = self.mesh.mesh.device_type
         if torch.is_autocast_enabled(kind):

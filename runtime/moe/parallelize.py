@@ -196,7 +196,7 @@ def _difference(module: nn.Module, kind: ExpertMLP, spec: ModelSpec) -> str | No
 
     count = min(TRIED_EXPERTS, spec.experts)
     # Large enough to reach the bends and limits of activations.
-    row_TD = 4.0 * drawn(TRIED_ROWS, spec.hidden_size)
+    row_TD = 4.0 * drawn(TRIED_ROWS, spec.expert_input_size)
     expert_TK = torch.arange(count, device="cpu").repeat(TRIED_ROWS, 1)
     weight_TK = drawn(TRIED_ROWS, count)
     shapes = {key: (count, *shape) for key, shape in kind.shapes(spec).items()}

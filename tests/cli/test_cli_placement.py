@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,40 @@ def test_solve_takes_a_number_of_slots_for_each_layer(trace: Path, tmp_path: Pat
     assert wrong.code != 0
     assert "one for each of the 3 MoE layers" in wrong.err
     assert "must be a whole number above 0" in run("solve", trace, *CLUSTER, "--slots", "8,,9").err
+
+
+def test_solve_takes_slots_of_each_device_and_keeps_memory_from_experts(trace: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    devices = ("--nodes", "1", "--devices-per-node", "2")
+    done = run("solve", trace, "-t", "h100-hgx", *devices, "-s", "eplb", "--device-slots", "5,3", "-o", path, "--json")
+    plan = mp.Plan.load(path)
+    assert plan.slots_per_device.tolist() == [[5, 3]] * plan.model.layers
+    assert done.data["device_memory"] == plan.device_memory.tolist()
+    assert "of experts a device" in done.data["memory"]
+    assert "--device-slots" in run("solve", trace, "-t", "h100-hgx", "-s", "eplb", "--device-slots", "5;3").err
+    kept = run("solve", trace, "-t", "h100-hgx", *devices, "-s", "eplb", "--memory-reserve", "25%", "-o", path)
+    assert "20 GB reserved" in kept.out
+    assert mp.Plan.load(path).topology.reserve.tolist() == [20e9, 20e9]
+    for wrong, message in (("80GB", "must be below memory"), ("lots", "not a size"), ("140%", "not a size")):
+        assert message in run("solve", trace, "-t", "h100-hgx", "-s", "eplb", "--memory-reserve", wrong).err
+
+
+def test_a_config_s_storage_is_told_or_said(trace: Path, tmp_path: Path) -> None:
+    fields = {
+        "model_type": "novel", "num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 8,
+        "intermediate_size": 16, "quantization_config": {"quant_method": "secret"},
+    }  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(fields))
+    asked = ("solve", trace, *CLUSTER, "-s", "eplb", "--model", config)
+    refused = run(*asked)
+    assert refused.code == 1
+    assert "'secret'" in refused.err
+    assert "--expert-dtype" in refused.err
+    told = run(*asked, "--expert-dtype", "nvfp4", "-o", tmp_path / "plan.json")
+    assert told.code == 0, told.err
+    assert "'novel' is not one this release knows" in told.err
+    assert mp.Plan.load(tmp_path / "plan.json").model.bytes_per_expert == 3 * 8 * 16 * 0.5625
 
 
 def test_solve_holds_out_what_evaluate_judges_on(trace: Path, plan: Path) -> None:

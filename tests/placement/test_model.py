@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +251,15 @@ def test_what_was_not_read_or_was_assumed_is_told() -> None:
     for what in ("'novel' is not one", "not read: moe_every, quant_table", "taken to be gated", "bf16 was taken"):
         assert what in said
     assert read_config({**ROUTED, "model_type": "mixtral", "dtype": "bfloat16"}).notes == ()
+
+
+@pytest.mark.slow
+def test_changed_configs_raise_only_the_typed_error() -> None:
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parents[2] / "benchmarks", "fuzz_configs", "--count", "400"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -116,3 +116,26 @@ def test_rank_local_experts_are_refused(tmp_path: Path) -> None:
         layer.mlp.experts.num_experts = 4
     with pytest.raises(mp.UnsupportedError, match="expert-parallel"):
         profile(model, tmp_path / "trace")
+
+
+def test_experts_that_compute_nothing_are_counted_apart_and_end_no_forward(tmp_path: Path) -> None:
+    """LongCat's router chooses among experts and identity experts, numbered after them."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8)
+    config = tf.LongcatFlashConfig(
+        vocab_size=97, hidden_size=16, num_layers=2, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, ffn_hidden_size=24, expert_ffn_hidden_size=8, n_routed_experts=8, zero_expert_num=4, moe_topk=3,
+        **sizes,
+    )  # fmt: skip
+    model = tf.LongcatFlashForCausalLM(config).eval()
+    with pytest.raises(mp.UnsupportedError, match="4 zero-computation experts.*mode='counts'"):
+        profile(model, tmp_path / "trace")
+    with profile(model, tmp_path / "counts.npz", mode="counts") as recorder, torch.no_grad():
+        model(input_ids=tokens(3, 11))
+    load = recorder.statistics().load
+    assert load.shape == (1, 2, 8)
+    assert 0 < load.sum() < 2 * 33 * 3
+    assert recorder.model_spec is not None
+    assert (recorder.model_spec.experts, recorder.model_spec.zero_experts) == (8, 4)
