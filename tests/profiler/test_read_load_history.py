@@ -205,6 +205,6 @@ def test_layers_with_different_numbers_of_experts_are_named(tmp_path: Path) -> N
     path = tmp_path / "load"
     path.write_text(json.dumps({"load_history": [{"logical_expert_load": [[1, 2, 3], [4, 5]]}]}))
     with pytest.raises(
-        mp.InputError, match=r"differs between layers \(2 in layer 1, 3 in layer 0\).*Nemotron-3 Puzzle"
+        mp.InputError, match=r"differs between layers \(3 in layer 0, 2 in layer 1\).*Nemotron-3 Puzzle"
     ):
         read_load_history(path)
