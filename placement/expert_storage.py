@@ -119,6 +119,11 @@ def expert_storage(
         )
     elif usual == plain:
         notes.append("the experts themselves are not quantised")
+    single = [name for key in EXCLUSIONS for name in _list(config.get(key)) if SINGLE_EXPERT.search(str(name))]
+    if single:
+        notes.append(
+            f"{len(single)} excluded names, as {str(single[0])[:80]}, are of single experts, and were not counted"
+        )
     common = USUAL.get(usual.dtype, plain).bytes_per_weight(0 or width)
     return Storage(usual.dtype, None if math.isclose(mean, common, rel_tol=1e-12) else mean, tuple(notes))
 
@@ -147,6 +152,10 @@ def _not_understood(origin: str, what: str) -> InputError:
         f"{origin}: {what}, a storage of weights that this release does not understand; say how experts are stored "
         "with --expert-dtype (expert_dtype= in Python): nvfp4, int4, int8, mxfp4, mxfp8, fp8, bf16, fp16, fp32"
     )
+
+
+EXCLUSIONS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers", "skip_modules")
+SINGLE_EXPERT = re.compile(r"experts\.[1-9]")
 
 
 # What each package writes. Each reader takes the quantisation config, and gives the scheme of a matrix by its names.
@@ -203,6 +212,8 @@ def _compressed_tensors(config: Mapping[str, Any], origin: str) -> SchemeOf:
         if scheme is None:
             raise _not_understood(origin, f"{what}.weights is {str(weights)[:80]}")
         targets = group.get("targets") or ["Linear"]
+        if not isinstance(targets, list | tuple):
+            raise _not_understood(origin, f"{what}.targets is {str(targets)[:80]}")
         groups.append((targets, _matches(targets, origin), scheme))
 
     def scheme_of(names: Sequence[str]) -> Scheme | None:

@@ -307,7 +307,7 @@ class Topology(Displayed, Record):
     @classmethod
     def from_dict(cls, data: Any, origin: str = "topology") -> Topology:
         """Builds from plain data. A node or device entry may carry `count: n`; a `preset: NAME` entry replaces all
-        else.
+        else but `reserve`.
 
         Raises:
             InputError: a field is missing, unknown, not positive or not a number; the message names it.
@@ -315,14 +315,18 @@ class Topology(Displayed, Record):
         if not isinstance(data, dict):
             raise InputError(f"{origin}: expected a mapping with the key 'nodes', found {type(data).__name__}")
         if "preset" in data:
-            unknown = set(data) - {"preset", "nodes", "devices_per_node"}
+            unknown = set(data) - {"preset", "nodes", "devices_per_node", "reserve"}
             if unknown:
                 raise InputError(f"{origin}: {sorted(unknown)} cannot stand beside 'preset'")
             for key, kind in (("preset", str), ("nodes", int), ("devices_per_node", int)):
                 if data.get(key) is not None and type(data[key]) is not kind:
                     raise InputError(f"{origin}: {key} is {data[key]!r}, expected {kind.__name__}")
             num_nodes = 1 if data.get("nodes") is None else data["nodes"]
-            return cls.preset(data["preset"], num_nodes, data.get("devices_per_node"))
+            box = cls.preset(data["preset"], num_nodes, data.get("devices_per_node"))
+            reserve = data.get("reserve", 0.0)
+            if isinstance(reserve, bool) or not isinstance(reserve, int | float):
+                raise InputError(f"{origin}: reserve is {reserve!r}, expected bytes a device")
+            return box.reserving(reserve) if reserve else box
         _check_count(data, origin)
         nodes = [
             {**node, "devices": _repeated(node.get("devices", []), f"{origin}: nodes.{i}.devices")}

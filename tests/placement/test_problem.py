@@ -156,4 +156,5 @@ def test_a_topology_without_reserve_is_written_as_before() -> None:
     plain = mp.Topology.preset("h100-hgx")
     assert "reserve" not in plain.model_dump_json()
     kept = plain.reserving(1e9)
+    assert mp.Topology.from_dict({"preset": "h100-hgx", "reserve": 1e9}) == kept
     assert mp.Topology.from_dict(kept.model_dump(mode="json")) == kept

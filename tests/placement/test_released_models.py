@@ -85,6 +85,11 @@ def test_storage_counts_bits_and_scales(quantisation: object, stored: tuple[str,
     assert _stored(quantisation) == stored
 
 
+def test_exclusions_of_single_experts_are_told() -> None:
+    single = compressed(INT4_GROUP_32, ["model.layers.1.mlp.experts.7.up_proj"])
+    assert "single experts" in " ".join(read_config({**BASE, "quantization_config": single}).notes)
+
+
 def test_layers_whose_experts_are_left_as_they_were_count_in_the_mean() -> None:
     some = compressed(INT4_GROUP_32, ["re:model\\.layers\\.1\\..*"])
     reading = read_config({**BASE, "quantization_config": some})
@@ -102,6 +107,7 @@ def test_layers_whose_experts_are_left_as_they_were_count_in_the_mean() -> None:
         {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 3, "type": "int"}}}},
         {"quant_method": "modelopt", "quant_algo": "NF5"},
         {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "posit"}}},
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": 3, "weights": INT4_GROUP_32}}},
         compressed(INT4_GROUP_32, ["re:(a+)+$"]),
         compressed(INT4_GROUP_32, ["re:(unbalanced"]),
         "int4",
