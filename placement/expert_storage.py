@@ -121,8 +121,9 @@ def expert_storage(
         notes.append("the experts themselves are not quantised")
     single = [name for key in EXCLUSIONS for name in _list(config.get(key)) if SINGLE_EXPERT.search(str(name))]
     if single:
+        shown = str(single[0])[:80]
         notes.append(
-            f"{len(single)} excluded names, as {str(single[0])[:80]}, are of single experts, and were not counted"
+            f"{len(single)} excluded names, as {shown}, are of single experts; all were taken to be as the first"
         )
     common = USUAL.get(usual.dtype, plain).bytes_per_weight(0 or width)
     return Storage(usual.dtype, None if math.isclose(mean, common, rel_tol=1e-12) else mean, tuple(notes))
