@@ -44,7 +44,11 @@ def read_model(options: ModelOptions, recording: Recording) -> ModelSpec:
             )
         spec = ModelSpec(**fields)
     layers = recording.header.moe_layers
-    if len(layers) == spec.layers and layers != spec.moe_layers:
+    if len(layers) != spec.layers:
+        from ..profiler.read import layers_that_differ
+
+        raise InputError(layers_that_differ(recording.path, layers, spec))
+    if layers != spec.moe_layers:
         raise InputError(
             f"{recording.path} numbers its layers {_span(layers)}, the model's MoE layers are "
             f"{_span(spec.moe_layers)}; if they are the same layers, `moeplace import {recording.path} --model CONFIG "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError
 from .options import DECODE_STEPS, PREFILL_STEPS, HeldOutBy, HeldOutOptions, ModelOptions, StepOptions
@@ -74,11 +74,14 @@ def training_statistics(
     return recording, solving_statistics(recording, split), split.description
 
 
-def open_recording(path: Path, model: Path | None = None) -> Recording:
-    """A record of any format, and on stderr what its reader summed, left out or set apart. model: of --model."""
+def open_recording(path: Path, model: Path | None = None, **options: Any) -> Recording:
+    """A record of any format, and on stderr what its reader summed, left out or set apart.
+
+    model: of --model. options: as `open_routing` takes them.
+    """
     from ..profiler.read import open_routing
 
-    recording = open_routing(path, defaults=reader_defaults(model))
+    recording = open_routing(path, defaults=reader_defaults(model), **options)
     for remark in recording.notes:
         note(remark)
     return recording

@@ -16,7 +16,7 @@ from .._display import Displayed, names, plural, span
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError, UnsupportedError
 from .model import ModelSpec
-from .trace import RoutingTrace
+from .trace import RoutingTrace, apart, layer_index
 
 # Expert loads over successive spans of a stream of tokens, in bounded memory, and what each of them weighs.
 
@@ -334,6 +334,76 @@ class RoutingStatistics(Displayed):
         if self.sample is None or not self.sample.num_tokens:
             raise UnsupportedError(self._counts_only("a token sample"))
         return self.sample
+
+    def keep_layers(self, layers: Sequence[int]) -> RoutingStatistics:
+        """The statistics of some layers only, by their absolute indices. Transitions stay where no layer between two
+        that are kept goes.
+
+        Raises:
+            InputError: a layer that was not counted, or none.
+        """
+        index = layer_index(self.moe_layers, layers)
+        names_ = tuple(self.moe_layers[i] for i in index)
+        neighbours = index == list(range(index[0], index[-1] + 1))
+        return replace(
+            self,
+            moe_layers=names_,
+            load=self.load[:, index],
+            coactivation=None if self.coactivation is None else self.coactivation[:, index],
+            transitions=None if self.transitions is None or not neighbours else self.transitions[:, index[:-1]],
+            sample=None if self.sample is None else self.sample.keep_layers(names_),
+            fingerprint=hashlib.sha256(f"{self.fingerprint} {names_}".encode()).hexdigest(),
+            model=None if self.model is None else self.model.replace(layers=len(names_), moe_layers=names_),
+        )
+
+    def of_model(self, model: ModelSpec) -> RoutingStatistics:
+        """The statistics as those of a model, whose layers and experts they must have: it says k, and with it how many
+        tokens were counted.
+
+        Raises:
+            InputError: the model is another one.
+        """
+        model = model.of_routing(self.experts, model.moe_layers, self.top_k)
+        tokens = self.tokens or round(float(self.load.sum(axis=(0, 2)).max()) / model.top_k)
+        return replace(self, model=model, moe_layers=model.moe_layers, top_k=model.top_k, tokens=tokens)
+
+    @classmethod
+    def join(cls, parts: Mapping[str, RoutingStatistics]) -> RoutingStatistics:
+        """Statistics of several recordings of one model, each a workload of its own, by name.
+
+        Raises:
+            InputError: none given, or of different models.
+        """
+        if not parts:
+            raise InputError("RoutingStatistics.join: nothing given")
+        first = next(iter(parts.values()))
+        for name, part in parts.items():
+            for field in ("experts", "moe_layers", "top_k"):
+                if getattr(part, field) != getattr(first, field):
+                    raise InputError(
+                        f"{name} is of another model than {next(iter(parts))}: {field} is {getattr(part, field)}, "
+                        f"not {getattr(first, field)}"
+                    )
+
+        def stacked(field: str) -> FloatArray | None:
+            tables = [getattr(part, field) for part in parts.values()]
+            return None if any(table is None for table in tables) else np.stack([t.sum(axis=0) for t in tables])
+
+        samples = [part.sample.tagged(name) for name, part in parts.items() if part.sample is not None]
+        sizes = [len(part.load) for part in parts.values()]
+        return replace(
+            first,
+            load=np.concatenate([part.load for part in parts.values()]),
+            window_workload=np.repeat(np.arange(len(parts)), sizes),
+            workloads=tuple(parts),
+            coactivation=stacked("coactivation"),
+            transitions=stacked("transitions"),
+            sample=RoutingTrace.concatenate(apart(samples)) if len(samples) == len(parts) else None,
+            tokens=sum(part.tokens for part in parts.values()) if all(part.tokens for part in parts.values()) else 0,
+            fingerprint=hashlib.sha256(
+                repr([(name, part.fingerprint) for name, part in parts.items()]).encode()
+            ).hexdigest(),
+        )
 
     def _counts_only(self, wanted: str) -> str:
         return (

@@ -77,6 +77,28 @@ def order_within(sequence: IntArray) -> IntArray:
     return position
 
 
+def apart(traces: Sequence[RoutingTrace]) -> list[RoutingTrace]:
+    """The traces with their sequences numbered on, so that none of one has the number of another's."""
+    result, first = [], 0
+    for trace in traces:
+        numbers = np.unique(trace.sequence, return_inverse=True)[1].astype(np.int64)
+        result.append(replace(trace, sequence=frozen(numbers + first)))
+        first += int(numbers.max(initial=-1)) + 1
+    return result
+
+
+def layer_index(recorded: Sequence[int], layers: Sequence[int]) -> list[int]:
+    """Where each of `layers` stands among the recorded ones, in their order.
+
+    Raises:
+        InputError: a layer that was not recorded, or none.
+    """
+    unknown = sorted(set(layers) - set(recorded))
+    if unknown or not layers:
+        raise InputError(f"layers {unknown or 'none'} were asked for; recorded are {span(tuple(recorded))}")
+    return [i for i, layer in enumerate(recorded) if layer in set(layers)]
+
+
 def frozen(array: Any) -> Any:
     """The array, no longer writable."""
     if array is not None:
@@ -298,6 +320,26 @@ class RoutingTrace(Displayed):
             step=pick(self.step),
             source=pick(self.source),
         )
+
+    def keep_layers(self, layers: Sequence[int]) -> RoutingTrace:
+        """The trace of some layers only, by their absolute indices.
+
+        Raises:
+            InputError: a layer that was not recorded, or none.
+        """
+        index = layer_index(self.moe_layers, layers)
+        names = tuple(self.moe_layers[i] for i in index)
+        return replace(
+            self,
+            expert_ids=frozen(self.expert_ids[:, index]),
+            gate_weights=None if self.gate_weights is None else frozen(self.gate_weights[:, index]),
+            moe_layers=names,
+            model=None if self.model is None else self.model.replace(layers=len(names), moe_layers=names),
+        )
+
+    def tagged(self, workload: str) -> RoutingTrace:
+        """The trace with every token of one workload."""
+        return replace(self, workload=frozen(np.zeros(self.num_tokens, np.int64)), workloads=(workload,))
 
     def split(
         self, by: Literal["sequence", "step", "time"] = "sequence", held_out: float = 0.25, seed: int = 0

@@ -10,11 +10,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from .._display import span
 from .._plugins import Registry
 from ..placement.errors import FileFormatError, InputError
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
-from ..placement.trace import RoutingTrace
+from ..placement.trace import RoutingTrace, apart
 from .aggregate import aggregate_shards
 from .notes import remarks
 from .readers.arrays import Kind, kind_of
@@ -180,6 +181,8 @@ class Recording:
             )
         if model is not None:
             model = model if moe_layers is None else model.replace(layers=layers, moe_layers=numbers)
+            if layers != model.layers:
+                raise InputError(layers_that_differ(self.path, self.header.moe_layers, model))
             for field, recorded in self.header.model_fields.items():
                 if field != "moe_layers" and recorded != getattr(model, field):
                     raise InputError(
@@ -188,7 +191,62 @@ class Recording:
                     )
         header = replace(self.header, moe_layers=numbers)
         record = self.trace if self.record is None else self.record
-        return Recording(self.path, header, model, record=replace(record, moe_layers=numbers))
+        if isinstance(record, RoutingStatistics) and model is not None:
+            record = record.of_model(model)
+            header = replace(header, top_k=record.top_k)
+        return replace(self, header=header, model=model, shards=(), record=replace(record, moe_layers=numbers))
+
+    def keep_layers(self, layers: Sequence[int]) -> Recording:
+        """The recording of some layers only, by the absolute indices it has them under.
+
+        Raises:
+            InputError: a layer that was not recorded, or none.
+        """
+        record = (self.trace if self.record is None else self.record).keep_layers(layers)
+        return replace(Recording.of(record, self.path), model=record.model, notes=self.notes)
+
+    @classmethod
+    def join(cls, recordings: Mapping[str, Recording]) -> Recording:
+        """Several recordings of one model as one, each a workload: of tokens where all hold tokens, else of counts.
+
+        Raises:
+            InputError: none given, or of different models.
+        """
+        first = next(iter(recordings.values()))
+        record: RoutingTrace | RoutingStatistics
+        if all(recording.is_trace for recording in recordings.values()):
+            record = RoutingTrace.concatenate(
+                apart([recording.trace.tagged(name) for name, recording in recordings.items()])
+            )
+        else:
+            record = RoutingStatistics.join({name: part.statistics() for name, part in recordings.items()})
+        notes = tuple(dict.fromkeys(note for recording in recordings.values() for note in recording.notes))
+        return replace(cls.of(record, first.path), model=record.model, notes=notes)
+
+
+def layers_that_differ(path: Path, recorded: Sequence[int], model: ModelSpec) -> str:
+    """Which layers a recording and a model do not share, what they may be, and what to do."""
+    extra, missing = sorted(set(recorded) - set(model.moe_layers)), sorted(set(model.moe_layers) - set(recorded))
+    if tuple(recorded) == tuple(range(len(recorded))) and missing:
+        # Numbered from 0, as engines do that count MoE layers only: which layer is which cannot be told by numbers.
+        extra, missing = list(recorded[model.layers :]), list(model.moe_layers[len(recorded) :])
+    said = [
+        f"{path} is of another model: it has {len(recorded)} layers ({span(tuple(recorded))}), the model has "
+        f"{model.layers} with experts ({span(model.moe_layers)})"
+    ]
+    if extra:
+        said.append(
+            f"recorded only: {span(tuple(extra))}, which may be layers of multi-token prediction (after the last), or "
+            f"layers without routed experts; --drop-layers {span(tuple(extra))} of `moeplace import` leaves them out"
+        )
+    if missing:
+        said.append(
+            f"in the model only: {span(tuple(missing))}, which may be hash-routed layers that were not recorded, or "
+            "the other half of a pipeline (record each stage); `moeplace import --moe-layers` says which of the "
+            "model's layers were recorded"
+        )
+    said.append("--keep-layers of `moeplace import` takes those that are given, and a plan is for them alone")
+    return ". ".join(f"{part[0].upper()}{part[1:]}" if number else part for number, part in enumerate(said))
 
 
 def open_routing(

@@ -291,11 +291,13 @@ class _ShardSequence:
         self._open: contextlib.ExitStack | None = None
         self._closed = False
         self._parquet: Any = None
-        taken = sorted(folder.glob(f"rank{rank:05d}-*.parquet")) if folder.is_dir() else []
-        if taken:
-            raise InputError(f"{folder} already holds shards of rank {rank} ({taken[0].name}); give an empty folder")
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; a trace is written into a folder")
+        self._claim = _claim(folder, rank)
+        taken = sorted(folder.glob(f"rank{rank:05d}-*.parquet")) if folder.is_dir() else []
+        if taken:
+            self._claim.close()
+            raise InputError(f"{folder} already holds shards of rank {rank} ({taken[0].name}); give an empty folder")
 
     def add(self, block: RoutingTrace, workloads: tuple[str, ...], sequence: IntArray) -> None:
         """Appends a block; workloads names its workload codes, sequence is stored in place of its own."""
@@ -325,6 +327,7 @@ class _ShardSequence:
             self._start_shard()
         if self._parquet is not None:
             self._finish_shard()
+        self._claim.close()
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -363,7 +366,32 @@ class _ShardSequence:
             self._closed, self._parquet = True, None
             if self._open is not None:
                 self._open.__exit__(type(error), error, error.__traceback__)
+            self._claim.close()
             raise
+
+
+def _claim(folder: Path, rank: int) -> contextlib.ExitStack:
+    """Claims a rank's shards in a folder until it is closed, or the process ends however it does: two recordings into
+    one folder would replace each other's shards.
+
+    Raises:
+        InputError: another writer has the claim.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".rank{rank:05d}.lock"
+    with contextlib.ExitStack() as claim:
+        handle = claim.enter_context(path.open("wb"))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{folder}: rank {rank} is being recorded here by another writer; give each recording its own folder"
+            ) from None
+        # Taken away while it is held: who opened it before finds our shards, or our claim.
+        claim.callback(path.unlink, missing_ok=True)
+        return claim.pop_all()
 
 
 def _rows_per_group(header: TraceHeader) -> int:

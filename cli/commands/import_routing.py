@@ -11,8 +11,9 @@ import typer
 
 from ..options import STORE, AsJson, KeepOptions, ServerOptions
 from ..output import Table, count, emit, pairs, working
-from ..parse import read_spec, reader_defaults, whole_numbers
+from ..parse import read_spec, whole_numbers
 from ..remote import send_record
+from ..routing_split import open_recording
 from ..save import keep_statistics, save_recording
 
 
@@ -107,8 +108,13 @@ class ReadOptions:
 
 
 def import_command(
-    source: Annotated[
-        Path, typer.Argument(metavar="RECORD", help="A file or folder of recorded routing.", show_default=False)
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECORD...",
+            help="Files or folders of recorded routing of one model; each of several becomes a workload.",
+            show_default=False,
+        ),
     ],
     reading: ReadOptions,
     storage: KeepOptions,
@@ -152,6 +158,34 @@ def import_command(
             show_default=False,
         ),
     ] = None,
+    keep_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-layers",
+            metavar="N,...",
+            help="Recorded layers to take, by the numbers the record has them under: 0-57.",
+            show_default=False,
+        ),
+    ] = None,
+    drop_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--drop-layers",
+            metavar="N,...",
+            help="Recorded layers to leave out, such as one of multi-token prediction: 58.",
+            show_default=False,
+        ),
+    ] = None,
+    workloads: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--workload",
+            metavar="NAME",
+            help="What the tokens of a record are called; once for each RECORD. Default: of one record what it says "
+            "itself, of several their files' names.",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Name to keep the statistics under.", show_default=False)
     ] = None,
@@ -164,16 +198,18 @@ def import_command(
     SGLang's expert distribution records (stat, stat_approx, per_pass, per_token), a file or a folder of the ranks'
     files; routed experts that vLLM or SGLang return (.npy, .npz, or responses as JSON);
     TensorRT-LLM's expert statistics (a folder); Megatron-LM's router traces (.jsonl, or a folder of the ranks' files);
-    load histories of the ADRS benchmark (.json); ExFlow's trace.npy.
+    load histories of the ADRS benchmark (.json); ExFlow's trace.npy;
+    plain loads [layers, experts] or [windows, layers, experts]: .npy, .npz, a .pt tensor, JSON or CSV.
 
     Example:
 
       moeplace import trace.npy --model config.json --out trace
       moeplace import router_traces --num-experts 64 --out trace
       moeplace import expert_statistics --assignments load_balancer.yaml --moe-layers 3-60 --out counts.npz
+      moeplace import chat.pt code.pt --workload chat --workload code --model config.json --out counts.npz
       moeplace import history.json --server http://plans:8311 --deployment chat
     """
-    from ...profiler.read import open_routing
+    from ...profiler.read import Recording
 
     if out is None and remote.server is None:
         raise typer.BadParameter("the record would go nowhere: give --out, or --server")
@@ -181,9 +217,26 @@ def import_command(
         raise typer.BadParameter("--deployment is of the service of --server")
     spec = None if model is None else read_spec(model)
     sent = stored = None
-    with working(f"reading {source}") as update:
-        recording = open_routing(source, defaults=reader_defaults(model), **reading.options())
-        recording = recording.of_model(spec or recording.model, whole_numbers("--moe-layers", moe_layers))
+    names = list(workloads or [source.stem for source in sources] if len(sources) > 1 else workloads or [])
+    if names and (len(names) != len(sources) or len(set(names)) != len(names)):
+        raise typer.BadParameter(
+            f"{len(sources)} records take as many different workloads, not {', '.join(names)}: give --workload for each"
+        )
+    if keep_layers is not None and drop_layers is not None:
+        raise typer.BadParameter("give --keep-layers or --drop-layers, not both")
+    with working(f"reading {sources[0]}") as update:
+        opened = []
+        for source in sources:
+            update(f"reading {source}", None)
+            recording = open_recording(source, model, **reading.options())
+            if keep_layers is not None or drop_layers is not None:
+                recorded = set(recording.header.moe_layers)
+                dropped = set(whole_numbers("--drop-layers", drop_layers) or ())
+                asked = set(whole_numbers("--keep-layers", keep_layers) or recorded)
+                # One that was not recorded is refused by name.
+                recording = recording.keep_layers(sorted(asked - dropped | (dropped - recorded)))
+            opened.append(recording.of_model(spec or recording.model, whole_numbers("--moe-layers", moe_layers)))
+        recording = Recording.join(dict(zip(names, opened, strict=True))) if names else opened[0]
         statistics = recording.statistics()
         if out is not None:
             save_recording(recording, out)

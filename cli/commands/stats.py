@@ -47,7 +47,8 @@ def stats_command(
 
 
 def describe(statistics: RoutingStatistics) -> dict[str, Any]:
-    """The statistics in figures. Shares are of tokens; `top_successors` is the share of an expert's tokens that its
+    """The statistics in figures. Shares are of tokens; `choices` are tokens times k;
+    `top_successors` is the share of an expert's tokens that its
     four likeliest successors in the next layer take, mean over experts by load; chance is what four take by load."""
     import numpy as np
 
@@ -58,7 +59,8 @@ def describe(statistics: RoutingStatistics) -> dict[str, Any]:
     layers = [
         {
             "layer": layer,
-            "tokens": float(load[i].sum()) / (statistics.top_k or 1),
+            "choices": float(load[i].sum()),
+            "tokens": None if statistics.top_k is None else float(load[i].sum()) / statistics.top_k,
             "load_max_mean": float(imbalance[i]),
             "busiest_expert": int(load[i].argmax()),
             "idle_experts": int((load[i] == 0).sum()),
@@ -117,7 +119,7 @@ def _tables(data: dict[str, Any]) -> list[Table]:
     layers = Table(
         (
             Column("layer", "layer"),
-            Column("tokens", "tokens", count),
+            Column("tokens", "tokens", count) if data["top_k"] else Column("choices", "tokens x k", count),
             Column("load_max_mean", "expert load\nmax/mean", number(2)),
             Column("busiest_expert", "busiest\nexpert"),
             Column("idle_experts", "idle\nexperts"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -29,6 +29,8 @@ MOST_LAYERS = 512
 MOST_TOP_K = 64
 MOST_EXPERTS = 65536
 ROWS_LOOKED_AT = 1 << 16
+LEAST_SHARED_ROWS = 64
+"""Choices of experts that must all name one, for it to be shared by all tokens rather than chosen by these."""
 EXPECTED_PAIRS = 9.0
 """Expected pairs of equal numbers in a row, had they been counts: that none is seen has chance e^-9, 1 in 8,100."""
 
@@ -188,6 +190,26 @@ def is_filled(ids: Ids) -> BoolArray:
     ordered = np.sort(ids, axis=2)
     steps = np.diff(ordered, axis=2)
     return np.asarray((steps > 0).all(axis=2) | ((steps == 0).all(axis=2) & (ordered[:, :, 0] <= 0)))
+
+
+def fused_shared(blocks: Sequence[Ids], num_experts: int | None) -> int:
+    """How many of each token's K experts are shared experts that the engine fused into the routed ones.
+
+    They come after all others: ids E, E + 1, ... Where E is `num_experts`, every token has as many ids from there on;
+    where it is not known, every token of 64 or more has each of the highest ids. blocks: [T, L, K] of one model; rows
+    of zeros or with -1 are looked over.
+    """
+    rows = [block.reshape(-1, block.shape[2]) for block in blocks]
+    rows = [part[(part > 0).any(axis=1) & (part >= 0).all(axis=1)] for part in rows]
+    count, width = sum(map(len, rows)), rows[0].shape[1] if rows else 0
+    if num_experts is not None:
+        above = {int(number) for part in rows if len(part) for number in np.unique((part >= num_experts).sum(axis=1))}
+        return above.pop() if len(above) == 1 and max(above) < width else 0
+    highest = max((int(part.max()) for part in rows if len(part)), default=0)
+    if count < LEAST_SHARED_ROWS:
+        return 0
+    present = [all((part == highest - back).any(axis=1).all() for part in rows) for back in range(min(4, width - 1))]
+    return [*present, False].index(False)
 
 
 def kind_of(source: Path, num_experts: int | None) -> Kind:

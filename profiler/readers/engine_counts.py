@@ -17,6 +17,9 @@ from ...placement.statistics import RoutingStatistics
 from ..notes import remark
 from .arrays import MOST_EXPERTS as MOST_EXPERTS
 
+LEAST_SHARED_TOKENS = 64
+"""In each layer of each window, before an expert that counts all of them is taken for a shared one."""
+
 
 def statistics_of(
     source: Path, load: Iterable[npt.NDArray[Any]], layers: Sequence[int], top_k: int | None = None
@@ -50,6 +53,10 @@ def statistics_of(
     for row in load_WLE:
         counts = windows.pop()
         row[:] = counts if used.all() else counts[used]
+    shared, told = _shared_in_counts(load_WLE)
+    if shared and top_k in (None, told):
+        remark(set_apart(source, shared, load_WLE.shape[2] - shared))
+        load_WLE, top_k = np.ascontiguousarray(load_WLE[:, :, :-shared]), told
     # Not writable, so that it is taken as it is.
     load_WLE.flags.writeable = False
     names = [layer for layer, counted in zip(layers, used, strict=True) if counted]
@@ -133,6 +140,45 @@ def _is_disjoint(parts: Sequence[RankCounts]) -> bool:
         return False
     counted = np.stack([part.counts.any(axis=0) for part in parts])
     return bool(counted.any(axis=(1, 2)).all() and (counted.sum(axis=0) <= 1).all())
+
+
+def left_out(partial: int, total: int) -> str:
+    """What is said of tokens that have fewer than k experts somewhere."""
+    return f"{partial:,} of {total:,} tokens have fewer than k experts in some layer, and are left out"
+
+
+def set_apart(source: str | Path, shared: int, experts: int) -> str:
+    """What is said of shared experts among routed ones."""
+    named = f"{experts}" if shared == 1 else f"{experts} to {experts + shared - 1}"
+    return (
+        f"{source}: experts {named} are taken by every token: shared experts that the engine fused with the {experts} "
+        "routed ones, set apart here"
+    )
+
+
+def without_shared(ids: npt.NDArray[Any], experts: int, shared: int) -> npt.NDArray[Any]:
+    """[T, L, K - shared] ids below `experts`, in their order; a row without shared ones gives up its last."""
+    last = np.argsort(ids >= experts, axis=2, kind="stable")[:, :, : ids.shape[2] - shared]
+    return np.take_along_axis(ids, last, axis=2)
+
+
+def _shared_in_counts(load: npt.NDArray[np.float64]) -> tuple[int, int]:
+    """(shared experts at the end of loads [W, L, E], k), or (0, 0): each counts every token, so that in every layer of
+    every window the others together count k times as many, k a whole number far below their number."""
+    busy = load.reshape(-1, load.shape[2])
+    busy = busy[busy.any(axis=1)]
+    tokens = busy[:, -1]
+    if len(busy) < 2 or tokens.min() < LEAST_SHARED_TOKENS:
+        return 0, 0
+    shared = 1
+    while shared < 4 and shared + 1 < load.shape[2] and (busy[:, -1 - shared] == tokens).all():
+        shared += 1
+    ratio = busy[:, :-shared].sum(axis=1) / tokens
+    top_k = round(float(ratio[0]))
+    routed = load.shape[2] - shared
+    if (ratio != top_k).any() or not 1 <= top_k <= routed // 2 or (busy[:, :-shared].max(axis=1) >= tokens).all():
+        return 0, 0
+    return shared, top_k
 
 
 def whole_number(source: Path, field: str, value: object, least: int = 0, most: int = (1 << 62)) -> int:

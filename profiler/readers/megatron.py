@@ -19,7 +19,8 @@ import numpy.typing as npt
 from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
-from .engine_counts import MOST_EXPERTS, whole_number
+from ..notes import remark
+from .engine_counts import MOST_EXPERTS, left_out, whole_number
 
 START = 4096
 BLOCKS = ("decoder", "mtp")
@@ -150,6 +151,7 @@ def _once(ranks: dict[int, Batches]) -> dict[int, Batches]:
 def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_experts: int | None) -> RoutingTrace:
     ids: list[npt.NDArray[Any]] = []
     columns: dict[str, list[IntArray]] = {"sequence": [], "position": [], "step": [], "source": []}
+    tokens = skipped = 0
     for rank in sorted(ranks):
         # Each step's arrays are let go once they are put together.
         steps = ranks.pop(rank)
@@ -157,6 +159,7 @@ def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_exper
             calls = steps.pop(step)
             counts = {len(batches) for batches in calls.values()}
             if len(calls) != len(layers) or len(counts) > 1:
+                skipped += 1
                 continue
             for batches in zip(*(calls[layer] for layer in layers), strict=True):
                 if len({len(batch) for batch in batches}) > 1:
@@ -166,6 +169,7 @@ def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_exper
                 for name, value in (("sequence", len(ids)), ("step", step), ("source", rank)):
                     columns[name].append(np.full(len(whole), value, np.int64))
                 columns["position"].append(whole)
+                tokens += len(together)
                 rows = together[whole]
                 ids.append(rows.astype(id_dtype(int(rows.max(initial=0)) + 1)))
     if not sum(len(part) for part in ids):
@@ -174,6 +178,13 @@ def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_exper
             "dropped tokens and without pipeline parallelism"
         )
     joined = np.concatenate(ids)
+    if len(joined) < tokens:
+        remark(f"{source}: {left_out(tokens - len(joined), tokens)}")
+    if skipped:
+        remark(
+            f"{source}: {skipped:,} steps of a rank lack a layer's call (Megatron skips those that drop tokens), "
+            "and are left out"
+        )
     named: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
     try:
         return RoutingTrace.from_arrays(

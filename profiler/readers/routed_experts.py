@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,8 +21,9 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
 from ..files import NPY_MAGIC, Source, name_of, path_or_file, reading
 from ..json_items import json_items
-from .arrays import ROUTED, Ids, holds_arrays, is_filled, npy_array, npy_file, npz_arrays
-from .engine_counts import MOST_EXPERTS
+from ..notes import remark
+from .arrays import ROUTED, Ids, fused_shared, holds_arrays, is_filled, npy_array, npy_file, npz_arrays
+from .engine_counts import MOST_EXPERTS, left_out, set_apart, without_shared
 
 PROMPT = f"prompt_{ROUTED}"
 LOOKED_AT = 1 << 24
@@ -211,6 +212,11 @@ def _trace(source: str, pieces: list[Piece], num_experts: int | None) -> Routing
     shapes = {piece.ids.shape[1:] for piece in pieces}
     if len(shapes) > 1 or 0 in next(iter(shapes)):
         raise FileFormatError(f"{source}: [layers, top_k] are {sorted(shapes)}, expected one shape of a model")
+    shared = fused_shared([piece.ids for piece in pieces], num_experts)
+    if shared:
+        limit = num_experts or max(int(piece.ids.max()) for piece in pieces) + 1 - shared
+        remark(set_apart(source, shared, limit))
+        pieces = [replace(piece, ids=without_shared(piece.ids, limit, shared)) for piece in pieces]
     for piece in pieces:
         low, high = int(piece.ids.min()), int(piece.ids.max())
         if low < -1 or high >= (num_experts or MOST_EXPERTS):
@@ -225,16 +231,24 @@ def _trace(source: str, pieces: list[Piece], num_experts: int | None) -> Routing
     used = np.flatnonzero(seen)
     experts = num_experts or max(int(piece.ids.max()) for piece in pieces) + 1
     columns: dict[str, list[npt.NDArray[Any]]] = {"ids": [], "sequence": [], "position": []}
+    partial = absent = 0
     for piece, start in blocks:
         ids = piece.ids[start : start + ROWS, used]
         blank = np.asarray((ids < 0).any(axis=2))
         if ids.shape[2] > 1:
             blank = blank | np.asarray((ids == 0).all(axis=2))
         whole = np.flatnonzero(~blank.any(axis=1))
+        absent += int(blank.all(axis=1).sum())
+        partial += len(ids) - len(whole) - int(blank.all(axis=1).sum())
         columns["ids"].append(ids[whole].astype(id_dtype(experts)))
         columns["sequence"].append(np.full(len(whole), piece.sequence, np.int64))
         columns["position"].append(whole + start + piece.first)
     joined: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
+    total = sum(len(piece.ids) for piece in pieces)
+    if partial:
+        remark(f"{source}: {left_out(partial, total)}")
+    if absent:
+        remark(f"{source}: {absent:,} of {total:,} tokens were cached or never captured, and are left out")
     if not len(used) or not len(joined["ids"]):
         raise FileFormatError(
             f"{source}: no token with an expert in each layer; all were cached, or nothing was captured"

@@ -22,7 +22,7 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from ...placement.trace import RoutingTrace, id_dtype
 from ..notes import remark
-from .engine_counts import MOST_EXPERTS, RankCounts, statistics_of, sum_ranks, whole_number
+from .engine_counts import MOST_EXPERTS, RankCounts, left_out, set_apart, statistics_of, sum_ranks, whole_number
 
 START = 8192
 RANKS_FIRST = "rank_layer_expert"
@@ -238,6 +238,10 @@ class TokenPasses:
             raise FileFormatError(
                 f"{file}: {where}.topk_ids_of_layer has {layers} layers, last_physical_to_logical_map {len(mapping)}"
             )
+        above = (ids >= mapping.shape[1]).sum(axis=2)[(ids >= 0).any(axis=2)]
+        if above.any() and above.min() == above.max():
+            remark(set_apart(file, int(above[0]), int(mapping.max()) + 1))
+            ids = np.where(ids >= mapping.shape[1], np.array(-1, ids.dtype), ids)
         if ids.size and (ids.min() < -1 or ids.max() >= mapping.shape[1]):
             raise FileFormatError(
                 f"{file}: {where}.topk_ids_of_layer holds ids from {ids.min()} to {ids.max()}, expected -1 or 0 to "
@@ -313,6 +317,9 @@ class TokenPasses:
             ):
                 columns[name].append(values)
         joined: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
+        tokens = sum(len(part.ids) for _, part in order)
+        if len(joined["ids"]) < tokens:
+            remark(f"{source}: {left_out(tokens - len(joined['ids']), tokens)}")
         if not len(joined["ids"]):
             raise FileFormatError(
                 f"{source}: no token chose {top_k} experts in every one of the {len(names)} MoE layers"
