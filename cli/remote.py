@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -74,13 +74,27 @@ def read_plan(
         raise InputError(f"{reference!r} is not a file, and not a stored plan either: {error}") from None
 
 
-def plan_context(options: PlanFileOptions, recording: Recording | None = None) -> dict[str, Any]:
-    """What is known of a plan in an engine's own file, for `read_plan`: model and topology."""
+def is_engines_own(reference: str) -> bool:
+    """Whether the reference is an engine's own file, which does not say its model and cluster.
+
+    Raises:
+        FileFormatError: a file that holds no plan.
+    """
+    from ..runtime.exporters.export import recognised
+
+    return Path(reference).is_file() and recognised(Path(reference)).name != "moeplace"
+
+
+def plan_context(options: PlanFileOptions, opened: Callable[[], Recording] | None = None) -> dict[str, Any]:
+    """What is known of a plan in an engine's own file, for `read_plan`: model and topology. opened: opens the routing,
+    where --plan-model does not say the model."""
     from ..placement.model import ModelSpec
 
-    model = None if recording is None else recording.model
+    model = None
     if options.plan_model is not None:
         model = ModelSpec.from_config(options.plan_model)
+    elif opened is not None:
+        model = opened().model
     topology = None if options.plan_topology is None else plan_topology(options.plan_topology)
     return {"model": model, "topology": topology}
 

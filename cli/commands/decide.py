@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...placement.errors import FileFormatError, InputError
 from ..options import (
     JUDGING,
     STORE,
@@ -21,13 +22,14 @@ from ..options import (
 )
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
 from ..parse import read_objective
-from ..remote import plan_context, read_plan, service
+from ..remote import is_engines_own, plan_context, read_plan, service
 from ..routing_split import open_recording, solving_statistics, split_routing
 from ..run_comparison import BASELINE
 
 if TYPE_CHECKING:
     from ...placement.decide import Decision
     from ...placement.plan import Plan
+    from ...profiler.read import Recording
 
 COLUMNS = (
     Column("candidate", "candidate", right=False),
@@ -133,10 +135,11 @@ def decide_command(
         _asked_of_service(remote.server, str(deployment), plans, names, record, as_json)
         return
     with working("reading the routing") as update:
-        recording = open_recording(routing)
-        known = plan_context(files, recording)
         references = [*names, *([] if current == BASELINE else [current])]
-        plans, in_force = _plans(references, storage.db, remote.server, known, len(names))
+        opened = cache(lambda: open_recording(routing))
+        read = _plans(references, storage.db, remote.server, files, opened)
+        plans, in_force = read[: len(names)], read[len(names)] if len(read) > len(names) else None
+        recording = opened()
         split = split_routing(recording, held_out, seed)
         problem = Problem(
             model=plans[0].model,
@@ -161,27 +164,16 @@ def decide_command(
 
 
 def _plans(
-    references: list[str], db: str | None, server: str | None, known: dict[str, Any], candidates: int
-) -> tuple[list[Plan], Plan | None]:
-    """The candidates, and the plan in force where one is named after them. What an engine's own file does not say, a
-    plan beside it may."""
-    read: dict[int, Plan] = {}
-    for number, reference in enumerate(references):
-        try:
-            read[number] = read_plan(reference, db, server, **known)
-        except FileFormatError:
-            raise
-        except InputError as error:
-            refusal = error
-    if not read:
-        raise refusal
-    first = next(iter(read.values()))
-    known = {"model": known["model"] or first.model, "topology": known["topology"] or first.topology}
-    plans = [
-        read[number] if number in read else read_plan(reference, db, server, **known)
-        for number, reference in enumerate(references)
-    ]
-    return plans[:candidates], plans[candidates] if len(plans) > candidates else None
+    references: list[str], db: str | None, server: str | None, files: PlanFileOptions, opened: Callable[[], Recording]
+) -> list[Plan]:
+    """The plans named. What an engine's own file does not say, the options or a plan beside it do."""
+    read = {name: read_plan(name, db, server) for name in references if not is_engines_own(name)}
+    if len(read) < len(set(references)):
+        known = plan_context(files, opened)
+        for beside in read.values():
+            known = {"model": known["model"] or beside.model, "topology": known["topology"] or beside.topology}
+        read |= {name: read_plan(name, db, server, **known) for name in references if name not in read}
+    return [read[name] for name in references]
 
 
 def _asked_of_service(

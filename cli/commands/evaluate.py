@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +22,7 @@ from ..options import (
 )
 from ..output import emit, note, working
 from ..parse import read_objective
-from ..remote import plan_context, read_plan
+from ..remote import is_engines_own, plan_context, read_plan
 from ..routing_split import RoutingSplit, make_steps, open_recording, solving_statistics, split_routing
 from ..run_comparison import compare, plan_name
 from ..save import keep_evaluations
@@ -68,9 +69,11 @@ def evaluate_command(
     from ...placement.problem import Problem
 
     with working("reading the routing") as update:
-        recording = open_recording(routing)
-        judged_plan = read_plan(plan, storage.db, remote.server, **plan_context(files, recording))
+        opened = cache(lambda: open_recording(routing))
+        context = plan_context(files, opened) if is_engines_own(plan) else {}
+        judged_plan = read_plan(plan, storage.db, remote.server, **context)
         used_seed = judged_plan.provenance.seed if seed is None else seed
+        recording = opened()
         split = split_routing(recording, held_out, used_seed)
         replayed = make_steps(split.judged, steps, used_seed)
         problem = Problem(

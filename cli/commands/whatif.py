@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ from ..options import (
 )
 from ..output import emit, note, working
 from ..parse import read_objective, read_size, read_slots, read_topology, study_solver
-from ..remote import Study, plan_context, read_plan, service, what_if_remotely
+from ..remote import Study, is_engines_own, plan_context, read_plan, service, what_if_remotely
 from ..routing_split import make_steps, open_recording, solving_statistics, split_routing
 from ..tables import what_if_table
 
@@ -159,8 +160,10 @@ def whatif_command(
     asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
     with working("reading the routing") as update:
-        recording = open_recording(routing)
-        current = read_plan(plan, storage.db, server, **plan_context(files, recording))
+        opened = cache(lambda: open_recording(routing))
+        context = plan_context(files, opened) if is_engines_own(plan) else {}
+        current = read_plan(plan, storage.db, server, **context)
+        recording = opened()
         changes = parse_changes(current.topology, **asked)
         split = split_routing(recording, study, seed)
         problem = Problem(
