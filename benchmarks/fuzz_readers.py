@@ -153,7 +153,7 @@ class Target:
         base.mkdir(parents=True)
         made = RECORDS[name](base, np.random.default_rng(1), Shape(SIZES.get(name, 12)))
         self.reader = reader_of(made)
-        files = sorted(made.iterdir()) if made.is_dir() else [made]
+        files = sorted(file for file in made.rglob("*") if file.is_file()) if made.is_dir() else [made]
         self.contents = {file.relative_to(base): file.read_bytes() for file in files}
         self.scratch = scratch / "changed"
         self.path = self.scratch / made.relative_to(base)

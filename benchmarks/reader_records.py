@@ -8,6 +8,7 @@ benchmark, ExFlow.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import struct
@@ -217,6 +218,84 @@ def statistics(folder: Path, rng: Rng, shape: Shape) -> Path:
     return path
 
 
+def _loads(rng: Rng, shape: Shape) -> npt.NDArray[np.float64]:
+    return rng.random((shape.size, shape.layers, shape.experts))
+
+
+def loads_npy(folder: Path, rng: Rng, shape: Shape) -> Path:
+    np.save(folder / "loads.npy", _loads(rng, shape))
+    return folder / "loads.npy"
+
+
+def loads_npz(folder: Path, rng: Rng, shape: Shape) -> Path:
+    np.savez(folder / "loads.npz", counts=_loads(rng, shape))
+    return folder / "loads.npz"
+
+
+def loads_pt(folder: Path, rng: Rng, shape: Shape) -> Path:
+    import torch
+
+    torch.save(torch.from_numpy(_loads(rng, shape)), folder / "loads.pt")
+    return folder / "loads.pt"
+
+
+def loads_json(folder: Path, rng: Rng, shape: Shape) -> Path:
+    path = folder / "loads.json"
+    path.write_text(json.dumps({"logical_count": _loads(rng, shape).round(3).tolist()}))
+    return path
+
+
+def loads_csv(folder: Path, rng: Rng, shape: Shape) -> Path:
+    path = folder / "loads.csv"
+    lines = ["window,layer," + ",".join(map(str, range(shape.experts)))]
+    for window, loads in enumerate(_loads(rng, shape).round(3).tolist()):
+        lines += [",".join(map(str, [window, layer, *row])) for layer, row in enumerate(loads)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def rollout(folder: Path, rng: Rng, shape: Shape) -> Path:
+    path = folder / "rollout.json"
+    samples = [{"index": i, "rollout_routed_experts": _routed(rng, 4, shape).tolist()} for i in range(shape.size)]
+    path.write_text(json.dumps({"rollout_id": 0, "samples": samples}))
+    return path
+
+
+def token_imbalance(folder: Path, rng: Rng, shape: Shape) -> Path:
+    import torch
+
+    target = folder / "w1"
+    (target / "tensors").mkdir(parents=True)
+    ids = torch.from_numpy(choices(rng, shape.size, 1, shape)[:, 0].astype(np.int64))
+    values = {
+        "token_ids": ids,
+        "gates": torch.full(ids.shape, 1.0 / shape.top_k),
+        "source_rank": torch.zeros(len(ids), dtype=torch.int32),
+        "expert_ids": ids,
+    }
+    tensors = {}
+    for name, value in values.items():
+        file = target / "tensors" / f"{name}.pt"
+        torch.save(value, file)
+        tensors[name] = {"file": f"tensors/{name}.pt", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    manifest = {
+        "schema_version": 1,
+        "seed": 0,
+        "logical_layer_id": 0,
+        "step_id": 0,
+        "microbatch_id": 0,
+        "logical_num_tokens": shape.size,
+        "num_experts": shape.experts,
+        "topk": shape.top_k,
+        "world_size": 1,
+        "workload_id": "W1_hot_expert_set",
+        "workload_checksum": "0",
+        "tensors": tensors,
+    }
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
 RECORDS: dict[str, Callable[[Path, Rng, Shape], Path]] = {
     "sglang stat": sglang_stat,
     "sglang per_pass": sglang_per_pass,
@@ -230,4 +309,11 @@ RECORDS: dict[str, Callable[[Path, Rng, Shape], Path]] = {
     "exflow": exflow,
     "moeplace trace": parquet,
     "moeplace statistics": statistics,
+    "loads npy": loads_npy,
+    "loads npz": loads_npz,
+    "loads pt": loads_pt,
+    "loads json": loads_json,
+    "loads csv": loads_csv,
+    "rollout": rollout,
+    "token imbalance": token_imbalance,
 }

@@ -25,6 +25,7 @@ from .readers.megatron import is_megatron, read_megatron
 from .readers.routed_experts import is_routed_experts, read_routed_experts
 from .readers.sglang import is_sglang, read_sglang
 from .readers.tables import check_loads, is_loads, read_loads
+from .readers.token_imbalance import is_token_imbalance, read_token_imbalance
 from .readers.trtllm import is_trtllm, read_trtllm
 from .statistics_file import is_statistics, read_statistics
 from .trace_files import TraceShard, is_trace, read_trace, trace_of_shards, trace_shards
@@ -53,6 +54,11 @@ READERS: Registry[Reader] = Registry(
     Reader("SGLang expert distribution record: .pt, or a folder of the ranks' files", is_sglang, read_sglang),
     Reader("TensorRT-LLM expert statistics: a folder of meta_info.json and safetensors", is_trtllm, read_trtllm),
     Reader("Megatron-LM router trace: .jsonl, or a folder of the ranks' files", is_megatron, read_megatron),
+    Reader(
+        "Megatron-LM token-imbalance trace: a folder of manifest.json and tensors, or a folder of such",
+        is_token_imbalance,
+        read_token_imbalance,
+    ),
     Reader("ADRS load history: .json", is_load_history, read_load_history),
     Reader(
         "routed experts of vLLM or SGLang: .npy or .npz [tokens, layers, k], JSON",

@@ -26,6 +26,10 @@ from .arrays import ROUTED, Ids, fused_shared, holds_arrays, is_filled, npy_arra
 from .engine_counts import MOST_EXPERTS, left_out, set_apart, without_shared
 
 PROMPT = f"prompt_{ROUTED}"
+ROLLOUT = f"rollout_{ROUTED}"
+"""What trainers of reinforcement learning (slime, Miles) call them in a sample."""
+DEPTH = 3
+"""Objects inside one another in which routed experts are looked for."""
 LOOKED_AT = 1 << 24
 RESPONSE_LIMIT = 1 << 28
 ROWS = 1 << 14
@@ -51,7 +55,7 @@ def is_routed_experts(path: Path) -> bool:
         return True
     with path.open("rb") as handle:
         start = handle.read(min(LOOKED_AT, path.stat().st_size))
-    named = f'"{ROUTED}"'.encode() in start or f'"{PROMPT}"'.encode() in start
+    named = any(f'"{name}"'.encode() in start for name in (ROUTED, PROMPT, ROLLOUT))
     return named and start.lstrip()[:1] in (b"{", b"[")
 
 
@@ -138,23 +142,33 @@ def _choices(source: str, where: str, response: Any, sequence: int) -> Iterator[
     """The arrays of one response, and how many tokens each should have where that is said."""
     if not isinstance(response, dict):
         raise FileFormatError(f"{source}: {where} is a JSON {type(response).__name__}, expected an object")
-    prompt = _decoded(source, f"{where}.{PROMPT}", response.get(PROMPT))
-    if prompt is not None:
-        yield Piece(f"{where}.{PROMPT}", prompt, sequence), None
-    listed = response.get("choices")
-    choices = [(where, response)]
-    if isinstance(listed, list):
-        choices += [(f"{where}.choices[{i}]", choice) for i, choice in enumerate(listed) if isinstance(choice, dict)]
-    for at, choice in choices:
-        inner = [(f"{at}.{name}", choice.get(name)) for name in ("meta_info", "sglext")]
-        for place, holder in [(at, choice), *inner]:
-            if not isinstance(holder, dict):
-                continue
-            ids = _decoded(source, f"{place}.{ROUTED}", holder.get(ROUTED))
-            if ids is not None:
-                first = 0 if prompt is None else len(prompt)
-                yield Piece(f"{place}.{ROUTED}", ids, sequence, first), _tokens(holder)
-                sequence += 1
+    for place, holder, prompt in _holders(source, where, response, None):
+        if prompt is not None and holder.get(PROMPT) is not None:
+            yield Piece(f"{place}.{PROMPT}", prompt, sequence), None
+        names = [name for name in (ROUTED, ROLLOUT) if holder.get(name) is not None]
+        for name in names[:1]:
+            ids = _decoded(source, f"{place}.{name}", holder[name])
+            assert ids is not None
+            yield Piece(f"{place}.{name}", ids, sequence, 0 if prompt is None else len(prompt)), _tokens(holder)
+            sequence += 1
+
+
+def _holders(
+    source: str, place: str, holder: dict[str, Any], prompt: Ids | None, depth: int = 0
+) -> Iterator[tuple[str, dict[str, Any], Ids | None]]:
+    """(place, object, routing of the prompt) of objects that may hold routed experts: the response, and those in it,
+    as choices, meta_info, or the samples of a rollout."""
+    mine = _decoded(source, f"{place}.{PROMPT}", holder.get(PROMPT))
+    prompt = prompt if mine is None else mine
+    yield place, holder, prompt
+    if depth == DEPTH:
+        return
+    for name, value in holder.items():
+        listed = value if isinstance(value, list) else [value]
+        for number, inner in enumerate(listed):
+            if isinstance(inner, dict):
+                at = f"{place}.{name[:40]}[{number}]" if isinstance(value, list) else f"{place}.{name[:40]}"
+                yield from _holders(source, at, inner, prompt, depth + 1)
 
 
 def _tokens(holder: dict[str, Any]) -> int | None:

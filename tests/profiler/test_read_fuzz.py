@@ -22,6 +22,8 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
         ("sglang responses", "vllm responses", "routed array", "exflow"),
         ("trtllm", "megatron", "load history"),
         ("moeplace trace", "moeplace statistics"),
+        ("loads npy", "loads npz", "loads json", "loads csv"),
+        ("loads pt", "token imbalance", "rollout"),
     ],
 )
 def test_changed_records_raise_only_the_typed_error_take_little_memory_and_run_nothing(
