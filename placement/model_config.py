@@ -124,8 +124,14 @@ class _Reader:
         return self.family.defaults.get(name) if value is None else value
 
     def first(self, names: Names) -> tuple[str, Any] | None:
-        """The first of these fields that is there. Others with the same meaning must not say otherwise."""
+        """The first of these fields that is there; where others of the same meaning say otherwise, a note does."""
         present = [(name, value) for name in names if (value := self.value(name)) is not None]
+        family = self.family
+        if names in (family.experts, family.top_k, family.groups, family.top_groups, family.shared):
+            for name, value in present[1:]:
+                if value != present[0][1] and type(value) is type(present[0][1]):
+                    taken = f"{present[0][0]} is {present[0][1]}, {name} is {value}; {present[0][0]} was taken"
+                    self.notes.append(taken[:300])
         return present[0] if present else None
 
     def optional(self, names: Names, most: int) -> int | None:

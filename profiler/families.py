@@ -154,6 +154,11 @@ def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
         logger.warning("the recording will not say how large the model is: %s", error)
         return None
     experts = sites[0].num_experts
+    if experts == spec.experts + spec.zero_experts and spec.zero_experts:
+        raise UnsupportedError(
+            f"the last {spec.zero_experts} of {sites[0].name}'s {experts} experts compute nothing and are not placed; "
+            f"leave num_experts= out, or give {spec.experts}"
+        )
     if experts != spec.experts:
         raise UnsupportedError(
             f"{sites[0].name} has {experts} experts, the model's config {spec.experts}: an expert-parallel model "

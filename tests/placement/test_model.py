@@ -251,6 +251,8 @@ def test_what_was_not_read_or_was_assumed_is_told() -> None:
     for what in ("'novel' is not one", "not read: moe_every, quant_table", "taken to be gated", "bf16 was taken"):
         assert what in said
     assert read_config({**ROUTED, "model_type": "mixtral", "dtype": "bfloat16"}).notes == ()
+    both = read_config({**ROUTED, "n_routed_experts": 16}).notes
+    assert "n_routed_experts is 16, num_experts is 8; n_routed_experts was taken" in both
 
 
 @pytest.mark.slow

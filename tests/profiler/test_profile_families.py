@@ -132,6 +132,8 @@ def test_experts_that_compute_nothing_are_counted_apart_and_end_no_forward(tmp_p
     model = tf.LongcatFlashForCausalLM(config).eval()
     with pytest.raises(mp.UnsupportedError, match="4 zero-computation experts.*mode='counts'"):
         profile(model, tmp_path / "trace")
+    with pytest.raises(mp.UnsupportedError, match="the last 4 .* compute nothing and are not placed"):
+        profile(model, tmp_path / "all.npz", mode="counts", num_experts=12)
     with profile(model, tmp_path / "counts.npz", mode="counts") as recorder, torch.no_grad():
         model(input_ids=tokens(3, 11))
     load = recorder.statistics().load
