@@ -202,7 +202,7 @@ def test_experts_and_layer_numbers_a_record_lacks_are_given(tmp_path: Path) -> N
 
 def test_options_a_format_has_no_use_for_are_refused_but_a_models_are_not(tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.array([[0, 5, 2], [3, 4, 2]]))
-    common = ("import", tmp_path / "t.npy", "--out", tmp_path / "trace")
+    common = ("import", tmp_path / "t.npy", "--as", "tokens", "--out", tmp_path / "trace")
     ended = run(*common, "--top-k", 2)
     assert ended.code == 1
     assert "ExFlow" in ended.err
