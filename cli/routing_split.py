@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError
 from .options import DECODE_STEPS, PREFILL_STEPS, HeldOutBy, HeldOutOptions, ModelOptions, StepOptions
-from .output import Update, note
+from .output import Column, Table, Update, note, number
 from .parse import reader_defaults
 
 if TYPE_CHECKING:
+    from ..placement.plan import Plan
     from ..placement.statistics import RoutingStatistics
     from ..placement.steps import Steps
     from ..placement.trace import RoutingTrace
@@ -58,6 +59,68 @@ def solving_statistics(recording: Recording, split: RoutingSplit) -> RoutingStat
     return RoutingStatistics.from_trace(split.train)
 
 
+@dataclass(frozen=True)
+class CountSplit:
+    """The windows of counts that solvers see and those that plans are judged on (the same when none is held out)."""
+
+    train: RoutingStatistics
+    judged: RoutingStatistics
+    description: str
+
+
+def holds_counts_only(recording: Recording) -> bool:
+    """Whether plans can be judged on count windows alone."""
+    return not recording.is_trace and recording.statistics().sample is None
+
+
+def split_counts(recording: Recording, options: HeldOutOptions, seed: int) -> CountSplit:
+    """Splits count windows as asked; a record of one window is used for both."""
+    statistics = recording.statistics()
+    if options.held_out == 0.0:
+        return CountSplit(statistics, statistics, "Nothing held out: judged on the windows that were solved on")
+    try:
+        train, judged = statistics.split(options.held_out_by.value, options.held_out, seed)
+    except InputError as error:
+        return CountSplit(statistics, statistics, f"Nothing held out: {error}; judged on what was solved on")
+    return CountSplit(
+        train,
+        judged,
+        f"Held out: {len(judged.load)} of {len(train.load) + len(judged.load)} windows with tokens"
+        + (", the last" if options.held_out_by is HeldOutBy.time else f", seed {seed}"),
+    )
+
+
+def count_row(name: str, plan: Plan, split: CountSplit, seed: int) -> dict[str, Any]:
+    """A plan's device load max/mean on the windows of either part, and how much of it chance alone makes."""
+    from ..placement.bounds import sampling_noise, window_balance
+
+    return {
+        "plan": name,
+        "solved_on": window_balance(plan, split.train.load),
+        "held_out": window_balance(plan, split.judged.load),
+        "noise": sampling_noise(plan, split.judged.load, seed),
+    }
+
+
+def count_table(rows: list[dict[str, Any]], split: CountSplit) -> Table:
+    """The rows as a table."""
+    return Table(
+        (
+            Column("plan", "plan", right=False),
+            Column("solved_on", "on the windows\nsolved on", number(4)),
+            Column("held_out", "on held-out\nwindows", number(4)),
+            Column("noise", "of it sampling\nnoise", number(4)),
+        ),
+        rows,
+        title="device load max/mean, windows by their tokens",
+        footnotes=[
+            f"{split.description}.",
+            "Sampling noise: what windows of so many tokens lie above the plan's balance on the mean load by chance "
+            "alone; no plan made before its tokens come is without it. Counts tell no step times.",
+        ],
+    )
+
+
 def training_statistics(
     path: Path, model: ModelOptions, held_out: HeldOutOptions, seed: int, update: Update
 ) -> tuple[Recording, RoutingStatistics, str]:
@@ -66,6 +129,9 @@ def training_statistics(
     A Parquet trace that is used whole is counted in bounded memory, whatever its size.
     """
     recording = open_recording(path, model.model)
+    if holds_counts_only(recording):
+        split_ = split_counts(recording, held_out, seed)
+        return recording, split_.train, split_.description
     if not recording.is_trace:
         return recording, recording.statistics(), f"solved on all of {path}: statistics are used whole"
     if held_out.held_out == 0.0:

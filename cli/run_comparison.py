@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
 from .options import ComparisonOptions
@@ -21,7 +21,17 @@ from .parse import (
     split_list,
 )
 from .remote import PLAN_FILES, read_plan
-from .routing_split import RoutingSplit, make_steps, open_recording, solving_statistics, split_routing
+from .routing_split import (
+    CountSplit,
+    RoutingSplit,
+    count_row,
+    holds_counts_only,
+    make_steps,
+    open_recording,
+    solving_statistics,
+    split_counts,
+    split_routing,
+)
 
 if TYPE_CHECKING:
     from ..placement.evaluate import Evaluation
@@ -117,12 +127,25 @@ def compare(
 
     The contiguous plan always stands first: every ratio is to it.
     """
+    entries = _solved(problem, choices, plans, seconds, seed, update)
+    judged = tuple(judge(entry, problem, steps, update) for entry in entries)
+    return Comparison(problem, steps, split, judged, seed)
+
+
+def _solved(
+    problem: Problem,
+    choices: Sequence[SolverChoice],
+    plans: Sequence[tuple[str, Plan]],
+    seconds: float,
+    seed: int,
+    update: Update,
+) -> list[Entry]:
+    """The contiguous plan, those that are given, and those of the choices, in this order and called differently."""
     others = [choice for choice in choices if choice.label != BASELINE]
     entries = [solve_entry(SolverChoice.parse(BASELINE), problem, seconds, seed, update)]
     entries += [Entry(name, plan, was_given=True) for name, plan in plans]
     entries += [solve_entry(choice, problem, seconds, seed, update) for choice in others]
-    judged = tuple(judge(entry, problem, steps, update) for entry in _with_different_names(entries))
-    return Comparison(problem, steps, split, judged, seed)
+    return _with_different_names(entries)
 
 
 def _with_different_names(entries: Sequence[Entry]) -> list[Entry]:
@@ -136,7 +159,37 @@ def _with_different_names(entries: Sequence[Entry]) -> list[Entry]:
     return result
 
 
-def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
+@dataclass(frozen=True)
+class CountComparison:
+    """Plans and their balance on count windows, where a record tells no tokens."""
+
+    problem: Problem
+    split: CountSplit
+    entries: tuple[Entry, ...]
+    rows: list[dict[str, Any]]
+
+
+def compare_counts(
+    problem: Problem,
+    split: CountSplit,
+    choices: Sequence[SolverChoice],
+    plans: Sequence[tuple[str, Plan]],
+    seconds: float,
+    seed: int,
+    update: Update,
+) -> CountComparison:
+    """As `compare`, on count windows."""
+    entries = _solved(problem, choices, plans, seconds, seed, update)
+    rows = [
+        {"plan": entry.name, "reason": entry.reason}
+        if entry.plan is None
+        else count_row(entry.name, entry.plan, split, seed)
+        for entry in entries
+    ]
+    return CountComparison(problem, split, tuple(entries), rows)
+
+
+def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison | CountComparison:
     """Reads, checks everything that can be wrong, then solves and judges: from options to a finished comparison."""
     from ..placement.problem import Problem
     from ..solvers import solver_names
@@ -151,17 +204,23 @@ def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison:
             (plan_name(name), read_plan(name, options.db, model=spec, topology=cluster))
             for name in split_list(options.plans)
         ]
-        split = split_routing(recording, options, seed)
+        split: RoutingSplit | CountSplit
+        if holds_counts_only(recording):
+            split = split_counts(recording, options, seed)
+        else:
+            split = split_routing(recording, options, seed)
         update("counting", None)
         problem = Problem(
             model=spec,
             topology=cluster,
-            statistics=solving_statistics(recording, split),
+            statistics=split.train if isinstance(split, CountSplit) else solving_statistics(recording, split),
             objective=goal,
             slots=read_slots(options.slots),
             device_slots=read_device_slots(options.device_slots),
             engine=options.engine,
         )
+        if isinstance(split, CountSplit):
+            return compare_counts(problem, split, choices, judged_too, options.seconds, seed, update)
         replayed = make_steps(split.judged, options, seed)
         return compare(problem, split, replayed, choices, judged_too, options.seconds, seed, update)
 

@@ -15,10 +15,13 @@ from .._types import FloatArray, IntArray
 from .cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
 from .layer_slots import alike_layers
 from .packing import replicate
-from .plan import Certificate, equal_shares, replica_counts
+from .plan import Certificate, Plan, equal_shares, replica_counts
 from .problem import Problem
+from .statistics import window_weights
 from .steps import Steps
 
+NOISE_WINDOWS = 64
+"""Windows drawn to tell what chance alone costs."""
 LOAD_OBJECTIVE = "device load max/mean on average loads, mean over layers"
 
 
@@ -41,6 +44,45 @@ def device_loads(
     result = np.zeros((len(load), devices))
     np.add.at(result.T, slot_device, slot_load.T)
     return result
+
+
+def window_balance(plan: Plan, load: FloatArray) -> float:
+    """Device load over the mean, the largest of each layer and window, for loads [S, L, E]; windows count by tokens."""
+    weight = window_weights(load)
+    owner = np.eye(plan.topology.num_devices)[plan.slot_device]
+    result = 0.0
+    for window, counted in zip(load, weight, strict=True):
+        on_device = (np.take_along_axis(window, plan.physical_to_logical.clip(0), axis=1) * plan.shares) @ owner
+        mean = on_device.mean(axis=1)
+        busy = mean > 0
+        result += float(counted @ np.where(busy, on_device.max(axis=1) / np.where(busy, mean, 1.0), 1.0))
+    return max(1.0, result)
+
+
+def sampling_noise(plan: Plan, load: FloatArray, seed: int = 0) -> float | None:
+    """How much of `window_balance` chance alone makes: what it is above the plan's balance on the mean load, if each
+    window drew as many experts as it counts from the mean of all windows.
+
+    No plan that is chosen before its tokens come can be without it. Experts are drawn one by one; a token's k differ,
+    and tokens of one sequence are alike, so that it is an estimate.
+
+    Args:
+        plan: the placement. load: [S, L, E] tokens of each expert in each window. seed: of the draws.
+
+    Returns:
+        The difference; None where loads are no whole numbers of tokens, whose chance cannot be told.
+    """
+    if (load != np.round(load)).any():
+        return None
+    rng = np.random.default_rng(seed)
+    windows = load if len(load) <= NOISE_WINDOWS else load[rng.choice(len(load), NOISE_WINDOWS, replace=False)]
+    total = load.sum(axis=(0, 2))
+    chance = load.sum(axis=0) / np.where(total > 0, total, 1.0)[:, None]
+    counts = windows.sum(axis=2)
+    drawn = np.zeros_like(windows)
+    for layer in np.flatnonzero(total > 0):
+        drawn[:, layer] = rng.multinomial(counts[:, layer].astype(np.int64), chance[layer])
+    return max(0.0, window_balance(plan, drawn) - window_balance(plan, load.sum(axis=0)[None]))
 
 
 def load_imbalance_bound(problem: Problem) -> FloatArray:

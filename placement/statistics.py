@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -334,6 +334,48 @@ class RoutingStatistics(Displayed):
         if self.sample is None or not self.sample.num_tokens:
             raise UnsupportedError(self._counts_only("a token sample"))
         return self.sample
+
+    def split(
+        self, by: Literal["sequence", "step", "time"] = "step", held_out: float = 0.25, seed: int = 0
+    ) -> tuple[RoutingStatistics, RoutingStatistics]:
+        """Parts counts into (train, held-out) windows; empty windows are in neither, each workload keeps its share.
+
+        by: "time" holds out the last windows of each workload; the others draw windows at random, since counts know no
+        sequences.
+
+        Raises:
+            InputError: held_out outside (0, 1), or fewer than two windows with tokens in a workload.
+        """
+        if not 0.0 < held_out < 1.0:
+            raise InputError(f"held_out ({held_out}) must be between 0 and 1, both excluded")
+        known, rng = with_tokens(self.load), np.random.default_rng(seed)
+        mask = np.zeros(len(self.load), np.bool_)
+        for code in np.unique(self.window_workload[known]):
+            windows = np.flatnonzero(known & (self.window_workload == code))
+            if len(windows) < 2:
+                raise InputError(
+                    f"workload {self.workloads[code]!r} has {len(windows)} window with tokens; it takes 2 to hold one "
+                    "out"
+                )
+            count = min(len(windows) - 1, max(1, round(held_out * len(windows))))
+            mask[windows[len(windows) - count :] if by == "time" else rng.choice(windows, count, replace=False)] = True
+
+        def part(chosen: BoolArray) -> RoutingStatistics:
+            digest = hashlib.sha256(f"{self.fingerprint} {np.flatnonzero(chosen).tolist()}".encode())
+            load = self.load[chosen]
+            tokens = round(float(load.sum(axis=(0, 2)).max()) / self.top_k) if self.top_k else 0
+            return replace(
+                self,
+                load=load,
+                window_workload=self.window_workload[chosen],
+                coactivation=None,
+                transitions=None,
+                sample=None,
+                tokens=tokens,
+                fingerprint=digest.hexdigest(),
+            )
+
+        return part(known & ~mask), part(mask)
 
     def keep_layers(self, layers: Sequence[int]) -> RoutingStatistics:
         """The statistics of some layers only, by their absolute indices. Transitions stay where no layer between two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,8 @@ from typer import Option
 
 from ..options import SOLVING, AsJson, ComparisonOptions, RoutingPath
 from ..output import emit, note
-from ..run_comparison import Comparison, run_comparison
+from ..routing_split import count_table
+from ..run_comparison import Comparison, CountComparison, Entry, run_comparison
 from ..tables import comparison_rows, comparison_tables
 
 
@@ -39,9 +41,15 @@ def compare_command(
       moeplace compare trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solvers eplb,exflow,search
     """
     comparison = run_comparison(routing, options)
+    if isinstance(comparison, CountComparison):
+        if save is not None:
+            save_plans(comparison.entries, save)
+        data = {"routing": {"held_out": comparison.split.description}, "rows": comparison.rows}
+        emit(data, count_table(comparison.rows, comparison.split), as_json=as_json)
+        return
     rows = comparison_rows(comparison)
     if save is not None:
-        save_plans(comparison, save)
+        save_plans(comparison.entries, save)
     emit(comparison_data(comparison, rows), *comparison_tables(comparison, rows), as_json=as_json)
 
 
@@ -68,9 +76,9 @@ def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[
     }
 
 
-def save_plans(comparison: Comparison, folder: Path) -> None:
+def save_plans(entries: Sequence[Entry], folder: Path) -> None:
     """Writes every solved plan as `<solver>.json`."""
-    for entry in comparison.entries:
+    for entry in entries:
         if entry.plan is not None and not entry.was_given:
             path = folder / f"{entry.name.replace(':', '-').replace('/', '-')}.json"
             entry.plan.save(path)

@@ -23,7 +23,17 @@ from ..options import (
 from ..output import emit, note, working
 from ..parse import read_objective
 from ..remote import is_engines_own, plan_context, read_plan
-from ..routing_split import RoutingSplit, make_steps, open_recording, solving_statistics, split_routing
+from ..routing_split import (
+    RoutingSplit,
+    count_row,
+    count_table,
+    holds_counts_only,
+    make_steps,
+    open_recording,
+    solving_statistics,
+    split_counts,
+    split_routing,
+)
 from ..run_comparison import compare, plan_name
 from ..save import keep_evaluations
 from ..tables import binding_rows, binding_table, comparison_rows, comparison_tables
@@ -74,6 +84,13 @@ def evaluate_command(
         judged_plan = read_plan(plan, storage.db, remote.server, **context)
         used_seed = judged_plan.provenance.seed if seed is None else seed
         recording = opened()
+        if holds_counts_only(recording):
+            counts = split_counts(recording, held_out, used_seed)
+            rows = [count_row(plan_name(plan), judged_plan, counts, used_seed)]
+            emit(
+                {"routing": {"held_out": counts.description}, "rows": rows}, count_table(rows, counts), as_json=as_json
+            )
+            return
         split = split_routing(recording, held_out, used_seed)
         replayed = make_steps(split.judged, steps, used_seed)
         problem = Problem(

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
+from ...placement.errors import InputError
 from ..options import AsJson, ComparisonOptions, RoutingPath
 from ..output import emit, note
-from ..run_comparison import Comparison, run_comparison
+from ..run_comparison import Comparison, CountComparison, run_comparison
 from ..tables import comparison_rows, comparison_tables
 from .compare import comparison_data
 
@@ -49,6 +50,8 @@ def report_command(
     from ..report.page import write_page
 
     comparison = run_comparison(routing, options)
+    if isinstance(comparison, CountComparison):
+        raise InputError(f"{routing} holds counts only, a report is of step times; `moeplace compare` judges counts")
     write_page(build_report(comparison, before, after, provenance(comparison, routing)), output)
     note(f"wrote {output}")
     rows = comparison_rows(comparison)

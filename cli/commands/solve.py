@@ -26,7 +26,7 @@ from ..options import (
 from ..output import Table, emit, milliseconds, note, pairs, percent, quantity, seconds, solve_listener, working
 from ..parse import SolverChoice, read_device_slots, read_model, read_objective, read_size, read_slots, read_topology
 from ..remote import read_plan, solve_remotely
-from ..routing_split import training_statistics
+from ..routing_split import count_row, count_table, holds_counts_only, split_counts, training_statistics
 from ..run_comparison import BASELINE
 from ..save import keep_plan
 from ..tables import binding_rows, binding_table
@@ -112,7 +112,8 @@ def solve_command(
 
     Solvers that minimise step times do so for decode steps, or for those of --prefill.
     A quarter of the routing is held out, so that `moeplace evaluate` can judge the plan on what it has not seen;
-    --held-out 0 solves on everything. Statistics files are used whole.
+    --held-out 0 solves on everything. Of counts windows are held out, and the plan's balance on them is told;
+    statistics files that keep a token sample are used whole.
 
     Example:
 
@@ -186,7 +187,12 @@ def solve_command(
     }
     waits = _waits(plan, problem, batch, seed)
     tables = [] if waits is None else [binding_table(waits, "what layers wait for, on steps of the training part")]
-    emit({**summary, "binding": waits}, summary_table(summary), *tables, as_json=as_json)
+    windows = None
+    if holds_counts_only(recording):
+        split = split_counts(recording, held_out, seed)
+        windows = count_row(plan.provenance.solver, plan, split, seed)
+        tables = [count_table([windows], split)]
+    emit({**summary, "binding": waits, "windows": windows}, summary_table(summary), *tables, as_json=as_json)
 
 
 def _assumed(plan: Plan, problem: Problem, batch: BatchOptions, seed: int) -> str:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
-from moeplace.placement.bounds import device_load_certificate, device_loads, least_device_load, load_imbalance_bound
+from moeplace.placement.bounds import (
+    device_load_certificate,
+    device_loads,
+    least_device_load,
+    load_imbalance_bound,
+    sampling_noise,
+    window_balance,
+)
 
 
 def balanced_load(load: np.ndarray, held: list[set[int]]) -> float:
@@ -118,3 +125,33 @@ def test_value_is_the_mean_over_layers_of_the_largest_device_load() -> None:
     certificate = device_load_certificate(problem, table)
     assert certificate.value == pytest.approx((1.0 + 7 / 4) / 2)
     assert certificate.bound == pytest.approx((1.0 + 6 / 4) / 2)
+
+
+def test_no_balance_of_windows_is_below_one_and_idle_windows_count_nowhere() -> None:
+    model = mp.ModelSpec(layers=1, experts=4, top_k=1, hidden_size=8, ffn_size=8)
+    topology = mp.Topology.preset("h100-hgx", devices_per_node=2)
+    busy, thin = [[3e6, 1e6, 1e6, 3e6]], [[1.0, 0.0, 1.0, 0.0]]
+    load = np.array([busy, *[thin] * 10, *[np.zeros((1, 4))] * 5])
+    even = mp.Plan(model, topology, np.array([[0, 1, 2, 3]]), slot_device=np.array([0, 0, 1, 1]))
+    uneven = mp.Plan(model, topology, np.array([[0, 3, 1, 2]]), slot_device=np.array([0, 0, 1, 1]))
+    assert window_balance(even, load) == pytest.approx(1.0)
+    # One busy window of 8 million tokens, not the ten of two that this plan divides evenly.
+    assert window_balance(uneven, load) == pytest.approx(1.5, abs=1e-4)
+    train, judged = mp.RoutingStatistics.from_counts(load).split(held_out=0.25)
+    assert (len(train.load), len(judged.load)) == (8, 3)
+
+
+def test_sampling_noise_is_what_windows_of_so_many_tokens_cost_an_even_plan() -> None:
+    model = mp.ModelSpec(layers=2, experts=8, top_k=1, hidden_size=8, ffn_size=8)
+    topology = mp.Topology.preset("h100-hgx", devices_per_node=4)
+    plan = mp.Plan(model, topology, np.tile(np.arange(8), (2, 1)), slot_device=np.repeat(np.arange(4), 2))
+    noises = []
+    for tokens in (100, 10_000):
+        load = np.random.default_rng(1).multinomial(tokens, np.ones(8) / 8, (200, 2)).astype(float)
+        noise = sampling_noise(plan, load)
+        assert noise is not None
+        assert noise == pytest.approx(window_balance(plan, load) - 1.0, rel=0.2)
+        noises.append(noise)
+    # A hundred times the tokens, a tenth of the noise.
+    assert noises[0] / noises[1] == pytest.approx(10.0, rel=0.25)
+    assert sampling_noise(plan, np.full((3, 2, 8), 0.5)) is None
