@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import tempfile
@@ -170,35 +169,6 @@ def test_any_json_comes_out_as_it_went_in(content: list[Any], chunk: int) -> Non
         path.write_text(json.dumps(content, ensure_ascii=chunk % 2 == 0), encoding="utf-8")
         with path.open("rb") as handle:
             assert list(json_items(handle, "a", "item")) == content
-
-
-ORIGINAL = json.dumps({"n": 1, "load_history": [{"logical_expert_load": x} for x in loads(3).tolist()]}).encode()
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, len(ORIGINAL) - 1),
-            st.one_of(
-                st.binary(min_size=1, max_size=4),
-                st.sampled_from([b"-", b"9999999", b"[", b"null", b'"', b"1e999", b"}{"]),
-            ),
-        ),
-        max_size=4,
-    ),
-    st.floats(0, 2),
-)
-def test_changed_bytes_raise_only_the_typed_error(edits: list[tuple[int, bytes]], cut: float) -> None:
-    content = bytearray(ORIGINAL)
-    for at, change in edits:
-        content[at : at + len(change)] = change
-    del content[int(cut * len(content)) + 1 :]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a"
-        path.write_bytes(content)
-        with contextlib.suppress(mp.InputError):
-            read_load_history(path)
 
 
 def test_layers_with_different_numbers_of_experts_are_named(tmp_path: Path) -> None:

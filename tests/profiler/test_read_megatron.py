@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import moeplace as mp
 from moeplace.profiler.read import read_any
@@ -168,34 +164,3 @@ def test_two_files_of_one_rank_are_refused_and_other_jsonl_is_not_taken(tmp_path
         read_any(tmp_path)
     (tmp_path / "log").write_text('{"layer": 1}\n')
     assert not is_megatron(tmp_path / "log")
-
-
-ORIGINAL = b"".join(
-    json.dumps(call(step, layer, 0, routed(3, step, layer))).encode() + b"\n" for step in (0, 1) for layer in LAYERS
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, len(ORIGINAL) - 1),
-            st.one_of(
-                st.binary(min_size=1, max_size=4),
-                st.sampled_from([b"-", b"9999999", b"[", b"null", b'"', b"1e9", b"}\n{"]),
-            ),
-        ),
-        max_size=4,
-    ),
-    st.floats(0, 2),
-)
-def test_changed_bytes_raise_only_the_typed_error(edits: list[tuple[int, bytes]], cut: float) -> None:
-    content = bytearray(ORIGINAL)
-    for at, change in edits:
-        content[at : at + len(change)] = change
-    del content[int(cut * len(content)) + 1 :]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "t.jsonl"
-        path.write_bytes(content)
-        with contextlib.suppress(mp.InputError):
-            read_megatron(path)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import moeplace as mp
 from moeplace.profiler.read import read_any, reader_of
@@ -206,49 +202,3 @@ def test_damaged_arrays_are_refused(tmp_path: Path) -> None:
         archive.writestr("a.npy", npy_header("(2, 3, 3)") + bytes(1 << 27))
     with pytest.raises(mp.FileFormatError, match="over 50 times the file"):
         read_any(tmp_path / "a.npz")
-
-
-def _originals() -> list[bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.npz"
-        np.savez(path, prompt_routed_experts=drawn(3), routed_experts=drawn(2))
-        originals = [path.read_bytes(), npy_header("(2, 3, 3)")]
-    originals.append(
-        json.dumps(
-            [{"prompt_routed_experts": drawn(2).tolist(), "choices": [{"routed_experts": npy64(drawn(2))}]}]
-        ).encode()
-    )
-    originals.append(json.dumps(sglang(with_dense(drawn(6)))).encode())
-    return originals
-
-
-ORIGINALS = _originals()
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    st.integers(0, 3),
-    st.lists(
-        st.tuples(
-            st.floats(0, 1),
-            st.one_of(st.binary(min_size=1, max_size=4), st.sampled_from([b"-", b"999999", b"[", b'"'])),
-        ),
-        max_size=4,
-    ),
-    st.floats(0, 2),
-    st.booleans(),
-)
-def test_changed_bytes_raise_only_the_typed_error(
-    which: int, edits: list[tuple[float, bytes]], cut: float, shaped: bool
-) -> None:
-    content = bytearray(ORIGINALS[which])
-    for place, change in edits:
-        at = int(place * len(content))
-        content[at : at + len(change)] = change
-    del content[int(cut * len(content)) + 1 :]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a"
-        path.write_bytes(content)
-        is_routed_experts(path)
-        with contextlib.suppress(mp.InputError):
-            read_routed_experts(path, **({"layers": LAYERS, "top_k": TOP_K} if shaped else {}))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import moeplace as mp
 from moeplace.profiler.read import read_any, reader_of
@@ -356,58 +352,3 @@ def test_other_torch_files_and_folders_are_not_taken(tmp_path: Path) -> None:
     assert not is_sglang(tmp_path)
     with pytest.raises(mp.FileFormatError, match="known: .*SGLang"):
         reader_of(tmp_path / "model.pt")
-
-
-def _originals() -> list[bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.pt"
-        originals = [stat(path, counts(1, 2)).read_bytes()]
-        originals.append(detail(path, [forward_pass(1, 0, counts(1, width=SLOTS)[0])]).read_bytes())
-        originals.append(detail(path, [token_pass(1, 0, drawn(3), [0, 1, 2], [3])]).read_bytes())
-    return originals
-
-
-ORIGINALS = _originals()
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    st.integers(0, 2),
-    st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=6)), max_size=4),
-    st.floats(0, 2),
-)
-def test_changed_bytes_raise_only_the_typed_error(which: int, edits: list[tuple[float, bytes]], cut: float) -> None:
-    content = bytearray(ORIGINALS[which])
-    for place, change in edits:
-        at = int(place * len(content))
-        content[at : at + len(change)] = change
-    del content[int(cut * len(content)) + 1 :]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.pt"
-        path.write_bytes(content)
-        is_sglang(path)
-        with contextlib.suppress(mp.InputError):
-            read_sglang(path)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.integers(0, 2), st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=4)), min_size=1, max_size=3)
-)
-def test_a_changed_structure_in_a_sound_archive_raises_only_the_typed_error(
-    which: int, edits: list[tuple[float, bytes]]
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path, changed = Path(folder) / "a.pt", Path(folder) / "b.pt"
-        path.write_bytes(ORIGINALS[which])
-        with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
-            for name in old.namelist():
-                content = bytearray(old.read(name))
-                if name.endswith("data.pkl"):
-                    for place, change in edits:
-                        at = int(place * len(content))
-                        content[at : at + len(change)] = change
-                new.writestr(name, bytes(content))
-        is_sglang(changed)
-        with contextlib.suppress(mp.InputError):
-            read_sglang(changed)
