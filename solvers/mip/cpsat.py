@@ -129,10 +129,11 @@ def _power(values: FloatArray) -> FloatArray:
 
 
 def _scales(row: IntArray, rows: int, terms: FloatArray, ends: FloatArray, bits: int) -> tuple[FloatArray, BoolArray]:
-    """[rows] what to multiply each row's terms by: 1 where they are whole, else the power of two that uses `bits`."""
+    """[rows] what to multiply each row's terms by: 1 where they are whole and add up to no more than `bits` hold, else
+    the power of two that uses `bits`."""
     mixed = np.bincount(row, weights=terms != np.rint(terms), minlength=rows) > 0
     most = np.bincount(row, weights=np.abs(terms) * ends, minlength=rows)
-    exact = ~mixed & (most < 2.0**52)
+    exact = ~mixed & (most < 2.0**bits)
     return np.where(exact, 1.0, _power(2.0**bits / np.maximum(most, 1e-30))), exact
 
 
@@ -161,6 +162,9 @@ class CpSat:
         settings.catch_sigint_signal = False
         settings.relative_gap_limit = request.relative_gap
         settings.absolute_gap_limit = request.absolute_gap / whole.unit
+        # Without it 9.15 adds up rows of booleans in 32 bits, takes rows that depend on others for unconditional, and
+        # calls worse solutions optimal: https://github.com/google/or-tools/issues/5293
+        settings.presolve_inclusion_work_limit = 0
         seconds = request.seconds_left()
         settings.num_workers = 1 if seconds is None else WORKERS
         if seconds is not None:
