@@ -124,7 +124,8 @@ class Recording:
     def of(cls, record: RoutingTrace | RoutingStatistics, path: str | Path) -> Recording:
         """A recording of a record in memory. path: what errors say it is."""
         experts = record.num_experts if isinstance(record, RoutingTrace) else record.experts
-        return cls(Path(path), RecordingHeader(experts, record.moe_layers, record.top_k), record=record)
+        header = RecordingHeader(experts, record.moe_layers, record.top_k)
+        return cls(Path(path), header, record.model, record=record)
 
     @property
     def is_trace(self) -> bool:
@@ -209,7 +210,7 @@ class Recording:
             InputError: a layer that was not recorded, or none.
         """
         record = (self.trace if self.record is None else self.record).keep_layers(layers)
-        return replace(Recording.of(record, self.path), model=record.model, notes=self.notes)
+        return replace(Recording.of(record, self.path), notes=self.notes)
 
     @classmethod
     def join(cls, recordings: Mapping[str, Recording]) -> Recording:
@@ -227,7 +228,7 @@ class Recording:
         else:
             record = RoutingStatistics.join({name: part.statistics() for name, part in recordings.items()})
         notes = tuple(dict.fromkeys(note for recording in recordings.values() for note in recording.notes))
-        return replace(cls.of(record, first.path), model=record.model, notes=notes)
+        return replace(cls.of(record, first.path), notes=notes)
 
 
 def layers_that_differ(path: Path, recorded: Sequence[int], model: ModelSpec) -> str:

@@ -67,6 +67,8 @@ def test_counts_of_a_model_know_it_and_how_many_tokens_they_are(tmp_path: Path) 
     recording = open_routing(tmp_path / "c.npy", kind="loads").of_model(model(3))
     statistics = recording.statistics()
     assert (statistics.tokens, statistics.top_k, statistics.model) == (500, 2, model(3))
+    mp.write_statistics(statistics, tmp_path / "counts.npz")
+    assert open_routing(tmp_path / "counts.npz").model == model(3)
 
 
 def test_tokens_with_fewer_experts_are_counted(tmp_path: Path) -> None:
