@@ -1,6 +1,9 @@
 from .placement.bounds import device_load_certificate as device_load_certificate
 from .placement.bounds import device_loads as device_loads
 from .placement.bounds import least_device_load as least_device_load
+from .placement.cost import PredictionBasis as PredictionBasis
+from .placement.cost import expert_seconds as expert_seconds
+from .placement.cost import prediction_basis as prediction_basis
 from .placement.decide import Decision as Decision
 from .placement.decide import Verdict as Verdict
 from .placement.decide import decide as decide

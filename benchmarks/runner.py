@@ -163,14 +163,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    page = getattr(module, "PAGE", name)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append every row to this file, a JSON line each")
     parser.add_argument(
         "--write",
         type=Path,
         metavar="PAGE",
         nargs="?",
-        const=PAGES / f"{name}.md",
-        help=f"put the tables into this page, between their markers (default: docs/results/{name}.md)",
+        const=PAGES / f"{page}.md",
+        help=f"put the tables into this page, between their markers (default: docs/results/{page}.md)",
     )
     options = parser.parse_args(given[1:])
     sink = options.json.open("a", encoding="utf-8") if options.json else None

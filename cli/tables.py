@@ -112,6 +112,8 @@ def _several_nodes(comparison: Comparison) -> bool:
 
 def reading_notes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[str]:
     """What the figures mean and where they come from."""
+    from ..placement.cost import prediction_basis
+
     objective = comparison.problem.objective
     solvers: dict[str, list[str]] = {}
     for row in _once(comparison, rows):
@@ -119,7 +121,8 @@ def reading_notes(comparison: Comparison, rows: list[dict[str, Any]]) -> list[st
             solvers.setdefault(row["objective"], []).append(row["solver"])
     return [
         f"{comparison.split.description}. {objective.execution}, replicas split {objective.split}.",
-        "Step times are predicted. Value, bound and gap are of each solver's own objective on the training part:",
+        f"Step times: {prediction_basis(comparison.problem.model, comparison.problem.topology).text}.",
+        "Value, bound and gap are of each solver's own objective on the training part:",
         *(f"  {', '.join(names)}: {name}" for name, names in solvers.items()),
     ]
 

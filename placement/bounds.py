@@ -12,7 +12,7 @@ import numpy as np
 
 from .._arguments import check_types
 from .._types import FloatArray, IntArray
-from .cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
+from .cost import ExpertCost, all_to_all_latency, combine_bytes, dispatch_bytes
 from .layer_slots import alike_layers
 from .packing import replicate
 from .plan import Certificate, Plan, equal_shares, replica_counts
@@ -198,14 +198,19 @@ def layer_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
 
 def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
     """[S, L] seconds of the slowest device's expert work, from expert loads [S, L, E]."""
-    devices = Roofline.of(problem.model, problem.topology)
-    together, fastest = devices.pooled(np.zeros(1, np.int64)), devices.fastest()
+    cost = ExpertCost.of(problem.model, problem.topology)
+    together, fastest = cost.pooled(np.zeros(1, np.int64)), cost.fastest()
     pairs, hit = loads.sum(axis=2), (loads > 0).sum(axis=2).astype(np.float64)
-    packed = least_layer_load(loads, problem.layer_slots)
     # Whole experts: some device reads at least the average, rounded up.
     holders = int((problem.slots_per_device > 0).sum())
     whole = np.zeros(hit.shape) if problem.has_replicas else np.ceil(hit / holders)
-    return np.maximum(together.seconds(pairs, hit), fastest.seconds(packed, whole))
+    least = together.lines(pairs[..., None], hit[..., None]).max(axis=(0, -1))
+    # An expert hit costs as much as so many pairs more. Replicas split these as they split its tokens: one with a share
+    # of them is hit at least as often.
+    beside = float((cost.read[0] / cost.pair[0]).min())
+    packed = least_layer_load(loads + beside * (loads > 0), problem.layer_slots)
+    least = np.maximum(least, np.maximum(packed * fastest.pair[0, 0], whole * fastest.read[1, 0]))
+    return np.asarray(fastest.base(pairs)[..., 0] + least)
 
 
 def _transfer_bound(tokens: FloatArray, slots: IntArray, problem: Problem, sources_known: bool) -> FloatArray:

@@ -1,24 +1,29 @@
 """Seconds and copies from counts: the cost model's arithmetic, on arrays with any leading axes (steps, layers).
 
-    compute_g  = max(tokens_g * flops_per_token / rate_g,  experts_hit_g * bytes_per_expert / memory_bandwidth_g)
+    compute_g  = launch_g + passing_g * tokens + max((tokens_g + rows_g * experts_hit_g) * flops_per_token / rate_g,
+                                                     experts_hit_g * bytes_per_expert / memory_bandwidth_g)
     transfer   = latency + max(max_n inter_n / inter_bandwidth_n,  max_g intra_g / intra_bandwidth_g)
     layer time = dispatch transfer + max_g compute_g + combine transfer
 
 inter_n and intra_g are the larger of bytes sent and bytes received. Prefill is bound by tokens, small-batch decode by
-the distinct experts whose weights must be read: both terms are kept.
+the distinct experts whose weights must be read: both terms are kept. launch, passing and rows are of kernels that were
+measured (`kernels`), and 0 where only a roofline is known.
 
 Shapes: G devices, H devices as the ones that hold tokens, N nodes, L layers, E experts, P slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from .._arguments import check_types
 from .._types import FloatArray, IntArray
-from .errors import InputError, UnsupportedError
+from .errors import InputError, UnsupportedError, nearest
+from .kernels import ENGINES, kernel_fit, known_kernels
 from .model import DTYPE_BYTES, ModelSpec
 from .objective import Objective
 from .plan import Plan
@@ -28,36 +33,151 @@ from .topology import Topology
 # Expert work.
 
 
-class Roofline(NamedTuple):
-    """What expert work costs devices, or groups of devices: [G] seconds each.
+class ExpertCost(NamedTuple):
+    """What expert work costs devices, or groups of devices: fixed + passing * pairs of all devices + the greater of two
+    lines, each pair * pairs here + read * experts hit.
 
-    per_pair: arithmetic of one token-expert pair. per_read: reading the weights of one expert.
+    fixed: [G] seconds. passing: [G] seconds a pair of any device: kernels pass over all tokens of the step. pair, read:
+    [2, G] seconds a token-expert pair and an expert hit: of arithmetic, tiles that its tokens leave unfilled included,
+    then of reading weights. Arithmetic of a pair and reading of an expert are above 0.
     """
 
-    per_pair: FloatArray
-    per_read: FloatArray
+    fixed: FloatArray
+    passing: FloatArray
+    pair: FloatArray
+    read: FloatArray
 
     @classmethod
-    def of(cls, model: ModelSpec, topology: Topology) -> Roofline:
-        """That of each device for the model's experts."""
-        return cls(model.flops_per_token / topology.compute, model.bytes_per_expert / topology.memory_bandwidth)
+    def roofline(cls, per_pair: FloatArray, per_read: FloatArray) -> ExpertCost:
+        """max(pairs * per_pair, experts hit * per_read), [G] seconds each."""
+        none = np.zeros_like(per_pair)
+        return cls(none, none, np.stack([per_pair, none]), np.stack([none, per_read]))
+
+    @classmethod
+    def of(cls, model: ModelSpec, topology: Topology) -> ExpertCost:
+        """That of each device for the model's experts, of its measured kernels where these are known."""
+        fits = [kernel_fit(gpu, topology.engine, model) for gpu in topology.gpus]
+        measured = np.array([fit is not None for fit in fits])
+        plain = cls.roofline(
+            model.flops_per_token / topology.rate(model.expert_dtype),
+            model.bytes_per_expert / topology.memory_bandwidth,
+        )
+        if not measured.any():
+            return plain
+        launch, reading, arithmetic, rows, passing = np.array(
+            [(0.0,) * 5 if fit is None else fit.seconds(model) for fit in fits]
+        ).T
+        lines = np.stack([arithmetic, np.zeros_like(reading)]), np.stack([rows * arithmetic, reading])
+        return cls(launch, passing, *(np.where(measured, fit, of) for fit, of in zip(lines, plain[2:], strict=True)))
 
     def seconds(self, pairs: FloatArray, experts_hit: FloatArray) -> FloatArray:
         """[..., G] seconds of expert work, from [..., G] token-expert pairs and experts whose weights are read."""
-        return np.asarray(np.maximum(pairs * self.per_pair, experts_hit * self.per_read))
+        return np.asarray(self.base(pairs.sum(axis=-1)) + self.lines(pairs, experts_hit).max(axis=0))
 
-    def pooled(self, starts: IntArray) -> Roofline:
-        """Groups of neighbouring devices as one device each, whose rates add up. starts: [N] first device of each."""
-        return Roofline(*(1.0 / np.add.reduceat(1.0 / seconds, starts) for seconds in self))
+    def base(self, pairs: FloatArray) -> FloatArray:
+        """[..., G] seconds whatever the device is given, from the [...] pairs of all devices."""
+        return np.asarray(self.fixed + self.passing * pairs[..., None])
 
-    def fastest(self) -> Roofline:
-        """[1] the least of each cost: no device is faster."""
-        return Roofline(*(seconds.min(keepdims=True) for seconds in self))
+    def lines(self, pairs: FloatArray, experts_hit: FloatArray) -> FloatArray:
+        """[2, ..., G] seconds of arithmetic and of reading beside `base`; the greater counts."""
+        return np.stack([pairs * pair + experts_hit * read for pair, read in zip(self.pair, self.read, strict=True)])
+
+    def pooled(self, starts: IntArray) -> ExpertCost:
+        """Groups of neighbouring devices as one device each, no slower than they are together, whose rates add up.
+
+        starts: [N] first device of each group.
+        """
+        pair, read = np.empty((2, 2, len(starts)))
+        for line, (of_pair, of_read) in enumerate(zip(self.pair, self.read, strict=True)):
+            # Devices weighed by their rates for one of the two: of the other a group takes at least its least.
+            unit = (of_pair, of_read)[line]
+            together = 1.0 / np.add.reduceat(1.0 / unit, starts)
+            pair[line] = together * np.minimum.reduceat(of_pair / unit, starts)
+            read[line] = together * np.minimum.reduceat(of_read / unit, starts)
+        fixed, passing = (np.minimum.reduceat(of, starts) for of in (self.fixed, self.passing))
+        return ExpertCost(fixed, passing, pair, read)
+
+    def fastest(self) -> ExpertCost:
+        """Of one device ([..., 1]) the least of each cost: no device is faster."""
+        return ExpertCost(*(seconds.min(axis=-1, keepdims=True) for seconds in self))
 
 
 def compute_seconds(tokens: FloatArray, experts_hit: FloatArray, model: ModelSpec, topology: Topology) -> FloatArray:
     """[..., G] seconds of expert work. tokens: [..., G] token-expert pairs; experts_hit: [..., G] weights to read."""
-    return Roofline.of(model, topology).seconds(tokens, experts_hit)
+    return ExpertCost.of(model, topology).seconds(tokens, experts_hit)
+
+
+class PredictionBasis(NamedTuple):
+    """What predicted times of expert work rest on.
+
+    error: median relative error of the measured kernels, the largest of the cluster's devices; None where some device
+    has a roofline alone. text: `predicted, compute ±6 % (vllm 0.24.0 kernels on h100-sxm, mxfp4); links not measured`.
+    """
+
+    error: float | None
+    text: str
+
+
+def prediction_basis(model: ModelSpec, topology: Topology) -> PredictionBasis:
+    """What the times predicted for a model on a cluster rest on, in a line to print beside them."""
+    gpus = sorted(set(topology.gpus))
+    fits = [(gpu, kernel_fit(gpu, topology.engine, model)) for gpu in gpus]
+    measured = [fit for _, fit in fits if fit is not None]
+    if len(measured) < len(gpus):
+        rest = ", ".join(gpu or "devices without a gpu name" for gpu, fit in fits if fit is None)
+        why = "name an engine for its measured kernels" if any(gpus) and not topology.engine else "no kernels known"
+        return PredictionBasis(None, f"predicted by a roofline, not measured ({rest}: {why})")
+    error = max(fit.error for fit in measured)
+    kernels = ", ".join(
+        f"{fit.engine} {fit.version} kernels on {fit.gpu}, {model.expert_dtype}"
+        + (f", fitted to other shapes than {model.hidden_size}x{model.ffn_size}" if fit.shape == "any" else "")
+        for fit in measured
+    )
+    return PredictionBasis(error, f"predicted, compute ±{error:.0%} ({kernels}); links not measured".replace("%", " %"))
+
+
+@check_types
+def expert_seconds(
+    model: ModelSpec,
+    gpu: str | Sequence[str],
+    engine: str,
+    tokens: Sequence[float] | FloatArray,
+    experts_hit: Sequence[float] | FloatArray,
+) -> FloatArray:
+    """[G] seconds that devices take for one layer's experts, by the measured kernels of an engine.
+
+    Args:
+        model: whose experts; their shape and type choose the coefficients.
+        gpu: what kernels were measured on (`moeplace topology kernels`), of all devices or of each.
+        engine: vllm, sglang or trtllm.
+        tokens: [G] token-expert pairs of each device; kernels pass over those of all.
+        experts_hit: [G] experts on it that at least one of them chose.
+
+    Raises:
+        InputError: no such engine, or nothing known of the GPU or the experts' type; arrays that do not fit.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"expert_seconds: engine is {engine!r}; {nearest(engine, ENGINES)}")
+    pairs, hit = np.asarray(tokens, dtype=np.float64), np.asarray(experts_hit, dtype=np.float64)
+    if pairs.ndim != 1 or pairs.shape != hit.shape:
+        raise InputError(
+            f"expert_seconds: tokens {list(pairs.shape)} and experts_hit {list(hit.shape)} must be as long"
+        )
+    if not (np.isfinite(pairs).all() and np.isfinite(hit).all() and (pairs >= 0).all() and (hit >= 0).all()):
+        raise InputError("expert_seconds: tokens and experts_hit must be finite and at least 0")
+    gpus = [gpu] * len(pairs) if isinstance(gpu, str) else list(gpu)
+    if len(gpus) != len(pairs):
+        raise InputError(f"expert_seconds: {len(gpus)} GPUs are named for {len(pairs)} devices")
+    seconds = np.empty(len(pairs))
+    for g, name in enumerate(gpus):
+        fit = kernel_fit(name, engine, model)
+        if fit is None:
+            known = sorted({fit.gpu for fit in known_kernels() if fit.engine == engine})
+            what = f"{model.expert_dtype} experts on {name!r}" if name in known else f"{name!r}; {nearest(name, known)}"
+            raise InputError(f"expert_seconds: {engine} has no measured kernels for {what}")
+        launch, reading, arithmetic, rows, passing = fit.seconds(model)
+        seconds[g] = launch + pairs.sum() * passing + max((pairs[g] + rows * hit[g]) * arithmetic, hit[g] * reading)
+    return seconds
 
 
 # Transfers.

@@ -13,13 +13,14 @@ from .._arguments import check_types
 from .._display import Displayed, data_size, plural
 from .._types import FloatArray, IntArray
 from .cost import (
+    ExpertCost,
     Flows,
-    Roofline,
+    PredictionBasis,
     all_to_all_latency,
     combine_bytes,
-    compute_seconds,
     dispatch_bytes,
     link_seconds,
+    prediction_basis,
     transfer_seconds,
 )
 from .degraded import on_survivors
@@ -49,7 +50,7 @@ class Evaluation(Displayed):
     between nodes. reached, node_reached: [S, L] devices and nodes a token needs, summed over tokens; crossing,
     node_crossing: [S, L] dispatch copies that leave their device or node; local, node_local: [S, L-1] transitions that
     stay, in tokens. device_memory: [G] bytes of expert weights. dispatch_at, compute_at, combine_at: [S, L] what each
-    of these seconds waited for, as codes that `bottleneck_terms` reads.
+    of these seconds waited for, as codes that `bottleneck_terms` reads. basis: what the times rest on.
     """
 
     tokens: IntArray
@@ -73,6 +74,7 @@ class Evaluation(Displayed):
     dispatch_at: CodeArray
     compute_at: CodeArray
     combine_at: CodeArray
+    basis: PredictionBasis
 
     def _summary(self) -> tuple[str, dict[str, str]]:
         figures = self.summary()
@@ -85,6 +87,7 @@ class Evaluation(Displayed):
         return title, {
             "step ms": f"mean {ms['step_seconds_mean']}, p50 {ms['step_seconds_p50']}, p95 {ms['step_seconds_p95']}, "
             f"p99 {ms['step_seconds_p99']}",
+            "times are": self.basis.text,
             "of these": f"compute {ms['compute_seconds']}, transfer {ms['transfer_seconds']}",
             "device load": f"max/mean {figures['load_max_mean']:.3f}, p99 {figures['load_max_mean_p99']:.3f}",
             "a token needs": f"{figures['devices_per_token']:.2f} devices, {figures['nodes_per_token']:.2f} nodes",
@@ -168,6 +171,7 @@ def evaluate_on(plan: Plan, steps: Steps, model: ModelSpec, topology: Topology, 
         workloads=steps.workloads,
         device_memory=plan.device_memory,
         objective=objective,
+        basis=prediction_basis(model, topology),
         **joined,
     )
 
@@ -198,7 +202,8 @@ def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Obj
     """An evaluation's arrays for a run of steps."""
     latency = all_to_all_latency(topology, objective.node_dedup)
     out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
-    compute = compute_seconds(demand.tokens, demand.experts_hit, model, topology)
+    cost = ExpertCost.of(model, topology)
+    compute = cost.seconds(demand.tokens, demand.experts_hit)
     outgoing = demand.dispatch.flows(topology, objective.node_dedup)
     dispatch = transfer_seconds(outgoing, out, topology, latency)
     device_bytes, node_bytes = outgoing.intra * out, outgoing.inter * out
@@ -215,7 +220,7 @@ def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Obj
     return {
         "dispatch": dispatch,
         "dispatch_at": _transfer_bottleneck(outgoing, out, topology, latency),
-        "compute_at": _compute_bottleneck(demand.tokens, compute, model, topology),
+        "compute_at": _compute_bottleneck(demand, compute, cost),
         "combine_at": combine_at,
         "compute": compute.max(axis=2),
         "combine": combine,
@@ -231,12 +236,13 @@ def _priced(demand: Demand, model: ModelSpec, topology: Topology, objective: Obj
     }
 
 
-def _compute_bottleneck(tokens: FloatArray, seconds: FloatArray, model: ModelSpec, topology: Topology) -> CodeArray:
-    """[...] codes of the slowest device and its slower term, from [..., G] pairs and seconds of both terms."""
+def _compute_bottleneck(demand: Demand, seconds: FloatArray, cost: ExpertCost) -> CodeArray:
+    """[...] codes of the slowest device and the greater of its terms, from [..., G] seconds."""
     slowest = seconds.argmax(axis=-1)
-    pairs, longest = (np.take_along_axis(of, slowest[..., None], axis=-1)[..., 0] for of in (tokens, seconds))
-    reads = pairs * Roofline.of(model, topology).per_pair[slowest] < longest
-    return np.asarray(slowest + np.where(reads, seconds.shape[-1], 0), dtype=np.int16)
+    arithmetic, reading = np.take_along_axis(
+        cost.lines(demand.tokens, demand.experts_hit), slowest[None, ..., None], axis=-1
+    )[..., 0]
+    return np.asarray(slowest + np.where(arithmetic < reading, seconds.shape[-1], 0), dtype=np.int16)
 
 
 def _transfer_bottleneck(flows: Flows, bytes_per_copy: float, topology: Topology, latency: float) -> CodeArray:

@@ -41,8 +41,8 @@ class Problem(Displayed):
     to get from it to the answer, an expert counting once for every device that does not hold it yet.
     tolerates: failures (see `single_failures`) in each of which every expert of every layer must keep a replica.
     engine: what the plan is for, a name of `target_names()`. The problem is then held to what that engine runs (slots
-    default to the fewest that it deals), the objective says what it does wherever it says nothing itself, and the plan
-    keeps the name.
+    default to the fewest that it deals), the objective says what it does wherever it says nothing itself, the topology
+    predicts by its measured kernels, where there are any and it names no other's, and the plan keeps the name.
 
     Example:
         >>> import moeplace as mp
@@ -99,7 +99,7 @@ class Problem(Displayed):
                 raise wrong_type("Problem", name, value, kind)
         values: dict[str, Any] = {
             "model": (spec := model.of_routing(statistics.experts, statistics.moe_layers, statistics.top_k)),
-            "topology": topology,
+            "topology": topology if engine is None else topology.with_kernels_of(engine),
             "statistics": statistics,
             "objective": _objective(objective, spec, engine),
             "slots": slots,

@@ -15,57 +15,86 @@ from .._display import Displayed, plural
 from .._types import FloatArray, IntArray
 from .errors import FileFormatError, InputError, nearest
 from .files import read_text, write_text
+from .kernels import ENGINES
 from .validation import Record
 
-# Common boxes. Achievable figures: datasheet times what large kernels and collectives usually reach. Factors: 0.65 of
-# dense bf16 tensor throughput (grouped GEMM), 0.8 of memory bandwidth, 0.8 of link bandwidth. Sources: NVIDIA
-# datasheets of A100, H100, H200, B200, GB200 NVL72, L40S; NVLink and NIC figures are one direction. `moeplace
-# calibrate` measures the real box; a preset is a starting point.
+# Common boxes, named by their GPU as engines and measured kernels name it. Achievable figures: datasheet times what
+# large kernels and collectives usually reach. Factors: 0.65 of dense tensor throughput (grouped GEMM), 0.8 of memory
+# bandwidth, 0.8 of link bandwidth. Sources: NVIDIA datasheets of A100, H100, H200, B200, B300, GB200 and GB300 NVL72,
+# L40S, RTX PRO 6000 Blackwell, GeForce RTX 4090; NVLink and NIC figures are one direction. `moeplace calibrate`
+# measures the real box; a preset is a starting point.
 
 
 class Box(NamedTuple):
-    """One node: rates a device, inter-node bandwidth of the whole node."""
+    """One node: rates a device, inter-node bandwidth of the whole node. fp8, fp4: arithmetic at those types over that
+    at bf16."""
 
+    gpu: str
     devices: int
     compute: float
     memory: float
     memory_bandwidth: float
     intra_bandwidth: float
     inter_bandwidth: float
+    fp8: float = 1.0
+    fp4: float = 1.0
     intra_latency: float = 3e-6
     inter_latency: float = 10e-6
 
 
 def _box(
+    gpu: str,
     devices: int,
     tflops: float,
     memory_gb: float,
     hbm_tbs: float,
     link_gbs: float,
     nic_gbits: float,
+    fp8: float = 1.0,
+    fp4: float = 1.0,
     slow: bool = False,
 ) -> Box:
     return Box(
+        gpu=gpu,
         devices=devices,
         compute=0.65 * tflops * 1e12,
         memory=memory_gb * 1e9,
         memory_bandwidth=0.8 * hbm_tbs * 1e12,
         intra_bandwidth=0.8 * link_gbs * 1e9,
         inter_bandwidth=0.8 * nic_gbits / 8 * 1e9 * devices,
+        fp8=fp8,
+        fp4=max(fp8, fp4),
         intra_latency=8e-6 if slow else 3e-6,
         inter_latency=20e-6 if slow else 10e-6,
     )
 
 
 PRESETS: dict[str, Box] = {
-    "a100-hgx": _box(8, 312, 80, 2.04, 300, 200),
-    "h100-hgx": _box(8, 989, 80, 3.35, 450, 400),
-    "h200-hgx": _box(8, 989, 141, 4.8, 450, 400),
-    "b200-hgx": _box(8, 2250, 180, 7.7, 900, 400),
-    "gb200-nvl72": _box(72, 2450, 186, 8.0, 900, 400),
-    "a100-pcie": _box(8, 312, 80, 1.94, 32, 25, slow=True),
-    "l40s-pcie": _box(8, 362, 48, 0.864, 32, 25, slow=True),
+    "a100-sxm": _box("a100-sxm", 8, 312, 80, 2.04, 300, 200),
+    "h100-sxm": _box("h100-sxm", 8, 989, 80, 3.35, 450, 400, fp8=2),
+    "h200-sxm": _box("h200-sxm", 8, 989, 141, 4.8, 450, 400, fp8=2),
+    "b200-sxm": _box("b200-sxm", 8, 2250, 180, 7.7, 900, 400, fp8=2, fp4=4),
+    "b300-sxm": _box("b300-sxm", 8, 2250, 288, 8.0, 900, 800, fp8=2, fp4=6),
+    # One NVLink domain over eighteen hosts of four devices: links between these hosts are those inside a node.
+    "gb200-nvl72": _box("gb200", 72, 2450, 186, 8.0, 900, 400, fp8=2, fp4=4),
+    "gb300-nvl72": _box("gb300", 72, 2450, 288, 8.0, 900, 800, fp8=2, fp4=6),
+    "a100-pcie": _box("a100-pcie", 8, 312, 80, 1.94, 32, 25, slow=True),
+    "h100-pcie": _box("h100-pcie", 8, 756, 80, 2.0, 64, 200, fp8=2, slow=True),
+    "l40s": _box("l40s", 8, 362, 48, 0.864, 32, 25, fp8=2, slow=True),
+    "rtx-pro-6000": _box("rtx-pro-6000", 8, 504, 96, 1.79, 64, 100, fp8=2, fp4=4, slow=True),
+    # Workstations of two cards, that copy over PCIe and reach others by 10 Gb Ethernet.
+    "rtx-pro-6000-pair": _box("rtx-pro-6000", 2, 504, 96, 1.79, 64, 5, fp8=2, fp4=4, slow=True),
+    "rtx-4090-pair": _box("rtx-4090", 2, 165, 24, 1.008, 32, 5, fp8=2, slow=True),
 }
+
+FORMER_NAMES = {
+    "a100-hgx": "a100-sxm",
+    "h100-hgx": "h100-sxm",
+    "h200-hgx": "h200-sxm",
+    "b200-hgx": "b200-sxm",
+    "l40s-pcie": "l40s",
+}
+"""Presets under names that earlier plans, files and scripts use."""
 
 
 T = TypeVar("T")
@@ -78,7 +107,9 @@ MOST_DEVICES = 65_536
 class Device(Record):
     """One GPU. Rates are achievable, not datasheet: flop/s, bytes, bytes/s (one direction for links).
 
-    reserve: bytes of its memory that experts must leave: other weights, KV cache, buffers.
+    reserve: bytes of its memory that experts must leave: other weights, KV cache, buffers. compute: at bf16.
+    fp8_compute, fp4_compute: at those types, where they are faster. gpu: a name that measured kernels are known by
+    ("h100-sxm"), where it is such a GPU.
     """
 
     compute: PositiveFloat
@@ -86,6 +117,9 @@ class Device(Record):
     memory_bandwidth: PositiveFloat
     intra_bandwidth: PositiveFloat
     reserve: NonNegativeFloat = 0.0
+    fp8_compute: PositiveFloat | None = None
+    fp4_compute: PositiveFloat | None = None
+    gpu: str = ""
 
     @field_validator("reserve")
     @classmethod
@@ -96,7 +130,8 @@ class Device(Record):
 
     @property
     def left_out(self) -> set[str]:
-        return set() if self.reserve else {"reserve"}
+        later = ("reserve", "fp8_compute", "fp4_compute", "gpu")
+        return {name for name in later if not getattr(self, name)}
 
 
 class Node(Record):
@@ -114,7 +149,9 @@ class Node(Record):
 class Topology(Displayed, Record):
     """A cluster. Devices are ranked node by node, so a node owns a run of ranks; nodes may differ.
 
-    intra_latency, inter_latency: seconds a message to one peer costs inside a node and between nodes.
+    intra_latency, inter_latency: seconds a message to one peer costs inside a node and between nodes. engine: whose
+    expert kernels run ("vllm", "sglang", "trtllm"): predicted times are of their measurements where devices name a gpu
+    for which there are any (`mp.expert_seconds`), else of a roofline.
 
     Example:
         >>> import moeplace as mp
@@ -128,11 +165,23 @@ class Topology(Displayed, Record):
     intra_latency: NonNegativeFloat = 3e-6
     inter_latency: NonNegativeFloat = 10e-6
     name: str = "custom"
+    engine: str = ""
+
+    @field_validator("engine")
+    @classmethod
+    def _known(cls, engine: str) -> str:
+        if engine not in ("", *ENGINES):
+            raise ValueError(f"engine ({engine!r}) has no measured kernels; {nearest(engine, ENGINES)}")
+        return engine
 
     @field_validator("nodes")
     @classmethod
     def _some(cls, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
         return _not_empty(nodes, "nodes")
+
+    @property
+    def left_out(self) -> set[str]:
+        return set() if self.engine else {"engine"}
 
     @property
     def num_nodes(self) -> int:
@@ -161,6 +210,21 @@ class Topology(Displayed, Record):
     def compute(self) -> FloatArray:
         """[G] flop/s."""
         return self._per_device("compute")
+
+    @cached_property
+    def gpus(self) -> tuple[str, ...]:
+        """[G] what measured kernels know each device by, "" where none are."""
+        return tuple(device.gpu for node in self.nodes for device in node.devices)
+
+    def rate(self, dtype: str) -> FloatArray:
+        """[G] flop/s at which experts of that type compute. Types that are only stored (mxfp4) compute at bf16."""
+        eight = [device.fp8_compute or device.compute for node in self.nodes for device in node.devices]
+        if dtype in ("fp8", "int8"):
+            return np.array(eight)
+        if dtype == "fp4":
+            four = [device.fp4_compute for node in self.nodes for device in node.devices]
+            return np.array([four or eight for four, eight in zip(four, eight, strict=True)])
+        return self.compute
 
     @cached_property
     def memory(self) -> FloatArray:
@@ -218,14 +282,16 @@ class Topology(Displayed, Record):
         return np.array([getattr(device, field) for node in self.nodes for device in node.devices])
 
     @classmethod
-    def preset(cls, name: str, nodes: int = 1, devices_per_node: int | None = None) -> Topology:
+    def preset(cls, name: str, nodes: int = 1, devices_per_node: int | None = None, engine: str = "") -> Topology:
         """A common box by name (see `placement/topology.py` for sources of the figures).
 
         devices_per_node: use only so many of the box's devices, with the network cards that belong to them.
+        engine: see `Topology`.
 
         Raises:
             InputError: unknown preset (the nearest is named), or counts the box does not have.
         """
+        name = FORMER_NAMES.get(name, name)
         if name not in PRESETS:
             raise InputError(f"topology preset {name!r} is unknown; {nearest(name, PRESETS)}")
         box = PRESETS[name]
@@ -239,9 +305,24 @@ class Topology(Displayed, Record):
             memory=box.memory,
             memory_bandwidth=box.memory_bandwidth,
             intra_bandwidth=box.intra_bandwidth,
+            fp8_compute=box.fp8 * box.compute if box.fp8 > 1 else None,
+            fp4_compute=box.fp4 * box.compute if box.fp4 > 1 else None,
+            gpu=box.gpu,
         )
         node = Node(devices=(device,) * count, inter_bandwidth=box.inter_bandwidth * count / box.devices)
-        return cls(nodes=(node,) * nodes, intra_latency=box.intra_latency, inter_latency=box.inter_latency, name=name)
+        return cls(
+            nodes=(node,) * nodes,
+            intra_latency=box.intra_latency,
+            inter_latency=box.inter_latency,
+            name=name,
+            engine=engine,
+        )
+
+    def with_kernels_of(self, engine: str) -> Topology:
+        """The same cluster, predicted by the measured kernels of that engine; itself where there are none, or where it
+        names an engine already."""
+        family = engine.partition("-")[0]
+        return self if self.engine or family not in ENGINES or not any(self.gpus) else self.replace(engine=family)
 
     def reserving(self, reserve: float, share: bool = False) -> Topology:
         """The same cluster with memory kept from experts on every device.
@@ -315,14 +396,15 @@ class Topology(Displayed, Record):
         if not isinstance(data, dict):
             raise InputError(f"{origin}: expected a mapping with the key 'nodes', found {type(data).__name__}")
         if "preset" in data:
-            unknown = set(data) - {"preset", "nodes", "devices_per_node", "reserve"}
+            unknown = set(data) - {"preset", "nodes", "devices_per_node", "reserve", "engine"}
             if unknown:
                 raise InputError(f"{origin}: {sorted(unknown)} cannot stand beside 'preset'")
-            for key, kind in (("preset", str), ("nodes", int), ("devices_per_node", int)):
+            kinds = (("preset", str), ("nodes", int), ("devices_per_node", int), ("engine", str))
+            for key, kind in kinds:
                 if data.get(key) is not None and type(data[key]) is not kind:
                     raise InputError(f"{origin}: {key} is {data[key]!r}, expected {kind.__name__}")
             num_nodes = 1 if data.get("nodes") is None else data["nodes"]
-            box = cls.preset(data["preset"], num_nodes, data.get("devices_per_node"))
+            box = cls.preset(data["preset"], num_nodes, data.get("devices_per_node"), data.get("engine") or "")
             reserve = data.get("reserve", 0.0)
             if isinstance(reserve, bool) or not isinstance(reserve, int | float):
                 raise InputError(f"{origin}: reserve is {reserve!r}, expected bytes a device")
@@ -401,7 +483,8 @@ def _repeated(entries: Any, origin: str) -> list[dict[str, Any]]:
 def _with_numbers(data: Any) -> Any:
     """YAML 1.1 reads `50e9` as text; users write bandwidths so."""
     if isinstance(data, dict):
-        return {key: _with_numbers(value) if key != "name" else value for key, value in data.items()}
+        words = ("name", "engine", "gpu")
+        return {key: value if key in words else _with_numbers(value) for key, value in data.items()}
     if isinstance(data, list):
         return [_with_numbers(value) for value in data]
     if isinstance(data, str):

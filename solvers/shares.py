@@ -15,7 +15,7 @@ import numpy as np
 
 from .._arguments import check_types
 from .._types import FloatArray, IntArray
-from ..placement.cost import Roofline
+from ..placement.cost import ExpertCost
 from ..placement.errors import SolveError
 from ..placement.evaluate import evaluate
 from ..placement.plan import EMPTY, Plan
@@ -108,7 +108,7 @@ def layer_shares(
     """
     model, topology = problem.model, problem.topology
     steps, devices = len(loads), problem.num_devices
-    per_pair, per_read = Roofline.of(model, topology)
+    cost = ExpertCost.of(model, topology)
     filled = table != EMPTY
     result = np.zeros(len(table))
     table, shares, slot_device = table[filled], shares[filled], slot_device[filled]
@@ -117,19 +117,21 @@ def layer_shares(
     idle = np.power(1.0 - shares, np.maximum(counts - 1.0, 0.0))
     slope = np.where(counts > 0, counts * idle, 0.0)
     hit = np.where(counts > 0, 1.0 - idle * (1.0 - shares), 0.0)
-    # [S, P] seconds of each slot by its share, [S, G] those of reading that no share changes.
-    arithmetic, reading = counts * per_pair[slot_device], slope * per_read[slot_device]
-    offset = ((hit - slope * shares) @ owner) * per_read
+    # Of arithmetic and of reading: [S, P] seconds of each slot by its share, [S, G] those that no share changes.
+    works = [
+        counts * pair[slot_device] + slope * read[slot_device] for pair, read in zip(cost.pair, cost.read, strict=True)
+    ]
+    rests = [((hit - slope * shares) @ owner) * read for read in cost.read]
     # Sums of hundreds of tiny seconds: the program is solved in the unit of a typical one.
-    unit = max(float((arithmetic * shares @ owner).max()), float((reading * shares @ owner + offset).max()), 1e-300)
+    unit = max(1e-300, *(float((work * shares @ owner + rest).max()) for work, rest in zip(works, rests, strict=True)))
     builder = ProgramBuilder("shares")
     share = builder.add_variables((len(table),))
     # No step's slowest device takes longer than all work and all reading of a device.
-    most = max(float((work @ owner).max()) for work in (arithmetic, reading)) + float(np.abs(offset).max())
+    most = max(float((work @ owner).max()) for work in works) + max(float(np.abs(rest).max()) for rest in rests)
     slowest = builder.add_variables(
         (steps,), upper=2.0 * most / unit + 1.0, cost=1.0 / steps if weight is None else weight
     )
-    for work, rest in ((arithmetic, np.zeros_like(offset)), (reading, offset)):
+    for work, rest in zip(works, rests, strict=True):
         step, slot = np.nonzero(work)
         builder.add_sparse_rows(
             steps * devices,
@@ -151,4 +153,7 @@ def layer_shares(
     sums = np.bincount(table, weights=kept, minlength=model.experts)
     price = -found.prices[: 2 * steps * devices].reshape(2, steps, devices).sum(axis=(0, 1))
     result[filled] = kept / sums[table]
-    return LayerShares(result, found.value * unit, np.maximum(price, 0.0))
+    # What every device takes whatever it is given is in no row of the program.
+    base = cost.base(loads.sum(axis=1)).min(axis=1)
+    always = float(base.mean() if weight is None else weight @ base)
+    return LayerShares(result, found.value * unit + always, np.maximum(price, 0.0))

@@ -55,6 +55,8 @@ def compare_command(
 
 def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The comparison as JSON has it."""
+    from ...placement.cost import prediction_basis
+
     problem, split = comparison.problem, comparison.split
     return {
         "model": problem.model.model_dump(mode="json"),
@@ -64,6 +66,7 @@ def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[
             "devices": problem.topology.num_devices,
         },
         "slots": problem.num_slots,
+        "prediction": prediction_basis(problem.model, problem.topology).text,
         "objective": problem.objective.model_dump(mode="json"),
         "routing": {
             "train_fingerprint": problem.statistics.fingerprint,

@@ -123,6 +123,7 @@ def decide_command(
       moeplace decide trace --candidates plan.json,other.json --current now.json --horizon 50000
       moeplace decide --server http://plans:8311 --deployment chat --candidates 3f2a91c0 --record
     """
+    from ...placement.cost import prediction_basis
     from ...placement.decide import decide
     from ...placement.problem import Problem
     from ...solvers import solve
@@ -160,7 +161,9 @@ def decide_command(
             seed=seed,
             progress=lambda news: update("replaying draws of the held-out sequences", news.fraction),
         )
-    emit(_data(decision, names), _table(decision, names, split.description), as_json=as_json)
+    basis = prediction_basis(problem.model, problem.topology).text
+    described = f"{split.description}. Step times: {basis}."
+    emit(_data(decision, names) | {"prediction": basis}, _table(decision, names, described), as_json=as_json)
 
 
 def _plans(

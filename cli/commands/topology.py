@@ -44,11 +44,52 @@ def list_command(as_json: AsJson = False) -> None:
 
       moeplace topology list
     """
-    from ...placement.topology import PRESETS
+    from ...placement.topology import FORMER_NAMES, PRESETS
 
     rows = [{"name": name, **box._asdict()} for name, box in PRESETS.items()]
     columns = [Column("name", "preset", right=False), Column("devices", "devices\na node"), *DEVICE_COLUMNS]
-    emit(rows, Table(columns, rows, footnotes=["Links are one direction."]), as_json=as_json)
+    former = ", ".join(f"{old} is {new}" for old, new in FORMER_NAMES.items())
+    footnotes = ["Links are one direction; compute is at bf16.", f"Former names are understood: {former}."]
+    emit(rows, Table(columns, rows, footnotes=footnotes), as_json=as_json)
+
+
+@topology_app.command("kernels")
+@grouped
+def kernels_command(
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Of this GPU alone.", show_default=False)] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="Of this engine alone.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what measured expert kernels are known, and how well they predict what they were not fitted to.
+
+    Example:
+
+      moeplace topology kernels --gpu h100-sxm --engine vllm
+    """
+    from ...placement.errors import InputError, nearest
+    from ...placement.kernels import kernel_data, known_kernels
+
+    fits = known_kernels()
+    for option, name, field in (("--gpu", gpu, "gpu"), ("--engine", engine, "engine")):
+        known = {getattr(fit, field) for fit in fits}
+        if name is not None and name not in known:
+            raise InputError(f"{option} {name}: no kernels measured; {nearest(name, known)}")
+    rows = [fit._asdict() for fit in fits if gpu in (None, fit.gpu) and engine in (None, fit.engine)]
+    names = ("gpu", "engine", "version", "dtype", "shape")
+    columns = [
+        *(Column(name, name, right=False) for name in names),
+        Column("launch", "launch us", lambda seconds: f"{seconds * 1e6:.3g}"),
+        Column("bandwidth", "weights\nread", quantity("B/s")),
+        Column("rate", "arithmetic", quantity("flop/s")),
+        Column("rows", "rows an\nexpert hit", lambda rows: f"{rows:.3g}"),
+        Column("passing", "rows\npassed", quantity("B/s")),
+        Column("error", "error", lambda error: f"±{error:.0%}".replace("%", " %")),
+    ]
+    footnotes = [
+        f"Coefficients {kernel_data()['source']}.",
+        "error: median on token counts left out of the fit; of shape any, on shapes left out.",
+    ]
+    emit(rows, Table(columns, rows, footnotes=footnotes), as_json=as_json)
 
 
 @topology_app.command("show", no_args_is_help=True)

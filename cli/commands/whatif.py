@@ -153,6 +153,7 @@ def whatif_command(
       moeplace whatif plan.json trace --devices 16 --slots 288
       moeplace whatif production trace --solver search --server http://solver:8311
     """
+    from ...placement.cost import prediction_basis
     from ...placement.problem import Problem
     from ...solvers.what_if import parse_changes, what_if
 
@@ -207,7 +208,9 @@ def whatif_command(
         return {"file": None if file is None else str(file)}
 
     data = result.to_dict(about)
-    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times are predicted."
+    basis = prediction_basis(problem.model, problem.topology).text
+    data["prediction"] = basis
+    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times: {basis}."
     emit(
         data | {"steps": kind, "held_out": split.description},
         what_if_table(data, described),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import moeplace as mp
-from moeplace.placement.cost import Roofline
+from moeplace.placement.cost import ExpertCost
 from moeplace.placement.files import replacing
 
 HERE = Path(__file__).resolve().parent
@@ -95,8 +95,8 @@ def cost_knee(plt: Any) -> Any:
 
 def knee(problem: mp.Problem) -> float:
     """Tokens a step from which an expert of average load computes for longer than its weights are read."""
-    work = Roofline.of(SPEC, problem.topology)
-    return float(work.per_read[0] / work.per_pair[0] * SPEC.experts / SPEC.top_k)
+    work = ExpertCost.of(SPEC, problem.topology)
+    return float(work.read[1, 0] / work.pair[0, 0] * SPEC.experts / SPEC.top_k)
 
 
 def solvers(plt: Any) -> Any:

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 
 from ..._arguments import check_types
 from ..._types import FloatArray
-from ...placement.cost import Flows, Roofline, all_to_all_latency, transfer_seconds
+from ...placement.cost import ExpertCost, Flows, all_to_all_latency, transfer_seconds
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.topology import Device, Node, Topology
@@ -253,7 +253,7 @@ def _dispatch_timings(
 def _work_timings(topology: Topology, work: ExpertWork, products: Sequence[Products]) -> list[WorkTiming]:
     # What was read is the measured weights, whose type need not be the one the model stores.
     expert_bytes = work.weight_bytes / work.experts
-    typical = Roofline(
+    typical = ExpertCost.roofline(
         work.spec.flops_per_token / np.median(topology.compute, keepdims=True),
         expert_bytes / np.median(topology.memory_bandwidth, keepdims=True),
     )

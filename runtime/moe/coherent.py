@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..._types import IntArray
-from ...placement.cost import Roofline
+from ...placement.cost import ExpertCost
 from .all_to_all import AsyncAllToAll
 from .coordination import naming_unresponsive_ranks
 from .dispatcher import AllToAllStage, StagedDispatcher, permute, unpermute
@@ -110,9 +110,9 @@ class CoherentExperts:
         way."""
         if self._overlap is not None:
             return self._overlap
-        work, rank = Roofline.of(self._experts.spec, self._experts.plan.topology), self._experts.mesh.rank
-        arithmetic = self._dispatcher.pairs_here(stayed) * work.per_pair[rank]
-        reading = len(self._experts.row_expert) * work.per_read[rank]
+        work, rank = ExpertCost.of(self._experts.spec, self._experts.plan.topology), self._experts.mesh.rank
+        arithmetic = self._dispatcher.pairs_here(stayed) * work.pair[0, rank]
+        reading = len(self._experts.row_expert) * work.read[1, rank]
         return bool(arithmetic >= REREAD * reading)
 
     def _sums(self, copies: Copies, norm: Callable[[Tensor], Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound, layer_seconds_bound
-from ...placement.cost import Roofline, all_to_all_latency, combine_bytes, dispatch_bytes
+from ...placement.cost import ExpertCost, all_to_all_latency, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.steps import Steps
 from ..jit import kernel
@@ -71,12 +71,16 @@ class DeviceSets:
         model, loads, floor = problem.model, self._loads[:, layer], self._floor[:, layer, None]
         hits = (loads > 0).astype(np.float64)
         result = floor + np.zeros(len(self.members))
-        for amount, seconds in zip((loads, hits), Roofline.of(model, topology), strict=True):
-            here = amount[:, self.members].sum(axis=2)
-            rest = amount.sum(axis=1, keepdims=True) - here
+        cost = ExpertCost.of(model, topology)
+        base = cost.base(loads.sum(axis=1)).min(axis=1, keepdims=True)
+        here = [amount[:, self.members].sum(axis=2) for amount in (loads, hits)]
+        rest = [amount.sum(axis=1, keepdims=True) - mine for amount, mine in zip((loads, hits), here, strict=True)]
+        for pair, read, unit in zip(cost.pair, cost.read, (cost.pair[0], cost.read[1]), strict=True):
             # What the others have left to do takes at least as long as all of them together need.
-            others = float((1.0 / seconds).sum() - 1.0 / seconds.max())
-            result = np.maximum(result, np.maximum(here * seconds.min(), rest / others))
+            others = float((1.0 / unit).sum() - 1.0 / unit.max())
+            left = rest[0] * float((pair / unit).min()) + rest[1] * float((read / unit).min())
+            mine = here[0] * float(pair.min()) + here[1] * float(read.min())
+            result = np.maximum(result, base + np.maximum(mine, left / others))
         return self._grouped(result * self._weight[:, None])
 
     def transfers(self, layer: int) -> FloatArray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound
-from ...placement.cost import Roofline, all_to_all_latency, chance_reached, combine_bytes, dispatch_bytes
+from ...placement.cost import ExpertCost, all_to_all_latency, chance_reached, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.steps import Steps
 from .device_sets import link_floors
@@ -49,7 +49,7 @@ class Level:
     copy: float
     evenly: float
     leaving: float
-    work: Roofline
+    work: ExpertCost
 
     @property
     def holders(self) -> int:
@@ -61,7 +61,7 @@ def levels(problem: Problem) -> list[Level]:
     topology, dedup = problem.topology, problem.objective.node_dedup
     sizes, devices, nodes = topology.node_size, topology.num_devices, topology.num_nodes
     slots = problem.layer_slots
-    work = Roofline.of(problem.model, topology)
+    work = ExpertCost.of(problem.model, topology)
     smallest, away = float(sizes.min()), 1.0 - float(sizes.max()) / devices
     # Inside nodes: a copy from another node is fanned out from a device chosen evenly, and so passes (size - 1) / size
     # links.
@@ -147,7 +147,9 @@ class Relaxations:
         for place, layer in enumerate(span):
             share = self._share(layer)
             if self._work is None:
-                terms.append(self._compute(layer, place, space, share))
+                slowest, base = self._compute(layer, place, space, share)
+                terms.append(slowest)
+                constant += base
             else:
                 constant += share * float(self._work[layer])
             for term, offset in self._transfers(layer, place, span, share):
@@ -167,13 +169,15 @@ class Relaxations:
         """Of a layer's own terms that a relaxation takes: neighbouring ones half each."""
         return 0.5 if self.coherent and 0 < layer < self._problem.model.layers - 1 else 1.0
 
-    def _compute(self, layer: int, place: int, space: GramSpace, share: float) -> Term:
+    def _compute(self, layer: int, place: int, space: GramSpace, share: float) -> tuple[Term, float]:
+        """The slowest holder's work, and the seconds that every holder takes whatever it is given."""
         fastest, loads = self._level.work.fastest(), self._loads[:, layer]
         work = np.zeros((len(loads), 2, space.items))
         own = slice(place * space.experts, (place + 1) * space.experts)
-        work[:, 0, own] = loads * fastest.per_pair
-        work[:, 1, own] = (loads > 0) * fastest.per_read
-        return SlowestDevice(work, share * self._weight, self._floor[:, layer])
+        work[:, :, own] = fastest.lines(loads[..., None], (loads > 0)[..., None].astype(np.float64))[..., 0].transpose(1, 0, 2)
+        base = fastest.base(loads.sum(axis=1))[:, 0]
+        weight = share * self._weight
+        return SlowestDevice(work, weight, self._floor[:, layer] - base), float(weight @ base)
 
     def _transfers(
         self, layer: int, place: int, span: tuple[int, ...], share: float

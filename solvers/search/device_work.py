@@ -12,9 +12,13 @@ from .kernel_types import LayerTokens, Rates
 @kernel
 def compute_seconds(load: FloatArray, hit: FloatArray, rates: Rates) -> float:
     """The slowest device's, from token-expert pairs and experts read on each [G]."""
-    slowest = 0.0
+    pairs, slowest = 0.0, 0.0
     for g in range(load.shape[0]):
-        slowest = max(slowest, load[g] * rates.per_pair[g], hit[g] * rates.per_expert[g])
+        pairs += load[g]
+    for g in range(load.shape[0]):
+        arithmetic = load[g] * rates.pair[0, g] + hit[g] * rates.read[0, g]
+        reading = load[g] * rates.pair[1, g] + hit[g] * rates.read[1, g]
+        slowest = max(slowest, rates.fixed[g] + rates.passing[g] * pairs + max(arithmetic, reading))
     return slowest
 
 

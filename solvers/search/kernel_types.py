@@ -62,14 +62,17 @@ class CoherentTokens(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Seconds a unit costs: [G] token-expert pair, expert read, copy over the device's links; [N] copy over the node's.
+    """Seconds a unit costs: fixed, passing, pair, read as in `ExpertCost`; [G] a copy over the device's links; [N] a
+    copy over the node's.
 
     back: what a returning copy costs, relative to one going out. node_of: [G]. node_size: [N]. dedup: one copy a
     (token, node) between nodes.
     """
 
-    per_pair: FloatArray
-    per_expert: FloatArray
+    fixed: FloatArray
+    passing: FloatArray
+    pair: FloatArray
+    read: FloatArray
     per_copy: FloatArray
     per_node_copy: FloatArray
     back: float

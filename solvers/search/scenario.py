@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
-from ...placement.cost import Roofline, combine_bytes, dispatch_bytes
+from ...placement.cost import ExpertCost, combine_bytes, dispatch_bytes
 from ...placement.problem import Problem
 from ...placement.statistics import window_weights, with_tokens
 from ...placement.steps import Steps
@@ -191,8 +191,7 @@ def rates_for(problem: Problem, scenario: Scenario) -> Rates:
     nothing = np.zeros(topology.num_devices)
     if scenario.steps is None:
         return Rates(
-            topology.compute.sum() / topology.compute,
-            nothing,
+            *ExpertCost.roofline(topology.compute.sum() / topology.compute, nothing),
             nothing,
             np.zeros(topology.num_nodes),
             0.0,
@@ -202,7 +201,7 @@ def rates_for(problem: Problem, scenario: Scenario) -> Rates:
         )
     out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
     return Rates(
-        *Roofline.of(model, topology),
+        *ExpertCost.of(model, topology),
         scenario.tokens_each * out / topology.intra_bandwidth,
         scenario.tokens_each * out / topology.inter_bandwidth,
         back / out,

@@ -37,7 +37,7 @@ def test_a_refusal_is_one_line_on_stderr_and_exit_code_1() -> None:
     assert ended.stdout == ""
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1
-    assert "did you mean 'h100-hgx'" in ended.stderr
+    assert "did you mean 'h100-sxm'" in ended.stderr
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
@@ -132,7 +132,7 @@ def test_a_disk_error_is_one_line(trace: Path, tmp_path: Path) -> None:
 
 def test_topologies_are_listed_shown_and_written(tmp_path: Path) -> None:
     presets = run("topology", "list", "--json").data
-    assert {"h100-hgx", "a100-hgx"} <= {row["name"] for row in presets}
+    assert {"h100-sxm", "a100-sxm"} <= {row["name"] for row in presets}
     path = tmp_path / "cluster.yaml"
     assert run("topology", "write", "h100-hgx", "--nodes", "2", "-o", path).code == 0
     assert mp.Topology.load(path) == mp.Topology.preset("h100-hgx", nodes=2)

@@ -39,7 +39,7 @@ def test_the_wheel_holds_every_package_and_nothing_else_of_the_tree(wheel: Path)
     assert packed == expected
     assert any(name.endswith("page.html.j2") for name in names)
     assert {"moeplace/service/pages/templates/index.html", "moeplace/service/pages/static/style.css"} <= set(names)
-    assert "moeplace/py.typed" in names
+    assert {"moeplace/py.typed", "moeplace/placement/kernels.json"} <= set(names)
     stubs = {f"moeplace/{path.relative_to(ROOT).as_posix()}" for path in (*ROOT.glob("*.pyi"), *ROOT.glob("*/*.pyi"))}
     assert stubs
     assert stubs <= set(names)

@@ -77,7 +77,7 @@ def test_a_wrong_topology_is_refused_with_the_field(data: Any, message: str) -> 
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(mp.InputError, match="did you mean 'h100-hgx'"):
+    with pytest.raises(mp.InputError, match="did you mean 'h100-sxm'"):
         mp.Topology.preset("h100")
     with pytest.raises(mp.InputError, match="between 1 and 8"):
         mp.Topology.preset("h100-hgx", devices_per_node=9)

@@ -115,7 +115,7 @@ def test_a_wrong_field_is_named(server: Server, body: Any, field: str, message: 
             422,
             "16,777,216 devices",
         ),
-        ("POST", "/v1/topologies", {"topology": {"preset": "h1OO-hgx"}}, 422, "did you mean 'h100-hgx'"),
+        ("POST", "/v1/topologies", {"topology": {"preset": "h1OO-sxm"}}, 422, "did you mean 'h100-sxm'"),
         ("POST", "/v1/solve", {"solver": "eplb"}, 422, "give deployment, or model, topology and statistics"),
         ("POST", "/v1/solve", {"deployment": "chat", "solver": "elpb"}, 422, "did you mean 'eplb'"),
         ("POST", "/v1/solve", {"deployment": "chat", "options": {"x": 1}}, 422, "no option 'x'"),
