@@ -107,10 +107,10 @@ def read_topology(options: TopologyOptions) -> Topology:
 
 
 def _read_topology(options: TopologyOptions) -> Topology:
-    from ..placement.topology import PRESETS, Topology
+    from ..placement.topology import FORMER_NAMES, PRESETS, Topology
 
     name = options.topology
-    if name in PRESETS:
+    if name in PRESETS or name in FORMER_NAMES:
         return Topology.preset(name, options.nodes or 1, options.devices_per_node)
     if name.endswith((".yaml", ".yml", ".json")) or Path(name).is_file():
         if options.nodes is not None or options.devices_per_node is not None:

@@ -174,7 +174,8 @@ class Relaxations:
         fastest, loads = self._level.work.fastest(), self._loads[:, layer]
         work = np.zeros((len(loads), 2, space.items))
         own = slice(place * space.experts, (place + 1) * space.experts)
-        work[:, :, own] = fastest.lines(loads[..., None], (loads > 0)[..., None].astype(np.float64))[..., 0].transpose(1, 0, 2)
+        hit = (loads > 0).astype(np.float64)
+        work[:, :, own] = fastest.lines(loads[..., None], hit[..., None])[..., 0].transpose(1, 0, 2)
         base = fastest.base(loads.sum(axis=1))[:, 0]
         weight = share * self._weight
         return SlowestDevice(work, weight, self._floor[:, layer] - base), float(weight @ base)
