@@ -61,21 +61,28 @@ def find_sites(
         if extract is not None:
             raise InputError("extract= reads the modules named by routers=; give routers= as well")
         modules = [(name, module) for name, module in _modules(model) if experts_arguments(module)]
+        modules = modules or [(name, module) for name, module in _modules(model) if name in _dense_routers(model)]
         if not modules:
             raise InputError(_nothing_found(model))
+        if {"encoder", "decoder"} <= {part for name, _ in modules for part in name.split(".")}:
+            raise InputError(
+                f"{type(model).__name__} routes in an encoder and in a decoder, whose tokens are not the same; record "
+                f"one of them: routers=r'decoder\\..*{modules[0][0].rpartition('.')[2]}$'"
+            )
     else:
         modules = _named(model, routers)
     layers = _layer_indices([name for name, _ in modules])
     sites = []
     for layer, (name, module) in zip(layers, modules, strict=True):
-        names = None if routers is not None else experts_arguments(module)
+        names = None if extract is not None else experts_arguments(module)
+        dense = _dense_routing if names is None and name in _dense_routers(model) else routing_of_call
         sites.append(
             RouterSite(
                 name=name,
                 layer=layer,
                 module=module,
                 num_experts=num_experts or _expert_count(name, module),
-                extract=_from_arguments(*names) if names else extract or routing_of_call,
+                extract=_from_arguments(*names) if names else extract or dense,
                 at_call=names is not None,
             )
         )
@@ -105,9 +112,30 @@ def _from_arguments(index_name: str, weight_name: str) -> Extract:
     def read(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
         ids = args[1] if len(args) > 1 else kwargs[index_name]
         weights = args[2] if len(args) > 2 else kwargs[weight_name]
+        if ids.shape[:-1] == weights.shape and ids.ndim > 2:
+            # One-hot (Switch); a token past its expert's capacity has no expert.
+            return ids.argmax(dim=-1).where(ids.any(dim=-1), -1), weights
         return ids, weights
 
     return read
+
+
+def _dense_routers(model: Module) -> set[str]:
+    """Names of routers whose experts are given every token for every expert, scaled by scores that are zero for all but
+    the chosen (Llama-4)."""
+    names = set()
+    for name, block in _modules(model):
+        router, experts = getattr(block, "router", None), getattr(block, "experts", None)
+        if not isinstance(getattr(router, "top_k", None), int) or not hasattr(experts, "gate_up_proj"):
+            continue
+        if list(inspect.signature(type(experts).forward).parameters) == ["self", "hidden_states"]:
+            names.add(f"{name}.router" if name else "router")
+    return names
+
+
+def _dense_routing(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
+    weights, ids = next(_tensors(output)).topk(module.top_k, dim=-1)  # type: ignore[arg-type]
+    return ids, weights
 
 
 def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,60 @@ class GptOss:
         up_NF = both_NF[..., 1::2].clamp(min=-self.limit, max=self.limit)
         hidden_NF = (up_NF + 1) * (gate_NF * torch.sigmoid(gate_NF * self.alpha))
         return group.product(hidden_NF, weights["down_proj"]) + group.spread(weights["down_proj_bias"])
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The experts of a Transformers class, as its flags declare them; its own module computes gate and norm.
+
+    name: the class. gated: gate_up_proj rather than up_proj. transposed: matrices are stored inputs first. bias: of
+    both matrices. post_norm: of each expert's output. input_size, ffn_size, output_size: as the module's own shapes
+    say. module: without its weights.
+    """
+
+    name: str
+    gated: bool
+    transposed: bool
+    bias: bool
+    post_norm: bool
+    input_size: int
+    ffn_size: int
+    output_size: int
+    module: Any = field(repr=False, compare=False)
+
+    FLAGS: ClassVar = frozenset({"has_gate", "is_transposed", "has_bias", "has_post_expert_norm", "is_concatenated"})
+    """Of Transformers' experts; how gate and up are laid out is the module's own gate's matter."""
+
+    def shapes(self, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+        del spec
+        first, both = ("gate_up_proj", 2 * self.ffn_size) if self.gated else ("up_proj", self.ffn_size)
+        shapes: dict[str, tuple[int, ...]] = {
+            first: (self.input_size, both) if self.transposed else (both, self.input_size),
+            "down_proj": (self.ffn_size, self.output_size) if self.transposed else (self.output_size, self.ffn_size),
+        }
+        if self.bias:
+            shapes |= {f"{first}_bias": (both,), "down_proj_bias": (self.output_size,)}
+        return shapes
+
+    def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
+        group = Groups(row_ND, count_S)
+
+        def product(row_NI: Tensor, name: str) -> Tensor:
+            weight_SIO = weights[name] if self.transposed else weights[name].transpose(1, 2)
+            out_NO = group.product(row_NI, weight_SIO)
+            return out_NO + group.spread(weights[f"{name}_bias"]) if self.bias else out_NO
+
+        hidden_NF = product(row_ND, "gate_up_proj" if self.gated else "up_proj")
+        if not self.gated:
+            hidden_NF = self.module.act_fn(hidden_NF)
+        elif hasattr(self.module, "_apply_gate"):
+            hidden_NF = self.module._apply_gate(hidden_NF).to(row_ND.dtype)
+        else:
+            gate_NF, up_NF = hidden_NF.chunk(2, dim=-1)
+            hidden_NF = self.module.act_fn(gate_NF) * up_NF
+        out_ND = product(hidden_NF, "down_proj")
+        normed_ND: Tensor = self.module.post_expert_norm(out_ND) if self.post_norm else out_ND
+        return normed_ND
 
 
 class Groups:

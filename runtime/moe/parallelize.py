@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,10 @@ from ...placement.plan import Plan
 from .compression import LSHCompression
 from .coordination import check_consistent
 from .data_parallel import exclude_from_ddp
-from .expert_mlps import ExpertMLP, GptOss, SwiGLU
+from .expert_mlps import Fused
 from .experts import Gradients, MakeDispatcher, PlacedExperts, check_plan
 from .layer import ExpertParallelMoE
 from .mesh import ExpertMesh
-
-ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELU": "gelu", "ReLU": "relu"}
-"""Activation modules of Transformers and their functions in torch.nn.functional."""
 
 TRIED_EXPERTS, TRIED_ROWS, TRIED_WIDTH = 2, 4, 256
 """Experts, tokens and inner units on which an expert MLP is compared with the module that it stands for."""
@@ -75,7 +73,7 @@ def parallelize(
     mesh = ExpertMesh.of(mesh)
     failure: MoeplaceError | None = None
     modules: list[tuple[str, int, nn.Module]] = []
-    kinds: list[ExpertMLP] = []
+    kinds: list[Fused] = []
     spec = plan.model
     try:
         mesh.check_covers_world()
@@ -92,8 +90,9 @@ def parallelize(
     for (name, layer, module), kind in zip(modules, kinds, strict=True):
         weights = dict(module.named_parameters(recurse=False))
         example = next(iter(weights.values()))
+        # Experts between latent projections take and give rows of the latent width.
         placed = PlacedExperts(
-            spec,
+            spec.replace(expert_input_size=kind.input_size, expert_output_size=kind.output_size),
             plan,
             mesh,
             layer,
@@ -144,24 +143,44 @@ def _experts(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
     return sorted(modules, key=lambda entry: entry[1])
 
 
-def _kind(name: str, module: nn.Module) -> ExpertMLP:
-    form = tuple(bool(getattr(module, f, d)) for f, d in (("has_gate", 1), ("has_bias", 0), ("is_transposed", 0)))
-    # Transformers gives classes without a gate of their own a default one.
-    own_gate = getattr(getattr(module, "_apply_gate", None), "__module__", "") == type(module).__module__
-    if form == (True, True, True) and own_gate and {"alpha", "limit"} <= set(vars(module)):
-        return GptOss(alpha=float(vars(module)["alpha"]), limit=float(vars(module)["limit"]))
-    activation = ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
-    concatenated = bool(getattr(module, "is_concatenated", True))
-    if form == (True, False, False) and concatenated and not own_gate and activation is not None:
-        return SwiGLU(activation)
-    raise UnsupportedError(
-        f"{name} ({type(module).__name__}): its function is not known; known are gated experts with "
-        f"{sorted(ACTIVATIONS)} "
-        "and gpt-oss's. Write an expert MLP (moeplace/runtime/moe/expert_mlps.py) and use ExpertParallelMoE"
+def _kind(name: str, module: nn.Module) -> Fused:
+    def refused(why: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{name} ({type(module).__name__}): its function is not known: {why}. Write an expert MLP "
+            "(moeplace/runtime/moe/expert_mlps.py) and use ExpertParallelMoE"
+        )
+
+    own = dict(module.named_parameters(recurse=False))
+    flags = {flag: value for flag, value in vars(module).items() if re.match("(has|is)_", flag)}
+    if strange := sorted(flags.keys() - Fused.FLAGS):
+        raise refused(f"Transformers declares {strange[0]} = {flags[strange[0]]!r} of it")
+    inner = [key for key, _ in module.named_parameters() if key not in own]
+    if inner:
+        raise refused(f"its part {inner[0]} has weights beside those of the experts")
+    gated = bool(flags.get("has_gate", "gate_up_proj" in own))
+    first = "gate_up_proj" if gated else "up_proj"
+    bias = bool(flags.get("has_bias", "down_proj_bias" in own))
+    wanted = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if bias else set())
+    if own.keys() != wanted:
+        raise refused(f"its weights are {', '.join(sorted(own))}, expected {', '.join(sorted(wanted))}")
+    up, down = own[first], own["down_proj"]
+    if up.ndim != 3 or down.ndim != 3 or len(up) != len(down):
+        raise refused(f"{first} has shape {list(up.shape)}, down_proj {list(down.shape)}, expected an expert a row each")
+    transposed = bool(flags.get("is_transposed", up.shape[1] != (1 + gated) * down.shape[2]))
+    (both, width), (output, ffn) = (
+        ((up.shape[2], up.shape[1]), (down.shape[2], down.shape[1])) if transposed else (up.shape[1:], down.shape[1:])
     )
+    if both != (1 + gated) * ffn:
+        raise refused(f"{first} has shape {list(up.shape)} and down_proj {list(down.shape)}, which do not fit")
+    if not callable(getattr(module, "act_fn", None)) and not hasattr(module, "_apply_gate"):
+        raise refused("it has neither act_fn nor a gate of its own")
+    alone = copy.copy(module)
+    alone._parameters = {}
+    post_norm = bool(flags.get("has_post_expert_norm", False))
+    return Fused(type(module).__name__, gated, transposed, bias, post_norm, width, ffn, output, alone)
 
 
-def _check_kinds(modules: list[tuple[str, int, nn.Module]], kinds: list[ExpertMLP], spec: ModelSpec) -> None:
+def _check_kinds(modules: list[tuple[str, int, nn.Module]], kinds: list[Fused], spec: ModelSpec) -> None:
     """Compares every expert MLP with its module, once for those built alike.
 
     Raises:
@@ -176,8 +195,9 @@ def _check_kinds(modules: list[tuple[str, int, nn.Module]], kinds: list[ExpertML
             continue
         compared.add(built)
         # Few inner units tell functions apart as well as all do, in a fraction of the time; a refusal rests on all.
-        failure = _difference(module, kind, spec.replace(ffn_size=min(spec.ffn_size, TRIED_WIDTH)))
-        if failure is not None and spec.ffn_size > TRIED_WIDTH:
+        narrow = replace(kind, ffn_size=min(kind.ffn_size, TRIED_WIDTH))
+        failure = _difference(module, narrow, spec)
+        if failure is not None and kind.ffn_size > TRIED_WIDTH:
             failure = _difference(module, kind, spec)
         if failure is not None:
             raise UnsupportedError(
@@ -187,7 +207,7 @@ def _check_kinds(modules: list[tuple[str, int, nn.Module]], kinds: list[ExpertML
 
 
 @torch.no_grad()
-def _difference(module: nn.Module, kind: ExpertMLP, spec: ModelSpec) -> str | None:
+def _difference(module: nn.Module, kind: Fused, spec: ModelSpec) -> str | None:
     """What tells `kind` from the module's own forward, on random rows and weights; None where nothing does."""
     generator = torch.Generator().manual_seed(0)
 
@@ -196,7 +216,7 @@ def _difference(module: nn.Module, kind: ExpertMLP, spec: ModelSpec) -> str | No
 
     count = min(TRIED_EXPERTS, spec.experts)
     # Large enough to reach the bends and limits of activations.
-    row_TD = 4.0 * drawn(TRIED_ROWS, spec.expert_input_size)
+    row_TD = 4.0 * drawn(TRIED_ROWS, kind.input_size)
     expert_TK = torch.arange(count, device="cpu").repeat(TRIED_ROWS, 1)
     weight_TK = drawn(TRIED_ROWS, count)
     shapes = {key: (count, *shape) for key, shape in kind.shapes(spec).items()}

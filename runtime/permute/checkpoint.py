@@ -20,14 +20,12 @@ import numpy as np
 
 from ..._arguments import check_types
 from ..._types import IntArray
-from ...placement.errors import FileFormatError, InputError, UnsupportedError, nearest
+from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.files import read_text, write_text
 from ...placement.model import ModelSpec
+from ...placement.model_config import read_config
 from ...placement.plan import Plan
 from .rows import expert_order
-
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
-"""`model_type` of the models whose tensors are known, as their checkpoints and as Transformers 5 itself name them."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ORDER_FILE = "moeplace_expert_order.json"
@@ -63,8 +61,9 @@ def permute_checkpoint(
 ) -> PermutedCheckpoint:
     """Writes a Transformers safetensors checkpoint with each MoE layer's experts in the plan's order.
 
-    Router rows, biases and correction biases, expert weights and their quantisation scales move together, so the model
-    computes what it did; headers, index and sharding stay as they are. Bytes are streamed: memory does not grow with
+    Router rows, biases and correction biases, expert weights and their quantisation scales move together, and tables of
+    expert ids are rewritten, so the model computes what it did; headers, index and sharding stay as they are. Which
+    tensor is what is told by its name and by its shape against the config; what is not clear is refused. Bytes are streamed: memory does not grow with
     the checkpoint. `ORDER_FILE` beside the weights records the order.
 
     Args:
@@ -80,7 +79,7 @@ def permute_checkpoint(
     Raises:
         InputError: no such folder, `out` exists, too little disk, a plan for another model, a checkpoint permuted
             already (or, to invert, not by this plan).
-        UnsupportedError: another model family, a tensor that is not known, a plan with replicas or uneven slots, or one
+        UnsupportedError: a tensor whose part in a MoE layer is not clear, a plan with replicas or uneven slots, or one
             that parts expert groups; see `expert_order`.
         FileFormatError: config, index or weights are malformed, truncated or incomplete.
     """
@@ -89,14 +88,14 @@ def permute_checkpoint(
         raise InputError(f"{source}: no such folder")
     if target.exists() or target.is_symlink():
         raise InputError(f"{target}: exists already; a checkpoint is written to a new folder only")
-    spec, ignored = _checkpoint_model(source)
+    spec, hidden_layers, encoder_layers = _checkpoint_model(source)
     _check_same_model(spec, plan.model, source)
     order = expert_order(plan, spec.groups)
     _check_state(source, order, invert)
 
     headers = read_weight_headers(source)
-    names = [tensor.name for header in headers for tensor in header.tensors]
-    roles = {name: tensor_role(name, spec.moe_layers, ignored) for name in names}
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    roles = tensor_roles(tensors, spec, hidden_layers, encoder_layers)
     check_complete(headers, roles, spec.moe_layers)
     experts = experts_by_place(headers, roles, spec.experts)
     rows = dict(zip(spec.moe_layers, inverse(order) if invert else order, strict=True))
@@ -123,23 +122,15 @@ def permute_checkpoint(
     return PermutedCheckpoint(target, order, weights, total, copied, left_out)
 
 
-def _checkpoint_model(folder: Path) -> tuple[ModelSpec, range]:
-    """The model's shape, and the indices of multi-token prediction layers, which stand behind the last layer."""
+def _checkpoint_model(folder: Path) -> tuple[ModelSpec, int, int]:
+    """The model's shape, how many layers it has, and those of its encoder, where it has a decoder beside it."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; is this a Transformers checkpoint?")
     config = json_object(path)
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise UnsupportedError(
-            f"{path}: how to permute a model of type {kind!r} is not known; {nearest(str(kind), FAMILIES)}"
-        )
-    try:
-        layers = int(config["num_hidden_layers"])
-        extra = int(config.get("num_nextn_predict_layers") or 0)
-        return ModelSpec.from_config(config), range(layers, layers + extra)
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{path}: {error}") from None
+    reading = read_config(path)
+    before = "num_layers" if "num_decoder_layers" in config else "encoder_layers" if "decoder_layers" in config else ""
+    return ModelSpec(**reading.fields), reading.hidden_layers, int(config.get(before) or 0)
 
 
 def _check_same_model(checkpoint: ModelSpec, plan: ModelSpec, folder: Path) -> None:
@@ -166,69 +157,124 @@ def _check_state(folder: Path, order: IntArray, invert: bool) -> None:
             raise InputError(f"{folder}: permuted to another plan than the one given; use the plan it was made with")
 
 
-# Which part of a Transformers checkpoint a tensor is, by its name.
+# Which part of a Transformers checkpoint a tensor is, by its name and shape.
 
 
-_BLOCK = re.compile(r"((?:model\.)?layers\.(\d+)\.(?:mlp|block_sparse_moe)\.)(.+)")
-_ROUTER = re.compile(r"gate\.(weight|bias|e_score_correction_bias)|router\.(weight|bias)")
-_FUSED = re.compile(r"experts\.(gate_up_proj|down_proj)(_bias|_blocks|_scales|_scale_inv)?")
-_EXPERT = re.compile(
-    r"experts\.(0|[1-9]\d*)\.((?:w1|w2|w3|gate_proj|up_proj|down_proj)\.(?:weight|bias"
-    r"|weight_scale|weight_scale_inv|weight_scale_2|weight_global_scale|weight_packed|weight_shape|weight_zero_point"
-    r"|weight_g_idx|input_scale|input_global_scale|qweight|qzeros|scales|g_idx))"
-)
-_SHARED = re.compile(r"shared_experts?\..+|shared_expert_gate\.(weight|bias)")
-_SUSPECT = re.compile(r"expert|router|moe|(^|\.)gate\.|e_score")
+_LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?:layers?|blocks?|h)\.(?P<layer>\d+)\.)(?P<rest>.+)")
+_ELSEWHERE = re.compile(r"(?:^|[._])(?:visual|vision|audio|talker|code2wav|mtp|nextn)(?:[._]|$)")
+"""Parts of a model beside its language layers: routed, if at all, among experts of their own, which stay."""
+_ATTENTION = re.compile(r"(?:^|[._])(?:self_)?(?:attn|attention)(?:[._]|$)|(?:^|\.)(?:conv1d|conv)\.")
+_SHARED = re.compile(r"(?:^|\.)shared?_|(?:^|\.)(?:shared_mlp|residual_mlp)(?:\.|$)")
+_EXPERT = re.compile(r"(?P<block>(?:.+\.)?)(?:experts|local_experts)\.(?:expert_)?(?P<expert>0|[1-9]\d*)\.(?P<part>.+)")
+_FUSED = re.compile(r"(?P<block>(?:.+\.)?)(?:experts\.(?P<part>.+)|(?:input|output)_linear\.weight)")
+_JOINED = re.compile(r"mlp\.(?:w1|v1|w2)")
+"""DBRX's: experts behind one another in dimension 0."""
+_ROUTER = re.compile(r"(?:^|\.)(?:gate|router)(?:\.|$)|e_score|correction_bias|expert_bias|per_expert|balancing|moe_statics")
+_IDS = re.compile(r"(?:^|\.)tid2eid$")
+_SUSPECT = re.compile(r"expert|router|(?:^|[._])moe[._]|(?:^|\.)gate\.|e_score|tid2eid")
+_WHOLE_NUMBERS = {"U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8"}
 
 
 @dataclass(frozen=True)
 class Role:
-    """kind: "router" and "fused" hold an expert a row (dimension 0); "expert" belongs to one expert alone.
+    """kind: "router" and "fused" hold an expert a row (dimension 0), "columns" an expert a column (the last
+    dimension), "ids" experts' numbers as values; "expert" belongs to one expert alone.
 
-    layer: the model's absolute index. expert: its index, for "expert". place: the name without layer-wide parts, equal
-    for the tensors that change places with each other.
+    layer: the model's absolute index. expert: its index, for "expert". place: the name without the expert's number,
+    equal for the tensors that change places with each other.
     """
 
-    kind: Literal["router", "fused", "expert"]
+    kind: Literal["router", "fused", "columns", "ids", "expert"]
     layer: int
     expert: int = -1
     place: str = ""
 
 
-def tensor_role(name: str, moe_layers: Container[int], ignored_layers: Container[int] = ()) -> Role | None:
-    """The tensor's part in a routed MoE layer; None for tensors a change of experts leaves alone.
+def tensor_roles(
+    tensors: Sequence[StoredTensor], spec: ModelSpec, hidden_layers: int, encoder_layers: int = 0
+) -> dict[str, Role | None]:
+    """Each tensor's part in a routed MoE layer, by its name; None for tensors a change of experts leaves alone.
 
-    ignored_layers: layers that keep their experts as they are (multi-token prediction layers).
+    Layers past `hidden_layers`, for multi-token prediction, keep their experts as they are, and so do parts of the
+    model that are no language model. encoder_layers: from which a decoder's layers are counted on.
 
     Raises:
-        UnsupportedError: a name inside a MoE block, or one that speaks of experts elsewhere, which is not known.
-            Leaving it alone could part an expert from its own tensors.
+        UnsupportedError: a tensor of a MoE layer that has a dimension of as many as there are experts, or one that
+            speaks of experts elsewhere, and is not known. Leaving it alone could part an expert from its own tensors.
     """
-    match = _BLOCK.fullmatch(name)
-    layer = int(match[2]) if match else -1
-    if match is None or layer not in moe_layers:
-        inside_ignored = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
-        if inside_ignored and int(inside_ignored[1]) in ignored_layers:
-            return None
-        if _SUSPECT.search(name):
-            raise UnsupportedError(
-                f"tensor {name} speaks of experts outside the MoE layers of the plan; it is not known how to permute it"
-            )
-        return None
-    stem, rest = match[1], match[3]
-    if _SHARED.fullmatch(rest):
-        return None
-    if _ROUTER.fullmatch(rest):
-        return Role("router", layer)
-    if _FUSED.fullmatch(rest):
-        return Role("fused", layer)
-    expert = _EXPERT.fullmatch(rest)
-    if expert is None:
+    blocks: dict[int, set[str]] = defaultdict(set)
+    places: dict[str, tuple[int, str, str]] = {}
+    for tensor in tensors:
+        match = None if _ELSEWHERE.search(tensor.name) else _LAYER.fullmatch(tensor.name)
+        if match is None:
+            if _SUSPECT.search(tensor.name) and not _ELSEWHERE.search(tensor.name):
+                raise UnsupportedError(
+                    f"tensor {tensor.name} speaks of experts outside the model's layers; it is not known how to permute it"
+                )
+            continue
+        decoder = encoder_layers * bool(re.search(r"(?:^|\.)decoder\.", match["stem"]))
+        layer, rest = int(match["layer"]) + decoder, match["rest"]
+        if layer >= hidden_layers:
+            continue
+        places[tensor.name] = (layer, match["stem"], rest)
+        found = None if _ATTENTION.search(rest) or _SHARED.search(rest) else _EXPERT.fullmatch(rest) or _FUSED.fullmatch(rest)
+        if found is not None:
+            blocks[layer].add(match["stem"] + found["block"])
+    if extra := sorted(blocks.keys() - set(spec.moe_layers)):
         raise UnsupportedError(
-            f"tensor {name} stands in a MoE layer and its name is not known; leaving it as it is could give wrong "
-            f"results. Known families: {', '.join(FAMILIES)}"
+            f"layer {extra[0]} has tensors of experts, and by the config none; its MoE layers are {spec.moe_layers}"
         )
-    return Role("expert", layer, int(expert[1]), f"{stem}experts.*.{expert[2]}")
+    roles: dict[str, Role | None] = dict.fromkeys(tensor.name for tensor in tensors)
+    for tensor in tensors:
+        if tensor.name in places:
+            layer, stem, rest = places[tensor.name]
+            if layer in spec.moe_layers and not _ATTENTION.search(rest) and not _SHARED.search(rest):
+                roles[tensor.name] = _role(tensor, layer, stem, rest, blocks[layer], spec)
+    return roles
+
+
+def _role(
+    tensor: StoredTensor, layer: int, stem: str, rest: str, blocks: set[str], spec: ModelSpec
+) -> Role | None:
+    def unclear(why: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"tensor {tensor.name} of shape {list(tensor.shape)} stands in a MoE layer of {spec.experts} experts and {why}; "
+            "leaving it as it is could give wrong results"
+        )
+
+    if single := _EXPERT.fullmatch(rest):
+        return Role("expert", layer, int(single["expert"]), f"{stem}{single['block']}experts.*.{single['part']}")
+    routed = spec.experts + spec.zero_experts
+    first = tensor.shape[0] if tensor.shape else 0
+    if fused := _FUSED.fullmatch(rest):
+        if not tensor.shape:
+            return None
+        if _ROUTER.search(fused["part"] or "") and first == routed or first == spec.experts:
+            return Role("fused", layer)
+        if fused["part"] and _JOINED.fullmatch(fused["part"]) and first % spec.experts == 0:
+            return Role("fused", layer)
+        if first == routed and spec.zero_experts:
+            return Role("fused", layer)
+        raise unclear("has not as many rows")
+    if _IDS.search(rest):
+        if tensor.dtype not in _WHOLE_NUMBERS:
+            raise unclear(f"its expert ids are {tensor.dtype}")
+        return Role("ids", layer)
+    if not any(f"{stem}{rest}".startswith(block) for block in blocks):
+        if _SUSPECT.search(rest) and routed in tensor.shape:
+            raise unclear("its name speaks of experts outside of their block")
+        return None
+    if _ROUTER.search(rest) or (_SUSPECT.search(rest) and routed in tensor.shape):
+        if first == routed:
+            plain = tensor.shape.count(routed) == 1 or re.search(r"(?:gate|router|wg|classifier|proj|layer)\.weight$", rest)
+            if not plain:
+                raise unclear("has two dimensions of that size")
+            return Role("router", layer)
+        if len(tensor.shape) > 1 and tensor.shape[-1] == routed:
+            return Role("columns", layer)
+    elif routed in tensor.shape and stem not in blocks:
+        raise unclear("its name is not known")
+    return None
 
 
 # From recognised tensors and an order of experts to the byte ranges of each permuted file.
@@ -271,7 +317,7 @@ def check_complete(headers: Sequence[Header], roles: Mapping[str, Role | None], 
     Raises:
         FileFormatError: one has not; the layer is named.
     """
-    seen = {(role.layer, role.kind == "router") for role in roles.values() if role is not None}
+    seen = {(role.layer, role.kind in ("router", "columns")) for role in roles.values() if role is not None}
     for layer in layers:
         for is_router, what in ((True, "router"), (False, "experts")):
             if (layer, is_router) not in seen:
@@ -281,7 +327,7 @@ def check_complete(headers: Sequence[Header], roles: Mapping[str, Role | None], 
 
 def file_ranges(
     header: Header, roles: Mapping[str, Role | None], experts: Experts, order: Mapping[int, IntArray]
-) -> Iterator[ByteRange]:
+) -> Iterator[ByteRange | Content]:
     """The source of every byte of the permuted file, which keeps the header: names and places stay, contents move.
 
     order: by absolute layer, [E] the expert whose content row e gets.
@@ -293,14 +339,35 @@ def file_ranges(
         elif role.kind == "expert":
             source = experts[role.place][order[role.layer][role.expert]]
             yield ByteRange(source.file, source.start, source.nbytes)
+        elif role.kind in ("ids", "columns"):
+            yield Content(_rewritten(tensor, role, order[role.layer]))
         else:
             rows = order[role.layer]
-            if not tensor.shape or tensor.shape[0] != len(rows) or tensor.nbytes % len(rows):
+            # Experts without weights stand behind the others in the router, and stay.
+            count = tensor.shape[0] if role.kind == "router" or tensor.shape[0] % len(rows) else len(rows)
+            if not tensor.nbytes or count < len(rows) or tensor.nbytes % count:
                 raise UnsupportedError(
                     f"{tensor.name} has shape {list(tensor.shape)}, expected {len(rows)} experts in dimension 0"
                 )
-            width = tensor.nbytes // len(rows)
+            width = tensor.nbytes // count
             yield from (ByteRange(tensor.file, tensor.start + int(row) * width, width) for row in rows)
+            yield ByteRange(tensor.file, tensor.start + len(rows) * width, tensor.nbytes - len(rows) * width)
+
+
+def _rewritten(tensor: StoredTensor, role: Role, rows: IntArray) -> bytes:
+    """The tensor's bytes with its columns in the order of `rows`, or its expert ids as these rows count them."""
+    with tensor.file.open("rb") as handle:
+        handle.seek(tensor.start)
+        raw = np.frombuffer(handle.read(tensor.nbytes), dtype=np.uint8)
+    if role.kind == "columns":
+        values = raw.reshape(*tensor.shape, -1)
+        order = np.concatenate([rows, np.arange(len(rows), tensor.shape[-1])])
+        return np.ascontiguousarray(values[..., order, :]).tobytes()
+    ids = raw.view(_WHOLE_NUMBERS[tensor.dtype])
+    inside = (ids >= 0) & (ids < len(rows))
+    changed = ids.copy()
+    changed[inside] = np.argsort(rows)[ids[inside]]
+    return changed.tobytes()
 
 
 def inverse(order: IntArray) -> IntArray:
@@ -468,6 +535,13 @@ class ByteRange:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Content:
+    """Bytes that stand in no file as they are."""
+
+    data: bytes
+
+
 def read_header(file: Path) -> Header:
     """Reads and checks a header, no tensor.
 
@@ -505,7 +579,7 @@ def read_header(file: Path) -> Header:
     return Header(file, prefix + text, tuple(tensors))
 
 
-def copy_ranges(ranges: Iterable[ByteRange], header: bytes, target: Path, report: Callable[[int], None]) -> None:
+def copy_ranges(ranges: Iterable[ByteRange | Content], header: bytes, target: Path, report: Callable[[int], None]) -> None:
     """Writes `header` and then the ranges one after the other, through a buffer of a few megabytes.
 
     report: called with the bytes of each write.
@@ -520,6 +594,10 @@ def copy_ranges(ranges: Iterable[ByteRange], header: bytes, target: Path, report
             out.write(header)
             report(len(header))
             for part in _joined(ranges):
+                if isinstance(part, Content):
+                    out.write(part.data)
+                    report(len(part.data))
+                    continue
                 if source is None or source.name != str(part.file):
                     if source is not None:
                         source.close()
@@ -540,16 +618,22 @@ def copy_ranges(ranges: Iterable[ByteRange], header: bytes, target: Path, report
             source.close()
 
 
-def _joined(ranges: Iterable[ByteRange]) -> Iterable[ByteRange]:
+def _joined(ranges: Iterable[ByteRange | Content]) -> Iterator[ByteRange | Content]:
     """Neighbouring ranges as one: experts that stay need no seek each."""
     current: ByteRange | None = None
     for part in ranges:
-        if current is not None and part.file == current.file and part.start == current.start + current.nbytes:
-            current = ByteRange(current.file, current.start, current.nbytes + part.nbytes)
+        if isinstance(part, ByteRange):
+            if current is not None and part.file == current.file and part.start == current.start + current.nbytes:
+                current = ByteRange(current.file, current.start, current.nbytes + part.nbytes)
+                continue
+            if current is not None:
+                yield current
+            current = part
             continue
         if current is not None:
             yield current
-        current = part
+        current = None
+        yield part
     if current is not None:
         yield current
 

@@ -61,17 +61,28 @@ def test_models_and_plans_that_do_not_fit_are_refused(families: list[Any], case:
 
 
 @pytest.mark.parametrize("case", ["layout", "meta"])
-def test_experts_that_only_look_like_a_known_kind_are_refused(families: list[Any], case: str) -> None:
+def test_experts_that_only_look_like_what_their_flags_declare_are_refused(families: list[Any], case: str) -> None:
     for found in families:
         said = found["refused"].get(case, "nothing was refused")
-        assert "model.layers.0.mlp.experts (OpenAIPrivacyFilterExperts) was taken for GptOss(alpha=1.702" in said
+        assert "model.layers.0.mlp.experts (Halved) was taken for Fused(name='Halved'" in said
         assert "computes something else" in said
+
+
+def test_every_flag_of_transformers_experts_is_declared() -> None:
+    import inspect
+
+    from transformers.integrations.moe import use_experts_implementation
+
+    from moeplace.runtime.moe.expert_mlps import Fused
+
+    names = set(inspect.signature(use_experts_implementation).parameters)
+    assert {name for name in names if name.startswith(("has_", "is_"))} == Fused.FLAGS
 
 
 def test_a_kind_that_one_rank_refuses_does_not_leave_the_others_waiting(families: list[Any]) -> None:
     for rank, found in enumerate(families):
         said = found["refused"].get("one_rank_only", "nothing was refused")
         if rank == 2:
-            assert said.startswith("UnsupportedError: model.layers.1.mlp.experts (Halved) was taken for SwiGLU")
+            assert said.startswith("UnsupportedError: model.layers.1.mlp.experts (Halved) was taken for Fused")
         else:
             assert said.startswith("InputError: model and plan: rank 2 refused it")

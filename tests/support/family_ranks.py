@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from random_plans import random_plan
 from ranks import join_group
-from small_models import FAMILIES, olmoe, openai_privacy_filter, tokens
+from small_models import FAMILIES, olmoe, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -99,8 +99,10 @@ def refused(mesh: Any) -> dict[str, str]:
         said["function"] = str(refusal)
     for name in ("layout", "one_rank_only"):
         # On one rank alone the module computes something else than its class says.
-        other = openai_privacy_filter() if name == "layout" else olmoe()
-        if name == "one_rank_only" and dist.get_rank() == 2:
+        other = olmoe()
+        if name == "layout":
+            other.model.layers[0].mlp.experts.__class__ = Halved
+        elif dist.get_rank() == 2:
             other.model.layers[1].mlp.experts.__class__ = Halved
         plan = random_plan(np.random.default_rng(0), 2, 2, spec_of(other, (0, 1)))
         before = torch.get_rng_state()
@@ -110,7 +112,8 @@ def refused(mesh: Any) -> dict[str, str]:
             said[name] = f"{type(refusal).__name__}: {refusal}"
         assert torch.equal(before, torch.get_rng_state())
     with torch.device("meta"):
-        other = openai_privacy_filter()
+        other = olmoe()
+    other.model.layers[0].mlp.experts.__class__ = Halved
     try:
         mp.parallelize(other, random_plan(np.random.default_rng(0), 2, 2, spec_of(other, (0, 1))), mesh)
     except mp.UnsupportedError as refusal:
