@@ -128,7 +128,8 @@ def _dense_routers(model: Module) -> set[str]:
         router, experts = getattr(block, "router", None), getattr(block, "experts", None)
         if not isinstance(getattr(router, "top_k", None), int) or not hasattr(experts, "gate_up_proj"):
             continue
-        if list(inspect.signature(type(experts).forward).parameters) == ["self", "hidden_states"]:
+        forward = getattr(type(experts), "forward", None)
+        if forward is not None and list(inspect.signature(forward).parameters) == ["self", "hidden_states"]:
             names.add(f"{name}.router" if name else "router")
     return names
 

@@ -31,13 +31,19 @@ def permute_command(
     invert: Annotated[
         bool, typer.Option("--invert", help="Undo: CHECKPOINT was permuted by this plan, DIR becomes the original.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Compare logits on a few prompts, or every byte where the model does not fit into memory."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint whose experts stand in a plan's order.
 
     Any engine that deals experts to ranks in order then runs the plan: vLLM, SGLang, Megatron-LM, DeepSpeed, torchtitan
     and others by default. Routers, biases, expert weights and their scales move together; the logits stay.
-    For mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v2, deepseek_v3 and gpt_oss; what is not known is refused.
+    What a tensor is, its name and its shape against the config say; what they leave open is refused by name.
     Weights are streamed: a checkpoint of any size takes little memory, and as much disk as it has.
 
     Example:
@@ -54,6 +60,7 @@ def permute_command(
             placed,
             out,
             invert=invert,
+            verify=verify,
             progress=lambda done, total: update(f"writing {out}", done / max(total, 1)),
         )
     if storage.store and not invert:
@@ -65,11 +72,13 @@ def permute_command(
         "bytes": written.bytes_written,
         "copied": list(written.copied),
         "left_out": list(written.left_out),
+        "verified": written.verified or None,
     }
     shown = {
         "wrote": f"{written.bytes_written:,} bytes of weights in {len(written.weight_files)} files in {written.folder}",
         "copied": ", ".join(written.copied) or None,
         "left out": ", ".join(written.left_out) or None,
+        "verified": written.verified or None,
         "use": f"load it in place of {checkpoint}, with experts dealt to ranks in order",
     }
     emit(data, pairs(shown), as_json=as_json)

@@ -165,7 +165,9 @@ def _kind(name: str, module: nn.Module) -> Fused:
         raise refused(f"its weights are {', '.join(sorted(own))}, expected {', '.join(sorted(wanted))}")
     up, down = own[first], own["down_proj"]
     if up.ndim != 3 or down.ndim != 3 or len(up) != len(down):
-        raise refused(f"{first} has shape {list(up.shape)}, down_proj {list(down.shape)}, expected an expert a row each")
+        raise refused(
+            f"{first} has shape {list(up.shape)}, down_proj {list(down.shape)}, expected an expert a row each"
+        )
     transposed = bool(flags.get("is_transposed", up.shape[1] != (1 + gated) * down.shape[2]))
     (both, width), (output, ffn) = (
         ((up.shape[2], up.shape[1]), (down.shape[2], down.shape[1])) if transposed else (up.shape[1:], down.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -24,8 +25,10 @@ from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.files import read_text, write_text
 from ...placement.model import ModelSpec
 from ...placement.model_config import read_config
+from ...placement.model_families import MTP_LAYERS
 from ...placement.plan import Plan
 from .rows import expert_order
+from .verify import check_bytes, differing_logits
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ORDER_FILE = "moeplace_expert_order.json"
@@ -40,6 +43,7 @@ class PermutedCheckpoint:
     """What was written. expert_order: [L, E] the original expert in each row (what `ORDER_FILE` records).
 
     copied: other files taken over. left_out: folders and weights in other files, which would still be in the old order.
+    verified: what was compared, where that was asked for.
     """
 
     folder: Path
@@ -48,6 +52,7 @@ class PermutedCheckpoint:
     bytes_written: int
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
+    verified: str = ""
 
 
 @check_types
@@ -58,13 +63,14 @@ def permute_checkpoint(
     *,
     invert: bool = False,
     progress: Progress | None = None,
+    verify: bool = False,
 ) -> PermutedCheckpoint:
     """Writes a Transformers safetensors checkpoint with each MoE layer's experts in the plan's order.
 
     Router rows, biases and correction biases, expert weights and their quantisation scales move together, and tables of
-    expert ids are rewritten, so the model computes what it did; headers, index and sharding stay as they are. Which
-    tensor is what is told by its name and by its shape against the config; what is not clear is refused. Bytes are streamed: memory does not grow with
-    the checkpoint. `ORDER_FILE` beside the weights records the order.
+    expert ids are rewritten, so the model computes what it did; headers, index and sharding stay as they are. What a
+    tensor is, its name and its shape against the config say; what they leave open is refused. Bytes are streamed:
+    memory does not grow with the checkpoint. `ORDER_FILE` beside the weights records the order.
 
     Args:
         checkpoint: the model's folder.
@@ -72,6 +78,8 @@ def permute_checkpoint(
         out: a new folder.
         invert: undo instead: `checkpoint` is a permuted folder, `out` becomes the original, byte for byte.
         progress: called with bytes written so far and in all.
+        verify: compares logits of both on a few drawn prompts before `out` appears, where Transformers has the class
+            and the model fits into memory, and otherwise every byte with what it should be.
 
     Returns:
         What was written.
@@ -88,14 +96,14 @@ def permute_checkpoint(
         raise InputError(f"{source}: no such folder")
     if target.exists() or target.is_symlink():
         raise InputError(f"{target}: exists already; a checkpoint is written to a new folder only")
-    spec, hidden_layers, encoder_layers = _checkpoint_model(source)
+    spec, hidden_layers, mtp_layers, encoder_layers = _checkpoint_model(source)
     _check_same_model(spec, plan.model, source)
     order = expert_order(plan, spec.groups)
     _check_state(source, order, invert)
 
     headers = read_weight_headers(source)
     tensors = [tensor for header in headers for tensor in header.tensors]
-    roles = tensor_roles(tensors, spec, hidden_layers, encoder_layers)
+    roles = tensor_roles(tensors, spec, hidden_layers, mtp_layers, encoder_layers)
     check_complete(headers, roles, spec.moe_layers)
     experts = experts_by_place(headers, roles, spec.experts)
     rows = dict(zip(spec.moe_layers, inverse(order) if invert else order, strict=True))
@@ -119,18 +127,59 @@ def permute_checkpoint(
             shutil.copyfile(source / name, scratch / name)
         if not invert:
             write_expert_order(scratch, spec.moe_layers, order)
-    return PermutedCheckpoint(target, order, weights, total, copied, left_out)
+        verified = _verified(source, scratch, headers, roles, experts, rows, total) if verify else ""
+    return PermutedCheckpoint(target, order, weights, total, copied, left_out, verified)
 
 
-def _checkpoint_model(folder: Path) -> tuple[ModelSpec, int, int]:
-    """The model's shape, how many layers it has, and those of its encoder, where it has a decoder beside it."""
+def _verified(
+    source: Path,
+    scratch: Path,
+    headers: Sequence[Header],
+    roles: Mapping[str, Role | None],
+    experts: Experts,
+    rows: Mapping[int, IntArray],
+    total: int,
+) -> str:
+    """What was compared, and found equal."""
+    architecture = str((json_object(source / "config.json").get("architectures") or [""])[0])
+    difference = differing_logits(source, scratch, architecture, total)
+    if difference is not None:
+        return f"logits of drawn prompts are those of the original, to {difference:.1g} of the largest"
+    for header in headers:
+        parts = (_content(part) for part in _pieces(file_ranges(header, roles, experts, rows)))
+        check_bytes(scratch / header.file.name, itertools.chain([header.raw], parts))
+    return f"every byte is where the order puts it; logits were not compared ({architecture or 'no architecture'})"
+
+
+def _pieces(ranges: Iterable[ByteRange | Content]) -> Iterator[ByteRange | Content]:
+    for part in ranges:
+        if isinstance(part, Content):
+            yield part
+            continue
+        for start in range(0, part.nbytes, COPY_BYTES):
+            yield ByteRange(part.file, part.start + start, min(COPY_BYTES, part.nbytes - start))
+
+
+def _content(part: ByteRange | Content) -> bytes:
+    if isinstance(part, Content):
+        return part.data
+    with part.file.open("rb") as handle:
+        handle.seek(part.start)
+        return handle.read(part.nbytes)
+
+
+def _checkpoint_model(folder: Path) -> tuple[ModelSpec, int, int, int]:
+    """The model's shape, how many layers it has, layers for multi-token prediction behind them, and an encoder's."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; is this a Transformers checkpoint?")
     config = json_object(path)
     reading = read_config(path)
     before = "num_layers" if "num_decoder_layers" in config else "encoder_layers" if "decoder_layers" in config else ""
-    return ModelSpec(**reading.fields), reading.hidden_layers, int(config.get(before) or 0)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    extra = [part.get(name) for part in parts for name in MTP_LAYERS]
+    mtp_layers = max((count for count in extra if type(count) is int), default=0)
+    return ModelSpec(**reading.fields), reading.hidden_layers, mtp_layers, int(config.get(before) or 0)
 
 
 def _check_same_model(checkpoint: ModelSpec, plan: ModelSpec, folder: Path) -> None:
@@ -169,10 +218,21 @@ _EXPERT = re.compile(r"(?P<block>(?:.+\.)?)(?:experts|local_experts)\.(?:expert_
 _FUSED = re.compile(r"(?P<block>(?:.+\.)?)(?:experts\.(?P<part>.+)|(?:input|output)_linear\.weight)")
 _JOINED = re.compile(r"mlp\.(?:w1|v1|w2)")
 """DBRX's: experts behind one another in dimension 0."""
-_ROUTER = re.compile(r"(?:^|\.)(?:gate|router)(?:\.|$)|e_score|correction_bias|expert_bias|per_expert|balancing|moe_statics")
+_ROUTER = re.compile(
+    r"(?:^|\.)(?:gate|router)(?:\.|$)|e_score|correction_bias|expert_bias|per_expert|balancing|moe_statics"
+)
 _IDS = re.compile(r"(?:^|\.)tid2eid$")
 _SUSPECT = re.compile(r"expert|router|(?:^|[._])moe[._]|(?:^|\.)gate\.|e_score|tid2eid")
-_WHOLE_NUMBERS = {"U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8"}
+_WHOLE_NUMBERS = {
+    "U8": "u1",
+    "I8": "i1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "I64": "<i8",
+    "U64": "<u8",
+}
 
 
 @dataclass(frozen=True)
@@ -191,7 +251,7 @@ class Role:
 
 
 def tensor_roles(
-    tensors: Sequence[StoredTensor], spec: ModelSpec, hidden_layers: int, encoder_layers: int = 0
+    tensors: Sequence[StoredTensor], spec: ModelSpec, hidden_layers: int, mtp_layers: int = 0, encoder_layers: int = 0
 ) -> dict[str, Role | None]:
     """Each tensor's part in a routed MoE layer, by its name; None for tensors a change of experts leaves alone.
 
@@ -209,15 +269,24 @@ def tensor_roles(
         if match is None:
             if _SUSPECT.search(tensor.name) and not _ELSEWHERE.search(tensor.name):
                 raise UnsupportedError(
-                    f"tensor {tensor.name} speaks of experts outside the model's layers; it is not known how to permute it"
+                    f"tensor {tensor.name} speaks of experts outside the MoE layers; how to permute it is not known"
                 )
             continue
         decoder = encoder_layers * bool(re.search(r"(?:^|\.)decoder\.", match["stem"]))
         layer, rest = int(match["layer"]) + decoder, match["rest"]
+        if layer >= hidden_layers + mtp_layers and _SUSPECT.search(rest):
+            raise UnsupportedError(
+                f"tensor {tensor.name} speaks of experts outside the MoE layers: the config has {hidden_layers} layers"
+                f" and {mtp_layers} for multi-token prediction"
+            )
         if layer >= hidden_layers:
             continue
         places[tensor.name] = (layer, match["stem"], rest)
-        found = None if _ATTENTION.search(rest) or _SHARED.search(rest) else _EXPERT.fullmatch(rest) or _FUSED.fullmatch(rest)
+        found = (
+            None
+            if _ATTENTION.search(rest) or _SHARED.search(rest)
+            else _EXPERT.fullmatch(rest) or _FUSED.fullmatch(rest)
+        )
         if found is not None:
             blocks[layer].add(match["stem"] + found["block"])
     if extra := sorted(blocks.keys() - set(spec.moe_layers)):
@@ -233,12 +302,10 @@ def tensor_roles(
     return roles
 
 
-def _role(
-    tensor: StoredTensor, layer: int, stem: str, rest: str, blocks: set[str], spec: ModelSpec
-) -> Role | None:
+def _role(tensor: StoredTensor, layer: int, stem: str, rest: str, blocks: set[str], spec: ModelSpec) -> Role | None:
     def unclear(why: str) -> UnsupportedError:
         return UnsupportedError(
-            f"tensor {tensor.name} of shape {list(tensor.shape)} stands in a MoE layer of {spec.experts} experts and {why}; "
+            f"tensor {tensor.name} of shape {list(tensor.shape)} is in a layer of {spec.experts} experts and {why}; "
             "leaving it as it is could give wrong results"
         )
 
@@ -249,29 +316,34 @@ def _role(
     if fused := _FUSED.fullmatch(rest):
         if not tensor.shape:
             return None
-        if _ROUTER.search(fused["part"] or "") and first == routed or first == spec.experts:
+        if (_ROUTER.search(fused["part"] or "") and first == routed) or first == spec.experts:
             return Role("fused", layer)
         if fused["part"] and _JOINED.fullmatch(fused["part"]) and first % spec.experts == 0:
             return Role("fused", layer)
         if first == routed and spec.zero_experts:
             return Role("fused", layer)
-        raise unclear("has not as many rows")
+        raise unclear(f"expected {spec.experts} experts in dimension 0")
     if _IDS.search(rest):
         if tensor.dtype not in _WHOLE_NUMBERS:
             raise unclear(f"its expert ids are {tensor.dtype}")
         return Role("ids", layer)
     if not any(f"{stem}{rest}".startswith(block) for block in blocks):
-        if _SUSPECT.search(rest) and routed in tensor.shape:
-            raise unclear("its name speaks of experts outside of their block")
-        return None
+        if not (_ROUTER.search(rest) and routed in tensor.shape):
+            if _SUSPECT.search(rest) and routed in tensor.shape:
+                raise unclear("its name speaks of experts outside of their block")
+            return None
     if _ROUTER.search(rest) or (_SUSPECT.search(rest) and routed in tensor.shape):
         if first == routed:
-            plain = tensor.shape.count(routed) == 1 or re.search(r"(?:gate|router|wg|classifier|proj|layer)\.weight$", rest)
+            plain = tensor.shape.count(routed) == 1 or re.search(
+                r"(?:gate|router|wg|classifier|proj|layer)\.weight$", rest
+            )
             if not plain:
                 raise unclear("has two dimensions of that size")
             return Role("router", layer)
         if len(tensor.shape) > 1 and tensor.shape[-1] == routed:
             return Role("columns", layer)
+        if re.search(r"(?:^|\.)(?:gate|router)\.weight$", rest):
+            raise unclear(f"is no router of theirs, expected {routed} experts in dimension 0")
     elif routed in tensor.shape and stem not in blocks:
         raise unclear("its name is not known")
     return None
@@ -579,7 +651,9 @@ def read_header(file: Path) -> Header:
     return Header(file, prefix + text, tuple(tensors))
 
 
-def copy_ranges(ranges: Iterable[ByteRange | Content], header: bytes, target: Path, report: Callable[[int], None]) -> None:
+def copy_ranges(
+    ranges: Iterable[ByteRange | Content], header: bytes, target: Path, report: Callable[[int], None]
+) -> None:
     """Writes `header` and then the ranges one after the other, through a buffer of a few megabytes.
 
     report: called with the bytes of each write.
