@@ -30,6 +30,9 @@ from ...placement.plan import Plan
 from .rows import expert_order
 from .verify import check_bytes, differing_logits
 
+REFUSED = {"nllb-moe": "its logits change with the order of its experts, and why is not known"}
+"""By `model_type`."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ORDER_FILE = "moeplace_expert_order.json"
 ORDER_FORMAT = "moeplace.expert_order"
@@ -174,6 +177,8 @@ def _checkpoint_model(folder: Path) -> tuple[ModelSpec, int, int, int]:
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; is this a Transformers checkpoint?")
     config = json_object(path)
+    if reason := REFUSED.get(str(config.get("model_type"))):
+        raise UnsupportedError(f"{path}: a model of type {config['model_type']} is not permuted: {reason}")
     reading = read_config(path)
     before = "num_layers" if "num_decoder_layers" in config else "encoder_layers" if "decoder_layers" in config else ""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -328,10 +333,10 @@ def _role(tensor: StoredTensor, layer: int, stem: str, rest: str, blocks: set[st
             raise unclear(f"its expert ids are {tensor.dtype}")
         return Role("ids", layer)
     if not any(f"{stem}{rest}".startswith(block) for block in blocks):
-        if not (_ROUTER.search(rest) and routed in tensor.shape):
-            if _SUSPECT.search(rest) and routed in tensor.shape:
-                raise unclear("its name speaks of experts outside of their block")
+        if routed not in tensor.shape or not _SUSPECT.search(rest):
             return None
+        if not _ROUTER.search(rest):
+            raise unclear("its name speaks of experts outside of their block")
     if _ROUTER.search(rest) or (_SUSPECT.search(rest) and routed in tensor.shape):
         if first == routed:
             plain = tensor.shape.count(routed) == 1 or re.search(

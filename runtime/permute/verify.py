@@ -72,8 +72,7 @@ def check_bytes(file: Path, parts: Iterable[bytes]) -> None:
     with file.open("rb") as handle:
         for expected in parts:
             if handle.read(len(expected)) != expected:
-                raise FileFormatError(
-                    f"{file}: byte {handle.tell() - len(expected):,} or one after it is not what was written; is the disk or its memory faulty?"
-                )
+                place = handle.tell() - len(expected)
+                raise FileFormatError(f"{file}: byte {place:,} or one after it is not what was written")
         if handle.read(1):
             raise FileFormatError(f"{file}: longer than what was written")

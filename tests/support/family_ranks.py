@@ -93,7 +93,7 @@ def refused(mesh: Any) -> dict[str, str]:
         except mp.InputError as refusal:
             said[name] = str(refusal)
     try:
-        model.model.layers[0].mlp.experts.act_fn = torch.nn.Tanh()
+        model.model.layers[0].mlp.experts.has_strange_part = True
         mp.parallelize(model, random_plan(rng, 2, 2, spec), mesh)
     except mp.UnsupportedError as refusal:
         said["function"] = str(refusal)
@@ -125,5 +125,5 @@ class Halved(OlmoeExperts):
     """Looks like the class that it derives from."""
 
     def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
-        half: torch.Tensor = super().forward(*arguments) / 2
+        half: torch.Tensor = OlmoeExperts.forward.__wrapped__(self, *arguments) / 2
         return half
