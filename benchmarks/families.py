@@ -58,6 +58,7 @@ DEPTHS = re.compile(
 DENSE = re.compile(r"first_k_dense_replace|num_dense_layers|dense_mlp_idx|n_dense_layers|moe_layer_num_skipped")
 KEPT: Mapping[str, Mapping[str, Any]] = {
     "doge": {"num_experts": 16},
+    "llama4_text": {"moe_layers": [1, 3]},
     "switch_transformers": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
