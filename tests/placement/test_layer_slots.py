@@ -183,7 +183,7 @@ def test_search_finds_the_brute_force_optimum_of_layers_with_their_own_slots(
     statistics = counts(seed) if recorded == "counts" else mp.RoutingStatistics.from_trace(tokens(seed))
     asked = problem(statistics, slots=slots, objective={"split": "equal"})
     arguments = {"step_tokens": 8, "steps": 3}
-    plan = mp.solve(asked, "search", proposals=1500, seed=seed, **arguments)
+    plan = mp.solve(asked, "search", proposals=6000, seed=seed, **arguments)
     evaluator = Evaluator(asked, scenario_from(asked, "decode", 8, 3, seed))
     rows = [fillings(own, 4) for own in asked.layer_slots]
     first = [choices[0] for choices in rows]
