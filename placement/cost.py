@@ -125,7 +125,8 @@ def prediction_basis(model: ModelSpec, topology: Topology) -> PredictionBasis:
     measured = [fit for _, fit in fits if fit is not None]
     if len(measured) < len(gpus):
         rest = ", ".join(gpu or "devices without a gpu name" for gpu, fit in fits if fit is None)
-        why = "name an engine for its measured kernels" if any(gpus) and not topology.engine else "no kernels known"
+        known = {fit.gpu for fit in known_kernels()} & set(gpus)
+        why = "name an engine for its measured kernels" if known and not topology.engine else "no kernels known"
         return PredictionBasis(None, f"predicted by a roofline, not measured ({rest}: {why})")
     error = max(fit.error for fit in measured)
     kernels = ", ".join(

@@ -291,10 +291,10 @@ class Topology(Displayed, Record):
         Raises:
             InputError: unknown preset (the nearest is named), or counts the box does not have.
         """
-        name = FORMER_NAMES.get(name, name)
-        if name not in PRESETS:
+        known = FORMER_NAMES.get(name, name)
+        if known not in PRESETS:
             raise InputError(f"topology preset {name!r} is unknown; {nearest(name, PRESETS)}")
-        box = PRESETS[name]
+        box = PRESETS[known]
         count = box.devices if devices_per_node is None else devices_per_node
         if not 1 <= nodes <= MOST_DEVICES:
             raise InputError(f"nodes ({nodes}) must be at least 1 and at most {MOST_DEVICES}")

@@ -65,7 +65,7 @@ def test_the_changes_asked_for_are_made_each_on_its_own(solved: tuple[Path, tupl
     slots = whatif(solved, "--slots", "64")
     assert [(row["change"], row["extra_slots"]) for row in slots.data["changes"]] == [("64 slots", 24)]
     other = whatif(solved, "-t", "h100-hgx", "--devices-per-node", "4", "--lose", "device:0", "--no-ready")
-    assert [row["change"] for row in other.data["changes"]] == ["h100-sxm, 4 devices", "device:0"]
+    assert [row["change"] for row in other.data["changes"]] == ["h100-hgx, 4 devices", "device:0"]
     assert other.data["changes"][1]["ready"] is None
     assert other.data["changes"][1]["reason"] is None
 

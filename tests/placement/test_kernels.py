@@ -103,7 +103,9 @@ def test_eight_and_four_bit_arithmetic_have_their_own_rate() -> None:
 
 @pytest.mark.parametrize("name", FORMER_NAMES)
 def test_former_preset_names_mean_the_new_ones(name: str) -> None:
-    assert mp.Topology.preset(name) == mp.Topology.preset(FORMER_NAMES[name])
+    former = mp.Topology.preset(name)
+    assert former.name == name
+    assert former.replace(name=FORMER_NAMES[name]) == mp.Topology.preset(FORMER_NAMES[name])
 
 
 def test_an_engine_without_kernels_is_refused_and_files_keep_the_engine(tmp_path: object) -> None:
