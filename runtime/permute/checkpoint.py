@@ -179,7 +179,10 @@ def _checkpoint_model(folder: Path) -> tuple[ModelSpec, int, int, int]:
     config = json_object(path)
     if reason := REFUSED.get(str(config.get("model_type"))):
         raise UnsupportedError(f"{path}: a model of type {config['model_type']} is not permuted: {reason}")
-    reading = read_config(path)
+    try:
+        reading = read_config(path)
+    except InputError as error:
+        raise FileFormatError(str(error)) from None
     before = "num_layers" if "num_decoder_layers" in config else "encoder_layers" if "decoder_layers" in config else ""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     extra = [part.get(name) for part in parts for name in MTP_LAYERS]
