@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .._arguments import check_types
 from .._deprecated import old_listener
 from .._types import BoolArray, IntArray
+from ..placement.cost import prediction_basis
 from ..placement.degraded import with_standbys
 from ..placement.engines import Constraint
 from ..placement.errors import InputError, SolveError, UnsupportedError
@@ -148,6 +149,7 @@ class Front:
                 "devices": problem.num_devices,
             },
             "objective": problem.objective.model_dump(mode="json"),
+            "prediction": prediction_basis(problem.model, problem.topology).text,
             "points": points,
             "refused": [{"point": config.name, "reason": reason} for config, reason in self.refused],
             "interrupted": self.interrupted,

@@ -223,6 +223,7 @@ class WhatIf:
             "plan": self.plan.fingerprint,
             "slots": self.plan.num_slots,
             "survives": survival(self.plan),
+            "prediction": self.before.basis.text,
             "now": self.before.summary(),
             "interrupted": self.interrupted,
             "changes": [outcome.to_dict(self.plan.moe_layers, self.before, details) for outcome in self.outcomes],

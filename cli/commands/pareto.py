@@ -113,7 +113,6 @@ def pareto_command(
       moeplace pareto trace --topology h100-hgx --nodes 2 --devices-per-node 4 --out front
       moeplace pareto trace --topology h100-hgx --solver search --server http://solver:8311
     """
-    from ...placement.cost import prediction_basis
     from ...placement.problem import Problem
     from ...solvers.pareto import pareto
 
@@ -154,7 +153,7 @@ def pareto_command(
                 point["file"] = str(file)
             emit(
                 data,
-                pareto_table(data, f"{data['steps']}. {split.description}. Step times are predicted."),
+                pareto_table(data, f"{data['steps']}. {split.description}. Step times: {data['prediction']}."),
                 as_json=as_json,
             )
             return
@@ -179,9 +178,7 @@ def pareto_command(
     if front.interrupted:
         note("interrupted: these are the points finished by then")
     data = front.to_dict(files, stored) | {"steps": kind, "held_out": split.description}
-    basis = prediction_basis(problem.model, problem.topology).text
-    data["prediction"] = basis
-    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times: {basis}."
+    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times: {data['prediction']}."
     emit(data, pareto_table(data, described), as_json=as_json)
 
 

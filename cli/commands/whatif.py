@@ -153,7 +153,6 @@ def whatif_command(
       moeplace whatif plan.json trace --devices 16 --slots 288
       moeplace whatif production trace --solver search --server http://solver:8311
     """
-    from ...placement.cost import prediction_basis
     from ...placement.problem import Problem
     from ...solvers.what_if import parse_changes, what_if
 
@@ -181,7 +180,7 @@ def whatif_command(
             )
             if out is not None:
                 fetch_plans(server, data, out)
-            described = f"{data['steps']}. {split.description}. Step times are predicted."
+            described = f"{data['steps']}. {split.description}. Step times: {data['prediction']}."
             emit(data | {"held_out": split.description}, what_if_table(data, described), as_json=as_json)
             return
         ((kind, replayed),) = make_steps(split.judged, study, seed).items()
@@ -208,9 +207,7 @@ def whatif_command(
         return {"file": None if file is None else str(file)}
 
     data = result.to_dict(about)
-    basis = prediction_basis(problem.model, problem.topology).text
-    data["prediction"] = basis
-    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times: {basis}."
+    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times: {data['prediction']}."
     emit(
         data | {"steps": kind, "held_out": split.description},
         what_if_table(data, described),

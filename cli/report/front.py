@@ -86,7 +86,7 @@ def build_front_page(front: Front, problem: Problem, steps: str, held_out: str) 
             )
             for row in data["points"]
         ],
-        remarks=[*pareto_notes(data), f"{steps}. {held_out}. Step times are predicted."],
+        remarks=[*pareto_notes(data), f"{steps}. {held_out}. Step times: {data['prediction']}."],
     )
 
 
