@@ -12,7 +12,7 @@ import numpy as np
 from .._arguments import check_types
 from .._deprecated import old_listener, renamed_argument
 from .._display import Displayed, data_size
-from .._types import FloatArray
+from .._types import FloatArray, IntArray
 from .cost import window_seconds
 from .engines import check_plan
 from .errors import InputError, UnsupportedError
@@ -21,15 +21,15 @@ from .migration import Migration, migration
 from .plan import Plan
 from .problem import Problem
 from .progress import Listener, Progress
-from .risk import best_by_workload, risk_value, weighted_mean
-from .statistics import window_weights, with_tokens
+from .risk import best_by_workload, risk_value, workload_means
+from .statistics import RoutingStatistics, window_weights, with_tokens
 from .steps import Steps
 from .trace import RoutingTrace
 
 RESAMPLED_STEPS = 50
 """Steps built from each draw of sequences: beyond these, the sequences drawn and not the steps decide the figure."""
-LEAST_BLOCKS = 4
-"""Blocks of count windows that can be judged on."""
+LEAST_BLOCKS, BLOCK = 4, 4
+"""Blocks of count windows that can be judged on, and windows a block where there are many."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Decision(Displayed):
 def decide(
     current: Plan,
     candidates: Sequence[Plan],
-    held_out: RoutingTrace | Steps,
+    held_out: RoutingTrace | Steps | RoutingStatistics,
     problem: Problem,
     *,
     concurrency: int = 128,
@@ -97,9 +97,10 @@ def decide(
         candidates: at least one plan of the same model on as many devices.
         held_out: a trace, whose sequences are drawn with replacement `resamples` times, each draw made into decode
             steps of `concurrency` tokens that all plans replay (tokens of a sequence are alike: sequences, not steps,
-            are independent); or steps, which are then taken to be independent draws themselves.
+            are independent); or steps, which are then taken to be independent draws themselves; or statistics, whose
+            count windows are judged on as `decide_on_counts` does.
         problem: gives the model, topology and objective.
-        concurrency: tokens of a decode step made from a trace.
+        concurrency: tokens of a decode step made from a trace, or of a step priced on counts.
         resamples: draws.
         confidence: of the intervals, one-sided at their lower end, shared among the candidates (Bonferroni).
         horizon_steps: for how many steps the choice is expected to stand. A candidate is applied when the lower end of
@@ -109,9 +110,30 @@ def decide(
         progress: called after each draw with a `Progress` of the draws done and their number.
 
     Raises:
-        InputError: no candidate, a level out of range, too few resamples for it, plans of another model or cluster.
-        UnsupportedError: the problem's engine cannot run a candidate.
+        InputError: no candidate, a level out of range, too few resamples for it, plans of another model or cluster,
+            counts of another model or of too few windows.
+        UnsupportedError: the problem's engine cannot run a candidate, or counts and context-coherent execution.
     """
+    if isinstance(held_out, RoutingStatistics):
+        if (held_out.moe_layers, held_out.top_k) != (problem.model.moe_layers, problem.model.top_k):
+            raise InputError(
+                f"held-out counts are of layers {held_out.moe_layers} and top {held_out.top_k}, the problem's model "
+                f"has {problem.model.moe_layers} and top {problem.model.top_k}"
+            )
+        return decide_on_counts(
+            current,
+            candidates,
+            held_out.load,
+            problem,
+            step_tokens=concurrency,
+            workload=held_out.window_workload,
+            block=count_block(held_out.load),
+            resamples=resamples,
+            confidence=confidence,
+            horizon_steps=horizon_steps,
+            bytes_per_expert=bytes_per_expert,
+            seed=seed,
+        )
     check_levels(len(candidates), resamples, confidence, horizon_steps)
     _check_engine(candidates, problem)
     moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
@@ -244,6 +266,11 @@ def _reason(verdict: Verdict, applied: bool, confidence: float, horizon: float) 
 # Judged on count windows: what `decide` is for tokens.
 
 
+def count_block(load: FloatArray, longest: int = BLOCK) -> int:
+    """Neighbouring windows of loads [S, L, E] to draw together: `longest`, or fewer where few windows hold tokens."""
+    return max(1, min(longest, int(with_tokens(load).sum()) // LEAST_BLOCKS))
+
+
 def decide_on_counts(
     current: Plan,
     candidates: Sequence[Plan],
@@ -251,10 +278,12 @@ def decide_on_counts(
     problem: Problem,
     *,
     step_tokens: int,
-    block: int = 4,
+    workload: IntArray | None = None,
+    block: int = BLOCK,
     resamples: int = 400,
     confidence: float = 0.95,
     horizon_steps: float = 100_000.0,
+    bytes_per_expert: float | None = None,
     seed: int = 0,
 ) -> Decision:
     """Judges candidates on held-out count windows, priced by `window_seconds`.
@@ -268,10 +297,12 @@ def decide_on_counts(
         load: [S, L, E] tokens that chose each expert in held-out windows, in time order.
         problem: gives the model, topology and objective.
         step_tokens: tokens of a step, over all devices.
+        workload: [S] codes of the windows' workloads; default one for all.
         block: neighbouring windows drawn together.
         resamples: draws.
         confidence: as in `decide`.
         horizon_steps: as in `decide`.
+        bytes_per_expert: as in `decide`.
         seed: of the draws.
 
     Raises:
@@ -279,25 +310,28 @@ def decide_on_counts(
     """
     check_levels(len(candidates), resamples, confidence, horizon_steps)
     _check_engine(candidates, problem)
-    load = load[with_tokens(load)]
+    known = with_tokens(load)
+    load, codes = load[known], np.zeros(int(known.sum()), np.int64) if workload is None else workload[known]
     count = len(load) // block
     if count < LEAST_BLOCKS:
         raise InputError(
             f"{len(load)} held-out windows with tokens make {count} blocks of {block}; at least "
             f"{LEAST_BLOCKS} are needed to judge on"
         )
-    moves = [migration(current, plan) for plan in candidates]
-    judged = load[len(load) - count * block :]
+    moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
+    newest = slice(len(load) - count * block, None)
+    judged, codes = load[newest], codes[newest]
     seconds = np.stack([window_seconds(plan, judged, problem, step_tokens) for plan in (current, *candidates)])
-    workload = np.zeros(len(judged), np.int64)
-    weight = window_weights(judged).sum(axis=1)
-    best = np.array([min(weighted_mean(row, weight) for row in seconds)])
+    compared = problem.objective.risk in ("worst_workload", "regret")
+    weight = window_weights(judged, codes if compared else None).sum(axis=1)
+    best = np.zeros(int(codes.max()) + 1)
+    best[np.unique(codes)] = np.min([workload_means(row, codes, weight)[1] for row in seconds], axis=0)
     rng = np.random.default_rng(seed)
     draws = (rng.integers(count, size=(resamples, count))[:, :, None] * block + np.arange(block)).reshape(resamples, -1)
     figures = np.array(
         [
             [
-                risk_value(row[chosen], workload, problem.objective, best, weight[chosen])
+                risk_value(row[chosen], codes[chosen], problem.objective, best, weight[chosen])
                 for chosen in (np.arange(len(judged)), *draws)
             ]
             for row in seconds

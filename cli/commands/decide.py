@@ -23,14 +23,20 @@ from ..options import (
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
 from ..parse import read_objective
 from ..remote import is_engines_own, plan_context, read_plan, service
-from ..routing_split import open_recording, solving_statistics, split_routing
+from ..routing_split import holds_counts_only, open_recording, solving_statistics, split_counts, split_routing
 from ..run_comparison import BASELINE
 
 if TYPE_CHECKING:
     from ...placement.decide import Decision
     from ...placement.plan import Plan
+    from ...placement.statistics import RoutingStatistics
+    from ...placement.trace import RoutingTrace
     from ...profiler.read import Recording
 
+COUNTS_ASSUME = (
+    "Counts tell neither which experts a token chose together nor where tokens lie: choices are taken to be "
+    "independent and tokens spread evenly over devices. Intervals are from blocks of neighbouring windows drawn again."
+)
 COLUMNS = (
     Column("candidate", "candidate", right=False),
     Column("current_seconds", "in force\nms", milliseconds),
@@ -91,7 +97,14 @@ def decide_command(
     ] = BASELINE,
     engine: Engine = None,
     decode: Annotated[
-        int, typer.Option("--decode", min=1, metavar="N", help="Sequences a decode step.", rich_help_panel=JUDGING)
+        int,
+        typer.Option(
+            "--decode",
+            min=1,
+            metavar="N",
+            help="Sequences a decode step; of counts, tokens a step.",
+            rich_help_panel=JUDGING,
+        ),
     ] = 128,
     horizon: Annotated[
         float,
@@ -106,7 +119,11 @@ def decide_command(
     resamples: Annotated[
         int,
         typer.Option(
-            "--resamples", min=20, metavar="N", help="Draws of the held-out sequences.", rich_help_panel=JUDGING
+            "--resamples",
+            min=20,
+            metavar="N",
+            help="Draws of the held-out sequences or windows.",
+            rich_help_panel=JUDGING,
         ),
     ] = 200,
     seed: Annotated[int, typer.Option("--seed", help="Decides the held-out part and every draw.")] = 0,
@@ -116,7 +133,8 @@ def decide_command(
     migration.
 
     Held-out sequences are drawn again and again; the plan in force and the candidates replay the same draws. Keeping is
-    the answer unless a gain is proven and pays the migration back within the horizon.
+    the answer unless a gain is proven and pays the migration back within the horizon. Of counts alone windows are held
+    out, steps are priced by their loads, and blocks of windows are drawn again.
 
     Example:
 
@@ -141,18 +159,24 @@ def decide_command(
         read = _plans(references, storage.db, remote.server, files, opened)
         plans, in_force = read[: len(names)], read[len(names)] if len(read) > len(names) else None
         recording = opened()
-        split = split_routing(recording, held_out, seed)
+        judged: RoutingTrace | RoutingStatistics
+        if holds_counts_only(recording):
+            counts = split_counts(recording, held_out, seed)
+            statistics, judged, described = counts.train, counts.judged, f"{counts.description}. {COUNTS_ASSUME}"
+        else:
+            split = split_routing(recording, held_out, seed)
+            statistics, judged, described = solving_statistics(recording, split), split.judged, f"{split.description}."
         problem = Problem(
             model=plans[0].model,
             topology=plans[0].topology,
-            statistics=solving_statistics(recording, split),
+            statistics=statistics,
             objective=read_objective(objective),
             engine=engine or plans[0].provenance.engine or None,
         )
         decision = decide(
             solve(problem, BASELINE) if in_force is None else in_force,
             plans,
-            split.judged,
+            judged,
             problem,
             concurrency=decode,
             resamples=resamples,
@@ -162,8 +186,8 @@ def decide_command(
             progress=lambda news: update("replaying draws of the held-out sequences", news.fraction),
         )
     basis = prediction_basis(problem.model, problem.topology).text
-    described = f"{split.description}. Step times: {basis}."
-    emit(_data(decision, names) | {"prediction": basis}, _table(decision, names, described), as_json=as_json)
+    data = _data(decision, names) | {"prediction": basis, "held_out": described}
+    emit(data, _table(decision, names, f"{described} Step times: {basis}."), as_json=as_json)
 
 
 def _plans(

@@ -11,13 +11,13 @@ import numpy as np
 from ...db.records import ClaimedJob, JobOutcome, Judgement
 from ...db.store import Store
 from ...placement.bounds import device_load_certificate
-from ...placement.decide import LEAST_BLOCKS, Decision, decide, decide_on_counts
+from ...placement.decide import Decision, count_block, decide, decide_on_counts
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
 from ...placement.objective import Objective
 from ...placement.plan import Plan
 from ...placement.problem import Problem
-from ...placement.statistics import RoutingStatistics, with_tokens
+from ...placement.statistics import RoutingStatistics
 from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy
@@ -112,7 +112,7 @@ def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: P
         held.load,
         problem,
         step_tokens=policy.step_tokens,
-        block=max(1, min(policy.block, int(with_tokens(held.load).sum()) // LEAST_BLOCKS)),
+        block=count_block(held.load, policy.block),
         confidence=policy.confidence,
         horizon_steps=policy.horizon_steps,
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from cli_runs import CLUSTER, run, toy_model, toy_trace_folder
 
 import moeplace as mp
+from moeplace.profiler.statistics_file import read_statistics, write_statistics
 
 JUDGED = ("--decode", "8", "--resamples", "40")
 
@@ -57,3 +59,38 @@ def test_plans_for_different_clusters_are_refused(tmp_path: Path) -> None:
     assert asked.code == 1
     assert "is for 2 devices, the candidate for 4" in asked.err
     assert mp.Plan.load(tmp_path / "two.json").topology.num_devices == 2
+
+
+def skewed_counts(path: Path, windows: int = 40) -> Path:
+    """Count windows whose two popular experts stand side by side: contiguous plans load one device with both."""
+    share = np.array([8.0, 8, 1, 1, 1, 1, 1, 1])
+    rng = np.random.default_rng(0)
+    counts = np.stack([rng.multinomial(4000, share / share.sum(), size=3) for _ in range(windows)])
+    write_statistics(mp.RoutingStatistics.from_counts({"decode": counts}, top_k=2), path)
+    return path
+
+
+def test_counts_are_judged_on_held_out_windows_as_the_service_judges_them(tmp_path: Path) -> None:
+    counts, plan, db = skewed_counts(tmp_path / "counts.npz"), tmp_path / "plan.json", ("--db", tmp_path / "plans.db")
+    sizes = ("--hidden-size", "4096", "--ffn-size", "4096")
+    run("solve", counts, *CLUSTER, *sizes, "-s", "eplb", "-o", plan, *db)
+    asked = ("decide", counts, "--candidates", plan, "--decode", "4096", "--horizon", "1e9", *db)
+    answer = run(*asked, "--json").data
+    assert answer["action"] == "apply"
+    assert "10 of 40 windows" in answer["held_out"]
+    assert "independent" in answer["held_out"]
+    row = answer["candidates"][0]
+    assert 0 < row["relative_low"] <= row["relative"] <= row["relative_high"]
+    candidate, (train, held_out) = mp.Plan.load(plan), read_statistics(counts).split("sequence", 0.25, 0)
+    problem = mp.Problem(candidate.model, candidate.topology, train)
+    again = mp.decide(mp.solve(problem, "contiguous"), [candidate], held_out, problem, concurrency=4096)
+    assert again.verdicts[0].gain == row["gain_seconds"]
+    assert "KEEP" in run(*asked, "--current", plan).out
+
+
+def test_too_few_windows_of_counts_are_refused(tmp_path: Path) -> None:
+    counts, plan, db = skewed_counts(tmp_path / "few.npz", 8), tmp_path / "plan.json", ("--db", tmp_path / "plans.db")
+    run("solve", counts, *CLUSTER, "--hidden-size", "64", "--ffn-size", "64", "-s", "eplb", "-o", plan, *db)
+    ended = run("decide", counts, "--candidates", plan, *db)
+    assert ended.code == 1
+    assert "2 held-out windows" in ended.err

@@ -177,3 +177,19 @@ def test_windows_without_tokens_are_no_change_and_decide_nothing() -> None:
     busy = decide_on_counts(current, [candidate], load[:4], problem, step_tokens=300, block=1)
     weighed = decide_on_counts(current, [candidate], thin, problem, step_tokens=300, block=1)
     assert weighed.verdicts[0].current == pytest.approx(busy.verdicts[0].current, rel=0.02)
+
+
+def test_counts_of_several_workloads_are_decided_on_by_the_worst_of_them() -> None:
+    one, other = np.array([8.0, 8, 1, 1, 1, 1, 1, 1]), np.array([1.0, 1, 1, 1, 1, 8, 1, 8])
+    load = {name: np.tile(share * 500, (16, 1, 1)) for name, share in (("chat", one), ("code", other))}
+    statistics = mp.RoutingStatistics.from_counts(load, top_k=2)
+    model = mp.ModelSpec(layers=1, experts=8, top_k=2, hidden_size=4096, ffn_size=4096)
+    cluster = mp.Topology.preset("h100-hgx", nodes=1, devices_per_node=4)
+    problem = mp.Problem(model, cluster, statistics, mp.Objective(risk="worst_workload"))
+    plan = mp.solve(problem, "contiguous")
+    decision = mp.decide(plan, [plan], statistics, problem, concurrency=4096)
+    by_workload = window_seconds(plan, statistics.load, problem, 4096).reshape(2, 16).mean(axis=1)
+    assert decision.verdicts[0].current == pytest.approx(by_workload.max())
+    assert by_workload.max() > by_workload.mean() * 1.001
+    with pytest.raises(mp.InputError, match="top 1"):
+        mp.decide(plan, [plan], mp.RoutingStatistics.from_counts(load, top_k=1), problem)
