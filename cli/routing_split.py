@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..placement.errors import InputError
-from .options import DECODE_STEPS, PREFILL_STEPS, HeldOutBy, HeldOutOptions, ModelOptions, StepOptions
+from ..placement.errors import InputError, UnsupportedError
+from .options import DECODE_STEPS, PREFILL_STEPS, HeldOutBy, HeldOutOptions, ModelOptions, StepOptions, StudyOptions
 from .output import Column, Table, Update, note, number
 from .parse import reader_defaults
 
 if TYPE_CHECKING:
+    from ..placement.objective import Objective
     from ..placement.plan import Plan
     from ..placement.statistics import RoutingStatistics
     from ..placement.steps import Steps
@@ -160,6 +161,56 @@ def counted(recording: Recording, update: Update, sample_tokens: int = 200_000) 
         update(f"counted {done:,} of {total:,} tokens", done / max(total, 1))
 
     return recording.statistics(sample_tokens=sample_tokens, progress=listen)
+
+
+def study_routing(
+    recording: Recording, options: StudyOptions, objective: Objective, seed: int
+) -> tuple[RoutingStatistics, RoutingSplit | CountSplit]:
+    """What solvers see, and the split whose held-out part the plans of a study are judged on.
+
+    Raises:
+        InputError: too little to split; counts for a service. UnsupportedError: counts do not tell what is asked.
+    """
+    if not holds_counts_only(recording):
+        split = split_routing(recording, options, seed)
+        return solving_statistics(recording, split), split
+    if options.server is not None:
+        raise InputError(
+            f"{recording.path} holds counts only, a service replays tokens that are sent to it: leave out --server, or "
+            "push the counts to a deployment and ask for a study of that"
+        )
+    if objective.execution == "context_coherent":
+        raise UnsupportedError("context-coherent step times depend on transitions, counts tell of none; record tokens")
+    counts = split_counts(recording, options, seed)
+    return counts.train, counts
+
+
+def study_steps(
+    split: RoutingSplit | CountSplit, options: StepOptions, top_k: int, seed: int
+) -> tuple[str, Steps, str]:
+    """The one kind of held-out steps of a study: its name, the steps, and what they are of, in words."""
+    if isinstance(split, RoutingSplit):
+        ((kind, steps),) = make_steps(split.judged, options, seed).items()
+        return kind, steps, split.description
+    ((batch, tokens),) = options.kinds.items()
+    count = options.steps or (DECODE_STEPS if batch == "decode" else PREFILL_STEPS)
+    drawn = draw_steps(split.judged, top_k, tokens, count, seed)
+    assumed = "experts of a token are taken to be chosen independently, and tokens spread evenly over devices"
+    return f"{batch} {tokens} drawn from counts", drawn, f"{split.description}. In drawn steps {assumed}"
+
+
+def draw_steps(statistics: RoutingStatistics, top_k: int, tokens: int, count: int, seed: int) -> Steps:
+    """Steps drawn from the windows that hold tokens, each of its window's workload (see `sample_steps`)."""
+    import numpy as np
+
+    from ..placement.statistics import with_tokens
+    from ..placement.synthetic import sample_steps
+
+    known = with_tokens(statistics.load)
+    load, workload = statistics.load[known], statistics.window_workload[known]
+    steps = sample_steps(load, top_k, statistics.moe_layers, step_tokens=tokens, steps=count, seed=seed)
+    codes = workload[np.arange(count) * len(load) // count]
+    return replace(steps, workload=np.repeat(codes, tokens), workloads=statistics.workloads)
 
 
 def make_steps(trace: RoutingTrace, options: StepOptions, seed: int) -> dict[str, Steps]:

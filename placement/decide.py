@@ -115,10 +115,11 @@ def decide(
         UnsupportedError: the problem's engine cannot run a candidate, or counts and context-coherent execution.
     """
     if isinstance(held_out, RoutingStatistics):
-        if (held_out.moe_layers, held_out.top_k) != (problem.model.moe_layers, problem.model.top_k):
+        model = problem.model
+        if held_out.moe_layers != model.moe_layers or held_out.top_k not in (None, model.top_k):
             raise InputError(
                 f"held-out counts are of layers {held_out.moe_layers} and top {held_out.top_k}, the problem's model "
-                f"has {problem.model.moe_layers} and top {problem.model.top_k}"
+                f"has {model.moe_layers} and top {model.top_k}"
             )
         return decide_on_counts(
             current,

@@ -29,7 +29,7 @@ from ..parse import (
     study_solver,
 )
 from ..remote import Study, read_plan, service, sweep_remotely
-from ..routing_split import RoutingSplit, make_steps, open_recording, solving_statistics, split_routing
+from ..routing_split import RoutingSplit, open_recording, study_routing, study_steps
 from ..save import keep_judged_plans
 from ..tables import pareto_table
 
@@ -108,6 +108,8 @@ def pareto_command(
     plans on the same held-out steps, and marks those that no other beats in everything. Ctrl-C ends the sweep and keeps
     what is finished.
 
+    Of counts alone windows are held out, and steps drawn from their loads.
+
     Example:
 
       moeplace pareto trace --topology h100-hgx --nodes 2 --devices-per-node 4 --out front
@@ -126,17 +128,17 @@ def pareto_command(
     cluster, goal = read_topology(topology), read_objective(objective, study.engine)
     with working("reading the routing") as update:
         recording = open_recording(routing, model.model)
-        split = split_routing(recording, study, seed)
+        statistics, split = study_routing(recording, study, goal, seed)
         spec = read_model(model, recording)
         in_force = None if current is None else read_plan(current, storage.db, server, model=spec, topology=cluster)
         problem = Problem(
             model=spec,
             topology=cluster,
-            statistics=solving_statistics(recording, split),
+            statistics=statistics,
             objective=goal,
             engine=study.engine or (in_force.provenance.engine or None if in_force else None),
         )
-        if server is not None:
+        if server is not None and isinstance(split, RoutingSplit):
             answer = sweep_remotely(
                 server,
                 problem,
@@ -157,7 +159,7 @@ def pareto_command(
                 as_json=as_json,
             )
             return
-        ((kind, replayed),) = make_steps(split.judged, study, seed).items()
+        kind, replayed, held_out = study_steps(split, study, problem.model.top_k, seed)
         front = pareto(
             problem,
             replayed,
@@ -172,13 +174,13 @@ def pareto_command(
             progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),
         )
         update("keeping the plans", None)
-        files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", split, out)
+        files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", held_out, out)
         judged = [(point.plan, {kind: point.evaluation}) for point in front.points]
         stored = keep_judged_plans(judged, problem.statistics, {kind: replayed}, storage.db) if storage.store else []
     if front.interrupted:
         note("interrupted: these are the points finished by then")
-    data = front.to_dict(files, stored) | {"steps": kind, "held_out": split.description}
-    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times: {data['prediction']}."
+    data = front.to_dict(files, stored) | {"steps": kind, "held_out": held_out}
+    described = f"{kind}: {replayed.num_steps} steps. {held_out}. Step times: {data['prediction']}."
     emit(data, pareto_table(data, described), as_json=as_json)
 
 
@@ -198,7 +200,7 @@ def fetch_front(server: str, data: Mapping[str, Any], folder: Path) -> list[Path
     return files
 
 
-def save_front(front: Front, problem: Problem, steps: str, split: RoutingSplit, folder: Path) -> list[Path]:
+def save_front(front: Front, problem: Problem, steps: str, held_out: str, folder: Path) -> list[Path]:
     """Writes each point's plan, numbered in their order, and the page of plots; returns the plans' files."""
     from ..report.front import build_front_page, write_front_page
 
@@ -206,7 +208,7 @@ def save_front(front: Front, problem: Problem, steps: str, split: RoutingSplit, 
     for number, point in enumerate(front.points):
         files.append(plan_file(folder, number, point.name))
         point.plan.save(files[-1])
-    write_front_page(build_front_page(front, problem, steps, split.description), folder / PAGE)
+    write_front_page(build_front_page(front, problem, steps, held_out), folder / PAGE)
     note(f"wrote {len(files)} plans and {folder / PAGE}")
     return files
 

@@ -23,7 +23,7 @@ from ..options import (
 from ..output import emit, note, working
 from ..parse import read_objective, read_size, read_slots, read_topology, study_solver
 from ..remote import Study, is_engines_own, plan_context, read_plan, service, what_if_remotely
-from ..routing_split import make_steps, open_recording, solving_statistics, split_routing
+from ..routing_split import RoutingSplit, open_recording, study_routing, study_steps
 from ..tables import what_if_table
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ def whatif_command(
     (repaired); and a plan solved for what is left (ready), with the bytes to move between devices and to load from
     storage. Ctrl-C ends the sweep and keeps what is finished.
 
+    Of counts alone windows are held out, and steps drawn from their loads.
+
     Example:
 
       moeplace whatif plan.json trace --out contingency
@@ -165,15 +167,16 @@ def whatif_command(
         current = read_plan(plan, storage.db, server, **context)
         recording = opened()
         changes = parse_changes(current.topology, **asked)
-        split = split_routing(recording, study, seed)
+        goal = read_objective(objective)
+        statistics, split = study_routing(recording, study, goal, seed)
         problem = Problem(
             model=current.model,
             topology=current.topology,
-            statistics=solving_statistics(recording, split),
-            objective=read_objective(objective),
+            statistics=statistics,
+            objective=goal,
             engine=study.engine or current.provenance.engine or None,
         )
-        if server is not None:
+        if server is not None and isinstance(split, RoutingSplit):
             asked |= {"keep_ranks": keep_ranks}
             data = what_if_remotely(
                 server, current, problem, Study(split, study, choice), asked, ready, most_moved, update
@@ -183,7 +186,7 @@ def whatif_command(
             described = f"{data['steps']}. {split.description}. Step times: {data['prediction']}."
             emit(data | {"held_out": split.description}, what_if_table(data, described), as_json=as_json)
             return
-        ((kind, replayed),) = make_steps(split.judged, study, seed).items()
+        kind, replayed, held_out = study_steps(split, study, problem.model.top_k, seed)
         result = what_if(
             current,
             problem,
@@ -207,9 +210,9 @@ def whatif_command(
         return {"file": None if file is None else str(file)}
 
     data = result.to_dict(about)
-    described = f"{kind}: {replayed.num_steps} steps. {split.description}. Step times: {data['prediction']}."
+    described = f"{kind}: {replayed.num_steps} steps. {held_out}. Step times: {data['prediction']}."
     emit(
-        data | {"steps": kind, "held_out": split.description},
+        data | {"steps": kind, "held_out": held_out},
         what_if_table(data, described),
         as_json=as_json,
     )

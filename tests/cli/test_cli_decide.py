@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from cli_runs import CLUSTER, run, toy_model, toy_trace_folder
+from cli_runs import CLUSTER, run, skewed_counts, toy_model, toy_trace_folder
 
 import moeplace as mp
-from moeplace.profiler.statistics_file import read_statistics, write_statistics
+from moeplace.profiler.statistics_file import read_statistics
 
 JUDGED = ("--decode", "8", "--resamples", "40")
 
@@ -59,15 +58,6 @@ def test_plans_for_different_clusters_are_refused(tmp_path: Path) -> None:
     assert asked.code == 1
     assert "is for 2 devices, the candidate for 4" in asked.err
     assert mp.Plan.load(tmp_path / "two.json").topology.num_devices == 2
-
-
-def skewed_counts(path: Path, windows: int = 40) -> Path:
-    """Count windows whose two popular experts stand side by side: contiguous plans load one device with both."""
-    share = np.array([8.0, 8, 1, 1, 1, 1, 1, 1])
-    rng = np.random.default_rng(0)
-    counts = np.stack([rng.multinomial(4000, share / share.sum(), size=3) for _ in range(windows)])
-    write_statistics(mp.RoutingStatistics.from_counts({"decode": counts}, top_k=2), path)
-    return path
 
 
 def test_counts_are_judged_on_held_out_windows_as_the_service_judges_them(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import CLUSTER, JUDGED, Run, run
+from cli_runs import CLUSTER, JUDGED, Run, run, skewed_counts
 
 import moeplace as mp
 from moeplace.db import Store
@@ -92,3 +92,13 @@ def test_a_wrong_call_is_refused(options: tuple[str, ...], message: str) -> None
     done = pareto(*options)
     assert done.code == 2
     assert message in " ".join(done.err.replace("│", " ").split())
+
+
+def test_a_front_of_counts_is_judged_on_steps_drawn_from_held_out_windows(tmp_path: Path) -> None:
+    counts, sizes = skewed_counts(tmp_path / "counts.npz"), ("--hidden-size", "64", "--ffn-size", "64")
+    shown = ("--out", tmp_path / "front", "--redundant", "0,8", "--tolerate", "nothing", "--no-store", "-s", "eplb")
+    answer = run("pareto", counts, *CLUSTER, *sizes, *shown, *JUDGED, "--json").data
+    assert answer["steps"] == "decode 8 drawn from counts"
+    assert "10 of 40 windows" in answer["held_out"]
+    assert len(answer["points"]) >= 2
+    assert "drawn from counts" in (tmp_path / "front" / "front.html").read_text(encoding="utf-8")

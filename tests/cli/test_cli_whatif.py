@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import JUDGED, Run, run
+from cli_runs import CLUSTER, JUDGED, Run, run, skewed_counts
 
 import moeplace as mp
 
@@ -107,3 +107,20 @@ def test_the_example_of_the_page_prints_what_the_page_shows(tmp_path: Path, monk
         assert done.code == 0, done.err
     shown = "\n".join(line.rstrip() for line in done.out.strip("\n").splitlines())
     assert shown.strip("\n") == expected.strip("\n")
+
+
+def test_counts_are_replayed_on_steps_drawn_from_held_out_windows(tmp_path: Path) -> None:
+    counts, plan, db = skewed_counts(tmp_path / "counts.npz"), tmp_path / "plan.json", ("--db", tmp_path / "plans.db")
+    run("solve", counts, *CLUSTER, *SIZES, "--slots", "16", "-s", "eplb", "-o", plan, *db)
+    asked = ("whatif", plan, counts, "--lose", "device:1", "-s", "eplb", *JUDGED, *db)
+    answer = run(*asked, "--json").data
+    assert answer["steps"] == "decode 8 drawn from counts"
+    assert "10 of 40 windows" in answer["held_out"]
+    assert "independent" in answer["held_out"]
+    assert answer["changes"][0]["ready"]["ratio"] > 1.0
+    refused = run(*asked, "--server", "http://127.0.0.1:1")
+    assert refused.code == 1
+    assert "leave out --server" in refused.err
+    coherent = run(*asked, "--execution", "context_coherent")
+    assert coherent.code == 1
+    assert "counts tell of none" in coherent.err

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from traces import make_trace
 from typer.testing import CliRunner
 
 import moeplace as mp
 from moeplace.cli.app import app
+from moeplace.profiler.statistics_file import write_statistics
 from moeplace.profiler.trace_files import write_trace
 
 CLUSTER = ("--topology", "h100-hgx", "--nodes", "2", "--devices-per-node", "2")
@@ -50,3 +52,12 @@ def toy_trace_folder(folder: Path, model: mp.ModelSpec | None = None, seed: int 
     """Writes the toy trace, with its model unless None is wanted."""
     write_trace(make_trace(seed), folder, model=model)
     return folder
+
+
+def skewed_counts(path: Path, windows: int = 40) -> Path:
+    """Count windows whose two popular experts stand side by side: contiguous plans load one device with both."""
+    share = np.array([8.0, 8, 1, 1, 1, 1, 1, 1])
+    rng = np.random.default_rng(0)
+    counts = np.stack([rng.multinomial(4000, share / share.sum(), size=3) for _ in range(windows)])
+    write_statistics(mp.RoutingStatistics.from_counts({"decode": counts}, top_k=2), path)
+    return path
