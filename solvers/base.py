@@ -70,6 +70,11 @@ def working_seconds() -> float:
 Batch = Literal["decode", "prefill"]
 """Which steps a solver makes of recorded tokens."""
 
+TOKENS_PER_DEVICE: dict[Batch, int] = {"decode": 64, "prefill": 512}
+"""Of steps that nobody gave a size: a plan made for both kinds at once is within 1 % of one made for either, at 16 to
+2,048 tokens a device (gpt-oss-20b on 2 x 4 H100, held out); one made for small decode steps alone loses 3 % at prefill.
+"""
+
 
 class Feature(Enum):
     """What a problem may ask beyond one slot an expert, dealt evenly over equal devices."""

@@ -77,8 +77,8 @@ class SearchOptions(SolverOptions):
     """
 
     solver = "search"
-    batch: Batch = "decode"
-    step_tokens: int = 128
+    batch: Batch | None = None
+    step_tokens: int | None = None
     steps: int | None = None
     proposals: int | None = None
     certify: float = 0.0

@@ -175,7 +175,7 @@ def solve_command(
             f"warning: experts fill {fullest:.1%} of a device's memory, and nothing is reserved for other weights, KV "
             "cache and buffers; say how much they need with --memory-reserve"
         )
-    if batch.is_assumed and "step_tokens" in plan.provenance.options:
+    if batch.is_assumed and plan.provenance.solver in ("search", "chain") and statistics.sample is not None:
         note(_assumed(plan, problem, batch, seed))
     moved = None if in_force is None else migration(in_force, plan)
     summary = {
@@ -199,15 +199,19 @@ def _assumed(plan: Plan, problem: Problem, batch: BatchOptions, seed: int) -> st
     """What the search assumed of the steps, and what its plan does in others, on routing it may have seen."""
     from ...placement.evaluate import evaluate
     from ...solvers import solve
+    from ...solvers.base import TOKENS_PER_DEVICE
 
-    ((kind, tokens),) = batch.kinds.items()
+    sizes: dict[str, int] = dict(batch.kinds)
+    if plan.provenance.solver == "search":
+        sizes = {kind: each * problem.num_devices for kind, each in TOKENS_PER_DEVICE.items()}
+    steps_said = " and ".join(f"{kind} steps of {tokens:,}" for kind, tokens in sizes.items())
     said = (
-        f"warning: solver {plan.provenance.solver} assumed {kind} steps of {tokens} tokens; say what the deployment "
-        "runs with --decode N or --prefill N"
+        f"warning: solver {plan.provenance.solver} assumed {steps_said} tokens; say what the deployment runs with "
+        "--decode N or --prefill N"
     )
     contiguous = solve(problem, BASELINE)
     predicted = []
-    for name, size in ((kind, tokens), ("prefill", PREFILL_TOKENS)):
+    for name, size in dict.fromkeys([*sizes.items(), ("prefill", PREFILL_TOKENS)]):
         steps = _training_steps(problem, name, size, seed)
         if steps is not None:
             ours, theirs = (evaluate(each, steps, problem).step_seconds.mean() for each in (plan, contiguous))

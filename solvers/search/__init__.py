@@ -26,15 +26,16 @@ class Search:
         problem: Problem,
         budget: Budget,
         *,
-        batch: Batch = "decode",
-        step_tokens: int = 128,
+        batch: Batch | None = None,
+        step_tokens: int | None = None,
         steps: int | None = None,
         proposals: int | None = None,
         certify: float = 0.0,
         off_home: float | None = None,
     ) -> Solution:
-        """batch, step_tokens, steps: the scenario, decode steps of so many sequences or prefill steps of so many
-        tokens. proposals: a layer, when no time limit is given (default: 20,000 on steps, 120,000 on counts alone).
+        """batch, step_tokens, steps: the scenario, decode steps of so many sequences (all devices together) or prefill
+        steps of so many tokens. A size alone is of decode steps, a kind alone has `TOKENS_PER_DEVICE`; neither, under
+        the risk "mean": steps of both kinds in these sizes, so that the plan is good at both. proposals: a layer, when no time limit is given (default: 20,000 on steps, 120,000 on counts alone).
         certify: seconds spent on a better bound after the search. off_home: with counts alone, the largest share of a
         layer's load that may be served off its expert group's home node (default: no limit; 0 keeps every group on one
         node, as group-limited routing would have it).
@@ -44,7 +45,7 @@ class Search:
                 off_home is no share.
             UnsupportedError: off_home with a token sample, on which node traffic itself is priced, or without groups.
         """
-        if batch not in ("decode", "prefill"):
+        if batch not in (None, "decode", "prefill"):
             raise InputError(f"batch {batch!r} is unknown; known: decode, prefill")
         for name, value in (("step_tokens", step_tokens), ("steps", steps), ("proposals", proposals)):
             if value is not None and value < 1:

@@ -41,8 +41,8 @@ ROUNDS = 12
 def run_search(
     problem: Problem,
     budget: Budget,
-    batch: Batch,
-    step_tokens: int,
+    batch: Batch | None,
+    step_tokens: int | None,
     steps: int | None,
     proposals: int | None,
     certify: float,

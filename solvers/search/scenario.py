@@ -14,7 +14,7 @@ from ...placement.statistics import window_weights, with_tokens
 from ...placement.steps import Steps
 from ...placement.synthetic import sample_tokens
 from ...placement.trace import RoutingTrace
-from ..base import Batch
+from ..base import TOKENS_PER_DEVICE, Batch
 from .kernel_types import LayerTokens, Rates, RiskWeights, SourceTokens
 
 SCENARIO_TOKENS = 65_536
@@ -109,15 +109,48 @@ class Scenario:
         return 1.0 if self.steps is None or self.walked is None else len(self.steps.expert_ids) / len(self.walked)
 
 
-def scenario_from(problem: Problem, batch: Batch, step_tokens: int, steps: int | None, seed: int) -> Scenario:
+def scenario_from(
+    problem: Problem, batch: Batch | None, step_tokens: int | None, steps: int | None, seed: int
+) -> Scenario:
     """Scenario steps drawn from the statistics' token sample, or the load windows when only counts are known.
+
+    Without batch and step_tokens, under the risk "mean", decode and prefill steps are drawn of half the tokens each.
 
     Context-coherent steps are drawn from transitions where these were recorded without tokens.
 
     Under a risk that compares workloads, each workload gets steps of its own tokens only.
     """
+    if batch is None and step_tokens is None and problem.objective.risk == "mean":
+        return _of_both_kinds(problem, steps, seed)
+    batch = batch or "decode"
+    step_tokens = step_tokens or TOKENS_PER_DEVICE[batch] * problem.num_devices
+    return _of_one_kind(problem, batch, step_tokens, steps, SCENARIO_TOKENS, seed)
+
+
+def _of_both_kinds(problem: Problem, steps: int | None, seed: int) -> Scenario:
+    """Decode steps, then prefill steps. Seconds are added up as they are: the larger steps weigh more, and small ones
+    decide where these don't care."""
+    decode, prefill = (
+        _of_one_kind(problem, kind, each * problem.num_devices, steps, SCENARIO_TOKENS // 2, seed)
+        for kind, each in TOKENS_PER_DEVICE.items()
+    )
+    if decode.steps is None or prefill.steps is None:
+        return decode
+    drawn = _join([decode.steps, prefill.steps])
+    return replace(
+        decode,
+        steps=drawn,
+        loads=np.concatenate([decode.loads, prefill.loads]),
+        workload=np.concatenate([decode.workload, prefill.workload]),
+        walked=_thinned(drawn, seed),
+    )
+
+
+def _of_one_kind(
+    problem: Problem, batch: Batch, step_tokens: int, steps: int | None, most_tokens: int, seed: int
+) -> Scenario:
     statistics = problem.statistics
-    count = max(4, min(MOST_STEPS, SCENARIO_TOKENS // step_tokens)) if steps is None else steps
+    count = max(4, min(MOST_STEPS, most_tokens // step_tokens)) if steps is None else steps
     sample, synthetic = statistics.sample, False
     if sample is None or not sample.num_tokens:
         if problem.objective.execution != "context_coherent" or statistics.transitions is None:
@@ -165,7 +198,9 @@ def _join(parts: list[Steps]) -> Steps:
         expert_ids=np.concatenate([part.expert_ids for part in parts]),
         offsets=np.concatenate([[0], np.cumsum(sizes)]),
         source=None,
-        workload=np.concatenate([part.workload for part in parts if part.workload is not None]),
+        workload=None
+        if parts[0].workload is None
+        else np.concatenate([part.workload for part in parts if part.workload is not None]),
     )
 
 

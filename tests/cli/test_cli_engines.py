@@ -284,7 +284,7 @@ def test_plans_ready_for_a_failure_can_be_run_by_the_engine(trace: Path, tmp_pat
 def test_an_assumed_batch_is_said_with_what_the_plan_does_in_others(trace: Path) -> None:
     solved = ("solve", trace, *CLUSTER, *SEARCH)
     warned = run(*solved).err
-    assert "warning: solver search assumed decode steps of 128 tokens" in warned
+    assert "warning: solver search assumed decode steps of 256 and prefill steps of 2,048 tokens" in warned
     assert "of the contiguous plan's" in warned
     assert "warning" not in run(*solved, "--decode", 64).err
     assert "warning" not in run("solve", trace, *CLUSTER, "-s", "eplb").err

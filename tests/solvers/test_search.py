@@ -92,6 +92,19 @@ def test_the_kernels_price_placements_as_evaluation_does(
     np.testing.assert_allclose(np.stack(repriced, axis=1), layer_seconds, rtol=1e-5)
 
 
+def test_without_a_batch_steps_of_both_kinds_are_solved_for_and_priced_as_evaluated() -> None:
+    given_problem = problem(make_trace(seed=2, sequences=40, length=50))
+    scenario = scenario_from(given_problem, None, None, 6, seed=0)
+    assert scenario.steps is not None
+    assert scenario.steps.tokens.tolist() == [256] * 6 + [2000] * 6
+    plan = mp.solve(given_problem, "search", steps=6, proposals=50, seed=0)
+    replayed = evaluate_on(plan, scenario.steps, MODEL, given_problem.topology, given_problem.objective)
+    assert plan.certificate is not None
+    assert plan.certificate.value == pytest.approx(float(replayed.step_seconds.mean()), rel=1e-9)
+    told = mp.solve(given_problem, "search", step_tokens=8, steps=6, proposals=50, seed=0)
+    assert told.certificate != plan.certificate, "a size alone is of decode steps"
+
+
 def test_a_long_scenario_is_walked_thinly_but_its_loads_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = make_trace(seed=2, sequences=40, length=50)
     given_problem = problem(trace, execution="context_coherent")
