@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from ..placement.engines import check_plan
 from ..placement.errors import ConflictError, InputError, NotFoundError, UnsupportedError
 from ..placement.plan import plan_from_dict
+from ..placement.topology import Topology
 from . import audit
 from .content import ID_DIGITS, plain
 from .database import Sessions
@@ -132,6 +133,13 @@ class Deployments:
             return [CheckRecord.model_validate(found) for found in rows]
 
 
+def _is_same_cluster(session: Session, one: int, other: int) -> bool:
+    if one == other:
+        return True
+    first, second = (Topology(**session.get_one(TopologyRow, key).topology) for key in (one, other))
+    return first.is_same_cluster(second)
+
+
 def publish(
     session: Session,
     row: DeploymentRow,
@@ -142,7 +150,7 @@ def publish(
     decision: DecisionRow | None = None,
 ) -> PublicationRow:
     """Puts a plan in force in the transaction at hand, tells webhooks, and closes what waits for approval."""
-    if (plan.model_key, plan.topology_key) != (row.model_key, row.topology_key):
+    if plan.model_key != row.model_key or not _is_same_cluster(session, plan.topology_key, row.topology_key):
         raise InputError(f"plan {plan.fingerprint[:ID_DIGITS]} is for another model or topology than {row.name!r}")
     if row.policy.get("engine"):
         digits = plan.fingerprint[:ID_DIGITS]

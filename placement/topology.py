@@ -318,6 +318,10 @@ class Topology(Displayed, Record):
             engine=engine,
         )
 
+    def is_same_cluster(self, other: Topology) -> bool:
+        """Whether both are one cluster, whichever engine's kernels predict its times."""
+        return self.replace(engine="") == other.replace(engine="")
+
     def with_kernels_of(self, engine: str) -> Topology:
         """The same cluster, predicted by the measured kernels of that engine; itself where there are none, or where it
         names an engine already."""

@@ -72,7 +72,7 @@ class DecideTask:
         policy = Policy(**deployment.policy)
         candidate = store.plan(request.candidate).plan
         model, topology = store.model(deployment.model_id).spec, store.topology(deployment.topology_id).topology
-        if candidate.model != model or candidate.topology != topology:
+        if candidate.model != model or not candidate.topology.is_same_cluster(topology):
             raise InputError(f"plan {request.candidate!r} is for another model or topology than {deployment.name!r}")
         in_force = request.current or deployment.plan_id
         current = store.plan(in_force).plan if in_force else default_plan(model, topology)

@@ -35,8 +35,9 @@ class Search:
     ) -> Solution:
         """batch, step_tokens, steps: the scenario, decode steps of so many sequences (all devices together) or prefill
         steps of so many tokens. A size alone is of decode steps, a kind alone has `TOKENS_PER_DEVICE`; neither, under
-        the risk "mean": steps of both kinds in these sizes, so that the plan is good at both. proposals: a layer, when no time limit is given (default: 20,000 on steps, 120,000 on counts alone).
-        certify: seconds spent on a better bound after the search. off_home: with counts alone, the largest share of a
+        the risk "mean": steps of both kinds in these sizes, so that the plan is good at both. proposals: a layer, when
+        no time limit is given (default: 20,000 on steps, 120,000 on counts alone). certify: seconds spent on a better
+        bound after the search. off_home: with counts alone, the largest share of a
         layer's load that may be served off its expert group's home node (default: no limit; 0 keeps every group on one
         node, as group-limited routing would have it).
 

@@ -30,6 +30,7 @@ NEEDS = {
         ("POST", "/v1/models"),
         ("POST", "/v1/topologies"),
         ("POST", "/v1/plans"),
+        ("POST", "/v1/plans/file"),
         ("POST", "/v1/deployments/{name}/windows"),
         ("POST", "/v1/uploads"),
         ("PATCH", "/v1/uploads/{key}"),
