@@ -33,7 +33,7 @@ def compare_command(
     """Solve with several solvers and judge their plans on held-out routing.
 
     Each solver sees the training part only; all plans are replayed on the same steps made from the rest.
-    Solvers that minimise step times do so for the first kind of steps: decode, unless only --prefill is given.
+    Solvers that minimise step times do so for the first kind of steps named; search for both where none is.
     A solver that cannot serve the problem gets a line that says why.
 
     Example:

@@ -110,7 +110,7 @@ def solve_command(
 ) -> None:
     """Solve for a placement, and say how good it provably is.
 
-    Solvers that minimise step times do so for decode steps, or for those of --prefill.
+    Search minimises the time of decode and prefill steps together, unless --decode or --prefill says what runs.
     A quarter of the routing is held out, so that `moeplace evaluate` can judge the plan on what it has not seen;
     --held-out 0 solves on everything. Of counts windows are held out, and the plan's balance on them is told;
     statistics files that keep a token sample are used whole.
