@@ -26,6 +26,7 @@ from .chain import Chain
 from .options import SolverOptions
 from .registry import SOLVERS
 from .search import Search
+from .search.scenario import priced_on_windows
 
 CHAIN_SECONDS = 10.0
 """Work that chain's proof may take when nobody asked for it."""
@@ -60,7 +61,8 @@ def choose(problem: Problem, asked: frozenset[Feature], seconds: float | None, o
         )
     if "minimise" in options:
         return Choice(chain, options, "chain is the solver with the option minimise")
-    return Choice(search, options, f"search minimises the predicted step time; chain, which would prove it, {obstacle}")
+    figure = "the device load max/mean of count windows" if priced_on_windows(problem) else "the predicted step time"
+    return Choice(search, options, f"search minimises {figure}; chain, which would prove it, {obstacle}")
 
 
 def _obstacle(
@@ -150,6 +152,10 @@ def solve(
                 raise
             choice = choice.otherwise
             solution = choice.solver.solve(problem, budget, **choice.options)
+    looked_at = dict(choice.options)
+    if isinstance(choice.solver, Search) and priced_on_windows(problem):
+        # What steps are drawn like says nothing of a plan that was made without any.
+        looked_at = {name: value for name, value in looked_at.items() if name not in ("batch", "step_tokens", "steps")}
     plan = Plan(
         model=problem.model,
         topology=problem.topology,
@@ -161,7 +167,7 @@ def solve(
             solver=choice.solver.name,
             version=__version__,
             seed=seed,
-            options=dict(choice.options) | ({} if seconds is None else {"seconds": seconds}),
+            options=looked_at | ({} if seconds is None else {"seconds": seconds}),
             seconds=budget.elapsed,
             stop=solution.stop,
             trace_fingerprint=problem.statistics.fingerprint,

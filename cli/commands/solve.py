@@ -111,6 +111,7 @@ def solve_command(
     """Solve for a placement, and say how good it provably is.
 
     Search minimises the time of decode and prefill steps together, unless --decode or --prefill says what runs.
+    Of counts alone, where no step is known, it minimises the device load of windows.
     A quarter of the routing is held out, so that `moeplace evaluate` can judge the plan on what it has not seen;
     --held-out 0 solves on everything. Of counts windows are held out, and the plan's balance on them is told;
     statistics files that keep a token sample are used whole.
@@ -190,6 +191,8 @@ def solve_command(
     windows = None
     if holds_counts_only(recording):
         split = split_counts(recording, held_out, seed)
+        if plan.provenance.solver == "search" and not batch.is_assumed and "step_tokens" not in plan.provenance.options:
+            note("--decode and --prefill are not looked at: of counts the load of windows is minimised, not step times")
         windows = count_row(plan.provenance.solver, plan, split, seed)
         tables = [count_table([windows], split)]
     emit({**summary, "binding": waits, "windows": windows}, summary_table(summary), *tables, as_json=as_json)

@@ -109,6 +109,13 @@ class Scenario:
         return 1.0 if self.steps is None or self.walked is None else len(self.steps.expert_ids) / len(self.walked)
 
 
+def priced_on_windows(problem: Problem) -> bool:
+    """Whether counts alone are known: loads of windows are then minimised, and no steps are drawn."""
+    sample, transitions = problem.statistics.sample, problem.statistics.transitions
+    coherent = problem.objective.execution == "context_coherent" and transitions is not None
+    return (sample is None or not sample.num_tokens) and not coherent
+
+
 def scenario_from(
     problem: Problem, batch: Batch | None, step_tokens: int | None, steps: int | None, seed: int
 ) -> Scenario:
@@ -151,10 +158,10 @@ def _of_one_kind(
 ) -> Scenario:
     statistics = problem.statistics
     count = max(4, min(MOST_STEPS, most_tokens // step_tokens)) if steps is None else steps
+    if priced_on_windows(problem):
+        return _from_windows(problem)
     sample, synthetic = statistics.sample, False
     if sample is None or not sample.num_tokens:
-        if problem.objective.execution != "context_coherent" or statistics.transitions is None:
-            return _from_windows(problem)
         # Without the combine it is transitions that cost: tokens that show the recorded ones can be priced.
         sample, synthetic = sample_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
     if batch == "prefill" and steps is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_runs import CLUSTER, JUDGED, run, toy_model, toy_trace_folder
+from cli_runs import CLUSTER, JUDGED, run, skewed_counts, toy_model, toy_trace_folder
 from traces import make_trace
 
 import moeplace as mp
@@ -226,6 +226,17 @@ def test_counts_are_solved_on_a_part_of_their_windows_and_judged_on_the_rest(tmp
     ended = run("report", path, *CLUSTER, *sizes, "-o", tmp_path / "report.html", "--solvers", "eplb")
     assert ended.code == 1
     assert "counts only" in ended.err
+
+
+def test_a_plan_of_counts_says_that_the_load_of_windows_was_minimised(tmp_path: Path) -> None:
+    counts, sizes = skewed_counts(tmp_path / "counts.npz"), ("--hidden-size", "64", "--ffn-size", "128")
+    asked = ("solve", counts, *CLUSTER, *sizes, "--seconds", "1", "--no-store", "-o", tmp_path / "plan.json", "--json")
+    solved = run(*asked)
+    assert "windows" in solved.data["objective"]
+    assert "device load max/mean of count windows; chain" in solved.data["choice"]
+    assert "step_tokens" not in solved.data["options"]
+    assert "assumed" not in solved.err
+    assert "--decode and --prefill are not looked at" in run(*asked, "--decode", "64").err
 
 
 def test_a_trace_too_small_to_part_says_what_to_do(tmp_path: Path) -> None:
