@@ -113,6 +113,7 @@ def counts(seed: int, chances: np.ndarray, tokens: int = 4000) -> np.ndarray:
 
 def prepared(client: mp.Client, name: str = "chat", **policy: Any) -> None:
     """A deployment of the toy model."""
-    client.add_model(MODEL)
+    # By its id: other tests on the same server may keep another model of that name.
+    model = client.add_model(MODEL).id
     client.add_topology(TOPOLOGY, "box")
-    client.add_deployment(name, "toy", "box", {**POLICY, **policy})
+    client.add_deployment(name, model, "box", {**POLICY, **policy})
