@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,11 +203,9 @@ def _assumed(plan: Plan, problem: Problem, batch: BatchOptions, seed: int) -> st
     """What the search assumed of the steps, and what its plan does in others, on routing it may have seen."""
     from ...placement.evaluate import evaluate
     from ...solvers import solve
-    from ...solvers.base import TOKENS_PER_DEVICE
+    from ...solvers.search.scenario import default_steps
 
-    sizes: dict[str, int] = dict(batch.kinds)
-    if plan.provenance.solver == "search":
-        sizes = {kind: each * problem.num_devices for kind, each in TOKENS_PER_DEVICE.items()}
+    sizes: Mapping[Any, int] = default_steps(problem) if plan.provenance.solver == "search" else batch.kinds
     steps_said = " and ".join(f"{kind} steps of {tokens:,}" for kind, tokens in sizes.items())
     said = (
         f"warning: solver {plan.provenance.solver} assumed {steps_said} tokens; say what the deployment runs with "

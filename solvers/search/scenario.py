@@ -116,67 +116,61 @@ def priced_on_windows(problem: Problem) -> bool:
     return (sample is None or not sample.num_tokens) and not coherent
 
 
+def default_steps(problem: Problem) -> dict[Batch, int]:
+    """Tokens a step by kind that search takes where nobody names one: of both under the risk "mean", so that the plan
+    is good at both; else of decode, as a risk over steps of two sizes would look at the larger alone."""
+    kinds: tuple[Batch, ...] = ("decode", "prefill") if problem.objective.risk == "mean" else ("decode",)
+    return {kind: TOKENS_PER_DEVICE[kind] * problem.num_devices for kind in kinds}
+
+
 def scenario_from(
     problem: Problem, batch: Batch | None, step_tokens: int | None, steps: int | None, seed: int
 ) -> Scenario:
     """Scenario steps drawn from the statistics' token sample, or the load windows when only counts are known.
 
-    Without batch and step_tokens, under the risk "mean", decode and prefill steps are drawn of half the tokens each.
+    Without batch and step_tokens, steps of `default_steps` share the tokens. Their seconds are added up as they are:
+    the larger steps weigh more, and small ones decide where these don't care.
 
     Context-coherent steps are drawn from transitions where these were recorded without tokens.
-
-    Under a risk that compares workloads, each workload gets steps of its own tokens only.
     """
-    if batch is None and step_tokens is None and problem.objective.risk == "mean":
-        return _of_both_kinds(problem, steps, seed)
-    batch = batch or "decode"
-    step_tokens = step_tokens or TOKENS_PER_DEVICE[batch] * problem.num_devices
-    return _of_one_kind(problem, batch, step_tokens, steps, SCENARIO_TOKENS, seed)
-
-
-def _of_both_kinds(problem: Problem, steps: int | None, seed: int) -> Scenario:
-    """Decode steps, then prefill steps. Seconds are added up as they are: the larger steps weigh more, and small ones
-    decide where these don't care."""
-    decode, prefill = (
-        _of_one_kind(problem, kind, each * problem.num_devices, steps, SCENARIO_TOKENS // 2, seed)
-        for kind, each in TOKENS_PER_DEVICE.items()
-    )
-    if decode.steps is None or prefill.steps is None:
-        return decode
-    drawn = _join([decode.steps, prefill.steps])
-    return replace(
-        decode,
-        steps=drawn,
-        loads=np.concatenate([decode.loads, prefill.loads]),
-        workload=np.concatenate([decode.workload, prefill.workload]),
+    if priced_on_windows(problem):
+        return _from_windows(problem)
+    kinds = default_steps(problem)
+    if batch is not None or step_tokens is not None:
+        named: Batch = batch or "decode"
+        kinds = {named: step_tokens or TOKENS_PER_DEVICE[named] * problem.num_devices}
+    most = SCENARIO_TOKENS // len(kinds)
+    parts = [_drawn_steps(problem, kind, tokens, steps, most, seed) for kind, tokens in kinds.items()]
+    drawn = parts[0] if len(parts) == 1 else _join(parts)
+    sample = problem.statistics.sample
+    return Scenario(
+        drawn,
+        drawn.loads().astype(np.float64),
+        drawn.step_workload,
+        problem.statistics.workloads,
+        synthetic=sample is None or not sample.num_tokens,
         walked=_thinned(drawn, seed),
     )
 
 
-def _of_one_kind(
+def _drawn_steps(
     problem: Problem, batch: Batch, step_tokens: int, steps: int | None, most_tokens: int, seed: int
-) -> Scenario:
+) -> Steps:
+    """Steps of one kind. Under a risk that compares workloads, each workload gets steps of its own tokens only."""
     statistics = problem.statistics
     count = max(4, min(MOST_STEPS, most_tokens // step_tokens)) if steps is None else steps
-    if priced_on_windows(problem):
-        return _from_windows(problem)
-    sample, synthetic = statistics.sample, False
+    sample = statistics.sample
     if sample is None or not sample.num_tokens:
         # Without the combine it is transitions that cost: tokens that show the recorded ones can be priced.
-        sample, synthetic = sample_tokens(statistics, problem.model.top_k, count * step_tokens, seed), True
+        sample = sample_tokens(statistics, problem.model.top_k, count * step_tokens, seed)
     if batch == "prefill" and steps is None:
         # More steps than the sample fills would only be its sequences in another order.
         count = max(4, min(count, sample.num_tokens // step_tokens))
     if problem.objective.risk not in ("worst_workload", "regret") or len(statistics.workloads) == 1:
-        drawn = _draw(sample, batch, step_tokens, count, seed)
-    else:
-        present = np.unique(sample.workload)
-        share = max(2, count // len(present))
-        drawn = _join(
-            [_draw(sample.select(sample.workload == code), batch, step_tokens, share, seed) for code in present]
-        )
-    loads = drawn.loads().astype(np.float64)
-    return Scenario(drawn, loads, drawn.step_workload, statistics.workloads, synthetic, _thinned(drawn, seed))
+        return _draw(sample, batch, step_tokens, count, seed)
+    present = np.unique(sample.workload)
+    share = max(2, count // len(present))
+    return _join([_draw(sample.select(sample.workload == code), batch, step_tokens, share, seed) for code in present])
 
 
 def _thinned(steps: Steps, seed: int) -> IntArray | None:

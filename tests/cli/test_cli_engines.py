@@ -286,6 +286,7 @@ def test_an_assumed_batch_is_said_with_what_the_plan_does_in_others(trace: Path)
     warned = run(*solved).err
     assert "warning: solver search assumed decode steps of 256 and prefill steps of 2,048 tokens" in warned
     assert "of the contiguous plan's" in warned
+    assert "assumed decode steps of 256 tokens;" in run(*solved, "--risk", "cvar:0.9").err, "of one kind under a risk"
     assert "warning" not in run(*solved, "--decode", 64).err
     assert "warning" not in run("solve", trace, *CLUSTER, "-s", "eplb").err
 
