@@ -194,16 +194,7 @@ def _plan(spec: mp.ModelSpec, devices: int) -> mp.Plan:
 
 def check_spec(model: Any, built: Any) -> str:
     spec = mp.ModelSpec.from_config(model.config)
-    expected = {
-        "moe_layers": built.layers,
-        "experts": built.experts,
-        "expert_input_size": built.input_size,
-        "expert_output_size": built.output_size,
-        "ffn_size": built.ffn_size,
-        "matrices": built.matrices,
-        "groups": built.groups,
-    } | ({} if built.top_k is None else {"top_k": built.top_k})
-    wrong = [f"{k} is {getattr(spec, k)}, built {v}" for k, v in expected.items() if getattr(spec, k) != v]
+    wrong = [f"{k} is {getattr(spec, k)}, built {v}" for k, v in built.spec_fields.items() if getattr(spec, k) != v]
     return f"WRONG: {'; '.join(wrong)}" if wrong else EXACT
 
 

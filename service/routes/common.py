@@ -104,3 +104,9 @@ Stored = Annotated[Store, Depends(_store)]
 RefPath = Annotated[str, Path(min_length=1, max_length=200)]
 NamePath = Annotated[str, Path(min_length=1, max_length=100)]
 KeyPath = Annotated[int, Path(ge=1, le=(1 << 31) - 1)]
+
+OCTETS = "application/octet-stream"
+OCTET_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
+}
+"""For the description of a route that reads its body itself."""

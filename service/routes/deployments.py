@@ -35,8 +35,8 @@ from ..schemas import (
     WebhookMade,
     WindowView,
 )
-from .common import ERRORS, Before, KeyPath, Limit, NamePath, Page, Stored, etag_of, matches, page_of, unchanged
-from .plans import OCTETS, Engine, exported
+from .common import ERRORS, OCTETS, Before, KeyPath, Limit, NamePath, Page, Stored, etag_of, matches, page_of, unchanged
+from .plans import Engine, exported
 
 router = APIRouter(prefix="/v1", tags=["deployments"], responses=ERRORS)
 IfMatch = Annotated[str | None, Header(description="The ETag of what is to be changed; 412 when it is another now.")]

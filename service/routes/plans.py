@@ -18,11 +18,10 @@ from ...runtime.exporters.export import engine_usage
 from ..access import Reader, Submitter
 from ..schemas import PlanFull, PlanIn, PlanView, Ref
 from .catalogue import Older
-from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
+from .common import ERRORS, OCTET_BODY, OCTETS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
 
 router = APIRouter(prefix="/v1", tags=["plans"], responses=ERRORS)
 Engine = Literal["moeplace", "sglang", "sglang-lp", "vllm", "vllm-ascend", "trtllm"]
-OCTETS = "application/octet-stream"
 KINDS = {".json": "application/json", ".yaml": "application/yaml", ".pt": OCTETS}
 Text = Annotated[str | None, Query(max_length=100, pattern=r"^[ -~]*$")]
 
@@ -61,9 +60,7 @@ def add_plan(body: PlanIn, store: Stored, _: Submitter) -> PlanView:
 @router.post(
     "/plans/file",
     status_code=201,
-    openapi_extra={
-        "requestBody": {"required": True, "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
-    },
+    openapi_extra=OCTET_BODY,
 )
 async def add_plan_file(
     request: Request,

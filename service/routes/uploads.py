@@ -16,10 +16,9 @@ from ..access import Reader, Submitter
 from ..routing import check_trace, statistics_of
 from ..schemas import UploadIn
 from ..shards import Shards
-from .common import ERRORS, KeyPath, Stored
+from .common import ERRORS, OCTET_BODY, OCTETS, KeyPath, Stored
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], responses=ERRORS)
-OCTETS = "application/octet-stream"
 
 
 @router.post("", status_code=201)
@@ -42,9 +41,7 @@ def upload(key: KeyPath, store: Stored, _: Reader) -> UploadRecord:
 
 @router.patch(
     "/{key}",
-    openapi_extra={
-        "requestBody": {"required": True, "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
-    },
+    openapi_extra=OCTET_BODY,
 )
 async def append(
     key: KeyPath,

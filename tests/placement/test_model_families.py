@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
@@ -35,17 +34,7 @@ def _built(model_type: str) -> Built:
 @pytest.mark.parametrize("model_type", sorted(TYPES))
 def test_a_config_is_read_as_transformers_builds_it(model_type: str) -> None:
     built = _built(model_type)
-    expected: dict[str, Any] = {
-        "moe_layers": built.layers,
-        "experts": built.experts,
-        "expert_input_size": built.input_size,
-        "expert_output_size": built.output_size,
-        "ffn_size": built.ffn_size,
-        "matrices": built.matrices,
-        "groups": built.groups,
-    }
-    if built.top_k is not None:
-        expected["top_k"] = built.top_k
+    expected = built.spec_fields
     as_file = json.loads(built.config.to_json_string(use_diff=False))
     for config in (built.config, built.config.to_dict(), as_file):
         spec = mp.ModelSpec.from_config(config)

@@ -57,6 +57,20 @@ class Built(NamedTuple):
     values_per_expert: int
     groups: int
 
+    @property
+    def spec_fields(self) -> dict[str, Any]:
+        """What a `ModelSpec` of it must say."""
+        fields = {
+            "moe_layers": self.layers,
+            "experts": self.experts,
+            "expert_input_size": self.input_size,
+            "expert_output_size": self.output_size,
+            "ffn_size": self.ffn_size,
+            "matrices": self.matrices,
+            "groups": self.groups,
+        }
+        return fields if self.top_k is None else fields | {"top_k": self.top_k}
+
 
 def moe_types() -> dict[str, tuple[str, str]]:
     """(config class, model class) of each model type whose module names experts, found by reading its source."""
