@@ -1,7 +1,9 @@
 # make demo   install, then profile -> solve -> judge -> export -> serve on recorded routing of a real model
 # make test   install what tests need, then lint, type-check and test
 # make check  the same with the quick tests only
+# make long   the tests that `make test` leaves out, for a release: long searches, emulated clusters, compiling anew, whole models
 # make matrix the quick tests on other Pythons and with the lowest versions of dependencies
+# make site   the documentation as a site in build/site: python3 -m http.server -d build/site
 # make audit  known vulnerabilities of the installed dependencies
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test check lint types unit quick matrix audit clean
+.PHONY: demo test check lint types unit quick long matrix site audit clean
 
 # A virtual environment is up to date when it was made after the last change of its requirements.
 $(VENV)/.demo: pyproject.toml
@@ -22,7 +24,7 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,service,test,test-torch]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[torch,postgres,service,plot,test,test-torch,docs]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -43,13 +45,19 @@ types: $(VENV)/.test
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml ../../examples/*.py
 
 unit: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not long'
+
+long: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 quick: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not long'
 
 matrix:
 	.ci/matrix
+
+site: $(VENV)/.test
+	$(BIN)/mkdocs build --strict
 
 # Known vulnerabilities of what is installed. Where advisories cannot be reached it says so and passes.
 audit: $(VENV)/.test

@@ -11,9 +11,7 @@ Public are the names in `moeplace.__all__` and in those of its packages (`moepla
 Modules further down, and those that begin with an underscore, are private: they may change with any release.
 """
 
-import lazy_loader as _lazy
-
-from . import _deprecated
+from . import _deprecated, _lazy
 from .placement.version import __version__ as __version__
 
 # Loading every package takes longer than most commands run: the stub beside this file says where each name is from, for

@@ -55,13 +55,13 @@ def check_types(function: F) -> F:
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs).arguments
         except TypeError:
             # Python's own words for a missing or unknown argument are good.
             return function(*args, **kwargs)
         for argument, kinds in checks().items():
-            if argument in given and not any(_is_of(given[argument], kind) for kind in kinds):
-                raise _wrong(name, argument, given[argument], *_expected(kinds))
+            if argument in bound and not any(_is_of(bound[argument], kind) for kind in kinds):
+                raise _wrong(name, argument, bound[argument], *_expected(kinds))
         return function(*args, **kwargs)
 
     return cast(F, checked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -67,6 +66,8 @@ def old_listener(
 
 
 def _takes(listener: Callable[..., None], count: int) -> bool:
+    import inspect
+
     try:
         parameters = inspect.signature(listener).parameters.values()
     except (TypeError, ValueError):

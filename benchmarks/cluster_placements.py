@@ -74,9 +74,11 @@ class Work:
             files[label] = f"plan{number}-{len(files)}.json"
             plan.save(self.folder / files[label])
             execution = "context_coherent" if label in coherent else "dispatch_combine"
-            self.predicted[name][label] = self.predictions.of(plan, steps, dispatch, execution)
+            choice = "balanced" if label.startswith(plans.BALANCED) else "share"
+            self.predicted[name][label] = self.predictions.of(plan, steps, dispatch, execution, choice)
         run = {"name": name, "dispatch": dispatch, "pass": passes, "plans": files, "routing": f"routing{number}.npz"}
-        self.runs.append(run | {"coherent": coherent})
+        balanced = [label for label in named if label.startswith(plans.BALANCED)]
+        self.runs.append(run | {"coherent": coherent, "balanced": balanced})
 
     def _save(self, file: str, steps: mp.Steps) -> None:
         tokens = int(steps.tokens[0])

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import peers.published_eplb
 import torch
+from published.published_eplb import rebalance_experts as published_rebalance
 from runner import Report
 
 from moeplace.compat.eplb import published_placement, rebalance_experts
@@ -199,7 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, report: Report) -> None:
     torch.set_num_threads(1)
-    published = peers.published_eplb.rebalance_experts(options.eplb)
+    published = published_rebalance(options.eplb)
     # The larger shape first: it also warms both up.
     time_both(report, published, options.repeats)
     compare(report, published, options.instances, options.seed)

@@ -43,6 +43,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*head_dim|d_kv", 16),
     (r".*lora_rank|.*_rank|hc_lowrank|dt_rank", 16),
     (r"hidden_size|(text|out|output|thinker)_hidden_size|d_model|n_embd|emb_dim|embed_dim", HIDDEN),
+    (r"adapter_(in|out|input)_(dim|size)", HIDDEN),
     (r".*(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|_dim|_width|_size|expert_dims)", 32),
     (r"(n_routed|num_local|num|moe_num|num_routed)_experts", EXPERTS),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|moe_top_k|top_k_experts|experts_per_token", TOP_K),
@@ -50,6 +51,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"topk_group|topk_groups|num_limited_groups", 2),
     (r"max_position_embeddings|model_max_length|max_seq_len", 256),
     (r"(n|num)_groups|mamba_n_groups|o_groups", 2),
+    (r"zero_expert_num", 4),
     (r"index_topk|sliding_window|.*chunk_size", 16),
 )  # fmt: skip
 DEPTHS = re.compile(
@@ -64,8 +66,22 @@ KEPT: Mapping[str, Mapping[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "dbrx": {"clip_qkv": 8.0},
-    "step3p7": {"sliding_window": 16},
+    "step3p5": {"sliding_window": 16},
+    "dots3_note": {"qk_nope_head_dim": 48, "head_dim": 64},
+    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 16], "head_dim": 128}},
+    "glm4v_moe": {"text_config": {"head_dim": 128}},
+    "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [4, 2, 2]}}},
+    "inkling2_loop": {
+        "text_config": {
+            "n_layers_per_attn_res_block": 1,
+            "loop_layer_index_start": 1,
+            "loop_layer_index_end": 3,
+            "loop_num_passes": 2,
+        }
+    },
+    "mistral4": {"head_dim": 32},
 }
+"""By model type, what stays as it is here, also in parts of the config."""
 
 
 def tiny(fields: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,15 +92,23 @@ def tiny(fields: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
     lists = [
         v for k, v in fields.items() if isinstance(v, list) and len(v) >= depth > 1 and k != "mtp_layers_block_type"
     ]
-    layers = _representatives(lists, depth)
+    own_numbers = [v for v in lists if v == list(range(len(v)))]
+    layers = _representatives([v for v in lists if v not in own_numbers], depth)
     small: dict[str, Any] = {}
     for name, value in fields.items():
-        if name in kept:
-            small[name] = kept[name]
-        elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            inner = kept.get(name, {})
             small[name] = (
-                {} if name in ("per_layer_config",) else value if re.search("rope|label", name) else tiny(value, kept)
-            )
+                {}
+                if name == "per_layer_config"
+                else value
+                if re.search("rope|label", name)
+                else tiny(value, {**kept, **inner})
+            ) | inner
+        elif name in kept:
+            small[name] = kept[name]
+        elif value in own_numbers:
+            small[name] = value[:LAYERS]
         elif any(value is entry for entry in lists):
             small[name] = [value[layer] for layer in layers]
         elif type(value) is not int or value in (0, -1):
@@ -93,7 +117,7 @@ def tiny(fields: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = LAYERS
         elif DENSE.fullmatch(name):
             small[name] = min(value, 1)
-        elif re.fullmatch(r".*(token_id|token_index|_token)", name):
+        elif re.fullmatch(r".*(token_id|token_index|(?<!_per)_token)", name):
             small[name] = value if value < 3 else VOCABULARY - 1
         else:
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), value)
@@ -168,8 +192,13 @@ def call(model: Any) -> Any:
         return model(**arguments)
 
 
+def language_model(model: Any) -> Any:
+    """The part that is called with tokens, of a model that only generates."""
+    return getattr(model, "thinker", model)
+
+
 def logits(model: Any) -> Any:
-    output = call(model)
+    output = call(language_model(model))
     value = getattr(output, "logits", None)
     return value if value is not None else getattr(output, "last_hidden_state", output[0])
 
@@ -199,41 +228,68 @@ def check_spec(model: Any, built: Any) -> str:
 
 
 def check_profile(model: Any, folder: Path) -> str:
-    """Against what the experts' own modules were called with."""
-    from moeplace.profiler.families import experts_arguments
-
-    calls: dict[str, list[Any]] = {}
-    handles = []
-    both = any(name.endswith("decoder") for name, _ in model.named_modules())
-    for name, module in model.named_modules():
-        if (names := experts_arguments(module)) and (not both or "decoder." in name):
-
-            def hook(_: Any, args: Any, kwargs: Any, name: str = name, key: str = names[0]) -> None:
-                calls.setdefault(name, []).append((args[1] if len(args) > 1 else kwargs[key]).clone())
-
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    decoder = (
-        r"decoder\..*experts$"
-        if any(".decoder." in f".{name}" for name, _ in model.named_modules() if "experts" in name)
-        else None
-    )
-    with mp.profile(model, folder / "trace", routers=decoder):
-        call(model)
-    for handle in handles:
-        handle.remove()
-    trace = mp.read_trace(folder / "trace")
-    ids = np.asarray(trace.expert_ids)
-    said = [
-        np.concatenate([np.asarray(part.reshape(-1, part.shape[-1])) for part in parts]) for parts in calls.values()
-    ]
-    if not said:
-        return f"{EXACT} (by its own extraction)" if len(ids) else "WRONG: no tokens"
-    if said[0].shape[1] != ids.shape[2]:
-        said = [np.where(part.any(1), part.argmax(1), -1)[:, None] for part in said]
+    """Against what the experts' own modules were called with, or, of routers that hand on no ids, their logits."""
+    model = language_model(model)
+    calls, handles = _watched(model)
+    counts = False
+    try:
+        with mp.profile(model, folder / "trace"):
+            call(model)
+    except mp.UnsupportedError as error:
+        if "mode='counts'" not in str(error):
+            raise
+        counts = True
+        calls.clear()
+        with mp.profile(model, folder / "counts.npz", mode="counts"):
+            call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    said = [np.concatenate(parts) for parts in calls.values()]
+    if counts:
+        load = mp.read_statistics(folder / "counts.npz").total_load
+        expected = np.stack([np.bincount(part[part < load.shape[1]], minlength=load.shape[1]) for part in said])
+        return f"{EXACT} in counts" if np.array_equal(load, expected) else "WRONG: other counts than were called"
+    ids = np.asarray(mp.read_trace(folder / "trace").expert_ids)
     same = len(said) == ids.shape[1] and all(
         np.array_equal(np.sort(ids[:, i], axis=1), np.sort(part, axis=1)) for i, part in enumerate(said)
     )
     return EXACT if same else "WRONG: other experts than were called"
+
+
+def _watched(model: Any) -> tuple[dict[str, list[Any]], list[Any]]:
+    """Ids [T, k] by module, one after the other call, that the language model's experts are handed. No expert is one
+    past the last."""
+    from moeplace.placement.model_families import BESIDE
+    from moeplace.profiler.families import experts_arguments
+
+    calls: dict[str, list[Any]] = {}
+    handles: list[Any] = []
+    modules = [(name, module) for name, module in model.named_modules() if not BESIDE.search(name)]
+    if any("decoder" in name.split(".") for name, module in modules if experts_arguments(module)):
+        modules = [(name, module) for name, module in modules if "decoder" in name.split(".")]
+
+    def hear(name: str, ids: Any) -> None:
+        calls.setdefault(name, []).append(ids.reshape(-1, ids.shape[-1]).numpy())
+
+    for name, module in modules:
+        if names := experts_arguments(module):
+
+            def before(module: Any, args: Any, kwargs: Any, name: str = name, names: Any = names) -> None:
+                ids, weights = (args[i + 1] if len(args) > i + 1 else kwargs[key] for i, key in enumerate(names))
+                if ids.ndim > weights.ndim:
+                    ids = ids.argmax(-1).where(ids.any(-1), ids.shape[-1])
+                hear(name, ids.where(weights != 0, len(module.down_proj)) if hasattr(module, "down_proj") else ids)
+
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    for name, module in modules if not handles else ():
+        if name.endswith("router") and "attention" not in name:
+
+            def after(module: Any, _: Any, output: Any, name: str = name) -> None:
+                hear(name, output[-1].topk(module.top_k, dim=-1).indices)
+
+            handles.append(module.register_forward_hook(after))
+    return calls, handles
 
 
 def check_permute(model: Any, folder: Path) -> str:
@@ -269,12 +325,12 @@ def check_parallelize(model: Any, folder: Path) -> str:
     return EXACT if changed <= TOLERANCE else f"WRONG: logits differ by {changed:.1e}"
 
 
-def refusal(check: Callable[[], str]) -> str:
-    """The check's word, or the refusal that it ended in. Other errors are wrong."""
+def refusal(check: Callable[[], str], folder: Path) -> str:
+    """The check's word, or the refusal that it ended in, without the folder's name. Other errors are wrong."""
     try:
         return check()
     except mp.MoeplaceError as error:
-        return f"refused: {error}"
+        return f"refused: {error}".replace(f"{folder}/", "")
     except Exception as error:  # noqa: BLE001  # whatever a model's own code raises
         return f"WRONG: {type(error).__name__}: {error}"
 
@@ -314,10 +370,10 @@ def one_family(family: str) -> tuple[str, ...]:
         folder = Path(name)
         return (
             family,
-            refusal(lambda: check_spec(model, facts(model.config, model_class))),
-            refusal(lambda: check_profile(model, folder)),
-            refusal(lambda: check_permute(model, folder)),
-            refusal(lambda: check_parallelize(model, folder)),
+            refusal(lambda: check_spec(model, facts(model.config, model_class)), folder),
+            refusal(lambda: check_profile(model, folder), folder),
+            refusal(lambda: check_permute(model, folder), folder),
+            refusal(lambda: check_parallelize(model, folder), folder),
         )
 
 

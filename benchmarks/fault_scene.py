@@ -103,7 +103,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "moeplace.cli", "serve", *self._arguments]
+        command = [sys.executable, "-m", "moeplace.cli", "serve", "--no-auth", *self._arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, env=self._environment, text=True)
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
         before = len(self.log)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from peers.published_eplb import published_eplb
+from published.published_eplb import published_eplb
 from runner import Report, data_argument
 from scipy.optimize import linear_sum_assignment
 

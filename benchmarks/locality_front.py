@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import recordings
-from peers import PEERS, Routing
-from peers.plain_annealing import plain_annealing
+from published import PEERS, Routing
+from published.plain_annealing import plain_annealing
 from runner import Report, Table, data_argument
 from search_peers import PEER_TOKENS, plan_of
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import recordings
-from peers.hypergraph import mt_kahypar
-from peers.routing import Routing
+from published.hypergraph import mt_kahypar
+from published.routing import Routing
 from runner import Report, data_argument
 
 import moeplace as mp
@@ -67,7 +67,6 @@ def peers(preset: str, statistics: mp.RoutingStatistics, train: mp.RoutingTrace,
         experts,
         plain.slots_per_device,
         plain.topology.node_of,
-        coherent=False,
         seed=0,
     )
     start = time.process_time()

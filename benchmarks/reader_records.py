@@ -189,6 +189,57 @@ def load_history(folder: Path, rng: Rng, shape: Shape) -> Path:
     return path
 
 
+def vllm_loads(folder: Path, rng: Rng, shape: Shape) -> Path:
+    path = folder / "stats.jsonl"
+    slots = np.arange(shape.slots) % shape.experts
+    with path.open("w") as out:
+        out.write(json.dumps({"record_type": "eplb_load_meta", "version": 1, "num_layers": shape.layers}) + "\n")
+        for step in range(shape.size):
+            load = rng.integers(0, 5000, (shape.layers, shape.slots)).tolist()
+            rows = [rng.permutation(slots).tolist() for _ in range(shape.layers)]
+            record = {"record_type": "eplb_load_stats", "version": 1, "step": step}
+            out.write(json.dumps(record | {"expert_load": load, "p2l_map": rows}) + "\n")
+    return path
+
+
+def mindie(folder: Path, rng: Rng, shape: Shape) -> Path:
+    target = folder / "hotspots"
+    for phase in ("decode", "prefill"):
+        (target / phase).mkdir(parents=True)
+        config = {"num_moe_layers": shape.layers, "num_of_experts": shape.experts, "num_of_selected_experts": [2]}
+        (target / phase / "model_gen_config.json").write_text(json.dumps(config))
+        for rank in range(2):
+            counts = rng.integers(0, 5000, (shape.size * shape.layers, shape.experts // 2)).tolist()
+            text = "".join(",".join(map(str, row)) + "\n" for row in counts)
+            (target / phase / f"{phase}_{rank}.csv").write_text(text)
+    return target
+
+
+def omni_placement(folder: Path, rng: Rng, shape: Shape) -> Path:
+    target = folder / "dump"
+    target.mkdir()
+    for step in range(shape.size):
+        counts = rng.integers(0, 5000, (shape.layers, shape.experts)).tolist()
+        text = "".join("".join(f"{count}\t" for count in row) + "\n" for row in counts)
+        (target / f"activation_counts_recordstep_{step}_rank_0.txt").write_text(text)
+    return target
+
+
+def vllm_ascend_log(folder: Path, rng: Rng, shape: Shape) -> Path:
+    path = folder / "serve.log"
+    total = np.zeros((shape.layers, shape.experts), np.int64)
+    with path.open("w") as out:
+        for window in range(1, shape.size + 1):
+            total += rng.integers(0, 5000, total.shape)
+            for layer in range(shape.layers):
+                work = [f"{expert}:{count}" for expert, count in enumerate(total[layer].tolist())]
+                out.write(
+                    f"INFO [EPLB experts] stage=0 layer=model.layers.{layer}.mlp.experts rank=0 window={window} "
+                    f"window_work=0 cumulative_work={total[layer].sum()} expert_work={work}\n"
+                )
+    return path
+
+
 def exflow(folder: Path, rng: Rng, shape: Shape) -> Path:
     path = folder / "trace.npy"
     out = np.lib.format.open_memmap(path, "w+", np.int64, (shape.size, shape.layers))
@@ -316,4 +367,8 @@ RECORDS: dict[str, Callable[[Path, Rng, Shape], Path]] = {
     "loads csv": loads_csv,
     "rollout": rollout,
     "token imbalance": token_imbalance,
+    "vllm loads": vllm_loads,
+    "mindie": mindie,
+    "omni placement": omni_placement,
+    "vllm-ascend log": vllm_ascend_log,
 }

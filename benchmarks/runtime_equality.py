@@ -1,6 +1,6 @@
 """How far the distributed layer is from the layer in one process, over random plans, on real Gloo processes.
 
-    python -m benchmarks runtime_equality [--plans 200] [--ranks 4 8]
+    python -m benchmarks runtime_equality [--plans 200] [--ranks 4 8] [--replica-choices share balanced]
 
 Plans have replicas (on one device too), unequal and zero shares, devices with few slots or none; ranks have different
 numbers of tokens, some none; gates are random. Dispatch alternates between flat and node-aware, experts between SwiGLU
@@ -12,6 +12,8 @@ which is what rounding alone does.
 from __future__ import annotations
 
 import argparse
+import itertools
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
 from moeplace.runtime.moe.expert_mlps import GELU, ExpertMLP, SwiGLU
-from moeplace.runtime.moe.experts import PlacedExperts
+from moeplace.runtime.moe.experts import PlacedExperts, Replicas
 from moeplace.runtime.moe.layer import reference_experts
 
 SPEC = mp.ModelSpec(layers=1, experts=16, top_k=4, hidden_size=64, ffn_size=96, expert_dtype="fp32")
@@ -82,7 +84,7 @@ def error(found: torch.Tensor, expected: torch.Tensor, whole: torch.Tensor) -> f
     return float((found - expected).abs().max() / whole.abs().max()) if expected.numel() else 0.0
 
 
-def differences(rank: int, ranks: int, plans: int) -> tuple[dict[str, float], dict[str, float]]:
+def differences(rank: int, ranks: int, plans: int, choice: Any) -> tuple[dict[str, float], dict[str, float]]:
     """The worst on this rank, and what float32 does in one process."""
     meshes = (init_device_mesh("cpu", (ranks,)), init_device_mesh("cpu", (2, ranks // 2)))
     worst: dict[str, float] = {}
@@ -90,7 +92,9 @@ def differences(rank: int, ranks: int, plans: int) -> tuple[dict[str, float], di
     for number in range(plans):
         rng = np.random.default_rng([ranks, number])
         kind: ExpertMLP = (SwiGLU(), GELU())[number // 2 % 2]
-        experts = PlacedExperts(SPEC, random_plan(rng, ranks), meshes[number % 2], 0, kind=kind, gradients="sum")
+        experts = PlacedExperts(
+            SPEC, random_plan(rng, ranks), meshes[number % 2], 0, kind=kind, gradients="sum", replica_choice=choice
+        )
         weights = {
             name: torch.from_numpy(rng.standard_normal((SPEC.experts, *shape))).float() / 8
             for name, shape in kind.shapes(SPEC).items()
@@ -118,8 +122,8 @@ def differences(rank: int, ranks: int, plans: int) -> tuple[dict[str, float], di
     return worst, rounding
 
 
-def measure(ranks: int, plans: int) -> dict[str, dict[str, float]]:
-    parts = on_ranks(differences, ranks, plans)
+def measure(ranks: int, plans: int, choice: str) -> dict[str, dict[str, float]]:
+    parts = on_ranks(differences, ranks, plans, choice)
     return {
         title: {name: max(part[i].get(name, 0.0) for part in parts) for name in parts[0][0]}
         for i, title in enumerate(("error", "rounding"))
@@ -129,12 +133,13 @@ def measure(ranks: int, plans: int) -> dict[str, dict[str, float]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plans", type=int, default=200)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--replica-choices", nargs="+", choices=get_args(Replicas), default=list(get_args(Replicas)))
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    for ranks in options.ranks:
-        for title, figures in measure(ranks, options.plans).items():
-            name = f"{ranks}" if title == "error" else f"{ranks}, one process, float32"
+    for ranks, choice in itertools.product(options.ranks, options.replica_choices):
+        for title, figures in measure(ranks, options.plans, choice).items():
+            name = f"{ranks}, {choice}" if title == "error" else f"{ranks}, {choice}, one process, float32"
             table = report.table(
                 "Equality with the layer in one process", ("ranks", *figures), dict.fromkeys(figures, ".1e")
             )

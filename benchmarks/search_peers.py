@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import recordings
-from peers import PEERS, Routing
-from peers.published_eplb import published_eplb
+from published import PEERS, Routing
+from published.published_eplb import published_eplb
 from runner import Report, data_argument
 
 import moeplace as mp

@@ -276,7 +276,7 @@ def filled(stack: ExitStack, disk: Path, db: str, repeats: int, size: int, postg
             batches += 1
         piece = {"Content-Type": "application/octet-stream", "Upload-Offset": "0"}
         found.middle += not taken(server.url, "PATCH", f"/v1/uploads/{upload_key}", content, piece)
-        time.sleep(2.0)
+        time.sleep(0.5)
         (disk / "ballast").unlink()
         fault = time.monotonic()
         if postgres is not None and not postgres.is_up():

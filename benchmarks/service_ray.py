@@ -34,7 +34,20 @@ DEVICES = 4
 @contextmanager
 def serving(db: Path, workers: Sequence[str]) -> Iterator[str]:
     """A server; yields its address."""
-    command = [sys.executable, "-m", "moeplace.cli", "serve", "--db", str(db), "--port", "0", "--rate", "0", *workers]
+    command = [
+        sys.executable,
+        "-m",
+        "moeplace.cli",
+        "serve",
+        "--no-auth",
+        "--db",
+        str(db),
+        "--port",
+        "0",
+        "--rate",
+        "0",
+        *workers,
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines: list[str] = []

@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import moeplace as mp
 from moeplace.runtime.moe.dispatcher import Dispatcher, flat, node_aware
-from moeplace.runtime.moe.experts import ReplicaChoice, ReplicaSum, rows_of_slots
+from moeplace.runtime.moe.experts import GradientSum, ReplicaChoice, rows_of_slots
 from moeplace.runtime.moe.layer import SigmoidRouter
 from moeplace.runtime.moe.layer_placement import LayerPlacement
 from moeplace.runtime.moe.mesh import ExpertMesh
@@ -78,7 +78,7 @@ def measure(ranks: int, tokens: int, repeats: int) -> dict[str, float]:
     figures: dict[str, float] = {
         "tokens": tokens,
         "tables of a new plan ms": median_ms(
-            lambda: (ReplicaChoice(placement, 0, device), ReplicaSum(placement, meshes["flat"], row_of_slot)), 3
+            lambda: (ReplicaChoice(placement, 0, device), GradientSum(placement, meshes["flat"], row_of_slot, rows)), 3
         ),
     }
     narrow_TD = x_TD[:, :8].contiguous()

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from typer import Argument, Option
 
+from ..placement.files import expanded
+from . import completion
+from .paths import plot_file
+
+MOST_SLOTS = 1_000_000
+MAX_SEED = 2**63 - 1
+"""The largest seed that files and databases hold."""
 MODEL, CLUSTER, OBJECTIVE = "Model", "Cluster", "Objective"
-JUDGING, SOLVING, STORE = "Steps and held-out routing", "Solving", "Store"
+JUDGING, SOLVING, STORE = "Steps and held-out routing", "Solving", "Output and store"
 
 
 class Execution(StrEnum):
@@ -29,6 +38,20 @@ class Split(StrEnum):
 class ReplicaChoice(StrEnum):
     share = "share"
     nearest = "nearest"
+    balanced = "balanced"
+
+
+class Division(StrEnum):
+    local = "local"
+    lp = "lp"
+    waterfill = "waterfill"
+
+
+class Dispatch(StrEnum):
+    normal = "normal"
+    low_latency = "low_latency"
+    all_to_all = "all_to_all"
+    all_gather = "all_gather"
 
 
 class HeldOutBy(StrEnum):
@@ -46,11 +69,31 @@ RoutingPath = Annotated[
         show_default=False,
     ),
 ]
-AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.", rich_help_panel=STORE)]
+Plot = Annotated[
+    bool,
+    Option(
+        "--plot",
+        help="Also draw what the table tells: as images where the terminal shows them, else in characters.",
+        rich_help_panel=STORE,
+    ),
+]
+PlotFile = Annotated[
+    Path | None,
+    Option(
+        "--plot-file",
+        metavar="FILE",
+        help="Draw it into a file that ends in .svg, .png or .html.",
+        show_default=False,
+        callback=plot_file,
+        rich_help_panel=STORE,
+    ),
+]
 PlanReference = Annotated[
     str,
     Argument(
         metavar="PLAN",
+        autocompletion=completion.plans,
         help="A plan file, an engine's own file of a placement, or a stored plan's name or id.",
         show_default=False,
     ),
@@ -160,6 +203,17 @@ class ModelOptions:
             rich_help_panel=MODEL,
         ),
     ] = None
+    top_groups: Annotated[
+        int | None,
+        Option(
+            "--top-groups",
+            metavar="N",
+            min=1,
+            help="Of how many of these groups a token's experts are.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
     expert_dtype: Annotated[
         str | None,
         Option(
@@ -183,6 +237,7 @@ class TopologyOptions:
             "--topology",
             "-t",
             metavar="NAME|FILE",
+            autocompletion=completion.presets,
             help="A preset (see `moeplace topology list`) or a YAML or JSON file.",
             show_default=False,
             rich_help_panel=CLUSTER,
@@ -259,19 +314,65 @@ class ObjectiveOptions:
         ReplicaChoice | None,
         Option(
             "--replica-choice",
-            metavar="share|nearest",
-            help="Which replica the engine lets serve a token: any by its share, or the nearest to the token's rank "
-            "(SGLang's static and dynamic dispatch). Default: as the engine does, else share.",
+            metavar="share|nearest|balanced",
+            help="Which replica the engine lets serve a token: any by its share, the nearest to the token's rank "
+            "(SGLang's static and dynamic dispatch), or as each step's tokens are divided to balance it. Default: as "
+            "the engine does, else share.",
             show_default=False,
             rich_help_panel=OBJECTIVE,
         ),
     ] = None
+    division: Annotated[
+        Division | None,
+        Option(
+            "--division",
+            metavar="local|lp|waterfill",
+            help="How --replica-choice balanced divides a step: own tokens stay under the least possible load, any "
+            "least possible load (SGLang's lp, LPLB), or by what devices lack of the mean (SGLang's Waterfill). "
+            "Default: as the engine does, else local.",
+            show_default=False,
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None
+    online: Annotated[
+        int,
+        Option(
+            "--online",
+            min=0,
+            metavar="SLOTS",
+            help="Spare slots of each device into which experts are copied anew for every step, from homes that the "
+            "plan decides.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = 0
     dispatch_dtype: Annotated[
         str | None,
         Option(
             "--dispatch-dtype",
             metavar="DTYPE",
-            help="How activations travel to experts. Default: as the engine does, else bf16.",
+            help="What activations travel to experts in: bf16, fp8, or by groups of values with a scale, int8/32, "
+            "int4/32. Default: as the engine does, else bf16.",
+            show_default=False,
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None
+    combine_dtype: Annotated[
+        str | None,
+        Option(
+            "--combine-dtype",
+            metavar="DTYPE",
+            help="What experts' outputs travel back in, as --dispatch-dtype. Default: bf16.",
+            show_default=False,
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None
+    dispatch: Annotated[
+        Dispatch | None,
+        Option(
+            "--dispatch",
+            metavar="normal|low_latency|all_to_all|all_gather",
+            help="How tokens travel to experts, in all steps: one copy for a device, one for an expert (low_latency, "
+            "all_to_all), or all of them everywhere. Default: as the engine does for prefill and decode, else normal.",
             show_default=False,
             rich_help_panel=OBJECTIVE,
         ),
@@ -299,20 +400,56 @@ class HeldOutOptions:
     ] = HeldOutBy.sequence
 
 
-DECODE_CONCURRENCY, DECODE_STEPS, PREFILL_STEPS = 128, 200, 32
+class Pool(StrEnum):
+    prefill = "prefill"
+    decode = "decode"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """The kind of steps that matter."""
+    """The steps that the deployment runs."""
 
+    batch: Annotated[
+        list[str] | None,
+        Option(
+            "--batch",
+            metavar="PHASE:N[@WEIGHT]",
+            help="Steps that the deployment runs: decode or prefill steps of N tokens on each GPU (N/step: over all), "
+            "and their share of steps, as decode:64@0.9; may be given again. Default: what the plan was solved for, "
+            "the recorded forward calls, or usual sizes.",
+            show_default=False,
+            rich_help_panel=JUDGING,
+        ),
+    ] = None
+    tokens_per_gpu: Annotated[
+        int | None,
+        Option(
+            "--tokens-per-gpu",
+            metavar="N",
+            min=1,
+            help="Short for --batch decode:N, or with --pool prefill for --batch prefill:N.",
+            show_default=False,
+            rich_help_panel=JUDGING,
+        ),
+    ] = None
+    pool: Annotated[
+        list[Pool] | None,
+        Option(
+            "--pool",
+            metavar="prefill|decode",
+            help="Of a deployment whose prefill and decode run apart, only the steps of this pool; given twice, a plan "
+            "is made and judged for each (solve, compare).",
+            show_default=False,
+            rich_help_panel=JUDGING,
+        ),
+    ] = None
     decode: Annotated[
         int | None,
         Option(
             "--decode",
             metavar="N",
             min=1,
-            help="Decode steps of this many sequences. Default: 128, or none with --prefill.",
+            help="Short for --batch decode:N/step: decode steps of N sequences over all GPUs.",
             show_default=False,
             rich_help_panel=JUDGING,
         ),
@@ -323,23 +460,35 @@ class BatchOptions:
             "--prefill",
             metavar="N",
             min=1,
-            help="Prefill steps of this many tokens.",
+            help="Short for --batch prefill:N/step: prefill steps of N tokens over all GPUs.",
             show_default=False,
             rich_help_panel=JUDGING,
         ),
     ] = None
 
-    @property
-    def is_assumed(self) -> bool:
-        """Whether neither kind of steps was asked for."""
-        return self.decode is None and self.prefill is None
 
-    @property
-    def kinds(self) -> dict[str, int]:
-        """Tokens a step by kind ("decode", "prefill"), decode first."""
-        decode = self.decode or (None if self.prefill else DECODE_CONCURRENCY)
-        kinds = {"decode": decode, "prefill": self.prefill}
-        return {kind: tokens for kind, tokens in kinds.items() if tokens is not None}
+OtherMs = Annotated[
+    str | None,
+    Option(
+        "--other-ms",
+        metavar="MS|PHASE:MS,...",
+        help="Time of attention, dense layers and all else of a step, to say what whole steps gain: 12, or "
+        "decode:12,prefill:80. Default: estimated for known models, engines and GPUs.",
+        show_default=False,
+        rich_help_panel=JUDGING,
+    ),
+]
+RestartSeconds = Annotated[
+    float | None,
+    Option(
+        "--restart-seconds",
+        metavar="S",
+        min=0.0,
+        help="How long an engine that takes plans only at its start serves nothing when it is restarted.",
+        show_default=False,
+        rich_help_panel=JUDGING,
+    ),
+]
 
 
 def _known(engine: str | None) -> str | None:
@@ -349,11 +498,24 @@ def _known(engine: str | None) -> str | None:
     return None if engine is None else engine_profile(engine).name
 
 
+Redundant = Annotated[
+    int | None,
+    Option(
+        "--redundant",
+        metavar="N",
+        min=0,
+        max=MOST_SLOTS,
+        help="Slots a layer beyond one an expert: --slots less the experts, as engines count them.",
+        show_default=False,
+        rich_help_panel=SOLVING,
+    ),
+]
 Engine = Annotated[
     str | None,
     Option(
         "--for",
         callback=_known,
+        autocompletion=completion.engines,
         metavar="ENGINE",
         help="Keep to what an engine can run, and judge as it runs plans: sglang, sglang-lp, vllm, vllm-ascend, "
         "trtllm, permute (a permuted checkpoint), or moeplace (any plan). Where --slots is not given, the fewest it "
@@ -374,7 +536,7 @@ class StepOptions(BatchOptions):
             "--steps",
             metavar="N",
             min=1,
-            help="Steps of each kind. Default: 200 decode, 32 prefill.",
+            help="Steps of each batch. Default: 200 of decode, 32 of prefill, fewer where they are large.",
             show_default=False,
             rich_help_panel=JUDGING,
         ),
@@ -391,7 +553,7 @@ class SolveOptions:
             "--slots",
             metavar="N[,N...]",
             help="Slots a layer over all devices, or a number for each layer, by commas; more than the model's experts "
-            "makes room for replicas. Default: one an expert.",
+            "makes room for replicas; auto chooses them (moeplace solve, --memory-budget). Default: one an expert.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -406,6 +568,7 @@ class SolveOptions:
             rich_help_panel=SOLVING,
         ),
     ] = None
+    redundant: Redundant = None
     seconds: Annotated[
         float, Option("--seconds", metavar="S", min=0.01, help="Time limit of a solve.", rich_help_panel=SOLVING)
     ] = 30.0
@@ -413,7 +576,27 @@ class SolveOptions:
 
 Seed = Annotated[
     int,
-    Option("--seed", metavar="N", help="Decides the held-out part and every random choice.", rich_help_panel=SOLVING),
+    Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        max=MAX_SEED,
+        help="Decides the held-out part and every random choice.",
+        rich_help_panel=SOLVING,
+    ),
+]
+PlanSeed = Annotated[
+    int | None,
+    Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        max=MAX_SEED,
+        help="Decides the held-out part and the steps. Default: the seed the plan, of several the first, was solved "
+        "with.",
+        show_default=False,
+        rich_help_panel=SOLVING,
+    ),
 ]
 
 
@@ -471,7 +654,9 @@ class ComparisonOptions(
         str | None,
         Option(
             "--solvers",
-            help="Comma-separated solvers, each with options where wanted: exflow:form=staged. Default: all.",
+            autocompletion=completion.solvers,
+            help="Comma-separated solvers, each with options where wanted: eplb,exflow:form=staged,backend=cbc. "
+            "Default: all.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -487,6 +672,8 @@ class ComparisonOptions(
         ),
     ] = None
     engine: Engine = None
+    other_ms: OtherMs = None
+    restart_seconds: RestartSeconds = None
     seed: Seed = 0
 
 
@@ -499,6 +686,7 @@ class StudyOptions(HeldOutOptions, StepOptions, ServerOptions):
         Option(
             "--solver",
             "-s",
+            autocompletion=completion.solvers,
             help="Who solves. Default: as `moeplace solve` chooses.",
             show_default=False,
             rich_help_panel=SOLVING,
@@ -511,8 +699,11 @@ class StudyOptions(HeldOutOptions, StepOptions, ServerOptions):
     seed: Seed = 0
 
 
-def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """Replaces each parameter annotated with a dataclass by the dataclass's fields, and builds it on the call."""
+def grouped(function: Callable[..., None], first: Sequence[str] = ()) -> Callable[..., None]:
+    """Replaces each parameter annotated with a dataclass by the dataclass's fields, and builds it on the call.
+
+    first: parameters whose options the help begins with, before all panels.
+    """
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, type[Any]] = {}
     parameters: list[inspect.Parameter] = []
@@ -526,15 +717,34 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
+        values = {name: _home(value) for name, value in values.items()}
         built = {
             name: group(**{field.name: values.pop(field.name) for field in fields(group)})
             for name, group in groups.items()
         }
         function(**values, **built)
 
+    parameters = [*(_shown_first(parameters, name) for name in first), *(p for p in parameters if p.name not in first)]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _shown_first(parameters: list[inspect.Parameter], name: str) -> inspect.Parameter:
+    (parameter,) = (parameter for parameter in parameters if parameter.name == name)
+    kind, option = get_args(parameter.annotation)
+    option = copy(option)
+    option.rich_help_panel = None
+    return parameter.replace(annotation=Annotated[kind, option])
+
+
+def _home(value: Any) -> Any:
+    """A path, or a list of them, with `~` expanded where the shell did not (`--output=~/plan.json`, quotes, commas)."""
+    if isinstance(value, Path):
+        return expanded(value)
+    if type(value) is str and re.search(r"(^|,)~[^,/]*/", value):
+        return ",".join(str(expanded(part)) if part.startswith("~") else part for part in value.split(","))
+    return [_home(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _parameters(group: type[Any]) -> list[inspect.Parameter]:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import os
+import re
+import shutil
 import sys
+import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from ..placement.progress import COMPILE_TIME
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table as RichTable
 
+    from ..placement.step_mix import StepMix
     from ..solvers.base import Progress as SolveProgress
 
-# Progress of long work, on stderr, and only where a person watches: a pipe or a log stays quiet.
+# Progress of long work, on stderr: a bar where a person watches, a line now and then in a pipe or a log.
 
+PULSE = 5.0
+"""Seconds between two lines where nobody watches: short work stays quiet."""
 
 Update = Callable[[str, float | None], None]
 """Tells what is being done, and which share of it is done (0 to 1) where that is known."""
@@ -27,25 +41,77 @@ Update = Callable[[str, float | None], None]
 @contextlib.contextmanager
 def working(description: str) -> Iterator[Update]:
     """A progress line while the block runs; yields the function that updates it."""
+    state = _Working(description)
     if not sys.stderr.isatty():
-        yield lambda message, share: None
+        ended = threading.Event()
+        pulse = threading.Thread(target=state.tell_until, args=(ended,), daemon=True)
+        pulse.start()
+        try:
+            yield state.update
+        finally:
+            ended.set()
+            pulse.join()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[time]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=None)
+        task = progress.add_task(description, total=None, time="")
 
         def update(message: str, share: float | None) -> None:
+            state.update(message, share)
             progress.update(
-                task,
-                description=message,
-                total=None if share is None else 1.0,
-                completed=0.0 if share is None else share,
+                task, description=message, total=None if share is None else 1.0, completed=share or 0.0, time=state.time
             )
 
         yield update
+
+
+class _Working:
+    """What is being done, how much of it is done, and how long the rest will take at the pace so far. What compiling
+    takes, once an installation, is no part of the pace."""
+
+    def __init__(self, description: str) -> None:
+        self._message, self._began = description, _clock()
+        self._share: float | None = None
+        self._from: tuple[float, float] | None = None
+        self._ends: float | None = None
+
+    def update(self, message: str, share: float | None) -> None:
+        now = _clock()
+        if share is not None and (self._from is None or self._share is None or share < self._share):
+            # Another piece of work, with a pace of its own.
+            self._from, self._ends = (now, share), None
+        elif share is not None and self._from is not None and share > self._from[1]:
+            began, first = self._from
+            self._ends = now + (now - began) / (share - first) * (1.0 - share)
+        self._message, self._share = message, share
+
+    @property
+    def time(self) -> str:
+        """`40 %, about 12 s left`, or how long it has taken so far."""
+        now, share = _clock(), self._share
+        done = f"{now - self._began:.0f} s so far" if share is None else f"{share:.0%}"
+        if COMPILE_TIME.is_running:
+            return f"{done}, compiling, which is once an installation"
+        if share is None or self._ends is None or now > self._ends:
+            return done
+        return f"{done}, about {self._ends - now:.0f} s left"
+
+    def tell_until(self, ended: threading.Event) -> None:
+        while not ended.wait(PULSE):
+            note(f"{self._message}: {self.time}")
+
+
+def _clock() -> float:
+    """Seconds that pass while nothing is compiled."""
+    return time.monotonic() - COMPILE_TIME.seconds
 
 
 def solve_listener(update: Update, label: str, seconds: float) -> Callable[[SolveProgress], None]:
@@ -77,23 +143,86 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain values under columns, with lines of remarks below. Columns without titles go without a head."""
+    """Rows of plain values under columns, with lines of remarks below. Columns without titles go without a head.
+
+    whole: lines are not broken, as they hold commands to copy.
+    """
 
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Any]]
     title: str = ""
     footnotes: Sequence[str] = ()
+    whole: bool = False
 
 
-def emit(data: Any, *tables: Table, as_json: bool) -> None:
-    """Prints `data` as JSON, or the tables that say the same to a reader."""
+SCHEMA = 1
+"""Version of what --json prints: it rises where a name goes or changes its meaning, and not where one is added."""
+RUNNING = ["moeplace"]
+"""The name of the command that runs, last."""
+
+
+def emit(
+    data: Any,
+    *tables: Table,
+    as_json: bool,
+    mix: StepMix | None = None,
+    closing: Callable[[], Sequence[str]] = tuple,
+) -> None:
+    """Prints `data` as JSON, or the tables that say the same to a reader. A list goes as the `rows` of an object.
+
+    mix: the steps that figures are about, which come first. closing: gives the lines below the tables, which may take
+    a while and which JSON has not.
+    """
     if as_json:
+        named = data if isinstance(data, Mapping) else {"rows": data}
+        if mix is not None:
+            named = {"batches": mix.to_dict(), **named}
+        data = {"schema": f"moeplace/{RUNNING[-1]}/{SCHEMA}", **named}
         typer.echo(json.dumps(plain(data), indent=2, allow_nan=False))
         return
+    if mix is not None:
+        typer.echo(_wrapped(mix.text, _width()))
+        typer.echo()
     for position, table in enumerate(tables):
         if position:
             typer.echo()
         _print(table)
+    for position, line in enumerate(closing()):
+        if not position:
+            typer.echo()
+        typer.echo(_wrapped(line, _width()))
+
+
+WRITTEN: list[str] = []
+"""What the command that runs has written so far: all that is left of it after Ctrl-C."""
+
+
+def wrote(what: object, *, told: bool = True) -> None:
+    """Notes what is on disk from now on, whatever comes. told: at once, where no table will say it."""
+    WRITTEN.append(str(what))
+    if told:
+        note(f"wrote {what}")
+
+
+INTERRUPTION: list[str] = []
+"""What the command that runs has said of Ctrl-C."""
+
+
+def interrupted(message: str) -> None:
+    """Says once what is kept after Ctrl-C."""
+    if not INTERRUPTION:
+        INTERRUPTION.append(message)
+        note(message)
+
+
+def draw(*pictures: Sequence[str]) -> None:
+    """Prints pictures of lines below the tables; their words fit the line."""
+    for picture in pictures:
+        typer.echo("\n" + "\n".join(line if DRAWN.search(line) else _wrapped(line, _width()) for line in picture))
+
+
+DRAWN = re.compile("[\u2500-\u259f]{2}")
+"""Characters that make a picture beside each other."""
 
 
 def note(message: str) -> None:
@@ -102,7 +231,7 @@ def note(message: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numpy scalars and arrays unpacked, NaN and infinities as null."""
+    """`value` as JSON can hold it: arrays unpacked, NaN and infinities as null, moments as ISO 8601 has them."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -111,20 +240,43 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
 
 
-def pairs(values: Mapping[str, Any]) -> Table:
+def pairs(values: Mapping[str, Any], whole: bool = False) -> Table:
     """Names and values, a line each."""
     columns = (Column("name", "", right=False), Column("value", "", right=False))
-    return Table(columns, [{"name": name, "value": value} for name, value in values.items()])
+    return Table(columns, [{"name": name, "value": value} for name, value in values.items()], whole=whole)
 
 
-def number(digits: int) -> Format:
+@dataclass(frozen=True)
+class Decimals:
+    """Writes fixed decimals of a value times `scale`."""
+
+    digits: int
+    scale: float = 1.0
+
+    def __call__(self, value: float) -> str:
+        return f"{value * self.scale:.{self.digits}f}"
+
+    def telling_apart(self, values: Sequence[float]) -> Decimals:
+        """With as many more decimals, up to four, as make values that differ by a ten-thousandth read differently."""
+        ordered = sorted(value for value in values if isinstance(value, int | float) and math.isfinite(value))
+        differing = [(low, high) for low, high in itertools.pairwise(ordered) if high - low > 1e-4 * abs(high)]
+        for more in range(4):
+            finer = replace(self, digits=self.digits + more)
+            if all(finer(low) != finer(high) for low, high in differing):
+                return finer
+        return replace(self, digits=self.digits + 4)
+
+
+def number(digits: int) -> Decimals:
     """Fixed decimals."""
-    return lambda value: f"{value:.{digits}f}"
+    return Decimals(digits)
 
 
 def figure(value: float) -> str:
@@ -136,9 +288,8 @@ def percent(value: float) -> str:
     return f"{value:.1%}"
 
 
-def milliseconds(value: float) -> str:
-    """Seconds, written in ms."""
-    return f"{value * 1e3:.3f}"
+milliseconds = Decimals(3, 1e3)
+"""Seconds, written in ms."""
 
 
 def seconds(value: float) -> str:
@@ -147,6 +298,16 @@ def seconds(value: float) -> str:
 
 def count(value: float) -> str:
     return f"{value:,.0f}"
+
+
+def to_the_minute(value: Any) -> str:
+    """A moment without its seconds; all else as it is."""
+    return value.strftime("%Y-%m-%d %H:%M") if isinstance(value, datetime) else str(value)
+
+
+def to_the_second(value: Any) -> str:
+    """A moment without its fraction and zone."""
+    return f"{value:%Y-%m-%d %H:%M:%S}"
 
 
 def quantity(unit: str) -> Format:
@@ -161,26 +322,88 @@ def quantity(unit: str) -> Format:
     return write
 
 
+PIPE_WIDTH = 80
+"""Columns of characters where no terminal says how many there are."""
+
+
+def _width() -> int:
+    """Characters in a line: as COLUMNS says, else of the terminal, or for a pipe."""
+    if sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else PIPE_WIDTH
+
+
 def _print(table: Table) -> None:
     from rich.console import Console
-    from rich.text import Text
 
-    terminal = sys.stdout.isatty()
-    # In a pipe nothing is cut or wrapped: the reader is a file or a tool.
-    console = Console(file=sys.stdout, width=None if terminal else 10_000, highlight=False, soft_wrap=not terminal)
+    width = _width()
+    console = Console(file=sys.stdout, width=width, highlight=False)
+    if table.title:
+        # On a table a title is as narrow as that.
+        typer.echo(_wrapped(table.title, width))
     if table.columns:
-        shown = _laid_out(table)
-        if any(column.title for column in table.columns):
-            wide = console.options.update(width=10_000)
-            turned = _laid_out(_turned(table))
-            width, width_turned = (console.measure(way, options=wide).maximum for way in (shown, turned))
-            if width > console.width and width_turned < width:
-                # A line a figure, a column a row. What is too wide both ways the terminal wraps.
-                shown, width = turned, width_turned
-            console.width = max(console.width, width)
-        console.print(shown)
+        parts = [_laid_out(part) for part in _parts(table, console)]
+        least = max(console.measure(part, options=console.options.update(width=10_000)).minimum for part in parts)
+        if least > width and not table.whole and table.rows:
+            typer.echo("\n".join(_listed(table, width)))
+            parts = []
+        console.width = 10_000 if table.whole else max(width, least)
+        for part in parts:
+            with console.capture() as printed:
+                console.print(part)
+            # What pads the last column is of no use to anyone.
+            typer.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
     for line in table.footnotes:
-        console.print(Text(line))
+        typer.echo(line if table.whole else _wrapped(line, width))
+
+
+def _parts(table: Table, console: Console) -> list[Table]:
+    """The table as it fits: as it is, else turned, a line a figure; else in parts below each other, each beginning with
+    the first column."""
+    wide = console.options.update(width=10_000)
+
+    def fits(part: Table) -> bool:
+        return console.measure(_laid_out(part), options=wide).maximum <= console.width
+
+    headed = any(column.title for column in table.columns)
+    if not headed or fits(table):
+        return [table]
+    if fits(turned := _turned(table)):
+        return [turned]
+    first, *others = table.columns
+    parts: list[list[Column]] = [[]]
+    for column in others:
+        if parts[-1] and not fits(replace(table, columns=[first, *parts[-1], column])):
+            parts.append([])
+        parts[-1].append(column)
+    return [replace(table, columns=[first, *columns]) for columns in parts]
+
+
+def _listed(table: Table, width: int) -> list[str]:
+    """Where not even two columns fit: a line a figure, below what the first column says. Only a word that is longer
+    than the line makes it longer."""
+    first, *others = table.columns
+    titled = first.title or any(column.title for column in others)
+    lines = []
+    for row in table.rows:
+        name = _cell(row.get(first.key), _column_format(first, table.rows))
+        figures = [
+            (column.title.replace("\n", " "), _cell(row.get(column.key), _column_format(column, table.rows)))
+            for column in others
+        ]
+        if titled:
+            lines += [_wrapped(name, width), *(_wrapped(f"  {title}: {figure}", width) for title, figure in figures)]
+        else:
+            lines.append(_wrapped(f"{name}: {', '.join(figure for _, figure in figures)}", width))
+    return lines
+
+
+def _wrapped(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
 
 
 def _laid_out(table: Table) -> RichTable:
@@ -192,15 +415,15 @@ def _laid_out(table: Table) -> RichTable:
     shown = RichTable(
         box=box.SIMPLE_HEAD if headed else None,
         show_header=headed,
-        title=Text(table.title) if table.title else None,
-        title_justify="left",
         pad_edge=False,
     )
     for column in table.columns:
         justify: Literal["left", "right"] = "right" if column.right else "left"
-        shown.add_column(Text(column.title), justify=justify, vertical="bottom" if headed else "top")
+        shown.add_column(Text(column.title), justify=justify, vertical="bottom" if headed else "top", overflow="fold")
+    writes = [_column_format(column, table.rows) for column in table.columns]
     for row in table.rows:
-        shown.add_row(*(Text(_cell(row.get(column.key), column.write)) for column in table.columns))
+        cells = (_cell(row.get(column.key), write) for column, write in zip(table.columns, writes, strict=True))
+        shown.add_row(*map(Text, cells))
     return shown
 
 
@@ -208,12 +431,23 @@ def _turned(table: Table) -> Table:
     """The table with rows and columns exchanged."""
     first, *others = table.columns
     heads = [Column(str(i), _cell(row.get(first.key), first.write)) for i, row in enumerate(table.rows)]
-    rows = [
-        {"": column.title.replace("\n", " ")}
-        | {str(i): _cell(row.get(column.key), column.write) for i, row in enumerate(table.rows)}
-        for column in others
-    ]
+    rows = []
+    for column in others:
+        write = _column_format(column, table.rows)
+        figures = {str(i): _cell(row.get(column.key), write) for i, row in enumerate(table.rows)}
+        rows.append({"": column.title.replace("\n", " "), **figures})
     return Table([Column("", first.title, right=False), *heads], rows, table.title)
+
+
+def telling_apart(table: Table) -> list[Column]:
+    """The table's columns, with the digits that make their values differ."""
+    return [replace(column, write=_column_format(column, table.rows)) for column in table.columns]
+
+
+def _column_format(column: Column, rows: Sequence[Mapping[str, Any]]) -> Format:
+    if not isinstance(column.write, Decimals):
+        return column.write
+    return column.write.telling_apart([row[column.key] for row in rows if row.get(column.key) is not None])
 
 
 def _cell(value: Any, write: Format) -> str:

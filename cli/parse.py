@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, nearest
-from .options import BatchOptions, Execution, ModelOptions, ObjectiveOptions, StudyOptions, TopologyOptions
+from .options import (
+    BatchOptions,
+    Execution,
+    ModelOptions,
+    ObjectiveOptions,
+    StudyOptions,
+    TopologyOptions,
+)
 
 if TYPE_CHECKING:
+    from ..placement.batches import Batch
+    from ..placement.failures import Kind
     from ..placement.model import ModelSpec
     from ..placement.objective import Objective
+    from ..placement.plan import Plan
+    from ..placement.problem import Problem
     from ..placement.topology import Topology
     from ..profiler.read import Recording
 
@@ -27,9 +38,12 @@ def read_model(options: ModelOptions, recording: Recording) -> ModelSpec:
 
     sizes: dict[str, Any] = {
         name: value
-        for name in ("hidden_size", "ffn_size", "top_k", "groups", "expert_dtype")
+        for name in ("hidden_size", "ffn_size", "top_k", "groups", "top_groups", "expert_dtype")
         if (value := getattr(options, name)) is not None
     }
+    if "groups" in sizes:
+        # Other groups than the model's are not limited as its own are.
+        sizes.setdefault("top_groups", 0)
     if options.model is not None:
         spec = read_spec(options.model, options.expert_dtype).replace(**sizes)
     elif recording.model is not None:
@@ -52,7 +66,7 @@ def read_model(options: ModelOptions, recording: Recording) -> ModelSpec:
         raise InputError(
             f"{recording.path} numbers its layers {_span(layers)}, the model's MoE layers are "
             f"{_span(spec.moe_layers)}; if they are the same layers, `moeplace import {recording.path} --model CONFIG "
-            "--out DIR` writes the record with the model's numbers"
+            "--output DIR` writes the record with the model's numbers"
         )
     return spec
 
@@ -67,10 +81,10 @@ def read_spec(model: Path, expert_dtype: str | None = None) -> ModelSpec:
     from ..placement.model_config import read_config
     from .output import note
 
-    fields, notes, _ = read_config(model, expert_dtype)
-    for line in notes:
+    reading = read_config(model, expert_dtype)
+    for line in reading.notes:
         note(f"note: {model}: {line}")
-    return ModelSpec(**fields)
+    return ModelSpec(**reading.fields)
 
 
 def reader_defaults(model: Path | None) -> dict[str, Any]:
@@ -79,8 +93,9 @@ def reader_defaults(model: Path | None) -> dict[str, Any]:
 
     if model is None:
         return {}
-    fields, _, hidden_layers = read_config(model, expert_dtype="bf16")
-    return {"num_experts": fields["experts"], "top_k": fields["top_k"], "layers": hidden_layers}
+    reading = read_config(model, expert_dtype="bf16")
+    fields = reading.fields
+    return {"num_experts": fields["experts"], "top_k": fields["top_k"], "layers": reading.hidden_layers}
 
 
 def _span(layers: tuple[int, ...]) -> str:
@@ -145,7 +160,12 @@ def read_objective(options: ObjectiveOptions, engine: str | None = None) -> Obje
     chosen: dict[str, Any] = {
         "split": None if options.split is None else options.split.value,
         "replica_choice": None if options.replica_choice is None else options.replica_choice.value,
+        "division": None if options.division is None else options.division.value,
+        "online": options.online or None,
         "dispatch_dtype": options.dispatch_dtype,
+        "combine_dtype": options.combine_dtype,
+        "prefill_dispatch": None if options.dispatch is None else options.dispatch.value,
+        "decode_dispatch": None if options.dispatch is None else options.dispatch.value,
         # What the command line has a default for counts as said only where it is another.
         "execution": None if options.execution is Execution.dispatch_combine else options.execution.value,
     }
@@ -168,6 +188,10 @@ def read_size(option: str, text: str) -> float:
     return value * float(1024 if binary else 1000) ** ["", "k", "m", "g", "t"].index(prefix.lower())
 
 
+AUTO = "auto"
+"""Of --slots: chosen by `slot_front`."""
+
+
 def read_slots(text: str | None) -> int | list[int] | None:
     """Slots a layer from `72`, or from `72,64,80` one number for each layer.
 
@@ -176,10 +200,30 @@ def read_slots(text: str | None) -> int | list[int] | None:
     """
     if text is None:
         return None
+    if text.strip() == AUTO:
+        raise InputError(
+            f"--slots {AUTO} chooses slots for a plan to be made: moeplace solve does, this command does not"
+        )
     counts = _counts(text)
     if not counts or 0 in counts:
         raise InputError(f"--slots {text!r} must be a whole number above 0, or one for each layer with commas between")
     return counts if len(counts) > 1 else counts[0]
+
+
+def asked_slots(slots: str | None, redundant: int | None, experts: int) -> int | list[int] | None:
+    """Slots a layer of --slots, or of --redundant and a model's experts.
+
+    Raises:
+        InputError: both, or not of that form.
+    """
+    if redundant is None:
+        return read_slots(slots)
+    if slots is not None:
+        raise InputError(
+            f"give --slots or --redundant, not both: --redundant {redundant} is --slots {experts + redundant} for "
+            f"{experts} experts"
+        )
+    return experts + redundant
 
 
 def read_device_slots(text: str | None) -> list[int] | None:
@@ -209,22 +253,47 @@ class SolverChoice:
 
     @classmethod
     def parse(cls, text: str) -> SolverChoice:
-        """Reads NAME or NAME:OPTION=VALUE:OPTION=VALUE; values as the solver's own options want them (`read_options`).
+        """Reads NAME or NAME:OPTION=VALUE,OPTION=VALUE (colons may stand for the commas); values as the solver's own
+        options want them (`read_options`).
 
         Raises:
             InputError: unknown solver or option (the nearest is named), a value it does not take, or not of that form.
         """
         from ..solvers.solve import read_options, solver_named
 
-        name, *pairs = text.strip().split(":")
+        name, colon, settings = text.strip().partition(":")
+        pairs = re.split("[:,]", settings) if colon else []
         solver = solver_named(name)
         options: dict[str, str] = {}
         for pair in pairs:
             key, equals, value = pair.partition("=")
             if not (key and equals):
-                raise InputError(f"solver {text!r}: {pair!r} is not OPTION=VALUE")
+                raise InputError(
+                    f"solver {text!r}: {pair!r} is not OPTION=VALUE; write {name}:OPTION=VALUE,OPTION=VALUE"
+                )
+            if key in options:
+                raise InputError(f"solver {text!r}: option {key} is given twice")
             options[key] = value
         return cls(text.strip(), name, read_options(solver, options))
+
+    @classmethod
+    def parse_list(cls, option: str, text: str) -> list[SolverChoice]:
+        """Reads several with commas between; an entry OPTION=VALUE belongs to the solver before it.
+
+        Raises:
+            InputError: none, or as `parse` does.
+        """
+        entries: list[str] = []
+        for entry in split_list(text):
+            if entries and "=" in entry.partition(":")[0]:
+                entries[-1] += f"{',' if ':' in entries[-1] else ':'}{entry}"
+            else:
+                entries.append(entry)
+        if not entries:
+            raise InputError(
+                f"{option} {text!r} names no solver; leave it out for all, or name some with commas between"
+            )
+        return [cls.parse(entry) for entry in entries]
 
     @classmethod
     def best(cls) -> SolverChoice:
@@ -243,37 +312,87 @@ class SolverChoice:
             )
         return replace(self, options={**self.options, "certify": seconds})
 
-    def for_steps(self, batch: BatchOptions) -> SolverChoice:
-        """The choice, with the first kind of steps wanted passed on to a solver that minimises the time of steps."""
-        from inspect import signature
-
-        from ..solvers import solver_named
-
-        if batch.is_assumed and self.solver in (None, "search"):
-            return self
-        kind, tokens = next(iter(batch.kinds.items()))
-        batch_options: dict[str, Any] = {"batch": kind, "step_tokens": tokens}
-        if self.solver is not None:
-            known = signature(solver_named(self.solver).solve).parameters
-            batch_options = {name: value for name, value in batch_options.items() if name in known}
-        return replace(self, options={**batch_options, **self.options})
-
 
 def study_solver(options: StudyOptions) -> SolverChoice:
-    """Who solves a study, for the one kind of steps it is judged on."""
+    """Who solves a study."""
     import typer
 
     if options.server is not None and options.solver is None:
         raise typer.BadParameter("a service is told which solver to use: give --solver")
-    if len(options.kinds) > 1:
-        raise typer.BadParameter("steps are of --decode or of --prefill, not of both")
-    choice = SolverChoice.parse(options.solver) if options.solver else SolverChoice.best()
-    return choice.for_steps(options)
+    return SolverChoice.best() if options.solver is None else SolverChoice.parse(options.solver)
+
+
+def read_batches(options: BatchOptions) -> tuple[Batch, ...]:
+    """The batches that were named; none where that is left to the recording.
+
+    Raises:
+        InputError: text that names no batch, the same kind twice, or two ways of naming batches at once.
+    """
+    from ..placement.batches import Batch, as_batches
+
+    short = {"--decode": options.decode, "--prefill": options.prefill, "--tokens-per-gpu": options.tokens_per_gpu}
+    short_names = [name for name, value in short.items() if value is not None]
+    if short_names and options.batch:
+        raise InputError(f"--batch and {short_names[0]} both name steps; say all of it with --batch")
+    if options.tokens_per_gpu is not None and len(short_names) > 1:
+        raise InputError(f"--tokens-per-gpu and {short_names[0]} both name steps; give one of them")
+    pools = list(dict.fromkeys(options.pool or []))
+    if options.tokens_per_gpu is not None:
+        phases = [pool.value for pool in pools] or ["decode"]
+        return as_batches([Batch.parse(f"{phase}:{options.tokens_per_gpu}") for phase in phases])
+    if options.batch:
+        return as_batches([Batch.parse(text) for text in options.batch])
+    steps = {"decode": options.decode, "prefill": options.prefill}
+    return as_batches([Batch.parse(f"{phase}:{size}/step") for phase, size in steps.items() if size is not None])
+
+
+def pool_problems(problem: Problem, options: BatchOptions) -> dict[str, Problem]:
+    """The problem of each pool by its name, with the batches of its phase alone; the problem as it is under "" where no
+    pool was named.
+
+    Raises:
+        InputError: batches are named, and none of a pool's phase.
+    """
+    from ..placement.step_mix import named_batch, step_mix
+
+    if not options.pool:
+        return {"": problem}
+    result = {}
+    for pool in dict.fromkeys(options.pool):
+        mine = tuple(batch for batch in step_mix(problem).batches if batch.phase == pool.value)
+        if not mine and problem.batches:
+            raise InputError(f"--pool {pool.value}: no --batch is of {pool.value} steps; add one")
+        total = sum(batch.weight for batch in mine)
+        apart = tuple(replace(batch, weight=batch.weight / total) for batch in mine)
+        result[pool.value] = replace(problem, batches=apart or (named_batch(pool.value, None),))
+    return result
+
+
+def one_pool(problem: Problem, options: BatchOptions) -> Problem:
+    """The problem of the one pool that may be named.
+
+    Raises:
+        InputError: several pools.
+    """
+    if len(set(options.pool or [])) > 1:
+        raise InputError("a plan is judged for one --pool; `solve` and `compare` make a plan for each")
+    return next(iter(pool_problems(problem, options).values()))
+
+
+def solved_batches(plan: Plan) -> tuple[Batch, ...]:
+    """The batches that a plan was solved for, where they were named."""
+    from ..placement.batches import Batch
+
+    return tuple(Batch.parse(text) for text in plan.provenance.batches)
 
 
 def split_list(text: str | None) -> list[str]:
     """The entries of a comma-separated list."""
     return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+
+
+MOST_NUMBERS = 10_000
+"""In a range like 3-60: far more than any model has layers."""
 
 
 def whole_numbers(option: str, text: str | None) -> list[int] | None:
@@ -289,5 +408,24 @@ def whole_numbers(option: str, text: str | None) -> list[int] | None:
         first, _, last = entry.partition("-")
         if not (first.isdecimal() and (last or first).isdecimal()) or len(entry) > 12:
             raise InputError(f"{option} {text!r}: {entry!r} is not a number or a range like 3-60")
-        numbers.extend(range(int(first), min(int(last or first), int(first) + 100_000) + 1))
+        low, high = int(first), int(last or first)
+        if not low <= high < low + MOST_NUMBERS:
+            raise InputError(f"{option} {text!r}: {entry!r} must rise, by less than {MOST_NUMBERS:,}")
+        numbers.extend(range(low, high + 1))
+    if not numbers:
+        raise InputError(f"{option} {text!r} names no number; give some such as 3-60 or 58,59")
     return numbers
+
+
+def read_failure_kinds(text: str) -> list[Kind]:
+    """What `--tolerate` names: single failures of devices, of nodes, or of both.
+
+    Raises:
+        InputError: something else.
+    """
+    from ..placement.failures import KINDS
+
+    kinds = [kind for entry in split_list(text) for kind in KINDS if kind == entry]
+    if not kinds or len(kinds) < len(split_list(text)):
+        raise InputError(f"--tolerate {text!r} must name some of {', '.join(KINDS)}")
+    return kinds

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,9 +114,16 @@ def solve_remotely(
     Raises:
         UnsupportedError: the problem has constraints that the service is not told of.
     """
-    if problem.pinned or problem.forbidden or problem.current is not None or problem.device_slots is not None:
+    if (
+        problem.pinned
+        or problem.forbidden
+        or problem.tolerates
+        or problem.current is not None
+        or problem.device_slots is not None
+    ):
         raise UnsupportedError(
-            "a service solves without a plan in force, pinned devices or slots by device; solve here"
+            "a service solves without a plan in force, pinned devices, failures to survive or slots by device; "
+            "solve here"
         )
     with service(url) as client:
         update("sending the routing", None)
@@ -131,6 +138,7 @@ def solve_remotely(
             slots=problem.slots,
             objective=problem.objective,
             engine=problem.engine,
+            batches=written_batches(problem),
         )
 
         def tell(news: JobRecord) -> None:
@@ -160,15 +168,10 @@ class Study:
 
         assert self.choice.solver is not None
         judged = RoutingStatistics.from_trace(self.split.judged, sample_tokens=self.split.judged.num_tokens)
-        kind, tokens = next(iter(self.options.kinds.items()))
         return {
             "statistics": send_statistics(client, problem.statistics),
             "held_out": send_statistics(client, judged),
-            "steps": {
-                "batch": "decode" if kind == "decode" else "prefill",
-                "tokens": tokens,
-                "count": self.options.steps,
-            },
+            "steps": {"batches": written_batches(problem), "count": self.options.steps},
             "solver": self.choice.solver,
             "options": self.choice.options,
             "seconds": self.options.seconds,
@@ -176,6 +179,11 @@ class Study:
             "objective": problem.objective,
             "engine": problem.engine,
         }
+
+
+def written_batches(problem: Problem) -> list[dict[str, Any]]:
+    """The problem's batches as a service takes them."""
+    return [asdict(batch) for batch in problem.batches]
 
 
 def what_if_remotely(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, UnsupportedError
-from .options import DECODE_STEPS, PREFILL_STEPS, HeldOutBy, HeldOutOptions, ModelOptions, StepOptions, StudyOptions
+from .options import HeldOutBy, HeldOutOptions, ModelOptions, StudyOptions
 from .output import Column, Table, Update, note, number
 from .parse import reader_defaults
 
 if TYPE_CHECKING:
     from ..placement.objective import Objective
     from ..placement.plan import Plan
+    from ..placement.problem import Problem
     from ..placement.statistics import RoutingStatistics
     from ..placement.steps import Steps
     from ..placement.trace import RoutingTrace
@@ -68,6 +69,10 @@ class CountSplit:
     judged: RoutingStatistics
     description: str
 
+    @property
+    def is_held_out(self) -> bool:
+        return self.train is not self.judged
+
 
 def holds_counts_only(recording: Recording) -> bool:
     """Whether plans can be judged on count windows alone."""
@@ -91,15 +96,15 @@ def split_counts(recording: Recording, options: HeldOutOptions, seed: int) -> Co
     )
 
 
-def count_row(name: str, plan: Plan, split: CountSplit, seed: int) -> dict[str, Any]:
+def count_row(name: str, plan: Plan, split: CountSplit, objective: Objective, seed: int) -> dict[str, Any]:
     """A plan's device load max/mean on the windows of either part, and how much of it chance alone makes."""
     from ..placement.bounds import sampling_noise, window_balance
 
     return {
         "plan": name,
-        "solved_on": window_balance(plan, split.train.load),
-        "held_out": window_balance(plan, split.judged.load),
-        "noise": sampling_noise(plan, split.judged.load, seed),
+        "solved_on": window_balance(plan, split.train.load, objective),
+        "held_out": window_balance(plan, split.judged.load, objective),
+        "noise": sampling_noise(plan, split.judged.load, objective, seed),
     }
 
 
@@ -122,23 +127,37 @@ def count_table(rows: list[dict[str, Any]], split: CountSplit) -> Table:
     )
 
 
-def training_statistics(
+@dataclass(frozen=True)
+class TrainingRouting:
+    """train: to solve on. judged: what plans are judged on. description: which parts of the record these are.
+    is_held_out: whether solvers saw nothing of what is judged on. counts: where the record holds counts only."""
+
+    recording: Recording
+    train: RoutingStatistics
+    judged: RoutingTrace | RoutingStatistics
+    description: str
+    is_held_out: bool
+    counts: CountSplit | None = None
+
+
+def training_routing(
     path: Path, model: ModelOptions, held_out: HeldOutOptions, seed: int, update: Update
-) -> tuple[Recording, RoutingStatistics, str]:
-    """The recording, the statistics to solve on, and which part of the record they are, in words.
+) -> TrainingRouting:
+    """What to solve on, and what to judge on.
 
     A Parquet trace that is used whole is counted in bounded memory, whatever its size.
     """
     recording = open_recording(path, model.model)
     if holds_counts_only(recording):
-        split_ = split_counts(recording, held_out, seed)
-        return recording, split_.train, split_.description
-    if not recording.is_trace:
-        return recording, recording.statistics(), f"solved on all of {path}: statistics are used whole"
-    if held_out.held_out == 0.0:
-        return recording, counted(recording, update), f"solved on all of {path}"
+        counts = split_counts(recording, held_out, seed)
+        whole = counts.train is counts.judged
+        return TrainingRouting(recording, counts.train, counts.judged, counts.description, not whole, counts)
+    if not recording.is_trace or held_out.held_out == 0.0:
+        statistics = recording.statistics() if not recording.is_trace else counted(recording, update)
+        used = f"solved on all of {path}" + ("" if recording.is_trace else ": statistics are used whole")
+        return TrainingRouting(recording, statistics, statistics, used, False)
     split = split_routing(recording, held_out, seed)
-    return recording, solving_statistics(recording, split), split.description
+    return TrainingRouting(recording, solving_statistics(recording, split), split.judged, split.description, True)
 
 
 def open_recording(path: Path, model: Path | None = None, **options: Any) -> Recording:
@@ -185,40 +204,27 @@ def study_routing(
     return counts.train, counts
 
 
-def study_steps(
-    split: RoutingSplit | CountSplit, options: StepOptions, top_k: int, seed: int
-) -> tuple[str, Steps, str]:
-    """The one kind of held-out steps of a study: its name, the steps, and what they are of, in words."""
-    if isinstance(split, RoutingSplit):
-        ((kind, steps),) = make_steps(split.judged, options, seed).items()
-        return kind, steps, split.description
-    ((batch, tokens),) = options.kinds.items()
-    count = options.steps or (DECODE_STEPS if batch == "decode" else PREFILL_STEPS)
-    drawn = draw_steps(split.judged, top_k, tokens, count, seed)
-    assumed = "experts of a token are taken to be chosen independently, and tokens spread evenly over devices"
-    return f"{batch} {tokens} drawn from counts", drawn, f"{split.description}. In drawn steps {assumed}"
+def judged_steps(
+    split: RoutingSplit | CountSplit | TrainingRouting, problem: Problem, count: int | None, seed: int
+) -> Steps:
+    """Held-out steps of the problem's batches."""
+    from ..placement.step_mix import problem_steps
+
+    return problem_steps(split.judged, problem, count=count, seed=seed)
 
 
-def draw_steps(statistics: RoutingStatistics, top_k: int, tokens: int, count: int, seed: int) -> Steps:
-    """Steps drawn from the windows that hold tokens, each of its window's workload (see `sample_steps`)."""
-    import numpy as np
-
-    from ..placement.statistics import with_tokens
-    from ..placement.synthetic import sample_steps
-
-    known = with_tokens(statistics.load)
-    load, workload = statistics.load[known], statistics.window_workload[known]
-    steps = sample_steps(load, top_k, statistics.moe_layers, step_tokens=tokens, steps=count, seed=seed)
-    codes = workload[np.arange(count) * len(load) // count]
-    return replace(steps, workload=np.repeat(codes, tokens), workloads=statistics.workloads)
+def steps_in_words(steps: Steps, split: RoutingSplit | CountSplit) -> str:
+    """`decode 512: 64 steps; prefill 8192: 4 steps`."""
+    counted = "; ".join(f"{name}: {part.num_steps} steps" for name, part in steps.by_batch().items())
+    return counted + (" drawn from counts" if isinstance(split, CountSplit) else "")
 
 
-def make_steps(trace: RoutingTrace, options: StepOptions, seed: int) -> dict[str, Steps]:
-    """The steps asked for, by name, decode first."""
-    steps: dict[str, Steps] = {}
-    for kind, tokens in options.kinds.items():
-        if kind == "decode":
-            steps[f"decode {tokens}"] = trace.decode_steps(tokens, options.steps or DECODE_STEPS, seed)
-        else:
-            steps[f"prefill {tokens}"] = trace.prefill_steps(tokens, options.steps or PREFILL_STEPS, seed)
-    return steps
+def held_out_in_words(steps: Steps, split: RoutingSplit | CountSplit) -> str:
+    """What is held out, of counts with what steps drawn from them assume."""
+    return " ".join([f"{split.description}.", *steps.notes]) if isinstance(split, CountSplit) else split.description
+
+
+def described_steps(steps: Steps, split: RoutingSplit | CountSplit, prediction: str) -> str:
+    """A footnote on the steps of a study. prediction: what their times rest on."""
+    kinds = steps_in_words(steps, split)
+    return " ".join([f"{kinds}. {split.description}.", *steps.notes, f"Step times: {prediction}."])

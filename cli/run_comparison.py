@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..placement.batches import USUAL_BATCHES, Batch
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
 from .options import ComparisonOptions
-from .output import Update, solve_listener, working
+from .output import Update, interrupted, note, solve_listener, working
 from .parse import (
     SolverChoice,
+    asked_slots,
+    pool_problems,
+    read_batches,
     read_device_slots,
     read_model,
     read_objective,
-    read_slots,
     read_topology,
     split_list,
 )
@@ -24,9 +28,10 @@ from .remote import PLAN_FILES, read_plan
 from .routing_split import (
     CountSplit,
     RoutingSplit,
+    TrainingRouting,
     count_row,
     holds_counts_only,
-    make_steps,
+    judged_steps,
     open_recording,
     solving_statistics,
     split_counts,
@@ -38,44 +43,175 @@ if TYPE_CHECKING:
     from ..placement.plan import Plan
     from ..placement.problem import Problem
     from ..placement.steps import Steps
+    from ..placement.verdict import Saving
 
 BASELINE = "contiguous"
+OTHER_BATCHES = (*USUAL_BATCHES, Batch("decode", tokens_per_device=512))
+"""Looked at beside a single batch that was asked for."""
+ELSEWHERE_TOKENS = 8_192
+"""Of the steps of each of these."""
+PEER = "eplb"
+"""What engines do by themselves, by its solver's name."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A plan and what it costs on each kind of steps; or, without a plan, why there is none."""
+    """A plan and what it costs on the steps; or, without a plan, why there is none."""
 
     name: str
     plan: Plan | None
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
     reason: str = ""
     was_given: bool = False
+
+    @cached_property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """What it costs on the steps of each batch, by its name."""
+        return {} if self.evaluation is None else self.evaluation.by_batch()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries in the order asked for, all judged on the same steps. Others are measured against the first."""
+    """Entries in the order asked for, all judged on the same steps. Others are measured against the first.
+
+    steps: of all batches of the problem. pool: that the problem is of, where one was named. subject: name of the plan
+    that verdicts are on; the best where none is named.
+    """
 
     problem: Problem
-    steps: dict[str, Steps]
-    split: RoutingSplit
+    steps: Steps
+    split: RoutingSplit | CountSplit | TrainingRouting
     entries: tuple[Entry, ...]
     seed: int
+    pool: str = ""
+    subject: str = ""
 
     @property
     def baseline(self) -> Entry:
         return self.entries[0]
 
-    def risk(self, entry: Entry, kind: str) -> float:
-        """The objective's figure in seconds; regret is measured against the best of these plans on each workload."""
-        evaluation = entry.evaluations[kind]
+    @cached_property
+    def kinds(self) -> dict[str, Steps]:
+        """The steps of each batch, by its name."""
+        return self.steps.by_batch()
+
+    def risk(self, entry: Entry, kind: str | None = None) -> float:
+        """The objective's figure in seconds, on all steps or of a kind; regret is measured against the best of these
+        plans on each workload."""
+        judged = {
+            other.name: other.evaluation if kind is None else other.evaluations[kind]
+            for other in self.entries
+            if other.evaluation is not None
+        }
+        evaluation = judged[entry.name]
+        assert evaluation is not None
         if self.problem.objective.risk != "regret":
             return evaluation.risk()
         from ..placement.risk import best_by_workload
 
-        every = [other.evaluations[kind].step_seconds for other in self.entries if kind in other.evaluations]
-        return evaluation.risk(best_by_workload(every, evaluation.step_workload, len(evaluation.workloads)))
+        every = [other.step_seconds for other in judged.values() if other is not None]
+        best = best_by_workload(every, evaluation.step_workload, len(evaluation.workloads), evaluation.weight)
+        return evaluation.risk(best)
+
+    @cached_property
+    def best(self) -> Entry:
+        """The plan that verdicts are on: the subject, else the one of least risk."""
+        for entry in self.entries:
+            if self.subject and entry.name == self.subject:
+                return entry
+        return min((entry for entry in self.entries if entry.evaluation is not None), key=self.risk)
+
+    @cached_property
+    def reference(self) -> Entry:
+        """What the best is measured against: the first plan given, else the engines' own policy, else the first; of
+        the others where that is the best itself."""
+        others = [entry for entry in self.entries if entry.evaluation is not None and entry is not self.best]
+        given = [entry for entry in others if entry.was_given]
+        peers = [entry for entry in others if entry.name == PEER]
+        return next(iter(given or peers or others), self.best)
+
+    @property
+    def sides(self) -> list[str]:
+        """Names of the two plans that figures set against each other, the best first; of one where there is one."""
+        return list(dict.fromkeys((self.best.name, self.reference.name)))
+
+    @cached_property
+    def saved(self) -> Saving | None:
+        """What the best saves against the reference; None of a plan alone."""
+        from ..placement.bounds import with_room
+        from ..placement.verdict import saving
+
+        best, reference = self.best.evaluation, self.reference.evaluation
+        if self.best is self.reference or best is None or reference is None:
+            return None
+        plans = [entry.plan for entry in self.entries if entry.plan is not None]
+        return saving(best, reference, self.steps, with_room(self.problem, plans))
+
+    @cached_property
+    def windows(self) -> list[dict[str, Any]] | None:
+        """Of counts, each plan's balance on windows, or why there is no plan."""
+        split = self.split
+        if not isinstance(split, CountSplit):
+            return None
+        return [
+            {"plan": entry.name, "reason": entry.reason}
+            if entry.plan is None
+            else count_row(entry.name, entry.plan, split, self.problem.objective, self.seed)
+            for entry in self.entries
+        ]
+
+    @property
+    def where(self) -> str:
+        """The steps judged on, in words."""
+        return "held-out steps" if self.split.is_held_out else "the steps solved on"
+
+    def verdict(self, other_ms: Mapping[str, float] | None = None, restart_seconds: float | None = None) -> list[str]:
+        """Sentences on the best plan; other_ms: time of all else of a step, by phase. Without it that is estimated,
+        where the model is known. restart_seconds: of an engine that restarts to take a plan."""
+        from ..placement.serving import other_work
+        from ..placement.step_mix import step_mix
+        from ..placement.verdict import applied_text, whole_step_text
+
+        if self.saved is None:
+            return []
+        prefix = "" if self.saved.nothing_pays else f"{self.best.name}: "
+        lines = [prefix + self.saved.text(self.called(self.reference), self.where)]
+        problem, source = self.problem, "the other work of a step"
+        if other_ms is None:
+            estimated = other_work(problem.model, problem.topology, step_mix(problem).batches)
+            other_ms, source = ({}, source) if estimated is None else (estimated.ms, estimated.text)
+        if any(name.partition(" ")[0] in other_ms for name in self.saved.times):
+            assert self.best.evaluation is not None
+            lines.append(whole_step_text(self.saved, other_ms, self.best.evaluation.basis.error, source))
+        profile = self.problem.profile
+        applied = None if profile is None else applied_text(self.saved, profile, restart_seconds)
+        return [*lines, *([] if applied is None else [applied]), *self.elsewhere]
+
+    @cached_property
+    def elsewhere(self) -> list[str]:
+        """Where steps of one size were asked for: what the plan does at others, against the reference."""
+        from ..placement.evaluate import evaluate
+        from ..placement.step_mix import problem_steps
+
+        best, reference, asked = self.best, self.reference, self.problem.batches
+        if len(asked) != 1 or best is reference or best.plan is None or reference.plan is None:
+            return []
+        devices, said = self.problem.num_devices, []
+        for batch in OTHER_BATCHES:
+            # Within a factor of two it is the same size.
+            if batch.phase == asked[0].phase and 0.5 < batch.step_tokens(devices) / asked[0].step_tokens(devices) < 2:
+                continue
+            problem = replace(self.problem, batches=(batch,))
+            steps = problem_steps(self.split.judged, problem, most_tokens=ELSEWHERE_TOKENS, seed=self.seed)
+            ours, theirs = (evaluate(plan, steps, problem).mean_seconds for plan in (best.plan, reference.plan))
+            change = ours / theirs - 1.0
+            said.append(f"{batch.name(devices)} {abs(change) * 100:.1f} % {'slower' if change > 0 else 'faster'}")
+        return [f"At other steps, of so many tokens, against {self.called(reference)}: {', '.join(said)}."]
+
+    def called(self, entry: Entry) -> str:
+        """What a plan is called in a sentence."""
+        engine = self.problem.engine
+        return f"{engine}'s EPLB" if entry.name == PEER and engine is not None else entry.name
 
 
 def solve_entry(choice: SolverChoice, problem: Problem, seconds: float, seed: int, update: Update) -> Entry:
@@ -97,31 +233,29 @@ def solve_entry(choice: SolverChoice, problem: Problem, seconds: float, seed: in
     return Entry(choice.label, plan)
 
 
-def judge(entry: Entry, problem: Problem, steps: dict[str, Steps], update: Update) -> Entry:
-    """The entry with its evaluations."""
+def judge(entry: Entry, problem: Problem, steps: Steps, update: Update) -> Entry:
+    """The entry with its evaluation."""
     from ..placement.evaluate import evaluate
 
     if entry.plan is None:
         return entry
-    evaluations = {}
-    for kind, replayed in steps.items():
-        update(f"{entry.name}: {kind}", None)
-        try:
-            evaluations[kind] = evaluate(entry.plan, replayed, problem)
-        except MoeplaceError as error:
-            raise InputError(f"plan {entry.name!r}: {error}") from None
-    return replace(entry, evaluations=evaluations)
+    update(f"judging {entry.name}", None)
+    try:
+        return replace(entry, evaluation=evaluate(entry.plan, steps, problem))
+    except MoeplaceError as error:
+        raise InputError(f"plan {entry.name!r}: {error}") from None
 
 
 def compare(
     problem: Problem,
-    split: RoutingSplit,
-    steps: dict[str, Steps],
+    split: RoutingSplit | CountSplit,
+    steps: Steps,
     choices: Sequence[SolverChoice],
     plans: Sequence[tuple[str, Plan]],
     seconds: float,
     seed: int,
     update: Update,
+    pool: str = "",
 ) -> Comparison:
     """Solves with each choice, takes plans that are given, and judges all on the same steps.
 
@@ -129,7 +263,7 @@ def compare(
     """
     entries = _solved(problem, choices, plans, seconds, seed, update)
     judged = tuple(judge(entry, problem, steps, update) for entry in entries)
-    return Comparison(problem, steps, split, judged, seed)
+    return Comparison(problem, steps, split, judged, seed, pool)
 
 
 def _solved(
@@ -144,7 +278,17 @@ def _solved(
     others = [choice for choice in choices if choice.label != BASELINE]
     entries = [solve_entry(SolverChoice.parse(BASELINE), problem, seconds, seed, update)]
     entries += [Entry(name, plan, was_given=True) for name, plan in plans]
-    entries += [solve_entry(choice, problem, seconds, seed, update) for choice in others]
+    done = 0
+    try:
+        for choice in others:
+            entry = solve_entry(choice, problem, seconds, seed, update)
+            entries.append(entry)
+            done += 1
+            if entry.plan is not None and entry.plan.provenance.stop == "interrupted":
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        left = ", ".join(choice.label for choice in others[done:]) or "none"
+        interrupted(f"interrupted: what was solved by then is judged and shown; not solved: {left}")
     return _with_different_names(entries)
 
 
@@ -159,44 +303,15 @@ def _with_different_names(entries: Sequence[Entry]) -> list[Entry]:
     return result
 
 
-@dataclass(frozen=True)
-class CountComparison:
-    """Plans and their balance on count windows, where a record tells no tokens."""
-
-    problem: Problem
-    split: CountSplit
-    entries: tuple[Entry, ...]
-    rows: list[dict[str, Any]]
-
-
-def compare_counts(
-    problem: Problem,
-    split: CountSplit,
-    choices: Sequence[SolverChoice],
-    plans: Sequence[tuple[str, Plan]],
-    seconds: float,
-    seed: int,
-    update: Update,
-) -> CountComparison:
-    """As `compare`, on count windows."""
-    entries = _solved(problem, choices, plans, seconds, seed, update)
-    rows = [
-        {"plan": entry.name, "reason": entry.reason}
-        if entry.plan is None
-        else count_row(entry.name, entry.plan, split, seed)
-        for entry in entries
-    ]
-    return CountComparison(problem, split, tuple(entries), rows)
-
-
-def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison | CountComparison:
-    """Reads, checks everything that can be wrong, then solves and judges: from options to a finished comparison."""
+def run_comparison(routing: Path, options: ComparisonOptions) -> list[Comparison]:
+    """Reads, checks everything that can be wrong, then solves and judges: from options to finished comparisons, one
+    for each pool that is named."""
     from ..placement.problem import Problem
     from ..solvers import solver_names
 
     cluster, goal, seed = read_topology(options), read_objective(options, options.engine), options.seed
-    names = split_list(options.solvers) if options.solvers is not None else list(solver_names())
-    choices = [SolverChoice.parse(name).for_steps(options) for name in names]
+    named = ",".join(solver_names()) if options.solvers is None else options.solvers
+    choices, batches = SolverChoice.parse_list("--solvers", named), read_batches(options)
     with working("reading the routing") as update:
         recording = open_recording(routing, options.model)
         spec = read_model(options, recording)
@@ -215,14 +330,36 @@ def run_comparison(routing: Path, options: ComparisonOptions) -> Comparison | Co
             topology=cluster,
             statistics=split.train if isinstance(split, CountSplit) else solving_statistics(recording, split),
             objective=goal,
-            slots=read_slots(options.slots),
+            slots=asked_slots(options.slots, options.redundant, spec.experts),
             device_slots=read_device_slots(options.device_slots),
             engine=options.engine,
+            batches=batches,
         )
-        if isinstance(split, CountSplit):
-            return compare_counts(problem, split, choices, judged_too, options.seconds, seed, update)
-        replayed = make_steps(split.judged, options, seed)
-        return compare(problem, split, replayed, choices, judged_too, options.seconds, seed, update)
+        warn_of_idle_devices(problem)
+        return [
+            compare(
+                asked,
+                split,
+                judged_steps(split, asked, options.steps, seed),
+                choices,
+                judged_too,
+                options.seconds,
+                seed,
+                update,
+                pool,
+            )
+            for pool, asked in pool_problems(problem, options).items()
+        ]
+
+
+def warn_of_idle_devices(problem: Problem) -> None:
+    """Says so where there are fewer slots than devices."""
+    idle = int((problem.layer_slots.sum(axis=0) == 0).sum())
+    if idle:
+        note(
+            f"warning: {idle} of {problem.num_devices} devices hold no expert in {problem.num_slots} slots a layer; "
+            f"give at least {problem.num_devices} slots (--slots), or fewer devices (--nodes, --devices-per-node)"
+        )
 
 
 def plan_name(reference: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from ..placement.errors import MoeplaceError, StoreError
 
 if TYPE_CHECKING:
     from ..db import Store
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from ..placement.statistics import RoutingStatistics
     from ..placement.steps import Steps
     from ..profiler.read import Recording
+
+
+Kept = TypeVar("Kept")
 
 
 def save_recording(recording: Recording, out: Path) -> None:
@@ -25,6 +30,37 @@ def save_recording(recording: Recording, out: Path) -> None:
         write_trace(recording.trace, out, model=recording.model)
     else:
         write_statistics(recording.statistics(), out)
+
+
+def check_store(db: str | None, name: str | None = None) -> None:
+    """Looks whether a plan could be kept in the database, under a name: before the plan is made.
+
+    Raises:
+        StoreError: it could not. InputError: the name is taken, or cannot be one.
+    """
+    from ..db import Store
+
+    with Store.open(db) as store:
+        store.check("plan", name)
+
+
+def attempted(keep: Callable[[], Kept]) -> tuple[Kept | None, str | None]:
+    """What `keep` returns; or why nothing could be kept, for the end, when results are shown."""
+    try:
+        return keep(), None
+    except (MoeplaceError, OSError) as error:
+        return None, str(error)
+
+
+def end_unkept(failure: str | None, file: Path | str | None) -> None:
+    """Ends a command whose results are shown, but could not be kept.
+
+    Raises:
+        StoreError: there is a failure.
+    """
+    if failure is not None:
+        where = f"it is in {file}" if file is not None else "it is only shown"
+        raise StoreError(f"the result was not stored, {where}: {failure}")
 
 
 def keep_plan(plan: Plan, statistics: RoutingStatistics, db: str | None, name: str | None = None) -> str:

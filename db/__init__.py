@@ -4,6 +4,8 @@ Importing this package loads SQLAlchemy, which takes a while: import it where a 
 """
 
 from .records import (
+    CountWindow,
+    DecisionRecord,
     EvaluationRecord,
     ExportRecord,
     ModelRecord,
@@ -16,6 +18,8 @@ from .records import (
 from .store import Store
 
 __all__ = [
+    "CountWindow",
+    "DecisionRecord",
     "EvaluationRecord",
     "ExportRecord",
     "ModelRecord",

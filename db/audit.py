@@ -23,6 +23,7 @@ def note(session: Session, by: Actor, action: str, subject: str, detail: Mapping
         action=action,
         subject=subject,
         detail=dict(detail or {}),
+        client=by.client,
     )
     session.add(row)
 

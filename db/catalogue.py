@@ -121,8 +121,10 @@ def statistics_content(session: Session, row: StatisticsRow) -> bytes:
     return b"".join(session.scalars(ordered))
 
 
-def keep_plan(session: Session, plan: Plan, statistics: str | None, name: str | None) -> PlanRow:
-    """See `Store.add_plan`."""
+def keep_plan(
+    session: Session, plan: Plan, statistics: str | None, name: str | None, claimed_by: str | None = None
+) -> PlanRow:
+    """See `Store.add_plan`. claimed_by: whose word its certificate is, where it was not stored before."""
     document = plain("plan", plan_to_dict(plan))
     made = {key: value for key, value in document["provenance"].items() if key != "history"}
 
@@ -132,6 +134,7 @@ def keep_plan(session: Session, plan: Plan, statistics: str | None, name: str | 
             topology_key=keep_topology(session, plan.topology).key,
             solver=storable("plan solver", plan.provenance.solver, 100),
             slots=plan.num_slots,
+            claimed_by=claimed_by,
             certificate=document["certificate"],
             provenance=made,
             document=document,
@@ -258,21 +261,21 @@ def select_plans() -> Select[*tuple[Any, ...]]:
     )
 
 
-def plan_summary(found: Row[*tuple[Any, ...]]) -> PlanSummary:
+def plan_summary(entry: Row[*tuple[Any, ...]]) -> PlanSummary:
     """The summary in a row of `select_plans`."""
-    return PlanSummary(**_summary(found))
+    return PlanSummary(**_summary(entry))
 
 
-def plan_record(found: Row[*tuple[Any, ...]], document: dict[str, Any], origin: str) -> PlanRecord:
+def plan_record(entry: Row[*tuple[Any, ...]], document: dict[str, Any], origin: str) -> PlanRecord:
     """The plan in a row of `select_plans` and its document.
 
     Raises:
         StoreError: the document is not the one that was stored. FileFormatError: of a newer version.
     """
-    row: PlanRow = found[0]
+    row: PlanRow = entry[0]
     if plan_fingerprint(document) != row.fingerprint:
         raise StoreError(f"{origin}: its content was changed or damaged after it was stored; restore a copy")
-    return PlanRecord(**_summary(found), plan=plan_from_dict(document, origin=origin))
+    return PlanRecord(**_summary(entry), plan=plan_from_dict(document, origin=origin))
 
 
 def evaluation_record(row: EvaluationRow, plan: str) -> EvaluationRecord:
@@ -302,21 +305,22 @@ def _named(row: Named) -> dict[str, Any]:
     }
 
 
-def _summary(found: Row[*tuple[Any, ...]]) -> dict[str, Any]:
-    row: PlanRow = found[0]
-    model, topology = found.model_fingerprint[:ID_DIGITS], found.topology_fingerprint[:ID_DIGITS]
+def _summary(entry: Row[*tuple[Any, ...]]) -> dict[str, Any]:
+    row: PlanRow = entry[0]
+    model, topology = entry.model_fingerprint[:ID_DIGITS], entry.topology_fingerprint[:ID_DIGITS]
     return {
         **_named(row),
         "model_id": model,
-        "model": found.model_name or found.model_label or model,
+        "model": entry.model_name or entry.model_label or model,
         "topology_id": topology,
-        "topology": found.topology_name or found.topology_label or topology,
-        "statistics_id": found.statistics_fingerprint and found.statistics_fingerprint[:ID_DIGITS],
-        "layers": found.layers,
-        "experts": found.experts,
-        "devices": found.devices,
+        "topology": entry.topology_name or entry.topology_label or topology,
+        "statistics_id": entry.statistics_fingerprint and entry.statistics_fingerprint[:ID_DIGITS],
+        "layers": entry.layers,
+        "experts": entry.experts,
+        "devices": entry.devices,
         "slots": row.slots,
         "certificate": None if row.certificate is None else _certificate(row.certificate),
+        "claimed_by": row.claimed_by,
         "provenance": Provenance(**row.provenance),
     }
 
@@ -338,13 +342,13 @@ def drop(session: Session, kind: Kind, ref: str, dependants: bool) -> None:
     owner = {"model": PlanRow.model_key, "topology": PlanRow.topology_key, "statistics": PlanRow.statistics_key}
     plans = select(PlanRow.key).where(owner.get(kind, PlanRow.key) == row.key)
     children = (EvaluationRow, ExportRow)
-    held = {
+    losers = {
         child.__tablename__: _count(session, select(child.key).where(child.plan_key.in_(plans))) for child in children
     }
     if kind != "plan":
-        held = {"plans": _count(session, plans), **held}
-    if any(held.values()) and not dependants:
-        listed = ", ".join(f"{count} {name}" for name, count in held.items() if count)
+        losers = {"plans": _count(session, plans), **losers}
+    if any(losers.values()) and not dependants:
+        listed = ", ".join(f"{count} {name}" for name, count in losers.items() if count)
         raise InputError(
             f"{kind} {ref!r} has {listed} that would lose it; delete those first, or all of it with dependants=True"
         )
@@ -354,6 +358,17 @@ def drop(session: Session, kind: Kind, ref: str, dependants: bool) -> None:
     if kind != "plan":
         session.execute(delete(PlanRow).where(PlanRow.key.in_(plans)))
     session.delete(row)
+
+
+def drop_statistics(session: Session, created_before: datetime) -> int:
+    """See `Store.drop_statistics`."""
+    solved = select(PlanRow.key).where(PlanRow.statistics_key == StatisticsRow.key).exists()
+    watched = select(DeploymentRow.key).where(DeploymentRow.reference_key == StatisticsRow.key).exists()
+    unused = (StatisticsRow.created < created_before, StatisticsRow.name.is_(None), ~solved, ~watched)
+    keys = list(session.scalars(select(StatisticsRow.key).where(*unused)))
+    session.execute(delete(StatisticsPartRow).where(StatisticsPartRow.statistics_key.in_(keys)))
+    session.execute(delete(StatisticsRow).where(StatisticsRow.key.in_(keys)))
+    return len(keys)
 
 
 def _refuse_used(session: Session, kind: Kind, ref: str, row: Any, plans: Any) -> None:

@@ -8,15 +8,32 @@ import importlib.util
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import platformdirs
-from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, exc, inspect, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    Delete,
+    Engine,
+    NullPool,
+    Update,
+    create_engine,
+    event,
+    exc,
+    func,
+    inspect,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.orm import Session
 
-from ..placement.errors import StoreError
+from ..placement.errors import MoeplaceError, StoreError
+from .listening import Listener
 from .schema import REVISION, REVISION_TABLE, Base
 
 if TYPE_CHECKING:
@@ -28,7 +45,7 @@ DEFAULT_FILE = "moeplace.db"
 POSTGRES = ("postgres", "postgresql", "postgresql+psycopg")
 
 
-def resolve(given: str | os.PathLike[str] | None) -> URL:
+def resolve(location: str | os.PathLike[str] | None) -> URL:
     """The address of the database: `given`, else the environment's MOEPLACE_DB, else a file in the user's data folder.
 
     A file path, `sqlite:///file`, or `postgresql://user@host/database`. The data folder is created, others are not.
@@ -36,8 +53,8 @@ def resolve(given: str | os.PathLike[str] | None) -> URL:
     Raises:
         StoreError: not an address, a kind of database that is not supported, or a folder that is not there.
     """
-    address = os.fspath(given) if given is not None else os.environ.get(VARIABLE, "")
-    if given is not None and not address:
+    address = os.fspath(location) if location is not None else os.environ.get(VARIABLE, "")
+    if location is not None and not address:
         raise StoreError(
             f"the database address is empty; give a file, a URL, or leave it out for the {VARIABLE} variable"
         )
@@ -97,6 +114,14 @@ def _file(path: Path) -> URL:
     return URL.create("sqlite", database=str(path))
 
 
+class ForbiddenError(MoeplaceError):
+    """Whoever asks may not do that."""
+
+
+class RefusedDataError(StoreError):
+    """The database refuses what is stored, as it would again; it runs."""
+
+
 class Sessions:
     """Opens transactions on one database, from any thread, and from processes forked after it was opened."""
 
@@ -124,6 +149,11 @@ class Sessions:
         with self._converting(), Session(engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def listen(self, changed: Callable[[], None]) -> Listener | None:
+        """Has `changed` called, from a thread, whenever something that somebody may wait for has changed; None where
+        the database cannot tell (SQLite)."""
+        return Listener(self.url, changed) if self.url.get_backend_name() == "postgresql" else None
+
     def close(self) -> None:
         """Closes idle connections."""
         self._own_engine().dispose()
@@ -140,7 +170,21 @@ class Sessions:
         try:
             yield
         except exc.SQLAlchemyError as error:
-            raise StoreError(explain(error, self.url)) from error
+            kind = RefusedDataError if isinstance(error, exc.DataError | exc.IntegrityError) else StoreError
+            raise kind(explain(error, self.url)) from error
+
+
+def moment(session: Session) -> datetime:
+    """Now, by the clock that all servers on this database share: the database's own, or this machine's for a file."""
+    if session.get_bind().dialect.name == "sqlite":
+        return datetime.now(UTC)
+    now: datetime = session.execute(select(func.clock_timestamp())).scalar_one()
+    return now.astimezone(UTC)
+
+
+def changed_rows(session: Session, statement: Update | Delete) -> int:
+    """Carries out a statement; returns how many rows it changed or removed."""
+    return int(cast(Any, session.execute(statement)).rowcount)
 
 
 WRITES = "moeplace_writes"
@@ -250,10 +294,10 @@ def migrate(engine: Engine, lock_seconds: float) -> None:
         SQLAlchemyError: the database refused.
     """
     with engine.connect() as connection:
-        found = _usable_revision(connection, engine)
-    if found == REVISION:
+        present = _usable_revision(connection, engine)
+    if present == REVISION:
         return
-    if found is None:
+    if present is None:
         use_write_ahead_log(engine, lock_seconds)
     with engine.execution_options(**{WRITES: True}).begin() as connection:
         if _usable_revision(connection, engine) != REVISION:
@@ -268,15 +312,15 @@ def revision(connection: Connection) -> str | None:
 
 
 def _usable_revision(connection: Connection, engine: Engine) -> str | None:
-    found = revision(connection)
-    if found is None:
+    present = revision(connection)
+    if present is None:
         _refuse_strangers(connection, engine)
-    elif found != REVISION and found not in _known_revisions():
+    elif present != REVISION and present not in _known_revisions():
         raise StoreError(
             f"database {shown(engine.url)}: migrated by a newer release of moeplace (its tables are at revision "
-            f"{found}, this release knows up to {REVISION}); upgrade moeplace, or use another database"
+            f"{present}, this release knows up to {REVISION}); upgrade moeplace, or use another database"
         )
-    return found
+    return present
 
 
 def _refuse_strangers(connection: Connection, engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -31,11 +32,20 @@ class Decisions:
             return _record(session, _row(session, key))
 
     def page(
-        self, deployment: str | None = None, *, limit: int, before: int | None = None, state: str | None = None
+        self,
+        deployment: str | None = None,
+        *,
+        limit: int,
+        before: int | None = None,
+        state: str | None = None,
+        among: Sequence[str] | None = None,
     ) -> list[DecisionRecord]:
-        """Newest first, of one deployment or of all."""
+        """Newest first, of one deployment or of all; of those of these names only, where they are given."""
         query = select(DecisionRow).order_by(DecisionRow.key.desc()).limit(limit)
         with self._sessions.reading() as session:
+            if among is not None:
+                named = select(DeploymentRow.key).where(DeploymentRow.name.in_(among))
+                query = query.where(DecisionRow.deployment_key.in_(named))
             if deployment is not None:
                 query = query.where(DecisionRow.deployment_key == deployment_row(session, deployment).key)
             if before is not None:
@@ -51,14 +61,14 @@ class Decisions:
             NotFoundError: no such decision. ConflictError: it does not wait any more.
         """
         storable("comment", comment, 2000)
-        wanted = "published" if verdict == "approve" else "rejected"
+        outcome = "published" if verdict == "approve" else "rejected"
         with self._sessions.writing() as session:
             row = _row(session, key)
-            if row.state == wanted and row.closed_by == by.name:
+            if row.state == outcome and row.closed_by == by.name:
                 return _record(session, row)
             if row.state != "waiting":
                 raise ConflictError(f"decision {key} is {row.state}; only a waiting one can be approved or rejected")
-            row.state, row.closed, row.closed_by, row.comment = wanted, datetime.now(UTC), by.name, comment
+            row.state, row.closed, row.closed_by, row.comment = outcome, datetime.now(UTC), by.name, comment
             deployment = session.get_one(DeploymentRow, row.deployment_key)
             detail = {"decision": key, "comment": comment}
             audit.note(session, by, f"decision.{verdict}", deployment.name, detail)
@@ -66,6 +76,7 @@ class Decisions:
                 plan = session.get_one(PlanRow, row.candidate_key)
                 publish(session, deployment, plan, by, "approved", comment, row)
             else:
+                deployment.alarm = None
                 announce(session, deployment, "decision.rejected", {"decision": key})
             return _record(session, row)
 

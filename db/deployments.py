@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from sqlalchemy import select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from ..placement.engines import check_plan
@@ -16,10 +16,29 @@ from ..placement.topology import Topology
 from . import audit
 from .content import ID_DIGITS, plain
 from .database import Sessions
-from .records import Actor, Cause, CheckRecord, DeploymentRecord, PublicationRecord
+from .records import Actor, Cause, CheckRecord, DeploymentOverview, DeploymentRecord, PublicationRecord
 from .references import check_name, deployment_row, find, id_of
-from .schema import CheckRow, DecisionRow, DeploymentRow, ModelRow, PlanRow, PublicationRow, StatisticsRow, TopologyRow
+from .schema import (
+    CheckRow,
+    DecisionRow,
+    DeliveryRow,
+    DeploymentRow,
+    EngineRow,
+    JobRow,
+    JoinedRow,
+    ModelRow,
+    PlanRow,
+    PublicationRow,
+    StatisticsRow,
+    TopologyRow,
+    UploadPartRow,
+    UploadRow,
+    WebhookRow,
+    WindowRow,
+)
 from .webhooks import announce
+
+MOST_REFUSED = 50
 
 
 class Deployments:
@@ -67,11 +86,62 @@ class Deployments:
         with self._sessions.reading() as session:
             return _record(session, deployment_row(session, name))
 
-    def page(self, *, limit: int, after: str = "") -> list[DeploymentRecord]:
-        """In order of their names, those behind `after`."""
-        query = select(DeploymentRow).where(DeploymentRow.name > after).order_by(DeploymentRow.name).limit(limit)
+    def page(self, *, limit: int, after: str = "", among: Sequence[str] | None = None) -> list[DeploymentRecord]:
+        """In order of their names, those behind `after`; of these names only, where they are given."""
         with self._sessions.reading() as session:
-            return [_record(session, row) for row in session.scalars(query)]
+            rows = _page(session, limit, after, among)
+            ids = _ids_of(session, rows)
+            return [_record(session, row, ids) for row in rows]
+
+    def overview(self, *, limit: int, after: str = "", among: Sequence[str] | None = None) -> list[DeploymentOverview]:
+        """The same, each with what a list of them shows; a few questions for all of them."""
+        with self._sessions.reading() as session:
+            rows = _page(session, limit, after, among)
+            keys = [row.key for row in rows]
+            ids = _ids_of(session, rows)
+            newest = select(func.max(CheckRow.key)).where(CheckRow.deployment_key.in_(keys))
+            checks = {
+                check.deployment_key: check
+                for check in session.scalars(
+                    select(CheckRow).where(CheckRow.key.in_(newest.group_by(CheckRow.deployment_key)))
+                )
+            }
+            sums = select(WindowRow.deployment_key, func.sum(WindowRow.merged)).where(
+                WindowRow.deployment_key.in_(keys)
+            )
+            windows = {key: int(total) for key, total in session.execute(sums.group_by(WindowRow.deployment_key))}
+            alarms = _counted(session, CheckRow, keys, CheckRow.alarm.is_(True))
+            waiting = _counted(session, DecisionRow, keys, DecisionRow.state == "waiting")
+            jobs: dict[int, dict[str, int]] = {}
+            for state in ("queued", "running"):
+                for key, count in _counted(session, JobRow, keys, JobRow.state == state).items():
+                    jobs.setdefault(key, {})[state] = count
+            models = {
+                key: name or label or digits[:ID_DIGITS]
+                for key, name, label, digits in session.execute(
+                    select(ModelRow.key, ModelRow.name, ModelRow.label, ModelRow.fingerprint).where(
+                        ModelRow.key.in_({row.model_key for row in rows})
+                    )
+                )
+            }
+            sizes = select(TopologyRow.key, TopologyRow.devices).where(
+                TopologyRow.key.in_({row.topology_key for row in rows})
+            )
+            devices = {key: count for key, count in session.execute(sizes)}  # noqa: C416 - rows are not pairs to mypy
+            return [
+                DeploymentOverview(
+                    deployment=_record(session, row, ids),
+                    model=models[row.model_key],
+                    devices=devices[row.topology_key],
+                    check=CheckRecord.model_validate(checks[row.key]) if row.key in checks else None,
+                    windows=windows.get(row.key, 0),
+                    regret=_regret(checks.get(row.key), row.alarm),
+                    alarms=alarms.get(row.key, 0),
+                    waiting=waiting.get(row.key, 0),
+                    jobs=jobs.get(row.key, {}),
+                )
+                for row in rows
+            ]
 
     def set_policy(self, name: str, policy: Mapping[str, Any], by: Actor) -> DeploymentRecord:
         """Replaces the policy."""
@@ -80,6 +150,38 @@ class Deployments:
             before, row.policy = row.policy, plain("policy", dict(policy))
             audit.note(session, by, "deployment.policy", name, {"before": before, "after": row.policy})
             return _record(session, row)
+
+    def remove(self, name: str, by: Actor) -> list[str]:
+        """Removes a deployment with its windows, checks, decisions, publications, jobs, webhooks, engine and traces;
+        plans, models and what the audit log says of it stay. Returns the places of traces that are kept elsewhere, for
+        the caller to empty."""
+        with self._sessions.writing() as session:
+            row = deployment_row(session, name)
+            key = row.key
+            hooks = select(WebhookRow.key).where(WebhookRow.deployment_key == key)
+            uploads = select(UploadRow.key).where(UploadRow.kind == "trace", UploadRow.owner == name)
+            places = session.scalars(
+                select(UploadRow.place).where(UploadRow.key.in_(uploads), UploadRow.place.is_not(None))
+            )
+            emptied = [place for place in places if place is not None]
+            session.execute(delete(UploadPartRow).where(UploadPartRow.upload_key.in_(uploads)))
+            session.execute(delete(UploadRow).where(UploadRow.kind == "trace", UploadRow.owner == name))
+            session.execute(delete(DeliveryRow).where(DeliveryRow.webhook_key.in_(hooks)))
+            for table in (
+                WebhookRow,
+                EngineRow,
+                JoinedRow,
+                WindowRow,
+                CheckRow,
+                PublicationRow,
+                DecisionRow,
+                JobRow,
+            ):
+                session.execute(delete(table).where(table.deployment_key == key))
+            version = row.version
+            session.delete(row)
+            audit.note(session, by, "deployment.remove", name, {"version": version})
+            return emptied
 
     def publish(
         self, name: str, plan: str, by: Actor, *, cause: Cause, comment: str = "", expected: int | None = None
@@ -96,6 +198,15 @@ class Deployments:
                 raise ConflictError(f"{name!r} is at version {row.version}, not {expected}: look at it and try again")
             return _publication(session, publish(session, row, find(session, PlanRow, plan), by, cause, comment))
 
+    def release(self, name: str, by: Actor) -> DeploymentRecord:
+        """Lets automatic publication go on after a roll-back."""
+        with self._sessions.writing() as session:
+            row = deployment_row(session, name)
+            if row.hold is not None:
+                row.hold = None
+                audit.note(session, by, "deployment.release", name)
+            return _record(session, row)
+
     def version_of(self, name: str, version: int) -> PublicationRecord:
         """One publication.
 
@@ -107,10 +218,10 @@ class Deployments:
             query = select(PublicationRow).where(
                 PublicationRow.deployment_key == row.key, PublicationRow.version == version
             )
-            found = session.scalar(query)
-            if found is None:
+            entry = session.scalar(query)
+            if entry is None:
                 raise NotFoundError(f"{name!r} has no version {version}; it is at version {row.version}")
-            return _publication(session, found)
+            return _publication(session, entry)
 
     def publications(self, name: str, *, limit: int, before: int | None = None) -> list[PublicationRecord]:
         """Newest first, those of versions below `before`."""
@@ -120,17 +231,29 @@ class Deployments:
             if before is not None:
                 query = query.where(PublicationRow.version < before)
             rows = session.scalars(query.order_by(PublicationRow.version.desc()).limit(limit))
-            return [_publication(session, found) for found in rows]
+            return [_publication(session, entry) for entry in rows]
 
-    def checks(self, name: str, *, limit: int, before: int | None = None) -> list[CheckRecord]:
-        """Drift checks, newest first."""
+    def checks(
+        self,
+        name: str,
+        *,
+        limit: int,
+        before: int | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[CheckRecord]:
+        """Drift checks, newest first; of a span of time where one is given."""
         with self._sessions.reading() as session:
             row = deployment_row(session, name)
             query = select(CheckRow).where(CheckRow.deployment_key == row.key)
             if before is not None:
                 query = query.where(CheckRow.key < before)
+            if since is not None:
+                query = query.where(CheckRow.created >= since)
+            if until is not None:
+                query = query.where(CheckRow.created <= until)
             rows = session.scalars(query.order_by(CheckRow.key.desc()).limit(limit))
-            return [CheckRecord.model_validate(found) for found in rows]
+            return [CheckRecord.model_validate(entry) for entry in rows]
 
 
 def _is_same_cluster(session: Session, one: int, other: int) -> bool:
@@ -158,10 +281,10 @@ def publish(
             check_plan(plan_from_dict(plan.document, f"plan {digits}"), row.policy["engine"])
         except UnsupportedError as error:
             raise UnsupportedError(f"plan {digits} cannot be put in force for {row.name!r}: {error}") from None
-    waiting = select(DecisionRow).where(DecisionRow.deployment_key == row.key, DecisionRow.state == "waiting")
-    for other in session.scalars(waiting):
-        if other is not decision:
-            other.state, other.closed, other.closed_by = "superseded", datetime.now(UTC), by.name
+    # Whoever puts a plan in force has acted on what was open; what was rolled back is not to come back by itself.
+    row.hold = _held_back(session, row, by) if cause == "rollback" else None
+    row.alarm = None
+    supersede(session, row, by, decision)
     row.version, row.plan_key = row.version + 1, plan.key
     published = PublicationRow(
         deployment_key=row.key,
@@ -181,19 +304,79 @@ def publish(
     return published
 
 
-def _record(session: Session, row: DeploymentRow) -> DeploymentRecord:
+def supersede(session: Session, row: DeploymentRow, by: Actor, decision: DecisionRow | None = None) -> None:
+    """Closes what waits for approval, but this decision."""
+    waiting = select(DecisionRow).where(DecisionRow.deployment_key == row.key, DecisionRow.state == "waiting")
+    for other in session.scalars(waiting):
+        if other is not decision:
+            other.state, other.closed, other.closed_by = "superseded", datetime.now(UTC), by.name
+
+
+def _page(session: Session, limit: int, after: str, among: Sequence[str] | None) -> Sequence[DeploymentRow]:
+    query = select(DeploymentRow).where(DeploymentRow.name > after).order_by(DeploymentRow.name).limit(limit)
+    if among is not None:
+        query = query.where(DeploymentRow.name.in_(among))
+    return session.scalars(query).all()
+
+
+def _counted(session: Session, table: Any, keys: Sequence[int], which: Any) -> dict[int, int]:
+    """How many such rows of a table each deployment has."""
+    query = select(table.deployment_key, func.count()).where(table.deployment_key.in_(keys), which)
+    return {key: int(count) for key, count in session.execute(query.group_by(table.deployment_key))}
+
+
+def _regret(check: CheckRow | None, alarm: Mapping[str, Any] | None) -> float | None:
+    """What the plan in force was last known to lose: of the last check, or of the alarm that is open."""
+    for figures in ({} if check is None else check.figures, {} if alarm is None else alarm.get("figures", {})):
+        if isinstance(figures.get("regret"), float):
+            return float(figures["regret"])
+    return None
+
+
+Ids = dict[tuple[str, int], str]
+"""Of models, topologies, plans and statistics, by table and key."""
+
+
+def _ids_of(session: Session, rows: Sequence[DeploymentRow]) -> Ids:
+    """Ids of all that these rows refer to."""
+    ids: Ids = {}
+    for table, keys in (
+        (ModelRow, {row.model_key for row in rows}),
+        (TopologyRow, {row.topology_key for row in rows}),
+        (PlanRow, {row.plan_key for row in rows if row.plan_key is not None}),
+        (StatisticsRow, {row.reference_key for row in rows if row.reference_key is not None}),
+    ):
+        if keys:
+            query = select(table.key, table.fingerprint).where(table.key.in_(keys))
+            ids |= {(table.__tablename__, key): digits[:ID_DIGITS] for key, digits in session.execute(query)}
+    return ids
+
+
+def _held_back(session: Session, row: DeploymentRow, by: Actor) -> dict[str, Any]:
+    """Why nothing is published by itself from now on."""
+    refused = list((row.hold or {}).get("plans", []))
+    in_force = id_of(session, PlanRow, row.plan_key)
+    if in_force is not None and in_force not in refused:
+        refused.append(in_force)
+    return {"by": by.name, "since": datetime.now(UTC).isoformat(), "plans": refused[-MOST_REFUSED:]}
+
+
+def _record(session: Session, row: DeploymentRow, ids: Ids | None = None) -> DeploymentRecord:
+    known = _ids_of(session, [row]) if ids is None else ids
     return DeploymentRecord(
         key=row.key,
         name=row.name,
         created=row.created,
-        model_id=id_of(session, ModelRow, row.model_key) or "",
-        topology_id=id_of(session, TopologyRow, row.topology_key) or "",
+        model_id=known["models", row.model_key],
+        topology_id=known["topologies", row.topology_key],
         policy=row.policy,
-        plan_id=id_of(session, PlanRow, row.plan_key),
-        reference_id=id_of(session, StatisticsRow, row.reference_key),
+        plan_id=None if row.plan_key is None else known["plans", row.plan_key],
+        reference_id=None if row.reference_key is None else known["statistics", row.reference_key],
         reference_window=row.reference_window,
         version=row.version,
         checked=row.checked_key,
+        hold=row.hold,
+        alarm=row.alarm,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ from .database import Sessions
 from .records import Actor, EngineHold, EngineRecord
 from .references import deployment_row
 from .schema import DeploymentRow, EngineRow
+from .secrets import is_sealed, seal
 
 
 class Engines:
@@ -42,7 +43,7 @@ class Engines:
                 session.add(row)
             for name, value in settings.items():
                 setattr(row, name, value)
-            row.secret, row.created = secret, datetime.now(UTC)
+            row.secret, row.created = None if secret is None else seal(secret), datetime.now(UTC)
             # Whoever asks the old one learns at its next beat.
             row.holder, row.failures, row.failed, row.error, row.polled = "", 0, None, None, None
             audit.note(session, by, "engine.set", deployment, {**settings, "key": secret is not None})
@@ -53,6 +54,15 @@ class Engines:
         """Raises NotFoundError where the deployment has none."""
         with self._sessions.reading() as session:
             return _record(_row(session, deployment), deployment)
+
+    def page(self, *, limit: int, after: str = "", among: Sequence[str] | None = None) -> list[EngineRecord]:
+        """In order of their deployments' names, those behind `after`; of these names only, where they are given."""
+        query = select(EngineRow, DeploymentRow.name).join(DeploymentRow, EngineRow.deployment_key == DeploymentRow.key)
+        query = query.where(DeploymentRow.name > after).order_by(DeploymentRow.name).limit(limit)
+        if among is not None:
+            query = query.where(DeploymentRow.name.in_(among))
+        with self._sessions.reading() as session:
+            return [_record(row, name) for row, name in session.execute(query)]
 
     def remove(self, deployment: str, by: Actor) -> None:
         """Raises NotFoundError where the deployment has none."""
@@ -76,11 +86,18 @@ class Engines:
             row.holder, row.beat = holder, row.beat + 1
             return _hold(row, seen.engine.deployment)
 
-    def told(self, held: EngineHold, windows: int, error: str | None) -> None:
+    def seal_all(self) -> None:
+        """Encrypts keys that were stored before there was a key for them. See `secrets.seal`."""
+        with self._sessions.writing() as session:
+            for row in session.scalars(select(EngineRow).where(EngineRow.secret.is_not(None))):
+                if row.secret is not None and not is_sealed(row.secret):
+                    row.secret = seal(row.secret)
+
+    def told(self, hold: EngineHold, windows: int, error: str | None) -> None:
         """Notes what came of asking; nothing when somebody else asks now."""
         with self._sessions.writing() as session:
-            row = session.get(EngineRow, held.key)
-            if row is None or row.holder != held.holder or row.url != held.engine.url:
+            row = session.get(EngineRow, hold.key)
+            if row is None or row.holder != hold.holder or row.url != hold.engine.url:
                 return
             if error is None:
                 row.polled, row.windows = datetime.now(UTC), row.windows + windows

@@ -6,21 +6,22 @@ before, by a clock of its own that only runs forward: no clock of another machin
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Literal
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from ..placement.errors import ConflictError, InputError, NotFoundError
+from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError
 from ..placement.plan import Plan
 from . import audit
 from .catalogue import keep_plan, keep_statistics
 from .content import ID_DIGITS, plain
-from .database import Sessions
-from .deployments import publish
+from .database import ForbiddenError, Sessions, changed_rows
+from .deployments import publish, supersede
 from .records import Actor, ClaimedJob, Heartbeat, JobOutcome, JobRecord, Judgement
 from .references import deployment_row
 from .schema import CheckRow, DecisionRow, DeploymentRow, JobRow, PlanRow, StatisticsRow
@@ -28,6 +29,18 @@ from .webhooks import announce
 
 SERVICE = Actor("service", "approve")
 """Who acts when a deployment's policy does."""
+WATCH = "watch"
+"""The kind of drift checks."""
+Lane = Literal["any", "watch"]
+MOST_QUEUED, MOST_QUEUED_SECONDS = 50, 4 * 3600.0
+"""Jobs that one who asks may have in the queue, and the seconds of their solves."""
+ASKED = "asked_seconds"
+
+
+class QuotaError(MoeplaceError):
+    """Whoever asks has asked for too much already."""
+
+
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -46,20 +59,26 @@ class Jobs:
         deployment: str | None = None,
         idempotency: str | None = None,
         only: bool = False,
+        seconds: float = 0.0,
     ) -> JobRecord:
-        """A new job, or the one submitted before under the same idempotency key. only: none while one of this kind
-        is queued or running for the deployment; that one is returned.
+        """A new job, or the one that the same caller submitted before under this idempotency key. only: none while one
+        of this kind is queued or running for the deployment; that one is returned. seconds: what its solves may take
+        together.
 
         Raises:
             NotFoundError: no such deployment. ConflictError: the idempotency key was used for another request.
+            QuotaError: too much of the same one's is queued.
         """
         data = plain("request", dict(request))
         with self._sessions.writing() as session:
             owner = None if deployment is None else deployment_row(session, deployment)
+            own = None if idempotency is None else _own_key(by, idempotency)
             if idempotency is not None:
-                row = session.scalar(select(JobRow).where(JobRow.idempotency == idempotency))
+                # As it is, too: earlier releases kept it so.
+                known = JobRow.idempotency.in_((own, idempotency))
+                row = session.scalar(select(JobRow).where(known, JobRow.actor == by.name))
                 if row is not None:
-                    if (row.kind, row.request, row.actor) != (kind, data, by.name):
+                    if (row.kind, row.request) != (kind, data):
                         raise ConflictError("this Idempotency-Key was used for another request; make a new one")
                     return _record(session, row)
             if only and owner is not None:
@@ -69,11 +88,13 @@ class Jobs:
                 row = session.scalar(going.limit(1))
                 if row is not None:
                     return _record(session, row)
+            if by != SERVICE:
+                _refuse_excess(session, by, seconds)
             row = JobRow(
                 kind=kind,
                 state="queued",
                 deployment_key=None if owner is None else owner.key,
-                idempotency=idempotency,
+                idempotency=own,
                 actor=by.name,
                 created=datetime.now(UTC),
                 attempts=0,
@@ -81,10 +102,12 @@ class Jobs:
                 worker="",
                 beat=0,
                 request=data,
-                progress={},
+                progress={ASKED: seconds} if seconds else {},
             )
             session.add(row)
             session.flush()
+            if by != SERVICE:
+                audit.note(session, by, f"{kind}.ask", deployment or str(row.key), {"job": row.key})
             return _record(session, row)
 
     def get(self, key: int) -> JobRecord:
@@ -100,10 +123,14 @@ class Jobs:
         deployment: str | None = None,
         state: str | None = None,
         kind: str | None = None,
+        among: Sequence[str] | None = None,
     ) -> list[JobRecord]:
-        """Newest first."""
+        """Newest first; of deployments of these names, and of none, only, where they are given."""
         query = select(JobRow).order_by(JobRow.key.desc()).limit(limit)
         with self._sessions.reading() as session:
+            if among is not None:
+                named = select(DeploymentRow.key).where(DeploymentRow.name.in_(among))
+                query = query.where(or_(JobRow.deployment_key.is_(None), JobRow.deployment_key.in_(named)))
             if before is not None:
                 query = query.where(JobRow.key < before)
             if deployment is not None:
@@ -118,10 +145,13 @@ class Jobs:
         """Ends a job that has not ended; its worker learns at its next beat.
 
         Raises:
-            NotFoundError: no such job. ConflictError: it has ended otherwise.
+            NotFoundError: no such job. ConflictError: it has ended otherwise. ForbiddenError: it is another one's, and
+                the role does not allow that.
         """
         with self._sessions.writing() as session:
             row = _row(session, key)
+            if by.role != "approve" and row.actor != by.name:
+                raise ForbiddenError(f"job {key} was asked for by {row.actor!r}; cancelling it needs role 'approve'")
             if row.state in ("done", "failed"):
                 raise ConflictError(f"job {key} is {row.state} already")
             if row.state != "cancelled":
@@ -129,14 +159,40 @@ class Jobs:
                 audit.note(session, by, "job.cancel", str(key))
             return _record(session, row)
 
-    def claim(self, worker: str) -> ClaimedJob | None:
-        """The oldest queued job, now held by `worker`; None where none is queued."""
-        oldest = select(JobRow).where(JobRow.state == "queued").order_by(JobRow.key).limit(1)
+    def remove(self, key: int, by: Actor) -> None:
+        """Removes a job that has ended; what it left behind stays.
+
+        Raises:
+            NotFoundError: no such job. ConflictError: it has not ended, or a decision tells of it.
+        """
+        with self._sessions.writing() as session:
+            row = _row(session, key)
+            if row.state not in ENDED:
+                raise ConflictError(f"job {key} is {row.state}; cancel it first")
+            if session.scalar(select(DecisionRow.key).where(DecisionRow.job_key == key)) is not None:
+                raise ConflictError(f"job {key} belongs to a decision, which is kept")
+            session.delete(row)
+            audit.note(session, by, "job.remove", str(key), {"kind": row.kind, "actor": row.actor})
+
+    def drop(self, ended_before: datetime) -> int:
+        """Removes jobs that ended before a moment, but those that decisions tell of; returns how many."""
+        decided = select(DecisionRow.key).where(DecisionRow.job_key == JobRow.key).exists()
+        old = delete(JobRow).where(JobRow.state.in_(ENDED), JobRow.finished < ended_before, ~decided)
+        with self._sessions.writing() as session:
+            return changed_rows(session, old)
+
+    def claim(self, worker: str, lane: Lane = "any") -> ClaimedJob | None:
+        """A queued job, now held by `worker`; None where none is queued. lane: "watch" for drift checks alone.
+
+        Drift checks come first. Of those who ask for others, the one with the fewest jobs under way is served, then the
+        one that was served longest ago; of theirs, the oldest job.
+        """
+        queued = (JobRow.state == "queued", *((JobRow.kind == WATCH,) if lane == "watch" else ()))
         with self._sessions.reading() as session:
-            if session.scalar(oldest.with_only_columns(JobRow.key)) is None:
+            if session.scalar(select(JobRow.key).where(*queued).limit(1)) is None:
                 return None
         with self._sessions.writing() as session:
-            row = session.scalar(oldest)
+            row = _next(session, queued)
             if row is None:
                 return None
             row.state, row.worker, row.claim = "running", worker, secrets.token_hex(16)
@@ -149,7 +205,7 @@ class Jobs:
         news = {} if progress is None else {"progress": plain("progress", dict(progress))}
         with self._sessions.writing() as session:
             mine = update(JobRow).where(JobRow.key == job.key, JobRow.claim == job.claim, JobRow.state == "running")
-            return bool(cast(Any, session.execute(mine.values(beat=JobRow.beat + 1, **news))).rowcount)
+            return bool(changed_rows(session, mine.values(beat=JobRow.beat + 1, **news)))
 
     def finish(self, job: ClaimedJob, outcome: JobOutcome) -> bool:
         """Stores all a job leaves behind and ends it, in one transaction; False when it is no longer this worker's."""
@@ -210,6 +266,43 @@ class Jobs:
             return {state: states.count(state) for state in ("queued", "running")}
 
 
+def _next(session: Session, queued: Sequence[Any]) -> JobRow | None:
+    """The job that is to be begun next."""
+    oldest = select(JobRow).where(*queued).order_by(JobRow.key).limit(1)
+    check = session.scalar(oldest.where(JobRow.kind == WATCH))
+    if check is not None:
+        return check
+    waiting = session.execute(select(JobRow.actor, func.min(JobRow.key)).where(*queued).group_by(JobRow.actor)).all()
+    if not waiting:
+        return None
+    actors = [actor for actor, _ in waiting]
+    running = select(JobRow.actor, func.count()).where(JobRow.state == "running", JobRow.actor.in_(actors))
+    under_way = {actor: count for actor, count in session.execute(running.group_by(JobRow.actor))}  # noqa: C416
+    served = select(JobRow.actor, func.max(JobRow.started)).where(JobRow.actor.in_(actors)).group_by(JobRow.actor)
+    last = {actor: moment for actor, moment in session.execute(served)}  # noqa: C416 - rows are not pairs to mypy
+    never = datetime(1, 1, 1, tzinfo=UTC)
+    _, _, key = min((under_way.get(actor, 0), last.get(actor) or never, key) for actor, key in waiting)
+    return session.get(JobRow, key)
+
+
+def _own_key(by: Actor, idempotency: str) -> str:
+    """A key as it is kept: each caller's are his own, whatever others choose."""
+    return hashlib.sha256(repr((by.name, idempotency)).encode()).hexdigest()
+
+
+def _refuse_excess(session: Session, by: Actor, seconds: float) -> None:
+    """Raises QuotaError where one who asks has too much in the queue already."""
+    waiting = session.scalars(
+        select(JobRow.progress).where(JobRow.state == "queued", JobRow.actor == by.name).limit(MOST_QUEUED)
+    ).all()
+    total = seconds + sum(float(each.get(ASKED, 0.0)) for each in waiting)
+    if len(waiting) >= MOST_QUEUED or total > MOST_QUEUED_SECONDS:
+        raise QuotaError(
+            f"{by.name!r} has {len(waiting)} jobs in the queue, and with this one they take {total:,.0f} s; at most "
+            f"{MOST_QUEUED} and {MOST_QUEUED_SECONDS:,.0f} s are taken of one: wait for some, or cancel them"
+        )
+
+
 def _held(session: Session, job: ClaimedJob) -> JobRow | None:
     row = session.get(JobRow, job.key)
     return row if row is not None and row.state == "running" and row.claim == job.claim else None
@@ -248,28 +341,42 @@ def apply(session: Session, job: JobRow, outcome: JobOutcome) -> dict[str, Any]:
         return stored
     row = session.get_one(DeploymentRow, job.deployment_key)
     if outcome.finding is not None:
-        found = outcome.finding
-        figures = plain("figures", dict(found.figures))
+        finding = outcome.finding
+        figures = plain("figures", dict(finding.figures))
+        if finding.alarm:
+            row.alarm = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "figures": figures}
+        elif row.alarm is not None:
+            # Nothing new, and nobody has acted on what was found.
+            figures |= {"open_alarm": row.alarm["at"]}
         session.add(
             CheckRow(
                 deployment_key=row.key,
                 created=datetime.now(UTC),
-                last_window=found.last_window,
-                alarm=found.alarm,
+                last_window=finding.last_window,
+                alarm=finding.alarm,
                 figures=figures,
             )
         )
-        row.checked_key = max(row.checked_key, found.last_window)
-        if found.alarm:
+        row.checked_key = max(row.checked_key, finding.last_window)
+        if finding.alarm:
             announce(session, row, "drift.alarm", {"figures": figures})
     if outcome.rebase is not None and source is not None:
         row.reference_key, row.reference_window = source.key, outcome.rebase
     if outcome.judgement is not None:
         if plan is None:
             raise InputError("a judgement without the plan it judges")
-        decision = _decide(session, row, job, plan, outcome.judgement)
+        alarm = outcome.finding is not None and outcome.finding.alarm
+        decision = _decide(session, row, job, plan, outcome.judgement, alarm)
         stored |= {"decision": decision.key, "decision_state": decision.state}
     return stored
+
+
+def _is_held(row: DeploymentRow, plan: PlanRow, alarm: bool) -> bool:
+    """Whether a roll-back keeps this plan from being put in force by the service: the very plans that were rolled back,
+    and any other until traffic has changed."""
+    if row.hold is None:
+        return False
+    return not alarm or plan.fingerprint[:ID_DIGITS] in row.hold.get("plans", [])
 
 
 def _keep(session: Session, plan: Plan, source: StatisticsRow | None) -> PlanRow:
@@ -277,12 +384,11 @@ def _keep(session: Session, plan: Plan, source: StatisticsRow | None) -> PlanRow
     return keep_plan(session, plan, source.fingerprint if source is not None and solved_here else None, None)
 
 
-def _decide(session: Session, row: DeploymentRow, job: JobRow, plan: PlanRow, judgement: Judgement) -> DecisionRow:
+def _decide(
+    session: Session, row: DeploymentRow, job: JobRow, plan: PlanRow, judgement: Judgement, alarm: bool
+) -> DecisionRow:
     now = datetime.now(UTC)
-    for other in session.scalars(
-        select(DecisionRow).where(DecisionRow.deployment_key == row.key, DecisionRow.state == "waiting")
-    ):
-        other.state, other.closed, other.closed_by = "superseded", now, SERVICE.name
+    supersede(session, row, SERVICE)
     stale = judgement.version != row.version
     state = "superseded" if stale else "kept" if judgement.action == "keep" else "waiting"
     decision = DecisionRow(
@@ -300,10 +406,12 @@ def _decide(session: Session, row: DeploymentRow, job: JobRow, plan: PlanRow, ju
     session.add(decision)
     session.flush()
     by = SERVICE if job.actor == SERVICE.name else Actor(job.actor, "submit")
-    told = {"decision": decision.key, "action": decision.action, "reason": decision.reason}
-    audit.note(session, by, "decision.made", row.name, told)
-    if state == "waiting" and judgement.publish:
+    about = {"decision": decision.key, "action": decision.action, "reason": decision.reason}
+    audit.note(session, by, "decision.made", row.name, about)
+    if state == "kept":
+        row.alarm = None
+    if state == "waiting" and judgement.publish and not _is_held(row, plan, alarm):
         decision.state, decision.closed, decision.closed_by = "published", now, SERVICE.name
         publish(session, row, plan, SERVICE, "automatic", judgement.reason, decision)
-    announce(session, row, "decision.made", {**told, "state": decision.state})
+    announce(session, row, "decision.made", {**about, "state": decision.state})
     return decision

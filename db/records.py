@@ -66,7 +66,8 @@ class PlanSummary(NamedRecord):
     """A stored plan without its tables.
 
     model, topology: their names, or the label they carry, or their ids. statistics_id: what it was solved on, where
-    that is stored. provenance.history is left empty here.
+    that is stored. claimed_by: whose word the certificate is, None where it was proven here. provenance.history is left
+    empty here.
     """
 
     model_id: str
@@ -79,6 +80,7 @@ class PlanSummary(NamedRecord):
     devices: int
     slots: int
     certificate: InstanceOf[Certificate] | None
+    claimed_by: str | None
     provenance: InstanceOf[Provenance]
 
     @property
@@ -135,17 +137,29 @@ LoadArray = IntArray
 
 @dataclass(frozen=True)
 class Actor:
-    """Who does something: the name and role of a token."""
+    """Who does something: the name and role of a token. deployments: those that it is for, None for all. client: the
+    address that the request came from, where one did."""
 
     name: str
     role: Role
+    deployments: tuple[str, ...] | None = None
+    client: str | None = None
+
+    def may(self, role: Role) -> bool:
+        """Whether its role is this or a higher one."""
+        return ROLES.index(self.role) >= ROLES.index(role)
+
+    def sees(self, deployment: str | None) -> bool:
+        """Whether it is for this deployment; None for what belongs to none."""
+        return self.deployments is None or deployment is None or deployment in self.deployments
 
 
 class DeploymentRecord(Stored):
     """A model on a topology. plan_id: in force, None before the first. version: publications so far.
 
     reference_id: statistics of the traffic the plan was last judged on, which ended with window `reference_window`.
-    checked: last window a drift check has seen.
+    checked: last window a drift check has seen. hold: why nothing is published automatically: who rolled back, when,
+    and the plans that are not to come back. alarm: the alarm that nobody has acted on yet: when, and its figures.
     """
 
     key: int
@@ -159,6 +173,8 @@ class DeploymentRecord(Stored):
     reference_window: int
     version: int
     checked: int
+    hold: Mapping[str, Any] | None
+    alarm: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -286,6 +302,21 @@ class CheckRecord(Stored):
     figures: Mapping[str, Any]
 
 
+class DeploymentOverview(Stored):
+    """A deployment in a list: its model by name, the last check, and how many windows it has. regret: of the last check
+    that knows one. alarms: so far. waiting: decisions for approval. jobs: by state, those that have not ended."""
+
+    deployment: DeploymentRecord
+    model: str
+    devices: int
+    check: CheckRecord | None
+    windows: int
+    regret: float | None
+    alarms: int
+    waiting: int
+    jobs: Mapping[str, int]
+
+
 class DecisionRecord(Stored):
     key: int
     deployment: str
@@ -321,21 +352,44 @@ class AuditRecord(Stored):
     action: str
     subject: str
     detail: Mapping[str, Any]
+    client: str | None
 
 
 class TokenRecord(Stored):
+    """deployments: those that it is for, None for all. used: when it was last, to the minute."""
+
     name: str
     role: Role
     created: datetime
     revoked: datetime | None
+    deployments: tuple[str, ...] | None
+    expires: datetime | None
+    used: datetime | None
 
 
 class WebhookRecord(Stored):
-    """Without its secret."""
+    """Without its secret. events: kinds that are sent, None for all. old_until: until when the former secret signs,
+    too."""
 
     key: int
     url: str
     created: datetime
+    events: tuple[str, ...] | None = None
+    old_until: datetime | None = None
+
+
+class DeliveryRecord(Stored):
+    """An event for a webhook. key: its id in what is sent. outcome: what came of the last attempt, at `attempted`. due:
+    not sent before."""
+
+    key: int
+    created: datetime
+    event: Mapping[str, Any]
+    state: Literal["due", "sent", "given up"]
+    attempts: int
+    outcome: str
+    attempted: datetime | None
+    due: datetime | None
 
 
 class EngineRecord(Stored):
@@ -361,7 +415,8 @@ class EngineRecord(Stored):
 
 @dataclass(frozen=True)
 class EngineHold:
-    """What a server needs to ask an engine. beat: grows while its holder lives. secret: the engine's key."""
+    """What a server needs to ask an engine. beat: grows while its holder lives. secret: the engine's key, as it
+    is stored."""
 
     engine: EngineRecord
     key: int
@@ -371,11 +426,12 @@ class EngineHold:
 
 
 @dataclass(frozen=True)
-class DeliveryRecord:
-    """An event to send. secret: signs it."""
+class DueDelivery:
+    """An event to send. secrets: each signs it; as they are stored."""
 
     key: int
+    webhook: int
     url: str
-    secret: str
+    secrets: Sequence[str]
     event: Mapping[str, Any]
     attempts: int

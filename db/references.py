@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
@@ -37,14 +38,16 @@ def find(session: Session, row: type[R], ref: str) -> R:
     Raises:
         NotFoundError: no row; the nearest name is given. InputError: several; the candidates are named.
     """
-    found = matches(session, row, ref)
-    if len(found) > 1:
+    candidates = matches(session, row, ref)
+    if len(candidates) > 1:
         # Enough digits to tell the candidates apart, whatever was typed.
         digits = max(ID_DIGITS, len(ref) + 4)
-        listed = ", ".join(_title(candidate, digits) for candidate in found[:_SHOWN])
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise InputError(f"{ref!r} could be {len(found)} {_plural(row)}: {listed}{more}; give more digits, or the name")
-    return found[0]
+        listed = ", ".join(_title(candidate, digits) for candidate in candidates[:_SHOWN])
+        more = f" and {len(candidates) - _SHOWN} more" if len(candidates) > _SHOWN else ""
+        raise InputError(
+            f"{ref!r} could be {len(candidates)} {_plural(row)}: {listed}{more}; give more digits, or the name"
+        )
+    return candidates[0]
 
 
 def matches(session: Session, row: type[R], ref: str) -> Sequence[R]:
@@ -60,9 +63,9 @@ def matches(session: Session, row: type[R], ref: str) -> Sequence[R]:
     if _DIGITS.fullmatch(ref.lower()):
         rules.append(row.fingerprint.startswith(ref.lower()))
     for rule in rules:
-        found = session.scalars(select(row).where(rule).order_by(row.key)).all()
-        if found:
-            return found
+        candidates = session.scalars(select(row).where(rule).order_by(row.key)).all()
+        if candidates:
+            return candidates
     raise NotFoundError(_missing(session, row, ref))
 
 
@@ -108,15 +111,19 @@ def set_name(session: Session, row: NamedRow, name: str) -> None:
     Raises:
         InputError: the name cannot be one, or is taken.
     """
+    check_free(session, type(row), name, row.fingerprint)
+    row.name = name
+
+
+def check_free(session: Session, table: type[NamedRow], name: str, fingerprint: str = "") -> None:
+    """Raises InputError when `name` cannot be one, or another row than that of the fingerprint has it."""
     check_name(name)
-    table = type(row)
-    owner = session.scalar(select(table.fingerprint).where(table.name == name, table.fingerprint != row.fingerprint))
+    owner = session.scalar(select(table.fingerprint).where(table.name == name, table.fingerprint != fingerprint))
     if owner is not None:
         raise InputError(
             f"the name {name!r} is taken by {kind_of(table)} {owner[:ID_DIGITS]}; choose another, or rename or delete "
             "that one"
         )
-    row.name = name
 
 
 def check_name(name: str) -> None:
@@ -124,6 +131,12 @@ def check_name(name: str) -> None:
     storable("name", name, NAME_LENGTH)
     if not name or not name.isprintable() or name != name.strip():
         raise InputError(f"name {name!r} must be printable, without blanks at its ends, and not empty")
+    if name in (".", ".."):
+        raise InputError(f"name {name!r} is a step between folders, which clients and proxies take out of addresses")
+    if unicodedata.normalize("NFC", name) != name:
+        raise InputError(
+            f"name {name!r} ({name!a}) is not in Unicode's composed form (NFC): it would look like another one"
+        )
     if _READS_AS_ID.fullmatch(name):
         raise InputError(f"name {name!r} reads as an id (8 or more hexadecimal digits only); add a word to it")
 

@@ -12,12 +12,14 @@ from sqlalchemy import (
     Dialect,
     Double,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -53,7 +55,7 @@ class Document(TypeDecorator[Any]):
         return None if value is None else json.loads(value)
 
 
-REVISION = "0004"
+REVISION = "0006"
 """The newest migration, kept here so that opening an up-to-date database need not load Alembic."""
 
 REVISION_TABLE = "moeplace_revision"
@@ -117,6 +119,8 @@ class StatisticsPartRow(Base):
 
 
 class PlanRow(Named, Base):
+    """claimed_by: who says what its certificate says, where that was not proven here."""
+
     __tablename__ = "plans"
 
     model_key: Mapped[int] = mapped_column(ForeignKey("models.key"), index=True)
@@ -124,6 +128,7 @@ class PlanRow(Named, Base):
     statistics_key: Mapped[int | None] = mapped_column(ForeignKey("statistics.key"), index=True)
     solver: Mapped[str] = mapped_column(String(100), index=True)
     slots: Mapped[int]
+    claimed_by: Mapped[str | None] = mapped_column(String(100))
     certificate: Mapped[Any] = mapped_column(Document, nullable=True)
     provenance: Mapped[Any] = mapped_column(Document)
     document: Mapped[Any] = mapped_column(Document, deferred=True)
@@ -164,6 +169,7 @@ class DeploymentRow(Base):
     """version counts publications: 0 before the first. checked_key: the last window a drift check has seen.
 
     reference_key: statistics of the traffic the plan was last judged on, which ended with window `reference_window`.
+    hold: why nothing is published automatically, as `Hold`. alarm: the check whose alarm nobody has acted on.
     """
 
     __tablename__ = "deployments"
@@ -179,6 +185,8 @@ class DeploymentRow(Base):
     reference_window: Mapped[int] = mapped_column(BigKey)
     version: Mapped[int]
     checked_key: Mapped[int] = mapped_column(BigKey)
+    hold: Mapped[Any] = mapped_column(Document, nullable=True)
+    alarm: Mapped[Any] = mapped_column(Document, nullable=True)
 
 
 class WindowRow(Base):
@@ -314,6 +322,8 @@ class PublicationRow(Base):
 
 
 class AuditRow(Base):
+    """client: the address that the request came from; None for what no request asked for."""
+
     __tablename__ = "audit"
 
     key: Mapped[int] = mapped_column(primary_key=True)
@@ -323,22 +333,40 @@ class AuditRow(Base):
     action: Mapped[str] = mapped_column(String(40), index=True)
     subject: Mapped[str] = mapped_column(String(200), index=True)
     detail: Mapped[Any] = mapped_column(Document)
+    client: Mapped[str | None] = mapped_column(String(100))
 
 
 class TokenRow(Base):
-    """digest: SHA-256 of a token of 256 random bits, which needs no slow hash: there is nothing to guess from."""
+    """digest: SHA-256 of a token of 256 random bits, which needs no slow hash: there is nothing to guess from.
+
+    deployments: names of those that it is for; None for all. One name is one token at a time.
+    """
 
     __tablename__ = "tokens"
+    __table_args__ = (
+        Index(
+            "uq_tokens_active_name",
+            "name",
+            unique=True,
+            sqlite_where=text("revoked IS NULL"),
+            postgresql_where=text("revoked IS NULL"),
+        ),
+    )
 
     key: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(String(100), unique=True)
+    name: Mapped[str] = mapped_column(String(100))
     role: Mapped[str] = mapped_column(String(20))
     digest: Mapped[str] = mapped_column(String(64), unique=True)
     created: Mapped[datetime] = mapped_column(UtcTime)
     revoked: Mapped[datetime | None] = mapped_column(UtcTime)
+    deployments: Mapped[Any] = mapped_column(Document, nullable=True)
+    expires: Mapped[datetime | None] = mapped_column(UtcTime)
+    used: Mapped[datetime | None] = mapped_column(UtcTime)
 
 
 class WebhookRow(Base):
+    """events: kinds that are sent; None for all. old_secret: signs beside the new one until `old_until`."""
+
     __tablename__ = "webhooks"
 
     key: Mapped[int] = mapped_column(primary_key=True)
@@ -346,10 +374,17 @@ class WebhookRow(Base):
     url: Mapped[str] = mapped_column(Text)
     secret: Mapped[str] = mapped_column(Text)
     created: Mapped[datetime] = mapped_column(UtcTime)
+    events: Mapped[Any] = mapped_column(Document, nullable=True)
+    old_secret: Mapped[str | None] = mapped_column(Text)
+    old_until: Mapped[datetime | None] = mapped_column(UtcTime)
 
 
 class DeliveryRow(Base):
-    """An event for one webhook, written with what it tells of, sent afterwards."""
+    """An event for one webhook, written with what it tells of, sent afterwards.
+
+    due: not before this moment of the database's clock, None for at once; a server that takes it to send puts it off,
+    so that no other one sends it too.
+    """
 
     __tablename__ = "deliveries"
 
@@ -360,6 +395,8 @@ class DeliveryRow(Base):
     state: Mapped[str] = mapped_column(String(20), index=True)
     attempts: Mapped[int]
     outcome: Mapped[str] = mapped_column(Text)
+    due: Mapped[datetime | None] = mapped_column(UtcTime)
+    attempted: Mapped[datetime | None] = mapped_column(UtcTime)
 
 
 class EngineRow(Base):

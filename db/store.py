@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Self, TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..placement.errors import InputError, StoreError
@@ -16,15 +17,17 @@ from ..placement.objective import Objective
 from ..placement.plan import Plan
 from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
-from . import catalogue
+from . import audit, catalogue
 from .audit import Audit
-from .content import storable
+from .content import ID_DIGITS, storable
 from .database import Sessions, resolve, shown
 from .decisions import Decisions
 from .deployments import Deployments
 from .engines import Engines
 from .jobs import Jobs
+from .listening import Listener
 from .records import (
+    Actor,
     EvaluationRecord,
     ExportRecord,
     ModelRecord,
@@ -34,12 +37,27 @@ from .records import (
     StoreDescription,
     TopologyRecord,
 )
-from .references import Kind, find, matches, set_name
-from .schema import EvaluationRow, ExportRow, ModelRow, PlanRow, StatisticsRow, TopologyRow
+from .references import Kind, check_free, find, kind_of, matches, set_name
+from .schema import (
+    AuditRow,
+    CheckRow,
+    DecisionRow,
+    DeploymentRow,
+    EvaluationRow,
+    ExportRow,
+    JobRow,
+    ModelRow,
+    PlanRow,
+    StatisticsRow,
+    TopologyRow,
+)
 from .tokens import Tokens
 from .uploads import Uploads
 from .webhooks import Webhooks
 from .windows import Windows
+
+AT_ONCE = 500
+"""Keys in one question."""
 
 
 class Store:
@@ -101,10 +119,10 @@ class Store:
         """The database, without its password."""
         return shown(self._sessions.url)
 
-    def add_model(self, spec: ModelSpec, *, name: str | None = None) -> ModelRecord:
+    def add_model(self, spec: ModelSpec, *, name: str | None = None, by: Actor | None = None) -> ModelRecord:
         """Keeps a model. Raises InputError when the name is taken or the model is stored under another."""
         with self._sessions.writing() as session:
-            return catalogue.model_record(catalogue.keep_model(session, spec, name))
+            return catalogue.model_record(_noted(session, catalogue.keep_model(session, spec, name), by))
 
     def model(self, ref: str) -> ModelRecord:
         """The model `ref` means."""
@@ -118,10 +136,10 @@ class Store:
                 catalogue.model_record(row) for row in session.scalars(select(ModelRow).order_by(ModelRow.key.desc()))
             ]
 
-    def add_topology(self, topology: Topology, *, name: str | None = None) -> TopologyRecord:
+    def add_topology(self, topology: Topology, *, name: str | None = None, by: Actor | None = None) -> TopologyRecord:
         """Keeps a topology. Raises InputError when the name is taken or the topology is stored under another."""
         with self._sessions.writing() as session:
-            return catalogue.topology_record(catalogue.keep_topology(session, topology, name))
+            return catalogue.topology_record(_noted(session, catalogue.keep_topology(session, topology, name), by))
 
     def topology(self, ref: str) -> TopologyRecord:
         """The topology `ref` means."""
@@ -135,7 +153,7 @@ class Store:
             return [catalogue.topology_record(row) for row in rows]
 
     def add_statistics(
-        self, statistics: RoutingStatistics, content: bytes, *, name: str | None = None
+        self, statistics: RoutingStatistics, content: bytes, *, name: str | None = None, by: Actor | None = None
     ) -> StatisticsRecord:
         """Keeps statistics: `content` is their file (`.npz`), whose format belongs to those who write and read it.
 
@@ -144,7 +162,8 @@ class Store:
                 under another.
         """
         with self._sessions.writing() as session:
-            return catalogue.statistics_record(catalogue.keep_statistics(session, statistics, content, name))
+            row = catalogue.keep_statistics(session, statistics, content, name)
+            return catalogue.statistics_record(_noted(session, row, by))
 
     def statistics(self, ref: str) -> StatisticsRecord:
         """What the statistics `ref` means hold."""
@@ -170,18 +189,29 @@ class Store:
             rows = session.scalars(select(StatisticsRow).order_by(StatisticsRow.key.desc()))
             return [catalogue.statistics_record(row) for row in rows]
 
-    def add_plan(self, plan: Plan, *, statistics: str | None = None, name: str | None = None) -> PlanRecord:
+    def add_plan(
+        self,
+        plan: Plan,
+        *,
+        statistics: str | None = None,
+        name: str | None = None,
+        by: Actor | None = None,
+        claimed: bool = False,
+    ) -> PlanRecord:
         """Keeps a plan, with its model and topology.
 
         Two plans are the same when all but the solver's running time is: placement, topology, certificate, solver,
         seed, options and trace. The first is kept. statistics: the stored ones it was solved on; once given they stay.
+        by: who adds it, for the audit log. claimed: its certificate is what they say, and proven nowhere here.
 
         Raises:
             InputError: the name is taken or the plan is stored under another; its options are not plain data; the
                 statistics are of another trace than the plan's.
         """
         with self._sessions.writing() as session:
-            return self._plan(session, catalogue.keep_plan(session, plan, statistics, name))
+            claimed_by = by.name if claimed and by is not None else None
+            row = catalogue.keep_plan(session, plan, statistics, name, claimed_by)
+            return self._plan(session, _noted(session, row, by))
 
     def plan(self, ref: str) -> PlanRecord:
         """The plan `ref` means, with its tables.
@@ -216,7 +246,7 @@ class Store:
                 query = query.where(PlanRow.key < find(session, PlanRow, before).key)
             if solver is not None:
                 query = query.where(PlanRow.solver == storable("solver", solver))
-            return [catalogue.plan_summary(found) for found in session.execute(query)]
+            return [catalogue.plan_summary(result) for result in session.execute(query)]
 
     def add_evaluation(
         self,
@@ -266,6 +296,16 @@ class Store:
             query = select(ExportRow).where(ExportRow.plan_key == owner.key).order_by(ExportRow.key)
             return [catalogue.export_record(row, owner.fingerprint) for row in session.scalars(query)]
 
+    def check(self, kind: Kind, name: str | None = None) -> None:
+        """Whether something new of a kind could be stored, under a name where one is given.
+
+        Raises:
+            StoreError: the database takes no writes. InputError: the name is taken, or cannot be one.
+        """
+        with self._sessions.writing() as session:
+            if name is not None:
+                check_free(session, catalogue.table(kind), name)
+
     def rename(self, kind: Kind, ref: str, name: str) -> None:
         """Gives what `ref` means another name.
 
@@ -287,11 +327,89 @@ class Store:
         with self._sessions.writing() as session:
             catalogue.drop(session, kind, ref, dependants)
 
+    def remove(self, kind: Kind, ref: str, by: Actor) -> None:
+        """The same as `delete` without dependants, in the audit log."""
+        with self._sessions.writing() as session:
+            row = find(session, catalogue.table(kind), ref)
+            subject = row.name or row.fingerprint[:ID_DIGITS]
+            catalogue.drop(session, kind, ref, dependants=False)
+            audit.note(session, by, f"{kind}.remove", subject, {"fingerprint": row.fingerprint})
+
+    def drop_statistics(self, created_before: datetime) -> int:
+        """Removes statistics older than a moment that have no name, and that no plan or deployment refers to; returns
+        how many."""
+        with self._sessions.writing() as session:
+            return catalogue.drop_statistics(session, created_before)
+
+    def signs(
+        self, deployments: Sequence[str], jobs: Sequence[int], pages: Sequence[str] = ()
+    ) -> dict[tuple[str, str | int], Hashable]:
+        """What changes when a deployment's plan or a job does, by ("deployment", name) and ("job", key), or anything
+        that a deployment's page shows, by ("page", name), with "" for all. Those that do not exist are left out."""
+        plans = select(DeploymentRow.name, DeploymentRow.version, DeploymentRow.plan_key)
+        states = select(JobRow.key, JobRow.state, JobRow.attempts, JobRow.beat)
+        result: dict[tuple[str, str | int], Hashable] = {}
+        with self._sessions.reading() as session:
+            for start in range(0, len(deployments), AT_ONCE):
+                part = plans.where(DeploymentRow.name.in_(deployments[start : start + AT_ONCE]))
+                result |= {("deployment", name): (version, plan) for name, version, plan in session.execute(part)}
+            for start in range(0, len(jobs), AT_ONCE):
+                of_jobs = states.where(JobRow.key.in_(jobs[start : start + AT_ONCE]))
+                result |= {("job", key): (state, tries, beat) for key, state, tries, beat in session.execute(of_jobs)}
+            if "" in pages:
+                result["page", ""] = tuple(session.execute(select(*_latest())).one())
+            names = [name for name in pages if name]
+            for start in range(0, len(names), AT_ONCE):
+                latest = _latest(DeploymentRow.key)
+                shown = select(
+                    DeploymentRow.name, DeploymentRow.version, DeploymentRow.hold, DeploymentRow.alarm, *latest
+                )
+                for name, *sign in session.execute(shown.where(DeploymentRow.name.in_(names[start : start + AT_ONCE]))):
+                    result["page", name] = str(sign)
+        return result
+
+    def listen(self, changed: Callable[[], None]) -> Listener | None:
+        """Has `changed` called, from a thread, when what `signs` tells may be other than before; None where the
+        database cannot tell (SQLite)."""
+        return self._sessions.listen(changed)
+
     def describe(self) -> StoreDescription:
         """Where the store is, the revision of its tables, how many of each kind it holds, and their size."""
         with self._sessions.reading() as session:
             return catalogue.describe(session, self.url)
 
     def _plan(self, session: Session, row: PlanRow) -> PlanRecord:
-        found = session.execute(catalogue.select_plans().where(PlanRow.key == row.key)).one()
-        return catalogue.plan_record(found, row.document, f"database {self.url}: plan {row.fingerprint[:12]}")
+        result = session.execute(catalogue.select_plans().where(PlanRow.key == row.key)).one()
+        return catalogue.plan_record(result, row.document, f"database {self.url}: plan {row.fingerprint[:12]}")
+
+
+def _latest(of: Any = None) -> list[Any]:
+    """What tells that pages look other than before: the newest of each kind and how many are open, of the deployment
+    of this key or of all."""
+
+    def chosen(value: Any, table: Any, *which: Any) -> Any:
+        query = select(value).where(*which)
+        return (query if of is None else query.where(table.deployment_key == of)).scalar_subquery()
+
+    waiting, open_jobs = DecisionRow.state == "waiting", JobRow.state.in_(("queued", "running"))
+    running = JobRow.state == "running"
+    found = [
+        chosen(func.max(CheckRow.key), CheckRow),
+        chosen(func.max(DecisionRow.key), DecisionRow),
+        chosen(func.count(), DecisionRow, waiting),
+        chosen(func.max(JobRow.key), JobRow),
+        chosen(func.sum(JobRow.key), JobRow, open_jobs),
+        chosen(func.sum(JobRow.key), JobRow, running),
+    ]
+    return [*found, select(func.max(AuditRow.key)).scalar_subquery()] if of is None else found
+
+
+N = TypeVar("N", ModelRow, TopologyRow, StatisticsRow, PlanRow)
+
+
+def _noted(session: Session, row: N, by: Actor | None) -> N:
+    """The row, in the audit log with who added it."""
+    if by is not None:
+        detail = {"id": row.fingerprint[:ID_DIGITS]}
+        audit.note(session, by, f"{kind_of(type(row))}.add", row.name or row.fingerprint[:ID_DIGITS], detail)
+    return row

@@ -11,9 +11,10 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from ..placement.errors import ConflictError, InputError, NotFoundError
+from . import audit
 from .content import sha256_digits, storable
 from .database import Sessions
-from .records import UploadRecord
+from .records import Actor, UploadRecord
 from .schema import UploadPartRow, UploadRow
 
 UPLOAD_LIMIT = 1 << 28
@@ -96,9 +97,10 @@ class Uploads:
         key: int,
         inspect: Callable[[bytes], Mapping[str, Any]],
         move: Callable[[str, bytes], str] | None = None,
+        by: Actor | None = None,
     ) -> UploadRecord:
         """Checks the whole content, once all is here. inspect: says what it is, or raises InputError. move: keeps the
-        content elsewhere under a name, and says where; otherwise it stays here.
+        content elsewhere under a name, and says where; otherwise it stays here. by: for the audit log.
 
         Raises:
             ConflictError: bytes are missing. InputError: another SHA-256 than announced, or what `inspect` raises; the
@@ -123,7 +125,7 @@ class Uploads:
             raise
         # When this process dies before the next line, the same is moved to the same place again.
         place = None if move is None else move(f"{key:08}-{row.sha256}", content)
-        return self._close(key, "complete", about, place)
+        return self._close(key, "complete", about, place, by)
 
     def content(self, key: int) -> bytes:
         """All bytes of a complete upload that is kept here.
@@ -174,11 +176,21 @@ class Uploads:
             session.execute(delete(UploadRow).where(UploadRow.key.in_(gone)))
             return len(gone), emptied
 
-    def _close(self, key: int, state: str, about: Mapping[str, Any] | None, place: str | None = None) -> UploadRecord:
+    def _close(
+        self,
+        key: int,
+        state: str,
+        about: Mapping[str, Any] | None,
+        place: str | None = None,
+        by: Actor | None = None,
+    ) -> UploadRecord:
         with self._sessions.writing() as session:
             row = _row(session, key)
             if row.state == "open":
                 row.state, row.about, row.place = state, about, place
+                if by is not None:
+                    detail = {"upload": key, "kind": row.kind, "bytes": row.total_bytes, "sha256": row.sha256}
+                    audit.note(session, by, "upload.finish", row.owner or row.kind, detail)
                 if state == "refused" or place is not None:
                     session.execute(delete(UploadPartRow).where(UploadPartRow.upload_key == key))
             return UploadRecord.model_validate(row)

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.orm import Session, undefer
 
-from ..placement.errors import InputError, StoreError
+from ..placement.errors import InputError, NotFoundError, StoreError
+from . import audit
 from .content import storable
-from .database import Sessions
-from .records import CountWindow, LoadArray, WindowRecord
+from .database import Sessions, changed_rows
+from .records import Actor, CountWindow, LoadArray, WindowRecord
 from .references import deployment_row
 from .schema import DeploymentRow, JoinedRow, ModelRow, WindowRow
 
@@ -26,6 +27,7 @@ LARGEST = 1 << 53
 """Of one count: JSON readers keep whole numbers up to here exactly."""
 MOST_PAIRS = 1 << 48
 """Of one window, over all layers and experts: those of as many windows as are kept by default have a sum in 64 bits."""
+HALF = 1 << 32
 EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 """Of a window's end: clocks that were never set are let in, moments that other time zones cannot express are not."""
 
@@ -58,17 +60,17 @@ class Windows:
 
     def add_each(self, batches: Sequence[tuple[str, Sequence[CountWindow]]]) -> list[int]:
         """The same for batches of which several may be one deployment's."""
-        wanted: dict[tuple[int, str], dict[str, object]] = {}
+        by_identity: dict[tuple[int, str], dict[str, object]] = {}
         first: list[list[tuple[int, str]]] = []
         for name, windows in batches:
             key, shape = self._known(name)
             entries = {(key, str(entry["digest"])): entry for entry in (_values(name, key, w, shape) for w in windows)}
-            first.append([identity for identity in entries if identity not in wanted])
-            wanted.update((identity, entries[identity]) for identity in first[-1])
-        if not wanted:
+            first.append([identity for identity in entries if identity not in by_identity])
+            by_identity.update((identity, entries[identity]) for identity in first[-1])
+        if not by_identity:
             return [0] * len(batches)
         # Packed before the writers' lock is taken, and told apart in one question for all.
-        keys, digests = {key for key, _ in wanted}, {digest for _, digest in wanted}
+        keys, digests = {key for key, _ in by_identity}, {digest for _, digest in by_identity}
         known = select(WindowRow.deployment_key, WindowRow.digest).where(
             WindowRow.deployment_key.in_(keys), WindowRow.digest.in_(digests)
         )
@@ -76,9 +78,14 @@ class Windows:
             JoinedRow.deployment_key.in_(keys), JoinedRow.digest.in_({bytes.fromhex(digest) for digest in digests})
         )
         with self._sessions.writing() as session:
+            here = set(session.scalars(select(DeploymentRow.key).where(DeploymentRow.key.in_(keys))))
+            for name, _ in batches:
+                if self._known(name)[0] not in here:
+                    self.forget(name)
+                    raise NotFoundError(f"no deployment {name!r}: it was removed")
             stored = {(key, digest) for key, digest in session.execute(known)}
             stored |= {(key, digest.hex()) for key, digest in session.execute(joined)}
-            fresh = [entry for identity, entry in wanted.items() if identity not in stored]
+            fresh = [entry for identity, entry in by_identity.items() if identity not in stored]
             if fresh:
                 session.execute(insert(WindowRow), fresh)
         return [sum(identity not in stored for identity in identities) for identities in first]
@@ -91,11 +98,11 @@ class Windows:
             if before is not None:
                 query = query.where(WindowRow.key < before)
             if after:
-                found = session.scalars(query.where(WindowRow.key > after).order_by(WindowRow.key).limit(limit)).all()
+                rows = session.scalars(query.where(WindowRow.key > after).order_by(WindowRow.key).limit(limit)).all()
             else:
-                found = session.scalars(query.order_by(WindowRow.key.desc()).limit(limit)).all()[::-1]
+                rows = session.scalars(query.order_by(WindowRow.key.desc()).limit(limit)).all()[::-1]
             shape = _shape(session, row)
-            return [_record(window, shape) for window in found]
+            return [_record(window, shape) for window in rows]
 
     def shape(self, deployment: str) -> tuple[int, int]:
         """[layers, experts] of the deployment's windows."""
@@ -117,9 +124,30 @@ class Windows:
         """(windows received, token-expert pairs in them)."""
         with self._sessions.reading() as session:
             row = deployment_row(session, deployment)
-            query = select(func.sum(WindowRow.merged), func.sum(WindowRow.pairs))
-            merged, pairs = session.execute(query.where(WindowRow.deployment_key == row.key)).one()
-            return int(merged or 0), int(pairs or 0)
+            # In two halves: SQLite refuses sums of more than 63 bits.
+            high, low = WindowRow.pairs // HALF, WindowRow.pairs % HALF
+            query = select(func.sum(WindowRow.merged), func.sum(high), func.sum(low))
+            merged, *halves = session.execute(query.where(WindowRow.deployment_key == row.key)).one()
+            upper, lower = (int(half or 0) for half in halves)
+            return int(merged or 0), upper * HALF + lower
+
+    def remove(self, deployment: str, by: Actor, *, ended_before: datetime | None = None) -> int:
+        """Removes windows, those that ended before a moment or all; returns how many rows. What is removed is not known
+        any more: sent again, it counts again."""
+        with self._sessions.writing() as session:
+            row = deployment_row(session, deployment)
+            old = WindowRow.deployment_key == row.key
+            if ended_before is not None:
+                # No window is outside of these, and databases cannot express every moment of every time zone.
+                old &= WindowRow.ended < min(max(ended_before, EARLIEST), LATEST)
+            count = changed_rows(session, delete(WindowRow).where(old))
+            moment = None if ended_before is None else ended_before.isoformat()
+            audit.note(session, by, "windows.remove", deployment, {"ended_before": moment, "windows": count})
+        return count
+
+    def forget(self, deployment: str) -> None:
+        """Asks the database anew for a deployment's shape, as after it was removed."""
+        self._shapes.pop(deployment, None)
 
     def unchecked(self) -> dict[str, tuple[int, int]]:
         """For deployments with windows that no drift check has seen: how many, and the last window that one has."""
@@ -166,10 +194,16 @@ class Windows:
         return joined, dropped
 
 
+def check_shape(deployment: str, load: LoadArray, shape: tuple[int, int]) -> None:
+    """Raises InputError for a load of another shape than the deployment's windows have."""
+    if load.shape != shape:
+        known = f"deployment {deployment!r} has [layers, experts] = {list(shape)}"
+        raise InputError(f"load: shape {list(load.shape)}, {known}")
+
+
 def _values(name: str, key: int, window: CountWindow, shape: tuple[int, int]) -> dict[str, object]:
     load = np.ascontiguousarray(window.load, dtype=np.int64)
-    if load.shape != shape:
-        raise InputError(f"load: shape {list(load.shape)}, deployment {name!r} has [layers, experts] = {list(shape)}")
+    check_shape(name, load, shape)
     if load.min() < 0 or load.max() > LARGEST:
         raise InputError(f"load: counts run from {load.min()} to {load.max()}, expected 0 to {LARGEST}")
     workload = storable("workload", window.workload, TEXT_LENGTH)
@@ -179,10 +213,10 @@ def _values(name: str, key: int, window: CountWindow, shape: tuple[int, int]) ->
             f"load: {pairs:.3g} token-expert pairs in one window, at most 2**48 are taken; send shorter ones"
         )
     ended = check_ended(window.ended).astimezone(UTC)
-    told = repr((storable("source", window.source, TEXT_LENGTH), workload, ended.isoformat()))
+    identity = repr((storable("source", window.source, TEXT_LENGTH), workload, ended.isoformat()))
     # The same counts have the same narrow form, however wide they were sent.
     counts = narrow(load)
-    digest = hashlib.sha256(told.encode() + counts.tobytes()).hexdigest()
+    digest = hashlib.sha256(identity.encode() + counts.tobytes()).hexdigest()
     return {
         "deployment_key": key,
         "digest": digest,

@@ -8,20 +8,26 @@ travel; and few experts can stand in the node of every token's source rank. L la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from .._arguments import check_types
 from .._types import FloatArray, IntArray
-from .cost import ExpertCost, all_to_all_latency, combine_bytes, dispatch_bytes
+from .cost import ExpertCost, TransferCost, Transfers, chance_reached, slot_shares
+from .draws import generator
+from .errors import InputError
 from .layer_slots import alike_layers
+from .objective import Objective
 from .packing import replicate
 from .plan import Certificate, Plan, equal_shares, replica_counts
 from .problem import Problem
 from .statistics import window_weights
 from .steps import Steps
 
-NOISE_WINDOWS = 64
-"""Windows drawn to tell what chance alone costs."""
+NOISE_WINDOWS, NOISE_LAYERS = 64, 1024
+"""Windows drawn to tell what chance alone costs, at most; and layers of windows that tell it as well."""
 LOAD_OBJECTIVE = "device load max/mean on average loads, mean over layers"
 
 
@@ -41,25 +47,26 @@ def device_loads(
         devices: how many there are.
     """
     slot_load = np.take_along_axis(load, table, axis=1) * shares
-    result = np.zeros((len(load), devices))
-    np.add.at(result.T, slot_device, slot_load.T)
-    return result
+    cell = np.arange(len(load))[:, None] * devices + slot_device
+    sums = np.bincount(cell.ravel(), weights=slot_load.ravel(), minlength=len(load) * devices)
+    return np.asarray(sums.reshape(len(load), devices))
 
 
-def window_balance(plan: Plan, load: FloatArray) -> float:
+def window_balance(plan: Plan, load: FloatArray, objective: Objective) -> float:
     """Device load over the mean, the largest of each layer and window, for loads [S, L, E]; windows count by tokens."""
     weight = window_weights(load)
     owner = np.eye(plan.topology.num_devices)[plan.slot_device]
     result = 0.0
     for window, counted in zip(load, weight, strict=True):
-        on_device = (np.take_along_axis(window, plan.physical_to_logical.clip(0), axis=1) * plan.shares) @ owner
+        shares = slot_shares(plan, window, objective)
+        on_device = (np.take_along_axis(window, plan.physical_to_logical.clip(0), axis=1) * shares) @ owner
         mean = on_device.mean(axis=1)
         busy = mean > 0
         result += float(counted @ np.where(busy, on_device.max(axis=1) / np.where(busy, mean, 1.0), 1.0))
     return max(1.0, result)
 
 
-def sampling_noise(plan: Plan, load: FloatArray, seed: int = 0) -> float | None:
+def sampling_noise(plan: Plan, load: FloatArray, objective: Objective, seed: int = 0) -> float | None:
     """How much of `window_balance` chance alone makes: what it is above the plan's balance on the mean load, if each
     window drew as many experts as it counts from the mean of all windows.
 
@@ -67,22 +74,41 @@ def sampling_noise(plan: Plan, load: FloatArray, seed: int = 0) -> float | None:
     and tokens of one sequence are alike, so that it is an estimate.
 
     Args:
-        plan: the placement. load: [S, L, E] tokens of each expert in each window. seed: of the draws.
+        plan: the placement. load: [S, L, E] tokens of each expert in each window. objective: tells how replicas share
+            them. seed: of the draws.
 
     Returns:
         The difference; None where loads are no whole numbers of tokens, whose chance cannot be told.
     """
+    windows = chance_windows(load, seed)
+    if windows is None:
+        return None
+    mean = load.sum(axis=0)[None]
+    return max(0.0, window_balance(plan, windows[0], objective) - window_balance(plan, mean, objective))
+
+
+def chance_windows(load: FloatArray, seed: int) -> tuple[FloatArray, FloatArray] | None:
+    """Windows that differ by chance alone, and what each is a draw of: as many experts as it counts in a layer, from
+    the mean of all windows.
+
+    Args:
+        load: [S, L, E] tokens of each expert in each window; where they are many some are taken. seed: of the draws.
+
+    Returns:
+        Both [S, L, E]; None where loads are no whole numbers of tokens, whose chance cannot be told.
+    """
     if (load != np.round(load)).any():
         return None
-    rng = np.random.default_rng(seed)
-    windows = load if len(load) <= NOISE_WINDOWS else load[rng.choice(len(load), NOISE_WINDOWS, replace=False)]
+    rng = generator(seed)
+    most = min(NOISE_WINDOWS, -(-NOISE_LAYERS // load.shape[1]))
+    windows = load if len(load) <= most else load[rng.choice(len(load), most, replace=False)]
     total = load.sum(axis=(0, 2))
     chance = load.sum(axis=0) / np.where(total > 0, total, 1.0)[:, None]
     counts = windows.sum(axis=2)
     drawn = np.zeros_like(windows)
     for layer in np.flatnonzero(total > 0):
         drawn[:, layer] = rng.multinomial(counts[:, layer].astype(np.int64), chance[layer])
-    return max(0.0, window_balance(plan, drawn) - window_balance(plan, load.sum(axis=0)[None]))
+    return drawn, counts[:, :, None] * chance
 
 
 def load_imbalance_bound(problem: Problem) -> FloatArray:
@@ -160,8 +186,10 @@ def _crowd_heavy(load: FloatArray, slots: IntArray) -> FloatArray:
 @check_types
 def device_load_certificate(problem: Problem, table: IntArray, shares: FloatArray | None = None) -> Certificate:
     """The placement's average-load imbalance, mean over layers, with a bound that holds for every placement."""
-    used = equal_shares(table, problem.model.experts) if shares is None else shares
-    load = problem.statistics.total_load
+    load, used = problem.statistics.total_load, equal_shares(table, problem.model.experts) if shares is None else shares
+    if problem.objective.replica_choice == "balanced":
+        plan = Plan(problem.model, problem.topology, table, problem.slot_device, used)
+        used = slot_shares(plan, load, problem.objective)
     loads = device_loads(load, table, used, problem.slot_device, problem.num_devices)
     mean = load.sum(axis=1) / problem.num_devices
     imbalance = np.where(mean > 0, loads.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)
@@ -173,6 +201,19 @@ def device_load_certificate(problem: Problem, table: IntArray, shares: FloatArra
 
 
 # The least seconds of steps.
+
+
+def with_room(problem: Problem, plans: Sequence[Plan]) -> Problem | None:
+    """The problem with the slots of all these plans, that bounds hold for them too; None where no device could hold
+    these."""
+    slots = np.maximum.reduce([problem.layer_slots, *(plan.slots_per_device for plan in plans)])
+    if (slots == problem.layer_slots).all():
+        return problem
+    try:
+        # What the engine asks for beside its objective holds for plans, not for what bounds them.
+        return replace(problem, slots=None, device_slots=slots.tolist(), engine=None)
+    except InputError:
+        return None
 
 
 def step_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
@@ -187,60 +228,112 @@ def step_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
 
 def layer_seconds_bound(steps: Steps, problem: Problem) -> FloatArray:
     """[S, L] the part of `step_seconds_bound` of each layer."""
-    tokens = steps.tokens.astype(np.float64)
     transfers = np.empty((steps.num_steps, problem.model.layers))
     for slots, layers in alike_layers(problem.layer_slots):
-        bound = _transfer_bound(tokens, slots, problem, sources_known=steps.source is not None)
+        holds = slots + problem.objective.online
+        bound = _transfer_bound(steps, holds, problem, sources_known=steps.source is not None)
         transfers[:, layers] = bound[:, None]
     compute = compute_bound(steps.loads().astype(np.float64), problem)
     return np.asarray(compute + np.maximum(transfers, _leaving_bound(steps, problem)))
 
 
-def compute_bound(loads: FloatArray, problem: Problem) -> FloatArray:
-    """[S, L] seconds of the slowest device's expert work, from expert loads [S, L, E]."""
+def window_seconds_bound(load: FloatArray, problem: Problem, step_tokens: int, grouped: bool = False) -> FloatArray:
+    """[S] seconds below which no plan for `problem` can bring `window_times` of the loads [S, L, E] of windows."""
+    model, topology, busy = problem.model, problem.topology, load.any(axis=2)
+    total = load.sum(axis=2, keepdims=True)
+    chance = load / np.where(total > 0, total, 1.0)
+    draws = step_tokens * model.top_k
+    # Of an expert's replicas that share its choices at least as many are hit as of one alone.
+    compute = compute_bound(chance * draws, problem, chance_reached(np.minimum(chance, 1.0 - 1e-12), draws))
+    transfer = Transfers.of(model, topology, problem.objective).of_size(step_tokens)
+    seconds = compute + sum(transfer.waits(np.array(float(step_tokens))))
+    heaviest_first, sizes = -np.sort(-chance, axis=2), topology.node_size
+    for slots, layers in alike_layers(problem.layer_slots):
+        most = int(slots.max()), int(np.add.reduceat(slots, topology.node_start).max())
+        reached, nodes = (
+            model.top_k * np.ones(chance[:, layers, 0].shape)
+            if transfer.pairs
+            else _least_reached(heaviest_first[:, layers], count, model.top_k)
+            if not (grouped and model.limits_groups)
+            # Groups are taken each by itself: some token may take none of them.
+            else -np.expm1(-model.top_groups) * np.ones(chance[:, layers, 0].shape)
+            for count in most
+        )
+        crossing = (nodes if transfer.dedup else reached) * (1.0 - sizes.max() / topology.num_devices)
+        inside = reached * ((sizes - 1) / (sizes if transfer.dedup else topology.num_devices)).min()
+        on_devices, on_nodes = transfer.all_links
+        links = step_tokens * np.maximum(crossing * on_nodes, inside * on_devices)
+        seconds[:, layers] += links * (1.0 + transfer.back)
+    known = np.where(busy, seconds, 0.0).sum(axis=1)
+    return np.asarray(known * model.layers / np.maximum(busy.sum(axis=1), 1))
+
+
+def _least_reached(heaviest_first: FloatArray, slots: int, top_k: int) -> FloatArray:
+    """[...] least number of devices that a token's independent choices reach, none of which has more than so many
+    slots.
+
+    heaviest_first: [..., E] chances of experts, falling. The chance that a device is reached is concave in the chance p
+    of a choice to fall on it: at least p times what it is, for its p, on a device with the heaviest experts.
+    """
+    fullest = heaviest_first[..., :slots].sum(axis=-1)
+    return np.asarray(chance_reached(fullest, top_k) / np.where(fullest > 0, fullest, 1.0))
+
+
+def compute_bound(loads: FloatArray, problem: Problem, chance_hit: FloatArray | None = None) -> FloatArray:
+    """[S, L] seconds of the slowest device's expert work, from expert loads [S, L, E].
+
+    chance_hit: [S, L, E] of each expert, where loads are what steps have on average.
+    """
     cost = ExpertCost.of(problem.model, problem.topology)
     together, fastest = cost.pooled(np.zeros(1, np.int64)), cost.fastest()
-    pairs, hit = loads.sum(axis=2), (loads > 0).sum(axis=2).astype(np.float64)
+    experts_hit = (loads > 0).astype(np.float64) if chance_hit is None else chance_hit
+    pairs, hit = loads.sum(axis=2), experts_hit.sum(axis=2)
     # Whole experts: some device reads at least the average, rounded up.
     holders = int((problem.slots_per_device > 0).sum())
-    whole = np.zeros(hit.shape) if problem.has_replicas else np.ceil(hit / holders)
+    whole = np.zeros(hit.shape) if problem.has_replicas or chance_hit is not None else np.ceil(hit / holders)
     least = together.lines(pairs[..., None], hit[..., None]).max(axis=(0, -1))
     # An expert hit costs as much as so many pairs more. Replicas split these as they split its tokens: one with a share
     # of them is hit at least as often.
     beside = float((cost.read[0] / cost.pair[0]).min())
-    packed = least_layer_load(loads + beside * (loads > 0), problem.layer_slots)
-    least = np.maximum(least, np.maximum(packed * fastest.pair[0, 0], whole * fastest.read[1, 0]))
+    least = np.maximum(least, whole * fastest.read[1, 0])
+    if not problem.objective.online:
+        # Copies for the step split any expert.
+        packed = least_layer_load(loads + beside * experts_hit, problem.layer_slots)
+        least = np.maximum(least, packed * fastest.pair[0, 0])
     return np.asarray(fastest.base(pairs)[..., 0] + least)
 
 
-def _transfer_bound(tokens: FloatArray, slots: IntArray, problem: Problem, sources_known: bool) -> FloatArray:
-    """[S] seconds of all the all-to-alls of one layer with slots [G], from the tokens [S] of a step.
+def _transfer_bound(steps: Steps, slots: IntArray, problem: Problem, sources_known: bool) -> FloatArray:
+    """[S] seconds of all the all-to-alls of one layer with slots [G].
 
-    A token whose source rank is known may live where one of its experts stands, and one that takes replicas near it
-    where all of them do; else one spread evenly is mostly elsewhere.
+    A token whose source rank is known may live where one of its experts stands, and one that takes replicas by where it
+    lives where all of them do; else one spread evenly is mostly elsewhere.
     """
     topology, objective, model = problem.topology, problem.objective, problem.model
-    latency = all_to_all_latency(topology, objective.node_dedup)
+    transfers = Transfers.of(model, topology, objective)
     sizes, devices = topology.node_size, topology.num_devices
     node_slots = np.add.reduceat(slots, topology.node_start)
     reached = fewest_holders(slots, model.top_k)
     nodes_reached = fewest_holders(node_slots, model.top_k)
-    bytes_out, bytes_back = dispatch_bytes(model, objective), combine_bytes(model, objective)
-    may_meet = sources_known or (objective.replica_choice == "nearest" and problem.has_replicas)
-    if objective.execution == "dispatch_combine" and not may_meet:
-        away = 1.0 - sizes / devices
-        entering = (nodes_reached if objective.node_dedup else reached) * away.min()
-        split = sizes if objective.node_dedup else np.full(len(sizes), devices)
-        inside = reached * ((sizes - 1) / split).min()
-    else:
-        entering = float(nodes_reached - 1)
-        inside = float(reached - 1) if topology.num_nodes == 1 else 0.0
+    may_meet = sources_known or (objective.replica_choice != "share" and problem.has_replicas) or objective.online > 0
     ways = 2 if objective.execution == "dispatch_combine" or model.top_k > 1 else 1
-    seconds = np.maximum(
-        tokens * entering / topology.inter_bandwidth.sum(), tokens * inside / topology.intra_bandwidth.sum()
-    )
-    carried = bytes_out + (bytes_back if ways == 2 else 0.0)
-    return np.asarray(seconds * carried + ways * latency)
+    wait_out, wait_back = transfers.waits(steps)
+    result = wait_out + (wait_back if ways == 2 else 0.0)
+    for transfer, of_kind in transfers.of_steps(steps):
+        if objective.execution == "dispatch_combine" and not may_meet:
+            away, copies = 1.0 - sizes / devices, model.top_k if transfer.pairs else reached
+            entering = (nodes_reached if transfer.dedup else copies) * away.min()
+            split = sizes if transfer.dedup else np.full(len(sizes), devices)
+            inside = copies * ((sizes - 1) / split).min()
+        else:
+            entering = float(nodes_reached - 1)
+            inside = float(reached - 1) if topology.num_nodes == 1 else 0.0
+        on_devices, on_nodes = transfer.all_links
+        seconds = (
+            steps.tokens * max(entering * on_nodes, inside * on_devices) * (1.0 + (transfer.back if ways == 2 else 0.0))
+        )
+        result = np.where(of_kind, result + seconds, result)
+    return np.asarray(result)
 
 
 def _leaving_bound(steps: Steps, problem: Problem) -> FloatArray:
@@ -248,10 +341,13 @@ def _leaving_bound(steps: Steps, problem: Problem) -> FloatArray:
     topology, objective, model = problem.topology, problem.objective, problem.model
     if objective.execution == "context_coherent":
         return np.zeros((steps.num_steps, 1))
-    links = topology.inter_bandwidth if topology.num_nodes > 1 else topology.intra_bandwidth
-    carried = dispatch_bytes(model, objective) + combine_bytes(model, objective)
-    latency = all_to_all_latency(topology, objective.node_dedup)
-    return np.asarray(least_leaving(steps, problem) / links.sum() * carried + 2 * latency)
+    transfers = Transfers.of(model, topology, objective)
+    wait_out, wait_back = transfers.waits(steps)
+    result = np.repeat((wait_out + wait_back)[:, None], model.layers, axis=1)
+    for transfer, of_kind in transfers.of_steps(steps):
+        copy = transfer.all_links[int(topology.num_nodes > 1)] * (1.0 + transfer.back)
+        result += np.where(of_kind[:, None], least_leaving(steps, problem, transfer) * copy, 0.0)
+    return result
 
 
 def fewest_holders(slots: IntArray, experts: int) -> int:
@@ -266,22 +362,24 @@ def fewest_holders(slots: IntArray, experts: int) -> int:
 # spends what is left on the largest of the remaining pairs.
 
 
-def least_leaving(steps: Steps, problem: Problem) -> FloatArray:
+def least_leaving(steps: Steps, problem: Problem, transfer: TransferCost) -> FloatArray:
     """[S, L] copies that leave their node in one dispatch, summed over nodes; on one node, their device.
 
-    Holds for dispatch_combine, for replicas chosen by share or near the token, for source ranks known or spread evenly.
+    Holds for dispatch_combine, whichever replica is chosen, for source ranks known or spread evenly.
     """
     topology = problem.topology
     node_of = topology.node_of if topology.num_nodes > 1 else np.arange(topology.num_devices)
     choices = _choices_by_node(steps, node_of, topology.num_devices)
     away = choices.sum(axis=3) - choices.max(axis=3)
-    spare = problem.layer_slots.sum(axis=1) - problem.model.experts
+    copies = problem.objective.online * problem.num_devices
+    spare = problem.layer_slots.sum(axis=1) - problem.model.experts + copies
     rest = np.sort(np.sort(choices, axis=3)[..., :-1].reshape(*away.shape[:2], -1), axis=2)
     stay = np.empty(away.shape[:2])
     for layer, count in enumerate(np.minimum(spare, rest.shape[2]).tolist()):
         stay[:, layer] = rest[:, layer, rest.shape[2] - count :].sum(axis=1)
     # One copy carries a token's experts of one target together: no more than it has slots.
-    carried = min(problem.model.top_k, int(_most_slots(problem, node_of)))
+    most = _most_slots(problem, transfer.dedup) + copies
+    carried = 1 if transfer.pairs else min(problem.model.top_k, most)
     return np.asarray(np.maximum(away.sum(axis=2) - stay, 0.0) / carried)
 
 
@@ -300,8 +398,8 @@ def _choices_by_node(steps: Steps, node_of: IntArray, devices: int) -> FloatArra
     return result
 
 
-def _most_slots(problem: Problem, node_of: IntArray) -> int:
+def _most_slots(problem: Problem, dedup: bool) -> int:
     """Experts that one copy may be for: slots of the largest node, or device where copies are not merged by node."""
-    merged = problem.objective.node_dedup or problem.topology.num_nodes == 1
-    slots = problem.slots_per_device
-    return int(np.bincount(node_of, weights=slots).max()) if merged else int(slots.max())
+    topology, slots = problem.topology, problem.slots_per_device
+    merged = dedup and topology.num_nodes > 1
+    return int((np.add.reduceat(slots, topology.node_start) if merged else slots).max())

@@ -13,21 +13,27 @@ from .._arguments import check_types
 from .._deprecated import old_listener, renamed_argument
 from .._display import Displayed, data_size
 from .._types import FloatArray, IntArray
-from .cost import window_seconds
+from .batches import Batch
+from .bounds import step_seconds_bound, with_room
+from .draws import generator
 from .engines import check_plan
 from .errors import InputError, UnsupportedError
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .migration import Migration, migration
 from .plan import Plan
 from .problem import Problem
 from .progress import Listener, Progress
-from .risk import best_by_workload, risk_value, workload_means
+from .risk import best_by_workload, risk_value
 from .statistics import RoutingStatistics, window_weights, with_tokens
+from .step_mix import mixed_window_bound, mixed_window_times, problem_steps
 from .steps import Steps
 from .trace import RoutingTrace
 
-RESAMPLED_STEPS = 50
-"""Steps built from each draw of sequences: beyond these, the sequences drawn and not the steps decide the figure."""
+WORTH_IT = 0.01
+"""Of the time: what saves less is not worth a change."""
+RESAMPLED_TOKENS = 16_384
+"""Of the steps of each batch built from a draw of sequences: beyond these, the sequences drawn and not the steps decide
+the figure."""
 LEAST_BLOCKS, BLOCK = 4, 4
 """Blocks of count windows that can be judged on, and windows a block where there are many."""
 
@@ -38,7 +44,9 @@ class Verdict:
 
     gain: saved on all held-out routing. gain_low, gain_high: ends of its confidence interval. payback_steps: steps
     until the gain has paid the migration's stall, and at the interval's lower end (infinite where that end is not
-    positive).
+    positive); None where the stall is not known. current_ideal_share, ideal_share: of the force-balanced ideal (see
+    `Evaluation.ideal_share`), of the plan in force and of the candidate. gain_grouped: saved if a token's experts are
+    of as few groups as the model limits them to, where counts do not tell; the interval spans both answers.
     """
 
     current: float
@@ -47,13 +55,17 @@ class Verdict:
     gain_low: float
     gain_high: float
     migration: Migration
-    payback_steps: float
-    payback_steps_high: float
+    payback_steps: float | None
+    payback_steps_high: float | None
+    current_ideal_share: float
+    ideal_share: float
+    gain_grouped: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
 class Decision(Displayed):
-    """keep, or apply candidate number `chosen`, and why; a verdict for each candidate."""
+    """keep, or apply candidate number `chosen`, and why; a verdict for each candidate. most: part of the figure in
+    force that no plan can save more than with as many slots as any of these plans has, where it is known."""
 
     action: Literal["keep", "apply"]
     chosen: int | None
@@ -61,14 +73,16 @@ class Decision(Displayed):
     verdicts: tuple[Verdict, ...]
     confidence: float
     horizon_steps: float
+    most: float | None = None
 
     def _summary(self) -> tuple[str, dict[str, str]]:
         rows = {"why": self.reason}
         for number, verdict in enumerate(self.verdicts):
+            back = "an unknown number of" if verdict.payback_steps is None else f"{verdict.payback_steps:,.0f}"
             rows[f"candidate {number}"] = (
                 f"{verdict.candidate * 1e3:.4g} ms a step against {verdict.current * 1e3:.4g}, saves "
                 f"{verdict.gain * 1e3:.3g} ms ({verdict.gain_low * 1e3:.3g} to {verdict.gain_high * 1e3:.3g}); moves "
-                f"{data_size(verdict.migration.bytes_moved)}, pays back in {verdict.payback_steps:,.0f} steps"
+                f"{data_size(verdict.migration.bytes_moved)}, pays back in {back} steps"
             )
         title = "keep the plan in force" if self.chosen is None else f"apply candidate {self.chosen}"
         return f"{title}, at confidence {self.confidence:g}", rows
@@ -82,11 +96,12 @@ def decide(
     held_out: RoutingTrace | Steps | RoutingStatistics,
     problem: Problem,
     *,
-    concurrency: int = 128,
+    concurrency: int | None = None,
     resamples: int = 200,
     confidence: float = 0.95,
     horizon_steps: float = 100_000.0,
     bytes_per_expert: float | None = None,
+    restart_seconds: float | None = None,
     seed: int = 0,
     progress: Listener | None = None,
 ) -> Decision:
@@ -95,17 +110,20 @@ def decide(
     Args:
         current: the plan in force.
         candidates: at least one plan of the same model on as many devices.
-        held_out: a trace, whose sequences are drawn with replacement `resamples` times, each draw made into decode
-            steps of `concurrency` tokens that all plans replay (tokens of a sequence are alike: sequences, not steps,
-            are independent); or steps, which are then taken to be independent draws themselves; or statistics, whose
-            count windows are judged on as `decide_on_counts` does.
-        problem: gives the model, topology and objective.
-        concurrency: tokens of a decode step made from a trace, or of a step priced on counts.
+        held_out: a trace, whose sequences are drawn with replacement `resamples` times, each draw made into steps of
+            the problem's batches that all plans replay (tokens of a sequence are alike: sequences, not steps, are
+            independent); or steps, which are then taken to be independent draws themselves; or statistics, whose count
+            windows are judged on as `decide_on_counts` does.
+        problem: gives the model, topology, objective and batches.
+        concurrency: in place of the problem's batches, decode steps of so many tokens over all devices.
         resamples: draws.
         confidence: of the intervals, one-sided at their lower end, shared among the candidates (Bonferroni).
         horizon_steps: for how many steps the choice is expected to stand. A candidate is applied when the lower end of
             its gain is positive and pays the migration back within them; of several, the one that saves most.
         bytes_per_expert: what travels an expert; default its weights.
+        restart_seconds: in which nothing is served, where the problem's engine takes a plan only when it is started
+            anew (`EngineProfile.restart`): charged in place of the moves. Where that is not given, nothing is charged
+            and the reason says so.
         seed: of the draws.
         progress: called after each draw with a `Progress` of the draws done and their number.
 
@@ -114,6 +132,8 @@ def decide(
             counts of another model or of too few windows.
         UnsupportedError: the problem's engine cannot run a candidate, or counts and context-coherent execution.
     """
+    if concurrency is not None:
+        problem = replace(problem, batches=(Batch("decode", tokens=concurrency),))
     if isinstance(held_out, RoutingStatistics):
         model = problem.model
         if held_out.moe_layers != model.moe_layers or held_out.top_k not in (None, model.top_k):
@@ -126,21 +146,53 @@ def decide(
             candidates,
             held_out.load,
             problem,
-            step_tokens=concurrency,
             workload=held_out.window_workload,
             block=count_block(held_out.load),
             resamples=resamples,
             confidence=confidence,
             horizon_steps=horizon_steps,
             bytes_per_expert=bytes_per_expert,
+            restart_seconds=restart_seconds,
             seed=seed,
         )
     check_levels(len(candidates), resamples, confidence, horizon_steps)
     _check_engine(candidates, problem)
-    moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
+    moves = _moves(current, candidates, problem, bytes_per_expert, restart_seconds)
+    problem = replace(problem, current=current)
     listener = old_listener(progress, ("done",), "decide")
-    figures = _figures([current, *candidates], held_out, problem, concurrency, resamples, seed, listener)
-    return conclude(figures, moves, confidence, horizon_steps)
+    steps = problem_steps(held_out, problem, seed=seed)
+    whole = [evaluate(plan, steps, problem) for plan in (current, *candidates)]
+    figures = _figures([current, *candidates], whole, held_out, steps, problem, resamples, seed, listener)
+    most = None
+    if (roomy := _bounding(problem, (current, *candidates))) is not None:
+        most = _most(_risk_of(step_seconds_bound(steps, roomy), steps, problem), figures)
+    shares = [evaluation.ideal_share for evaluation in whole]
+    return conclude(figures, moves, shares, confidence, horizon_steps, most)
+
+
+def _moves(
+    current: Plan,
+    candidates: Sequence[Plan],
+    problem: Problem,
+    bytes_per_expert: float | None,
+    restart_seconds: float | None,
+) -> list[Migration]:
+    """To each candidate, as the problem's engine takes it."""
+    if restart_seconds is not None and not 0 <= restart_seconds < np.inf:
+        raise InputError(f"restart_seconds ({restart_seconds}) must be at least 0 and finite")
+    restart = "" if problem.profile is None else problem.profile.restart
+    return [migration(current, plan, bytes_per_expert).applied_by(restart, restart_seconds) for plan in candidates]
+
+
+def _bounding(problem: Problem, plans: Sequence[Plan]) -> Problem | None:
+    """The problem whose bounds hold for the plans; None where there is none."""
+    # Regret has no bound without each workload's own best plan.
+    return None if problem.objective.risk == "regret" else with_room(problem, plans)
+
+
+def _most(least: float, figures: FloatArray) -> float:
+    """Part of the figure in force that is saved where it falls to `least`."""
+    return max(0.0, 1.0 - least / float(figures[0, 0]))
 
 
 def _check_engine(candidates: Sequence[Plan], problem: Problem) -> None:
@@ -152,6 +204,9 @@ def _check_engine(candidates: Sequence[Plan], problem: Problem) -> None:
                 raise UnsupportedError(f"candidate {number}: {error}") from None
 
 
+MOST_RESAMPLES = 100_000
+
+
 def check_levels(candidates: int, resamples: int, confidence: float, horizon_steps: float) -> None:
     """Raises InputError for no candidate, a level out of range, or too few resamples for it."""
     if not candidates:
@@ -160,6 +215,8 @@ def check_levels(candidates: int, resamples: int, confidence: float, horizon_ste
         raise InputError(f"confidence ({confidence}) must be at least 0.5 and below 1")
     if not horizon_steps > 0:
         raise InputError(f"horizon_steps ({horizon_steps}) must be positive")
+    if resamples > MOST_RESAMPLES:
+        raise InputError(f"resamples ({resamples}) must be at most {MOST_RESAMPLES}: intervals stand long before")
     tail = (1.0 - confidence) / candidates
     if resamples * tail < 1.0:
         raise InputError(
@@ -168,61 +225,93 @@ def check_levels(candidates: int, resamples: int, confidence: float, horizon_ste
         )
 
 
-def conclude(figures: FloatArray, moves: Sequence[Migration], confidence: float, horizon_steps: float) -> Decision:
+def conclude(
+    figures: FloatArray,
+    moves: Sequence[Migration],
+    shares: Sequence[float],
+    confidence: float,
+    horizon_steps: float,
+    most: float | None = None,
+    grouped: FloatArray | None = None,
+) -> Decision:
     """Keep or apply, from figures of plans.
 
     Args:
         figures: [1 + candidates, 1 + resamples] the objective's figure of each plan, the one in force first, on
             everything and then on each draw.
         moves: what going to each candidate moves.
+        shares: [1 + candidates] of the force-balanced ideal.
         confidence: as in `decide`.
         horizon_steps: as in `decide`.
+        most: part of the figure in force that no plan can save more than, where it is known.
+        grouped: `figures` under the other thing that counts allow (see `Verdict`), where there is one.
     """
     tail = (1.0 - confidence) / len(moves)
-    verdicts = tuple(_verdict(figures[0], figures[i + 1], moves[i], tail) for i in range(len(moves)))
-    saved = [verdict.gain_low * horizon_steps - verdict.migration.seconds for verdict in verdicts]
+    verdicts = tuple(
+        _verdict(
+            figures[[0, i + 1]],
+            None if grouped is None else grouped[[0, i + 1]],
+            moves[i],
+            (shares[0], shares[i + 1]),
+            tail,
+        )
+        for i in range(len(moves))
+    )
+    saved = [verdict.gain_low * horizon_steps - (verdict.migration.stall or 0.0) for verdict in verdicts]
     best = int(np.argmax(saved))
     chosen = best if saved[best] > 0 and verdicts[best].gain_low > 0 else None
     return Decision(
         action="keep" if chosen is None else "apply",
         chosen=chosen,
-        reason=_reason(verdicts[best], chosen is not None, confidence, horizon_steps),
+        reason=_reason(verdicts[best], chosen is not None, confidence, horizon_steps, most),
         verdicts=verdicts,
         confidence=confidence,
         horizon_steps=horizon_steps,
+        most=most,
     )
+
+
+def _risk_of(seconds: FloatArray, steps: Steps, problem: Problem) -> float:
+    return risk_value(seconds, steps.step_workload, problem.objective, None, steps.weight, steps.batch)
 
 
 def _figures(
     plans: Sequence[Plan],
+    whole: Sequence[Evaluation],
     held_out: RoutingTrace | Steps,
+    steps: Steps,
     problem: Problem,
-    concurrency: int,
     resamples: int,
     seed: int,
     progress: Listener | None,
 ) -> FloatArray:
-    """[plans, 1 + resamples] the objective's figure of each plan, on all of `held_out` and then on each draw."""
+    """[plans, 1 + resamples] the objective's figure of each plan, on all of `held_out` (`whole`) and on each draw."""
     began = time.perf_counter()
-    rng = np.random.default_rng(seed)
-    steps = held_out if isinstance(held_out, Steps) else held_out.decode_steps(concurrency, steps=200, seed=seed)
-    whole = [evaluate(plan, steps, problem) for plan in plans]
+    rng = generator(seed)
     # Regret compares with each workload's best plan at hand.
-    best = best_by_workload([e.step_seconds for e in whole], steps.step_workload, len(steps.workloads))
+    best = best_by_workload([e.step_seconds for e in whole], steps.step_workload, len(steps.workloads), steps.weight)
     result = np.empty((len(plans), resamples + 1))
     result[:, 0] = [evaluation.risk(best) for evaluation in whole]
     for draw in range(1, resamples + 1):
         if isinstance(held_out, Steps):
-            chosen = rng.integers(steps.num_steps, size=steps.num_steps)
-            result[:, draw] = [
-                risk_value(e.step_seconds[chosen], e.step_workload[chosen], problem.objective, best) for e in whole
-            ]
+            chosen = _redraw_steps(steps, rng)
+            result[:, draw] = [e.select(chosen).risk(best) for e in whole]
         else:
-            drawn = _redraw_sequences(held_out, rng).decode_steps(concurrency, RESAMPLED_STEPS, seed + draw)
+            drawn = problem_steps(
+                _redraw_sequences(held_out, rng), problem, most_tokens=RESAMPLED_TOKENS, seed=seed + draw
+            )
             result[:, draw] = [evaluate(plan, drawn, problem).risk(best) for plan in plans]
         if progress is not None:
             progress(Progress(time.perf_counter() - began, message="draws replayed", done=draw, total=resamples))
     return result
+
+
+def _redraw_steps(steps: Steps, rng: np.random.Generator) -> IntArray:
+    """As many steps of each batch as there are, drawn with replacement."""
+    if steps.batch is None:
+        return rng.integers(steps.num_steps, size=steps.num_steps)
+    by_batch = [np.flatnonzero(steps.batch == code) for code in np.unique(steps.batch)]
+    return np.concatenate([rng.choice(mine, len(mine)) for mine in by_batch])
 
 
 def _redraw_sequences(trace: RoutingTrace, rng: np.random.Generator) -> RoutingTrace:
@@ -234,34 +323,53 @@ def _redraw_sequences(trace: RoutingTrace, rng: np.random.Generator) -> RoutingT
     return replace(trace.select(tokens), sequence=np.repeat(np.arange(len(chosen)), lengths[chosen]))
 
 
-def _verdict(current: FloatArray, candidate: FloatArray, moved: Migration, tail: float) -> Verdict:
-    gains = current - candidate
-    low, high = np.quantile(gains[1:], [tail, 1.0 - tail])
-    gain = float(gains[0])
+def _verdict(
+    figures: FloatArray, grouped: FloatArray | None, moved: Migration, shares: tuple[float, float], tail: float
+) -> Verdict:
+    """figures, grouped: [2, 1 + resamples] of the plan in force and of the candidate."""
+    gains = [of[0] - of[1] for of in (figures, grouped) if of is not None]
+    ends = [np.quantile(draws[1:], [tail, 1.0 - tail]) for draws in gains]
+    gain, every = float(gains[0][0]), [float(draws[0]) for draws in gains]
     # Where the draws lie above the figure on everything, believe the smaller of the two.
-    low = min(float(low), gain)
+    low, high = min(float(min(end[0] for end in ends)), *every), max(float(max(end[1] for end in ends)), *every)
+    stall = moved.stall
+
+    def payback(saved: float) -> float | None:
+        return None if stall is None else stall / saved if saved > 0 else float("inf")
+
     return Verdict(
-        current=float(current[0]),
-        candidate=float(candidate[0]),
+        current=float(figures[0, 0]),
+        candidate=float(figures[1, 0]),
         gain=gain,
         gain_low=low,
-        gain_high=max(float(high), gain),
+        gain_high=high,
         migration=moved,
-        payback_steps=moved.seconds / gain if gain > 0 else float("inf"),
-        payback_steps_high=moved.seconds / low if low > 0 else float("inf"),
+        payback_steps=payback(gain),
+        payback_steps_high=payback(low),
+        gain_grouped=None if grouped is None else every[1],
+        current_ideal_share=shares[0],
+        ideal_share=shares[1],
     )
 
 
-def _reason(verdict: Verdict, applied: bool, confidence: float, horizon: float) -> str:
+def _reason(verdict: Verdict, applied: bool, confidence: float, horizon: float, most: float | None) -> str:
     gain = verdict.gain / verdict.current
     low, high = verdict.gain_low / verdict.current, verdict.gain_high / verdict.current
-    measured = f"saves {gain:.2%} of the figure ({confidence:.0%} interval {low:.2%} to {high:.2%})"
-    cost = f"moving {verdict.migration.bytes_moved / 1e9:.2f} GB takes {verdict.migration.seconds:.3g} s"
+    measured = f"saves {gain:.2%} of the MoE step time ({confidence:.0%} interval {low:.2%} to {high:.2%}"
+    if verdict.gain_grouped is not None:
+        measured += f", which spans {verdict.gain_grouped / verdict.current:.2%} with a token's experts grouped"
+    measured += ")"
+    beaten = "" if most is None else f"; no plan can save more than {most:.2%}"
+    cost = verdict.migration.text
+    if applied and verdict.payback_steps_high is None:
+        return f"{measured}; {cost}; {1.0 / verdict.gain_low:,.0f} steps pay back a second of it{beaten}"
     if applied:
-        return f"{measured}; {cost}, paid back within {verdict.payback_steps_high:,.0f} steps"
+        return f"{measured}; {cost}, paid back within {verdict.payback_steps_high:,.0f} steps{beaten}"
+    if most is not None and most < WORTH_IT:
+        return f"at these batches no plan saves more than {most:.2%}: leave it; the best candidate {measured}"
     if verdict.gain_low <= 0:
-        return f"no candidate is proven better: the best {measured}"
-    return f"the best candidate {measured}, but {cost}, not paid back within {horizon:,.0f} steps"
+        return f"no candidate is proven better: the best {measured}{beaten}"
+    return f"the best candidate {measured}, but {cost}, not paid back within {horizon:,.0f} steps{beaten}"
 
 
 # Judged on count windows: what `decide` is for tokens.
@@ -278,16 +386,20 @@ def decide_on_counts(
     load: FloatArray,
     problem: Problem,
     *,
-    step_tokens: int,
+    step_tokens: int | None = None,
     workload: IntArray | None = None,
     block: int = BLOCK,
     resamples: int = 400,
     confidence: float = 0.95,
     horizon_steps: float = 100_000.0,
     bytes_per_expert: float | None = None,
+    restart_seconds: float | None = None,
     seed: int = 0,
 ) -> Decision:
     """Judges candidates on held-out count windows, priced by `window_seconds`.
+
+    Where the model limits a token to groups of experts, windows are priced twice, choices independent and grouped, and
+    intervals span both answers.
 
     Windows count by the tokens they hold, those without any not at all (see `window_weights`). Draws are of blocks of
     neighbouring windows with replacement, since neighbours are alike (Kuensch 1989).
@@ -296,14 +408,15 @@ def decide_on_counts(
         current: the plan in force.
         candidates: at least one plan of the same model on as many devices.
         load: [S, L, E] tokens that chose each expert in held-out windows, in time order.
-        problem: gives the model, topology and objective.
-        step_tokens: tokens of a step, over all devices.
+        problem: gives the model, topology, objective and batches.
+        step_tokens: tokens of a step, over all devices, in place of the problem's batches.
         workload: [S] codes of the windows' workloads; default one for all.
         block: neighbouring windows drawn together.
         resamples: draws.
         confidence: as in `decide`.
         horizon_steps: as in `decide`.
         bytes_per_expert: as in `decide`.
+        restart_seconds: as in `decide`.
         seed: of the draws.
 
     Raises:
@@ -319,23 +432,45 @@ def decide_on_counts(
             f"{len(load)} held-out windows with tokens make {count} blocks of {block}; at least "
             f"{LEAST_BLOCKS} are needed to judge on"
         )
-    moves = [migration(current, plan, bytes_per_expert) for plan in candidates]
+    moves = _moves(current, candidates, problem, bytes_per_expert, restart_seconds)
+    problem = replace(problem, current=current)
     newest = slice(len(load) - count * block, None)
     judged, codes = load[newest], codes[newest]
-    seconds = np.stack([window_seconds(plan, judged, problem, step_tokens) for plan in (current, *candidates)])
+    if step_tokens is not None:
+        problem = replace(problem, batches=(Batch("decode", tokens=step_tokens),))
+    plans = (current, *candidates)
+    times = [mixed_window_times(plan, judged, problem) for plan in plans]
     compared = problem.objective.risk in ("worst_workload", "regret")
     weight = window_weights(judged, codes if compared else None).sum(axis=1)
-    best = np.zeros(int(codes.max()) + 1)
-    best[np.unique(codes)] = np.min([workload_means(row, codes, weight)[1] for row in seconds], axis=0)
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     draws = (rng.integers(count, size=(resamples, count))[:, :, None] * block + np.arange(block)).reshape(resamples, -1)
-    figures = np.array(
-        [
+
+    def figures_of(seconds: Sequence[FloatArray]) -> FloatArray:
+        best = best_by_workload(seconds, codes, int(codes.max()) + 1, weight)
+        chosen_in = (np.arange(len(judged)), *draws)
+        return np.array(
             [
-                risk_value(row[chosen], codes[chosen], problem.objective, best, weight[chosen])
-                for chosen in (np.arange(len(judged)), *draws)
+                [
+                    risk_value(row[chosen], codes[chosen], problem.objective, best, weight[chosen])
+                    for chosen in chosen_in
+                ]
+                for row in seconds
             ]
-            for row in seconds
-        ]
-    )
-    return conclude(figures, moves, confidence, horizon_steps)
+        )
+
+    roomy, mosts = _bounding(problem, plans), []
+
+    def bounded(figures: FloatArray, grouped: bool) -> FloatArray:
+        if roomy is not None:
+            bound = mixed_window_bound(judged, roomy, grouped)
+            mosts.append(_most(risk_value(bound, codes, problem.objective, None, weight), figures))
+        return figures
+
+    figures = bounded(figures_of([of_plan.seconds for of_plan in times]), False)
+    grouped = None
+    if problem.model.limits_groups:
+        seconds = [mixed_window_times(plan, judged, problem, grouped=True).seconds for plan in plans]
+        grouped = bounded(figures_of(seconds), True)
+    by_tokens = window_weights(judged).sum(axis=1)
+    shares = [float(by_tokens @ of_plan.ideal / (by_tokens @ of_plan.seconds)) for of_plan in times]
+    return conclude(figures, moves, shares, confidence, horizon_steps, max(mosts, default=None), grouped)

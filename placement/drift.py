@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._types import FloatArray, IntArray
+from .draws import generator
 from .errors import InputError
 from .statistics import with_tokens
 
@@ -113,7 +114,7 @@ def drift(
     after = int(sizes[best])
     left = _left(features, weights, len(features) - after) * roots
     dependence = float(_dependence(_correlations(left, len(features) - after), sizes, len(features))[best])
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     least = float(statistic[best])
     if dependence > 1.0:
         least -= (dependence - 1.0) * float(_Orders(left, scan).draw(CHANCE_ORDERS, rng).max())

@@ -16,10 +16,11 @@ import numpy as np
 
 from .._plugins import Registry
 from .._types import IntArray
+from .division import Division
 from .errors import InputError, UnsupportedError, nearest
 from .layer_slots import spanned
 from .model import ModelSpec
-from .objective import Objective
+from .objective import DispatchKind, Objective, ReplicaChoice
 from .plan import EMPTY, Plan, equal_shares
 
 if TYPE_CHECKING:
@@ -49,26 +50,38 @@ class EngineProfile:
         requires: the engine and the versions meant, in words.
         constraints: limits of the plans it runs.
         replica_choices: which replica serves a token, in the objective's terms; the first is what it does by itself.
+        divisions: by which rules it divides each step's tokens where that is "balanced", in the objective's terms; the
+            first where the objective does not say.
         executions: how it runs a layer, in the objective's terms.
+        prefill_dispatch, decode_dispatch: how tokens travel to experts in large steps and in small ones, in the
+            objective's terms, where nobody chooses otherwise.
         dispatch_dtypes: what activations travel in by what experts are stored in; bf16 elsewhere.
         node_dedup: whether a token travels once to a node.
         layer_rows: the layout of its maps: a row a layer of the model ("model": dense layers are counted) or a row a
             MoE layer ("moe"), a row's slots in equal runs, a rank each.
         split: how replicas share an expert's tokens, in the objective's terms, where the objective does not say.
+        online: whether it copies experts for one step (the objective's `online`).
         masked_ranks: whether it runs on when ranks are lost, those left keeping their numbers: a device may then have
             no slots.
+        restart: what it is started with anew to take a plan, by the name of the option or file; empty where a plan
+            changes while it runs.
     """
 
     name: str
     requires: str
     constraints: frozenset[Constraint] = frozenset()
-    replica_choices: tuple[Literal["share", "nearest"], ...] = ("share", "nearest")
+    replica_choices: tuple[ReplicaChoice, ...] = ("share", "nearest")
+    divisions: tuple[Division, ...] = ("local",)
     executions: tuple[Literal["dispatch_combine", "context_coherent"], ...] = ("dispatch_combine",)
+    prefill_dispatch: DispatchKind = "normal"
+    decode_dispatch: DispatchKind = "normal"
     dispatch_dtypes: Mapping[str, str] = field(default_factory=dict)
     node_dedup: bool = True
     split: Literal["equal", "free"] = "equal"
     layer_rows: Literal["model", "moe"] = "moe"
+    online: bool = False
     masked_ranks: bool = False
+    restart: str = ""
 
     @property
     def profile(self) -> EngineProfile:
@@ -86,58 +99,95 @@ class EngineProfile:
 
 EITHER: tuple[Literal["dispatch_combine", "context_coherent"], ...] = ("dispatch_combine", "context_coherent")
 FP8 = {"fp8": "fp8"}
+QUANTISED = {dtype: dtype for dtype in ("fp8", "mxfp8", "nvfp4", "fp4", "int8")}
+"""Activations are quantised as the experts' arithmetic wants them before they travel."""
+
+# How tokens travel, read in the engines' sources:
+# - SGLang with --moe-a2a-backend deepep, which dispatch by rank and replicas want: --deepep-mode auto is normal for
+#   prefill and low latency for decode (`DeepEPMode.resolve` in layers/moe/utils.py). It sends fp8 but for bf16 weights
+#   and kernels that quantise themselves (`get_deepep_output_dtype`, same file): nvfp4 travels as bf16 unless
+#   SGLANG_MOE_NVFP4_DISPATCH says otherwise.
+# - vLLM: `ParallelConfig.all2all_backend` is "allgather_reducescatter" unless deepep_high_throughput (normal) or
+#   deepep_low_latency is asked for. It quantises first (`_quantize_and_setup_dispatch` in
+#   fused_moe/prepare_finalize/naive_dp_ep.py); DeepEP's backends do so for block fp8 alone (deepep_ht.py and
+#   deepep_ll.py there).
+# - TensorRT-LLM with attention data parallelism takes NVLinkOneSided, one copy a (token, rank), where NVLink reaches,
+#   for prefill and decode alike (`CommunicationFactory.create_strategy` in fused_moe/communication/
+#   communication_factory.py), after quantising (`supports_post_quant_dispatch`); its DeepEP normal mode sends bf16 or
+#   nvfp4.
+# - vLLM-Ascend: MC2 for decode, one copy a (token, expert), int8 where experts are (`quant_mode=2` of
+#   `TokenDispatcherWithMC2` in ops/fused_moe/token_dispatcher.py); all-to-all of such copies for prefill.
 
 PROFILES: Registry[EngineProfile] = Registry(
     "engine",
     "moeplace.exporters",
     ("name", "profile"),
-    EngineProfile(name="moeplace", requires="moeplace", executions=EITHER),
+    EngineProfile(
+        name="moeplace",
+        requires="moeplace",
+        replica_choices=("share", "nearest", "balanced"),
+        executions=EITHER,
+        online=True,
+    ),
     EngineProfile(
         name="sglang",
         requires="SGLang 0.4.6.post5 or newer",
         constraints=DEALT,
-        replica_choices=("nearest", "share"),
+        replica_choices=("nearest", "share", "balanced"),
+        divisions=("lp", "waterfill"),
+        decode_dispatch="low_latency",
         dispatch_dtypes=FP8,
         layer_rows="model",
         masked_ranks=True,
+        restart="--init-expert-location",
     ),
     EngineProfile(
         name="sglang-lp",
         requires="HYGON-AI's sglang-das, or another SGLang that reads static LP shares",
         constraints=frozenset({Constraint.EQUAL_SLOTS}),
         replica_choices=("share",),
+        decode_dispatch="low_latency",
         dispatch_dtypes=FP8,
         split="free",
         layer_rows="model",
+        restart="--init-expert-location",
     ),
     EngineProfile(
         name="vllm",
         requires="moeplace's plug-in (0.18 and 0.33), or a vLLM with pull request 49572: no release reads a plan file",
         constraints=DEALT,
         replica_choices=("share",),
-        dispatch_dtypes=FP8,
+        prefill_dispatch="all_gather",
+        decode_dispatch="all_gather",
+        dispatch_dtypes=QUANTISED,
+        restart="MOEPLACE_VLLM_PLAN",
     ),
     EngineProfile(
         name="vllm-ascend",
         requires="vLLM-Ascend 0.14 to 0.23",
         constraints=DEALT | {Constraint.SPREAD_REPLICAS},
         replica_choices=("share",),
+        prefill_dispatch="all_to_all",
+        decode_dispatch="low_latency",
         dispatch_dtypes={"int8": "int8"},
         node_dedup=False,
+        restart="expert_map_path",
     ),
     EngineProfile(
         name="trtllm",
         requires="TensorRT-LLM 1.0 or newer",
         constraints=DEALT,
         replica_choices=("share",),
-        dispatch_dtypes=FP8,
+        dispatch_dtypes={"fp8": "fp8", "nvfp4": "nvfp4", "fp4": "fp4"},
         layer_rows="model",
+        restart="moe_config.load_balancer",
     ),
     EngineProfile(
         name="permute",
         requires="a permuted checkpoint",
         constraints=frozenset({Constraint.NO_REPLICAS, Constraint.EQUAL_SLOTS, Constraint.GROUP_ROWS}),
         executions=EITHER,
+        restart="the permuted checkpoint",
     ),
 )
 
@@ -167,11 +217,19 @@ def check_objective(profile: EngineProfile, objective: Objective) -> None:
     Raises:
         UnsupportedError: the engine does not do that; says what to change.
     """
-    for name, choices in (("execution", profile.executions), ("replica_choice", profile.replica_choices)):
+    said: list[tuple[str, tuple[str, ...]]] = [
+        ("execution", profile.executions),
+        ("replica_choice", profile.replica_choices),
+    ]
+    if objective.replica_choice == "balanced":
+        said.append(("division", profile.divisions))
+    for name, choices in said:
         if name in objective.model_fields_set and getattr(objective, name) not in choices:
             raise refusal(
                 profile, f"it does not do {name}={getattr(objective, name)!r}; use {' or '.join(map(repr, choices))}"
             )
+    if objective.online and not profile.online:
+        raise refusal(profile, f"it copies no experts for one step, which online={objective.online} asks for; use 0")
     if Constraint.EQUAL_SHARES in profile.constraints and objective.split != "equal":
         raise refusal(
             profile, f"replicas take equal shares there, the objective says split={objective.split!r}; use equal"
@@ -185,9 +243,13 @@ def engine_objective(profile: EngineProfile, objective: Objective, model: ModelS
         UnsupportedError: as `check_objective`.
     """
     check_objective(profile, objective)
-    nearest_replica = objective.execution == "dispatch_combine"
+    returns = objective.execution == "dispatch_combine"
+    if objective.replica_choice == "balanced":
+        objective = objective.filled(division=profile.divisions[0])
     return objective.filled(
-        replica_choice=profile.replica_choices[0] if nearest_replica else "share",
+        replica_choice=profile.replica_choices[0] if returns and not objective.online else "share",
+        prefill_dispatch=profile.prefill_dispatch if returns else "normal",
+        decode_dispatch=profile.decode_dispatch if returns else "normal",
         split=profile.split,
         dispatch_dtype=profile.dispatch_dtypes.get(model.expert_dtype, "bf16"),
         node_dedup=profile.node_dedup,

@@ -1,8 +1,8 @@
 """How a checkpoint stores its experts: bits and scales a weight, from what a config says of quantisation.
 
 Formats are those of the packages that write them: compressed-tensors, NVIDIA ModelOpt, AMD Quark, AutoRound, AutoAWQ,
-GPTQ, bitsandbytes, HQQ, Quanto, torchao, MLX, and the fp8 and mxfp4 of DeepSeek, Meta and OpenAI. Scalars a tensor
-and GPTQ's order of inputs are not counted.
+GPTQ, bitsandbytes, HQQ, Quanto, torchao, MLX, ExLlamaV3, msModelSlim for Ascend, SGLang's w4afp8 and int8, and the fp8
+and mxfp4 of DeepSeek, Meta, Mistral and OpenAI. Scalars a tensor and GPTQ's order of inputs are not counted.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .errors import InputError
+from .model_families import BESIDE
 
 NAMES_OF_DTYPES = {
     "float32": "fp32",
@@ -93,6 +95,9 @@ def expert_storage(
         raise _not_understood(origin, f"quantization_config is {str(config)[:60]}")
     config = config or {}
     stored = config.get("expert_dtype") if stored is None else stored
+    for name in ("dequantize", "sparsity_config"):
+        if config.get(name) and _mapping(config[name]).get("format") != "dense":
+            raise _not_understood(origin, f"quantization_config has {name} {str(config[name])[:60]}")
     if stored is not None and str(stored) not in ("fp8", "None"):
         scheme = {**USUAL, "fp4": USUAL["mxfp4"]}.get(str(stored)) or _plain_scheme(str(stored))
         if scheme is None:
@@ -103,16 +108,23 @@ def expert_storage(
     else:
         scheme_of = _scheme_reader(config, origin)
 
+    prefixes = _prefixes(config)
     by_layer = [
-        (layer, role, scheme_of(_matrix_names(layer, role)) or plain) for layer in layers for role in ("in", "out")
+        (layer, role, scheme_of(_matrix_names(layer, role, prefixes)) or plain)
+        for layer in layers
+        for role in ("in", "out")
     ]
     weight = {"in": matrices - 1, "out": 1}
     columns = {"in": width, "out": ffn}
     total = sum(weight[role] * scheme.bytes_per_weight(columns[role]) for _, role, scheme in by_layer)
     mean = total / (matrices * len(layers))
-    schemes = [scheme for _, role, scheme in by_layer if weight[role]]
-    usual = max(set(schemes), key=schemes.count)
-    if len(set(schemes)) > 1:
+    # How many weights are stored in each way; the first named has a tie.
+    shares: dict[Scheme, int] = defaultdict(int)
+    for _, role, scheme in by_layer:
+        shares[scheme] += weight[role]
+    schemes = [scheme for scheme, share in shares.items() if share]
+    usual = max(schemes, key=shares.__getitem__)
+    if len(schemes) > 1:
         dtypes = sorted({scheme.dtype for scheme in schemes})
         notes.append(
             f"experts are stored as {' and '.join(dtypes)} in different layers or matrices: the mean was taken"
@@ -136,7 +148,7 @@ def _plain(fields: Mapping[str, Any], notes: list[str], origin: str) -> Scheme:
         notes.append("the config does not say its dtype; bf16 was taken")
         return Scheme("bf16", 16)
     scheme = _plain_scheme(str(dtype).removeprefix("torch."))
-    if scheme is None and str(dtype).removeprefix("torch.").startswith("float8"):
+    if scheme is None and str(dtype).removeprefix("torch.").startswith(("float8", "fp8")):
         return USUAL["fp8"]
     if scheme is None:
         raise _not_understood(origin, f"dtype is {str(dtype)[:60]!r}")
@@ -181,12 +193,16 @@ def _method_without_name(config: Mapping[str, Any]) -> str:
         return "modelopt"
     if "config_groups" in config:
         return "compressed-tensors"
+    if "model_quant_type" in config:
+        return "ascend"
     if "bits" in config and "group_size" in config and "zero_point" in config:
         return "awq"
     if "bits" in config and "group_size" in config and "desc_act" not in config:
         return "mlx"
     if "bits" in config and "desc_act" in config:
         return "gptq"
+    if config.get("qformat_weight") == "fp8_e4m3":
+        return "fp8"
     return ""
 
 
@@ -201,6 +217,8 @@ def _compressed_tensors(config: Mapping[str, Any], origin: str) -> SchemeOf:
     if not listed and str(config.get("format")) in FORMATS:
         alone = USUAL[FORMATS[str(config["format"])]]
         return lambda names: None if _any(excluded, names) else alone
+    if listed == {} and isinstance(config.get("kv_cache_scheme"), Mapping):
+        return lambda names: None
     if not isinstance(listed, Mapping) or not listed:
         raise _not_understood(origin, "quantization_config has no config_groups")
     for name, group in listed.items():
@@ -237,6 +255,8 @@ def _weights_scheme(weights: Mapping[str, Any], kind: str = "") -> Scheme | None
     bits, number = weights.get("num_bits"), weights.get("type", "int")
     strategy, size = weights.get("strategy"), weights.get("group_size")
     block = weights.get("block_structure")
+    if isinstance(block, str) and (sides := re.fullmatch(r"(\d{1,5})x(\d{1,5})", block)):
+        block = [int(sides[1]), int(sides[2])]
     if number == "float" and bits == 4:
         if strategy == "tensor_group" or size == 16 or "nvfp4" in kind:
             return USUAL["nvfp4"]
@@ -247,13 +267,15 @@ def _weights_scheme(weights: Mapping[str, Any], kind: str = "") -> Scheme | None
     if dtype is None:
         return None
     zero = 0 if weights.get("symmetric", True) else _whole(bits) / 8
-    if strategy == "block" and isinstance(block, list | tuple) and len(block) == 2:
-        return _scaled(dtype, _whole(bits), 4 if dtype == "fp8" else 2, _whole(block[0]) * _whole(block[1]))
+    if strategy == "block":
+        span = _sides(block)
+        return Scheme(dtype, _whole(bits), 4 if dtype == "fp8" else 2, span) if span else None
     if strategy in ("tensor", None) and not size:
         return Scheme(dtype, _whole(bits))
     if strategy == "channel" or size == -1:
         return Scheme(dtype, _whole(bits), 2 + zero, None)
-    return _scaled(dtype, _whole(bits), 2 + zero, _whole(size)) if strategy in ("group", None) else None
+    grouped = strategy in ("group", None) and _whole(size)
+    return Scheme(dtype, _whole(bits), 2 + zero, _whole(size)) if grouped else None
 
 
 def _modelopt(config: Mapping[str, Any], origin: str) -> SchemeOf:
@@ -265,15 +287,18 @@ def _modelopt(config: Mapping[str, Any], origin: str) -> SchemeOf:
         if not layers:
             if isinstance(config.get("config_groups"), Mapping):
                 return _compressed_tensors(config, origin)
+            if not algorithm and inner.get("kv_cache_quant_algo"):
+                return lambda names: None
             raise _not_understood(origin, f"ModelOpt's quant_algo is {algorithm or 'not there'}")
         schemes = {str(name): _modelopt_scheme(_mapping(entry), origin) for name, entry in layers.items()}
+        wild = [(_matches([name], origin), scheme) for name, scheme in schemes.items() if "*" in name][:MOST_PATTERNS]
 
         def of_layer(names: Sequence[str]) -> Scheme | None:
             for name in names:
                 for end in (name, name.rpartition(".experts.")[0] + ".experts", name.rpartition(".experts.")[0]):
                     if end in schemes:
                         return schemes[end]
-            return None
+            return next((scheme for matches, scheme in wild if _any(matches, names)), None)
 
         return of_layer
     scheme = _modelopt_scheme(inner, origin)
@@ -281,7 +306,7 @@ def _modelopt(config: Mapping[str, Any], origin: str) -> SchemeOf:
 
 
 def _modelopt_scheme(entry: Mapping[str, Any], origin: str) -> Scheme:
-    algorithm, size = str(entry.get("quant_algo") or "").upper(), _whole(entry.get("group_size"))
+    algorithm, size = str(entry.get("quant_algo") or "").upper(), _group(entry.get("group_size"), 0, origin)
     if algorithm in ("FP8", "W8A8_FP8"):
         return USUAL["fp8"]
     if algorithm.startswith("FP8_PER_CHANNEL"):
@@ -289,13 +314,13 @@ def _modelopt_scheme(entry: Mapping[str, Any], origin: str) -> Scheme:
     if algorithm.startswith("FP8_PB") or algorithm == "FP8_BLOCK_SCALES":
         return Scheme("fp8", 8, 4, 128 * 128)
     if "NVFP4" in algorithm:
-        return _scaled("nvfp4", 4, 1, size or 16)
+        return Scheme("nvfp4", 4, 1, size or 16)
     if "MXFP4" in algorithm:
         return USUAL["mxfp4"]
     if "MXFP8" in algorithm:
         return USUAL["mxfp8"]
     if algorithm in ("W4A16_AWQ", "W4A8_AWQ", "INT4_AWQ", "W4A16", "W4A8"):
-        return _scaled("int4", 4, 2, size or 128)
+        return Scheme("int4", 4, 2, size or 128)
     if algorithm in ("W8A16", "W8A8_SQ_PER_CHANNEL", "INT8_SQ", "W8A8_SQ_PER_TENSOR", "INT8"):
         return Scheme("int8", 8, 2, None)
     raise _not_understood(origin, f"ModelOpt's quant_algo is {algorithm[:60]!r}")
@@ -308,16 +333,16 @@ def _integers(config: Mapping[str, Any], origin: str) -> SchemeOf:
     usual = _integer_scheme(config, method, origin)
     own: list[tuple[Matcher, Scheme | None]] = []
     overrides = {**_mapping(config.get("dynamic")), **_mapping(config.get("extra_config"))}
-    if "mlx" in method or not method:
+    mlx = "mlx" in method or not method
+    if mlx:
         overrides |= {name: entry for name, entry in config.items() if isinstance(entry, Mapping | bool)}
     for name, entry in list(overrides.items())[:MOST_PATTERNS]:
         pattern = str(name)
-        if pattern.startswith(("-:", "+:")):
-            own.append((_matches([f"re:{pattern[2:]}"], origin), None if pattern[0] == "-" else usual))
-            continue
-        regex = bool(re.search(r"[\\^$(|]|\.\*", pattern))
-        matches = _matches([f"re:{pattern}" if regex else pattern], origin)
-        if entry is False or (isinstance(entry, Mapping) and _whole(entry.get("bits")) >= 16):
+        signed = pattern.startswith(("-:", "+:"))
+        regex = signed or bool(re.search(r"[\\^$(|]|\.\*", pattern))
+        matches = _matches([f"re:{pattern[2 * signed :]}" if regex else pattern], origin)
+        plain = entry is False or (isinstance(entry, Mapping) and _whole(entry.get("bits")) >= 16)
+        if plain or pattern.startswith("-:"):
             own.append((matches, None))
         elif isinstance(entry, Mapping) and "bits" in entry:
             own.append((matches, _integer_scheme({**config, **entry}, method, origin)))
@@ -325,13 +350,21 @@ def _integers(config: Mapping[str, Any], origin: str) -> SchemeOf:
     def scheme_of(names: Sequence[str]) -> Scheme | None:
         if _any(excluded, names):
             return None
-        return next((scheme for matches, scheme in own if _any(matches, names)), usual)
+        called = [*names, *map(_mlx_name, names)] if mlx else names
+        return next((scheme for matches, scheme in own if _any(matches, called)), usual)
 
     return scheme_of
 
 
+def _mlx_name(name: str) -> str:
+    """What MLX calls the matrix, which has all experts."""
+    block, _, leaf = name.partition(".experts.")
+    return f"{block}.switch_mlp.{'down_proj' if leaf.endswith(('down_proj', 'w2')) else 'up_proj'}"
+
+
 def _integer_scheme(config: Mapping[str, Any], method: str, origin: str) -> Scheme:
-    bits = _whole(config.get("bits", config.get("w_bit", config.get("nbits"))))
+    said = config.get("bits", config.get("w_bit", config.get("nbits")))
+    bits = _whole(said)
     size = config.get("group_size", config.get("q_group_size", -1))
     kind = str(config.get("data_type") or config.get("mode") or "int")
     if kind.startswith(("nv_fp", "nvfp4")):
@@ -342,14 +375,12 @@ def _integer_scheme(config: Mapping[str, Any], method: str, origin: str) -> Sche
         return USUAL["fp8"]
     dtype = {4: "int4", 8: "int8"}.get(bits)
     if dtype is None or kind not in ("int", "affine", "uint"):
-        raise _not_understood(origin, f"quantization_config has {bits} bits of {kind[:40]!r}")
+        raise _not_understood(origin, f"quantization_config has {str(said)[:20]} bits of {kind[:40]!r}")
     # GPTQ writes zero points even where they are all alike; AWQ says whether there are any; MLX has a bias in fp16.
     zero = 2.0 if kind == "affine" or not method else bits / 8
     if config.get("zero_point") is False:
         zero = 0.0
-    return (
-        Scheme(dtype, bits, 2 + zero, None) if size in (-1, 0, None) else _scaled(dtype, bits, 2 + zero, _whole(size))
-    )
+    return Scheme(dtype, bits, 2 + zero, None if size in (-1, 0, None) else _group(size, 0, origin))
 
 
 def _fp8(config: Mapping[str, Any], origin: str) -> SchemeOf:
@@ -359,11 +390,9 @@ def _fp8(config: Mapping[str, Any], origin: str) -> SchemeOf:
     method = str(config.get("quant_method") or "").lower()
     if "mxfp8" in method:
         scheme = USUAL["mxfp8"]
-    elif isinstance(block, list | tuple) and len(block) == 2:
-        scheme = _scaled("fp8", 8, 4, _whole(block[0]) * _whole(block[1]))
     elif block:
-        raise _not_understood(origin, f"quantization_config.weight_block_size is {str(block)[:60]}")
-    elif "fbgemm" in method or "ptpc" in method:
+        scheme = Scheme("fp8", 8, 4, _block(block, origin))
+    elif "fbgemm" in method or "ptpc" in method or "w8a8" in method:
         scheme = Scheme("fp8", 8, 4, None)
     else:
         scheme = USUAL["fp8"]
@@ -379,8 +408,11 @@ def _fp4(config: Mapping[str, Any], origin: str) -> SchemeOf:
 
 def _bitsandbytes(config: Mapping[str, Any], origin: str) -> SchemeOf:
     excluded = _matches(config.get("llm_int8_skip_modules"), origin)
-    if config.get("load_in_8bit") or config.get("_load_in_8bit"):
+    method = str(config.get("quant_method") or "").lower()
+    if config.get("load_in_8bit") or config.get("_load_in_8bit") or method.endswith("8bit"):
         scheme = Scheme("int8", 8, 4, None)
+    elif not (config.get("load_in_4bit") or config.get("_load_in_4bit") or method.endswith("4bit")):
+        raise _not_understood(origin, "bitsandbytes has neither load_in_4bit nor load_in_8bit")
     elif config.get("bnb_4bit_use_double_quant"):
         scheme = Scheme("nf4", 4, 1 + 4 / 256, 64)
     else:
@@ -390,7 +422,28 @@ def _bitsandbytes(config: Mapping[str, Any], origin: str) -> SchemeOf:
 
 def _int8(config: Mapping[str, Any], origin: str) -> SchemeOf:
     excluded = _matches([*_list(config.get("modules_to_not_convert")), *_list(config.get("ignore"))], origin)
-    return lambda names: None if _any(excluded, names) else Scheme("int8", 8, 2, None)
+    block = config.get("weight_block_size")
+    scheme = Scheme("int8", 8, 4, _block(block, origin)) if block else Scheme("int8", 8, 2, None)
+    return lambda names: None if _any(excluded, names) else scheme
+
+
+def _w4afp8(config: Mapping[str, Any], origin: str) -> SchemeOf:
+    """SGLang's: experts of 4 bits with a bf16 scale a group, whatever their activations and the dense layers are."""
+    kind = str(config.get("moe_weight_format") or "int4").lower()
+    if kind not in ("int4", "mxfp4"):
+        raise _not_understood(origin, f"w4afp8 has moe_weight_format {kind[:40]!r}")
+    excluded = _matches([entry for name in EXCLUSIONS for entry in _list(config.get(name))], origin)
+    scheme = USUAL["mxfp4"] if kind == "mxfp4" else Scheme("int4", 4, 2, _group(config.get("group_size"), 128, origin))
+    return lambda names: None if _any(excluded, names) else scheme
+
+
+def _exl3(config: Mapping[str, Any], origin: str) -> SchemeOf:
+    """ExLlamaV3, where its mean of bits is whole: all have as many then. Rows and columns have 2 bytes for signs."""
+    bits = config.get("bits")
+    dtype = {"4": "int4", "4.0": "int4", "8": "int8", "8.0": "int8"}.get(str(bits))
+    if dtype is None or "layer_bits" in config:
+        raise _not_understood(origin, f"exl3 has {str(bits)[:20]} bits on the average (4 or 8 for all are read)")
+    return lambda names: Scheme(dtype, USUAL[dtype].bits, 4, None)
 
 
 def _hqq(config: Mapping[str, Any], origin: str) -> SchemeOf:
@@ -407,13 +460,18 @@ def _hqq(config: Mapping[str, Any], origin: str) -> SchemeOf:
         if dtype is None:
             raise _not_understood(origin, f"HQQ has {bits} bits")
         size = entry.get("group_size")
-        return Scheme(dtype, bits, 4, None) if size is None else _scaled(dtype, bits, 4, _whole(size))
+        return Scheme(dtype, bits, 4, None if size is None else _group(size, 0, origin))
 
     if weights:
         usual = scheme(weights)
         return lambda names: None if _any(excluded, names) else usual
     own = [(_matches([name], origin), scheme(entry)) for name, entry in by_part.items()]
-    return lambda names: next((s for matches, s in own if _any(matches, names)), None)
+    return lambda names: next((s for matches, s in own if _any(matches, [*names, *map(_hqq_tag, names)])), None)
+
+
+def _hqq_tag(name: str) -> str:
+    """What HQQ calls a matrix in all layers and experts."""
+    return ".".join(part for part in name.split(".") if not part.isdigit() and part not in ("model", "layers"))
 
 
 def _quark(config: Mapping[str, Any], origin: str) -> SchemeOf:
@@ -450,7 +508,7 @@ def _quark_scheme(config: Mapping[str, Any], origin: str) -> Scheme | None:
     if not name:
         raise _not_understood(origin, f"Quark's weight has dtype {dtype[:40]!r}")
     if span == "per_group" and size > 0:
-        return _scaled(name, bits, 2 if bits == 4 else 4, size)
+        return Scheme(name, bits, 2 if bits == 4 else 4, size)
     return Scheme(name, bits, 4, None) if span == "per_channel" else Scheme(name, bits)
 
 
@@ -473,13 +531,30 @@ def _quanto(config: Mapping[str, Any], origin: str) -> SchemeOf:
 def _torchao(config: Mapping[str, Any], origin: str) -> SchemeOf:
     excluded = _matches(config.get("modules_to_not_convert"), origin)
     kind = config.get("quant_type")
+    entry: Mapping[str, Any] = {"_type": kind, "_data": config.get("quant_type_kwargs")}
     if isinstance(kind, Mapping):
         entry = _mapping(kind.get("default"))
-        kind, arguments = entry.get("_type"), _mapping(entry.get("_data"))
-    else:
-        arguments = _mapping(config.get("quant_type_kwargs"))
-    name = re.sub(r"[^a-z0-9]", "", str(kind).lower())
-    int4 = _scaled("int4", 4, 4, _whole(arguments.get("group_size")) or 128)
+    arguments = _mapping(entry.get("_data"))
+    by_name = _mapping(arguments.get("module_fqn_to_config") or arguments.get("fqn_to_config"))
+    own = [
+        (_matches([name], origin), None if part is None else _torchao_scheme(_mapping(part), origin))
+        for name, part in list(by_name.items())[:MOST_PATTERNS]
+        if name != "_default"
+    ]
+    rest = by_name.get("_default") if by_name else entry
+    usual = None if rest is None else _torchao_scheme(_mapping(rest), origin)
+
+    def scheme_of(names: Sequence[str]) -> Scheme | None:
+        if _any(excluded, names):
+            return None
+        return next((scheme for matches, scheme in own if _any(matches, names)), usual)
+
+    return scheme_of
+
+
+def _torchao_scheme(entry: Mapping[str, Any], origin: str) -> Scheme:
+    name = re.sub(r"[^a-z0-9]", "", str(entry.get("_type")).lower())
+    int4 = Scheme("int4", 4, 4, _group(_mapping(entry.get("_data")).get("group_size"), 128, origin))
     starts = {
         "int8dynamicactivationint4": int4,
         "float8dynamicactivationint4": int4,
@@ -490,9 +565,34 @@ def _torchao(config: Mapping[str, Any], origin: str) -> SchemeOf:
         "mxfp4": USUAL["mxfp4"],
     }
     scheme = next((scheme for start, scheme in starts.items() if name.startswith(start)), None)
-    if scheme is not None:
-        return lambda names: None if _any(excluded, names) else scheme
-    raise _not_understood(origin, f"torchao's quant_type is {str(kind)[:60]!r}")
+    if scheme is None:
+        raise _not_understood(origin, f"torchao's quant_type is {str(entry.get('_type'))[:60]!r}")
+    return scheme
+
+
+def _ascend(config: Mapping[str, Any], origin: str) -> SchemeOf:
+    """msModelSlim's description: a type for each tensor by name, or one for the model alone."""
+    span = _whole(config.get("group_size")) or None
+
+    def scheme(kind: Any) -> Scheme | None:
+        name = str(kind).upper()
+        if name == "FLOAT":
+            return None
+        for end in ("MXFP8", "MXFP4"):
+            if name.endswith(end):
+                return USUAL[end.lower()]
+        # A scale and an offset in float32 for each row, or, of four bits, each group of a row.
+        if name in ("W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16"):
+            return Scheme("int8", 8, 8, None)
+        if name in ("W4A8", "W4A8_DYNAMIC", "W4A16", "W4A4", "W4A4_DYNAMIC"):
+            return Scheme("int4", 4, 8, span)
+        raise _not_understood(origin, f"msModelSlim's type is {str(kind)[:60]!r}")
+
+    def scheme_of(names: Sequence[str]) -> Scheme | None:
+        kind = next((config[f"{name}.weight"] for name in names if f"{name}.weight" in config), None)
+        return scheme(config.get("model_quant_type") if kind is None else kind)
+
+    return scheme_of
 
 
 READERS: Mapping[tuple[str, ...], Callable[[Mapping[str, Any], str], SchemeOf]] = {
@@ -500,37 +600,77 @@ READERS: Mapping[tuple[str, ...], Callable[[Mapping[str, Any], str], SchemeOf]] 
     ("modelopt", "modelopt-fp4", "modelopt-fp8", "modelopt-mixed", "modelopt-mxfp8"): _modelopt,
     ("awq", "awq-marlin", "gptq", "gptq-marlin", "gptqmodel", "auto-round", "auto-round:gptq", "auto-round:awq",
      "auto-round:auto-gptq", "intel/auto-round", "inc", "mlx", "moe-wna16"): _integers,
-    ("fp8", "finegrained-fp8", "fbgemm-fp8", "ptpc-fp8", "mxfp8"): _fp8,
+    ("fp8", "finegrained-fp8", "fbgemm-fp8", "ptpc-fp8", "w8a8-fp8", "mxfp8"): _fp8,
     ("mxfp4", "nvfp4", "fp-quant"): _fp4,
     ("bitsandbytes", "bitsandbytes-4bit", "bitsandbytes-8bit", "bnb"): _bitsandbytes,
-    ("eetq", "experts-int8", "w8a8-int8", "int8"): _int8,
+    ("eetq", "experts-int8", "w8a8-int8", "blockwise-int8", "int8"): _int8,
+    ("w4afp8",): _w4afp8,
+    ("exl3",): _exl3,
     ("hqq",): _hqq,
     ("quark",): _quark,
     ("quanto",): _quanto,
     ("torchao",): _torchao,
+    ("ascend", "modelslim"): _ascend,
 }  # fmt: skip
 
 
 # Names of modules that a config excludes or treats apart. Experts go by other names in each family and framework.
 
 PREFIXES = ("model.layers", "model.language_model.layers", "language_model.model.layers", "backbone.layers", "layers")
-BLOCKS = (
-    ("mlp", "up_proj", "down_proj"),
-    ("block_sparse_moe", "w1", "w2"),
-    ("feed_forward", "up_proj", "down_proj"),
-    ("mixer", "up_proj", "down_proj"),
-    ("ffn", "w1", "w2"),
-    ("moe", "up_proj", "down_proj"),
-)
+MATRICES: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "in": {
+        "mlp": ("0.up_proj", "gate_up_proj"),
+        "block_sparse_moe": ("0.w1",),
+        "feed_forward": ("0.up_proj", "0.w1", "gate_up_proj"),
+        "mixer": ("0.up_proj",),
+        "ffn": ("0.w1",),
+        "moe": ("0.up_proj",),
+    },
+    "out": {
+        "mlp": ("0.down_proj", "down_proj"),
+        "block_sparse_moe": ("0.w2",),
+        "feed_forward": ("0.down_proj", "0.w2", "down_proj"),
+        "mixer": ("0.down_proj",),
+        "ffn": ("0.w2",),
+        "moe": ("0.down_proj",),
+    },
+}
+"""By block of a layer: of the first expert, or of all together."""
+_STEM = re.compile(r"((?:\w+\.){1,6}layers)\.\d{1,5}\.")
 MOST_PATTERNS, LONGEST_PATTERN = 4096, 512
+MOST_ENTRIES, MOST_PREFIXES = 100_000, 12
 REPEATED_REPEAT = re.compile(r"([*+}]\??|\|[^()]*)\)[*+{]")
 """A repetition or a choice inside of a repetition: what regular expressions may take forever on."""
 
 
-def _matrix_names(layer: int, role: str) -> list[str]:
+def _matrix_names(layer: int, role: str, prefixes: Sequence[str]) -> list[str]:
     """What a matrix of the layer's first expert may be called."""
-    leaf = 1 if role == "in" else 2
-    return [f"{prefix}.{layer}.{block[0]}.experts.0.{block[leaf]}" for prefix in PREFIXES for block in BLOCKS]
+    return [
+        f"{prefix}.{layer}.{block}.experts.{leaf}"
+        for prefix in prefixes
+        for block, leaves in MATRICES[role].items()
+        for leaf in leaves
+    ]
+
+
+def _prefixes(config: Mapping[str, Any]) -> list[str]:
+    """What layers' names may begin with: the usual, and as the config's own names of the language model do."""
+    prefixes = dict.fromkeys(PREFIXES)
+    entries: list[Any] = [config]
+    for entry in entries:
+        if len(entries) > MOST_ENTRIES or len(prefixes) > MOST_PREFIXES:
+            break
+        if isinstance(entry, Mapping):
+            entries.extend([*entry, *entry.values()])
+        elif isinstance(entry, list | tuple):
+            entries.extend(entry)
+        elif isinstance(entry, str) and (match := _STEM.match(entry[:LONGEST_PATTERN])) and _of_language(match[1]):
+            prefixes[match[1]] = None
+    return list(prefixes)
+
+
+def _of_language(prefix: str) -> bool:
+    return not BESIDE.search(prefix) and not re.search(r"encoder|draft|eagle", prefix)
 
 
 def _any(matches: Matcher, names: Iterable[str]) -> bool:
@@ -553,13 +693,25 @@ def _matches(patterns: Any, origin: str) -> Matcher:
                 raise _not_understood(origin, f"quantization_config has a pattern {text[:60]!r}") from None
         else:
             literals.add(text.strip("."))
+    # How many parts a listed name has, by its first: a name is looked up where one may begin, and not in every part.
+    lengths: dict[str, set[int]] = defaultdict(set)
+    for literal in literals:
+        first, *rest = literal.split(".")
+        lengths[first].add(1 + len(rest))
     known: dict[str, bool] = {}
+
+    def listed(name: str) -> bool:
+        parts = name.split(".")
+        return any(
+            ".".join(parts[begin : begin + length]) in literals
+            for begin, part in enumerate(parts)
+            if part in lengths
+            for length in lengths[part]
+        )
 
     def matches(name: str) -> bool:
         if name not in known:
-            parts = name.split(".")
-            inside = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
-            known[name] = any(part in literals for part in inside) or any(regex.match(name) for regex in regexes)
+            known[name] = listed(name) or any(regex.match(name) for regex in regexes)
         return known[name]
 
     return matches if literals or regexes else lambda name: False
@@ -569,8 +721,22 @@ def _wildcard(text: str) -> str:
     return re.sub(r"\\[zZ]$", "", fnmatch.translate(re.sub(r"\*+", "*", text)))
 
 
-def _scaled(dtype: str, bits: int, scale: float, span: int) -> Scheme:
-    return Scheme(dtype, bits, scale, span or math.inf)
+def _group(size: Any, usual: int, origin: str) -> int:
+    """Weights that share a scale; `usual` where it is not said."""
+    if size is not None and not _whole(size):
+        raise _not_understood(origin, f"quantization_config has groups of {str(size)[:20]!r} weights")
+    return usual if size is None else _whole(size)
+
+
+def _block(sides: Any, origin: str) -> int:
+    """Weights of a block of two sides."""
+    if not _sides(sides):
+        raise _not_understood(origin, f"quantization_config has blocks of {str(sides)[:60]}")
+    return _sides(sides)
+
+
+def _sides(sides: Any) -> int:
+    return _whole(sides[0]) * _whole(sides[1]) if isinstance(sides, list | tuple) and len(sides) == 2 else 0
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -15,11 +15,16 @@ from .errors import FileFormatError, InputError
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it over `path` when the block ends without an error.
 
-    A reader never sees a half-written file: a crash, a full disk or a kill leaves the old file, or none.
+    A reader never sees a half-written file: a crash, a full disk or a kill leaves the old file, or none. Missing
+    folders are made.
+
+    Raises:
+        InputError: `path` is a folder, or something else that is no file.
     """
     target = Path(path)
+    _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    scratch = _scratch(target)
     try:
         yield scratch
         with scratch.open("rb") as handle:
@@ -27,6 +32,83 @@ def replacing(path: str | Path) -> Iterator[Path]:
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def check_output_file(path: str | Path) -> Path:
+    """Whether `replacing` could write a file there, its folder being there; nothing stays behind. `~` is expanded.
+
+    For whoever works long before there is anything to write.
+
+    Raises:
+        InputError: it could not; what to do is said.
+    """
+    target = expanded(path)
+    _check_replaceable(target)
+    folder = target.parent
+    if not folder.exists():
+        raise InputError(f"{target}: there is no folder {folder}; make it first (mkdir -p {folder})")
+    if not folder.is_dir():
+        raise InputError(f"{target}: {folder} is a file, not a folder")
+    _try_writing(_scratch(target))
+    return target
+
+
+def check_output_folder(path: str | Path) -> Path:
+    """Whether files could be written into a folder, made with those above it where it is not there. `~` is expanded.
+
+    Raises:
+        InputError: they could not; what to do is said.
+    """
+    target = expanded(path)
+    above = next(folder for folder in (target, *target.absolute().parents) if _exists(folder))
+    if not above.is_dir():
+        raise InputError(f"{target}: {above} is a file, not a folder")
+    _try_writing(_scratch(above / "plan.json"))
+    return target
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` as a shell expands it.
+
+    Raises:
+        InputError: an empty path, one with a NUL, or a user who is not known.
+    """
+    if not str(path):
+        raise InputError("a path is empty; name a file or a folder")
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} is no path: it holds a NUL character")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: the home folder is not known; write the path in full") from None
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.name or (_exists(target) and target.is_dir()):
+        raise InputError(f"{target} is a folder; name a file in it")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target} is no file: what is written takes the place of a file")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written to: {error.strerror}") from None
+
+
+def _scratch(target: Path) -> Path:
+    # Names have at most 255 bytes.
+    name = os.fsdecode(os.fsencode(target.name)[:200])
+    return target.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def _try_writing(scratch: Path) -> None:
+    try:
+        scratch.touch(exist_ok=False)
+        scratch.unlink()
+    except OSError as error:
+        raise InputError(f"{scratch.parent} cannot be written to: {error.strerror}") from None
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -1,7 +1,9 @@
 """What expert kernels were measured to take: coefficients by GPU, engine, dtype and shape.
 
 They are fitted to the tables of `aiconfigurator-core` (`python -m benchmarks kernel_fit --write`, which also says how
-well they predict token counts that the fit did not see) and stand in `kernels.json`. A device's experts take
+well they predict token counts that the fit did not see) and stand in `kernels.json`. Where that package is installed
+(`pip install "moeplace[kernels]"`), its table of the engine, GPU, type and shape is fitted instead, by the rows of so
+many ranks as the cluster has. A device's experts take
 
     launch + passing * pairs of all devices
     + max((pairs + rows * experts hit) * flops / rate,  experts hit * bytes / bandwidth)
@@ -17,10 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .kernel_tables import expert_fit, installed_root
 from .model import ModelSpec
+from .topology import ENGINES
 
-ENGINES = ("vllm", "sglang", "trtllm")
-"""Whose kernels were measured."""
+MEASURED_AS = {"fp16": "bf16", "nvfp4": "fp4"}
+"""Types under another's name in the tables: kernels of the same arithmetic and bytes."""
 
 
 class KernelFit(NamedTuple):
@@ -61,16 +65,24 @@ def kernel_data() -> dict[str, Any]:
     return data
 
 
-def kernel_fit(gpu: str, engine: str, model: ModelSpec) -> KernelFit | None:
-    """The coefficients for a model's experts, of their shape where it was measured; None where nothing is known."""
-    return _fit(gpu, engine, model.expert_dtype, model.hidden_size, model.ffn_size)
+def kernel_fit(gpu: str, engine: str, model: ModelSpec, ranks: int) -> KernelFit | None:
+    """The coefficients for a model's experts on so many ranks: of the measured table itself where that is installed
+    and has their shape, else as shipped, of their shape where it was measured; None where nothing is known."""
+    return _fit(gpu, engine, model.expert_dtype, model.hidden_size, model.ffn_size, model.experts, ranks)
 
 
 @cache
-def _fit(gpu: str, engine: str, dtype: str, hidden_size: int, ffn_size: int) -> KernelFit | None:
-    of_engine = kernel_data()["experts"].get(gpu, {}).get(engine, {})
-    shapes = of_engine.get("dtypes", {}).get("bf16" if dtype == "fp16" else dtype, {})
+def _fit(
+    gpu: str, engine: str, dtype: str, hidden_size: int, ffn_size: int, experts: int, ranks: int
+) -> KernelFit | None:
+    root, measured_as = installed_root(), MEASURED_AS.get(dtype, dtype)
     shape = f"{hidden_size}x{ffn_size}"
+    if root is not None and engine in ENGINES:
+        found = expert_fit(root, gpu, engine, measured_as, hidden_size, ffn_size, experts, ranks)
+        if found is not None:
+            return KernelFit(*found[:6], gpu=gpu, engine=engine, version=found.version, dtype=dtype, shape=shape)
+    of_engine = kernel_data()["experts"].get(gpu, {}).get(engine, {})
+    shapes = of_engine.get("dtypes", {}).get(measured_as, {})
     shape = shape if shape in shapes else "any"
     return _parse(shapes[shape], gpu, engine, of_engine["version"], dtype, shape) if shape in shapes else None
 

@@ -106,6 +106,7 @@ def _totals(model: ModelSpec, slots: Slots | None) -> IntArray:
         raise InputError(
             f"Problem.slots ({slots}) must be one whole number, or one for each of the {model.layers} MoE layers "
             f"{model.moe_layers}"
+            + ('; to have them chosen, solve(problem, slots="auto")' if counts.dtype.kind == "U" else "")
         )
     return np.broadcast_to(counts, model.layers).astype(np.int64)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,8 @@ class Migration:
     layer, expert, source, target: [M] one entry a move, sources chosen inside the target's node where one holds the
     expert, the least busy one first; source -1 where no device holds it and it must be read from storage.
     bytes_moved: weights between devices. bytes_reloaded: weights from storage. seconds: of the moves between devices,
-    on the links of the topology, all at once.
+    on the links of the topology, all at once. restart: what the engine is started with anew to take the plan, empty
+    where experts move while it runs. restart_seconds: in which it then serves nothing; None where that is not known.
     """
 
     layer: IntArray
@@ -30,10 +31,32 @@ class Migration:
     bytes_moved: float
     seconds: float
     bytes_reloaded: float = 0.0
+    restart: str = ""
+    restart_seconds: float | None = None
 
     @property
     def moves(self) -> int:
         return len(self.layer)
+
+    @property
+    def stall(self) -> float | None:
+        """Seconds in which nothing is served: of the moves, or of a restart, None where that is not known."""
+        if not self.moves:
+            return 0.0
+        return self.restart_seconds if self.restart else self.seconds
+
+    @property
+    def text(self) -> str:
+        """`moving 1.2 GB takes 0.3 s`, or `a restart with --init-expert-location takes 120 s`."""
+        if not self.moves or not self.restart:
+            return f"moving {self.bytes_moved / 1e9:.2f} GB takes {self.seconds:.3g} s"
+        if self.restart_seconds is None:
+            return f"it is applied by a restart with {self.restart}, of unknown time: give restart_seconds"
+        return f"a restart with {self.restart} takes {self.restart_seconds:.3g} s"
+
+    def applied_by(self, restart: str, seconds: float | None) -> Migration:
+        """The same moves on an engine that is started anew with `restart` (empty: that is not), in so many seconds."""
+        return replace(self, restart=restart, restart_seconds=seconds if restart else None)
 
 
 def migration(current: Plan, candidate: Plan, bytes_per_expert: float | None = None) -> Migration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -10,7 +11,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from .._display import data_size
 from .errors import InputError
-from .model_config import read_config
 from .validation import Record
 
 DTYPE_BYTES = {
@@ -29,6 +29,27 @@ DTYPE_BYTES = {
 """Bytes a value, with the scales a checkpoint commonly has: a byte for 32 values (mxfp8, mxfp4) or 16 (nvfp4), two for
 128 (int4), four for 64 (nf4). The scales of fp8 and int8 stand for whole rows or blocks and count nothing here."""
 
+GROUPED_BYTES = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}
+"""Bytes a value, without scales, of types that rows travel in by groups."""
+
+
+def row_value_bytes(dtype: str) -> float:
+    """Bytes a value of a row that travels: a name of `DTYPE_BYTES`, or as `int8/32` one of `GROUPED_BYTES` by groups of
+    so many values with a scale of two bytes each.
+
+    Raises:
+        ValueError: no such type.
+    """
+    if dtype in DTYPE_BYTES:
+        return DTYPE_BYTES[dtype]
+    name, _, group = dtype.partition("/")
+    if name in GROUPED_BYTES and re.fullmatch("[0-9]{1,6}", group) and int(group) >= 2:
+        return GROUPED_BYTES[name] + 2 / int(group)
+    raise ValueError(
+        f"must be one of {', '.join(DTYPE_BYTES)}, or {', '.join(GROUPED_BYTES)} by groups of values: int8/32"
+    )
+
+
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """PyTorch's names of dtypes in `DTYPE_BYTES`."""
 
@@ -42,7 +63,8 @@ class ModelSpec(Record):
 
     layers: L, MoE layers only. experts: E, routed experts a layer. top_k: k, experts a token and layer.
     hidden_size, ffn_size: widths of the residual stream and of one expert. groups: expert groups of group-limited
-    routing (DeepSeek `n_group`), 1 without. expert_dtype: how expert weights are stored, with scales as common for it.
+    routing (DeepSeek `n_group`), 1 without; top_groups: of how many of them a token's experts are (`topk_group`), 0
+    where that is not known. expert_dtype: how expert weights are stored, with scales as common for it.
     moe_layers: the model's absolute layer indices; when not given 0..L-1, and in a `Problem` those of the routing.
     matrices: weight matrices an expert has (3 for SwiGLU, 2 for GELU).
 
@@ -75,6 +97,7 @@ class ModelSpec(Record):
     bytes_per_weight: Annotated[PositiveFloat, Field(le=8)] | None = None
     shared_experts: NonNegativeInt = 0
     zero_experts: Annotated[int, Field(ge=0, le=MOST_EXPERTS)] = 0
+    top_groups: NonNegativeInt = 0
 
     @field_validator("expert_dtype")
     @classmethod
@@ -99,6 +122,13 @@ class ModelSpec(Record):
             raise ValueError(f"top_k ({self.top_k}) must not exceed experts ({self.experts + self.zero_experts})")
         if self.experts % self.groups:
             raise ValueError(f"experts ({self.experts}) must be divisible by groups ({self.groups})")
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups ({self.top_groups}) must not exceed groups ({self.groups})")
+        if self.limits_groups and self.top_k > self.top_groups * (self.experts // self.groups):
+            raise ValueError(
+                f"top_k ({self.top_k}) experts do not fit into top_groups ({self.top_groups}) groups of "
+                f"{self.experts // self.groups}"
+            )
         if self.expert_dtype not in DTYPE_BYTES:
             raise ValueError(f"expert_dtype ({self.expert_dtype!r}) must be one of {', '.join(DTYPE_BYTES)}")
         if len(self.moe_layers) != self.layers:
@@ -112,6 +142,11 @@ class ModelSpec(Record):
         """`olmoe, 16 layers, 64 experts, top-8, 0.0126 GB an expert`."""
         shape = f"{self.layers} layers, {self.experts} experts, top-{self.top_k}"
         return f"{self.name + ', ' if self.name else ''}{shape}, {data_size(self.bytes_per_expert)} an expert"
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether a token's experts are known to be of fewer groups than there are."""
+        return 0 < self.top_groups < self.groups
 
     @property
     def names_layers(self) -> bool:
@@ -177,6 +212,7 @@ class ModelSpec(Record):
     def left_out(self) -> set[str]:
         plain: dict[str, Any] = {"expert_input_size": self.hidden_size, "expert_output_size": self.hidden_size}
         plain |= {"expert_bias": False, "bytes_per_weight": None, "shared_experts": 0, "zero_experts": 0}
+        plain |= {"top_groups": 0}
         return {name for name, value in plain.items() if getattr(self, name) == value}
 
     @classmethod
@@ -193,4 +229,7 @@ class ModelSpec(Record):
         Raises:
             InputError: the file is missing, no MoE fields are there, or one is not understood; the field is named.
         """
+        # The table of model families, which plans do not need.
+        from .model_config import read_config
+
         return cls(**read_config(config, expert_dtype).fields)

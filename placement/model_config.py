@@ -21,7 +21,9 @@ CONFIG_BYTES = 1 << 26
 
 class ConfigReading(NamedTuple):
     """What a config says. fields: those of `ModelSpec`. notes: what was assumed, and what was not read. hidden_layers:
-    layers with and without experts.
+    layers with and without experts. encoder_layers: those of an encoder, from which its decoder's are counted on.
+    router_rows: what a router gives a score: experts, zero experts, and in some models shared experts behind these.
+    expert_sets: sets of experts a layer has, of which the first is placed.
 
     Example:
         >>> import moeplace as mp
@@ -33,6 +35,9 @@ class ConfigReading(NamedTuple):
     fields: dict[str, Any]
     notes: tuple[str, ...]
     hidden_layers: int
+    encoder_layers: int
+    router_rows: int
+    expert_sets: int
 
 
 def read_config(config: str | Path | Mapping[str, Any] | Any, expert_dtype: str | None = None) -> ConfigReading:
@@ -62,14 +67,16 @@ def read_config(config: str | Path | Mapping[str, Any] | Any, expert_dtype: str 
         "experts": reader.of_layers(family.experts, layers, MOST_EXPERTS),
         "top_k": reader.of_layers(family.top_k, layers, MOST_EXPERTS),
         "hidden_size": reader.number(family.hidden, MOST_WIDTH),
-        "ffn_size": reader.of_layers(family.ffn, layers, MOST_WIDTH),
+        "ffn_size": _expert_width(reader, layers),
         "name": str(fields.get("_name_or_path") or fields.get("model_type") or reader.model_type)[:200],
     }
+    if shape["experts"] == 1:
+        raise InputError(f"{origin}: one expert a layer, which every token visits: there is nothing to place")
     latent = reader.optional(family.latent, MOST_WIDTH)
     if latent:
         shape |= {"expert_input_size": latent, "expert_output_size": latent}
     shape["matrices"] = family.matrices or _matrices(reader)
-    shape["groups"] = _groups(reader, shape["experts"])
+    shape["groups"], shape["top_groups"] = _groups(reader, shape["experts"], shape["top_k"])
     shared_width = reader.of_layers(family.shared_width, layers, MOST_WIDTH, missing=0)
     shape["shared_experts"] = reader.of_layers(family.shared, layers, MOST_EXPERTS, missing=int(shared_width > 0))
     shape["zero_experts"] = reader.optional(family.zero, MOST_EXPERTS) or 0
@@ -82,7 +89,11 @@ def read_config(config: str | Path | Mapping[str, Any] | Any, expert_dtype: str 
         storage = Storage(expert_dtype)
     shape |= {"expert_dtype": storage.dtype, "bytes_per_weight": storage.bytes_per_weight}
     reader.note_unread(shape["ffn_size"])
-    return ConfigReading(shape, tuple(reader.notes), hidden_layers)
+    encoder_layers = reader.number(family.stacks[0][:1], MOST_LAYERS) if family.stacks else 0
+    rows = shape["experts"] + shape["zero_experts"] + shape["shared_experts"] * family.router_has_shared
+    sizes = [reader.value(name) for name in (*family.experts, *family.ffn) if family.sets]
+    sets = max((len(size) for size in sizes if isinstance(size, list | tuple)), default=1)
+    return ConfigReading(shape, tuple(reader.notes), hidden_layers, encoder_layers, rows, sets)
 
 
 class _Reader:
@@ -94,6 +105,7 @@ class _Reader:
         self.read: set[str] = set()
         types: list[str] = []
         part, path = fields, ""
+        holders = [fields]
         while True:
             types.insert(0, str(part.get("model_type") or ""))
             inner = [name for name in table.LANGUAGE_PARTS if isinstance(part.get(name), Mapping)]
@@ -101,7 +113,14 @@ class _Reader:
             if name is None or len(types) > 4:
                 break
             part, path = part[name], f"{path}{name}."
-        self.fields, self.path = part, path
+            holders.insert(0, part)
+        for name in table.EXPERT_PARTS:
+            if isinstance(part.get(name), Mapping) and not any(part.get(field) for field in UNKNOWN.experts):
+                self.read.add(name)
+                inner_part = part[name]
+                outside = UNKNOWN.ffn if any(field in inner_part for field in UNKNOWN.ffn) else ()
+                part = {field: value for field, value in part.items() if field not in outside} | {**inner_part}
+        self.fields, self.path, self.holders = part, path, [part, *holders[1:]]
         named = [name for text in types if (name := text.removesuffix("_text")) in FAMILIES]
         self.model_type = named[0] if named else next(filter(None, types), "")
         self.family: Family = FAMILIES[named[0]] if named else UNKNOWN
@@ -111,21 +130,35 @@ class _Reader:
                 if self.model_type
                 else "the config does not say its model_type; its fields were read by name"
             )
-        switch = self.family.switch
-        if switch and not self.value(switch):
-            raise InputError(f"{origin}: {switch} is {self.value(switch)}, such a {self.model_type} has no experts")
+        for switch in (self.family.switch, *table.SWITCHES):
+            said = self.value(switch) if switch else None
+            if said is False or (switch and switch == self.family.switch and not said):
+                raise InputError(f"{origin}: {switch} is {said}, such a {self.model_type or 'model'} has no experts")
+        every = self.optional((table.SHARED_EXPERTS_EVERY,), MOST_LAYERS) or 1
+        if every > 1:
+            raise InputError(
+                f"{origin}: {table.SHARED_EXPERTS_EVERY} is {every}, so that {every} layers in a row use the same "
+                "experts; a plan places each layer's own"
+            )
 
     def value(self, name: str) -> Any:
-        """A field, by name or dotted path; None where it is not there."""
+        """A field, by name or dotted path; the family's own where it is not there, or None."""
+        value = self.stated(name)
+        return self.family.defaults.get(name) if value is None else value
+
+    def stated(self, name: str) -> Any:
+        """A field that is there, or None."""
         self.read.add(name.partition(".")[0])
         value: Any = self.fields
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        return self.family.defaults.get(name) if value is None else value
+        return value
 
     def first(self, names: Names) -> tuple[str, Any] | None:
         """The first of these fields that is there; where others of the same meaning say otherwise, a note does."""
-        present = [(name, value) for name in names if (value := self.value(name)) is not None]
+        present = [(name, value) for name in names if (value := self.stated(name)) is not None]
+        if not present:
+            present = [(name, value) for name in names if (value := self.family.defaults.get(name)) is not None]
         family = self.family
         if names in (family.experts, family.top_k, family.groups, family.top_groups, family.shared):
             for name, value in present[1:]:
@@ -177,13 +210,22 @@ class _Reader:
             if len(set(map(str, value))) > 1 or name in self.family.experts:
                 self.notes.append(note)
             return value[0]
+        value = [
+            self.alike(name, entry) if isinstance(entry, list | tuple) else entry for entry in value[: MOST_LAYERS + 1]
+        ]
         if len(value) == 1:
             return value[0]
+        if len(value) == len(layers):
+            return dict(zip(layers, value, strict=True))
         if len(value) <= layers[-1] or len(value) > MOST_LAYERS:
             raise self.not_understood(name, "a whole number, or one for each layer")
-        for entry in value:
-            self.whole(name, entry, MOST_WIDTH)
         return {layer: value[layer] for layer in layers}
+
+    def alike(self, name: str, entries: Sequence[Any]) -> Any:
+        """What a layer's list says of each of its experts."""
+        if not entries or any(entry != entries[0] for entry in entries):
+            raise self.not_understood(name, "the same of all experts of a layer")
+        return entries[0]
 
     def single_layers(self, names: Names) -> dict[int, tuple[str, Any]]:
         """Which of these fields single layers have of their own, by layer."""
@@ -224,12 +266,29 @@ class _Reader:
 
     def storage_fields(self, folder: Path | None) -> dict[str, Any]:
         """What the config and the files beside it say of how weights are stored."""
-        names = ("dtype", "torch_dtype", "expert_dtype", "quantization_config", "compression_config", "quantization")
+        names = (
+            "dtype",
+            "torch_dtype",
+            "expert_dtype",
+            "quantization_config",
+            "compression_config",
+            "quantization",
+            "quantize",
+        )
         self.read.update(names)
-        fields = {name: next((p[name] for p in (self.fields, self.top) if p.get(name)), None) for name in names}
-        beside = None if folder is None else folder / "hf_quant_config.json"
-        if beside is not None and beside.is_file() and not fields["quantization_config"]:
-            fields["quantization_config"] = _json_object(beside)
+        fields = {name: next((part[name] for part in self.holders if part.get(name)), None) for name in names}
+        stored = fields["quantization_config"]
+        ascend = isinstance(stored, Mapping) and "model_quant_type" in stored
+        if folder is not None and (not stored or ascend):
+            nvidia, described = folder / "hf_quant_config.json", sorted(folder.glob("quant_model_description*.json"))
+            if len(described) > 1:
+                names_there = ", ".join(path.name for path in described[:4])
+                raise InputError(f"{folder}: {names_there} describe different weights; keep the one of these weights")
+            beside = [path for path in (nvidia, *described) if path.is_file()]
+            if beside:
+                fields["quantization_config"] = _json_object(beside[-1])
+        if not fields["quantization_config"] and isinstance(fields["quantize"], str):
+            fields["quantization_config"] = {"model_quant_type": fields["quantize"]}
         return fields
 
     def note_unread(self, ffn: int) -> None:
@@ -237,12 +296,13 @@ class _Reader:
         if (
             self.family is UNKNOWN
             and self.fields.get("intermediate_size") == ffn
-            and not any(self.fields.get(name) for name in UNKNOWN.ffn[:-2])
+            and not any(self.fields.get(name) for name in UNKNOWN.ffn[: UNKNOWN.ffn.index("intermediate_size")])
         ):
             self.notes.append(f"the width of an expert was taken from intermediate_size ({ffn})")
         if self.family.remark:
             self.notes.append(self.family.remark)
         unread = [f"{self.path}{name}" for name in _speaking(self.fields) if name not in self.read]
+        unread += [f"{self.path}{name}" for name in _schedules(self.fields) if name not in self.read]
         if self.path:
             unread += [name for name in _speaking(self.top) if name not in self.read]
         for holder, part in self.parts():
@@ -277,12 +337,23 @@ def _speaking(fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _schedules(fields: Mapping[str, Any]) -> list[str]:
+    """Lists that tell layers with experts from others by a word, whatever their name."""
+    return [
+        str(name)
+        for name, value in fields.items()
+        if isinstance(value, list | tuple)
+        and not table.BESIDE.search(str(name))
+        and any(isinstance(word, str) and word.lower() in table.EXPERT_WORDS for word in value[:MOST_LAYERS])
+    ]
+
+
 def _has_experts(fields: Mapping[str, Any], depth: int = 0) -> bool:
     """Whether these fields, or a language model among them, name experts."""
     names = {name.rpartition(".")[2] for name in (*UNKNOWN.experts, "moe_num_experts")}
     if any(fields.get(name) not in (None, 0) for name in names):
         return True
-    parts = (fields.get(name) for name in (*table.LANGUAGE_PARTS, "ffn_config"))
+    parts = (fields.get(name) for name in (*table.LANGUAGE_PARTS, *table.EXPERT_PARTS, "ffn_config"))
     return depth < 4 and any(isinstance(part, Mapping) and _has_experts(part, depth + 1) for part in parts)
 
 
@@ -414,6 +485,8 @@ def _flags(reader: _Reader, total: int) -> tuple[str, set[int]] | None:
     for name in table.FLAGS:
         value = reader.value(name)
         if isinstance(value, list | tuple):
+            if name == "zaya_layers":
+                value = [0 if entry == "a" else entry if type(entry) is not int else min(entry, 1) for entry in value]
             wanted = f"a step, or a list of {total} numbers, 1 for a layer with experts and 0 for one without"
             if not all(type(flag) in (int, bool) and flag in (0, 1) for flag in value) or len(value) < total:
                 raise reader.not_understood(name, wanted)
@@ -463,31 +536,52 @@ def _by_rules(reader: _Reader, total: int, steps: bool) -> set[int]:
 # How they compute and route.
 
 
+def _expert_width(reader: _Reader, layers: Sequence[int]) -> int:
+    family = reader.family
+    if not family.gate_and_up or reader.first(family.ffn) is not None:
+        return reader.of_layers(family.ffn, layers, MOST_WIDTH)
+    both = reader.of_layers(family.gate_and_up, layers, MOST_WIDTH)
+    if both % 2:
+        raise reader.not_understood(reader.first(family.gate_and_up)[0], "an even number, for gate and up")  # type: ignore[index]
+    return both // 2
+
+
 def _matrices(reader: _Reader) -> int:
     entry = reader.first(reader.family.activation)
     name, activation = entry or ("", "")
     if str(activation).lower().replace("_", "") in ("relu2", "squaredrelu", "reluesquared"):
         return 2
+    gated = next((value for gate in table.GATES if type(value := reader.value(gate)) is bool), None)
+    if gated is not None:
+        return 3 if gated else 2
     reader.notes.append(
         f"an expert was taken to be gated, with three matrices ({name or 'no activation'} {activation})"
     )
     return 3
 
 
-def _groups(reader: _Reader, experts: int) -> int:
-    """Groups that limit the choice of experts: 1 where a token may choose from all of them."""
+def _groups(reader: _Reader, experts: int, top_k: int) -> tuple[int, int]:
+    """Groups that limit the choice of experts, and of how many a token's experts are: (1, 0) where a token may choose
+    from all of them, the second 0 where it is not said."""
     family = reader.family
     groups = reader.optional(family.groups, MOST_EXPERTS) or 1
     chosen = reader.optional(family.top_groups, MOST_EXPERTS)
     method = reader.value("topk_method")
     if groups == 1 or method == "greedy" or reader.value("use_grouped_topk") is False:
-        return 1
+        return 1, 0
     if experts % groups:
         raise reader.not_understood(reader.first(family.groups)[0], f"a divisor of the {experts} experts")  # type: ignore[index]
     if chosen is None:
         reader.notes.append(f"{groups} groups, but none of {', '.join(family.top_groups)}: taken to limit the choice")
-        return groups
-    return 1 if chosen >= groups else groups
+        return groups, 0
+    if chosen >= groups:
+        return 1, 0
+    if top_k > chosen * (experts // groups):
+        raise reader.not_understood(
+            reader.first(family.top_groups)[0],  # type: ignore[index]
+            f"enough groups of {experts // groups} experts for the {top_k} that a token chooses",
+        )
+    return groups, chosen
 
 
 # Files.

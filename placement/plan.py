@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -37,12 +38,15 @@ RELATIVE_TOLERANCE = 1e-6
 class Certificate:
     """What the solver minimised, the value of its plan, and a value proven to be a lower bound of any plan's.
 
-    objective: the name of the minimised figure, with its unit. bound is None where nothing is proven.
+    objective: the name of the minimised figure, with its unit. bound is None where nothing is proven, and holds for the
+    steps or windows solved on, as if each could have a plan of its own. noise: how much of the value is there by chance
+    alone, where it is of windows of counts: an estimate, of what no plan that is chosen before its tokens is without.
     """
 
     objective: str
     value: float
     bound: float | None = None
+    noise: float | None = None
 
     @property
     def gap(self) -> float | None:
@@ -52,13 +56,22 @@ class Certificate:
         gap = 0.0 if self.value <= 0 else (self.value - self.bound) / self.value
         return max(gap, 0.0)
 
+    @property
+    def noise_gap(self) -> float | None:
+        """The part of the gap that sampling noise alone makes; what is left of the gap, a better plan or a better bound
+        may close. None where noise is not known."""
+        if self.gap is None or self.noise is None or self.value <= 0:
+            return None
+        return min(self.gap, max(0.0, self.noise / self.value))
+
 
 @dataclass(frozen=True)
 class Provenance:
     """How a plan was made; with the same solver, version, seed, options and trace it can be made again.
 
     history: (seconds, value, bound) of each better plan or bound found on the way. choice: why this solver, where none
-    was named. engine: what the plan was solved for, where one was named.
+    was named. engine: what the plan was solved for, where one was named. batches: the steps it was solved for, where
+    they were named, as `Batch.parse` reads them.
     """
 
     solver: str
@@ -71,6 +84,10 @@ class Provenance:
     history: tuple[tuple[float, float, float | None], ...] = ()
     choice: str = ""
     engine: str = ""
+    batches: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(self.batches))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,6 +156,8 @@ class Plan(Displayed):
             rows["value"] = f"{certificate.value:.6g} ({certificate.objective})"
             rows["bound"] = "nothing proven" if certificate.bound is None else f"{certificate.bound:.6g}{gap}"
             rows["bound"] += ", proven optimal" if self.proven_optimal else ""
+            if certificate.noise is not None:
+                rows["noise"] = noise_in_words(certificate)
         if "load_max_mean" in predicted:
             rows["load"] = f"busiest device {predicted['load_max_mean']:.3f} times the mean, on the routing solved on"
         if "moves" in predicted:
@@ -224,18 +243,49 @@ class Plan(Displayed):
         """[L, E, R] the slots of each expert in increasing order, padded with -1."""
         layers, slots = self.physical_to_logical.shape
         result = np.full((layers, self.model.experts, int(self.replicas.max())), -1, dtype=np.int64)
-        found = np.zeros((layers, self.model.experts), dtype=np.int64)
+        filled = np.zeros((layers, self.model.experts), dtype=np.int64)
         for slot in range(slots):
             rows = np.flatnonzero(self.filled[:, slot])
             expert = self.physical_to_logical[rows, slot]
-            result[rows, expert, found[rows, expert]] = slot
-            found[rows, expert] += 1
+            result[rows, expert, filled[rows, expert]] = slot
+            filled[rows, expert] += 1
         return result
 
     @property
     def has_equal_shares(self) -> bool:
         equal = equal_shares(self.physical_to_logical, self.model.experts)
         return bool((np.abs(self.shares - equal) < 1e-12).all())
+
+    def select(self, layers: Sequence[int]) -> Plan:
+        """The same placement of some layers alone, as a pipeline stage has them; without certificate, which is of all.
+
+        Args:
+            layers: the model's absolute indices.
+
+        Example:
+            >>> stage = plan.select([0, 1, 2, 3])  # doctest: +SKIP
+            >>> mp.parallelize(first_stage, stage, mesh["ep"])  # doctest: +SKIP
+
+        Raises:
+            InputError: no layer, one twice, or one that the plan does not place.
+        """
+        chosen = [int(layer) for layer in layers]
+        strange = [layer for layer in chosen if layer not in self.moe_layers]
+        if not chosen or strange or len(set(chosen)) != len(chosen):
+            what = (
+                f"layer {strange[0]} is not among them" if strange else f"given {chosen}, expected each once, and one"
+            )
+            raise InputError(f"select: the plan places the layers {list(self.moe_layers)}; {what}")
+        chosen.sort()
+        rows = [self.moe_layers.index(layer) for layer in chosen]
+        return replace(
+            self,
+            model=self.model.replace(layers=len(chosen), moe_layers=tuple(chosen)),
+            physical_to_logical=self.physical_to_logical[rows],
+            shares=self.shares[rows],
+            certificate=None,
+            predicted={},
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -268,9 +318,18 @@ def memory_in_words(device_memory: FloatArray, topology: Topology) -> str:
     low, high = data_size(device_memory.min()), data_size(device_memory.max())
     span = low if low == high else f"{low} to {high}"
     reserve = topology.reserve[fullest]
-    kept = f"{data_size(reserve)} reserved" if reserve else "nothing reserved for all else (--memory-reserve)"
+    rest = f"{data_size(reserve)} reserved" if reserve else "nothing reserved for all else (--memory-reserve)"
     at = f"fullest is device {fullest} with {share[fullest]:.0%} of {data_size(topology.memory[fullest])}"
-    return f"{span} of experts a device; {at}, {kept}"
+    return f"{span} of experts a device; {at}, {rest}"
+
+
+def noise_in_words(certificate: Certificate) -> str:
+    """What of the value and the gap is chance: `0.044 of the value; 4.2% of the gap, 0.3% are left`."""
+    assert certificate.noise is not None
+    text = f"about {certificate.noise:.4g} of the value, which no plan chosen before its tokens is without"
+    if certificate.noise_gap is None or certificate.gap is None:
+        return text
+    return f"{text}; {certificate.noise_gap:.2%} of the gap, {certificate.gap - certificate.noise_gap:.2%} are left"
 
 
 def equal_shares(physical_to_logical: IntArray, experts: int) -> FloatArray:
@@ -317,7 +376,7 @@ def _check_table(model: ModelSpec, table: IntArray, devices: IntArray, num_devic
                 f"Plan: layer {name} holds expert {row.min() if row.min() < EMPTY else row.max()}, "
                 f"experts are 0..{model.experts - 1}, and {EMPTY} is an empty slot"
             )
-        missing = np.setdiff1d(np.arange(model.experts), row)
+        missing = np.flatnonzero(np.bincount(row[row != EMPTY], minlength=model.experts) == 0)
         if len(missing):
             raise InputError(f"Plan: layer {name} has no slot for expert {missing[0]} ({len(missing)} missing in all)")
 
@@ -360,7 +419,11 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "shares": None if plan.has_equal_shares else plan.shares.tolist(),
         "certificate": None
         if certificate is None
-        else {"objective": certificate.objective, "value": certificate.value, "bound": certificate.bound, "map": ""},
+        else {
+            **{name: value for name, value in dataclasses.asdict(certificate).items() if name != "noise"},
+            **({} if certificate.noise is None else {"noise": certificate.noise}),
+            "map": "",
+        },
         "provenance": {
             "solver": provenance.solver,
             "version": provenance.version,
@@ -373,6 +436,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "choice": provenance.choice,
             # Left out where nothing is said, for releases that know no such entry.
             **({"engine": provenance.engine} if provenance.engine else {}),
+            **({"batches": list(provenance.batches)} if provenance.batches else {}),
         },
         "predicted": plan.predicted,
     }

@@ -12,6 +12,7 @@ import numpy as np
 from .._arguments import wrong_type
 from .._display import Displayed, plural
 from .._types import BoolArray, FloatArray, IntArray
+from .batches import Batch, as_batches
 from .engines import Constraint, EngineProfile, check_problem, engine_objective, engine_profile, group_rows
 from .errors import InputError
 from .failures import Failure, failure_mask
@@ -39,6 +40,8 @@ class Problem(Displayed):
     count MoE layers from 0.
     current: the plan in force, where a solver may start. max_moved_bytes: most bytes of expert weights that may travel
     to get from it to the answer, an expert counting once for every device that does not hold it yet.
+    batches: the steps the deployment runs, which all that solve, judge and decide are about; by default the forward
+    calls of the recording where they are known, else decode and prefill steps of usual sizes (see `step_mix`).
     tolerates: failures (see `single_failures`) in each of which every expert of every layer must keep a replica.
     engine: what the plan is for, a name of `target_names()`. The problem is then held to what that engine runs (slots
     default to the fewest that it deals), the objective says what it does wherever it says nothing itself, the topology
@@ -64,6 +67,7 @@ class Problem(Displayed):
     current: Plan | None
     max_moved_bytes: float | None
     engine: str | None
+    batches: tuple[Batch, ...]
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Problem(Displayed):
         *,
         model: ModelSpec | None = None,
         engine: str | None = None,
+        batches: Sequence[Batch] | Batch | None = None,
     ) -> None:
         """See the class. The first argument is a trace, statistics, or the model, told by its type.
 
@@ -110,12 +115,14 @@ class Problem(Displayed):
             "current": current,
             "max_moved_bytes": max_moved_bytes,
             "engine": engine,
+            "batches": as_batches(batches),
         }
         for field_name, content in values.items():
             object.__setattr__(self, field_name, content)
         if self.profile is not None:
             check_problem(self, self.profile)
         self._check_slots()
+        self._check_online()
         self._check_tolerates()
         self._check_current()
         devices = self.num_devices
@@ -156,6 +163,7 @@ class Problem(Displayed):
             "forbidden": plural(len(self.forbidden), "expert") if self.forbidden else "",
             "tolerates": plural(len(self.tolerates), "failure") if len(self.tolerates) else "",
             "in force": "" if self.current is None else self.current._summary()[0],
+            "batches": " and ".join(batch.text for batch in self.batches or self.statistics.batches),
             "engine": "" if self.profile is None else f"{self.engine} ({self.profile.requires})",
             "may move": "" if self.max_moved_bytes is None else f"{self.max_moved_bytes:,.0f} bytes",
         }
@@ -173,6 +181,14 @@ class Problem(Displayed):
                 + f"; all devices need {needed.sum() / 1e9:.1f} GB for experts, of {memory.sum() / 1e9:.1f} GB. Use "
                 "fewer slots, more devices, a smaller expert_dtype or reserve (--memory-reserve), or say how many "
                 "slots each device has (device_slots, --device-slots)"
+            )
+
+    def _check_online(self) -> None:
+        online = self.objective.online
+        if online and self.has_replicas:
+            raise InputError(
+                f"Objective.online ({online}) copies experts from the one home that each has, but a layer has "
+                f"{spanned(self.layer_slots.sum(axis=1))} slots for {self.model.experts} experts; leave slots out"
             )
 
     @property
@@ -292,6 +308,11 @@ class Problem(Displayed):
     @cached_property
     def _layer_slot_devices(self) -> list[IntArray]:
         return [np.repeat(np.arange(self.num_devices), slots) for slots in self.layer_slots]
+
+    @property
+    def index_order(self) -> IntArray:
+        """[L, P] slot i holds expert i mod E, what every engine does without a plan."""
+        return self.slot_table([np.arange(count) % self.model.experts for count in self.layer_slots.sum(axis=1)])
 
     def slot_table(self, rows: Sequence[IntArray]) -> IntArray:
         """[L, P] the slot table of the experts in each layer's own slots, [P_l] a layer."""

@@ -1,7 +1,9 @@
-"""What long work tells on its way: one form for solving, sweeping and judging."""
+"""What long work tells on its way, one form for solving, sweeping and judging; and what compiling took of its time."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,3 +31,41 @@ class Progress:
 
 
 Listener = Callable[[Progress], None]
+
+
+class CompileTime:
+    """Wall time spent compiling kernels, which is once an installation: no time limit of a solve includes it.
+
+    Between `begin` and `end`; stretches that overlap or lie in each other count once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open, self._since, self._total = 0, 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of all stretches so far, one that has not ended included."""
+        with self._lock:
+            return self._total + (time.perf_counter() - self._since if self._open else 0.0)
+
+    @property
+    def is_running(self) -> bool:
+        with self._lock:
+            return self._open > 0
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._open:
+                self._since = time.perf_counter()
+            self._open += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                self._total += time.perf_counter() - self._since
+
+
+COMPILE_TIME = CompileTime()
+"""Of this process, kept by `jit.kernel`."""

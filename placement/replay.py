@@ -1,23 +1,26 @@
 """What a plan asks of every device when recorded steps run through it: work, copies between devices, and locality.
 
-A replica is taken by chance with its share, each token on its own, or near the token (`replica_choice` "nearest").
-Counts are expected values, without replicas exact. Shapes: S steps, T tokens of a block of steps, L layers, k experts a
-token, E experts, P slots, G devices, H devices as the ones that hold tokens, N nodes.
+A replica is taken by chance with its share, each token on its own, or near the token (`replica_choice` "nearest"), or
+as each step's tokens are divided ("balanced", see `division`). Counts are expected values, without replicas exact.
+Shapes: S steps, T tokens of a block of steps, L layers, k experts a token, E experts, P slots, G devices, H devices as
+the ones that hold tokens, N nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
-from .._types import FloatArray, IntArray
+from .._types import BoolArray, FloatArray, IntArray
 from .cost import (
     Flows,
+    TransferCost,
+    Transfers,
     combine_bytes,
     copies_between,
     dispatch_bytes,
@@ -25,7 +28,9 @@ from .cost import (
     flows_between,
     flows_from_even_sources,
     reached_by_draws,
+    sum_nodes,
 )
+from .division import divide, source_division
 from .model import ModelSpec
 from .objective import Objective
 from .plan import Plan
@@ -37,15 +42,15 @@ IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
 BLOCK_VALUES = 1 << 22
 """Floats a working array of one block may hold: bounds memory to some 100 MB whatever the number of steps, and stays
-near
-the cache, which is faster."""
+near the cache, which is faster."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Tokens that need devices and nodes in one all-to-all of each step and layer.
+    """Copies for devices and nodes in one all-to-all of each step and layer.
 
-    devices: [S, L, G] and nodes: [S, L, N] tokens that need any expert there. by_holder: ([S, L, H, G], [S, L, H, N])
+    devices: [S, L, G] and nodes: [S, L, N] tokens that need any expert there, or where a copy goes to every expert of a
+    token, its pairs there. by_holder: ([S, L, H, G], [S, L, H, N])
     the same by the device on which the token is; None where tokens are spread evenly over all devices.
     """
 
@@ -82,22 +87,41 @@ class Reach:
         return pairs.sum(axis=(-1, -2)) - stay, node_pairs.sum(axis=(-1, -2)) - node_stay
 
 
+def _everywhere(tokens: FloatArray | float, reach: Reach) -> Reach:
+    """Every token [S, 1, 1] on every device and node, in the shape of what is reached."""
+    return Reach(np.zeros_like(reach.devices) + tokens, np.zeros_like(reach.nodes) + tokens, None)
+
+
 @dataclass(frozen=True)
 class Demand:
-    """Counts of a run of steps.
+    """Counts of a run of steps whose transfers are of one kind.
 
     tokens: [S, L, G] token-expert pairs computed. experts_hit: [S, L, G] experts whose weights are read. dispatch: who
     needs whom on the way to experts. combine: on the way back, whose links carry as much in the larger direction; None
-    where nothing returns. local: [S, L-1] share of a token's k x k transitions that stay on their device, summed over
-    tokens; node_local: the same for nodes.
+    where nothing returns. transfer: what both cost. step_tokens: [S] tokens of each step. local: [S, L-1] share of a
+    token's k x k transitions that stay on their device, summed over tokens; node_local: the same for nodes. copied: [S,
+    L, G] experts that cross each device's links for the step alone, as the larger of sent and received, and arrived:
+    [S, L] their number; None where none are copied.
     """
 
     tokens: FloatArray
     experts_hit: FloatArray
     dispatch: Reach
     combine: Reach | None
+    transfer: TransferCost
+    step_tokens: FloatArray
     local: FloatArray
     node_local: FloatArray
+    copied: FloatArray | None = None
+    arrived: IntArray | None = None
+
+    @property
+    def travelling(self) -> tuple[Reach, Reach | None]:
+        """Copies on the way to experts and back: those for who needs them, or all tokens everywhere."""
+        if self.transfer.kind != "all_gather":
+            return self.dispatch, self.combine
+        everywhere = _everywhere(self.step_tokens[:, None, None], self.dispatch)
+        return everywhere, everywhere
 
 
 def replay(plan: Plan, steps: Steps, topology: Topology, objective: Objective) -> Iterator[Demand]:
@@ -105,10 +129,13 @@ def replay(plan: Plan, steps: Steps, topology: Topology, objective: Objective) -
     per_token = steps.num_layers * max(topology.num_devices, steps.top_k, 8)
     # Without replicas there is nothing to choose, and every rule serves a token alike.
     near = objective.replica_choice == "nearest" and bool((plan.device_share % 1.0 != 0.0).any())
-    by_share = _ByShare(plan, topology)
-    for block in _blocks(steps, max(1, BLOCK_VALUES // per_token)):
+    balanced = objective.replica_choice == "balanced" and bool((plan.holds.sum(axis=2) > 1).any())
+    by_share, transfers = _ByShare(plan, topology), Transfers.of(plan.model, topology, objective)
+    for block in _blocks(steps, max(1, BLOCK_VALUES // per_token), transfers):
         if near:
             yield _near_tokens(plan, block, topology)
+        elif balanced or objective.online:
+            yield _divided_tokens(plan, block, topology, objective)
         elif objective.execution == "context_coherent":
             yield by_share.coherent(block)
         else:
@@ -116,22 +143,25 @@ def replay(plan: Plan, steps: Steps, topology: Topology, objective: Objective) -
 
 
 class _Block(NamedTuple):
-    """Whole steps. ids: [L, T, k]. bounds: [S+1] where each step begins. source: [T] ranks, None: even."""
+    """Whole steps whose transfers are of one kind. ids: [L, T, k]. bounds: [S+1] where each step begins. source: [T]
+    ranks, None: even."""
 
     ids: IdArray
     bounds: IntArray
     source: IntArray | None
+    transfer: TransferCost
 
 
-def _blocks(steps: Steps, tokens: int) -> Iterator[_Block]:
-    first = 0
+def _blocks(steps: Steps, tokens: int, transfers: Transfers) -> Iterator[_Block]:
+    first, kind = 0, transfers.which(steps)
+    ends = np.append(np.flatnonzero(np.diff(kind)) + 1, steps.num_steps)
     while first < steps.num_steps:
         last = int(np.searchsorted(steps.offsets, steps.offsets[first] + tokens, side="right")) - 1
-        last = min(max(last, first + 1), steps.num_steps)
+        last = min(max(last, first + 1), int(ends[np.searchsorted(ends, first, side="right")]))
         start, end = steps.offsets[first], steps.offsets[last]
         ids = np.ascontiguousarray(steps.expert_ids[start:end].transpose(1, 0, 2))
         source = None if steps.source is None else steps.source[start:end]
-        yield _Block(ids, steps.offsets[first : last + 1] - start, source)
+        yield _Block(ids, steps.offsets[first : last + 1] - start, source, transfers.each[kind[first]])
         first = last
 
 
@@ -149,7 +179,7 @@ class _ByShare:
 
     def dispatch_combine(self, block: _Block) -> Demand:
         """Tokens live on their source ranks, and results return there."""
-        chosen, hit, node_hit = self._hits(block.ids)
+        chosen, hit, node_hit = self._hits(block.ids, block.transfer.pairs)
         if block.source is None:
             reach = Reach(sum_steps(hit, block.bounds), sum_steps(node_hit, block.bounds), None)
         else:
@@ -172,9 +202,12 @@ class _ByShare:
         combine = _reach(owner, reach_chance(others, self._share), reach_chance(others, self._node_share), block.bounds)
         return self._demand(block, chosen, dispatch, combine)
 
-    def _hits(self, ids: IdArray) -> tuple[ChanceArray, ChanceArray, ChanceArray]:
-        """[L, T, G] shares of a token's experts on each device; chances that it needs each device, and each node."""
+    def _hits(self, ids: IdArray, pairs: bool = False) -> tuple[ChanceArray, ChanceArray, ChanceArray]:
+        """[L, T, G] shares of a token's experts on each device; chances that it needs each device, and each node, or
+        with `pairs` how many of its experts it needs there."""
         chosen = chosen_share(ids, self._share)
+        if pairs:
+            return chosen, chosen, chosen @ self._in_node
         hit = reach_chance(ids, self._share, chosen)
         return chosen, hit, reach_chance(ids, self._node_share, chosen @ self._in_node)
 
@@ -183,7 +216,8 @@ class _ByShare:
         work = _SlotWork(self._plan, len(bounds) - 1)
         work.serve(self._plan.shares, expert_counts(block.ids, bounds, self._plan.model.experts))
         local, node_local = (transitions_local(part, top_k, bounds) for part in (chosen, chosen @ self._in_node))
-        return Demand(*work.on_devices(), dispatch, combine, local, node_local)
+        step_tokens = np.diff(bounds).astype(np.float64)
+        return Demand(*work.on_devices(), dispatch, combine, block.transfer, step_tokens, local, node_local)
 
 
 def _reach(holder: ChanceArray, hit: ChanceArray, node_hit: ChanceArray, bounds: IntArray) -> Reach:
@@ -224,7 +258,10 @@ def routed_share(device_share: FloatArray, topology: Topology, source: int) -> F
 
 def _near_tokens(plan: Plan, block: _Block, topology: Topology) -> Demand:
     """Demand of tokens that each take the replicas near their source rank."""
-    ids, bounds, source = block
+    # Compiled code, which nothing else here needs.
+    from .near_replicas import near_sums
+
+    ids, bounds, source, transfer = block
     steps, layers, devices = len(bounds) - 1, ids.shape[0], topology.num_devices
     in_node = np.eye(topology.num_nodes)[topology.node_of]
     pairs = np.zeros((steps, layers, devices, devices))
@@ -232,26 +269,157 @@ def _near_tokens(plan: Plan, block: _Block, topology: Topology) -> Demand:
     local, node_local = np.zeros((steps, layers - 1)), np.zeros((steps, layers - 1))
     work, mean_served = _SlotWork(plan, steps), np.zeros(plan.shares.shape)
     weight = 1.0 / devices if source is None else 1.0
-    for rank in range(devices):
-        mine = np.arange(ids.shape[1]) if source is None else np.flatnonzero(source == rank)
-        ids_h, bounds_h = ids[:, mine], np.searchsorted(mine, bounds)
-        share = routed_share(plan.device_share, topology, rank)
+    together = max(1, BLOCK_VALUES // plan.device_share.size)
+    for first in range(0, devices, together):
+        near = [routed_share(plan.device_share, topology, rank) for rank in range(devices)[first : first + together]]
+        for rank, share in enumerate(near, first):
+            if source is None:
+                mean_served += weight * work.served(share)
+            else:
+                mine = np.flatnonzero(source == rank)
+                counts = expert_counts(ids[:, mine], np.searchsorted(mine, bounds), plan.model.experts)
+                work.serve(work.served(share), counts)
         # Thirds do not add up to one exactly, and what is whole must be recognised as whole.
-        node_share = np.where((summed := share @ in_node) > 1.0 - 1e-9, 1.0, summed)
-        chosen, node_chosen = chosen_share(ids_h, share), chosen_share(ids_h, node_share)
-        pairs[:, :, rank] = weight * sum_steps(reach_chance(ids_h, share, chosen), bounds_h)
-        node_pairs[:, :, rank] = weight * sum_steps(reach_chance(ids_h, node_share, node_chosen), bounds_h)
-        local += weight * transitions_local(chosen, ids_h.shape[2], bounds_h)
-        node_local += weight * transitions_local(node_chosen, ids_h.shape[2], bounds_h)
-        if source is None:
-            mean_served += weight * work.served(share)
-        else:
-            work.serve(work.served(share), expert_counts(ids_h, bounds_h, plan.model.experts))
+        near_nodes = [np.where((summed := share @ in_node) > 1.0 - 1e-9, 1.0, summed) for share in near]
+        for shares, reached, stays in ((near, pairs, local), (near_nodes, node_pairs, node_local)):
+            side_by_side = np.stack(shares, axis=2, dtype=np.float32, casting="same_kind")
+            if source is None:
+                # One row of all ranks: every token is on each of them.
+                rows, of = np.zeros(ids.shape[1], np.int64), side_by_side.reshape(*side_by_side.shape[:2], 1, -1)
+            else:
+                rows, of = source - first, side_by_side
+            tokens, products = near_sums(ids, bounds, rows, of, transfer.pairs)
+            reached[:, :, first : first + len(near)] = weight * tokens.reshape(steps, layers, len(near), -1)
+            stays += weight / ids.shape[2] ** 2 * products
     if source is None:
         # Each token may have come from any rank.
         work.serve(mean_served, expert_counts(ids, bounds, plan.model.experts))
     reach = Reach(pairs.sum(axis=2), node_pairs.sum(axis=2), (pairs, node_pairs))
-    return Demand(*work.on_devices(), reach, reach, local, node_local)
+    step_tokens = np.diff(bounds).astype(np.float64)
+    return Demand(*work.on_devices(), reach, reach, transfer, step_tokens, local, node_local)
+
+
+# Replicas as the tokens of each step are divided among them.
+
+
+def _divided_tokens(plan: Plan, block: _Block, topology: Topology, objective: Objective) -> Demand:
+    """Demand of steps whose tokens are divided by the objective's rule; of the tokens of one source and expert each is
+    as likely to be among those that a device gets."""
+    ids, bounds, source, transfer = block
+    steps, layers, devices = len(bounds) - 1, ids.shape[0], topology.num_devices
+    shape = steps, layers, devices
+    pairs, node_pairs = np.zeros((*shape, devices)), np.zeros((*shape, topology.num_nodes))
+    local, node_local = np.zeros((steps, layers - 1)), np.zeros((steps, layers - 1))
+    work, hit, copied = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    arrived = np.zeros(shape[:2], dtype=np.int64)
+    width = max(1, BLOCK_VALUES // (devices * devices * plan.model.experts))
+    for first in range(0, steps, width):
+        some = slice(first, min(first + width, steps))
+        tokens = slice(bounds[some.start], bounds[some.stop])
+        batch = _DividedBatch(bounds[some.start : some.stop + 1], source, objective, topology, transfer.pairs)
+        before: tuple[ChanceArray, ...] = ()
+        for layer, hosts in enumerate(plan.holds):
+            divided, parts = batch.divide(ids[layer, tokens], hosts)
+            if objective.online:
+                copies = (divided > 0) & ~hosts
+                sent, received = copies.sum(axis=2) @ hosts, copies.sum(axis=1)
+                copied[some, layer], arrived[some, layer] = np.maximum(sent, received), received.sum(axis=1)
+            work[some, layer], hit[some, layer] = divided.sum(axis=1), (divided > 0).sum(axis=1)
+            chosen, (pairs[some, layer], node_pairs[some, layer]) = batch.serve(ids[layer, tokens], hosts, parts)
+            if layer:
+                for stays, now, last in zip((local, node_local), chosen, before, strict=True):
+                    stays[some, layer - 1] = batch.sums((now * last).sum(axis=1)[:, None]).sum(axis=(1, 2))
+            before = chosen
+    local /= ids.shape[2] ** 2
+    node_local /= ids.shape[2] ** 2
+    reach = Reach(pairs.sum(axis=2), node_pairs.sum(axis=2), (pairs, node_pairs))
+    step_tokens = np.diff(bounds).astype(np.float64)
+    demand = Demand(work, hit, reach, reach, transfer, step_tokens, local, node_local)
+    return replace(demand, copied=copied, arrived=arrived) if objective.online else demand
+
+
+class _DividedBatch:
+    """Some steps of a block, one row a token, or where sources are not known one a token and rank it may live on.
+
+    bounds: [S+1] where each step begins in the block. source: [tokens of the block]. pairs: whether a copy goes to
+    every expert of a token.
+    """
+
+    def __init__(
+        self, bounds: IntArray, source: IntArray | None, objective: Objective, topology: Topology, pairs: bool
+    ) -> None:
+        self._topology, self._objective, self._known = topology, objective, source is not None
+        self._pairs = pairs
+        self._steps, devices = len(bounds) - 1, topology.num_devices
+        self._step = np.repeat(np.arange(self._steps), np.diff(bounds))
+        tokens = len(self._step)
+        self._rank = np.repeat(np.arange(devices), tokens) if source is None else source[bounds[0] : bounds[-1]]
+        self._repeats = devices if source is None else 1
+        self._group = np.tile(self._step, self._repeats) * devices + self._rank
+        weight = np.full(len(self._group), 1.0 / self._repeats)
+        self._sum = csr_array((weight, (self._group, np.arange(len(weight)))), (self._steps * devices, len(weight)))
+
+    def divide(self, ids: IdArray, hosts: BoolArray) -> tuple[IntArray, FloatArray]:
+        """([S, E, G], [S, H, E, G]) tokens of experts [T, k] that devices compute, of all sources and of each."""
+        experts, devices = hosts.shape
+        cells = np.bincount((self._step[:, None] * experts + ids).ravel(), minlength=self._steps * experts)
+        counts, by_source = cells.reshape(self._steps, experts), None
+        if self._known:
+            of_rank = (self._group[:, None] * experts + ids).ravel()
+            by_source = np.bincount(of_rank, minlength=self._steps * devices * experts)
+            by_source = by_source.reshape(self._steps, devices, experts)
+        division, node_of = self._objective.division, self._topology.node_of
+        if self._objective.online:
+            divided = self._with_copies(counts, hosts, by_source)
+        else:
+            divided = divide(counts, hosts, division, by_source)
+        return divided, source_division(divided, counts, hosts, node_of, division, by_source)
+
+    def _with_copies(self, counts: IntArray, homes: BoolArray, by_source: IntArray | None) -> IntArray:
+        """[S, E, G] tokens that devices compute, experts copied for the step. homes: [E, G] one device an expert."""
+        # Compiled code, which nothing else here needs.
+        from .online import plan_online
+
+        if by_source is None:
+            # Whose tokens these are, nobody knows: no copy is nearer to them than another.
+            by_source = np.zeros((*counts.shape[:1], homes.shape[1], counts.shape[1]), dtype=np.int64)
+            by_source[:, 0] = counts
+        plan = plan_online(
+            by_source,
+            homes.argmax(axis=1),
+            self._objective.online,
+            self._topology.node_of,
+            self._objective.online_slack,
+        )
+        return plan.quotas.astype(np.int64)
+
+    def serve(
+        self, ids: IdArray, hosts: BoolArray, parts: FloatArray
+    ) -> tuple[tuple[ChanceArray, ChanceArray], tuple[FloatArray, FloatArray]]:
+        """(what rows chose [rows, G] and [rows, N], copies for devices [S, H, G] and nodes [S, H, N])."""
+        total = parts.sum(axis=3, keepdims=True)
+        # An expert that nobody chose is served anywhere.
+        anywhere = hosts / hosts.sum(axis=1, keepdims=True)
+        share = np.where(total > 0, parts / np.where(total > 0, total, 1.0), anywhere)
+        node_share = share @ np.eye(self._topology.num_nodes)[self._topology.node_of]
+        # Thirds do not add up to one exactly, and what is whole must be recognised as whole.
+        of_devices, of_nodes = (self._served(ids, of) for of in (share, np.where(node_share > 1 - 1e-9, 1, node_share)))
+        return (of_devices[0], of_nodes[0]), (of_devices[1], of_nodes[1])
+
+    def _served(self, ids: IdArray, share: FloatArray) -> tuple[ChanceArray, FloatArray]:
+        served = share.astype(np.float32).reshape(-1, share.shape[3])
+        chosen, missed = np.zeros((2, len(self._group), share.shape[3]), dtype=np.float32)
+        missed += 1.0
+        row = self._group * share.shape[2]
+        for expert in ids.T:
+            mine = served.take(row + np.tile(expert, self._repeats), axis=0)
+            chosen += mine
+            missed *= 1.0 - mine
+        return chosen, self.sums(chosen if self._pairs else 1.0 - missed)
+
+    def sums(self, values: npt.NDArray[np.floating[Any]]) -> FloatArray:
+        """[S, H, ...] of values of rows [rows, ...]."""
+        return np.asarray((self._sum @ values.astype(np.float64)).reshape(self._steps, -1, values.shape[1]))
 
 
 class _SlotWork:
@@ -366,12 +534,13 @@ class Traffic:
 
 def device_traffic(plan: Plan, steps: Steps, topology: Topology, objective: Objective) -> Traffic:
     """Traffic of a plan, mean over the steps. Its row and column sums are the flows that `evaluate` prices."""
-    dedup, devices = objective.node_dedup, topology.num_devices
+    devices = topology.num_devices
     dispatch, combine, returns = np.zeros((devices, devices)), np.zeros((devices, devices)), False
     for demand in replay(plan, steps, topology, objective):
-        dispatch += demand.dispatch.copies(topology, dedup) / steps.num_steps
-        if demand.combine is not None:
-            combine += demand.combine.copies(topology, dedup).T / steps.num_steps
+        dedup, (out, back) = demand.transfer.dedup, demand.travelling
+        dispatch += out.copies(topology, dedup) / steps.num_steps
+        if back is not None:
+            combine += back.copies(topology, dedup).T / steps.num_steps
             returns = True
     return Traffic(dispatch, combine if returns else None)
 
@@ -385,11 +554,16 @@ def traffic_from_counts(plan: Plan, load: FloatArray, step_tokens: int, objectiv
         plan: the placement.
         load: [L, E] tokens that chose each expert.
         step_tokens: tokens of a step, over all devices.
-        objective: tells whether copies are merged by node. The traffic is that of dispatch_combine whatever it says of
-            execution, since loads tell nothing of transitions.
+        objective: tells whether copies are merged by node, and whether replicas divide the load. The traffic is that of
+            dispatch_combine whatever it says of execution, since loads tell nothing of transitions.
     """
-    _, on_device = drawn_loads(plan, load[None])
+    _, on_device = drawn_loads(plan, load[None], objective)
+    transfer = Transfers.of(plan.model, plan.topology, objective).of_size(step_tokens)
     chances = reached_by_draws(on_device, plan.model.top_k, plan.topology)
-    devices, nodes = (step_tokens * chance for chance in chances)
-    dispatch = Reach(devices, nodes, None).copies(plan.topology, objective.node_dedup)
+    if transfer.pairs:
+        chances = on_device * plan.model.top_k, sum_nodes(on_device, plan.topology) * plan.model.top_k
+    reach = Reach(step_tokens * chances[0], step_tokens * chances[1], None)
+    if transfer.kind == "all_gather":
+        reach = _everywhere(float(step_tokens), reach)
+    dispatch = reach.copies(plan.topology, transfer.dedup)
     return Traffic(dispatch, dispatch.T)

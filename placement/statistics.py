@@ -14,9 +14,11 @@ import numpy.typing as npt
 from .._arguments import check_types
 from .._display import Displayed, names, plural, span
 from .._types import BoolArray, FloatArray, IntArray
+from .batches import Batch
+from .draws import generator
 from .errors import InputError, UnsupportedError
 from .model import ModelSpec
-from .trace import RoutingTrace, apart, layer_index
+from .trace import ForwardCalls, RoutingTrace, apart, layer_index
 
 # Expert loads over successive spans of a stream of tokens, in bounded memory, and what each of them weighs.
 
@@ -175,10 +177,10 @@ class TokenSample:
         return joined.select(np.lexsort((joined.position, joined.sequence)))
 
     def _keep(self, block: RoutingTrace, hashes: HashArray) -> None:
-        kept = hashes < self._cut
-        count = int(kept.sum())
+        chosen = hashes < self._cut
+        count = int(chosen.sum())
         if count:
-            self._blocks.append((block.select(kept), hashes[kept]))
+            self._blocks.append((block.select(chosen), hashes[chosen]))
             self._held += count
         if self._held > self.limit + self.limit // 4:
             self._drop()
@@ -194,10 +196,10 @@ class TokenSample:
         blocks, self._blocks, self._held = self._blocks, [], 0
         while blocks:
             block, hashes = blocks.pop(0)
-            kept = hashes < cut
-            if kept.any():
-                self._blocks.append((block.select(kept), hashes[kept]))
-                self._held += int(kept.sum())
+            chosen = hashes < cut
+            if chosen.any():
+                self._blocks.append((block.select(chosen), hashes[chosen]))
+                self._held += int(chosen.sum())
 
 
 def span_hash(trace: RoutingTrace, span_tokens: int) -> HashArray:
@@ -222,7 +224,7 @@ class RoutingStatistics(Displayed):
     transitions: [W, L-1, E, E] expert at layer l to expert at l+1, every pair of a token's k x k counting 1/k, so that
     a token weighs k. sample: whole sequences kept for building steps. Count-only records have none of the last three.
     tokens: how many tokens were counted (0 when unknown). fingerprint: SHA-256 of what was counted. model: what was
-    recorded, where the recording says so.
+    recorded, where the recording says so. batches: kinds of the recording's forward calls, where these are known.
 
     Example:
         >>> import moeplace as mp
@@ -243,6 +245,7 @@ class RoutingStatistics(Displayed):
     tokens: int = 0
     fingerprint: str = ""
     model: ModelSpec | None = None
+    batches: tuple[Batch, ...] = ()
 
     def __post_init__(self) -> None:
         layers, width = len(self.moe_layers), len(self.workloads)
@@ -348,7 +351,7 @@ class RoutingStatistics(Displayed):
         """
         if not 0.0 < held_out < 1.0:
             raise InputError(f"held_out ({held_out}) must be between 0 and 1, both excluded")
-        known, rng = with_tokens(self.load), np.random.default_rng(seed)
+        known, rng = with_tokens(self.load), generator(seed)
         mask = np.zeros(len(self.load), np.bool_)
         for code in np.unique(self.window_workload[known]):
             windows = np.flatnonzero(known & (self.window_workload == code))
@@ -445,6 +448,7 @@ class RoutingStatistics(Displayed):
             fingerprint=hashlib.sha256(
                 repr([(name, part.fingerprint) for name, part in parts.items()]).encode()
             ).hexdigest(),
+            batches=first.batches if len({part.batches for part in parts.values()}) == 1 else (),
         )
 
     def _counts_only(self, wanted: str) -> str:
@@ -488,13 +492,13 @@ class RoutingStatistics(Displayed):
             raise InputError("from_counts: no workload given")
         windows: list[FloatArray] = []
         codes: list[int] = []
-        for code, (name, given) in enumerate(named.items()):
-            array = np.asarray(given, dtype=np.float64)
+        for code, (name, loads) in enumerate(named.items()):
+            array = np.asarray(loads, dtype=np.float64)
             array = array[None] if array.ndim == 2 else array
             if array.ndim != 3 or 0 in array.shape or (windows and array.shape[1:] != windows[0].shape[1:]):
-                wanted = f"[{windows[0].shape[1]}, {windows[0].shape[2]}]" if windows else "[layers, experts]"
+                expected_shape = f"[{windows[0].shape[1]}, {windows[0].shape[2]}]" if windows else "[layers, experts]"
                 raise InputError(
-                    f"from_counts: workload {name!r} has shape {np.shape(given)}, expected {wanted}, "
+                    f"from_counts: workload {name!r} has shape {np.shape(loads)}, expected {expected_shape}, "
                     "or the same with windows in front"
                 )
             if not (array.min() >= 0 and np.isfinite(array.max())):
@@ -567,11 +571,12 @@ class StatisticsAccumulator:
         sample_tokens: int = 200_000,
         preceding: Mapping[Stream, int] | None = None,
         model: ModelSpec | None = None,
+        batches: tuple[Batch, ...] = (),
     ) -> None:
         if sample_tokens < 0:
             raise InputError(f"sample_tokens ({sample_tokens}) must be 0 or more")
         self._experts, self._layers, self._top_k = num_experts, tuple(moe_layers), top_k
-        self._model = model
+        self._model, self._batches, self._calls = model, batches, ForwardCalls()
         self._windows = LoadWindows(len(self._layers), num_experts, preceding)
         self._sample = TokenSample(sample_tokens)
         self._pairs: dict[str, _PairCounts] = {}
@@ -588,6 +593,7 @@ class StatisticsAccumulator:
             sample_tokens=sample_tokens,
             preceding=preceding,
             model=trace.model,
+            batches=trace.whole_batches,
         )
 
     def add(self, block: RoutingTrace) -> None:
@@ -596,9 +602,9 @@ class StatisticsAccumulator:
         Raises:
             InputError: the block is of another model.
         """
-        given = (block.num_experts, block.moe_layers, block.top_k)
+        shape = (block.num_experts, block.moe_layers, block.top_k)
         expected = (self._experts, self._layers, self._top_k)
-        for name, here, there in zip(("num_experts", "moe_layers", "top_k"), given, expected, strict=True):
+        for name, here, there in zip(("num_experts", "moe_layers", "top_k"), shape, expected, strict=True):
             if here != there:
                 raise InputError(f"StatisticsAccumulator.add: {name} is {here}, the blocks before had {there}")
         for (source, workload), tokens in streams(block):
@@ -607,6 +613,8 @@ class StatisticsAccumulator:
                 ids = block.expert_ids[part]
                 counts.add(ids)
                 self._windows.add((source, workload), ids)
+        if not self._batches:
+            self._calls.add(block)
         if self._sample.limit:
             self._sample.add(block)
 
@@ -615,6 +623,7 @@ class StatisticsAccumulator:
         for workload, counts in other._pairs.items():
             self._counts_of(workload).merge(counts)
         self._windows.merge(other._windows)
+        self._calls.merge(other._calls)
         self._sample.merge(other._sample)
 
     def finish(self) -> RoutingStatistics:
@@ -657,6 +666,7 @@ class StatisticsAccumulator:
             tokens=sum(counts.tokens for counts in self._pairs.values()),
             fingerprint=digest.hexdigest(),
             model=self._model,
+            batches=self._batches or self._calls.batches(),
         )
 
     def _counts_of(self, workload: str) -> _PairCounts:

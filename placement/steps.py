@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._display import Displayed, names, plural, span
-from .._types import IntArray
+from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
 
 IdArray = npt.NDArray[np.unsignedinteger[Any]]
@@ -22,7 +22,12 @@ class Steps(Displayed):
     """S steps of tokens, one after the other; step s holds tokens offsets[s] to offsets[s+1].
 
     expert_ids: [T, L, k], highest gate weight first. offsets: [S+1]. source: [T] source rank of each token, or None
-    (then tokens are spread evenly over the devices). workload: [T] index into `workloads`.
+    (then tokens are spread evenly over the devices). workload: [T] index into `workloads`. weight: [S] how much each
+    step counts in means, together 1; None: all alike. batch: [S] index into `batches`, names of the kinds of steps;
+    None where all are of one. worth: [S] of how many independent observations each step is worth, below 1 where steps
+    share sequences; None: each is one. notes: what there is to know of how they were made. grouped: of steps drawn from
+    counts, others in which each token's experts are of as few groups as the model limits them to; None where nothing
+    more is to be told.
     """
 
     expert_ids: IdArray
@@ -32,12 +37,23 @@ class Steps(Displayed):
     source: IntArray | None = None
     workload: IntArray | None = None
     workloads: tuple[str, ...] = ("",)
+    weight: FloatArray | None = None
+    batch: IntArray | None = None
+    batches: tuple[str, ...] = ()
+    worth: FloatArray | None = None
+    notes: tuple[str, ...] = ()
+    grouped: Steps | None = None
 
     def __post_init__(self) -> None:
         if len(self.offsets) < 2 or self.offsets[0] != 0 or self.offsets[-1] != len(self.expert_ids):
             raise InputError(f"Steps.offsets must run from 0 to {len(self.expert_ids)} tokens, given {self.offsets}")
         if np.any(np.diff(self.offsets) < 1):
             raise InputError("Steps.offsets: every step must hold at least one token")
+        for name, column in (("weight", self.weight), ("batch", self.batch), ("worth", self.worth)):
+            if column is not None and column.shape != (self.num_steps,):
+                raise InputError(
+                    f"Steps.{name} has shape {column.shape}, expected one entry for each of {self.num_steps} steps"
+                )
 
     def _summary(self) -> tuple[str, dict[str, str]]:
         tokens = self.tokens
@@ -47,11 +63,75 @@ class Steps(Displayed):
             "experts": f"{self.num_experts}, top-{self.top_k}",
             "workloads": names(self.workloads),
             "source ranks": "not recorded" if self.source is None else f"{len(np.unique(self.source))}",
+            **({"batches": ", ".join(self.batches)} if self.batches else {}),
+            **({"note": " ".join(self.notes)} if self.notes else {}),
         }
+
+    @classmethod
+    def join(cls, parts: Sequence[Steps], weights: Sequence[float] | None = None, batches: Sequence[str] = ()) -> Steps:
+        """Steps of one model, one after the other.
+
+        Args:
+            parts: at least one, alike in what is known of their tokens.
+            weights: how much each part counts, its steps alike; None: all steps alike.
+            batches: a name of each part, where they are of different kinds.
+
+        Raises:
+            InputError: no part, or only some of them with source ranks, workloads or worth.
+        """
+        if not parts:
+            raise InputError("Steps.join: no steps given")
+        for name in ("source", "workload", "worth", "grouped"):
+            if len({getattr(part, name) is None for part in parts}) > 1:
+                raise InputError(f"Steps.join: only some of the parts have {name}")
+        sizes = [part.num_steps for part in parts]
+
+        def joined(name: str) -> Any:
+            columns = [getattr(part, name) for part in parts]
+            return None if columns[0] is None else np.concatenate(columns)
+
+        grouped = [part.grouped for part in parts if part.grouped is not None]
+        weight = None
+        if weights is not None:
+            share = np.asarray(weights, dtype=np.float64) / float(sum(weights))
+            weight = np.repeat(share / sizes, sizes)
+        return replace(
+            parts[0],
+            expert_ids=joined("expert_ids"),
+            offsets=np.concatenate([[0], np.cumsum(np.concatenate([part.tokens for part in parts]))]),
+            source=joined("source"),
+            workload=joined("workload"),
+            weight=weight,
+            worth=joined("worth"),
+            batch=np.repeat(np.arange(len(parts)), sizes) if batches else None,
+            batches=tuple(batches),
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+            grouped=None if not grouped else cls.join(grouped, weights, batches),
+        )
+
+    @property
+    def step_weight(self) -> FloatArray:
+        """[S] how much each step counts, together 1."""
+        return np.full(self.num_steps, 1.0 / self.num_steps) if self.weight is None else self.weight
+
+    def by_batch(self) -> dict[str, Steps]:
+        """The steps of each batch, by its name; all under "" where none is named."""
+        if self.batch is None:
+            return {"": self}
+        return {name: self.select(self.batch == code) for code, name in enumerate(self.batches)}
 
     @property
     def num_steps(self) -> int:
         return len(self.offsets) - 1
+
+    def are_prefill(self, most_decode: int) -> BoolArray:
+        """[S] whether steps are prefill: as their batches are named, else those of more tokens than `most_decode`."""
+        larger = self.tokens > most_decode
+        if self.batch is None or not self.batches:
+            return np.asarray(larger)
+        phase = [name.partition(" ")[0] for name in self.batches]
+        named, prefill = (np.array([of in which for of in phase]) for which in (("decode", "prefill"), ("prefill",)))
+        return np.asarray(np.where(named[self.batch], prefill[self.batch], larger))
 
     @property
     def num_layers(self) -> int:
@@ -94,6 +174,7 @@ class Steps(Displayed):
         chosen = np.arange(self.num_steps)[np.asarray(steps)]
         if not len(chosen):
             raise InputError("Steps.select: no step chosen")
+        weight = None if self.weight is None else self.weight[chosen]
         tokens = np.concatenate([np.arange(self.offsets[s], self.offsets[s + 1]) for s in chosen])
         return replace(
             self,
@@ -101,6 +182,10 @@ class Steps(Displayed):
             offsets=np.concatenate([[0], np.cumsum(self.tokens[chosen])]),
             source=None if self.source is None else self.source[tokens],
             workload=None if self.workload is None else self.workload[tokens],
+            weight=None if weight is None else weight / weight.sum(),
+            batch=None if self.batch is None else self.batch[chosen],
+            worth=None if self.worth is None else self.worth[chosen],
+            grouped=None if self.grouped is None else self.grouped.select(chosen),
         )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from .._arguments import check_types
 from .._types import FloatArray, IntArray
+from .draws import generator
 from .errors import InputError
 from .statistics import RoutingStatistics
 from .steps import Steps
@@ -27,7 +28,14 @@ SHRINK = 5.0
 
 @check_types
 def sample_steps(
-    load: FloatArray, top_k: int, moe_layers: tuple[int, ...], *, step_tokens: int, steps: int, seed: int = 0
+    load: FloatArray,
+    top_k: int,
+    moe_layers: tuple[int, ...],
+    *,
+    step_tokens: int,
+    steps: int,
+    seed: int = 0,
+    groups: tuple[int, int] = (1, 1),
 ) -> Steps:
     """Steps whose experts follow recorded loads; step s those of window s * S // steps.
 
@@ -41,18 +49,24 @@ def sample_steps(
         step_tokens: tokens of each step.
         steps: how many to sample.
         seed: of the draws.
+        groups: (H, M) experts stand in H groups, and those of a token are of M of them, as group-limited routing has
+            it. Groups are drawn first, by their loads, then experts inside; an expert that groups leave too few choices
+            gets as many as they do.
 
     Raises:
-        InputError: a size below 1, fewer experts than `top_k`, or more to sample than fits.
+        InputError: a size below 1, fewer experts than `top_k`, groups that do not hold them, or more to sample than
+            fits.
     """
     windows, layers, experts = load.shape
     if step_tokens < 1 or steps < 1 or not 1 <= top_k <= experts:
         raise InputError(f"cannot sample {steps} steps of {step_tokens} tokens with {top_k} of {experts} experts each")
+    if not 1 <= groups[1] <= groups[0] or experts % groups[0] or top_k > groups[1] * experts // groups[0]:
+        raise InputError(f"{top_k} of {experts} experts cannot be of {groups[1]} of {groups[0]} groups")
     if steps * step_tokens * layers * experts > MOST_VALUES:
         raise InputError(
             f"{steps} steps of {step_tokens} tokens are too much to sample here; ask for fewer, or smaller ones"
         )
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     ids = np.empty((steps, step_tokens, layers, top_k), dtype=id_dtype(experts))
     block = max(1, BLOCK_VALUES // experts)
     for step in range(steps):
@@ -60,7 +74,10 @@ def sample_steps(
             chance = _inclusion(load[step * windows // steps, layer], top_k)
             for first in range(0, step_tokens, block):
                 count = min(block, step_tokens - first)
-                ids[step, first : first + count, layer] = _systematic(chance, top_k, count, rng)
+                each = np.broadcast_to(chance, (count, experts))
+                if groups[1] < groups[0]:
+                    each = _in_groups(chance, top_k, count, groups, rng)
+                ids[step, first : first + count, layer] = _systematic(each, top_k, rng)
     return Steps(
         expert_ids=ids.reshape(-1, layers, top_k),
         offsets=np.arange(steps + 1, dtype=np.int64) * step_tokens,
@@ -86,10 +103,28 @@ def _inclusion(load: FloatArray, top_k: int) -> FloatArray:
     return np.asarray(np.minimum(chance, 1.0))
 
 
-def _systematic(chance: FloatArray, top_k: int, tokens: int, rng: np.random.Generator) -> IntArray:
-    """[T, k] experts, none twice in a token, each with its chance [E]."""
-    order = np.argsort(rng.random((tokens, len(chance))), axis=1)
-    ends = np.cumsum(chance[order], axis=1)
+def _in_groups(
+    chance: FloatArray, top_k: int, tokens: int, groups: tuple[int, int], rng: np.random.Generator
+) -> FloatArray:
+    """[T, E] chances of each expert for a token, adding up to k, in M of H groups drawn for each token, from the
+    chances [E] over all tokens."""
+    of_group = chance.reshape(groups[0], -1).sum(axis=1)
+    taken = _inclusion(of_group, groups[1])
+    drawn = np.zeros((tokens, groups[0]))
+    np.put_along_axis(drawn, _systematic(np.broadcast_to(taken, drawn.shape), groups[1], rng), 1.0, axis=1)
+    inside = np.repeat(drawn / np.where(taken > 0, taken, 1.0), len(chance) // groups[0], axis=1)
+    # What is above one choice a token goes to others of its groups, which have room for it.
+    result = np.minimum(inside * chance, 1.0)
+    room = np.where(inside > 0, 1.0 - result, 0.0)
+    missing = top_k - result.sum(axis=1, keepdims=True)
+    return np.asarray(result + room * missing / np.maximum(room.sum(axis=1, keepdims=True), 1e-300))
+
+
+def _systematic(chance: FloatArray, top_k: int, rng: np.random.Generator) -> IntArray:
+    """[T, k] experts, none twice in a token, each with its chance [T, E]; those of a token add up to k."""
+    tokens = len(chance)
+    order = np.argsort(rng.random(chance.shape), axis=1)
+    ends = np.cumsum(np.take_along_axis(chance, order, axis=1), axis=1)
     ends[:, -1] = top_k
     # Expert i of the order is chosen when one of start, start + 1, ... lies in its part of the line.
     passed = np.clip(np.ceil(ends - rng.random((tokens, 1))), 0, top_k)
@@ -124,7 +159,7 @@ def sample_tokens(statistics: RoutingStatistics, top_k: int, tokens: int, seed: 
     if not 1 <= top_k <= statistics.experts:
         raise InputError(f"top_k ({top_k}) must be from 1 to the number of experts ({statistics.experts})")
     assert statistics.transitions is not None
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     recorded = statistics.workload_load.sum(axis=(1, 2))
     present = np.flatnonzero(recorded)
     parts, codes = [], []

@@ -13,9 +13,9 @@ from pydantic import NonNegativeFloat, PositiveFloat, ValidationInfo, field_vali
 
 from .._display import Displayed, plural
 from .._types import FloatArray, IntArray
-from .errors import FileFormatError, InputError, nearest
+from .documents import parse_yaml
+from .errors import InputError, nearest
 from .files import read_text, write_text
-from .kernels import ENGINES
 from .validation import Record
 
 # Common boxes, named by their GPU as engines and measured kernels name it. Achievable figures: datasheet times what
@@ -87,6 +87,8 @@ PRESETS: dict[str, Box] = {
     "rtx-4090-pair": _box("rtx-4090", 2, 165, 24, 1.008, 32, 5, fp8=2, slow=True),
 }
 
+ENGINES = ("vllm", "sglang", "trtllm")
+"""Whose kernels were measured."""
 FORMER_NAMES = {
     "a100-hgx": "a100-sxm",
     "h100-hgx": "h100-sxm",
@@ -102,6 +104,8 @@ T = TypeVar("T")
 
 MOST_DEVICES = 65_536
 """Of one cluster: `count` lets a short file ask for any number."""
+DEEPEST = 8
+"""Collections inside one another in a file, of which a topology's has five."""
 
 
 class Device(Record):
@@ -219,9 +223,9 @@ class Topology(Displayed, Record):
     def rate(self, dtype: str) -> FloatArray:
         """[G] flop/s at which experts of that type compute. Types that are only stored (mxfp4) compute at bf16."""
         eight = [device.fp8_compute or device.compute for node in self.nodes for device in node.devices]
-        if dtype in ("fp8", "int8"):
+        if dtype in ("fp8", "int8", "mxfp8"):
             return np.array(eight)
-        if dtype == "fp4":
+        if dtype in ("fp4", "nvfp4"):
             four = [device.fp4_compute for node in self.nodes for device in node.devices]
             return np.array([four or eight for four, eight in zip(four, eight, strict=True)])
         return self.compute
@@ -426,12 +430,7 @@ class Topology(Displayed, Record):
     @classmethod
     def load(cls, path: str | Path) -> Topology:
         """Reads a YAML or JSON file in the form of `from_dict`."""
-        import yaml
-
-        try:
-            data = yaml.safe_load(read_text(path, limit_bytes=1 << 24))
-        except yaml.YAMLError as error:
-            raise FileFormatError(f"{path}: neither YAML nor JSON ({error})") from None
+        data = parse_yaml(read_text(path, limit_bytes=1 << 24), str(path), DEEPEST)
         return cls.from_dict(_with_numbers(data), origin=str(path))
 
     def save(self, path: str | Path) -> None:

@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from .._display import Displayed, names, plural, span
 from .._types import IntArray
+from .batches import Batch, batches_of_steps
+from .draws import generator
 from .errors import InputError
+from .memory import check_memory, free_memory
 from .model import ModelSpec
 from .steps import Steps
 
@@ -47,12 +50,12 @@ def column(name: str, values: npt.ArrayLike | None, tokens: int) -> IntArray | N
     """[T] whole numbers, one a token, or None."""
     if values is None:
         return None
-    given = np.asarray(values)
-    if given.shape != (tokens,) or not np.issubdtype(given.dtype, np.integer):
-        raise InputError(f"{name} must be {tokens} integers, one a token; given {given.dtype} {given.shape}")
-    if given.dtype == np.uint64 and tokens and int(given.max()) >= 1 << 63:
-        raise InputError(f"{name} holds {int(given.max())}, more than a 64-bit signed integer")
-    return np.array(given, dtype=np.int64)
+    array = np.asarray(values)
+    if array.shape != (tokens,) or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{name} must be {tokens} integers, one a token; given {array.dtype} {array.shape}")
+    if array.dtype == np.uint64 and tokens and int(array.max()) >= 1 << 63:
+        raise InputError(f"{name} holds {int(array.max())}, more than a 64-bit signed integer")
+    return np.array(array, dtype=np.int64)
 
 
 def workload_codes(workload: Any, tokens: int) -> tuple[tuple[str, ...], IntArray]:
@@ -120,6 +123,7 @@ class RoutingTrace(Displayed):
     sequence, position: [T] which sequence a token belongs to and where in it. workload: [T] index into `workloads`.
     step: [T] forward call it was recorded in, or None. source: [T] rank it was recorded on, or None.
     moe_layers: absolute indices of the L layers in the model. model: what was recorded, where the recording says so.
+    whole_batches: kinds of the recording's forward calls, where this is a part of it that cuts them; see `batches`.
 
     Example:
         >>> import moeplace as mp
@@ -141,6 +145,7 @@ class RoutingTrace(Displayed):
     step: IntArray | None = None
     source: IntArray | None = None
     model: ModelSpec | None = None
+    whole_batches: tuple[Batch, ...] = ()
 
     def _summary(self) -> tuple[str, dict[str, str]]:
         tokens = plural(self.num_tokens, "token")
@@ -165,6 +170,15 @@ class RoutingTrace(Displayed):
     @property
     def top_k(self) -> int:
         return int(self.expert_ids.shape[2])
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """Kinds of the recording's forward calls, none where these are not known; sizes are over all ranks."""
+        if self.step is None or self.whole_batches or not self.num_tokens:
+            return self.whole_batches
+        calls = ForwardCalls()
+        calls.add(self)
+        return calls.batches()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -302,6 +316,7 @@ class RoutingTrace(Displayed):
             step=joined("step"),
             source=joined("source"),
             model=models[0] if models and all(model == models[0] for model in models) else None,
+            whole_batches=first.whole_batches if len({trace.whole_batches for trace in traces}) == 1 else (),
         )
 
     def select(self, tokens: npt.NDArray[Any]) -> RoutingTrace:
@@ -365,19 +380,31 @@ class RoutingTrace(Displayed):
             raise InputError(f"split by {by!r} is unknown; known: sequence, step, time")
         if mask.all() or not mask.any():
             raise InputError(f"cannot hold out {held_out:.0%} by {by}: too few; split by 'time' or record more")
-        return self.select(~mask), self.select(mask)
+        train, judged = (replace(self.select(part), whole_batches=self.batches) for part in (~mask, mask))
+        return train, judged
 
     def decode_steps(self, concurrency: int = 128, steps: int = 200, seed: int = 0) -> Steps:
         """Steps of a decoding engine under continuous batching: one token of each of `concurrency` sequences a step.
 
         Each batch lane starts somewhere inside a sequence and takes up another when one ends; when all have been
-        used they are drawn anew, so a small trace repeats sequences at other offsets.
+        used they are drawn anew. Where fewer sequences were recorded than run at once, each step stands for itself: its
+        sequences are drawn with replacement, as many as there are, and stand in it as often as it takes, at other
+        positions. Steps then differ as much as other recordings of so many sequences would.
         """
         if concurrency < 1 or steps < 1:
             raise InputError(f"concurrency ({concurrency}) and steps ({steps}) must be at least 1")
         self._require_tokens(1)
-        rng = np.random.default_rng(seed)
+        self._check_memory(concurrency, steps)
+        rng = generator(seed)
         order, starts, lengths = self._sequences()
+        offsets = np.arange(steps + 1) * concurrency
+        if concurrency > len(starts):
+            lane = np.arange(concurrency) % len(starts)
+            drawn = rng.integers(len(starts), size=(steps, len(starts)))[:, lane]
+            place = (rng.random(drawn.shape) * lengths[drawn]).astype(np.int64)
+            note = _repeated(f"decode steps of {concurrency:,} sequences", len(starts), concurrency)
+            made = self._steps(order[starts[drawn] + place].ravel(), offsets)
+            return replace(made, notes=(note,), worth=np.full(steps, 1.0 / steps))
         lanes = np.empty((concurrency, steps), dtype=np.int64)
         waiting: list[int] = []
         for lane in lanes:
@@ -391,26 +418,38 @@ class RoutingTrace(Displayed):
                 first = int(starts[chosen]) + skip
                 lane[filled : filled + take] = order[first : first + take]
                 filled += take
-        return self._steps(lanes.T.reshape(-1), np.arange(steps + 1) * concurrency)
+        independent = min(float(steps), len(starts) / concurrency)
+        return replace(self._steps(lanes.T.reshape(-1), offsets), worth=np.full(steps, independent / steps))
 
     def prefill_steps(self, tokens: int = 4096, steps: int | None = None, seed: int = 0) -> Steps:
         """Steps of a chunked prefill: whole sequences in random order, cut into batches of `tokens` tokens.
 
-        steps: how many (default: as many as the trace fills); more than it fills draws the sequences anew.
+        steps: how many (default: as many as the trace fills, at least one); more than it fills draws the sequences
+        anew. Steps larger than the trace each draw their sequences with replacement, and repeat them.
         """
         if tokens < 1 or (steps is not None and steps < 1):
             raise InputError(f"tokens ({tokens}) and steps ({steps}) must be at least 1")
-        self._require_tokens(tokens)
-        rng = np.random.default_rng(seed)
+        self._require_tokens(1)
+        count = max(1, self.num_tokens // tokens) if steps is None else steps
+        self._check_memory(tokens, count)
+        rng = generator(seed)
         order, starts, lengths = self._sequences()
-        count = self.num_tokens // tokens if steps is None else steps
+        if tokens > self.num_tokens:
+            filled = []
+            for drawn in rng.integers(len(starts), size=(count, len(starts))):
+                step = np.concatenate([order[starts[i] : starts[i] + lengths[i]] for i in drawn])
+                filled.append(np.resize(step, tokens))
+            note = _repeated(f"prefill steps of {tokens:,} tokens", len(starts), tokens * len(starts) / self.num_tokens)
+            made = self._steps(np.concatenate(filled), np.arange(count + 1) * tokens)
+            return replace(made, notes=(note,), worth=np.full(count, 1.0 / count))
         chosen: list[IntArray] = []
         have = 0
         while have < count * tokens:
             for i in rng.permutation(len(starts)):
                 chosen.append(order[starts[i] : starts[i] + lengths[i]])
                 have += int(lengths[i])
-        return self._steps(np.concatenate(chosen)[: count * tokens], np.arange(count + 1) * tokens)
+        made = self._steps(np.concatenate(chosen)[: count * tokens], np.arange(count + 1) * tokens)
+        return replace(made, worth=np.full(count, min(1.0, self.num_tokens / tokens / count)))
 
     def recorded_steps(self) -> Steps:
         """The forward calls as they were recorded, with their source ranks where more than one rank recorded.
@@ -431,6 +470,16 @@ class RoutingTrace(Displayed):
                 f"the trace has {self.num_tokens} tokens, a step needs {least}; record more or ask for less"
             )
 
+    def _check_memory(self, tokens: int, steps: int) -> None:
+        # Measured with 2 to 8 experts a token: what a replay takes beside the ids, a token.
+        token_bytes = 24 + self.expert_ids[:1].size * (self.expert_ids.itemsize + 8)
+        fitting = int(free_memory() / token_bytes)
+        check_memory(
+            tokens * steps * token_bytes,
+            f"{steps:,} steps of {tokens:,} tokens",
+            f"some {fitting:,} tokens would fit: {max(1, fitting // tokens):,} steps of {min(tokens, fitting):,}",
+        )
+
     def _sequences(self) -> tuple[IntArray, IntArray, IntArray]:
         """Tokens ordered by sequence and position, and each sequence's start and length in that order."""
         order = np.lexsort((self.position, self.sequence))
@@ -450,13 +499,51 @@ class RoutingTrace(Displayed):
         )
 
 
+class ForwardCalls:
+    """Sizes of the forward calls of a recording, told from its blocks; a call may lie in several of them."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[IntArray, IntArray, IntArray]] = []
+
+    def add(self, block: RoutingTrace) -> None:
+        """Counts a block's tokens by call, and how many sequences have some; blocks without steps add nothing."""
+        if block.step is None or not block.num_tokens:
+            return
+        calls, call, tokens = np.unique(block.step, return_inverse=True, return_counts=True)
+        order = np.lexsort((block.sequence, call))
+        first = np.diff(call[order], prepend=-1) != 0
+        first |= np.diff(block.sequence[order], prepend=block.sequence[order[0]] - 1) != 0
+        self._blocks.append((calls, tokens, np.bincount(call[order][first], minlength=len(calls))))
+
+    def merge(self, other: ForwardCalls) -> None:
+        """Adds the blocks that another counted."""
+        self._blocks += other._blocks
+
+    def batches(self) -> tuple[Batch, ...]:
+        """The kinds of calls; none where no block had steps."""
+        if not self._blocks:
+            return ()
+        calls, tokens, sequences = (np.concatenate(column) for column in zip(*self._blocks, strict=True))
+        _, call = np.unique(calls, return_inverse=True)
+        size, present = (np.bincount(call, weights=counts).astype(np.int64) for counts in (tokens, sequences))
+        return batches_of_steps(size, np.asarray(size == present))
+
+
+def _repeated(steps: str, sequences: int, needed: float) -> str:
+    """How often the recorded sequences stand in a step that needs more of them."""
+    return (
+        f"{steps} are filled from {plural(sequences, 'recorded sequence')}, each {needed / sequences:.3g} times: what "
+        "steps differ by is what so few sequences leave open."
+    )
+
+
 def _held_out_units(units: IntArray, workload: IntArray, held_out: float, seed: int) -> IntArray:
     """A share of the units of each workload (a unit counts under the workload of its first token)."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     names, first = np.unique(units, return_index=True)
-    kept: list[IntArray] = []
+    result: list[IntArray] = []
     for code in np.unique(workload[first]):
         mine = names[workload[first] == code]
         count = min(max(round(len(mine) * held_out), 1), max(len(mine) - 1, 0))
-        kept.append(rng.permutation(mine)[:count])
-    return np.concatenate(kept) if kept else names[:0]
+        result.append(rng.permutation(mine)[:count])
+    return np.concatenate(result) if result else names[:0]

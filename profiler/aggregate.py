@@ -105,6 +105,7 @@ def _empty(
         sample_tokens=sample_tokens,
         preceding=preceding,
         model=shard.header.model,
+        batches=shard.header.batches,
     )
 
 

@@ -14,7 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -33,7 +33,8 @@ _CONNECTIONS = Connections()
 @dataclass(frozen=True)
 class EngineServer:
     """Where an engine answers. key: sent as a bearer token. timeout: seconds to wait for an answer. quote: whether
-    errors quote what was answered; not where others than those who named the address read them.
+    errors quote what was answered; not where others than those who named the address read them. most: bytes of an
+    answer. connections: how it is called, where not from anywhere to anywhere.
 
     Redirects are not followed: they would lead the key elsewhere.
     """
@@ -42,6 +43,8 @@ class EngineServer:
     key: str | None = None
     timeout: float = 300.0
     quote: bool = True
+    most: int = ANSWER_LIMIT
+    connections: Connections = field(default=_CONNECTIONS, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = check_address(self.url)
@@ -60,7 +63,7 @@ class EngineServer:
         data = None if body is None else json.dumps(body).encode()
         url = self.url.rstrip("/") + path
         try:
-            answer = _CONNECTIONS.request(method, url, data, headers, timeout=self.timeout, most=ANSWER_LIMIT + 1)
+            answer = self.connections.request(method, url, data, headers, timeout=self.timeout, most=self.most + 1)
         except UnansweredError as error:
             if error.timed_out:
                 raise AnswerError(
@@ -72,20 +75,20 @@ class EngineServer:
             ) from None
         if not 200 <= answer.status < 300:
             raise AnswerError(f"{method} {url}: {self._refusal(answer)}", answer.status)
-        if len(answer.body) > ANSWER_LIMIT:
-            raise AnswerError(f"{method} {url}: an answer of more than {ANSWER_LIMIT:,} bytes")
+        if len(answer.body) > self.most:
+            raise AnswerError(f"{method} {url}: an answer of more than {self.most:,} bytes")
         return answer.body
 
     def _refusal(self, answer: Answer) -> str:
-        told = f"answered {answer.status}"
+        words = f"answered {answer.status}"
         if self.quote:
             body = answer.body[:300].decode("utf-8", "replace").strip()
-            told += f" {answer.reason}: {body or 'nothing more'}"
+            words += f" {answer.reason}: {body or 'nothing more'}"
         if answer.status in (401, 403):
-            told += "; pass the server's key"
+            words += "; pass the server's key"
         elif 300 <= answer.status < 400:
-            told += "; redirects are not followed: give the address it leads to"
-        return told
+            words += "; redirects are not followed: give the address it leads to"
+        return words
 
     def json(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The answer, which must be a JSON object.
@@ -281,9 +284,9 @@ def _new_files(folder: Path, before: set[Path], wanted: int, patience: float) ->
         if time.monotonic() > end:
             break
         time.sleep(0.05)
-    found = f"{len(whole)} whole files of {wanted}" if files else "no file"
+    count = f"{len(whole)} whole files of {wanted}" if files else "no file"
     raise EngineError(
-        f"{folder}: {found} came in {patience:g} s after the dump; set the server's {FOLDER_VARIABLE} to a folder that "
+        f"{folder}: {count} came in {patience:g} s after the dump; set the server's {FOLDER_VARIABLE} to a folder that "
         "all of its nodes and this machine share, and name it"
     )
 
@@ -418,10 +421,10 @@ def _ask(server: EngineServer, engine: Engine, request: Request) -> Request:
         if path == "/generate":
             request = _generate(request)
     answer = server.json("POST", path, request)
-    kept = _routing(answer)
-    if not kept:
+    reported = _routing(answer)
+    if not reported:
         raise EngineError(f"{server.url}: an answer came without routed experts; start the server with {OPTION}")
-    return kept
+    return reported
 
 
 def _generate(request: Request) -> Request:
@@ -433,17 +436,17 @@ def _generate(request: Request) -> Request:
 
 def _routing(answer: Request) -> Request:
     """What `read_routed_experts` reads of an answer; empty where there is nothing."""
-    kept: Request = {}
+    routing: Request = {}
     for name in ("prompt_routed_experts", "routed_experts"):
         if answer.get(name) is not None:
-            kept[name] = answer[name]
+            routing[name] = answer[name]
     for name in ("meta_info", "sglext"):
         inner = answer.get(name)
         if isinstance(inner, dict) and inner.get("routed_experts") is not None:
             counts = ("routed_experts", "prompt_tokens", "completion_tokens")
-            kept[name] = {key: inner[key] for key in counts if key in inner}
+            routing[name] = {key: inner[key] for key in counts if key in inner}
     choices: Sequence[Any] = answer["choices"] if isinstance(answer.get("choices"), list) else ()
     inside = [_routing(choice) for choice in choices if isinstance(choice, dict)]
     if any(inside):
-        kept["choices"] = inside
-    return kept
+        routing["choices"] = inside
+    return routing

@@ -6,12 +6,13 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, UnsupportedError
 from ..placement.model import ModelSpec
-from ..placement.model_config import differing_layers
+from ..placement.model_config import ConfigReading, differing_layers, read_config
+from ..placement.model_families import BESIDE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,10 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 @dataclass(frozen=True, eq=False)
 class RouterSite:
-    """One layer's routing. layer: absolute index in the model. at_call: read before the call, from its arguments."""
+    """One layer's routing. layer: absolute index in the model. at_call: read before the call, from its arguments.
+
+    spare_ids: ids from `num_experts` on that stand for no expert: those without weights, or none at all.
+    """
 
     name: str
     layer: int
@@ -39,6 +43,11 @@ class RouterSite:
     num_experts: int
     extract: Extract
     at_call: bool
+    spare_ids: int = 0
+
+    @property
+    def in_decoder(self) -> bool:
+        return "decoder" in self.name.split(".")
 
 
 def find_sites(
@@ -51,41 +60,47 @@ def find_sites(
 
     Without `routers`, the experts modules of Transformers 5 are looked for: any module whose forward takes
     (hidden_states, top_k_index, top_k_weights), or the same under gpt-oss's names. They are given what the model's own
-    router chose, so group limits, correction biases and score functions need no knowledge here.
+    router chose, so group limits, correction biases and score functions need no knowledge here. Parts beside the
+    language model (vision, audio, speech) are left out; of an encoder and a decoder, the decoder is taken.
 
     Raises:
         InputError: no MoE layer found, a name that no module has, two routers for one layer, an unknown expert count.
         UnsupportedError: layers with different numbers of experts.
     """
+    own = _own_routers(model)
     if routers is None:
         if extract is not None:
             raise InputError("extract= reads the modules named by routers=; give routers= as well")
         modules = [(name, module) for name, module in _modules(model) if experts_arguments(module)]
-        modules = modules or [(name, module) for name, module in _modules(model) if name in _dense_routers(model)]
+        modules = modules or [(name, module) for name, module in _modules(model) if name in own]
         if not modules:
             raise InputError(_nothing_found(model))
+        modules = [entry for entry in modules if not BESIDE.search(entry[0])] or modules
         if {"encoder", "decoder"} <= {part for name, _ in modules for part in name.split(".")}:
-            raise InputError(
-                f"{type(model).__name__} routes in an encoder and in a decoder, whose tokens are not the same; record "
-                f"one of them: routers=r'decoder\\..*{modules[0][0].rpartition('.')[2]}$'"
+            modules = [entry for entry in modules if "decoder" in entry[0].split(".")]
+            logger.warning(
+                "%s routes in an encoder and in a decoder, whose tokens are not the same: the decoder is recorded; "
+                r"routers=r'encoder\..*%s$' records the encoder",
+                type(model).__name__,
+                modules[0][0].rpartition(".")[2],
             )
     else:
         modules = _named(model, routers)
+    reading = _reading(model)
     layers = _layer_indices([name for name, _ in modules])
     sites = []
     for layer, (name, module) in zip(layers, modules, strict=True):
         names = None if extract is not None else experts_arguments(module)
-        dense = _dense_routing if names is None and name in _dense_routers(model) else routing_of_call
-        sites.append(
-            RouterSite(
-                name=name,
-                layer=layer,
-                module=module,
-                num_experts=num_experts or _expert_count(name, module),
-                extract=_from_arguments(*names) if names else extract or dense,
-                at_call=names is not None,
-            )
-        )
+        count = num_experts or _expert_count(name, module)
+        read = _from_arguments(*names) if names else extract or own.get(name, routing_of_call)
+        skips = 0 if reading is None or extract is not None else int(reading.fields["zero_experts"])
+        if (numbered := getattr(module, "zero_expert_num", None)) is None and skips:
+            read = _unless_skipped(read, count)
+        spare_ids = numbered or skips or int(names is not None and takes_mask(module))
+        site = RouterSite(name, layer, module, count, read, names is not None, spare_ids)
+        if reading is not None and site.in_decoder:
+            site = replace(site, layer=layer + reading.encoder_layers)
+        sites.append(site)
     sites.sort(key=lambda site: site.layer)
     fewest, most = (end(sites, key=lambda site: site.num_experts) for end in (min, max))
     if fewest.num_experts != most.num_experts:
@@ -108,35 +123,70 @@ def experts_arguments(module: Module) -> tuple[str, str] | None:
     return names[2], names[3]
 
 
+def takes_mask(module: Module) -> bool:
+    """Whether an experts module is handed a 0 or 1 for each expert, of which a token may have none that is 1."""
+    return hasattr(module, "expert_0")
+
+
 def _from_arguments(index_name: str, weight_name: str) -> Extract:
     def read(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
         ids = args[1] if len(args) > 1 else kwargs[index_name]
         weights = args[2] if len(args) > 2 else kwargs[weight_name]
         if ids.shape[:-1] == weights.shape and ids.ndim > 2:
             # One-hot (Switch); a token past its expert's capacity has no expert.
-            return ids.argmax(dim=-1).where(ids.any(dim=-1), -1), weights
+            return ids.argmax(dim=-1).where(ids.any(dim=-1), ids.shape[-1]), weights
         return ids, weights
 
     return read
 
 
-def _dense_routers(model: Module) -> set[str]:
-    """Names of routers whose experts are given every token for every expert, scaled by scores that are zero for all but
-    the chosen (Llama-4)."""
-    names = set()
+def _unless_skipped(read: Extract, num_experts: int) -> Extract:
+    """For routers that may choose no expert, and then hand on one with a weight of zero (Zaya)."""
+
+    def read_weighted(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
+        ids, weights = read(module, args, kwargs, output)
+        assert weights is not None
+        return ids.where(weights != 0, num_experts), weights
+
+    return read_weighted
+
+
+def _own_routers(model: Module) -> dict[str, Extract]:
+    """How to read routers whose experts are not handed ids, by name.
+
+    Llama-4's experts are given every token for every expert, scaled by scores that are zero for all but the chosen;
+    JetMoe's are given tokens sorted by expert.
+    """
+    routers: dict[str, Extract] = {}
     for name, block in _modules(model):
         router, experts = getattr(block, "router", None), getattr(block, "experts", None)
-        if not isinstance(getattr(router, "top_k", None), int) or not hasattr(experts, "gate_up_proj"):
+        if not isinstance(getattr(router, "top_k", None), int):
             continue
+        of_block = f"{name}.router" if name else "router"
         forward = getattr(type(experts), "forward", None)
-        if forward is not None and list(inspect.signature(forward).parameters) == ["self", "hidden_states"]:
-            names.add(f"{name}.router" if name else "router")
-    return names
+        if hasattr(experts, "gate_up_proj") and forward is not None:
+            if list(inspect.signature(forward).parameters) == ["self", "hidden_states"]:
+                routers[of_block] = _dense_routing
+        elif hasattr(block, "input_linear") and hasattr(block, "output_linear") and "attention" not in name:
+            routers[of_block] = _sorted_routing
+    return routers
 
 
 def _dense_routing(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
     weights, ids = next(_tensors(output)).topk(module.top_k, dim=-1)  # type: ignore[arg-type]
     return ids, weights
+
+
+def _sorted_routing(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
+    """From (places of token-expert pairs sorted by expert, their tokens, their weights, pairs of each expert, ...)."""
+    import torch
+
+    place, _, weight, counts = output[:4]
+    expert = torch.repeat_interleave(torch.as_tensor(counts, device=place.device))
+    ids, weights = torch.empty_like(place), torch.empty_like(weight)
+    ids[place], weights[place] = expert.to(ids.dtype), weight
+    k: Any = module.top_k
+    return ids.view(-1, k), weights.view(-1, k)
 
 
 def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Routing:
@@ -147,7 +197,7 @@ def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     more in the output, without weights: its experts must then be in order of weight.
 
     Raises:
-        InputError: none of these is there.
+        InputError: none of these is there, or there is a number for every expert, as in masks.
     """
     returned, passed = list(_tensors(output)), list(_tensors((*args, *kwargs.values())))
     for tensors in (returned, passed):
@@ -155,6 +205,7 @@ def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             if _is_index(ids):
                 for weights in tensors:
                     if weights.is_floating_point() and weights.shape == ids.shape:
+                        _check_ids(module, ids)
                         return ids, weights
     for ids in returned:
         if _is_index(ids):
@@ -164,6 +215,28 @@ def routing_of_call(module: Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         f"({_shapes(passed)}); expected an integer tensor [tokens, k]. Pass extract=lambda module, args, kwargs, "
         "output: (ids, weights)"
     )
+
+
+def _check_ids(module: Module, ids: Tensor) -> None:
+    if any(getattr(module, name, None) == ids.shape[-1] > 1 for name in EXPERT_COUNTS):
+        raise InputError(
+            f"{type(module).__name__}: {_shapes([ids])} has a number for every expert, a mask perhaps, where ids "
+            "[tokens, k] were expected. Pass extract=lambda module, args, kwargs, output: (ids, weights)"
+        )
+
+
+def _reading(model: Module) -> ConfigReading | None:
+    """What the Transformers config of `model`, or of what it wraps, says; None without one that is understood."""
+    config = next((part.config for part in model.modules() if hasattr(getattr(part, "config", None), "to_dict")), None)
+    try:
+        return None if config is None else read_config(config)
+    except InputError:
+        return None
+
+
+def has_experts(model: Module) -> bool:
+    """Whether the model's config says that it has experts."""
+    return _reading(model) is not None
 
 
 def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
@@ -196,12 +269,6 @@ def spec_of(model: Module, sites: Sequence[RouterSite]) -> ModelSpec | None:
         )
     layers = tuple(site.layer for site in sites)
     return spec if layers == spec.moe_layers else spec.replace(layers=len(layers), moe_layers=layers)
-
-
-def zero_experts(sites: Sequence[RouterSite], spec: ModelSpec | None) -> int:
-    """Experts without weights that the router may choose after those of the sites."""
-    own = getattr(sites[0].module, "zero_expert_num", 0)
-    return max(own if isinstance(own, int) else 0, 0 if spec is None else spec.zero_experts)
 
 
 def _modules(model: Module) -> Iterator[tuple[str, Module]]:

@@ -76,18 +76,25 @@ class Batch:
 class BatchReader:
     """Reads batches off the arguments of a model's forward, and follows sequences through their KV caches.
 
+    decoder: of a model with an encoder as well, which is given arguments of its own for the decoder.
+
     Each row of a forward is a sequence. Where a forward is given a KV cache that is already filled, its rows go on
     being the sequences that filled it.
     """
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, model: Module, decoder: bool = False) -> None:
         self._signature = _signature(model)
+        self._decoder = decoder
+        # megatron-core's boolean masks are true where attention is not.
+        self._forbids = any(type(part).__module__.startswith("megatron.core.") for part in model.modules())
         self._of_cache: MutableMapping[Any, Rows] = weakref.WeakKeyDictionary()
         self._warned = False
 
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-        """The batch a forward is about to run on."""
+    def read(self, module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+        """The batch a forward of `module` is about to run on."""
         arguments = self._arguments(args, kwargs)
+        if self._decoder and "decoder_input_ids" in _signature(module).parameters:
+            arguments = _decoder_arguments(arguments)
         count, width = _shape(arguments)
         cache = _cache_of(arguments.get)
         past = _cache_length(cache)
@@ -146,12 +153,25 @@ class BatchReader:
         if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[2] == width <= mask.shape[3]:
             offset = past if mask.shape[3] >= past + width else mask.shape[3] - width
             diagonal = torch.diagonal(mask[:, 0], offset=offset, dim1=-2, dim2=-1)[:, :width]
-            return diagonal == 0 if mask.is_floating_point() else diagonal != 0
+            return diagonal == 0 if mask.is_floating_point() or self._forbids else diagonal != 0
         if not self._warned:
             self._warned = True
             shape = f"shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
             logger.warning("attention_mask (%s) does not tell padding from tokens; all positions are recorded", shape)
         return None
+
+
+def _decoder_arguments(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a model's decoder is given, under the names of a model of one part."""
+    own = {name.removeprefix("decoder_"): value for name, value in arguments.items() if name.startswith("decoder_")}
+    own |= {name: arguments[name] for name in CACHES if name in arguments}
+    if own.get("input_ids") is None and own.get("inputs_embeds") is None:
+        # Labels shifted by one; else what the decoder reads is made in the forward, and has as many rows.
+        rows = next((value for name, value in arguments.items() if name in ("input_ids", "inputs_embeds")), None)
+        own["input_ids"] = arguments.get("labels")
+        if own["input_ids"] is None and rows is not None:
+            own |= {"": rows[:, :1].float().reshape(len(rows), -1)}
+    return own
 
 
 def _signature(model: Module) -> inspect.Signature:
@@ -299,15 +319,18 @@ def narrow_dtype(num_experts: int) -> dtype:
 
 
 class StepRouting:
-    """Fills up with the routing of one forward call."""
+    """Fills up with the routing of one forward call.
+
+    again: what layers routed when they ran a second time in it, as in models that loop over their layers.
+    """
 
     def __init__(self, sites: Sequence[RouterSite], batch: Batch, *, keep_weights: bool) -> None:
         self.batch = batch
         self._sites, self._keep_weights = sites, keep_weights
         self._ids: Tensor | None = None
         self._weights: Tensor | None = None
-        self._filled = [0] * len(sites)
-        self._width = 0
+        self.filled = [0] * len(sites)
+        self.again: StepRouting | None = None
 
     def add(self, slot: int, ids: Tensor, weights: Tensor | None) -> None:
         """Copies what layer `slot` routed: ids and weights [..., k]. A layer may route its tokens in several calls."""
@@ -321,7 +344,11 @@ class StepRouting:
             self._ids = torch.empty(shape, dtype=narrow_dtype(self._sites[0].num_experts), device=ids.device)
             if weights is not None and self._keep_weights:
                 self._weights = torch.empty(shape, dtype=torch.float16, device=ids.device)
-        start = self._filled[slot]
+        start = self.filled[slot]
+        if tokens and start == self._ids.shape[1]:
+            self.again = self.again or StepRouting(self._sites, self.batch, keep_weights=self._keep_weights)
+            self.again.add(slot, ids, weights)
+            return
         if start + tokens > self._ids.shape[1] or ids.shape[-1] != self._ids.shape[-1]:
             raise UnsupportedError(
                 f"{self._sites[slot].name} routed {start + tokens} tokens to {ids.shape[-1]} experts each, other "
@@ -334,7 +361,7 @@ class StepRouting:
                 arguments = "no gate weights" if weights is None else f"gate weights of shape {list(weights.shape)}"
                 raise InputError(f"{self._sites[slot].name}: {arguments} beside expert ids of shape {list(ids.shape)}")
             self._weights[slot, start : start + tokens].copy_(weights.detach().reshape(ids.shape), non_blocking=True)
-        self._filled[slot] = start + tokens
+        self.filled[slot] = start + tokens
 
     def _expected(self, tokens: int, slot: int) -> int:
         width = self.batch.width
@@ -351,18 +378,18 @@ class StepRouting:
         if self._ids is None:
             return None
         total = self._ids.shape[1]
-        for site, filled in zip(self._sites, self._filled, strict=True):
+        for site, filled in zip(self._sites, self.filled, strict=True):
             if filled not in (0, total):
                 raise UnsupportedError(
                     f"{site.name} routed {filled} of the {total} tokens of this forward; recording needs every position"
                 )
         width = self.batch.width_of(total, self._sites[0].name)
-        routed = tuple(filled > 0 for filled in self._filled)
+        routed = tuple(filled > 0 for filled in self.filled)
         return Step(number, workload, self.batch, width, self._ids, self._weights, routed)
 
     @property
     def complete(self) -> bool:
-        return self._ids is not None and all(filled == self._ids.shape[1] for filled in self._filled)
+        return self._ids is not None and all(filled == self._ids.shape[1] for filled in self.filled)
 
 
 # Recording from inside torch.compile: an operator the compiler neither looks into nor drops. A hook registered on a
@@ -454,7 +481,7 @@ class ForwardHooks:
         self._model, self._sites, self._deliver, self._workload = model, sites, deliver, workload
         self._every_layer, self._keep_weights = every_layer, keep_weights
         self._on_error, self._failed = on_error, False
-        self._reader = BatchReader(model)
+        self._reader = BatchReader(model, decoder=all(site.in_decoder for site in sites))
         self._open: StepRouting | None = None
         self._owner: Module | None = None
         self._undo: list[Callable[[], object]] = []
@@ -579,7 +606,9 @@ class ForwardHooks:
         if self._failed or _in_backward() or (self._open is not None and self._owner is not module):
             return
         with self._reporting():
-            self._open = StepRouting(self._sites, self._reader.read(args, kwargs), keep_weights=self._keep_weights)
+            self._open = StepRouting(
+                self._sites, self._reader.read(module, args, kwargs), keep_weights=self._keep_weights
+            )
             self._owner = module
 
     def _route(self, slot: int, ids: Tensor, weights: Tensor | None) -> None:
@@ -598,8 +627,23 @@ class ForwardHooks:
             self._check_seen(step)
             assert step is not None
             self._reader.finish(routing.batch, output)
+            if routing.again is not None and self._every_layer:
+                raise self._looped(routing.again)
             self._deliver(step)
+            again = routing.again
+            while again is not None:
+                if (step := again.finish(self.steps, self._workload())) is not None:
+                    self._deliver(step)
+                again = again.again
             self.steps += 1
+
+    def _looped(self, again: StepRouting) -> UnsupportedError:
+        names = [site.name for site, filled in zip(self._sites, again.filled, strict=True) if filled]
+        return UnsupportedError(
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ran more than once in one forward call: the "
+            "model loops over these layers, and a trace has one choice for each token and layer. Record counts, which "
+            "are summed over the runs: mode='counts' (--mode counts)"
+        )
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:

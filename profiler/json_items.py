@@ -16,6 +16,8 @@ ITEM_LIMIT = 1 << 26
 DEPTH_LIMIT = 256
 """Containers inside one another: ijson keeps the whole way to each, which takes the square of the depth."""
 
+BOM = b"\xef\xbb\xbf"
+"""What some editors put before UTF-8."""
 ESCAPES = re.compile(rb"\\.", re.DOTALL)
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -68,6 +70,8 @@ class _Checked:
             FileFormatError: they go too deep, or too far without an item.
         """
         chunk = self._handle.read(size)
+        if not self.taken:
+            chunk = chunk.removeprefix(BOM)
         self.taken += len(chunk)
         self.since += len(chunk)
         if self.since > self._limit + CHUNK:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from ..placement.errors import InputError, UnsupportedError, nearest
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
-from .families import Extract, find_sites, spec_of, zero_experts
+from .families import Extract, find_sites, spec_of, takes_mask
 from .hooks import ForwardHooks
 from .recorders import CountSink, TokenSink, rank_and_world
 
@@ -112,10 +112,10 @@ class Recorder:
         self.model_spec: ModelSpec | None = spec_of(model, self._sites)
         self.moe_layers = tuple(site.layer for site in self._sites)
         self.num_experts = self._sites[0].num_experts
-        self._zero_experts = zero_experts(self._sites, self.model_spec)
-        if self._zero_experts and mode == "tokens":
+        self._spare_ids = self._sites[0].spare_ids
+        if self._spare_ids and mode == "tokens" and not takes_mask(self._sites[0].module):
             raise UnsupportedError(
-                f"{self._sites[0].name} has {self._zero_experts} zero-computation experts beside its "
+                f"{self._sites[0].name} has {self._spare_ids} zero-computation experts beside its "
                 f"{self.num_experts}, so that tokens visit fewer experts than the router chose, and a trace has as "
                 "many for each; record counts: mode='counts' (--mode counts). Zero experts are not placed"
             )
@@ -208,6 +208,7 @@ class Recorder:
                 rank=rank,
                 sample=self._sample,
                 model=self.model_spec,
+                spare_ids=self._spare_ids,
             )
         assert self.statistics_path is not None
         return CountSink(
@@ -219,7 +220,7 @@ class Recorder:
             sample=self._sample,
             window_steps=self._window_steps,
             reduce=self._reduce,
-            zero_experts=self._zero_experts,
+            spare_ids=self._spare_ids,
         )
 
     def _nothing_recorded(self) -> str:

@@ -19,6 +19,14 @@ from ..placement.trace import RoutingTrace, apart
 from .aggregate import aggregate_shards
 from .notes import remarks
 from .readers.arrays import Kind, kind_of
+from .readers.ascend import (
+    is_mindie,
+    is_omni_placement,
+    is_vllm_ascend_log,
+    read_mindie,
+    read_omni_placement,
+    read_vllm_ascend_log,
+)
 from .readers.exflow import is_exflow, read_exflow
 from .readers.load_history import is_load_history, read_load_history
 from .readers.megatron import is_megatron, read_megatron
@@ -27,6 +35,7 @@ from .readers.sglang import is_sglang, read_sglang
 from .readers.tables import check_loads, is_loads, read_loads
 from .readers.token_imbalance import is_token_imbalance, read_token_imbalance
 from .readers.trtllm import is_trtllm, read_trtllm
+from .readers.vllm_loads import is_vllm_loads, read_vllm_loads
 from .statistics_file import is_statistics, read_statistics
 from .trace_files import TraceShard, is_trace, read_trace, trace_of_shards, trace_shards
 
@@ -60,6 +69,14 @@ READERS: Registry[Reader] = Registry(
         read_token_imbalance,
     ),
     Reader("ADRS load history: .json", is_load_history, read_load_history),
+    Reader("vLLM expert-load statistics: .jsonl", is_vllm_loads, read_vllm_loads),
+    Reader("MindIE expert hotspots: a folder of decode_<rank>.csv and prefill_<rank>.csv", is_mindie, read_mindie),
+    Reader(
+        "Omni-Placement counts: a folder of activation_counts_recordstep_<n>_rank_<r>.txt",
+        is_omni_placement,
+        read_omni_placement,
+    ),
+    Reader("vLLM-Ascend log with [EPLB experts] windows", is_vllm_ascend_log, read_vllm_ascend_log),
     Reader(
         "routed experts of vLLM or SGLang: .npy or .npz [tokens, layers, k], JSON",
         is_routed_experts,
@@ -252,7 +269,10 @@ def layers_that_differ(path: Path, recorded: Sequence[int], model: ModelSpec) ->
             "the other half of a pipeline (record each stage); `moeplace import --moe-layers` says which of the "
             "model's layers were recorded"
         )
-    said.append("--keep-layers of `moeplace import` takes those that are given, and a plan is for them alone")
+    said.append(
+        "--keep-layers of `moeplace import` takes those that are given, with --model as a part of it, and a plan is "
+        "for them alone"
+    )
     return ". ".join(f"{part[0].upper()}{part[1:]}" if number else part for number, part in enumerate(said))
 
 

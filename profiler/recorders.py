@@ -96,7 +96,9 @@ class TokenSink:
         rank: int,
         sample: float,
         model: ModelSpec | None,
+        spare_ids: int = 0,
     ) -> None:
+        self._spare_ids = spare_ids
         self._folder, self._num_experts, self._moe_layers = folder, num_experts, tuple(moe_layers)
         self._rank, self._sample, self._model = rank, sample, model
         self._book = SequenceBook()
@@ -162,6 +164,12 @@ class TokenSink:
             chosen = sampled(sequence, self._sample, self._rank)
             index, sequence, where = index[chosen], sequence[chosen], where[chosen]
         ids = item.expert_ids.numpy()
+        if self._spare_ids and (spare := ids[:, index] >= self._num_experts).any():
+            layer = self._moe_layers[int(np.flatnonzero(spare.any(axis=(1, 2)))[0])]
+            raise UnsupportedError(
+                f"model layer {layer} gave a token no expert, as where its expert had as many as it takes; a trace "
+                "has experts for every token: record counts, mode='counts' (--mode counts)"
+            )
         weights = None if item.gate_weights is None else item.gate_weights.numpy()
         if self._writer is None:
             self._writer = TraceWriter(
@@ -336,9 +344,9 @@ class CountSink:
         sample: float,
         window_steps: int,
         reduce: bool,
-        zero_experts: int = 0,
+        spare_ids: int = 0,
     ) -> None:
-        self._zero_experts = zero_experts
+        self._spare_ids = spare_ids
         self._path, self._rank, self._world, self._sample = path, rank, world, sample
         self._window_steps, self._reduce = window_steps, reduce
         self._counts = WindowCounts(tuple(moe_layers), num_experts)
@@ -370,7 +378,7 @@ class CountSink:
         if window != self._window:
             self._end_window()
             self._window = window
-        ids, width = step.expert_ids, self._counts.num_experts + self._zero_experts + 2
+        ids, width = step.expert_ids, self._counts.num_experts + self._spare_ids + 2
         self._counts.top_k = ids.shape[2]
         if self._running is None:
             self._running = torch.zeros(len(ids), width, dtype=torch.int64, device=ids.device)

@@ -8,6 +8,7 @@ is killed (SIGKILL, SIGTERM) keeps the shards it had completed.
 from __future__ import annotations
 
 import atexit
+import inspect
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError
+from .families import has_experts
 from .profile import MODES, Mode, profile
 from .recorders import merge_counts
 
@@ -33,7 +35,8 @@ SETTINGS = "MOEPLACE_RECORD"
 CALLED = {"transformers.modeling_utils": "PreTrainedModel", "torch._dynamo.eval_frame": "OptimizedModule"}
 """The classes whose calls may be a first forward, by the module they are in."""
 
-FAILURE = "failed-"
+FAILURE, REFUSAL = "failed-", "refused-"
+"""Files by which a command's processes tell of recordings that failed, and of MoE models that were not recorded."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +67,17 @@ def run_recorded(command: Sequence[str], out: str | Path, mode: Mode = "tokens",
         shutil.copyfile(Path(__file__).with_name("hooks_bootstrap.py"), folder / "sitecustomize.py")
         settings = {"out": str(target), "mode": mode, "sample": sample, "folder": name}
         code = _run(command, settings)
-        failures = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{FAILURE}*"))]
+        failures, refusals = (
+            [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{kind}*"))]
+            for kind in (FAILURE, REFUSAL)
+        )
     if mode == "counts" and list(statistics.parent.glob(f"{statistics.stem}-rank*.npz")):
         merge_counts(statistics)
     for failure in failures:
         logger.error("recording failed: %s", failure)
     if code == 0 and not failures and not _recorded(target, statistics, mode):
+        if refusals:
+            raise InputError(f"{' '.join(command)}: nothing was recorded; {refusals[0].strip()}")
         raise InputError(
             f"{' '.join(command)}: no forward call of a Transformers MoE model was seen. The model must run in a "
             "Python process that can import moeplace and was started without -I, -E or -S; to record any other model, "
@@ -144,12 +152,16 @@ class _Attachment:
         transformers = sys.modules.get("transformers.modeling_utils")
         if transformers is None or not isinstance(inner, transformers.PreTrainedModel) or type(inner) in self._other:
             return
+        if inner.config.is_encoder_decoder and "decoder_input_ids" not in inspect.signature(inner.forward).parameters:
+            return  # an encoder or a decoder alone, as in generate: the whole is recorded
         settings = self._settings
         try:
             recorder = profile(model, settings["out"], mode=settings["mode"], sample=settings["sample"], reduce=False)
         except InputError as error:
             self._other.add(type(inner))
             logger.info("not recording %s: %s", type(inner).__name__, error)
+            if has_experts(inner):
+                self._tell(REFUSAL, error)
             return
         except Exception as error:  # noqa: BLE001 - whatever recording fails at, the script goes on
             self._end()
@@ -183,10 +195,13 @@ class _Attachment:
 
     def _report(self, error: Exception) -> None:
         """Tells the waiting `run_recorded`; the script goes on."""
-        folder = Path(self._settings["folder"])
-        if folder.is_dir():
-            text = f"process {os.getpid()}: {type(error).__name__}: {error}\n"
-            (folder / f"{FAILURE}{os.getpid()}").write_text(text, encoding="utf-8")
+        self._tell(FAILURE, error)
+
+    def _tell(self, kind: str, error: Exception) -> None:
+        file = Path(self._settings["folder"]) / f"{kind}{os.getpid()}"
+        # The first error is the cause; that nothing was recorded, which closing finds, follows from it.
+        if file.parent.is_dir() and not file.exists():
+            file.write_text(f"process {os.getpid()}: {type(error).__name__}: {error}\n", encoding="utf-8")
 
 
 _attachment: _Attachment | None = None

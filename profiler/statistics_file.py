@@ -6,7 +6,7 @@ import json
 import math
 import zipfile
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from .._arguments import check_types
 from .._tensor_files import checked_members
+from ..placement.batches import Batch, as_batches
 from ..placement.errors import FileFormatError, InputError
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
@@ -82,6 +83,7 @@ def write_statistics(statistics: RoutingStatistics, path: Source) -> None:
         "fingerprint": statistics.fingerprint,
         "model": None if statistics.model is None else statistics.model.model_dump(mode="json"),
         "sample_workloads": workloads,
+        "batches": [asdict(batch) for batch in statistics.batches],
         "shapes": {name: list(array.shape) for name, array in stored.items()},
     }
     with (
@@ -223,4 +225,5 @@ def _statistics(header: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> 
         tokens=int(header["tokens"]),
         fingerprint=str(header["fingerprint"]),
         model=None if header.get("model") is None else ModelSpec(**header["model"]),
+        batches=as_batches([Batch(**batch) for batch in header.get("batches", ())]),
     )

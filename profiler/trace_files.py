@@ -14,7 +14,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from .._arguments import check_types
 from .._types import IntArray
+from ..placement.batches import Batch, as_batches
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
 from ..placement.model import ModelSpec
@@ -54,13 +55,15 @@ MAGIC = b"PAR1"
 class TraceHeader:
     """Shape of a trace, kept as JSON in the Parquet schema metadata under `moeplace.trace`.
 
-    model: the recorded model where the recorder knew it.
+    model: the recorded model where the recorder knew it. batches: kinds of the recording's forward calls, where this is
+    a part that cuts them.
     """
 
     num_experts: int
     top_k: int
     moe_layers: tuple[int, ...]
     model: ModelSpec | None = None
+    batches: tuple[Batch, ...] = ()
 
     def __post_init__(self) -> None:
         layers = self.moe_layers
@@ -85,6 +88,7 @@ class TraceHeader:
             "top_k": self.top_k,
             "moe_layers": list(self.moe_layers),
             "model": None if self.model is None else self.model.model_dump(mode="json"),
+            **({"batches": [asdict(batch) for batch in self.batches]} if self.batches else {}),
         }
         return json.dumps(fields).encode()
 
@@ -115,6 +119,7 @@ class TraceHeader:
                 top_k=_whole(fields["top_k"]),
                 moe_layers=tuple(_whole(layer) for layer in fields["moe_layers"]),
                 model=None if model is None else ModelSpec(**model),
+                batches=as_batches([Batch(**batch) for batch in fields.get("batches", ())]),
             )
         except FileFormatError:
             raise
@@ -257,7 +262,7 @@ def write_trace(trace: RoutingTrace, target: Source, *, model: ModelSpec | None 
     Raises:
         InputError: the folder already holds a trace.
     """
-    header = TraceHeader(trace.num_experts, trace.top_k, trace.moe_layers, model or trace.model)
+    header = TraceHeader(trace.num_experts, trace.top_k, trace.moe_layers, model or trace.model, trace.whole_batches)
     schema = trace_schema(
         header,
         gate_weights=trace.gate_weights is not None,
@@ -504,7 +509,7 @@ def empty_trace(header: TraceHeader) -> RoutingTrace:
     trace = RoutingTrace.from_arrays(
         np.empty(shape, np.int64), header.num_experts, workload=np.empty(0, str), moe_layers=header.moe_layers
     )
-    return replace(trace, model=header.model)
+    return replace(trace, model=header.model, whole_batches=header.batches)
 
 
 @dataclass(frozen=True)
@@ -586,7 +591,7 @@ def read_row_group(
 ) -> Iterator[RoutingTrace]:
     """Blocks of at most `tokens` tokens of one row group (None: all of it in one).
 
-    routing_only leaves gate weights and steps unread.
+    routing_only leaves gate weights unread.
 
     Raises:
         FileFormatError: the row group is damaged, ragged, or holds ids that are not possible.
@@ -594,7 +599,7 @@ def read_row_group(
     rows = shard.rows[group]
     where = f"{shard.name}, row group {group}"
     header = shard.header
-    skipped = ("gate_weights", "step") if routing_only else ()
+    skipped = ("gate_weights",) if routing_only else ()
     known = (*REQUIRED_COLUMNS, *INTEGER_COLUMNS, "gate_weights")
     names = [name for name in shard.columns if name in known and name not in skipped]
     columns: dict[str, Any] = {}
@@ -665,7 +670,10 @@ def _decode(where: str, name: str, column: Any, header: TraceHeader) -> Any:
     if name == "workload":
         array = column.combine_chunks().dictionary_encode()
         array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-        return array.dictionary.to_pylist(), array.indices.to_numpy(zero_copy_only=False)
+        names, codes = array.dictionary.to_pylist(), array.indices.to_numpy(zero_copy_only=False)
+        if codes.size and not 0 <= codes.min() <= codes.max() < len(names):
+            raise FileFormatError(f"{where}: damaged: workloads that the column does not name")
+        return names, codes
     if name not in ("expert_ids", "gate_weights"):
         return column.to_numpy()
     shape = (len(column), len(header.moe_layers), header.top_k)
@@ -700,7 +708,7 @@ def _block(where: str, header: TraceHeader, columns: dict[str, Any], rows: slice
         )
     except InputError as error:
         raise FileFormatError(f"{where}: {error}") from None
-    return replace(trace, model=header.model)
+    return replace(trace, model=header.model, whole_batches=header.batches)
 
 
 def _open_shard(source: Path | BinaryIO) -> TraceShard:

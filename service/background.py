@@ -30,7 +30,7 @@ class Loop:
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=5)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -55,8 +55,8 @@ class DriftScheduler:
         for name, (count, checked) in self._store.windows.unchecked().items():
             before = self._asked.get(name)
             # A look that failed leaves `checked` as it was: it is made again once more has come, not again and again.
-            wanted = before[0] + self._settings.check_windows if before and before[1] == checked else 0
-            if count < max(wanted, self._settings.check_windows):
+            threshold = before[0] + self._settings.check_windows if before and before[1] == checked else 0
+            if count < max(threshold, self._settings.check_windows):
                 asked |= {name: before} if before else {}
                 continue
             job = self._store.jobs.submit("watch", {}, SERVICE, deployment=name, only=True)
@@ -65,12 +65,13 @@ class DriftScheduler:
         self._asked = asked
 
 
-def apply_retention(store: Store) -> None:
-    """Joins and drops old windows and uploads, deployment by deployment, as their policies say."""
+def apply_retention(store: Store, keep_days: float) -> None:
+    """Joins and drops old windows and uploads, deployment by deployment, as their policies say; drops jobs, deliveries
+    and statistics that are older than `keep_days` and that nothing refers to."""
     after = ""
     now = datetime.now(UTC)
-    while found := store.deployments.page(limit=100, after=after):
-        for deployment in found:
+    while deployments := store.deployments.page(limit=100, after=after):
+        for deployment in deployments:
             policy = Policy(**deployment.policy)
             old = now - timedelta(hours=policy.join_after_hours)
             # Those that checks search stay single: what is one observation of many is of no use to them.
@@ -82,7 +83,15 @@ def apply_retention(store: Store) -> None:
             )
             remove(places)
             if joined or dropped or uploads:
-                told = {"deployment": deployment.name, "joined": joined, "dropped": dropped, "uploads": uploads}
-                log.info("compacted", extra=told)
-        after = found[-1].name
+                about = {"deployment": deployment.name, "joined": joined, "dropped": dropped, "uploads": uploads}
+                log.info("compacted", extra=about)
+        after = deployments[-1].name
     store.uploads.drop(kind="statistics", owner="", keep=0, begun_before=now - STALE_UPLOAD)
+    past = now - timedelta(days=keep_days)
+    counts = {
+        "jobs": store.jobs.drop(past),
+        "deliveries": store.webhooks.drop(past),
+        "statistics": store.drop_statistics(past),
+    }
+    if any(counts.values()):
+        log.info("dropped", extra=counts)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -28,6 +28,7 @@ from ..db.records import (
     CheckRecord,
     CountWindow,
     DecisionRecord,
+    DeliveryRecord,
     DeploymentRecord,
     EngineRecord,
     JobRecord,
@@ -64,7 +65,7 @@ MOST_WAIT = 20
 RETRIES = Retry(
     4,
     allowed_methods=None,
-    status_forcelist=(429, 503),
+    status_forcelist=(429, 500, 502, 503, 504),
     raise_on_status=False,
     backoff_factor=0.4,
     backoff_jitter=0.4,
@@ -214,8 +215,8 @@ class Client:
         self, name: str, model: str, topology: str, policy: Policy | Mapping[str, Any] | None = None
     ) -> DeploymentRecord:
         """A model on a topology, both by name or id, to be kept under watch."""
-        wanted = policy if isinstance(policy, Policy) else Policy(**(policy or {}))
-        body = {"name": name, "model": model, "topology": topology, "policy": wanted.as_document()}
+        document = policy if isinstance(policy, Policy) else Policy(**(policy or {}))
+        body = {"name": name, "model": model, "topology": topology, "policy": document.as_document()}
         return self._ask(DeploymentRecord, "POST", "/v1/deployments", body, again=True)
 
     def deployment(self, name: str) -> DeploymentRecord:
@@ -254,14 +255,36 @@ class Client:
         answer = self._transport.call("POST", path, to_arrow(windows), headers, again=True)
         return Taken(**answer.json())
 
+    def release(self, name: str) -> DeploymentRecord:
+        """Lets automatic publication go on after a roll-back."""
+        return self._ask(DeploymentRecord, "POST", _deployment(name, "release"), again=True)
+
+    def remove_deployment(self, name: str) -> None:
+        """Ends it, with its windows, checks, decisions, publications, jobs, webhooks, engine and traces; plans stay."""
+        self._transport.call("DELETE", _deployment(name))
+
+    def remove_windows(self, deployment: str, *, ended_before: datetime | None = None) -> int:
+        """Removes count windows, those that ended before a moment or all; returns how many."""
+        query = "" if ended_before is None else "?" + urlencode({"ended_before": ended_before.isoformat()})
+        return int(self._json("DELETE", _deployment(deployment, "windows") + query)["removed"])
+
+    def remove(self, kind: Literal["model", "topology", "statistics", "plan"], ref: str) -> None:
+        """Removes what is stored under a name or id, where nothing refers to it."""
+        lists = {"model": "models", "topology": "topologies", "statistics": "statistics", "plan": "plans"}
+        self._transport.call("DELETE", f"/v1/{lists[kind]}/{quote(ref, safe='')}")
+
+    def remove_job(self, key: int) -> None:
+        """Removes a job that has ended; its plans stay."""
+        self._transport.call("DELETE", f"/v1/jobs/{key}")
+
     def windows(self, deployment: str) -> Iterator[WindowView]:
         """Newest first, with their loads."""
         return self._pages(WindowView, _deployment(deployment, "windows"), limit=64)
 
     def totals(self, deployment: str) -> tuple[int, int]:
         """(windows kept, token-expert pairs they count)."""
-        found = self._json("GET", _deployment(deployment, "windows/totals"))
-        return found["windows"], found["pairs"]
+        record = self._json("GET", _deployment(deployment, "windows/totals"))
+        return record["windows"], record["pairs"]
 
     def upload_trace(self, deployment: str, path: str | Path | BinaryIO) -> UploadRecord:
         """Sends a Parquet shard of routing, from a path or a binary file; goes on where an earlier attempt stopped."""
@@ -321,21 +344,21 @@ class Client:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             try:
-                for found in self.events(key):
+                for record in self.events(key):
                     if progress is not None:
-                        progress(found)
-                    if found.state in ENDED or time.monotonic() > deadline:
+                        progress(record)
+                    if record.state in ENDED or time.monotonic() > deadline:
                         break
             except (OSError, ValueError):
                 pass
             except MoeplaceError as error:
                 if isinstance(error, InputError):
                     raise
-            found = self.job(key)
-            if found.state == "done":
-                return found
-            if found.state in ENDED:
-                raise SolveError(f"job {key} {found.state}: {found.error or 'by request'}")
+            record = self.job(key)
+            if record.state == "done":
+                return record
+            if record.state in ENDED:
+                raise SolveError(f"job {key} {record.state}: {record.error or 'by request'}")
             time.sleep(0.2)
         raise SolveError(f"job {key} did not end within {timeout:g} s; it goes on")
 
@@ -354,8 +377,8 @@ class Client:
         name: str | None = None,
     ) -> PlanView:
         """Keeps the plan in an engine's own file. Of a stored model on a stored topology, or a deployment's."""
-        given = {"model": model, "topology": topology, "deployment": deployment, "name": name}
-        query = urlencode({key: value for key, value in given.items() if value is not None})
+        names = {"model": model, "topology": topology, "deployment": deployment, "name": name}
+        query = urlencode({key: value for key, value in names.items() if value is not None})
         content = Path(path).read_bytes()
         headers = {"Content-Type": "application/octet-stream"}
         answer = self._transport.call("POST", f"/v1/plans/file?{query}", content, headers, again=True)
@@ -363,8 +386,8 @@ class Client:
 
     def plan(self, ref: str) -> Plan:
         """A stored plan, by name or id."""
-        found = self._json("GET", f"/v1/plans/{quote(ref, safe='')}")
-        return plan_from_dict(found["document"], f"plan {ref!r}")
+        record = self._json("GET", f"/v1/plans/{quote(ref, safe='')}")
+        return plan_from_dict(record["document"], f"plan {ref!r}")
 
     def plans(self, **filters: Any) -> Iterator[PlanView]:
         """Newest first, without their tables. filters: model, solver."""
@@ -420,9 +443,26 @@ class Client:
         """Keeps the plan in force."""
         return self._ask(DecisionRecord, "POST", f"/v1/decisions/{decision}/reject", {"comment": comment}, again=True)
 
-    def add_webhook(self, deployment: str, url: str) -> WebhookMade:
-        """Has the deployment's events sent to `url`, signed with the secret returned."""
-        return self._ask(WebhookMade, "POST", _deployment(deployment, "webhooks"), {"url": url})
+    def add_webhook(self, deployment: str, url: str, *, events: Sequence[str] | None = None) -> WebhookMade:
+        """Has events sent to an address, signed with the secret that is told here only. events: kinds; None for all."""
+        body = {"url": url, "events": None if events is None else list(events)}
+        return self._ask(WebhookMade, "POST", _deployment(deployment, "webhooks"), body)
+
+    def rotate_webhook(self, deployment: str, key: int) -> WebhookMade:
+        """A new secret; the former one signs beside it for 24 hours."""
+        return self._ask(WebhookMade, "POST", _deployment(deployment, f"webhooks/{key}/rotate"))
+
+    def test_webhook(self, deployment: str, key: int) -> DeliveryRecord:
+        """Has an event sent that tells of nothing."""
+        return self._ask(DeliveryRecord, "POST", _deployment(deployment, f"webhooks/{key}/test"))
+
+    def deliveries(self, deployment: str, key: int) -> Iterator[DeliveryRecord]:
+        """Events of a webhook, newest first, and what came of sending them."""
+        return self._pages(DeliveryRecord, _deployment(deployment, f"webhooks/{key}/deliveries"))
+
+    def redeliver(self, deployment: str, key: int, delivery: int) -> DeliveryRecord:
+        """Has an event sent again, with the same id."""
+        return self._ask(DeliveryRecord, "POST", _deployment(deployment, f"webhooks/{key}/deliveries/{delivery}"))
 
     def webhooks(self, deployment: str) -> list[WebhookRecord]:
         """Without their secrets."""
@@ -509,8 +549,8 @@ class Client:
             query[cursor] = page["next"]
 
     def _ask(self, kind: type[T], method: str, path: str, body: Any = None, *, again: bool = False) -> T:
-        found: T = adapter(kind).validate_python(self._json(method, path, body, again=again))
-        return found
+        record: T = adapter(kind).validate_python(self._json(method, path, body, again=again))
+        return record
 
     def _json(self, method: str, path: str, body: Any = None, *, again: bool = False) -> Any:
         content = None if body is None else json.dumps(body).encode()

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, FailFast, Field
 
 from ..db.records import CountWindow
 from ..db.windows import TEXT_LENGTH, check_ended, narrow
@@ -38,7 +38,7 @@ class WindowIn(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     ended: Annotated[AwareDatetime, AfterValidator(_possible)]
-    load: list[list[Count]]
+    load: Annotated[list[Annotated[list[Count], FailFast()]], FailFast()]
     workload: Name = ""
     source: Name = ""
 
@@ -46,7 +46,13 @@ class WindowIn(BaseModel):
 class WindowsIn(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    windows: Annotated[list[WindowIn], Field(min_length=1, max_length=MOST_WINDOWS)]
+    windows: Annotated[list[WindowIn], Field(min_length=1, max_length=MOST_WINDOWS), FailFast()]
+
+
+def read_windows(kind: str, body: bytes, shape: tuple[int, int]) -> list[CountWindow]:
+    """Reads a body of this content type, `JSON` or `ARROW`. shape: [layers, experts], which Arrow streams do not tell.
+    Raises as `from_json`, `from_arrow`."""
+    return from_arrow(body, *shape) if kind == ARROW else from_json(body)
 
 
 def from_json(body: bytes) -> list[CountWindow]:
@@ -60,6 +66,11 @@ def from_json(body: bytes) -> list[CountWindow]:
         CountWindow(entry.ended, _rectangular(entry.load, index), entry.workload, entry.source)
         for index, entry in enumerate(parsed.windows)
     ]
+
+
+COLUMNS = {"ended", "load", "workload", "source"}
+MOST_NAMED = 8
+"""Columns of a stream that an error names."""
 
 
 def from_arrow(body: bytes, layers: int, experts: int) -> list[CountWindow]:
@@ -86,13 +97,15 @@ def _windows_of(body: bytes, layers: int, experts: int) -> list[CountWindow]:
         if not 1 <= rows <= MOST_WINDOWS:
             raise InputError(f"windows: {rows} rows, 1 to {MOST_WINDOWS} are taken at once")
         with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
+            names = reader.schema.names
+            if not set(names) <= COLUMNS or len(set(names)) != len(names):
+                raise InputError(
+                    f"columns {sorted(names)[:MOST_NAMED]}: expected ended, load, workload and source, once each"
+                )
             table = reader.read_all()
         table.validate(full=True)
     except (pa.ArrowException, OSError, struct.error) as error:
         raise FileFormatError(f"not an Arrow stream, or damaged ({error})") from None
-    unknown = set(table.column_names) - {"ended", "load", "workload", "source"}
-    if unknown or len(set(table.column_names)) != len(table.column_names):
-        raise InputError(f"columns {sorted(table.column_names)}: expected ended, load, workload and source, once each")
     ended = _times(table)
     loads = _loads(table, layers, experts)
     texts = {name: _texts(table, name) for name in ("workload", "source")}

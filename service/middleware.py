@@ -3,21 +3,24 @@ carries."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..db.store import Store
-from .problems import problem
+from .problems import SAFE_HEADERS, problem
 
 # Figures for Prometheus: of this server's requests, and of what is stored.
 
@@ -33,6 +36,7 @@ class Metrics:
             "moeplace_request_seconds", "Time to answer.", ("method", "route"), registry=self._registry
         )
         self._windows = Counter("moeplace_windows", "Count windows stored by this server.", registry=self._registry)
+        self._workers = Gauge("moeplace_workers", "Workers of this server.", registry=self._registry)
         self._registry.register(_Stored(store))
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -43,6 +47,25 @@ class Metrics:
     def windows(self, count: int) -> None:
         """Counts stored windows."""
         self._windows.inc(count)
+
+    def workers(self, count: Callable[[], float]) -> None:
+        """Tells how many workers live, when asked."""
+        self._workers.set_function(count)
+
+    def serve(self, port: int) -> Callable[[], None]:
+        """Answers Prometheus on a port of its own, without a token; returns what ends that.
+
+        Raises:
+            OSError: the port cannot be listened on.
+        """
+        server, thread = start_http_server(port, registry=self._registry)
+
+        def end() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return end
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -58,26 +81,50 @@ class _Stored(Collector):
     def describe(self) -> list[GaugeMetricFamily]:
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         jobs = GaugeMetricFamily("moeplace_jobs", "Jobs that have not ended.", labels=["state"])
         for state, count in self._store.jobs.waiting().items():
             jobs.add_metric([state], count)
         yield jobs
-        names = ("deployment",)
-        version = GaugeMetricFamily("moeplace_plan_version", "Publications so far.", labels=names)
-        gap = GaugeMetricFamily("moeplace_plan_gap", "Load gap of the plan in force at the last check.", labels=names)
-        p = GaugeMetricFamily("moeplace_drift_p", "P-value of the last drift check.", labels=names)
-        alarms = GaugeMetricFamily("moeplace_drift_alarm", "1 when the last check was an alarm.", labels=names)
-        for deployment in self._store.deployments.page(limit=1000):
-            version.add_metric([deployment.name], deployment.version)
-            for check in self._store.deployments.checks(deployment.name, limit=1):
-                alarms.add_metric([deployment.name], float(check.alarm))
-                for family, key in ((gap, "gap"), (p, "p")):
-                    if key in check.figures:
-                        family.add_metric([deployment.name], check.figures[key])
-        yield from (version, gap, p, alarms)
-        waiting = len(self._store.decisions.page(limit=1000, state="waiting"))
-        yield GaugeMetricFamily("moeplace_decisions_waiting", "Decisions that wait for approval.", value=waiting)
+        gauges = {
+            key: GaugeMetricFamily(f"moeplace_{key}", text, labels=["deployment"])
+            for key, text in (
+                ("plan_version", "Publications so far."),
+                ("plan_gap", "Load gap of the plan in force at the last check."),
+                ("plan_regret", "Predicted loss of the plan in force against a fresh one, when last known."),
+                ("drift_p", "P-value of the last drift check."),
+                ("drift_alarm", "1 from an alarm until somebody acts on it."),
+                ("publication_held", "1 while a roll-back holds automatic publication."),
+                ("deployment_decisions_waiting", "Decisions that wait for approval."),
+            )
+        }
+        alarms = CounterMetricFamily("moeplace_drift_alarms", "Alarms so far.", labels=["deployment"])
+        work = GaugeMetricFamily(
+            "moeplace_deployment_jobs", "Jobs that have not ended.", labels=["deployment", "state"]
+        )
+        total = 0
+        for entry in self._store.deployments.overview(limit=1000):
+            name, figures = [entry.deployment.name], {} if entry.check is None else entry.check.figures
+            known = {
+                "plan_version": entry.deployment.version,
+                "plan_gap": figures.get("gap"),
+                "plan_regret": entry.regret,
+                "drift_p": figures.get("p"),
+                "drift_alarm": float(entry.deployment.alarm is not None),
+                "publication_held": float(entry.deployment.hold is not None),
+                "deployment_decisions_waiting": entry.waiting,
+            }
+            for key, value in known.items():
+                if value is not None:
+                    gauges[key].add_metric(name, value)
+            alarms.add_metric(name, entry.alarms)
+            for state in ("queued", "running"):
+                work.add_metric([*name, state], entry.jobs.get(state, 0))
+            total += entry.waiting
+        yield from gauges.values()
+        yield alarms
+        yield work
+        yield GaugeMetricFamily("moeplace_decisions_waiting", "Decisions that wait for approval.", value=total)
 
 
 # How much and how often a caller may send.
@@ -86,35 +133,96 @@ class _Stored(Collector):
 REMEMBERED = 10_000
 """Callers whose rate is known; the one heard of longest ago is forgotten first."""
 
+STREAMS = ("/events", "/live")
+"""How the addresses of streams end."""
+
 UNLIMITED = ("/health", "/ready", "/metrics")
 
 
+SMALL_BODY = 1 << 18
+"""Bytes of a body that is read in this process: what any content of so many becomes in memory, and the time it takes
+while nobody else is answered, are small."""
+
+BODIES_TOGETHER = 1 << 28
+"""Bytes of all bodies under way in one server."""
+
+LARGE = re.compile(r"/v1/(plans|plans/file|topologies|deployments/[^/]+/windows|uploads/[^/]+)")
+"""Whose bodies may be large: they are read by a process of bounded memory, or kept as they are."""
+
+
+def route_path(scope: Scope) -> str:
+    """The path of a request, without what a proxy has before it."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _client(scope: Scope) -> str:
+    """The address that a request came from."""
+    return str(scope["client"][0]) if scope.get("client") else ""
+
+
 class BodyLimit:
-    """Refuses bodies of more than `most` bytes, announced or not, before they are in memory."""
+    """Refuses bodies that are too large, announced or not, before they are in memory; `most` bytes where large ones
+    are taken. And bodies that are too large all together, or compressed."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+        self._app, self._most, self._under_way = app, most, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = Headers(scope=scope).get("content-length", "0")
-        if not announced.isdigit() or int(announced) > self._most:
-            refusal = problem(413, f"a body of more than {self._most:,} bytes; send several requests")
+        headers = Headers(scope=scope)
+        refusal = _coded(headers)
+        if refusal is not None:
             await refusal(scope, receive, send)
+            return
+        most = self._most if LARGE.fullmatch(route_path(scope)) else min(SMALL_BODY, self._most)
+        announced = headers.get("content-length", "0")
+        # More digits than any length has would be a number that no one can read.
+        if not announced.isascii() or not announced.isdigit() or len(announced) > 18 or int(announced) > most:
+            await _too_large(most)(scope, receive, send)
             return
         received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._most:
-                raise HTTPException(413, f"a body of more than {self._most:,} bytes; send several requests")
+            size = len(message.get("body", b""))
+            received += size
+            self._under_way += size
+            if received > most:
+                raise HTTPException(413, TOO_LARGE.format(most))
+            if self._under_way > BODIES_TOGETHER:
+                raise HTTPException(
+                    503, "too many large bodies are under way; send it again later", headers={"Retry-After": "2"}
+                )
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._under_way -= received
+
+
+def _coded(headers: Headers) -> ASGIApp | None:
+    """Refuses a body that would have to be decoded before it is what its type says: little of it may become much."""
+    codings = [name.strip() for line in headers.getlist("content-encoding") for name in line.lower().split(",")]
+    unknown = [name for name in codings if name not in ("", "identity")]
+    if unknown:
+        detail = f"Content-Encoding {', '.join(unknown)[:100]!r}; bodies are taken as they are: send it without"
+        return problem(415, detail, headers={"Accept-Encoding": "identity"})
+    transfer = ",".join(headers.getlist("transfer-encoding")).lower().strip()
+    if transfer not in ("", "chunked"):
+        return problem(501, f"Transfer-Encoding {transfer[:100]!r}; chunked alone is taken")
+    return None
+
+
+TOO_LARGE = "a body of more than {:,} bytes; send several requests"
+
+
+def _too_large(most: int) -> ASGIApp:
+    return problem(413, TOO_LARGE.format(most))
 
 
 class RateLimit:
@@ -126,10 +234,10 @@ class RateLimit:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._rate <= 0 or scope["path"] in UNLIMITED:
+        if scope["type"] != "http" or self._rate <= 0 or route_path(scope) in UNLIMITED:
             await self._app(scope, receive, send)
             return
-        wait = self._take(scope["client"][0] if scope.get("client") else "")
+        wait = self._take(_client(scope))
         if wait > 0:
             retry = {"Retry-After": str(math.ceil(wait))}
             refusal = problem(429, f"more than {self._rate:g} requests a second", headers=retry)
@@ -149,19 +257,55 @@ class RateLimit:
         return wait
 
 
-log = logging.getLogger("moeplace.service")
+class PagesCompressed(GZipMiddleware):
+    """Pages and figures; what the API answers may be large, and nobody else is answered while it is compressed."""
 
-SAFE_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-}
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        inner = self.app if scope["type"] != "http" or route_path(scope).startswith("/v1/") else super().__call__
+        await inner(scope, receive, send)
+
+
+class Unchanged:
+    """Pages that a browser has already are answered 304: their tag is of their content."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "GET" or route_path(scope).startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        known = Headers(scope=scope).get("if-none-match", "")
+        start: Message | None = None
+
+        async def tagged(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                if message["status"] == 200 and kind.startswith("text/html"):
+                    start = message
+                    return
+            elif start is not None and message["type"] == "http.response.body":
+                # Pages come in one piece.
+                begin, start = start, None
+                tag = '"' + hashlib.sha256(message["body"]).hexdigest()[:24] + '"'
+                headers = MutableHeaders(scope=begin)
+                headers["etag"], headers["cache-control"] = tag, "private, no-cache"
+                if tag in known:
+                    del headers["content-length"]
+                    begin["status"], message["body"] = 304, b""
+                await send(begin)
+            await send(message)
+
+        await self._app(scope, receive, tagged)
+
+
+log = logging.getLogger("moeplace.service")
 
 
 class Observe:
-    """Streams are timed until their end."""
+    """Streams are timed until their end. HEAD is answered as GET would be, without the body (which the server leaves
+    out); streams have nothing to tell of themselves."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -171,6 +315,10 @@ class Observe:
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 500
+        method = scope["method"]
+        if method == "HEAD" and not scope["path"].endswith(STREAMS):
+            # The server itself goes by the scope that it made.
+            scope = {**scope, "method": "GET"}
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -186,7 +334,8 @@ class Observe:
         finally:
             taken = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.request(scope["method"], route, status, taken)
-            if scope["path"] not in UNLIMITED:
-                told = {"method": scope["method"], "path": scope["path"], "status": status}
-                log.info("request", extra={**told, "ms": round(1000 * taken, 2)})
+            self._metrics.request(method, route, status, taken)
+            if route_path(scope) not in UNLIMITED:
+                about = {"method": method, "path": scope["path"], "status": status, "client": _client(scope)}
+                about["actor"] = scope.get("state", {}).get("actor")
+                log.info("request", extra={**about, "ms": round(1000 * taken, 2)})

@@ -15,13 +15,14 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from .._http import Connections
 from ..db.records import CountWindow, EngineHold
+from ..db.secrets import unseal
 from ..db.store import Store
 from ..placement.errors import FileFormatError, InputError, MoeplaceError
 from ..placement.model import ModelSpec
@@ -32,9 +33,13 @@ from .settings import Settings
 log = logging.getLogger("moeplace.service.polling")
 
 MOST_WAIT = 3600.0
-AT_ONCE = 8
+AT_ONCE = 64
 ANSWER_SECONDS = 30.0
+ANSWER_BYTES = 1 << 20
+"""Of one answer: settings of an engine are some kilobytes."""
 FILE_SECONDS = 30.0
+END_SECONDS = 2.0
+"""On stopping, engines have so long to be told to stop recording."""
 
 
 class Poller:
@@ -43,7 +48,7 @@ class Poller:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
         self._name = f"{socket.gethostname()[:60]}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="engine")
+        self._connections = Connections(peers=settings.peers)
         self._lock = threading.Lock()
         self._asking: set[int] = set()
         self._due: dict[int, tuple[object, float]] = {}
@@ -63,35 +68,37 @@ class Poller:
             silent = now - self._seen[entry.key][1] > self._settings.lease_seconds
             if not (mine or not entry.holder or silent):
                 continue
-            held = self._store.engines.take(entry, self._name)
-            if held is None:
+            hold = self._store.engines.take(entry, self._name)
+            if hold is None:
                 continue
-            what, due = self._due.get(held.key, (None, 0.0))
-            if what != held.engine.created:
+            what, due = self._due.get(hold.key, (None, 0.0))
+            if what != hold.engine.created:
                 # New, changed, or taken over.
                 due = 0.0
             with self._lock:
-                if held.key in self._asking or now < due:
+                if hold.key in self._asking or now < due or len(self._asking) >= AT_ONCE:
                     continue
-                self._asking.add(held.key)
-            self._due[held.key] = (held.engine.created, now + _wait(held, 0))
-            self._threads.submit(self._ask, held)
+                self._asking.add(hold.key)
+            self._due[hold.key] = (hold.engine.created, now + _wait(hold, 0))
+            threading.Thread(target=self._ask, args=(hold,), name="engine", daemon=True).start()
 
     def close(self) -> None:
-        """Lets recordings under way end, which takes at most their span."""
+        """Has recordings under way stopped; does not wait for engines that do not answer."""
         self._stop.set()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        deadline = time.monotonic() + END_SECONDS
+        while self._asking and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _since(self, entry: EngineHold, now: float) -> tuple[tuple[str, int], float]:
         sign = (entry.holder, entry.beat)
         before = self._seen.get(entry.key)
         return before if before is not None and before[0] == sign else (sign, now)
 
-    def _ask(self, held: EngineHold) -> None:
-        engine, error, new, idle = held.engine, None, 0, False
+    def _ask(self, hold: EngineHold) -> None:
+        engine, error, new, idle = hold.engine, None, 0, False
         try:
             folder = self._settings.recorders[engine.recorder]
-            window = ask(held, self._model(engine.deployment), folder, self._stop)
+            window = ask(hold, self._model(engine.deployment), folder, self._stop, self._connections)
             new = self._store.windows.add({engine.deployment: [window]})[engine.deployment]
             log.info("engine asked", extra={"deployment": engine.deployment})
         except FileFormatError as nothing:
@@ -108,23 +115,26 @@ class Poller:
                 log.warning("engine not read", extra={"deployment": engine.deployment, "error": error})
             if not self._stop.is_set():
                 with contextlib.suppress(MoeplaceError):
-                    self._store.engines.told(held, new, error)
-            self._due[held.key] = (engine.created, time.monotonic() + _wait(held, failures))
+                    self._store.engines.told(hold, new, error)
+            self._due[hold.key] = (engine.created, time.monotonic() + _wait(hold, failures))
             with self._lock:
-                self._asking.discard(held.key)
+                self._asking.discard(hold.key)
 
     def _model(self, deployment: str) -> ModelSpec:
         return self._store.model(self._store.deployments.get(deployment).model_id).spec
 
 
-def ask(held: EngineHold, model: ModelSpec, folder: Path, stop: threading.Event) -> CountWindow:
+def ask(
+    hold: EngineHold, model: ModelSpec, folder: Path, stop: threading.Event, connections: Connections
+) -> CountWindow:
     """One recording, as a count window. The files that the engine wrote for it are removed.
 
     Raises:
         MoeplaceError: as `record_sglang`, or the engine serves another model.
     """
-    engine = held.engine
-    server = EngineServer(engine.url, held.secret, ANSWER_SECONDS, quote=False)
+    engine = hold.engine
+    key = None if hold.secret is None else unseal(hold.secret)
+    server = EngineServer(engine.url, key, ANSWER_SECONDS, quote=False, most=ANSWER_BYTES, connections=connections)
 
     def watch(_: float) -> None:
         if stop.is_set():
@@ -156,19 +166,19 @@ def window_of(counted: RoutingStatistics, model: ModelSpec, source: str) -> Coun
     return CountWindow(datetime.now(UTC), load, source=source)
 
 
-def _wait(held: EngineHold, failures: int) -> float:
+def _wait(hold: EngineHold, failures: int) -> float:
     """Seconds from the end of a recording to the next."""
-    pause = max(0.0, held.engine.every - held.engine.span)
-    return pause if not failures else max(pause, min(MOST_WAIT, held.engine.every * 2.0 ** min(failures, 20)))
+    pause = max(0.0, hold.engine.every - hold.engine.span)
+    return pause if not failures else max(pause, min(MOST_WAIT, hold.engine.every * 2.0 ** min(failures, 20)))
 
 
-def recorder_folders(given: Mapping[str, str]) -> dict[str, Path]:
+def recorder_folders(paths: Mapping[str, str]) -> dict[str, Path]:
     """Folders by name, as the operator gives them.
 
     Raises:
         InputError: one is no folder.
     """
-    folders = {name: Path(path).absolute() for name, path in given.items()}
+    folders = {name: Path(path).absolute() for name, path in paths.items()}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise InputError(f"--recorder {name}: {folder} is no folder")

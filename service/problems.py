@@ -1,4 +1,4 @@
-"""Errors as problem details (RFC 9457), naming the field where there is one."""
+"""Errors as problem details (RFC 9457), naming the field where there is one; browsers get them as pages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
+from ..db.database import ForbiddenError
+from ..db.jobs import QuotaError
 from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError, StoreError
+from .fields import FieldsError, fields_of
+from .pages.errors import error_page, wants_page
+
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+}
+"""What browsers are told of every answer."""
 
 log = logging.getLogger("moeplace.service")
 
@@ -30,16 +44,35 @@ TITLES = {
     422: "invalid input",
     429: "too many requests",
     500: "internal error",
+    501: "not supported",
     503: "not available now",
 }
 STATUS: tuple[tuple[type[MoeplaceError], int], ...] = (
     (NotFoundError, 404),
     (ConflictError, 409),
+    (ForbiddenError, 403),
+    (QuotaError, 429),
     (StoreError, 503),
     (InputError, 422),
     (MoeplaceError, 422),
 )
 """The first that fits."""
+
+
+class Problem(JSONResponse):
+    """Says what is wrong, to programs and to browsers each in their way."""
+
+    def __init__(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        # Set here and not only by `Observe`: what answers an unexpected error runs outside of it.
+        self._body, self._extra = body, {**SAFE_HEADERS, **headers, "Vary": "Accept"}
+        super().__init__(body, body["status"], headers=self._extra, media_type=CONTENT_TYPE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.status_code < 400 or not wants_page(scope):
+            await super().__call__(scope, receive, send)
+            return
+        title, detail = self._body["title"], self._body["detail"]
+        await error_page(scope, self.status_code, title, detail, self._extra)(scope, receive, send)
 
 
 def problem(
@@ -55,20 +88,12 @@ def problem(
     }
     if errors:
         body["errors"] = [dict(entry) for entry in errors]
-    return JSONResponse(body, status, headers=dict(headers or {}), media_type=CONTENT_TYPE)
+    return Problem(body, headers or {})
 
 
-def refused(error: ValidationError | RequestValidationError, within: str = "") -> JSONResponse:
-    """What pydantic found, a field each: `windows.0.load: message`."""
-    found = []
-    for entry in error.errors():
-        parts = [str(part) for part in entry["loc"]]
-        if parts[:1] == ["body"] and len(parts) > 1:
-            parts = parts[1:]
-        field = ".".join([*([within] if within else []), *parts]) or "body"
-        message = str(entry["msg"]).removeprefix("Value error, ").encode(errors="backslashreplace").decode()
-        found.append({"field": field, "message": message})
-    return problem(422, "; ".join(f"{entry['field']}: {entry['message']}" for entry in found)[:4000], errors=found)
+def refused(fields: Sequence[Mapping[str, str]]) -> JSONResponse:
+    """The answer that names them."""
+    return problem(422, str(FieldsError(fields)), errors=fields)
 
 
 def install(app: FastAPI) -> None:
@@ -76,19 +101,18 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(MoeplaceError)
     async def of_library(request: Request, error: MoeplaceError) -> JSONResponse:
+        if isinstance(error, FieldsError):
+            return refused(error.fields)
         status = next(status for kind, status in STATUS if isinstance(error, kind))
         if status == 503:
             log.warning("store", extra={"path": request.url.path, "error": str(error)})
             return problem(status, str(error), headers={"Retry-After": "2"})
-        return problem(status, str(error))
+        return problem(status, str(error), headers={"Retry-After": "60"} if status == 429 else None)
 
     @app.exception_handler(RequestValidationError)
-    async def of_request(request: Request, error: RequestValidationError) -> JSONResponse:
-        return refused(error)
-
     @app.exception_handler(ValidationError)
-    async def of_body(request: Request, error: ValidationError) -> JSONResponse:
-        return refused(error)
+    async def of_values(request: Request, error: ValidationError | RequestValidationError) -> JSONResponse:
+        return refused(fields_of(error))
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:

@@ -39,7 +39,7 @@ def from_windows(windows: Sequence[WindowRecord], model: ModelSpec) -> RoutingSt
     workloads = tuple(dict.fromkeys(window.workload for window in windows))
     load = np.stack([window.load for window in windows]).astype(np.float64)
     codes = np.array([workloads.index(window.workload) for window in windows], dtype=np.int64)
-    told = repr((workloads, codes.tolist(), model.moe_layers)).encode()
+    identity = repr((workloads, codes.tolist(), model.moe_layers)).encode()
     return RoutingStatistics(
         experts=model.experts,
         moe_layers=model.moe_layers,
@@ -48,7 +48,7 @@ def from_windows(windows: Sequence[WindowRecord], model: ModelSpec) -> RoutingSt
         workloads=workloads,
         top_k=model.top_k,
         tokens=int(load.sum(axis=(0, 2)).max() / model.top_k),
-        fingerprint=hashlib.sha256(told + load.tobytes()).hexdigest(),
+        fingerprint=hashlib.sha256(identity + load.tobytes()).hexdigest(),
     )
 
 

@@ -21,13 +21,15 @@ from ..db.records import (
     WindowRecord,
 )
 from ..db.uploads import UPLOAD_LIMIT
+from ..placement.batches import Batch
 from ..placement.errors import InputError
 from ..placement.failures import Kind
 from ..placement.model import ModelSpec
 from ..placement.plan import plan_to_dict
+from ..placement.step_mix import named_batch
 from ..placement.topology import Topology
 from ..profiler.engine_servers import EngineServer
-from .policy import AskedObjective, EngineName, PlainObject, Policy, SlotCounts
+from .policy import AskedBatches, AskedObjective, EngineName, PlainObject, Policy, SlotCounts, check_plain
 
 Name = Annotated[str, Field(min_length=1, max_length=100, description="A name, not one that reads as an id.")]
 Ref = Annotated[str, Field(min_length=1, max_length=200, description="A name, or the first digits of an id.")]
@@ -35,6 +37,11 @@ Ref = Annotated[str, Field(min_length=1, max_length=200, description="A name, or
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_plain(cls, data: Any) -> Any:
+        return check_plain(data)
 
 
 class JobBody(Body):
@@ -65,10 +72,13 @@ class ModelIn(Body):
     name: Name | None = None
 
 
+MOST_DEVICES = 4096
+
+
 class TopologyIn(Body):
     """topology: in full, with counts, or {"preset": NAME, "nodes": n, "devices_per_node": m}."""
 
-    topology: PlainObject
+    topology: dict[str, Any]
     name: Name | None = None
 
 
@@ -109,7 +119,9 @@ class TopologyFull(TopologyView):
 
 
 class PlanView(BaseModel):
-    """A plan without its tables. value, bound, gap: of its solver's own objective."""
+    """A plan without its tables. value, bound, gap: of its solver's own objective. noise, noise_gap: how much of value
+    and gap sampling noise alone makes, of plans searched on counts. claimed_by: whose word they are;
+    null where they were proven by this service."""
 
     id: str
     name: str | None
@@ -131,6 +143,9 @@ class PlanView(BaseModel):
     value: float | None
     bound: float | None
     gap: float | None
+    noise: float | None
+    noise_gap: float | None
+    claimed_by: str | None
 
     @classmethod
     def of(cls, record: PlanSummary) -> PlanView:
@@ -147,6 +162,8 @@ class PlanView(BaseModel):
             value=certificate.value if certificate else None,
             bound=certificate.bound if certificate else None,
             gap=certificate.gap if certificate else None,
+            noise=certificate.noise if certificate else None,
+            noise_gap=certificate.noise_gap if certificate else None,
         )
 
 
@@ -203,8 +220,8 @@ class SolveRequest(JobBody):
     """Of a deployment, or of a stored model, topology and statistics.
 
     routing: what of a deployment's record to solve on, its newest `windows` count windows or its uploaded traces.
-    slots: one number for all layers, or one for each. engine: what the plan is for. Left out: solver, options, seconds,
-    slots, objective and engine are those of the deployment's policy.
+    slots: one number for all layers, or one for each. engine: what the plan is for. batches: the steps it is for. Left
+    out: solver, options, seconds, slots, objective, engine and batches are those of the deployment's policy.
     """
 
     deployment: Ref | None = None
@@ -220,6 +237,7 @@ class SolveRequest(JobBody):
     slots: SlotCounts | None = None
     objective: AskedObjective | None = None
     engine: EngineName | None = None
+    batches: AskedBatches | None = None
 
 
 class SolveJob(SolveRequest):
@@ -270,8 +288,14 @@ def _callable(url: str) -> str:
 Address = Annotated[str, Field(max_length=2000, pattern=r"^https?://[!-~]+$"), AfterValidator(_callable)]
 
 
+EventKind = Literal["drift.alarm", "decision.made", "decision.rejected", "plan.published"]
+
+
 class WebhookIn(Body):
+    """events: kinds to send; left out, all."""
+
     url: Address
+    events: Annotated[list[EventKind], Field(min_length=1, max_length=10)] | None = None
 
 
 class EngineIn(Body):
@@ -297,11 +321,13 @@ class EngineIn(Body):
 
 
 class WebhookMade(BaseModel):
-    """secret: signs what is sent; it is not shown again."""
+    """secret: signs what is sent; it is not shown again. old_until: until when the former one does, too."""
 
     key: int
     url: str
     created: datetime
+    events: tuple[str, ...] | None
+    old_until: datetime | None
     secret: str
 
 
@@ -315,13 +341,22 @@ class StepsRequest(Body):
     """The steps plans are replayed on: of one token of each of `tokens` sequences (decode), or of whole sequences
     (prefill).
 
-    Where a deployment has counts only, steps of so many tokens are drawn from them, whichever batch is named. Left out:
-    tokens is 128 for decode, 4096 for prefill, the policy's step_tokens for counts; count is 200, 32 and 16.
+    Several kinds by `batches`. Where a deployment has counts only, steps are drawn from them. Left out,
+    batch and tokens: the policy's batches, else the recorded or usual ones; count: 200 of decode and 32 of prefill,
+    fewer where steps are large.
     """
 
-    batch: Literal["decode", "prefill"] = "decode"
+    batch: Literal["decode", "prefill"] | None = None
     tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    batches: AskedBatches = []
     count: Annotated[int, Field(ge=1, le=2000)] | None = None
+
+    @property
+    def named(self) -> tuple[Batch, ...]:
+        """The batches that were named."""
+        if self.batch is None and self.tokens is None:
+            return tuple(self.batches)
+        return (named_batch(self.batch, self.tokens),)
 
 
 class StudyRequest(JobBody):

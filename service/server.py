@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+import socket
+import sys
 
+from .._interrupts import note as note_interrupt
+from ..db.jobs import SERVICE
+from ..db.secrets import has_key
 from ..db.store import Store
-from ..placement.errors import InputError
+from ..placement.errors import ConflictError, InputError
 from .settings import Settings, configure
 
 log = logging.getLogger("moeplace.service")
 
 DRAIN_SECONDS = 20
+FIRST = "first"
+"""Name of the token that is made at the first start."""
 
 
 def serve(settings: Settings) -> None:
@@ -24,21 +32,42 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from .app import create_app
+    from .connections import Limits, most_connections, protocol_within
 
     configure()
     with Store.open(settings.db) as store:
+        if has_key():
+            store.webhooks.seal_all()
+            store.engines.seal_all()
+        first = _first_token(settings, store)
         app = create_app(settings, store)
         if app.state.shards is not None:
             app.state.shards.check()
+        limits = Limits(most_connections(), settings.proxies)
+
+        class Server(uvicorn.Server):
+            """Ends what only waits as soon as it is told to stop."""
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                app.state.ready = False
+                app.state.changes.stop()
+                await super().shutdown(sockets)
+
         config = uvicorn.Config(
             app,
+            http=protocol_within(limits),
+            ws="none",
+            # Of nobody else are the headers that say whose request it is believed.
+            proxy_headers=bool(settings.proxies),
+            forwarded_allow_ips=list(settings.proxies),
+            root_path=settings.root_path,
             host=settings.host,
             port=settings.port,
             log_config=None,
             timeout_graceful_shutdown=DRAIN_SECONDS,
             server_header=False,
         )
-        server = uvicorn.Server(config)
+        server = Server(config)
         try:
             bound = config.bind_socket()
         except SystemExit:
@@ -46,9 +75,34 @@ def serve(settings: Settings) -> None:
                 f"cannot listen on {settings.host} port {settings.port}; is something else there?"
             ) from None
         port = bound.getsockname()[1]
-        told = {"url": f"http://{settings.host}:{port}", "db": store.url, "tokens": settings.asks_for_tokens}
-        log.info("serving", extra=told)
+        about = {"url": f"http://{settings.host}:{port}", "db": store.url, "tokens": settings.asks_for_tokens}
+        log.info("serving", extra={**about, "sealed": has_key()})
+        if first is not None:
+            # Not into the log: it goes to whoever started the server, this once.
+            at = f"http://{settings.host}:{port}{settings.root_path}"
+            print(f"The first token, role approve, is not shown again: {first}\nSign in with it at {at}", flush=True)  # noqa: T201
         # uvicorn raises the signal that stopped it once more when it is done: being told to stop is not a failure.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
-        server.run(sockets=[bound])
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: note_interrupt())
+        with contextlib.ExitStack() as stack:
+            if settings.metrics_port is not None:
+                try:
+                    stack.callback(app.state.metrics.serve(settings.metrics_port))
+                except OSError as error:
+                    raise InputError(f"cannot listen on port {settings.metrics_port} for metrics ({error})") from None
+            server.run(sockets=[bound])
+
+
+def _first_token(settings: Settings, store: Store) -> str | None:
+    """A token for whoever starts a server that asks for them, where there is none yet. Elsewhere than on a loopback
+    address or at a terminal, what is printed is kept by others: there it is said how to make one."""
+    if not settings.asks_for_tokens or not store.tokens.none_made():
+        return None
+    if not settings.on_loopback and not sys.stdout.isatty():
+        log.warning("there is no token yet; make one: moeplace tokens add NAME --role approve")
+        return None
+    try:
+        return store.tokens.add(FIRST, "approve", SERVICE)
+    except ConflictError:
+        # Another server on this database was faster.
+        return None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from .._http import Peers
 from ..placement.errors import InputError
 
 # Logs a machine can read: one JSON object a line, on standard error.
@@ -54,10 +56,15 @@ class Settings:
     """db: address of the database. traces: where uploaded traces are kept, a folder or an address fsspec opens; None
     for the database. recorders: folders that engines' recorders write to, by name. workers: processes that solve, 0 for
     none here, or a Ray cluster: "ray://host:port", "ray" for the one this machine is part of, "ray:local" for one of
-    this machine alone. ray_workers: processes on it, None for one a CPU. auth: None to ask
-    for tokens everywhere but on loopback. rate: requests a second and caller, 0 for any; burst: that many at once.
+    this machine alone. ray_workers: processes on it, None for one a CPU. auth: whether to ask for tokens; not to is
+    possible on loopback alone. root_path: where a proxy that strips it puts the service. proxies: addresses and
+    networks whose X-Forwarded headers are believed. rate: requests a second and caller, 0 for any; burst: that many at
+    once.
     check_windows: new windows of a deployment from which on it is checked for drift. lease_seconds: a worker that shows
-    no sign of life for so long is given up.
+    no sign of life for so long is given up. keep_days: ended jobs, sent deliveries and statistics that nothing refers
+    to are dropped after so many days. peers: which addresses engines and webhooks may have. job_bytes: memory that a
+    job may take, None for its share of the machine's. job_seconds: how long one may run. metrics_port: where
+    figures for Prometheus are to be had without a token, on all addresses; None for nowhere.
     """
 
     db: str | None = None
@@ -67,7 +74,8 @@ class Settings:
     port: int = 8311
     workers: int | str = 1
     ray_workers: int | None = None
-    auth: bool | None = None
+    auth: bool = True
+    root_path: str = ""
     rate: float = 200.0
     burst: int = 400
     body_bytes: int = 32 << 20
@@ -76,10 +84,25 @@ class Settings:
     attempts: int = 3
     max_seconds: float = 3600.0
     idle_seconds: float = 0.5
+    keep_days: float = 90.0
+    peers: Peers = field(default_factory=Peers)
+    proxies: Sequence[str] = ()
+    job_bytes: int | None = None
+    job_seconds: float = 7200.0
+    metrics_port: int | None = None
 
     def __post_init__(self) -> None:
-        if self.auth is False and not self.on_loopback:
+        if not self.auth and not self.on_loopback:
             raise InputError(f"host {self.host!r} can be reached from elsewhere: tokens cannot be turned off there")
+        if self.root_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.root_path):
+            raise InputError(
+                f"root_path ({self.root_path!r}) must be a path such as /moeplace, without a slash at its end"
+            )
+        for proxy in self.proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                raise InputError(f"proxy {proxy!r} is neither an address nor a network (10.0.0.0/8)") from None
         if isinstance(self.workers, int) and not 0 <= self.workers <= 1024:
             raise InputError(f"workers ({self.workers}) must be 0 to 1024, or a Ray cluster")
         on_ray = isinstance(self.workers, str)
@@ -101,4 +124,4 @@ class Settings:
 
     @property
     def asks_for_tokens(self) -> bool:
-        return not self.on_loopback if self.auth is None else self.auth
+        return self.auth

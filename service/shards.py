@@ -123,8 +123,8 @@ def _opened(url: str) -> tuple[Any, str]:
 
 
 def _protocol(system: Any) -> str:
-    found = system.protocol
-    return str(found if isinstance(found, str) else found[0])
+    protocol = system.protocol
+    return str(protocol if isinstance(protocol, str) else protocol[0])
 
 
 @contextlib.contextmanager
@@ -135,5 +135,5 @@ def _told(url: str) -> Iterator[None]:
     except (StoreError, InputError, UnsupportedError):
         raise
     except Exception as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise StoreError(f"traces at {url}: {told[:500]}") from error
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(f"traces at {url}: {message[:500]}") from error

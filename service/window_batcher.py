@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from ..db.database import RefusedDataError
 from ..db.records import CountWindow
 from ..db.store import Store
 from ..placement.errors import StoreError
@@ -92,7 +93,7 @@ class WindowBatcher:
                 [(submission.deployment, submission.windows) for submission in submissions]
             )
         except Exception as error:  # noqa: BLE001 - handed to whoever sent it
-            if not isinstance(error, StoreError) and len(submissions) > 1:
+            if len(submissions) > 1 and not _is_down(error):
                 # One of them is refused, or cannot be stored for a reason of its own, and with it all: find out which.
                 for submission in submissions:
                     self._store_all([submission])
@@ -102,3 +103,8 @@ class WindowBatcher:
         else:
             for submission, count in zip(submissions, new, strict=True):
                 submission.done.set_result(count)
+
+
+def _is_down(error: Exception) -> bool:
+    """Whether the database itself is away or full, so that no other transaction would do better."""
+    return isinstance(error, StoreError) and not isinstance(error, RefusedDataError)

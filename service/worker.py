@@ -1,6 +1,6 @@
 """A worker process: takes jobs one after the other, shows that it lives, and leaves nothing behind when it does not.
 
-    python -m moeplace.service.worker NAME LEASE_SECONDS IDLE_SECONDS
+    python -m moeplace.service.worker NAME LEASE_SECONDS IDLE_SECONDS JOB_BYTES JOB_SECONDS LANE
 
 The database is named by MOEPLACE_DB. It ends when its standard input does: then its server is gone, however that ended.
 """
@@ -15,13 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..db.jobs import Lane
 from ..db.records import ClaimedJob, JobOutcome
 from ..db.store import Store
 from ..placement.errors import MoeplaceError, StoreError
 from ..solvers.base import Progress
+from .processes import bound_memory
 from .settings import configure
 from .tasks import task_of
 
@@ -36,8 +39,10 @@ class Pulse:
     """Beats for a job from a thread of its own, passing on its progress. Calls `gone` when the job is not ours any
     more."""
 
-    def __init__(self, job: ClaimedJob, store: Store, every: float, gone: Callable[[], None]) -> None:
-        self._job, self._store, self._every, self._gone = job, store, every, gone
+    def __init__(self, job: ClaimedJob, store: Store, limits: Limits, gone: Callable[[], None]) -> None:
+        self._job, self._store, self._gone, self._limits = job, store, gone, limits
+        self._every = limits.lease_seconds / 6
+        self._deadline = time.monotonic() + limits.job_seconds
         self._news: dict[str, Any] | None = None
         self._history: list[list[float | None]] = []
         self._stop = threading.Event()
@@ -71,21 +76,66 @@ class Pulse:
             with contextlib.suppress(StoreError):
                 self._store.jobs.beat(self._job, news)
 
+    def _fail(self, excess: str) -> None:
+        """Ends the job, and this process with all that it started."""
+        log.warning("job ended", extra={"job": self._job.key, "excess": excess})
+        with contextlib.suppress(MoeplaceError):
+            self._store.jobs.fail(self._job, excess)
+        self._gone()
+
     def _run(self) -> None:
         last = time.monotonic()
         while not self._stop.wait(min(0.5, self._every)):
+            excess = self._limits.excess(self._deadline)
+            if excess is not None:
+                self._fail(excess)
             news, self._news = self._news, None
             if news is None and time.monotonic() - last < self._every:
                 continue
             last = time.monotonic()
             try:
-                held = self._store.jobs.beat(self._job, news)
+                mine = self._store.jobs.beat(self._job, news)
             except StoreError as error:
                 # The database may come back; whether the job is still ours then, the next beat tells.
                 log.warning("no beat", extra={"job": self._job.key, "error": str(error)})
                 continue
-            if not held and not self._stop.is_set():
+            if not mine and not self._stop.is_set():
                 self._gone()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one job, all its processes together. lease_seconds: without a sign of life."""
+
+    lease_seconds: float
+    job_bytes: int
+    job_seconds: float
+
+    def excess(self, deadline: float) -> str | None:
+        """What a job takes too much of, in words."""
+        if time.monotonic() > deadline:
+            return f"it runs for more than {self.job_seconds:g} s; ask for less"
+        if group_bytes() > self.job_bytes:
+            return self.too_large
+        return None
+
+    @property
+    def too_large(self) -> str:
+        """What a job is told that takes too much memory."""
+        return f"it takes more than {self.job_bytes / 1e9:.3g} GB of memory; ask for fewer or smaller steps"
+
+
+def group_bytes() -> int:
+    """Memory of this process and those that it started, as far as that can be told."""
+    group, page, total = os.getpgid(0), os.sysconf("SC_PAGE_SIZE"), 0
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # Behind the name, which may hold anything: state, parent, group, ..., resident pages.
+            fields = status.read_text().rpartition(")")[2].split()
+            total += int(fields[21]) * page if int(fields[2]) == group else 0
+        except (OSError, ValueError, IndexError):
+            continue
+    return total
 
 
 class Stop:
@@ -124,11 +174,11 @@ class Stop:
             return True
 
 
-def work(store: Store, name: str, lease_seconds: float, idle_seconds: float, stop: Stop) -> None:
+def work(store: Store, name: str, lane: Lane, limits: Limits, idle_seconds: float, stop: Stop) -> None:
     """Takes jobs until told to stop."""
     while not stop.wait():
         try:
-            job = store.jobs.claim(name)
+            job = store.jobs.claim(name, lane)
         except StoreError as error:
             log.warning("no job", extra={"error": str(error)})
             stop.wait(5.0)
@@ -136,15 +186,15 @@ def work(store: Store, name: str, lease_seconds: float, idle_seconds: float, sto
         if job is None:
             stop.wait(idle_seconds)
         elif stop.take(job):
-            run(job, store, lease_seconds)
+            run(job, store, limits)
             stop.take(None)
 
 
-def run(job: ClaimedJob, store: Store, lease_seconds: float) -> None:
+def run(job: ClaimedJob, store: Store, limits: Limits) -> None:
     """Does one job and stores what comes of it."""
     log.info("job begins", extra={"job": job.key, "kind": job.kind, "attempt": job.attempts})
     ended: Callable[[], bool]
-    with Pulse(job, store, lease_seconds / 6, _die) as pulse:
+    with Pulse(job, store, limits, _die) as pulse:
         try:
             outcome: JobOutcome = task_of(job.kind).run(job, store, pulse.report)
         except StoreError as error:
@@ -153,6 +203,8 @@ def run(job: ClaimedJob, store: Store, lease_seconds: float) -> None:
         except MoeplaceError as error:
             message = str(error)
             ended = lambda: store.jobs.fail(job, message)  # noqa: E731
+        except MemoryError:
+            ended = lambda: store.jobs.fail(job, limits.too_large)  # noqa: E731
         except Exception as error:
             log.exception("job failed", extra={"job": job.key})
             kind = type(error).__name__
@@ -161,8 +213,8 @@ def run(job: ClaimedJob, store: Store, lease_seconds: float) -> None:
             ended = lambda: store.jobs.finish(job, outcome)  # noqa: E731
         pulse.flush()
         # The pulse beats on while the database is away, so that nobody takes the job meanwhile.
-        told = _persist(ended, job, store)
-    log.info("job ends", extra={"job": job.key, "told": told})
+        stored = _persist(ended, job, store)
+    log.info("job ends", extra={"job": job.key, "told": stored})
 
 
 def _persist(end: Callable[[], bool], job: ClaimedJob, store: Store) -> bool:
@@ -199,8 +251,11 @@ def _watch_input(stop: Stop) -> None:
 
 def main() -> None:
     """Runs until standard input ends."""
-    name, lease_seconds, idle_seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+    name, idle_seconds = sys.argv[1], float(sys.argv[3])
+    limits = Limits(float(sys.argv[2]), int(sys.argv[4]), float(sys.argv[5]))
     configure()
+    # Of one process; the pulse watches all of a job together.
+    bound_memory(2 * limits.job_bytes)
     _die_first()
     if os.getpgid(0) != os.getpid():
         os.setpgid(0, 0)
@@ -210,7 +265,7 @@ def main() -> None:
     with Store.open() as store:
         stop = Stop(store)
         threading.Thread(target=_watch_input, args=(stop,), daemon=True).start()
-        work(store, name, lease_seconds, idle_seconds, stop)
+        work(store, name, "watch" if sys.argv[6] == "watch" else "any", limits, idle_seconds, stop)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..db.database import VARIABLE
+from ..db.jobs import Lane
 from ..db.records import Heartbeat
 from ..db.store import Store
 from ..placement.errors import MoeplaceError, UnsupportedError
+from .requests import job_bytes
 from .settings import Settings
 
 log = logging.getLogger("moeplace.service.workers")
@@ -29,6 +31,10 @@ log = logging.getLogger("moeplace.service.workers")
 GRACE_SECONDS = 20.0
 SHORT_LIFE = 5.0
 """A worker that dies sooner than this is not replaced at once: what kills it may kill the next."""
+
+
+MOST_DEATHS = 3
+"""Workers that die so in a row, before the server says that it is not ready."""
 
 
 class WorkerHandle(Protocol):
@@ -54,8 +60,8 @@ class WorkerBackend(Protocol):
     def size(self) -> int:
         """How many are wanted. Raises MoeplaceError where that cannot be told now; it is asked again later."""
 
-    def start(self, name: str) -> WorkerHandle:
-        """Starts one."""
+    def start(self, name: str, lane: Lane) -> WorkerHandle:
+        """Starts one, that takes jobs of this lane."""
 
     def close(self) -> None:
         """Lets go of what it runs on, after the last worker ended."""
@@ -70,17 +76,18 @@ class LocalBackend:
     def size(self) -> int:
         return self._settings.workers if isinstance(self._settings.workers, int) else 0
 
-    def start(self, name: str) -> WorkerHandle:
-        return LocalWorker(worker_command(name, self._settings), self._address)
+    def start(self, name: str, lane: Lane) -> WorkerHandle:
+        return LocalWorker(worker_command(name, self._settings, lane), self._address)
 
     def close(self) -> None:
         pass
 
 
-def worker_command(name: str, settings: Settings) -> Sequence[str]:
+def worker_command(name: str, settings: Settings, lane: Lane) -> Sequence[str]:
     """Arguments of Python for a worker process. With -P it imports nothing from the folder it happens to run in."""
     module = __name__.rpartition(".")[0] + ".worker"
-    return ["-P", "-m", module, name, str(settings.lease_seconds), str(settings.idle_seconds)]
+    numbers = (settings.lease_seconds, settings.idle_seconds, job_bytes(settings), settings.job_seconds)
+    return ["-P", "-m", module, name, *map(str, numbers), lane]
 
 
 class LocalWorker:
@@ -199,11 +206,11 @@ class RayBackend:
             return self._settings.ray_workers
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
-    def start(self, name: str) -> WorkerHandle:
+    def start(self, name: str, lane: Lane) -> WorkerHandle:
         ray = self._connected()
         # Not begun again by Ray: the pool does that, which knows what the lost one held.
         actor = ray.remote(WorkerActor).options(num_cpus=1, max_restarts=0, max_concurrency=3, name=name)
-        return RayWorker(ray, actor.remote(worker_command(name, self._settings), self._address), self._note_loss)
+        return RayWorker(ray, actor.remote(worker_command(name, self._settings, lane), self._address), self._note_loss)
 
     def close(self) -> None:
         if self._ray is not None:
@@ -250,6 +257,7 @@ class _Worker:
     name: str
     handle: WorkerHandle
     started: float
+    lane: Lane
 
 
 def backend_for(settings: Settings, address: str) -> WorkerBackend:
@@ -270,6 +278,7 @@ class Pool:
         self._store, self._settings, self._backend = store, settings, backend
         self._workers: list[_Worker] = []
         self._rest_until = 0.0
+        self._deaths = 0
         self._closed = False
         self._lock = threading.Lock()
 
@@ -284,14 +293,33 @@ class Pool:
                 self._workers.remove(worker)
                 log.warning("worker died", extra={"worker": worker.name, "code": how})
                 if time.monotonic() - worker.started < SHORT_LIFE:
+                    self._deaths += 1
                     self._rest_until = time.monotonic() + SHORT_LIFE
                 for heartbeat in self._store.jobs.heartbeats():
                     if heartbeat.worker == worker.name:
                         self._store.jobs.lost(heartbeat, self._settings.attempts)
+            if any(time.monotonic() - worker.started >= SHORT_LIFE for worker in self._workers):
+                self._deaths = 0
             if self._closed or time.monotonic() < self._rest_until:
                 return
-            for _ in range(self._backend.size() - len(self._workers)):
-                self._workers.append(self._start())
+            size = self._backend.size()
+            # Besides those that take any job, one that no solve keeps from looking for drift.
+            lanes: tuple[tuple[Lane, int], ...] = (("watch", min(size, 1)), ("any", size))
+            for lane, wanted in lanes:
+                for _ in range(wanted - sum(worker.lane == lane for worker in self._workers)):
+                    self._workers.append(self._start(lane))
+
+    @property
+    def size(self) -> int:
+        """How many live."""
+        return len(self._workers)
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the workers, None where nothing is: they die as soon as they start."""
+        if self._deaths < MOST_DEATHS:
+            return None
+        return f"{self._deaths} workers in a row died within {SHORT_LIFE:g} s of their start; the log says how"
 
     def close(self) -> None:
         """Ends all workers; the jobs they hold are given back."""
@@ -305,11 +333,11 @@ class Pool:
             self._workers = []
             self._backend.close()
 
-    def _start(self) -> _Worker:
+    def _start(self, lane: Lane) -> _Worker:
         name = f"{socket.gethostname()[:60]}:{os.getpid()}:{secrets.token_hex(4)}"
-        handle = self._backend.start(name)
-        log.info("worker starts", extra={"worker": name, **handle.place})
-        return _Worker(name, handle, time.monotonic())
+        handle = self._backend.start(name, lane)
+        log.info("worker starts", extra={"worker": name, "lane": lane, **handle.place})
+        return _Worker(name, handle, time.monotonic(), lane)
 
 
 class Reaper:

@@ -15,6 +15,9 @@ from .pareto import Front as Front
 from .pareto import pareto as pareto
 from .shares import OptimalShares as OptimalShares
 from .shares import optimal_shares as optimal_shares
+from .slot_budget import SlotFront as SlotFront
+from .slot_budget import SlotPoint as SlotPoint
+from .slot_budget import slot_front as slot_front
 from .solve import solve as solve
 from .solve import solver_named as solver_named
 from .solve import solver_names as solver_names

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from .._types import FloatArray, IntArray
 from ..placement.plan import Certificate, Stop
-from ..placement.progress import Listener, Progress
+from ..placement.progress import COMPILE_TIME, CompileTime, Listener, Progress
 
 __all__ = [
     "COMPILE_TIME",
@@ -29,51 +29,9 @@ __all__ = [
 ]
 
 
-class CompileTime:
-    """Wall time spent compiling kernels, which is once an installation: no time limit of a solve includes it.
-
-    Between `begin` and `end`; stretches that overlap or lie in each other count once.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open, self._since, self._total = 0, 0.0, 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Of all stretches so far, one that has not ended included."""
-        with self._lock:
-            return self._total + (time.perf_counter() - self._since if self._open else 0.0)
-
-    def begin(self) -> None:
-        with self._lock:
-            if not self._open:
-                self._since = time.perf_counter()
-            self._open += 1
-
-    def end(self) -> None:
-        with self._lock:
-            self._open -= 1
-            if not self._open:
-                self._total += time.perf_counter() - self._since
-
-
-COMPILE_TIME = CompileTime()
-"""Of this process, kept by `jit.kernel`."""
-
-
 def working_seconds() -> float:
     """A clock that stands still while kernels are compiled: differences are seconds."""
     return time.perf_counter() - COMPILE_TIME.seconds
-
-
-Batch = Literal["decode", "prefill"]
-"""Which steps a solver makes of recorded tokens."""
-
-TOKENS_PER_DEVICE: dict[Batch, int] = {"decode": 64, "prefill": 512}
-"""Of steps that nobody gave a size: a plan made for both kinds at once is within 1 % of one made for either, at 16 to
-2,048 tokens a device (gpt-oss-20b on 2 x 4 H100, held out); one made for small decode steps alone loses 3 % at prefill.
-"""
 
 
 class Feature(Enum):
@@ -86,6 +44,7 @@ class Feature(Enum):
     PINNED = "pinned or forbidden devices"
     TOLERATES = "failures to tolerate"
     MOVE_LIMIT = "a limit of bytes moved from the current plan"
+    ONLINE = "experts copied for one step"
 
 
 class Needs(Enum):
@@ -105,6 +64,7 @@ class Budget:
     progress: Listener | None = None
     history: list[tuple[float, float, float | None]] = field(default_factory=list)
     started: float = field(default_factory=working_seconds)
+    interrupted: bool = False
 
     @property
     def elapsed(self) -> float:
@@ -119,6 +79,14 @@ class Budget:
     def spent(self) -> bool:
         return self.left == 0.0
 
+    @contextlib.contextmanager
+    def until_interrupted(self) -> Iterator[None]:
+        """Around work that Ctrl-C may cut short, its result so far being good: that it came is kept."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupted = True
+
     def report(self, value: float | None, bound: float | None, message: str = "") -> None:
         """Tells the listener; a value or bound that is news is kept in the history."""
         now = self.elapsed
@@ -130,12 +98,17 @@ class Budget:
 
 @dataclass(frozen=True)
 class Solution:
-    """A solver's answer: the slot table [L, P], shares [L, P] (None: equal), what is proven, why it stopped."""
+    """A solver's answer: the slot table [L, P], shares [L, P] (None: equal), what is proven, why it stopped.
+
+    separable: whether the value is one of layers each for itself, as the problem's objective prices them: devices that
+    are alike may then be renamed in one layer alone (see `solvers/device_names.py`).
+    """
 
     physical_to_logical: IntArray
     certificate: Certificate
     shares: FloatArray | None = None
     stop: Stop = "finished"
+    separable: bool = False
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ import numpy as np
 
 from .._types import IntArray
 from ..placement.bounds import device_load_certificate
+from ..placement.draws import generator
 from ..placement.problem import Problem
 from .base import Budget, Feature, Needs, Solution
 
@@ -21,8 +22,7 @@ class Contiguous:
     needs: frozenset[Needs] = frozenset()
 
     def solve(self, problem: Problem, budget: Budget) -> Solution:
-        experts, slots = problem.model.experts, problem.layer_slots.sum(axis=1)
-        table = problem.slot_table([np.arange(count) % experts for count in slots])
+        table = problem.index_order
         return Solution(table, device_load_certificate(problem, table))
 
 
@@ -71,7 +71,7 @@ class RandomPlacement:
     needs: frozenset[Needs] = frozenset()
 
     def solve(self, problem: Problem, budget: Budget) -> Solution:
-        rng = np.random.default_rng(budget.seed)
+        rng = generator(budget.seed)
         experts, rows = problem.model.experts, list[IntArray]()
         for layer in range(problem.model.layers):
             device = problem.layer_slot_device(layer)

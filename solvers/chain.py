@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import numpy as np
 
 from .._types import BoolArray, FloatArray, IntArray
+from ..placement.batches import PHASES, Phase
 from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.evaluate import evaluate_on
 from ..placement.plan import Certificate, Plan
 from ..placement.problem import Problem
+from ..placement.step_mix import StepMix, batch_steps, mixed_steps, named_batch, step_mix
 from ..placement.steps import Steps
-from ..placement.trace import RoutingTrace
-from .base import Batch, Budget, Feature, Needs, Solution, fill_slots
+from .base import Budget, Feature, Needs, Solution, fill_slots
 from .step_costs import PlacementSpace, StepCosts, device_sets
 
 Minimise = Literal["transitions", "step"]
@@ -52,8 +54,8 @@ class Chain:
         budget: Budget,
         *,
         minimise: Minimise | None = None,
-        batch: Batch = "decode",
-        step_tokens: int = 128,
+        batch: Phase | None = None,
+        step_tokens: int | None = None,
         steps: int | None = None,
     ) -> Solution:
         """The plan of least cost.
@@ -64,9 +66,10 @@ class Chain:
             minimise: "transitions", the share of transitions between layers that change device; or "step", the mean
                 predicted step time under the problem's objective. By default "step" under dispatch_combine, where
                 transitions cost nothing, and "transitions" under context_coherent, where they are what costs.
-            batch: "decode" or "prefill", the steps that the seed draws from the statistics' token sample.
-            step_tokens: tokens of each step.
-            steps: by default as many as 16,384 tokens make, from 4 to 64.
+            batch: "decode" or "prefill", with step_tokens the steps that the seed draws from the statistics' token
+                sample in place of the problem's batches.
+            step_tokens: tokens of each step over all devices.
+            steps: of each batch; by default as many as 16,384 tokens make, from 4 to 64.
 
         Raises:
             UnsupportedError: too many placements a layer, or figures to compute; a risk other than "mean" under
@@ -85,14 +88,32 @@ class Chain:
                 f"chain minimises the mean step time: risk {problem.objective.risk!r} does not add up over layers, so "
                 "the cheapest path need not be its optimum; use Objective(risk='mean') or minimise='transitions'"
             )
-        if steps is None:
-            steps = _default_steps(step_tokens)
-        sampled = _sample_steps(problem.statistics.require_sample(), batch, step_tokens, steps, budget.seed)
-        return fastest_step(problem, budget, sampled, f"{steps} sampled {batch} steps of {step_tokens} tokens")
+        if batch not in (None, *PHASES):
+            raise InputError(f"chain: batch is {batch!r}; {nearest(str(batch), PHASES)}")
+        for name, size in (("step_tokens", step_tokens), ("steps", steps)):
+            if size is not None and size < 1:
+                raise InputError(f"chain: {name} ({size}) must be at least 1")
+        sample, mix = problem.statistics.require_sample(), _mix(problem, batch, step_tokens)
+        parts = []
+        for kind in mix.batches:
+            tokens = kind.step_tokens(problem.num_devices)
+            parts.append(batch_steps(sample, kind.phase, tokens, steps or _default_steps(tokens), budget.seed))
+        sampled = mixed_steps(parts, mix)
+        return fastest_step(
+            problem, budget, sampled, f"{sampled.num_steps} sampled steps ({' and '.join(mix.names())})"
+        )
 
-    def work(self, problem: Problem, step_tokens: int | None = None, steps: int | None = None) -> float | None:
+    def work(
+        self, problem: Problem, batch: Phase | None = None, step_tokens: int | None = None, steps: int | None = None
+    ) -> float | None:
         """Estimated seconds of minimising step time on sampled steps, or None where it would be refused."""
-        count = steps or _default_steps(step_tokens or 128)
+        kinds = _mix(problem, batch, step_tokens).batches
+        return self.work_on(
+            problem, sum(steps or _default_steps(kind.step_tokens(problem.num_devices)) for kind in kinds)
+        )
+
+    def work_on(self, problem: Problem, count: int) -> float | None:
+        """As `work`, on so many steps in all."""
         space = _space(problem, _device_kinds(problem))
         if _too_many(space, neighbours=problem.objective.execution == "context_coherent"):
             return None
@@ -100,18 +121,15 @@ class Chain:
         return work if _steps_that_fit(problem, space, count, work) >= count else None
 
 
+def _mix(problem: Problem, batch: Phase | None, step_tokens: int | None) -> StepMix:
+    """The problem's batches, or the one named in their place."""
+    if batch is None and step_tokens is None:
+        return step_mix(problem)
+    return step_mix(replace(problem, batches=(named_batch(batch, step_tokens),)))
+
+
 def _default_steps(step_tokens: int) -> int:
     return max(4, min(64, SAMPLE_TOKENS // max(1, step_tokens)))
-
-
-def _sample_steps(sample: RoutingTrace, batch: Batch, step_tokens: int, steps: int, seed: int) -> Steps:
-    if batch not in ("decode", "prefill"):
-        raise InputError(f"chain: batch is {batch!r}; {nearest(str(batch), ('decode', 'prefill'))}")
-    if step_tokens < 1 or steps < 1:
-        raise InputError(f"chain: step_tokens ({step_tokens}) and steps ({steps}) must be at least 1")
-    if batch == "decode":
-        return sample.decode_steps(step_tokens, steps, seed)
-    return sample.prefill_steps(min(step_tokens, sample.num_tokens), steps, seed)
 
 
 def _fewest_transitions(problem: Problem, budget: Budget) -> Solution:
@@ -169,11 +187,11 @@ def fastest_step(problem: Problem, budget: Budget, steps: Steps, kind: str) -> S
         device_of, value = space.representatives[unary.argmin(axis=1)], float(unary.min(axis=1).sum())
     table = fill_slots(device_of)
     plan = Plan(problem.model, topology, table, problem.slot_device)
-    replayed = float(evaluate_on(plan, steps, problem.model, topology, problem.objective).step_seconds.mean())
+    replayed = evaluate_on(plan, steps, problem.model, topology, problem.objective).mean_seconds
     # The path's own sum differs from the replay by rounding alone, and no bound may lie above its value.
     certificate = Certificate(f"mean predicted step seconds, {kind}", replayed, min(value, replayed))
     budget.report(certificate.value, certificate.bound)
-    return Solution(table, certificate)
+    return Solution(table, certificate, separable=True)
 
 
 def allowed_states(problem: Problem, space: PlacementSpace) -> BoolArray:

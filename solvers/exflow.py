@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._types import FloatArray, IntArray
+from ..placement.draws import generator
 from ..placement.errors import InputError, UnsupportedError, nearest
 from ..placement.plan import RELATIVE_TOLERANCE, Certificate, Stop
 from ..placement.problem import Problem
@@ -480,7 +481,7 @@ def assignment_sweeps(transitions: FloatArray, slots: IntArray, budget: Budget, 
     """
     layers = len(transitions) + 1
     slot_device = np.repeat(np.arange(len(slots)), slots)
-    rng = np.random.default_rng(budget.seed)
+    rng = generator(budget.seed)
     best: IntArray = np.tile(slot_device, (layers, 1))
     best_weight = local_weight(transitions, best)
     for _ in range(restarts):

@@ -216,9 +216,9 @@ def cluster_layer(
     misses = builder.add_variables((clusters,), upper=np.maximum(aims, SCALE), cost=1.0)
     builder.add_rows(inside, 1.0, 1.0, 1.0)
     builder.add_rows(inside.T, 1.0, sizes[used], sizes[used])
-    held = np.concatenate([inside.T, misses[:, None]], axis=1)
-    builder.add_rows(held, np.append(scale * load, -1.0), upper=aims)
-    builder.add_rows(held, np.append(scale * load, 1.0), lower=aims)
+    columns = np.concatenate([inside.T, misses[:, None]], axis=1)
+    builder.add_rows(columns, np.append(scale * load, -1.0), upper=aims)
+    builder.add_rows(columns, np.append(scale * load, 1.0), lower=aims)
     # A cluster without experts misses its whole target, whatever the others do.
     lost = float(targets[sizes == 0].sum())
     builder.constant = scale * lost
@@ -246,8 +246,8 @@ def cluster_layer(
 
 
 def _deviation(load: FloatArray, cluster_of: IntArray, targets: FloatArray) -> float:
-    held = np.bincount(cluster_of, weights=load, minlength=len(targets))
-    return float(np.abs(held - targets).sum())
+    cluster_load = np.bincount(cluster_of, weights=load, minlength=len(targets))
+    return float(np.abs(cluster_load - targets).sum())
 
 
 def _packed(load: FloatArray, sizes: IntArray, targets: FloatArray) -> IntArray:
@@ -606,11 +606,11 @@ def _add_links(
     mine, hers, here = c[flow[at]], successor[flow[at]], device[at]
 
     # M is at least the flow's time: its slowest, less what the class saves that it is in.
-    flows, held = len(c), on[layer, c[flow], device]
+    flows, stands = len(c), on[layer, c[flow], device]
     builder.add_sparse_rows(
         flows,
         np.concatenate([np.arange(flows), flow, flow[at]]),
-        np.concatenate([np.full(flows, longest), held, y]),
+        np.concatenate([np.full(flows, longest), stands, y]),
         np.concatenate([np.full(flows, -1.0), slowest / unit, (time - slowest[at]) / unit]),
         upper=0.0,
     )
@@ -627,7 +627,7 @@ def _add_links(
     builder.add_sparse_rows(
         len(pairs),
         np.concatenate([pair, np.arange(len(pairs))]),
-        np.concatenate([y, held[pairs]]),
+        np.concatenate([y, stands[pairs]]),
         np.concatenate([np.ones(len(y)), np.full(len(pairs), -1.0)]),
         upper=0.0,
     )

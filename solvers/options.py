@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from .base import Batch
+from ..placement.batches import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class ChainOptions(SolverOptions):
 
     solver = "chain"
     minimise: Literal["transitions", "step"] | None = None
-    batch: Batch = "decode"
-    step_tokens: int = 128
+    batch: Phase | None = None
+    step_tokens: int | None = None
     steps: int | None = None
 
 
@@ -77,7 +77,7 @@ class SearchOptions(SolverOptions):
     """
 
     solver = "search"
-    batch: Batch | None = None
+    batch: Phase | None = None
     step_tokens: int | None = None
     steps: int | None = None
     proposals: int | None = None

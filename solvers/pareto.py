@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._arguments import check_types
-from .._deprecated import old_listener
+from .._deprecated import old_listener, renamed_argument
 from .._types import BoolArray, IntArray
 from ..placement.cost import prediction_basis
 from ..placement.degraded import with_standbys
@@ -25,7 +25,10 @@ from ..placement.migration import Migration, migration
 from ..placement.plan import Plan
 from ..placement.problem import Problem
 from ..placement.progress import Listener, Progress
+from ..placement.statistics import RoutingStatistics
+from ..placement.step_mix import problem_steps
 from ..placement.steps import Steps
+from ..placement.trace import RoutingTrace
 from .base import Solver
 from .options import SolverOptions
 from .solve import check_seconds, solve
@@ -149,17 +152,18 @@ class Front:
                 "devices": problem.num_devices,
             },
             "objective": problem.objective.model_dump(mode="json"),
-            "prediction": prediction_basis(problem.model, problem.topology).text,
+            "prediction": prediction_basis(problem.model, problem.topology, problem.objective).text,
             "points": points,
             "refused": [{"point": config.name, "reason": reason} for config, reason in self.refused],
             "interrupted": self.interrupted,
         }
 
 
+@renamed_argument("steps", "held_out")
 @check_types
 def pareto(
     problem: Problem,
-    steps: Steps,
+    held_out: RoutingTrace | RoutingStatistics | Steps,
     *,
     redundant: Sequence[int] | None = None,
     tolerate: Sequence[Kind | None] = (None, *KINDS),
@@ -180,7 +184,8 @@ def pareto(
     Args:
         problem: its slots are swept, so it names none, and no failures to tolerate. Where it names no engine, that of
             the plan in force is obeyed.
-        steps: the held-out steps.
+        held_out: routing that no solver has seen, a trace or statistics, of which steps of the problem's batches are
+            made to judge on (`problem_steps`); or steps.
         redundant: slots a layer beyond one an expert; default 0, 1/8, 1/4, 1/2 and 1 for each expert, as far as memory
             goes, rounded up to whole slots a device; where experts do not divide over the devices of an engine that
             deals them equally, the least is not 0.
@@ -220,6 +225,7 @@ def pareto(
         if kind is None or (count > 0 and single_failures(problem.topology, (kind,)))
         for limit in limits
     ]
+    steps = problem_steps(held_out, problem, seed=seed)
     points = [] if current is None else [_judged(None, current, problem, steps, current)]
     refused: list[tuple[ParetoConfig, str]] = []
     interrupted = False
@@ -333,7 +339,7 @@ def _judged(config: ParetoConfig | None, plan: Plan, problem: Problem, steps: St
         config=config,
         plan=plan,
         evaluation=evaluation,
-        seconds=float(evaluation.step_seconds.mean()) if regret else evaluation.risk(),
+        seconds=evaluation.mean_seconds if regret else evaluation.risk(),
         survived={kind: int(survives(plan, single_failures(plan.topology, (kind,))).sum()) for kind in KINDS},
         migration=None if current is None else migration(current, plan),
     )

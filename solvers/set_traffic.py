@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._types import BoolArray, FloatArray, IntArray
-from .jit import kernel
+from ..placement.jit import kernel
 
 
 class Links(NamedTuple):

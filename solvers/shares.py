@@ -54,22 +54,22 @@ def optimal_shares(plan: Plan, steps: Steps, problem: Problem) -> OptimalShares:
     Raises:
         InputError: plan, steps and problem are not about the same model or devices. SolveError: the program failed.
     """
-    best = float(evaluate(plan, steps, problem).step_seconds.mean())
-    found = [
-        layer_shares(loads, table, share, plan.slot_device, problem)
+    best = evaluate(plan, steps, problem).mean_seconds
+    layers = [
+        layer_shares(loads, table, share, plan.slot_device, problem, steps.weight)
         for loads, table, share in zip(
             steps.loads().transpose(1, 0, 2).astype(np.float64), plan.physical_to_logical, plan.shares, strict=True
         )
     ]
-    aim = np.stack([layer.shares for layer in found])
+    aim = np.stack([layer.shares for layer in layers])
 
     def seconds(shares: FloatArray) -> float:
-        return float(evaluate(replace(plan, shares=shares), steps, problem).step_seconds.mean())
+        return evaluate(replace(plan, shares=shares), steps, problem).mean_seconds
 
     shares = towards(plan.shares, aim, best, seconds)
     return OptimalShares(
         plan if shares is None else replace(plan, shares=shares, certificate=None, predicted={}),
-        np.stack([layer.price for layer in found]),
+        np.stack([layer.price for layer in layers]),
     )
 
 
@@ -144,16 +144,16 @@ def layer_shares(
     _, expert = np.unique(table, return_inverse=True)
     builder.add_sparse_rows(int(expert.max()) + 1, expert, share, 1.0, 1.0, 1.0)
     program = builder.build()
-    found = solve_program(program, Budget(), backend=backend)
-    if found.stop == "interrupted":
+    outcome = solve_program(program, Budget(), backend=backend)
+    if outcome.stop == "interrupted":
         raise KeyboardInterrupt
-    if found.values is None or found.prices is None:
-        raise SolveError(f"the program of shares ended without an optimum ({found.stop})")
-    kept = np.clip(found.values[share], 0.0, 1.0)
-    sums = np.bincount(table, weights=kept, minlength=model.experts)
-    price = -found.prices[: 2 * steps * devices].reshape(2, steps, devices).sum(axis=(0, 1))
-    result[filled] = kept / sums[table]
+    if outcome.values is None or outcome.prices is None:
+        raise SolveError(f"the program of shares ended without an optimum ({outcome.stop})")
+    clipped = np.clip(outcome.values[share], 0.0, 1.0)
+    sums = np.bincount(table, weights=clipped, minlength=model.experts)
+    price = -outcome.prices[: 2 * steps * devices].reshape(2, steps, devices).sum(axis=(0, 1))
+    result[filled] = clipped / sums[table]
     # What every device takes whatever it is given is in no row of the program.
     base = cost.base(loads.sum(axis=1)).min(axis=1)
     always = float(base.mean() if weight is None else weight @ base)
-    return LayerShares(result, found.value * unit + always, np.maximum(price, 0.0))
+    return LayerShares(result, outcome.value * unit + always, np.maximum(price, 0.0))

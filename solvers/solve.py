@@ -14,7 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from .._arguments import check_types
+from .._plugins import Registry
 from ..placement.bounds import device_loads
+from ..placement.cost import slot_shares
+from ..placement.draws import check_seed
 from ..placement.engines import check_plan
 from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.plan import Plan, Provenance
@@ -22,11 +25,31 @@ from ..placement.problem import Problem
 from ..placement.progress import Listener
 from ..placement.version import __version__
 from .base import Budget, Feature, Needs, Solver
+from .baselines import Contiguous, RandomPlacement, RoundRobin
 from .chain import Chain
+from .device_names import level_devices
+from .eplb import Eplb
+from .exflow import Exflow
+from .moetuner import MoeTuner
 from .options import SolverOptions
-from .registry import SOLVERS
 from .search import Search
 from .search.scenario import priced_on_windows
+
+SOLVERS: Registry[Solver] = Registry(
+    "solver",
+    "moeplace.solvers",
+    ("name", "supports", "needs", "solve"),
+    Contiguous(),
+    RoundRobin(),
+    RandomPlacement(),
+    Eplb(),
+    Exflow(),
+    MoeTuner(),
+    Chain(),
+    Search(),
+)
+"""Every solver, in the order comparisons print them. A new one is a file and a line here, or an entry point
+elsewhere."""
 
 CHAIN_SECONDS = 10.0
 """Work that chain's proof may take when nobody asked for it."""
@@ -80,7 +103,7 @@ def _obstacle(
         return f"minimises means, not {objective.risk}"
     if statistics.transitions is None or statistics.sample is None or not statistics.sample.num_tokens:
         return "needs tokens, not counts alone"
-    work = chain.work(problem, options.get("step_tokens"), options.get("steps"))
+    work = chain.work(problem, options.get("batch"), options.get("step_tokens"), options.get("steps"))
     if work is None:
         return "cannot go through this many placements"
     limit = CHAIN_SECONDS if seconds is None else min(CHAIN_SECONDS, seconds / 2)
@@ -103,6 +126,8 @@ def solve(
     seconds: float | None = None,
     seed: int = 0,
     progress: Listener | None = None,
+    slots: Literal["auto"] | None = None,
+    memory_budget: float | None = None,
     **options: Any,
 ) -> Plan:
     """Solves `problem` and returns a plan with its certificate.
@@ -116,13 +141,16 @@ def solve(
             the same plan. Kernels that the first solve after installation compiles are not counted.
         seed: decides every random choice.
         progress: called with each news, a `Progress`.
+        slots: "auto" chooses the slots of each layer first, in half of the time (see `slot_front`), where the problem
+            names none.
+        memory_budget: most bytes of redundant experts on a device, with slots "auto".
         options: the solver's own (see its `solve` method).
 
     Returns:
         The plan. `print(plan)` tells how good it is, and how to use it.
 
     Raises:
-        InputError: unknown solver or option, or an argument or option of the wrong type.
+        InputError: unknown solver or option, an argument or option of the wrong type, or a negative seed.
         UnsupportedError: the problem asks for what the solver cannot do; the message names solvers that can.
         SolveError: no plan within the limit.
 
@@ -134,6 +162,24 @@ def solve(
         >>> print(plan)  # doctest: +SKIP
     """
     check_seconds(seconds)
+    check_seed(seed)
+    if slots is None and memory_budget is not None:
+        raise InputError(f'memory_budget ({memory_budget:g}) is of slots that are chosen; give slots="auto" too')
+    if slots is not None:
+        # Which solves problems itself.
+        from .slot_budget import slot_front
+
+        part = None if seconds is None else seconds / 2
+        front = slot_front(
+            problem,
+            memory_budget=memory_budget,
+            solver=solver,
+            seconds=part,
+            seed=seed,
+            options=options,
+            progress=progress,
+        )
+        return solve(front.problem_with(front.recommended), solver, part, seed, progress, **options)
     budget = Budget(seconds=seconds, seed=seed, progress=progress)
     if solver is None:
         choice = choose(problem, required_features(problem), seconds, options)
@@ -152,6 +198,7 @@ def solve(
                 raise
             choice = choice.otherwise
             solution = choice.solver.solve(problem, budget, **choice.options)
+    solution = level_devices(problem, solution)
     looked_at = dict(choice.options)
     if isinstance(choice.solver, Search) and priced_on_windows(problem):
         # What steps are drawn like says nothing of a plan that was made without any.
@@ -174,6 +221,7 @@ def solve(
             history=tuple(budget.history),
             choice=choice.reason,
             engine=problem.engine or "",
+            batches=tuple(batch.written for batch in problem.batches),
         ),
     )
     if problem.engine is not None:
@@ -183,8 +231,8 @@ def solve(
 
 def check_seconds(seconds: float | None) -> None:
     """Raises InputError for a time limit that is not positive."""
-    if seconds is not None and not seconds > 0:
-        raise InputError(f"seconds ({seconds}) must be positive, or None for no limit")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise InputError(f"seconds ({seconds}) must be positive and finite, or None for no limit")
 
 
 def _chosen(solver: Any, options: dict[str, Any]) -> Choice:
@@ -199,7 +247,8 @@ def _chosen(solver: Any, options: dict[str, Any]) -> Choice:
 def _predicted(plan: Plan, problem: Problem) -> dict[str, float]:
     """What is known of a plan without replaying steps: its load on the routing solved on, and what it moves."""
     load, table = problem.statistics.total_load, plan.physical_to_logical
-    loads = device_loads(load, table, plan.shares, plan.slot_device, problem.num_devices)
+    shares = slot_shares(plan, load, problem.objective)
+    loads = device_loads(load, table, shares, plan.slot_device, problem.num_devices)
     mean = loads.mean(axis=1)
     ratio = np.where(mean > 0, loads.max(axis=1) / np.where(mean > 0, mean, 1.0), 1.0)
     figures = {"load_max_mean": float(ratio.mean())}
@@ -231,14 +280,21 @@ def required_features(problem: Problem) -> frozenset[Feature]:
         asked.add(Feature.TOLERATES)
     if problem.max_moved_bytes is not None:
         asked.add(Feature.MOVE_LIMIT)
+    if problem.objective.online:
+        asked.add(Feature.ONLINE)
     return frozenset(asked)
+
+
+def solvers_for(features: frozenset[Feature]) -> tuple[str, ...]:
+    """Names of the solvers that support all of these."""
+    return tuple(solver.name for solver in SOLVERS if features <= solver.supports)
 
 
 def _check_supported(solver: Solver, problem: Problem) -> None:
     asked = required_features(problem)
     missing = asked - solver.supports
     if missing:
-        able = [other.name for other in SOLVERS if asked <= other.supports]
+        able = solvers_for(asked)
         raise UnsupportedError(
             f"solver {solver.name!r} does not support {' and '.join(sorted(f.value for f in missing))}; "
             + (f"these do: {', '.join(able)}" if able else "no solver does all this problem asks")

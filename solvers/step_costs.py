@@ -19,13 +19,11 @@ import numpy.typing as npt
 from .._types import BoolArray, FloatArray, IntArray
 from ..placement.cost import (
     Flows,
-    all_to_all_latency,
-    combine_bytes,
+    TransferCost,
+    Transfers,
     compute_seconds,
-    dispatch_bytes,
     flows_between,
     flows_from_even_sources,
-    transfer_seconds,
 )
 from ..placement.problem import Problem
 from ..placement.steps import Steps
@@ -110,9 +108,10 @@ class StepCosts:
     """Prices the placements of a layer, up to renaming, and their neighbourhood, on steps."""
 
     def __init__(self, problem: Problem, steps: Steps, space: PlacementSpace) -> None:
-        self._steps, self._model = steps, problem.model
+        self._steps, self._model, self._weight = steps, problem.model, steps.step_weight
         self._topology, self._objective = problem.topology, problem.objective
-        self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
+        transfers = Transfers.of(problem.model, problem.topology, problem.objective)
+        self._transfers, self._waits = transfers.of_steps(steps), transfers.waits(steps)
         self._load = steps.loads().astype(np.float64)
         self._on_device = device_sets(space.representatives, problem.num_devices)
         self._renamings = space.renamings
@@ -135,21 +134,18 @@ class StepCosts:
         sets = self._sets.T.astype(np.float64)
         tokens, touched = load @ sets, (load > 0) @ sets
         from_source = not self.coherent or layer == 0
-        reached = self._source_tables(ids) if from_source else None
+        reached = [self._source_tables(ids, transfer.pairs) for transfer, _ in self._transfers] if from_source else None
         result = np.empty(len(self._on_device))
         for block in self._blocks():
             of = self._set_of[block]
             seconds = compute_seconds(tokens[:, of], touched[:, of], self._model, self._topology).max(axis=-1)
             if reached is not None:
-                flows = self._source_flows(*reached, block)
-                seconds += self._dispatched(flows)
-                if not self.coherent:
-                    seconds += self._combined(flows)
-            result[block] = seconds.mean(axis=0)
+                seconds += self._from_sources(reached, block)
+            result[block] = self._weight @ seconds
         if self.coherent and self._steps.top_k > 1:
             # Outputs of a token's other experts, to its owner. A link's larger direction is the same both ways.
-            back = combine_bytes(self._model, self._objective) / dispatch_bytes(self._model, self._objective)
-            result += self._latency + back * self._traffic.within(self._owned(ids[:, 0], ids[:, 1:]))
+            back = self._links.back * self._traffic.within(self._owned(ids[:, 0], ids[:, 1:]))
+            result += self._links.fixed[1] + back
         return result
 
     def cheapest_before(self, layer: int, reached: FloatArray) -> tuple[FloatArray, IntArray, IntArray]:
@@ -161,63 +157,79 @@ class StepCosts:
         """
         before, after = self._steps.expert_ids[:, layer], self._steps.expert_ids[:, layer + 1]
         least, state, name = self._traffic.cheapest_before(reached, self._owned(before[:, 0], after))
-        return least + self._latency, state, name
+        return least + self._links.fixed[0], state, name
 
-    def _source_tables(self, ids: npt.NDArray[Any]) -> tuple[FloatArray, FloatArray]:
-        """Tokens that need a device or a node holding the set: [S, M], or [S, G, M] by source rank where that is
-        known."""
+    @property
+    def _links(self) -> TransferCost:
+        """Where tokens stay with their experts all steps' transfers are of one kind."""
+        return self._transfers[0][0]
+
+    def _from_sources(self, reached: list[tuple[FloatArray, FloatArray]], block: slice) -> FloatArray:
+        """[S, B] seconds of what goes out from tokens' source ranks, and returns there unless they stay."""
+        out, back = self._waits
+        result = np.zeros((self._steps.num_steps, len(self._set_of[block])))
+        result += (out if self.coherent else out + back)[:, None]
+        for (transfer, of_kind), tables in zip(self._transfers, reached, strict=True):
+            busiest = transfer.links(self._source_flows(*tables, block, transfer.dedup)).max(axis=-1)
+            seconds = busiest * (1.0 if self.coherent else 1.0 + transfer.back)
+            result += np.where(of_kind[:, None], seconds, 0.0)
+        return result
+
+    def _source_tables(self, ids: npt.NDArray[Any], pairs: bool) -> tuple[FloatArray, FloatArray]:
+        """Tokens, or `pairs` of them and their experts, for a device or a node holding the set: [S, M], or [S, G, M] by
+        source rank where that is known."""
         source, devices = self._steps.source, self._on_device.shape[1]
         if source is None:
             return (
-                self._count(None, 1, ids, self._sets)[:, 0],
-                self._count(None, 1, ids, self._node_sets)[:, 0],
+                self._count(None, 1, ids, self._sets, pairs)[:, 0],
+                self._count(None, 1, ids, self._node_sets, pairs)[:, 0],
             )
-        return self._count(source, devices, ids, self._sets), self._count(source, devices, ids, self._node_sets)
+        return (
+            self._count(source, devices, ids, self._sets, pairs),
+            self._count(source, devices, ids, self._node_sets, pairs),
+        )
 
-    def _source_flows(self, reached: FloatArray, node_reached: FloatArray, block: slice) -> Flows:
+    def _source_flows(self, reached: FloatArray, node_reached: FloatArray, block: slice, dedup: bool) -> Flows:
         of, node_of = self._set_of[block], self._node_set_of[block]
         if self._steps.source is None:
-            return flows_from_even_sources(
-                reached[:, of], node_reached[:, node_of], self._topology, self._objective.node_dedup
-            )
-        return self._between(reached[:, :, of].transpose(0, 2, 1, 3), node_reached[:, :, node_of].transpose(0, 2, 1, 3))
+            return flows_from_even_sources(reached[:, of], node_reached[:, node_of], self._topology, dedup)
+        pairs = reached[:, :, of].transpose(0, 2, 1, 3)
+        return flows_between(pairs, node_reached[:, :, node_of].transpose(0, 2, 1, 3), self._topology, dedup)
 
     @cached_property
     def _traffic(self) -> SetTraffic:
         # Compiled kernels: loading them takes a second, which solvers of other problems do without.
         from .set_traffic import Links, SetTraffic
 
-        topology, out = self._topology, dispatch_bytes(self._model, self._objective)
+        topology, cost = self._topology, self._links
         first = np.concatenate([[0], np.cumsum(topology.node_size)])
-        dedup = self._objective.node_dedup
-        links = Links(out / topology.intra_bandwidth, out / topology.inter_bandwidth, topology.node_of, first, dedup)
+        links = Links(cost.per_copy, cost.per_node_copy, topology.node_of, first, cost.dedup)
         set_of, node_set_of = np.split(self._all_set_of, [topology.num_devices], axis=1)
         return SetTraffic(set_of, node_set_of, self._all_sets, self._renamings, links)
 
     def _owned(self, first: npt.NDArray[Any], ids: npt.NDArray[Any]) -> FloatArray:
-        """[S, E, M] tokens by their highest-weight expert `first` [T] that also chose, in `ids`, one of each set."""
-        return self._count(first, self._steps.num_experts, ids, self._all_sets)
+        """[S, E, M] tokens by their highest-weight expert `first` [T] that also chose, in `ids`, one of each set, times
+        what a step counts beside the mean one: seconds on links are in proportion to tokens."""
+        counted = self._count(first, self._steps.num_experts, ids, self._all_sets)
+        return counted * (self._weight * self._steps.num_steps)[:, None, None]
 
-    def _count(self, key: npt.NDArray[Any] | None, keys: int, ids: npt.NDArray[Any], sets: BoolArray) -> FloatArray:
-        """[S, K, M] tokens of each step and key that chose an expert of the set. ids: [T, k]; sets: [M, E]."""
+    def _count(
+        self, key: npt.NDArray[Any] | None, keys: int, ids: npt.NDArray[Any], sets: BoolArray, pairs: bool = False
+    ) -> FloatArray:
+        """[S, K, M] tokens of each step and key that chose an expert of the set, or `pairs` of them and such experts.
+
+        ids: [T, k]; sets: [M, E].
+        """
         chosen = np.zeros((len(ids), sets.shape[1]), dtype=np.float32)
         np.put_along_axis(chosen, ids.astype(np.int64), np.float32(1), axis=1)
         keyed = np.ones((len(ids), 1), np.float32) if key is None else np.eye(keys, dtype=np.float32)[key]
         members = sets.T.astype(np.float32)
         result = np.empty((self._steps.num_steps, keys, len(sets)))
         for s, (start, end) in enumerate(zip(self._steps.offsets[:-1], self._steps.offsets[1:], strict=True)):
-            hit = (chosen[start:end] @ members > 0).astype(np.float32)
+            counted = chosen[start:end] @ members
+            hit = counted if pairs else (counted > 0).astype(np.float32)
             result[s] = keyed[start:end].T @ hit
         return result
-
-    def _between(self, pairs: FloatArray, node_pairs: FloatArray) -> Flows:
-        return flows_between(pairs, node_pairs, self._topology, self._objective.node_dedup)
-
-    def _dispatched(self, flows: Flows) -> FloatArray:
-        return transfer_seconds(flows, dispatch_bytes(self._model, self._objective), self._topology, self._latency)
-
-    def _combined(self, flows: Flows) -> FloatArray:
-        return transfer_seconds(flows, combine_bytes(self._model, self._objective), self._topology, self._latency)
 
     def _blocks(self) -> Iterator[slice]:
         devices = self._on_device.shape[1]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from .._arguments import check_types
-from .._deprecated import old_listener
+from .._deprecated import old_listener, renamed_argument
+from .._display import plural
 from .._types import BoolArray, IntArray
 from ..placement.degraded import (
     degraded,
@@ -30,8 +31,11 @@ from ..placement.migration import Migration, migration_from
 from ..placement.plan import Plan
 from ..placement.problem import Problem
 from ..placement.progress import Listener, Progress
+from ..placement.statistics import RoutingStatistics
+from ..placement.step_mix import problem_steps
 from ..placement.steps import Steps
 from ..placement.topology import Topology
+from ..placement.trace import RoutingTrace
 from .base import Solver
 from .options import SolverOptions
 from .solve import check_seconds, solve
@@ -115,10 +119,10 @@ def parse_changes(
         changes.append(Change.moving(f"{topology.name}, {topology.num_devices} devices", topology, slots))
     if nodes is not None:
         resized = cluster.resized(nodes=nodes)
-        changes.append(Change.resizing(f"{nodes} node{'s' if nodes > 1 else ''}", cluster, resized, slots))
+        changes.append(Change.resizing(plural(nodes, "node"), cluster, resized, slots))
     if devices is not None:
         resized = cluster.resized(devices=devices)
-        changes.append(Change.resizing(f"{devices} device{'s' if devices > 1 else ''}", cluster, resized, slots))
+        changes.append(Change.resizing(plural(devices, "device"), cluster, resized, slots))
     failures = [Failure.named(name, cluster) for name in lose]
     if slots is not None and not (changes or failures or n_1):
         return [Change.resizing(f"{spanned(np.asarray(slots))} slots", cluster, cluster, slots)]
@@ -139,7 +143,7 @@ class EvaluatedPlan:
         """As JSON has it; before: the evaluation that its step time is compared with."""
         return {
             **self.evaluation.summary(),
-            "ratio": float(self.evaluation.step_seconds.mean() / before.step_seconds.mean()),
+            "ratio": self.evaluation.mean_seconds / before.mean_seconds,
             "slots": self.plan.num_slots,
             "device_slots": self.plan.slots_per_device.max(axis=0).tolist(),
             "moves": self.migration.moves,
@@ -239,11 +243,12 @@ def survival(plan: Plan) -> Survival:
     return result
 
 
+@renamed_argument("steps", "held_out")
 @check_types
 def what_if(
     plan: Plan,
     problem: Problem,
-    steps: Steps,
+    held_out: RoutingTrace | RoutingStatistics | Steps,
     changes: Sequence[Change] | None = None,
     *,
     ready: bool = True,
@@ -255,13 +260,14 @@ def what_if(
     options: Mapping[str, Any] | None = None,
     progress: Listener | None = None,
 ) -> WhatIf:
-    """Replays `steps` after each change, and solves for the changed cluster.
+    """Replays steps after each change, and solves for the changed cluster.
 
     Args:
         plan: the plan in force.
         problem: statistics, objective and constraints, on the plan's topology; pins to devices that go are dropped, and
             failures it tolerates are not asked of ready plans. Where it names no engine, the plan's is obeyed.
-        steps: to replay, which no solver has seen.
+        held_out: routing that no solver has seen, a trace or statistics, of which steps of the problem's batches are
+            made to replay (`problem_steps`); or steps.
         changes: default the loss of every device and of every node.
         ready: whether to repair and solve; otherwise only survival and the degraded plan are looked at.
         max_moved_bytes: most that ready plans may move between devices, after failures (lost experts are loaded beside
@@ -288,6 +294,7 @@ def what_if(
             f"keep_ranks leaves lost devices their numbers: {problem.engine or 'no engine named'} knows no masked ranks"
         )
     listener, began = old_listener(progress, ("done", "total", "message"), "what_if"), time.perf_counter()
+    steps = problem_steps(held_out, problem, seed=seed)
     before = evaluate(plan, steps, problem)
     if changes is None:
         changes = [Change.losing(failure, plan.topology) for failure in single_failures(plan.topology)]

@@ -21,6 +21,23 @@ settings.load_profile("moeplace")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: processes that share the files then end together.
+
+    The first of all compiles the kernels that others load, while what solves nothing runs beside it.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def turn(item: pytest.Item) -> int:
+        if item.path not in slow:
+            return 3
+        if item.path.name == "test_golden_solves.py":
+            return 0
+        return 1 if item.path.parent.name in ("runtime", "integrations", "profiler") else 2
+
+    items.sort(key=turn)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of recorded routing of public models, beside the checkout; not part of the distribution."""

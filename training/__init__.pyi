@@ -1,2 +1,3 @@
 from .rebalancer import Rebalancer as Rebalancer
+from .trainer import ExpertTrainer as ExpertTrainer
 from .trainer import RebalanceCallback as RebalanceCallback

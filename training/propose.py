@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from ..placement.decide import decide
 from ..placement.errors import MoeplaceError
@@ -14,6 +17,7 @@ from ..placement.objective import Objective
 from ..placement.plan import Plan
 from ..placement.problem import Problem
 from ..placement.statistics import RoutingStatistics
+from ..placement.trace import RoutingTrace
 from ..profiler import read_trace
 from ..solvers import solve
 
@@ -24,8 +28,8 @@ class Terms:
 
     solver: a name of `solver_names()`, None for the one that fits. seconds: for solving. horizon_steps: for how many
     steps a plan is expected to stand; migration has to pay within them. bytes_per_expert: what travels an expert and
-    layer. held_out: part of the recorded steps that the plan is judged on. dtype: in which activations travel, both
-    ways.
+    layer. held_out: part of the recorded steps that the plan is judged on. dispatch_dtype, combine_dtype: as
+    `Objective` has them.
     """
 
     solver: str | None
@@ -33,8 +37,10 @@ class Terms:
     horizon_steps: float
     bytes_per_expert: float
     held_out: float = 0.3
-    dtype: str = "fp32"
+    dispatch_dtype: str = "fp32"
+    combine_dtype: str = "fp32"
     seed: int = 0
+    ranks: tuple[tuple[int, ...], ...] = ()
 
 
 def propose(trace: str | Path, current: Plan, terms: Terms) -> tuple[Plan | None, str]:
@@ -53,14 +59,15 @@ def propose(trace: str | Path, current: Plan, terms: Terms) -> tuple[Plan | None
     Raises:
         InputError: the trace cannot be read, is of another model, or too short to part.
     """
-    recorded = read_trace(trace)
+    recorded = _by_copy(read_trace(trace), terms.ranks)
     train, held_out = recorded.split(by="time", held_out=terms.held_out)
     problem = Problem(
         model=current.model,
         topology=current.topology,
         statistics=RoutingStatistics.from_trace(train),
-        objective=Objective(dispatch_dtype=terms.dtype, combine_dtype=terms.dtype),
+        objective=Objective(dispatch_dtype=terms.dispatch_dtype, combine_dtype=terms.combine_dtype),
         device_slots=current.slots_per_device.tolist(),
+        current=current,
     )
     candidate = solve(problem, terms.solver, seconds=terms.seconds, seed=terms.seed)
     decision = decide(
@@ -73,6 +80,19 @@ def propose(trace: str | Path, current: Plan, terms: Terms) -> tuple[Plan | None
         seed=terms.seed,
     )
     return (candidate if decision.action == "apply" else None), decision.reason
+
+
+def _by_copy(trace: RoutingTrace, ranks: Sequence[Sequence[int]]) -> RoutingTrace:
+    """Each copy's part of a step as a step of its own, with its devices as sources: copies exchange no tokens."""
+    if len(ranks) < 2 or trace.step is None or trace.source is None:
+        return trace
+    copy, device = (
+        np.zeros(1 + max(map(max, ranks)), dtype=np.int64),
+        np.zeros(1 + max(map(max, ranks)), dtype=np.int64),
+    )
+    for number, row in enumerate(ranks):
+        copy[list(row)], device[list(row)] = number, np.arange(len(row))
+    return replace(trace, step=trace.step * len(ranks) + copy[trace.source], source=device[trace.source])
 
 
 def request(folder: Path, current: Plan, terms: Terms) -> list[str]:

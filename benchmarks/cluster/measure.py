@@ -65,9 +65,9 @@ class RecordedRouter(nn.Module):
 class Layers(nn.Module):
     """The MoE layers of the model under one plan, each with a norm before it and a residual around it."""
 
-    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str) -> None:
+    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, replica_choice: Any) -> None:
         super().__init__()
-        settings = {"kind": Slowed(), "dispatch": dispatch}
+        settings = {"kind": Slowed(), "dispatch": dispatch, "replica_choice": replica_choice}
         self.layers = nn.ModuleList(
             mp.ExpertParallelMoE(plan.model, plan, mesh, layer, router=RecordedRouter(), **settings)
             for layer in plan.moe_layers
@@ -82,13 +82,15 @@ class Layers(nn.Module):
 
 class Passes:
     """Steps of one plan on this rank's tokens. `coherent`: values a token of context to share, None for
-    dispatch_combine."""
+    dispatch_combine. `replica_choice`: "share" or "balanced"."""
 
-    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, run: dict[str, Any], coherent: int | None) -> None:
+    def __init__(
+        self, plan: mp.Plan, mesh: DeviceMesh, run: dict[str, Any], coherent: int | None, replica_choice: str
+    ) -> None:
         self.backward, self.coherent = run["pass"] == "forward and backward", coherent
         self.layers: Any
         if coherent is None:
-            self.layers = Layers(plan, mesh, run["dispatch"])
+            self.layers = Layers(plan, mesh, run["dispatch"], replica_choice)
         else:
             from coherent import CoherentLayers
 
@@ -141,7 +143,13 @@ def run_plans(folder: Path) -> None:
         routing = np.load(folder / run["routing"])
         expert_STLK = torch.from_numpy(routing["expert_ids"].astype(np.int64))
         models = {
-            name: Passes(mp.Plan.load(folder / file), mesh, run, run["coherent"].get(name))
+            name: Passes(
+                mp.Plan.load(folder / file),
+                mesh,
+                run,
+                run["coherent"].get(name),
+                "balanced" if name in run["balanced"] else "share",
+            )
             for name, file in run["plans"].items()
         }
         here = torch.from_numpy(np.flatnonzero(routing["source"] == rank))

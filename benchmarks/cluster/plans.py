@@ -23,6 +23,9 @@ PEERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("moetuner", {}),
 )
 
+BALANCED = "search, balanced"
+"""A plan that runs with each batch divided among replicas."""
+
 CONTEXT = {"latent attention's context": 0.08, "grouped-query context": 0.25, "full attention's context": 2.0}
 """Keys and values of a token in a layer over the hidden size: of DeepSeek-V3, of Qwen3-235B, and without sharing of
 heads."""
@@ -74,7 +77,11 @@ def solved(
         except mp.UnsupportedError:
             continue
     near = problem_for(topology, train, extra, replica_choice="nearest")
-    found["search"] = mp.solve(near, "search", seconds=seconds, seed=0, batch="prefill", step_tokens=tokens)
+    options: dict[str, Any] = {"seconds": seconds, "seed": 0, "batch": "prefill", "step_tokens": tokens}
+    found["search"] = mp.solve(near, "search", **options)
+    if extra:
+        divided = problem_for(topology, train, extra, replica_choice="balanced")
+        found[BALANCED] = mp.solve(divided, "search", **options)
     return found
 
 

@@ -22,10 +22,14 @@ class Predictions:
         self.topology = mp.Topology.from_dict(calibration["topology"])
         self._copy_seconds = {row["dispatch"]: DispatchTiming(**row).copy_seconds for row in calibration["dispatches"]}
 
-    def of(self, plan: mp.Plan, steps: mp.Steps, dispatch: str, execution: str) -> dict[str, Any]:
+    def of(
+        self, plan: mp.Plan, steps: mp.Steps, dispatch: str, execution: str, replica_choice: Any = "share"
+    ) -> dict[str, Any]:
         """Of each step "seconds", by its timeline (the model's where tokens do not come back), and "model", by the cost
         model; and means of the model's parts."""
-        objective = plans.OBJECTIVE.replace(node_dedup=dispatch == "node_aware", execution=execution)
+        objective = plans.OBJECTIVE.replace(
+            node_dedup=dispatch == "node_aware", execution=execution, replica_choice=replica_choice
+        )
         judged = evaluate_on(plan, steps, plan.model, self.topology, objective)
         seconds = judged.step_seconds.tolist()
         if execution == "dispatch_combine":
@@ -33,7 +37,7 @@ class Predictions:
             staged = dispatch == "node_aware" and "node_aware" in self._copy_seconds
             copy_seconds = self._copy_seconds["node_aware" if staged else "flat"]
             line = Timeline(plan.model, self.topology, copy_seconds, dispatch_bytes(plan.model, objective))
-            seconds = [line.seconds(layers, staged) for layers in demands(plan, steps)]
+            seconds = [line.seconds(layers, staged) for layers in demands(plan, steps, replica_choice == "balanced")]
         return {
             "seconds": seconds,
             "model": judged.step_seconds.tolist(),

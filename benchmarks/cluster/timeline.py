@@ -18,6 +18,7 @@ import moeplace as mp
 from moeplace.placement.cost import all_to_all_latency, compute_seconds
 from moeplace.runtime.moe.experts import ReplicaChoice
 from moeplace.runtime.moe.layer_placement import LayerPlacement
+from moeplace.runtime.moe.replica_division import BalancedReplicas
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -34,19 +35,27 @@ class LayerDemand:
     experts: FloatArray
 
 
-def demands(plan: mp.Plan, steps: mp.Steps) -> list[list[LayerDemand]]:
+def demands(plan: mp.Plan, steps: mp.Steps, balanced: bool = False) -> list[list[LayerDemand]]:
     """[step][layer], by the runtime's own choice of replicas. Steps must say where tokens live."""
     assert steps.source is not None
     ranks = plan.topology.num_devices
     found: list[list[LayerDemand]] = [[] for _ in range(steps.num_steps)]
     for row, layer in enumerate(plan.moe_layers):
         placement = LayerPlacement.of(plan, layer)
-        choices = [ReplicaChoice(placement, rank, torch.device("cpu")) for rank in range(ranks)]
+        cpu, counts = torch.device("cpu"), torch.empty(0)
+        choices: list[ReplicaChoice | BalancedReplicas] = [
+            BalancedReplicas(placement, rank, cpu, lambda mine: counts)  # noqa: B023 (of the step at hand)
+            if balanced
+            else ReplicaChoice(placement, rank, cpu)
+            for rank in range(ranks)
+        ]
         for step in range(steps.num_steps):
             span = slice(steps.offsets[step], steps.offsets[step + 1])
             home = steps.source[span]
             ids = torch.from_numpy(steps.expert_ids[span, row].astype(np.int64))
             slot = np.empty(ids.shape, dtype=np.int64)
+            cells = (home[:, None] * placement.experts + ids.numpy()).ravel()
+            counts = torch.from_numpy(np.bincount(cells, minlength=ranks * placement.experts).reshape(ranks, -1))
             for rank, choice in enumerate(choices):
                 mine = np.flatnonzero(home == rank)
                 slot[mine] = choice.slots(ids[mine]).numpy()

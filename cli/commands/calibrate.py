@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import AsJson
-from ..output import Column, Table, emit, figure, milliseconds, note, pairs, percent, quantity
+from ..._display import plural
+from ..options import MODEL, AsJson
+from ..output import Column, Table, emit, figure, milliseconds, note, pairs, percent, quantity, wrote
 from ..parse import read_spec
+from ..paths import topology_file
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec
@@ -29,7 +31,14 @@ class Dtype(StrEnum):
 def calibrate_command(
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Topology file to write: .yaml, .yml or .json.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Topology file to write: .yaml, .yml or .json.",
+            show_default=False,
+            callback=topology_file,
+        ),
     ] = None,
     model: Annotated[
         Path | None,
@@ -40,9 +49,15 @@ def calibrate_command(
             "sizes.",
         ),
     ] = None,
-    hidden_size: Annotated[int | None, typer.Option("--hidden-size", min=1, help="In place of the model's.")] = None,
-    ffn_size: Annotated[int | None, typer.Option("--ffn-size", min=1, help="In place of the model's.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="In place of the model's.")] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option("--hidden-size", min=1, help="In place of the model's.", rich_help_panel=MODEL)
+    ] = None,
+    ffn_size: Annotated[
+        int | None, typer.Option("--ffn-size", min=1, help="In place of the model's.", rich_help_panel=MODEL)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="In place of the model's.", rich_help_panel=MODEL)
+    ] = None,
     experts: Annotated[
         int | None,
         typer.Option(
@@ -86,8 +101,6 @@ def calibrate_command(
 
     from ...runtime import calibrate
 
-    if output is not None and output.suffix not in (".json", ".yaml", ".yml"):
-        raise typer.BadParameter(f"{output} must end in .json, .yaml or .yml", param_hint="--output")
     spec = _spec(model, hidden_size=hidden_size, ffn_size=ffn_size, top_k=top_k)
     first = int(os.environ.get("RANK", "0")) == 0
     _join()
@@ -105,7 +118,7 @@ def calibrate_command(
             calibration.topology.save(output)
         _show(calibration, as_json)
         if output is not None:
-            note(f"wrote {output}")
+            wrote(output)
     dist.destroy_process_group()
 
 
@@ -153,7 +166,7 @@ def _show(calibration: Calibration, as_json: bool) -> None:
     rates = quantity("B/s")
     summary = pairs(
         {
-            "devices": f"{topology.num_devices} in {topology.num_nodes} nodes ({calibration.device_dtype})",
+            "devices": f"{topology.num_devices} in {plural(topology.num_nodes, 'node')} ({calibration.device_dtype})",
             "tokens of a step": f"{calibration.tokens:,}",
             "compute a device": _span(topology.compute, quantity("flop/s")),
             "memory bandwidth, reading experts": _span(topology.memory_bandwidth, rates),

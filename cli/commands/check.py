@@ -1,4 +1,4 @@
-"""`moeplace check`: is the map that an engine runs with the plan's, and sound in itself?"""
+"""`moeplace check`: is the map that an engine runs with the plan's, sound in itself, and that of its weights?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from ...placement.errors import EngineError, InputError
 from ..options import AsJson, EngineKey, PlanFileOptions, RecorderFolder, ServerOptions, StoreOptions
 from ..output import Column, Table, emit, working
+from ..parse import whole_numbers
 from ..remote import plan_context, read_plan
 
 if TYPE_CHECKING:
@@ -44,6 +45,35 @@ def check_command(
             show_default=False,
         ),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="DIR",
+            help="A dump of what the ranks hold: of mp.write_expert_fingerprints inside the engine, or its sharded "
+            "state (SGLang's save_sharded_model, vLLM's save_sharded_state). Slots are compared with the map.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            metavar="DIR",
+            help="With --weights: what experts' weights should be, the model's checkpoint, or a dump of the same "
+            "engine without a plan where it stores them in its own form. Default: slots are compared with each other.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="LIST",
+            help="With --weights: MoE layers to compare, as 3,10-12. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
     folder: RecorderFolder = None,
     key: EngineKey = None,
     timeout: Annotated[
@@ -52,20 +82,23 @@ def check_command(
     ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the map an engine runs with a plan, and with itself.
+    """Compare the map an engine runs with a plan, with itself, and with the weights in its slots.
 
     Finds experts missing, unknown or twice on a rank, layers that run another layer's map, other experts than planned,
-    and a plan that was not applied; of a server also the settings that replicas need. Ends with 1 where something is
-    wrong.
+    and a plan that was not applied; of a server also the settings that replicas need. With --weights also slots that
+    hold another expert's or another layer's weights than the map says. Ends with 1 where something is wrong.
 
     Example:
 
       moeplace check plan.json --running http://localhost:30000 --folder /tmp/recorder
       moeplace check plan.json --running expert_distribution_recorder_1700000000.0_0.pt
       moeplace check --running expert_map.json --plan-model config.json --plan-topology h100-hgx:2x8
+      moeplace check plan.json --running dump.pt --weights /tmp/sharded --reference DeepSeek-V3
     """
     from ...runtime.exporters import running as maps
 
+    if weights is None and (reference is not None or layers is not None):
+        raise InputError("--reference and --layers are for --weights: give a dump of the ranks' weights")
     context = plan_context(files)
     expected = None if plan is None else read_plan(plan, storage.db, remote.server, **context)
     model, topology = _shape(expected, context)
@@ -82,6 +115,11 @@ def check_command(
     ]
     findings += maps.check_map(rows, model.experts, topology.num_devices)
     findings += [] if expected is None else maps.compare_map(rows, expected)
+    notes: list[str] = []
+    compared: list[int] = []
+    if weights is not None:
+        wrong, notes, compared = _weights(weights, reference, layers, rows, model)
+        findings += wrong
     table = [{"kind": finding.kind, "layer": finding.layer, "text": finding.text} for finding in findings]
     verdict = "nothing is wrong" if not findings else f"{len(findings)} findings"
     if expected is not None and not findings:
@@ -91,10 +129,39 @@ def check_command(
         "read": [str(dump) for dump in dumps],
         "layers": len(rows),
         "sound": not findings,
+        "weights": None if weights is None else {"layers": compared, "notes": notes},
     }
-    emit({**data, "findings": table}, Table(COLUMNS, table, footnotes=(f"{dumps[0]}: {verdict}.",)), as_json=as_json)
+    told = [f"{dumps[0]}: {verdict}."]
+    if compared:
+        told.append(f"{weights}: weights of {len(compared)} layers were compared.")
+    told += [f"{note}." for note in notes]
+    emit({**data, "findings": table}, Table(COLUMNS, table, footnotes=tuple(told)), as_json=as_json)
     if findings:
         raise typer.Exit(1)
+
+
+def _weights(
+    folder: Path, reference: Path | None, chosen: str | None, rows: dict[int, list[int]], model: ModelSpec
+) -> tuple[list[Finding], list[str], list[int]]:
+    """What is wrong with the weights in slots, what could not be compared, and the layers that were."""
+    from ...runtime.exporters import running_weights
+
+    chosen_layers = whole_numbers("--layers", chosen)
+    layers = [layer for layer in rows if chosen_layers is None or layer in chosen_layers]
+    if not layers:
+        raise InputError(f"--layers {chosen}: none of them is a MoE layer; those are {', '.join(map(str, rows))}")
+    with working(f"reading {folder}") as update:
+        running, _ = running_weights.read_weights(folder, layers)
+        experts = None
+        if reference is not None:
+            for asked in (list(running), list(model.moe_layers)):
+                experts = running_weights.reference_weights(
+                    reference, model, asked, lambda done, total: update(f"reading {reference}", done / total)
+                )
+                if len(asked) == model.layers or running_weights.fits(rows, running, experts):
+                    break  # Whose weights a slot has instead, other layers may say.
+    findings, notes = running_weights.check_weights(rows, running, experts, model.experts)
+    return findings, notes, list(running)
 
 
 def _shape(plan: Plan | None, context: dict[str, Any]) -> tuple[ModelSpec, Topology]:

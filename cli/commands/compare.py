@@ -2,62 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ..options import SOLVING, AsJson, ComparisonOptions, RoutingPath
-from ..output import emit, note
-from ..routing_split import count_table
-from ..run_comparison import Comparison, CountComparison, Entry, run_comparison
+from ..options import AsJson, ComparisonOptions, Plot, PlotFile, RoutingPath
+from ..output import emit, wrote
+from ..paths import output_folder
+from ..plots import comparison_drawings, show
+from ..run_comparison import Comparison, Entry, run_comparison
 from ..tables import comparison_rows, comparison_tables
+
+if TYPE_CHECKING:
+    from ...placement.statistics import RoutingStatistics
+    from ...placement.trace import RoutingTrace
 
 
 def compare_command(
     routing: RoutingPath,
     options: ComparisonOptions,
-    save: Annotated[
+    output: Annotated[
         Path | None,
         Option(
-            "--save",
+            "--output",
+            "-o",
             metavar="DIR",
-            help="Write each solver's plan into this folder.",
+            help="Write each solver's plan into this folder, which is made where it is not there.",
             show_default=False,
-            rich_help_panel=SOLVING,
+            callback=output_folder,
         ),
     ] = None,
+    plot: Plot = False,
+    plot_file: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Solve with several solvers and judge their plans on held-out routing.
 
-    Each solver sees the training part only; all plans are replayed on the same steps made from the rest.
-    Solvers that minimise step times do so for the first kind of steps named; search for both where none is.
-    A solver that cannot serve the problem gets a line that says why.
+    Each solver sees the training part only; all plans are replayed on the same steps made from the rest, and a sentence
+    says whether a change is worth it. Steps are those of --batch, for which solvers that minimise step times solve.
+    Of counts, steps are drawn from held-out windows. A solver that cannot serve the problem gets a line that says why.
 
     Example:
 
       moeplace compare trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solvers eplb,exflow,search
     """
-    comparison = run_comparison(routing, options)
-    if isinstance(comparison, CountComparison):
-        if save is not None:
-            save_plans(comparison.entries, save)
-        data = {"routing": {"held_out": comparison.split.description}, "rows": comparison.rows}
-        emit(data, count_table(comparison.rows, comparison.split), as_json=as_json)
+    from ...placement.verdict import read_other_ms
+
+    other = None if options.other_ms is None else read_other_ms(options.other_ms)
+    comparisons = run_comparison(routing, options)
+    for comparison in comparisons:
+        if output is not None:
+            save_plans(comparison.entries, output / comparison.pool if comparison.pool else output)
+    show_comparisons(comparisons, other, as_json, options.restart_seconds)
+    if plot or plot_file:
+        drawings = [
+            drawing
+            for comparison in comparisons
+            for drawing in comparison_drawings(comparison, comparison.sides, comparison.pool)
+        ]
+        show(drawings, plot_file, plot and not as_json)
+
+
+def show_comparisons(
+    comparisons: Sequence[Comparison],
+    other_ms: Mapping[str, float] | None,
+    as_json: bool,
+    restart_seconds: float | None = None,
+) -> None:
+    """Prints comparisons, of several pools one after the other."""
+    from ...placement.step_mix import step_mix
+
+    data = [comparison_data(comparison, comparison_rows(comparison)) for comparison in comparisons]
+    if as_json and len(comparisons) > 1:
+        pools = {
+            comparison.pool: {"batches": step_mix(comparison.problem).to_dict(), **each}
+            for comparison, each in zip(comparisons, data, strict=True)
+        }
+        emit({"pools": pools}, as_json=True)
         return
-    rows = comparison_rows(comparison)
-    if save is not None:
-        save_plans(comparison.entries, save)
-    emit(comparison_data(comparison, rows), *comparison_tables(comparison, rows), as_json=as_json)
+    for comparison, each in zip(comparisons, data, strict=True):
+        emit(
+            each,
+            *comparison_tables(comparison, each["rows"]),
+            as_json=as_json,
+            mix=step_mix(comparison.problem),
+            closing=partial(comparison.verdict, other_ms, restart_seconds),
+        )
 
 
 def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The comparison as JSON has it."""
     from ...placement.cost import prediction_basis
 
-    problem, split = comparison.problem, comparison.split
+    problem, split, saved = comparison.problem, comparison.split, comparison.saved
     return {
         "model": problem.model.model_dump(mode="json"),
         "topology": {
@@ -66,17 +106,27 @@ def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[
             "devices": problem.topology.num_devices,
         },
         "slots": problem.num_slots,
-        "prediction": prediction_basis(problem.model, problem.topology).text,
+        "prediction": prediction_basis(problem.model, problem.topology, problem.objective).text,
         "objective": problem.objective.model_dump(mode="json"),
         "routing": {
             "train_fingerprint": problem.statistics.fingerprint,
             "held_out": split.description,
-            "train_tokens": split.train.num_tokens,
-            "judged_tokens": split.judged.num_tokens,
+            "train_tokens": routing_tokens(split.train),
+            "judged_tokens": routing_tokens(split.judged),
             "seed": comparison.seed,
         },
+        "windows": comparison.windows,
         "rows": rows,
+        "best": comparison.best.name,
+        "verdict": None if saved is None else saved.to_dict(comparison.called(comparison.reference), comparison.where),
     }
+
+
+def routing_tokens(routing: RoutingTrace | RoutingStatistics) -> int:
+    """Tokens of either part of a record."""
+    from ...placement.trace import RoutingTrace
+
+    return routing.num_tokens if isinstance(routing, RoutingTrace) else routing.tokens
 
 
 def save_plans(entries: Sequence[Entry], folder: Path) -> None:
@@ -85,4 +135,4 @@ def save_plans(entries: Sequence[Entry], folder: Path) -> None:
         if entry.plan is not None and not entry.was_given:
             path = folder / f"{entry.name.replace(':', '-').replace('/', '-')}.json"
             entry.plan.save(path)
-            note(f"wrote {path}")
+            wrote(path)

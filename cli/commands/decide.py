@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,20 +12,24 @@ import typer
 
 from ..options import (
     JUDGING,
+    MAX_SEED,
+    SOLVING,
     STORE,
     AsJson,
+    BatchOptions,
     Engine,
     HeldOutOptions,
     ObjectiveOptions,
     PlanFileOptions,
+    RestartSeconds,
     ServerOptions,
     StoreOptions,
 )
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
-from ..parse import read_objective
+from ..parse import one_pool, read_batches, read_objective, solved_batches, split_list
 from ..remote import is_engines_own, plan_context, read_plan, service
 from ..routing_split import holds_counts_only, open_recording, solving_statistics, split_counts, split_routing
-from ..run_comparison import BASELINE
+from ..run_comparison import BASELINE, plan_name
 
 if TYPE_CHECKING:
     from ...placement.decide import Decision
@@ -38,15 +43,17 @@ COUNTS_ASSUME = (
     "independent and tokens spread evenly over devices. Intervals are from blocks of neighbouring windows drawn again."
 )
 COLUMNS = (
-    Column("candidate", "candidate", right=False),
+    Column("candidate", "candidate", plan_name, right=False),
     Column("current_seconds", "in force\nms", milliseconds),
     Column("candidate_seconds", "candidate\nms", milliseconds),
+    Column("current_ideal_share", "in force of\nthe ideal", percent),
+    Column("ideal_share", "of the\nideal", percent),
     Column("relative", "gain", percent),
     Column("relative_low", "low", percent),
     Column("relative_high", "high", percent),
     Column("moves", "experts\nmoved"),
     Column("bytes_moved", "moved", quantity("B")),
-    Column("migration_seconds", "stall s", seconds),
+    Column("stall_seconds", "stall s", seconds),
     Column("payback_steps", "payback\nsteps", figure),
     Column("payback_steps_high", "at most", figure),
 )
@@ -58,6 +65,7 @@ def decide_command(
     storage: StoreOptions,
     remote: ServerOptions,
     files: PlanFileOptions,
+    batch: BatchOptions,
     candidates: Annotated[
         str,
         typer.Option("--candidates", metavar="PLAN,...", help="Plan files or stored plans that might be applied."),
@@ -96,16 +104,6 @@ def decide_command(
         ),
     ] = BASELINE,
     engine: Engine = None,
-    decode: Annotated[
-        int,
-        typer.Option(
-            "--decode",
-            min=1,
-            metavar="N",
-            help="Sequences a decode step; of counts, tokens a step.",
-            rich_help_panel=JUDGING,
-        ),
-    ] = 128,
     horizon: Annotated[
         float,
         typer.Option(
@@ -121,12 +119,24 @@ def decide_command(
         typer.Option(
             "--resamples",
             min=20,
+            max=100_000,
             metavar="N",
             help="Draws of the held-out sequences or windows.",
             rich_help_panel=JUDGING,
         ),
     ] = 200,
-    seed: Annotated[int, typer.Option("--seed", help="Decides the held-out part and every draw.")] = 0,
+    restart_seconds: RestartSeconds = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            max=MAX_SEED,
+            help="Decides the held-out part and every draw.",
+            rich_help_panel=SOLVING,
+        ),
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a candidate is worth applying: its gain on held-out sequences, with an interval, against its
@@ -144,11 +154,14 @@ def decide_command(
     from ...placement.cost import prediction_basis
     from ...placement.decide import decide
     from ...placement.problem import Problem
+    from ...placement.step_mix import step_mix
     from ...solvers import solve
 
     if (routing is None) == (deployment is None):
         raise typer.BadParameter("give ROUTING to judge on, or --deployment of a service, one of them")
-    names = [name.strip() for name in candidates.split(",") if name.strip()]
+    names = split_list(candidates)
+    if not names:
+        raise typer.BadParameter("--candidates names no plan; give files or stored plans with commas between")
     if routing is None:
         plans = [read_plan(name, storage.db, remote.server, **plan_context(files)) for name in names]
         _asked_of_service(remote.server, str(deployment), plans, names, record, as_json)
@@ -166,28 +179,40 @@ def decide_command(
         else:
             split = split_routing(recording, held_out, seed)
             statistics, judged, described = solving_statistics(recording, split), split.judged, f"{split.description}."
-        problem = Problem(
-            model=plans[0].model,
-            topology=plans[0].topology,
-            statistics=statistics,
-            objective=read_objective(objective),
-            engine=engine or plans[0].provenance.engine or None,
+        problem = one_pool(
+            Problem(
+                model=plans[0].model,
+                topology=plans[0].topology,
+                statistics=statistics,
+                objective=read_objective(objective),
+                engine=engine or plans[0].provenance.engine or None,
+                batches=read_batches(batch) or solved_batches(plans[0]),
+            ),
+            batch,
         )
+        in_force = solve(problem, BASELINE) if in_force is None else in_force
         decision = decide(
-            solve(problem, BASELINE) if in_force is None else in_force,
+            in_force,
             plans,
             judged,
             problem,
-            concurrency=decode,
             resamples=resamples,
             confidence=confidence,
             horizon_steps=horizon,
+            restart_seconds=restart_seconds,
             seed=seed,
             progress=lambda news: update("replaying draws of the held-out sequences", news.fraction),
         )
-    basis = prediction_basis(problem.model, problem.topology).text
+    basis = prediction_basis(problem.model, problem.topology, problem.objective).text
     data = _data(decision, names) | {"prediction": basis, "held_out": described}
-    emit(data, _table(decision, names, f"{described} Step times: {basis}."), as_json=as_json)
+    table = _table(decision, names, f"{described} Step times: {basis}.")
+    emit(
+        data,
+        table,
+        as_json=as_json,
+        mix=step_mix(replace(problem, current=in_force)),
+        closing=lambda: [_verdict(decision, names)],
+    )
 
 
 def _plans(
@@ -232,6 +257,11 @@ def decision_row(figures: dict[str, Any]) -> dict[str, Any]:
             name: figures[name]
             for name in ("moves", "bytes_moved", "migration_seconds", "payback_steps", "payback_steps_high")
         },
+        # Decisions that were made before these were known.
+        **{
+            name: figures.get(name)
+            for name in ("current_ideal_share", "ideal_share", "gain_grouped", "restart", "stall_seconds")
+        },
     }
 
 
@@ -248,8 +278,13 @@ def _rows(decision: Decision, names: list[str]) -> list[dict[str, Any]]:
             "moves": verdict.migration.moves,
             "bytes_moved": verdict.migration.bytes_moved,
             "migration_seconds": verdict.migration.seconds,
+            "restart": verdict.migration.restart or None,
+            "stall_seconds": verdict.migration.stall,
+            "gain_grouped": verdict.gain_grouped,
             "payback_steps": verdict.payback_steps,
             "payback_steps_high": verdict.payback_steps_high,
+            "current_ideal_share": verdict.current_ideal_share,
+            "ideal_share": verdict.ideal_share,
         }
         for name, verdict in zip(names, decision.verdicts, strict=True)
     ]
@@ -260,6 +295,8 @@ def _data(decision: Decision, names: list[str]) -> dict[str, Any]:
         "action": decision.action,
         "chosen": None if decision.chosen is None else names[decision.chosen],
         "reason": decision.reason,
+        "text": _verdict(decision, names),
+        "most": decision.most,
         "confidence": decision.confidence,
         "horizon_steps": decision.horizon_steps,
         "candidates": _rows(decision, names),
@@ -267,5 +304,9 @@ def _data(decision: Decision, names: list[str]) -> dict[str, Any]:
 
 
 def _table(decision: Decision, names: list[str], held_out: str) -> Table:
+    return Table(COLUMNS, _rows(decision, names), footnotes=(held_out,))
+
+
+def _verdict(decision: Decision, names: list[str]) -> str:
     answer = "KEEP the plan in force" if decision.chosen is None else f"APPLY {names[decision.chosen]}"
-    return Table(COLUMNS, _rows(decision, names), footnotes=(f"{answer}: {decision.reason}", held_out))
+    return f"{answer}: {decision.reason}."

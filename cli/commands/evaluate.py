@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..options import (
-    JUDGING,
     AsJson,
     Engine,
     HeldOutOptions,
     KeepOptions,
     ObjectiveOptions,
+    OtherMs,
     PlanFileOptions,
     PlanReference,
+    PlanSeed,
+    Plot,
+    PlotFile,
     RoutingPath,
     ServerOptions,
     StepOptions,
 )
 from ..output import emit, note, working
-from ..parse import read_objective
+from ..parse import SolverChoice, one_pool, read_batches, read_objective, solved_batches
+from ..plots import comparison_drawings, show
 from ..remote import is_engines_own, plan_context, read_plan
 from ..routing_split import (
+    CountSplit,
     RoutingSplit,
-    count_row,
-    count_table,
     holds_counts_only,
-    make_steps,
+    judged_steps,
     open_recording,
     solving_statistics,
     split_counts,
     split_routing,
 )
-from ..run_comparison import compare, plan_name
-from ..save import keep_evaluations
+from ..run_comparison import PEER, Comparison, compare, plan_name
+from ..save import attempted, check_store, end_unkept, keep_evaluations
 from ..tables import binding_rows, binding_table, comparison_rows, comparison_tables
 from .compare import comparison_data
 
@@ -54,15 +58,10 @@ def evaluate_command(
     remote: ServerOptions,
     files: PlanFileOptions,
     engine: Engine = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed",
-            help="Decides the held-out part and the steps. Default: the seed the plan was solved with.",
-            show_default=False,
-            rich_help_panel=JUDGING,
-        ),
-    ] = None,
+    other_ms: OtherMs = None,
+    seed: PlanSeed = None,
+    plot: Plot = False,
+    plot_file: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Replay held-out routing through a plan, beside the contiguous placement, and say what its layers wait for.
@@ -76,45 +75,94 @@ def evaluate_command(
       moeplace evaluate plan.json trace --decode 128 --prefill 4096
       moeplace evaluate init_expert_location.json trace --plan-topology h100-hgx:2x8
     """
+    from ...placement.step_mix import step_mix
+    from ...placement.verdict import read_other_ms
+
+    other = None if other_ms is None else read_other_ms(other_ms)
+    stores = storage.store and remote.server is None
+    if stores:
+        check_store(storage.db)
+    judged = judge_plans([plan], routing, objective, held_out, steps, storage.db, files, engine, seed, remote.server)
+    comparison, problem = judged.comparison, judged.comparison.problem
+    [entry] = [entry for entry in comparison.entries if entry.was_given]
+    judged_plan, name = judged.plans[0], entry.name
+    comparison = replace(comparison, subject=name)
+    warn_when_seen(judged_plan, judged.recording, judged.split, problem.statistics.fingerprint)
+    rows = comparison_rows(comparison)
+    failure = None
+    if stores:
+        _, failure = attempted(lambda: keep_evaluations(judged_plan, entry.evaluations, comparison.kinds, storage.db))
+    waits = {kind: binding_rows(each, judged_plan.moe_layers) for kind, each in entry.evaluations.items()}
+    tables = [binding_table(entries, f"{kind}: what layers of {name} wait for") for kind, entries in waits.items()]
+    emit(
+        {**comparison_data(comparison, rows), "binding": waits},
+        *comparison_tables(comparison, rows),
+        *tables,
+        as_json=as_json,
+        mix=step_mix(problem),
+        closing=partial(comparison.verdict, other),
+    )
+    if plot or plot_file:
+        show(comparison_drawings(comparison, [name, comparison.baseline.name]), plot_file, plot and not as_json)
+    end_unkept(failure, None)
+
+
+@dataclass(frozen=True)
+class JudgedPlans:
+    """Plans beside the contiguous one and, for an engine, its own policy."""
+
+    plans: list[Plan]
+    recording: Recording
+    split: RoutingSplit | CountSplit
+    comparison: Comparison
+
+
+def judge_plans(
+    references: Sequence[str],
+    routing: Path,
+    objective: ObjectiveOptions,
+    held_out: HeldOutOptions,
+    steps: StepOptions,
+    db: str | None,
+    files: PlanFileOptions,
+    engine: str | None,
+    seed: int | None,
+    server: str | None = None,
+) -> JudgedPlans:
+    """Judges plans on held-out routing, under the first one's cluster, engine, seed and steps where none are named."""
     from ...placement.problem import Problem
 
     with working("reading the routing") as update:
         opened = cache(lambda: open_recording(routing))
-        context = plan_context(files, opened) if is_engines_own(plan) else {}
-        judged_plan = read_plan(plan, storage.db, remote.server, **context)
-        used_seed = judged_plan.provenance.seed if seed is None else seed
+        plans = [
+            read_plan(each, db, server, **(plan_context(files, opened) if is_engines_own(each) else {}))
+            for each in references
+        ]
+        first = plans[0]
+        used_seed = first.provenance.seed if seed is None else seed
         recording = opened()
-        if holds_counts_only(recording):
-            counts = split_counts(recording, held_out, used_seed)
-            rows = [count_row(plan_name(plan), judged_plan, counts, used_seed)]
-            emit(
-                {"routing": {"held_out": counts.description}, "rows": rows}, count_table(rows, counts), as_json=as_json
-            )
-            return
-        split = split_routing(recording, held_out, used_seed)
-        replayed = make_steps(split.judged, steps, used_seed)
-        problem = Problem(
-            model=judged_plan.model,
-            topology=judged_plan.topology,
-            statistics=solving_statistics(recording, split),
-            objective=read_objective(objective),
-            device_slots=judged_plan.slots_per_device.tolist(),
-            engine=engine or judged_plan.provenance.engine or None,
+        counts = holds_counts_only(recording)
+        split: RoutingSplit | CountSplit = (split_counts if counts else split_routing)(recording, held_out, used_seed)
+        problem = one_pool(
+            Problem(
+                model=first.model,
+                topology=first.topology,
+                statistics=split.train if isinstance(split, CountSplit) else solving_statistics(recording, split),
+                objective=read_objective(objective),
+                device_slots=first.slots_per_device.tolist(),
+                engine=engine or first.provenance.engine or None,
+                batches=read_batches(steps) or solved_batches(first),
+            ),
+            steps,
         )
-        name = plan_name(plan)
-        comparison = compare(problem, split, replayed, (), [(name, judged_plan)], 30.0, used_seed, update)
-    warn_when_seen(judged_plan, recording, split, problem.statistics.fingerprint)
-    rows = comparison_rows(comparison)
-    if storage.store and remote.server is None:
-        keep_evaluations(judged_plan, comparison.entries[-1].evaluations, replayed, storage.db)
-    judged = comparison.entries[-1].evaluations
-    waits = {kind: binding_rows(evaluation, judged_plan.moe_layers) for kind, evaluation in judged.items()}
-    tables = [binding_table(entries, f"{kind}: what layers of {name} wait for") for kind, entries in waits.items()]
-    data = {**comparison_data(comparison, rows), "binding": waits}
-    emit(data, *comparison_tables(comparison, rows), *tables, as_json=as_json)
+        replayed = judged_steps(split, problem, steps.steps, used_seed)
+        choices = [SolverChoice.parse(PEER)] if problem.engine is not None else []
+        named = [(plan_name(name), each) for name, each in zip(references, plans, strict=True)]
+        comparison = compare(problem, split, replayed, choices, named, 30.0, used_seed, update)
+        return JudgedPlans(plans, recording, split, comparison)
 
 
-def warn_when_seen(plan: Plan, recording: Recording, split: RoutingSplit, train_fingerprint: str) -> None:
+def warn_when_seen(plan: Plan, recording: Recording, split: RoutingSplit | CountSplit, train_fingerprint: str) -> None:
     """Says so when the plan was solved on what it is judged on."""
     from ...placement.statistics import RoutingStatistics
 

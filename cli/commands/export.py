@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ...placement.errors import UnsupportedError
+from .. import completion
 from ..options import AsJson, KeepOptions, PlanFileOptions, PlanReference, ServerOptions
 from ..output import emit, pairs
 from ..parse import whole_numbers
+from ..paths import output_file
 from ..remote import plan_context, read_plan, service
-from ..save import keep_export
+from ..save import attempted, end_unkept, keep_export
 
 
 def export_command(
@@ -22,8 +25,9 @@ def export_command(
         typer.Option(
             "--for",
             metavar="ENGINE",
+            autocompletion=completion.engines,
             help="sglang, sglang-lp (forks that serve a plan's own shares), vllm, vllm-ascend, trtllm, or moeplace "
-            "(the plan file itself).",
+            "(the plan file itself); for permute there is `moeplace permute`.",
             show_default=False,
         ),
     ],
@@ -32,7 +36,8 @@ def export_command(
         typer.Option(
             "--output",
             "-o",
-            metavar="PATH",
+            metavar="FILE",
+            callback=output_file,
             help="File to write; sglang tells .json and .pt by the name.",
             show_default=False,
         ),
@@ -100,6 +105,10 @@ def export_command(
     """
     from ...runtime.exporters import engine_usage, export_plan
 
+    if engine == "permute":
+        raise UnsupportedError(
+            f"a permuted checkpoint is written from the checkpoint: moeplace permute CHECKPOINT --plan {plan} -o FOLDER"
+        )
     engine_options = {
         "hidden_layers": hidden_layers,
         "extra_layers": whole_numbers("--extra-layers", extra_layers),
@@ -119,6 +128,8 @@ def export_command(
         "sha256": hashlib.sha256(written.read_bytes()).hexdigest(),
         "usage": engine_usage(exported, engine, written.resolve(), model_path),
     }
+    failure = None
     if storage.store:
-        keep_export(exported, engine, written, storage.db, data["sha256"])
-    emit(data, pairs(data), as_json=as_json)
+        _, failure = attempted(lambda: keep_export(exported, engine, written, storage.db, data["sha256"]))
+    emit(data, pairs(data, whole=True), as_json=as_json)
+    end_unkept(failure, written)

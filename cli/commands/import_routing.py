@@ -12,9 +12,10 @@ import typer
 from ..options import STORE, AsJson, KeepOptions, ServerOptions
 from ..output import Table, count, emit, pairs, working
 from ..parse import read_spec, whole_numbers
+from ..paths import recording_path
 from ..remote import send_record
 from ..routing_split import open_recording
-from ..save import keep_statistics, save_recording
+from ..save import attempted, check_store, end_unkept, keep_statistics, save_recording
 
 
 class Kind(StrEnum):
@@ -119,13 +120,16 @@ def import_command(
     reading: ReadOptions,
     storage: KeepOptions,
     remote: ServerOptions,
-    out: Annotated[
+    output: Annotated[
         Path | None,
         typer.Option(
-            "--out",
+            "--output",
             "-o",
-            help="Folder for the trace; for a record of counts, the statistics file (.npz). Needed without --server.",
+            metavar="PATH",
+            help="Folder for the trace, which is made; for a record of counts, the statistics file (.npz). Needed "
+            "without --server.",
             show_default=False,
+            callback=recording_path,
         ),
     ] = None,
     deployment: Annotated[
@@ -197,22 +201,24 @@ def import_command(
     a trace of this project (Parquet) or its statistics (.npz);
     SGLang's expert distribution records (stat, stat_approx, per_pass, per_token), a file or a folder of the ranks'
     files; routed experts that vLLM or SGLang return (.npy, .npz, or responses as JSON);
+    vLLM's expert-load statistics (.jsonl);
+    vLLM-Ascend's [EPLB experts] log lines, MindIE's hotspots and Omni-Placement's counts (folders);
     TensorRT-LLM's expert statistics (a folder); Megatron-LM's router traces (.jsonl, or a folder of the ranks' files);
     load histories of the ADRS benchmark (.json); ExFlow's trace.npy;
     plain loads [layers, experts] or [windows, layers, experts]: .npy, .npz, a .pt tensor, JSON or CSV.
 
     Example:
 
-      moeplace import trace.npy --model config.json --out trace
-      moeplace import router_traces --num-experts 64 --out trace
-      moeplace import expert_statistics --assignments load_balancer.yaml --moe-layers 3-60 --out counts.npz
-      moeplace import chat.pt code.pt --workload chat --workload code --model config.json --out counts.npz
+      moeplace import trace.npy --model config.json -o trace
+      moeplace import router_traces --num-experts 64 -o trace
+      moeplace import expert_statistics --assignments load_balancer.yaml --moe-layers 3-60 -o counts.npz
+      moeplace import chat.pt code.pt --workload chat --workload code --model config.json -o counts.npz
       moeplace import history.json --server http://plans:8311 --deployment chat
     """
     from ...profiler.read import Recording
 
-    if out is None and remote.server is None:
-        raise typer.BadParameter("the record would go nowhere: give --out, or --server")
+    if output is None and remote.server is None:
+        raise typer.BadParameter("the record would go nowhere: give --output, or --server")
     if deployment is not None and remote.server is None:
         raise typer.BadParameter("--deployment is of the service of --server")
     spec = None if model is None else read_spec(model)
@@ -224,6 +230,9 @@ def import_command(
         )
     if keep_layers is not None and drop_layers is not None:
         raise typer.BadParameter("give --keep-layers or --drop-layers, not both")
+    failure = None
+    if storage.store and remote.server is None:
+        check_store(storage.db)
     with working(f"reading {sources[0]}") as update:
         opened = []
         for source in sources:
@@ -235,19 +244,24 @@ def import_command(
                 asked = set(whole_numbers("--keep-layers", keep_layers) or recorded)
                 # One that was not recorded is refused by name.
                 recording = recording.keep_layers(sorted(asked - dropped | (dropped - recorded)))
-            opened.append(recording.of_model(spec or recording.model, whole_numbers("--moe-layers", moe_layers)))
+            numbers = whole_numbers("--moe-layers", moe_layers)
+            if keep_layers is not None and spec is not None and numbers is None:
+                # Part of the model, as of a pipeline's stage: the plan is for these layers alone.
+                kept = recording.header.moe_layers
+                numbers = list(kept) if set(kept) < set(spec.moe_layers) else None
+            opened.append(recording.of_model(spec or recording.model, numbers))
         recording = Recording.join(dict(zip(names, opened, strict=True))) if names else opened[0]
         statistics = recording.statistics()
-        if out is not None:
-            save_recording(recording, out)
+        if output is not None:
+            save_recording(recording, output)
         if remote.server is not None:
             update("sending", None)
             sent = send_record(remote.server, recording, statistics, deployment)
         elif storage.store:
-            stored = keep_statistics(statistics, storage.db, name)
+            stored, failure = attempted(lambda: keep_statistics(statistics, storage.db, name))
     data: dict[str, Any] = {
         "kind": "trace" if recording.is_trace else "statistics",
-        "file": None if out is None else str(out),
+        "file": None if output is None else str(output),
         "tokens": statistics.tokens,
         "experts": statistics.experts,
         "top_k": statistics.top_k,
@@ -258,6 +272,7 @@ def import_command(
         "sent": sent,
     }
     emit(data, _table(data), as_json=as_json)
+    end_unkept(failure, output)
 
 
 def _table(data: dict[str, Any]) -> Table:

@@ -8,29 +8,45 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...placement.errors import SolveError
 from ..options import (
     SOLVING,
-    STORE,
     AsJson,
     KeepOptions,
     ModelOptions,
     ObjectiveOptions,
+    Plot,
+    PlotFile,
     RoutingPath,
     StudyOptions,
     TopologyOptions,
 )
-from ..output import emit, note, working
+from ..output import emit, interrupted, working, wrote
 from ..parse import (
+    one_pool,
+    read_batches,
     read_model,
     read_objective,
     read_size,
     read_topology,
+    solved_batches,
     split_list,
     study_solver,
 )
+from ..paths import output_folder
+from ..plots import front_drawings, show
 from ..remote import Study, read_plan, service, sweep_remotely
-from ..routing_split import RoutingSplit, open_recording, study_routing, study_steps
-from ..save import keep_judged_plans
+from ..routing_split import (
+    RoutingSplit,
+    described_steps,
+    held_out_in_words,
+    judged_steps,
+    open_recording,
+    steps_in_words,
+    study_routing,
+)
+from ..run_comparison import warn_of_idle_devices
+from ..save import attempted, check_store, end_unkept, keep_judged_plans
 from ..tables import pareto_table
 
 if TYPE_CHECKING:
@@ -39,7 +55,7 @@ if TYPE_CHECKING:
     from ...solvers.pareto import Front
 
 PAGE = "front.html"
-TOLERATE = {"nothing": None, "device": "device", "node": "node"}
+TOLERATE: dict[str, Kind | None] = {"nothing": None, "device": "device", "node": "node"}
 
 
 def pareto_command(
@@ -56,6 +72,16 @@ def pareto_command(
             metavar="N,...",
             help="Slots a layer beyond one an expert. Default: 0, 1/8, 1/4, 1/2 and 1 an expert, as far as memory "
             "goes.",
+            show_default=False,
+            rich_help_panel=SOLVING,
+        ),
+    ] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(
+            "--slots",
+            metavar="N,...",
+            help="Slots a layer: --redundant and the experts.",
             show_default=False,
             rich_help_panel=SOLVING,
         ),
@@ -90,16 +116,20 @@ def pareto_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
-    out: Annotated[
+    output: Annotated[
         Path | None,
         typer.Option(
-            "--out",
+            "--output",
+            "-o",
             metavar="DIR",
-            help=f"Write every point's plan and the plots ({PAGE}) into this folder.",
+            help=f"Write every point's plan and the plots ({PAGE}) into this folder, which is made where it is not "
+            "there.",
             show_default=False,
-            rich_help_panel=STORE,
+            callback=output_folder,
         ),
     ] = None,
+    plot: Plot = False,
+    plot_file: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what shorter steps cost: the front of step time, memory, bytes moved and survivable failures.
@@ -112,32 +142,46 @@ def pareto_command(
 
     Example:
 
-      moeplace pareto trace --topology h100-hgx --nodes 2 --devices-per-node 4 --out front
+      moeplace pareto trace --topology h100-hgx --nodes 2 --devices-per-node 4 -o front
       moeplace pareto trace --topology h100-hgx --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
+    from ...placement.step_mix import step_mix
     from ...solvers.pareto import pareto
 
     choice, server, seed = study_solver(study), study.server, study.seed
-    if out is None and not storage.store and server is None:
-        raise typer.BadParameter("the plans would go nowhere: give --out, or leave out --no-store")
+    if output is None and not storage.store and server is None:
+        raise typer.BadParameter("the plans would go nowhere: give --output, or leave out --no-store")
     if max_moved is not None and current is None:
         raise typer.BadParameter("--max-moved counts from --current, the plan in force")
     limits = None if max_moved is None else [_limit(entry) for entry in split_list(max_moved)]
-    counts, kinds = _whole_numbers(redundant), _kinds(tolerate)
+    if slots is not None and redundant is not None:
+        raise typer.BadParameter("give --slots or --redundant, not both")
+    counts, totals = _whole_numbers("--redundant", redundant), _whole_numbers("--slots", slots)
+    kinds = _kinds(tolerate)
     cluster, goal = read_topology(topology), read_objective(objective, study.engine)
+    stores = storage.store and server is None
+    if stores:
+        check_store(storage.db)
     with working("reading the routing") as update:
         recording = open_recording(routing, model.model)
         statistics, split = study_routing(recording, study, goal, seed)
         spec = read_model(model, recording)
+        if totals is not None:
+            counts = _beyond_experts(totals, spec.experts)
         in_force = None if current is None else read_plan(current, storage.db, server, model=spec, topology=cluster)
-        problem = Problem(
-            model=spec,
-            topology=cluster,
-            statistics=statistics,
-            objective=goal,
-            engine=study.engine or (in_force.provenance.engine or None if in_force else None),
+        problem = one_pool(
+            Problem(
+                model=spec,
+                topology=cluster,
+                statistics=statistics,
+                objective=goal,
+                engine=study.engine or (in_force.provenance.engine or None if in_force else None),
+                batches=read_batches(study) or (() if in_force is None else solved_batches(in_force)),
+            ),
+            study,
         )
+        warn_of_idle_devices(problem)
         if server is not None and isinstance(split, RoutingSplit):
             answer = sweep_remotely(
                 server,
@@ -150,16 +194,20 @@ def pareto_command(
                 update,
             )
             data = answer | {"held_out": split.description}
-            files = [] if out is None else fetch_front(server, data, out)
+            files = [] if output is None else fetch_front(server, data, output)
             for point, file in zip(data["points"], files, strict=False):
                 point["file"] = str(file)
             emit(
                 data,
                 pareto_table(data, f"{data['steps']}. {split.description}. Step times: {data['prediction']}."),
                 as_json=as_json,
+                mix=step_mix(problem),
             )
+            if plot or plot_file:
+                show(front_drawings(data), plot_file, plot and not as_json)
             return
-        kind, replayed, held_out = study_steps(split, study, problem.model.top_k, seed)
+        replayed = judged_steps(split, problem, study.steps, seed)
+        held_out, kinds_of_steps = held_out_in_words(replayed, split), steps_in_words(replayed, split)
         front = pareto(
             problem,
             replayed,
@@ -174,14 +222,24 @@ def pareto_command(
             progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),
         )
         update("keeping the plans", None)
-        files = [] if out is None else save_front(front, problem, f"{kind}, {replayed.num_steps} steps", held_out, out)
-        judged = [(point.plan, {kind: point.evaluation}) for point in front.points]
-        stored = keep_judged_plans(judged, problem.statistics, {kind: replayed}, storage.db) if storage.store else []
+        files = [] if output is None else save_front(front, problem, kinds_of_steps, held_out, output)
+        judged = [(point.plan, point.evaluation.by_batch()) for point in front.points]
+        stored, failure = [], None
+        if stores:
+            kept, failure = attempted(
+                lambda: keep_judged_plans(judged, problem.statistics, replayed.by_batch(), storage.db)
+            )
+            stored = kept or []
     if front.interrupted:
-        note("interrupted: these are the points finished by then")
-    data = front.to_dict(files, stored) | {"steps": kind, "held_out": held_out}
-    described = f"{kind}: {replayed.num_steps} steps. {held_out}. Step times: {data['prediction']}."
-    emit(data, pareto_table(data, described), as_json=as_json)
+        interrupted("interrupted: these are the points finished by then")
+    data = front.to_dict(files, stored) | {"steps": kinds_of_steps, "held_out": held_out}
+    described = described_steps(replayed, split, data["prediction"])
+    emit(data, pareto_table(data, described), as_json=as_json, mix=step_mix(problem))
+    if plot or plot_file:
+        show(front_drawings(data), plot_file, plot and not as_json)
+    end_unkept(failure, output)
+    if not front.points and not front.interrupted:
+        raise SolveError("none of the points asked for has a plan; their reasons are above")
 
 
 def plan_file(folder: Path, number: int, point: str) -> Path:
@@ -196,7 +254,7 @@ def fetch_front(server: str, data: Mapping[str, Any], folder: Path) -> list[Path
     with service(server) as client:
         for point, file in zip(data["points"], files, strict=True):
             client.plan(point["stored_as"]).save(file)
-    note(f"wrote {len(files)} plans")
+    wrote(f"{len(files)} plans")
     return files
 
 
@@ -209,17 +267,23 @@ def save_front(front: Front, problem: Problem, steps: str, held_out: str, folder
         files.append(plan_file(folder, number, point.name))
         point.plan.save(files[-1])
     write_front_page(build_front_page(front, problem, steps, held_out), folder / PAGE)
-    note(f"wrote {len(files)} plans and {folder / PAGE}")
+    wrote(f"{len(files)} plans and {folder / PAGE}")
     return files
 
 
-def _whole_numbers(text: str | None) -> list[int] | None:
+def _beyond_experts(slots: list[int], experts: int) -> list[int]:
+    if min(slots) < experts:
+        raise typer.BadParameter(f"--slots {min(slots)} are fewer than the model's {experts} experts")
+    return [count - experts for count in slots]
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
     if text is None:
         return None
-    try:
-        return [int(entry) for entry in split_list(text)]
-    except ValueError:
-        raise typer.BadParameter(f"--redundant {text!r} must be whole numbers with commas between") from None
+    entries = split_list(text)
+    if not entries or not all(entry.isdecimal() and len(entry) < 10 for entry in entries):
+        raise typer.BadParameter(f"{option} {text!r} must be whole numbers with commas between")
+    return [int(entry) for entry in entries]
 
 
 def _limit(text: str) -> float | None:
@@ -227,10 +291,7 @@ def _limit(text: str) -> float | None:
 
 
 def _kinds(text: str) -> list[Kind | None]:
-    from ...placement.failures import KINDS
-
     entries = split_list(text)
-    unknown = [entry for entry in entries if entry not in TOLERATE]
-    if unknown or not entries:
+    if not entries or not TOLERATE.keys() >= set(entries):
         raise typer.BadParameter(f"--tolerate {text!r} must name some of {', '.join(TOLERATE)}")
-    return [next((kind for kind in KINDS if kind == entry), None) for entry in entries]
+    return [TOLERATE[entry] for entry in entries]

@@ -9,8 +9,9 @@ import typer
 
 from ..options import AsJson, KeepOptions
 from ..output import emit, pairs, working
+from ..paths import new_folder
 from ..remote import read_plan
-from ..save import keep_export
+from ..save import attempted, check_store, end_unkept, keep_export
 
 
 def permute_command(
@@ -24,8 +25,16 @@ def permute_command(
         str,
         typer.Option("--plan", metavar="PLAN", help="A plan file, or a stored plan's name or id.", show_default=False),
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; must not be there.", show_default=False)
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder to write; must not be there.",
+            show_default=False,
+            callback=new_folder,
+        ),
     ],
     storage: KeepOptions,
     invert: Annotated[
@@ -48,23 +57,26 @@ def permute_command(
 
     Example:
 
-      moeplace permute Mixtral-8x7B --plan plan.json --out Mixtral-8x7B-placed
-      moeplace permute Mixtral-8x7B-placed --plan plan.json --out Mixtral-8x7B --invert
+      moeplace permute Mixtral-8x7B --plan plan.json -o Mixtral-8x7B-placed
+      moeplace permute Mixtral-8x7B-placed --plan plan.json -o Mixtral-8x7B --invert
     """
     from ...runtime.permute.checkpoint import permute_checkpoint
 
     placed = read_plan(plan, storage.db)
-    with working(f"writing {out}") as update:
+    if storage.store:
+        check_store(storage.db)
+    with working(f"writing {output}") as update:
         written = permute_checkpoint(
             checkpoint,
             placed,
-            out,
+            output,
             invert=invert,
             verify=verify,
-            progress=lambda done, total: update(f"writing {out}", done / max(total, 1)),
+            progress=lambda done, total: update(f"writing {output}", done / max(total, 1)),
         )
+    failure = None
     if storage.store and not invert:
-        keep_export(placed, "permute", written.folder, storage.db)
+        _, failure = attempted(lambda: keep_export(placed, "permute", written.folder, storage.db))
     data: dict[str, Any] = {
         "path": str(written.folder),
         "inverted": invert,
@@ -82,3 +94,4 @@ def permute_command(
         "use": f"load it in place of {checkpoint}, with experts dealt to ranks in order",
     }
     emit(data, pairs(shown), as_json=as_json)
+    end_unkept(failure, written.folder)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import completion
+from ..former_names import Command
 from ..options import AsJson, ServerOptions, StoreOptions, grouped
-from ..output import Column, Table, emit, figure, milliseconds, note, number, percent
+from ..output import Column, Table, emit, figure, milliseconds, note, number, percent, to_the_second
 from ..remote import service
 from .solve import plan_summary, summary_table
 
@@ -19,43 +21,62 @@ if TYPE_CHECKING:
 plans_app = typer.Typer(help="List, show, rename and delete stored plans.\n\nExample:\n\n  moeplace plans list")
 
 Reference = Annotated[
-    str, typer.Argument(metavar="PLAN", help="A stored plan's name, or the first digits of its id.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="PLAN",
+        autocompletion=completion.plans,
+        help="A stored plan's name, or the first digits of its id.",
+        show_default=False,
+    ),
 ]
 
+MOST_PLANS = 1_000_000
 LIST_COLUMNS = (
     Column("id", "id", right=False),
     Column("name", "name", right=False),
-    Column("created", "stored (UTC)", right=False),
+    Column("created", "stored (UTC)", to_the_second, right=False),
     Column("solver", "solver", right=False),
     Column("model", "model", right=False),
     Column("topology", "topology", right=False),
     Column("devices", "devices"),
     Column("slots", "slots"),
-    Column("value", "value", figure),
     Column("gap", "gap", percent),
 )
+VALUE_COLUMNS = (
+    Column("id", "id", right=False),
+    Column("name", "name", right=False),
+    Column("solver", "solver", right=False),
+    Column("value", "value", figure),
+    Column("bound", "bound", figure),
+)
 EVALUATION_COLUMNS = (
-    Column("created", "judged (UTC)", right=False),
+    Column("created", "judged (UTC)", to_the_second, right=False),
     Column("steps", "steps", right=False),
     Column("execution", "execution", right=False),
     Column("load_max_mean", "load\nmax/mean", number(3)),
     Column("step_seconds_mean", "step ms\nmean", milliseconds),
     Column("step_seconds_p99", "step ms\np99", milliseconds),
+    Column("ideal_share", "of the\nideal", percent),
 )
 
 
-@plans_app.command("list")
+@plans_app.command("list", cls=Command)
 @grouped
 def list_command(
     storage: StoreOptions,
     remote: ServerOptions,
     model: Annotated[
-        str | None, typer.Option("--model", help="Only plans of this model: its name or id.", show_default=False)
+        str | None,
+        typer.Option(
+            "--model-name", metavar="NAME", help="Only plans of this model: its name or id.", show_default=False
+        ),
     ] = None,
     solver: Annotated[
         str | None, typer.Option("--solver", help="Only plans this solver made.", show_default=False)
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many, newest first.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, max=MOST_PLANS, help="At most so many, newest first.")
+    ] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List stored plans, newest first.
@@ -73,11 +94,13 @@ def list_command(
 
         with Store.open(storage.db) as store:
             rows = [_row(record) for record in store.plans(model=model, solver=solver, limit=limit)]
-    table = Table(LIST_COLUMNS, rows) if rows else Table((), (), footnotes=["No plans are stored."])
-    emit(rows, table, as_json=as_json)
+    tables = (
+        [Table(LIST_COLUMNS, rows), *_values(rows)] if rows else [Table((), (), footnotes=["No plans are stored."])]
+    )
+    emit(rows, *tables, as_json=as_json)
 
 
-@plans_app.command("show", no_args_is_help=True)
+@plans_app.command("show", cls=Command, no_args_is_help=True)
 @grouped
 def show_command(plan: Reference, storage: StoreOptions, as_json: AsJson = False) -> None:
     """Show how a plan was made, how it was judged, and where it was exported.
@@ -107,12 +130,15 @@ def show_command(plan: Reference, storage: StoreOptions, as_json: AsJson = False
     if evaluations:
         tables.append(Table(EVALUATION_COLUMNS, data["evaluations"]))
     if exports:
-        columns = [Column(key, key, right=False) for key in ("created", "format", "path")]
-        tables.append(Table(columns, [{**entry, "created": _time(entry["created"])} for entry in data["exports"]]))
+        columns = [
+            Column("created", "created (UTC)", to_the_second, right=False),
+            *(Column(key, key, right=False) for key in ("format", "path")),
+        ]
+        tables.append(Table(columns, data["exports"]))
     emit(data, *tables, as_json=as_json)
 
 
-@plans_app.command("rename", no_args_is_help=True)
+@plans_app.command("rename", cls=Command, no_args_is_help=True)
 @grouped
 def rename_command(
     plan: Reference,
@@ -132,7 +158,7 @@ def rename_command(
     note(f"renamed {plan} to {name}")
 
 
-@plans_app.command("delete", no_args_is_help=True)
+@plans_app.command("delete", cls=Command, no_args_is_help=True)
 @grouped
 def delete_command(plan: Reference, storage: StoreOptions) -> None:
     """Delete a stored plan, with its evaluations and its list of exports.
@@ -149,12 +175,21 @@ def delete_command(plan: Reference, storage: StoreOptions) -> None:
     note(f"deleted plan {record.id}")
 
 
+def _values(rows: list[dict[str, Any]]) -> list[Table]:
+    """A table an objective, whose name says the unit: values of different ones do not compare."""
+    mine: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["value"] is not None:
+            mine.setdefault(row["objective"], []).append(row)
+    return [Table(VALUE_COLUMNS, of, f"Value: {objective}") for objective, of in mine.items()]
+
+
 def _row(record: PlanSummary) -> dict[str, Any]:
     certificate = record.certificate
     return {
         "id": record.id,
         "name": record.name,
-        "created": _time(record.created),
+        "created": record.created,
         "solver": record.solver,
         "model": record.model,
         "topology": record.topology,
@@ -170,18 +205,14 @@ def _row(record: PlanSummary) -> dict[str, Any]:
 def _remote_row(view: PlanView) -> dict[str, Any]:
     fields = ("id", "name", "solver", "devices", "slots", "objective", "value", "bound", "gap")
     row = {field: getattr(view, field) for field in fields}
-    return row | {"created": _time(view.created), "model": view.model_id, "topology": view.topology_id}
+    return row | {"created": view.created, "model": view.model_id, "topology": view.topology_id}
 
 
 def _evaluation(record: EvaluationRecord) -> dict[str, Any]:
     return {
-        "created": _time(record.created),
+        "created": record.created,
         "steps": record.steps,
         "steps_fingerprint": record.steps_fingerprint,
         "execution": None if record.objective is None else record.objective.execution,
         **record.summary,
     }
-
-
-def _time(moment: Any) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S}"

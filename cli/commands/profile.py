@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..output import note
+from ..paths import recording_path
 
 
 class Mode(StrEnum):
@@ -21,8 +22,16 @@ def profile_command(
         list[str],
         typer.Argument(metavar="COMMAND...", help="The script to run: python train.py ...", show_default=False),
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the trace, or statistics .npz.", show_default=False)
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Folder for the trace, or statistics .npz.",
+            show_default=False,
+            callback=recording_path,
+        ),
     ],
     mode: Annotated[
         Mode, typer.Option("--mode", help="Every token's experts, or counts by expert and window only.")
@@ -36,11 +45,11 @@ def profile_command(
 
     Example:
 
-      moeplace profile --out trace -- python generate.py --prompts prompts.txt
+      moeplace profile -o trace -- python generate.py --prompts prompts.txt
     """
     from ...profiler.run_script import run_recorded
 
-    code = run_recorded(command, out, mode=mode.value, sample=sample)
+    code = run_recorded(command, output, mode=mode.value, sample=sample)
     if code == 0:
-        note(f"recorded into {out}; `moeplace stats {out}` shows what is in it")
+        note(f"recorded into {output}; `moeplace stats {output}` shows what is in it")
     raise typer.Exit(code)

@@ -13,6 +13,7 @@ from ...placement.errors import InputError
 from ..options import AsJson, EngineKey, RecorderFolder
 from ..output import count, emit, note, pairs, working
 from ..parse import read_spec, reader_defaults
+from ..paths import recording_path
 from ..save import save_recording
 
 if TYPE_CHECKING:
@@ -29,10 +30,15 @@ class RecordMode(StrEnum):
 
 
 def record_command(
-    out: Annotated[
+    output: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder for the trace; for counts, the statistics file (.npz).", show_default=False
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="Folder for the trace, which is made; for counts, the statistics file (.npz).",
+            show_default=False,
+            callback=recording_path,
         ),
     ],
     sglang: Annotated[
@@ -108,8 +114,8 @@ def record_command(
 
     Example:
 
-      moeplace record --sglang http://localhost:30000 --seconds 60 --out counts.npz
-      moeplace record --vllm http://localhost:8000 --prompts prompts.txt --model config.json --out trace
+      moeplace record --sglang http://localhost:30000 --seconds 60 -o counts.npz
+      moeplace record --vllm http://localhost:8000 --prompts prompts.txt --model config.json -o trace
     """
     from ...profiler.engine_servers import EngineServer
 
@@ -129,7 +135,7 @@ def record_command(
         data, record = _requests(
             server, "sglang" if sglang else "vllm", prompts, seconds, max_tokens, concurrency, model
         )
-    data |= _save(record, out, model)
+    data |= _save(record, output, model)
     shown = {**data, "tokens": count(data["tokens"]) if data["tokens"] else None}
     emit(data, pairs(shown), as_json=as_json)
 

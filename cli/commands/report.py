@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -12,15 +13,25 @@ import typer
 
 from ...placement.errors import InputError
 from ..options import AsJson, ComparisonOptions, RoutingPath
-from ..output import emit, note
-from ..run_comparison import Comparison, CountComparison, run_comparison
-from ..tables import comparison_rows, comparison_tables
-from .compare import comparison_data
+from ..output import wrote
+from ..paths import output_file
+from ..run_comparison import Comparison, run_comparison
+from .compare import routing_tokens, show_comparisons
 
 
 def report_command(
     routing: RoutingPath,
-    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="HTML file to write.",
+            show_default=False,
+            callback=output_file,
+        ),
+    ],
     options: ComparisonOptions,
     before: Annotated[
         str | None,
@@ -46,20 +57,24 @@ def report_command(
 
       moeplace report trace --topology h100-hgx --nodes 2 --devices-per-node 4 -o report.html
     """
+    from ...placement.verdict import read_other_ms
     from ..report.build import build_report
     from ..report.page import write_page
 
-    comparison = run_comparison(routing, options)
-    if isinstance(comparison, CountComparison):
-        raise InputError(f"{routing} holds counts only, a report is of step times; `moeplace compare` judges counts")
-    write_page(build_report(comparison, before, after, provenance(comparison, routing)), output)
-    note(f"wrote {output}")
-    rows = comparison_rows(comparison)
-    emit(comparison_data(comparison, rows), *comparison_tables(comparison, rows), as_json=as_json)
+    other = None if options.other_ms is None else read_other_ms(options.other_ms)
+    comparisons = run_comparison(routing, options)
+    if len(comparisons) > 1:
+        raise InputError("a report is of one --pool; `moeplace compare` sets both in one output")
+    [comparison] = comparisons
+    page = build_report(comparison, before, after, provenance(comparison, routing), comparison.verdict(other))
+    write_page(page, output)
+    wrote(output)
+    show_comparisons(comparisons, other, as_json)
 
 
 def provenance(comparison: Comparison, routing: Path) -> list[tuple[str, str]]:
     """Where the figures come from, by name."""
+    from ...placement.step_mix import step_mix
     from ...placement.version import __version__
 
     problem, split = comparison.problem, comparison.split
@@ -69,14 +84,35 @@ def provenance(comparison: Comparison, routing: Path) -> list[tuple[str, str]]:
         if entry.plan is not None
     ]
     return [
-        ("Routing", f"{routing}: {split.train.num_tokens:,} tokens solved on, {split.judged.num_tokens:,} judged on"),
+        (
+            "Routing",
+            f"{routing.name}: {routing_tokens(split.train):,} tokens solved on, "
+            f"{routing_tokens(split.judged):,} judged on",
+        ),
         ("Solved on", f"SHA-256 {problem.statistics.fingerprint}"),
         ("Judged on", f"SHA-256 {split.judged.fingerprint}"),
         ("Split", split.description),
-        ("Steps", ", ".join(f"{steps.num_steps} of {kind}" for kind, steps in comparison.steps.items())),
+        ("Steps", step_mix(problem).text.removeprefix("Steps: ")),
+        ("Replayed", ", ".join(f"{steps.num_steps} of {kind}" for kind, steps in comparison.kinds.items())),
         ("Objective", ", ".join(f"{key} {value}" for key, value in problem.objective.model_dump().items())),
         ("Plans", ", ".join(solved)),
         ("Version", f"moeplace {__version__}, Python {sys.version.split()[0]}"),
         ("Written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
-        ("Command", shlex.join(["moeplace", *sys.argv[1:]])),
+        ("Command", shlex.join(["moeplace", *map(without_folders, sys.argv[1:])])),
     ]
+
+
+def without_folders(argument: str) -> str:
+    """An argument as others may read it: of paths, alone, in lists or after `=`, their last part; of addresses, what is
+    no secret."""
+    if "://" in argument:
+        return ADDRESS.sub(r"\1://...", argument)
+    return ",".join(
+        f"{option}{equals}{SEPARATOR.split(value.rstrip('/'))[-1]}"
+        for part in argument.split(",")
+        for option, equals, value in [part.rpartition("=")]
+    )
+
+
+ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://.*")
+SEPARATOR = re.compile(r"[/\\]")

@@ -9,6 +9,7 @@ import typer
 
 from ...placement.errors import UnsupportedError
 from ..options import STORE, StoreOptions
+from ..output import interrupted
 
 SERVER, WORK = "Server", "Work"
 
@@ -20,10 +21,30 @@ def serve_command(
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any.", rich_help_panel=SERVER)
     ] = 8311,
     auth: Annotated[
-        bool | None,
+        bool,
         typer.Option(
             "--auth/--no-auth",
-            help="Ask for tokens. Default: everywhere but on a loopback address, where alone it can be turned off.",
+            help="Ask for tokens; the first is printed at the first start. On a loopback address it can be turned off.",
+            rich_help_panel=SERVER,
+        ),
+    ] = True,
+    root_path: Annotated[
+        str,
+        typer.Option(
+            "--root-path",
+            metavar="PATH",
+            help="Where a proxy that strips it puts the service, such as /moeplace.",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = "",
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--proxy",
+            metavar="ADDRESS|NETWORK",
+            help="A proxy whose X-Forwarded-For and -Proto are believed, so that rates are by its clients; may be "
+            "given again.",
             show_default=False,
             rich_help_panel=SERVER,
         ),
@@ -76,6 +97,21 @@ def serve_command(
             rich_help_panel=WORK,
         ),
     ] = None,
+    job_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--job-memory",
+            metavar="GB",
+            min=0.5,
+            help="Memory that a job may take. Default: three quarters of the machine's, divided among workers.",
+            show_default=False,
+            rich_help_panel=WORK,
+        ),
+    ] = None,
+    job_seconds: Annotated[
+        float,
+        typer.Option("--job-seconds", metavar="SECONDS", min=1, help="How long a job may run.", rich_help_panel=WORK),
+    ] = 7200.0,
     check_windows: Annotated[
         int,
         typer.Option(
@@ -85,6 +121,38 @@ def serve_command(
             rich_help_panel=WORK,
         ),
     ] = 8,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            metavar="NETWORK|NAME",
+            help="Where engines and webhooks may be (10.0.0.0/8, engine.internal); may be given again. Default: "
+            "everywhere but link-local and metadata addresses.",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port",
+            min=1,
+            max=65535,
+            help="Answer Prometheus on this port of all addresses, without a token; let nobody else reach it. "
+            "Default: at /metrics, with a token.",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    keep_days: Annotated[
+        float,
+        typer.Option(
+            "--keep-days",
+            min=0,
+            help="Ended jobs, sent deliveries and statistics that nothing refers to are dropped after so many days.",
+            rich_help_panel=STORE,
+        ),
+    ] = 90.0,
     lease: Annotated[
         float,
         typer.Option(
@@ -108,6 +176,7 @@ def serve_command(
     """
     from importlib.util import find_spec
 
+    from ..._http import Peers
     from ...service.settings import Settings
 
     if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client")):
@@ -123,14 +192,24 @@ def serve_command(
         workers=int(workers) if workers.lstrip("-").isdecimal() else workers,
         ray_workers=ray_workers,
         auth=auth,
+        root_path=root_path,
+        proxies=tuple(proxy or ()),
         rate=rate,
         burst=max(1, int(2 * rate)),
         check_windows=check_windows,
+        job_bytes=None if job_memory is None else int(job_memory * 1e9),
+        job_seconds=job_seconds,
         lease_seconds=lease,
+        keep_days=keep_days,
+        metrics_port=metrics_port,
+        peers=Peers.of(peer or []),
     )
+    from ... import _interrupts
     from ...service.server import serve
 
     serve(settings)
+    if _interrupts.pressed():
+        interrupted("interrupted; the server has stopped, and what it took is in its database")
 
 
 def recorders(entries: list[str]) -> dict[str, Path]:

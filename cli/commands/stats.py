@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import AsJson, RoutingPath
-from ..output import Column, Table, count, emit, note, number, percent, working
+from ..options import AsJson, Plot, PlotFile, RoutingPath
+from ..output import Column, Table, count, emit, number, pairs, percent, working, wrote
+from ..paths import output_file
+from ..plots import record_drawings, show
 from ..routing_split import counted, open_recording
 
 if TYPE_CHECKING:
@@ -20,11 +22,21 @@ TOP_SUCCESSORS = 4
 def stats_command(
     routing: RoutingPath,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the statistics (.npz).", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the statistics (.npz).",
+            show_default=False,
+            callback=output_file,
+        ),
     ] = None,
     sample_tokens: Annotated[
         int, typer.Option("--sample-tokens", min=0, help="Tokens kept in the statistics to judge plans on.")
     ] = 200_000,
+    plot: Plot = False,
+    plot_file: PlotFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Count a trace: load by layer, how well a layer predicts the next, workloads.
@@ -41,9 +53,11 @@ def stats_command(
         statistics = counted(open_recording(routing), update, sample_tokens)
     if output is not None:
         write_statistics(statistics, output)
-        note(f"wrote {output}")
+        wrote(output)
     data = describe(statistics)
-    emit(data, *_tables(data), as_json=as_json)
+    emit(data, _summary(data), *_tables(data), as_json=as_json)
+    if plot or plot_file:
+        show(record_drawings(statistics), plot_file, plot and not as_json)
 
 
 def describe(statistics: RoutingStatistics) -> dict[str, Any]:
@@ -115,6 +129,35 @@ def _distance(load: Any, other: Any) -> Any:
     return 0.5 * np.abs(share(load) - share(other)).sum(axis=1).mean()
 
 
+def _summary(data: dict[str, Any]) -> Table:
+    """What the record is, and what a plan can gain on it, before the layers."""
+    layers = data["layers"]
+    uneven = max(layers, key=lambda layer: layer["load_max_mean"])
+    measured = [layer["load_max_mean"] for layer in layers if layer["load_max_mean"] == layer["load_max_mean"]]
+    counted = f"{data['tokens']:,} tokens in " if data["tokens"] else ""
+    idle = sum(layer["idle_experts"] for layer in layers)
+    tells = {
+        "experts chosen together": data["has_coactivation"],
+        "transitions between layers": data["has_transitions"],
+        "a sample of tokens": bool(data["sample_tokens"]),
+    }
+    return pairs(
+        {
+            "record": f"{counted}{data['windows']:,} windows, {len(data['workloads'])} workloads",
+            "model": _model(data),
+            "busiest expert": f"{sum(measured) / max(1, len(measured)):.2f} times the mean load over layers, "
+            f"{uneven['load_max_mean']:.2f} in layer {uneven['layer']}",
+            "idle experts": f"{idle:,} of {len(layers) * data['experts']:,}",
+            "tells": ", ".join(what for what, there in tells.items() if there) or "loads alone",
+        }
+    )
+
+
+def _model(data: dict[str, Any]) -> str:
+    routed = "" if data["top_k"] is None else f", top-{data['top_k']}"
+    return f"{len(data['moe_layers'])} layers of {data['experts']} experts{routed}"
+
+
 def _tables(data: dict[str, Any]) -> list[Table]:
     layers = Table(
         (
@@ -126,9 +169,7 @@ def _tables(data: dict[str, Any]) -> list[Table]:
             Column("top_successors", f"share of the {TOP_SUCCESSORS}\nlikeliest successors", percent),
         ),
         data["layers"],
-        title=f"{len(data['moe_layers'])} layers of {data['experts']} experts"
-        + ("" if data["top_k"] is None else f", top-{data['top_k']}")
-        + ("" if not data["tokens"] else f", {data['tokens']:,} tokens"),
+        title=_model(data) + ("" if not data["tokens"] else f", {data['tokens']:,} tokens"),
     )
     workloads = Table(
         (

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..former_names import Command
 from ..options import AsJson, StoreOptions, grouped
-from ..output import Column, Table, emit, note
+from ..output import Column, Table, emit, note, to_the_minute
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from ...db.records import Actor
 
 tokens_app = typer.Typer(
@@ -23,8 +22,11 @@ tokens_app = typer.Typer(
 COLUMNS = (
     Column("name", "name", right=False),
     Column("role", "role", right=False),
-    Column("created", "made (UTC)", right=False),
-    Column("revoked", "revoked (UTC)", right=False),
+    Column("created", "made (UTC)", to_the_minute, right=False),
+    Column("revoked", "revoked (UTC)", to_the_minute, right=False),
+    Column("expires", "over (UTC)", to_the_minute, right=False),
+    Column("used", "last used (UTC)", to_the_minute, right=False),
+    Column("deployments", "for", ", ".join, right=False),
 )
 
 
@@ -37,7 +39,7 @@ class RoleChoice(StrEnum):
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the token: whose it is.", show_default=False)]
 
 
-@tokens_app.command("add", no_args_is_help=True)
+@tokens_app.command("add", cls=Command, no_args_is_help=True)
 @grouped
 def add_command(
     name: Name,
@@ -46,6 +48,16 @@ def add_command(
         RoleChoice,
         typer.Option("--role", help="read: look. submit: also send routing and ask for solves. approve: everything."),
     ] = RoleChoice.read,
+    deployment: Annotated[
+        list[str] | None,
+        typer.Option("--deployment", help="One that it is for; may be given again. Default: all.", show_default=False),
+    ] = None,
+    days: Annotated[
+        float | None,
+        typer.Option(
+            "--days", min=0.0, max=36_499.0, help="After which it is over. Default: never.", show_default=False
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a token. It is printed this once and kept as a hash only.
@@ -53,11 +65,20 @@ def add_command(
     Example:
 
       moeplace tokens add ci --role submit
+      moeplace tokens add engine --deployment chat --days 90
     """
+    from datetime import timedelta
+
     from ...db import Store
 
     with Store.open(storage.db) as store:
-        token = store.tokens.add(name, role.value, _operator())
+        token = store.tokens.add(
+            name,
+            role.value,
+            _operator(),
+            deployments=deployment or None,
+            lifetime=None if days is None else timedelta(days=days),
+        )
     note("keep it: it is not shown again")
     if as_json:
         emit({"name": name, "role": role.value, "token": token}, as_json=True)
@@ -65,7 +86,7 @@ def add_command(
         typer.echo(token)
 
 
-@tokens_app.command("list")
+@tokens_app.command("list", cls=Command)
 @grouped
 def list_command(storage: StoreOptions, as_json: AsJson = False) -> None:
     """List tokens, without the tokens themselves.
@@ -77,20 +98,12 @@ def list_command(storage: StoreOptions, as_json: AsJson = False) -> None:
     from ...db import Store
 
     with Store.open(storage.db) as store:
-        rows = [
-            {
-                "name": entry.name,
-                "role": entry.role,
-                "created": _time(entry.created),
-                "revoked": None if entry.revoked is None else _time(entry.revoked),
-            }
-            for entry in store.tokens.all()
-        ]
+        rows = [entry.model_dump() for entry in store.tokens.all()]
     table = Table(COLUMNS, rows) if rows else Table((), (), footnotes=["There are no tokens."])
     emit(rows, table, as_json=as_json)
 
 
-@tokens_app.command("revoke", no_args_is_help=True)
+@tokens_app.command("revoke", cls=Command, no_args_is_help=True)
 @grouped
 def revoke_command(name: Name, storage: StoreOptions) -> None:
     """End a token, within seconds.
@@ -115,7 +128,3 @@ def _operator() -> Actor:
         user = "unknown"
     # Whoever can write the database needs no token.
     return Actor(f"operator {user}"[:100], "approve")
-
-
-def _time(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%d %H:%M")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..._display import plural
+from ...placement.errors import InputError, nearest
+from ..former_names import Command
 from ..options import AsJson, TopologyOptions, grouped
-from ..output import Column, Table, emit, note, quantity
+from ..output import Column, Table, emit, quantity, wrote
 from ..parse import read_topology
+from ..paths import topology_file
 
 if TYPE_CHECKING:
     from ...placement.topology import Topology
@@ -33,9 +38,11 @@ DEVICE_COLUMNS = (
     Column("intra_bandwidth", "in-node\nlinks", quantity("B/s")),
     Column("inter_bandwidth", "between nodes,\na node", quantity("B/s")),
 )
+LAUNCH = Column("launch", "launch us", lambda seconds: f"{seconds * 1e6:.3g}")
+ERROR = Column("error", "error", lambda error: f"±{error:.0%}".replace("%", " %"))
 
 
-@topology_app.command("list")
+@topology_app.command("list", cls=Command)
 @grouped
 def list_command(as_json: AsJson = False) -> None:
     """List the presets, with the achievable rates they stand for.
@@ -53,11 +60,13 @@ def list_command(as_json: AsJson = False) -> None:
     emit(rows, Table(columns, rows, footnotes=footnotes), as_json=as_json)
 
 
-@topology_app.command("kernels")
+@topology_app.command("kernels", cls=Command)
 @grouped
 def kernels_command(
     gpu: Annotated[str | None, typer.Option("--gpu", help="Of this GPU alone.", show_default=False)] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="Of this engine alone.", show_default=False)] = None,
+    engine: Annotated[
+        str | None, typer.Option("--for", metavar="ENGINE", help="Of this engine alone.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what measured expert kernels are known, and how well they predict what they were not fitted to.
@@ -66,24 +75,21 @@ def kernels_command(
 
       moeplace topology kernels --gpu h100-sxm --engine vllm
     """
-    from ...placement.errors import InputError, nearest
     from ...placement.kernels import kernel_data, known_kernels
 
     fits = known_kernels()
-    for option, name, field in (("--gpu", gpu, "gpu"), ("--engine", engine, "engine")):
-        known = {getattr(fit, field) for fit in fits}
-        if name is not None and name not in known:
-            raise InputError(f"{option} {name}: no kernels measured; {nearest(name, known)}")
+    _check_measured("--gpu", gpu, "kernels", {fit.gpu for fit in fits})
+    _check_measured("--for", engine, "kernels", {fit.engine for fit in fits})
     rows = [fit._asdict() for fit in fits if gpu in (None, fit.gpu) and engine in (None, fit.engine)]
     names = ("gpu", "engine", "version", "dtype", "shape")
     columns = [
         *(Column(name, name, right=False) for name in names),
-        Column("launch", "launch us", lambda seconds: f"{seconds * 1e6:.3g}"),
+        LAUNCH,
         Column("bandwidth", "weights\nread", quantity("B/s")),
         Column("rate", "arithmetic", quantity("flop/s")),
         Column("rows", "rows an\nexpert hit", lambda rows: f"{rows:.3g}"),
         Column("passing", "rows\npassed", quantity("B/s")),
-        Column("error", "error", lambda error: f"±{error:.0%}".replace("%", " %")),
+        ERROR,
     ]
     footnotes = [
         f"Coefficients {kernel_data()['source']}.",
@@ -92,7 +98,44 @@ def kernels_command(
     emit(rows, Table(columns, rows, footnotes=footnotes), as_json=as_json)
 
 
-@topology_app.command("show", no_args_is_help=True)
+@topology_app.command("transfers", cls=Command)
+@grouped
+def transfers_command(
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Of this GPU alone.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what measured all-to-alls are known, and how well they predict what they were not fitted to.
+
+    Example:
+
+      moeplace topology transfers --gpu h100-sxm
+    """
+    from ...placement.transfers import known_transfers, transfer_data
+
+    fits = known_transfers()
+    _check_measured("--gpu", gpu, "transfers", {fit.gpu for fit in fits})
+    rows = [
+        {"gpu": fit.gpu, "kind": fit.kind, "nodes": fit.nodes, "library": fit.library, "phase": phase, **leg._asdict()}
+        for fit in fits
+        if gpu in (None, fit.gpu)
+        for phase, leg in (("dispatch", fit.dispatch), ("combine", fit.combine))
+    ]
+    columns = [
+        *(Column(name, name, right=name == "nodes") for name in ("gpu", "kind", "nodes", "library", "phase")),
+        LAUNCH,
+        Column("token", "a token\nns", lambda seconds: f"{seconds * 1e9:.3g}"),
+        Column("intra", "link inside\na node", quantity("B/s")),
+        Column("inter", "link between\nnodes", quantity("B/s")),
+        ERROR,
+    ]
+    footnotes = [
+        f"Coefficients {transfer_data()['source']}.",
+        "Links: of a device; 0 where the other was measured. error: median on token counts left out of the fit.",
+    ]
+    emit(rows, Table(columns, rows, footnotes=footnotes), as_json=as_json)
+
+
+@topology_app.command("show", cls=Command, no_args_is_help=True)
 @grouped
 def show_command(
     name: NameOrFile, nodes: Nodes = None, devices_per_node: DevicesPerNode = None, as_json: AsJson = False
@@ -106,20 +149,29 @@ def show_command(
     topology = read_topology(TopologyOptions(topology=name, nodes=nodes, devices_per_node=devices_per_node))
     columns = [Column("nodes", "nodes", right=False), Column("devices", "devices", right=False), *DEVICE_COLUMNS]
     footnotes = [
-        f"{topology.name}: {topology.num_devices} devices in {topology.num_nodes} nodes. A message costs "
-        f"{topology.intra_latency * 1e6:g} us inside a node and {topology.inter_latency * 1e6:g} us between nodes. "
+        f"{topology.name}: {plural(topology.num_devices, 'device')} in {plural(topology.num_nodes, 'node')}. "
+        f"A message costs {topology.intra_latency * 1e6:g} us inside a node and {topology.inter_latency * 1e6:g} us "
+        "between nodes. "
         "Links are one direction."
     ]
     data = topology.model_dump(mode="json")
     emit(data, Table(columns, _device_rows(topology), footnotes=footnotes), as_json=as_json)
 
 
-@topology_app.command("write", no_args_is_help=True)
+@topology_app.command("write", cls=Command, no_args_is_help=True)
 @grouped
 def write_command(
     name: NameOrFile,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write: .yaml, .yml or .json.", show_default=False)
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write: .yaml, .yml or .json.",
+            show_default=False,
+            callback=topology_file,
+        ),
     ],
     nodes: Nodes = None,
     devices_per_node: DevicesPerNode = None,
@@ -132,7 +184,13 @@ def write_command(
     """
     topology = read_topology(TopologyOptions(topology=name, nodes=nodes, devices_per_node=devices_per_node))
     topology.save(output)
-    note(f"wrote {output}")
+    wrote(output)
+
+
+def _check_measured(option: str, name: str | None, what: str, known: Collection[str]) -> None:
+    """Refuses a name of which nothing was measured."""
+    if name is not None and name not in known:
+        raise InputError(f"{option} {name}: no {what} measured; {nearest(name, known)}")
 
 
 def _device_rows(topology: Topology) -> list[dict[str, Any]]:

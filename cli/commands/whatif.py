@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import completion
 from ..options import (
     CLUSTER,
     SOLVING,
@@ -15,15 +16,35 @@ from ..options import (
     ObjectiveOptions,
     PlanFileOptions,
     PlanReference,
+    Redundant,
     RoutingPath,
     StoreOptions,
     StudyOptions,
     TopologyOptions,
 )
-from ..output import emit, note, working
-from ..parse import read_objective, read_size, read_slots, read_topology, study_solver
+from ..output import emit, interrupted, working, wrote
+from ..parse import (
+    asked_slots,
+    one_pool,
+    read_batches,
+    read_objective,
+    read_size,
+    read_slots,
+    read_topology,
+    solved_batches,
+    study_solver,
+)
+from ..paths import output_folder
 from ..remote import Study, is_engines_own, plan_context, read_plan, service, what_if_remotely
-from ..routing_split import RoutingSplit, open_recording, study_routing, study_steps
+from ..routing_split import (
+    RoutingSplit,
+    described_steps,
+    held_out_in_words,
+    judged_steps,
+    open_recording,
+    steps_in_words,
+    study_routing,
+)
 from ..tables import what_if_table
 
 if TYPE_CHECKING:
@@ -84,6 +105,7 @@ def whatif_command(
             "--topology",
             "-t",
             metavar="NAME|FILE",
+            autocompletion=completion.presets,
             help="Another cluster: a preset or a file.",
             show_default=False,
             rich_help_panel=CLUSTER,
@@ -111,6 +133,7 @@ def whatif_command(
             rich_help_panel=SOLVING,
         ),
     ] = None,
+    redundant: Redundant = None,
     ready: Annotated[
         bool, typer.Option("--ready/--no-ready", help="Solve a ready plan for each change.", rich_help_panel=SOLVING)
     ] = True,
@@ -133,16 +156,23 @@ def whatif_command(
             rich_help_panel=SOLVING,
         ),
     ] = False,
-    out: Annotated[
+    output: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Write the plans into this folder.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Write the plans into this folder, which is made where it is not there.",
+            show_default=False,
+            callback=output_folder,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a lost device or node does to a plan, or another cluster, and get a plan ready for it.
 
     For each failure: which experts lose their last replica; the predicted time of held-out steps when the surviving
-    replicas take the lost ones' tokens (as is), or when the lost experts are loaded again and nothing else moves
+    replicas take the lost ones' tokens (unrepaired), or when the lost experts are loaded again and nothing else moves
     (repaired); and a plan solved for what is left (ready), with the bytes to move between devices and to load from
     storage. Ctrl-C ends the sweep and keeps what is finished.
 
@@ -150,12 +180,13 @@ def whatif_command(
 
     Example:
 
-      moeplace whatif plan.json trace --out contingency
+      moeplace whatif plan.json trace -o contingency
       moeplace whatif plan.json trace --lose device:3 --lose node:1
       moeplace whatif plan.json trace --devices 16 --slots 288
       moeplace whatif production trace --solver search --server http://solver:8311
     """
     from ...placement.problem import Problem
+    from ...placement.step_mix import step_mix
     from ...solvers.what_if import parse_changes, what_if
 
     choice, server, seed = study_solver(study), study.server, study.seed
@@ -165,28 +196,39 @@ def whatif_command(
         opened = cache(lambda: open_recording(routing))
         context = plan_context(files, opened) if is_engines_own(plan) else {}
         current = read_plan(plan, storage.db, server, **context)
+        asked["slots"] = asked_slots(slots, redundant, current.model.experts)
         recording = opened()
         changes = parse_changes(current.topology, **asked)
         goal = read_objective(objective)
         statistics, split = study_routing(recording, study, goal, seed)
-        problem = Problem(
-            model=current.model,
-            topology=current.topology,
-            statistics=statistics,
-            objective=goal,
-            engine=study.engine or current.provenance.engine or None,
+        problem = one_pool(
+            Problem(
+                model=current.model,
+                topology=current.topology,
+                statistics=statistics,
+                objective=goal,
+                engine=study.engine or current.provenance.engine or None,
+                batches=read_batches(study) or solved_batches(current),
+            ),
+            study,
         )
         if server is not None and isinstance(split, RoutingSplit):
             asked |= {"keep_ranks": keep_ranks}
             data = what_if_remotely(
                 server, current, problem, Study(split, study, choice), asked, ready, most_moved, update
             )
-            if out is not None:
-                fetch_plans(server, data, out)
+            if output is not None:
+                fetch_plans(server, data, output)
             described = f"{data['steps']}. {split.description}. Step times: {data['prediction']}."
-            emit(data | {"held_out": split.description}, what_if_table(data, described), as_json=as_json)
+            emit(
+                data | {"held_out": split.description},
+                what_if_table(data, described),
+                as_json=as_json,
+                mix=step_mix(problem),
+            )
             return
-        kind, replayed, held_out = study_steps(split, study, problem.model.top_k, seed)
+        replayed = judged_steps(split, problem, study.steps, seed)
+        held_out = held_out_in_words(replayed, split)
         result = what_if(
             current,
             problem,
@@ -202,19 +244,21 @@ def whatif_command(
             progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),
         )
     if result.interrupted:
-        note(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")
-    written = {} if out is None else save_plans(result, out)
+        interrupted(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")
+    written = {} if output is None else save_plans(result, output)
 
     def about(outcome: Outcome, kind_of_plan: str, _: Plan) -> dict[str, str | None]:
         file = written.get(outcome.change.name, {}).get(kind_of_plan)
         return {"file": None if file is None else str(file)}
 
     data = result.to_dict(about)
-    described = f"{kind}: {replayed.num_steps} steps. {held_out}. Step times: {data['prediction']}."
+    kinds = steps_in_words(replayed, split)
+    described = described_steps(replayed, split, data["prediction"])
     emit(
-        data | {"steps": kind, "held_out": held_out},
+        data | {"steps": kinds, "held_out": held_out},
         what_if_table(data, described),
         as_json=as_json,
+        mix=step_mix(problem),
     )
 
 
@@ -260,7 +304,7 @@ def save_plans(result: WhatIf, folder: Path) -> dict[str, dict[str, Path]]:
                 path = plan_file(folder, outcome.change.name, kind)
                 judged.plan.save(path)
                 files.setdefault(outcome.change.name, {})[kind] = path
-                note(f"wrote {path}")
+                wrote(path)
     return files
 
 
@@ -273,4 +317,4 @@ def fetch_plans(server: str, data: dict[str, Any], folder: Path) -> None:
                     path = plan_file(folder, row["change"], kind)
                     client.plan(row[kind]["stored_as"]).save(path)
                     row[kind]["file"] = str(path)
-                    note(f"wrote {path}")
+                    wrote(path)

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..._display import plural
 from ...placement.errors import InputError, nearest
 from ...placement.layer_slots import spanned
-from ..output import Column
+from ...placement.step_mix import step_mix
+from ..output import Column, telling_apart
 from ..run_comparison import Comparison, Entry
-from ..tables import comparison_rows, comparison_tables, reading_notes
+from ..tables import COMPARISON_COLUMNS, comparison_rows, comparison_tables, reading_notes
 from .figures import Figure
 from .sections import affinity_figure, breakdown_figure, distribution_figure, load_figure, traffic_figure
 
@@ -60,38 +62,41 @@ class Report:
 
 
 def build_report(
-    comparison: Comparison, before: str | None, after: str | None, provenance: list[tuple[str, str]]
+    comparison: Comparison,
+    before: str | None,
+    after: str | None,
+    provenance: list[tuple[str, str]],
+    verdict: Sequence[str] = (),
 ) -> Report:
     """Chooses the two plans to set side by side and draws everything.
 
     before: an entry's name (default: the first plan given, else contiguous). after: default: the best of the rest on
-    the objective.
+    the objective. verdict: sentences on the best plan, which come first of the remarks.
 
     Raises:
         InputError: no such entry, or one without a plan.
     """
-    kind = next(iter(comparison.steps))
-    old, new = _sides(comparison, before, after, kind)
+    kind = next(iter(comparison.kinds))
+    old, new = _sides(comparison, before, after)
     rows = comparison_rows(comparison)
     model, topology = comparison.problem.model, comparison.problem.topology
-    nodes = f"{topology.num_nodes} node{'s' if topology.num_nodes > 1 else ''}"
     return Report(
         title=model.name or "Expert placement",
         subtitle=f"{model.layers} MoE layers of {model.experts} experts, top-{model.top_k}, "
-        f"on {topology.num_devices} devices in {nodes} ({topology.name}), "
+        f"on {plural(topology.num_devices, 'device')} in {plural(topology.num_nodes, 'node')} ({topology.name}), "
         f"{spanned(comparison.problem.layer_slots.sum(axis=1))} slots a layer, "
         f"{comparison.problem.objective.execution}",
         before=old.name,
         after=new.name,
-        headlines=_headlines(comparison, old, new, kind),
+        headlines=_headlines(comparison, old, new),
         sections=_sections(comparison, rows, new.name),
-        remarks=reading_notes(comparison, rows),
+        remarks=[step_mix(comparison.problem).text, *verdict, *reading_notes(comparison, rows)],
         figures=_figures(comparison, old, new, kind),
         provenance=provenance,
     )
 
 
-def _sides(comparison: Comparison, before: str | None, after: str | None, kind: str) -> tuple[Entry, Entry]:
+def _sides(comparison: Comparison, before: str | None, after: str | None) -> tuple[Entry, Entry]:
     usable = {entry.name: entry for entry in comparison.entries if entry.plan is not None}
     for name in (before, after):
         if name is not None and name not in usable:
@@ -105,14 +110,17 @@ def _sides(comparison: Comparison, before: str | None, after: str | None, kind: 
         return old, usable[after]
     if not rest:
         raise InputError("a report sets two plans side by side, and only one could be made; give more --solvers")
-    return old, min(rest, key=lambda entry: comparison.risk(entry, kind))
+    return old, min(rest, key=comparison.risk)
 
 
-def _headlines(comparison: Comparison, old: Entry, new: Entry, kind: str) -> list[Headline]:
-    first, second = (entry.evaluations[kind].summary() for entry in (old, new))
+def _headlines(comparison: Comparison, old: Entry, new: Entry) -> list[Headline]:
+    assert old.evaluation is not None
+    assert new.evaluation is not None
+    first, second = old.evaluation.summary(), new.evaluation.summary()
     wanted: list[tuple[str, str, float, str]] = [
         ("Step time, mean", "step_seconds_mean", 1e3, "{:.3f} ms"),
         ("Step time, p99", "step_seconds_p99", 1e3, "{:.3f} ms"),
+        ("Of the force-balanced ideal", "ideal_share", 100.0, "{:.1f}%"),
         ("Device load, max / mean", "load_max_mean", 1.0, "{:.2f}"),
         ("Devices a token", "devices_per_token", 1.0, "{:.2f}"),
         _travel(comparison),
@@ -152,32 +160,48 @@ def _points(old: float, new: float) -> str:
 
 
 def _sections(comparison: Comparison, rows: list[dict[str, Any]], after: str) -> list[Section]:
+    sections = []
+    for table in comparison_tables(comparison, rows):
+        columns = [column for column in telling_apart(table) if column.key not in CERTIFIED]
+        lines = [_line(row, columns, row.get("solver") == after) for row in table.rows]
+        sections.append(Section(table.title, [column.title for column in columns], lines))
+    return sections + _certificates(rows, after)
+
+
+CERTIFIED = ("value", "bound", "gap")
+
+
+def _certificates(rows: list[dict[str, Any]], after: str) -> list[Section]:
+    """What is proven, a table an objective: gaps of different ones cannot be compared."""
+    columns = [column for column in COMPARISON_COLUMNS if column.key in ("solver", *CERTIFIED)]
+    columns.sort(key=lambda column: ("solver", *CERTIFIED).index(column.key))
+    first = [row for row in rows if row["steps"] == rows[0]["steps"] and row["objective"]]
     return [
         Section(
-            table.title,
-            [column.title for column in table.columns],
-            [_line(row, table.columns, row["solver"] == after) for row in table.rows],
+            f"Proven of the solver's own objective on the part solved on: {objective}",
+            [column.title for column in columns],
+            [_line(row, columns, row["solver"] == after) for row in first if row["objective"] == objective],
         )
-        for table in comparison_tables(comparison, rows)
+        for objective in dict.fromkeys(row["objective"] for row in first)
     ]
 
 
 def _line(row: Mapping[str, Any], columns: Sequence[Column], chosen: bool) -> Line:
     values = [(row.get(column.key), column.write) for column in columns[1:]]
     cells = ["\N{EN DASH}" if value is None else write(value) for value, write in values]
-    return Line(row["solver"], cells, row["reason"] or "", chosen)
+    return Line(row[columns[0].key], cells, row.get("reason") or "", chosen)
 
 
 def _figures(comparison: Comparison, old: Entry, new: Entry, kind: str) -> list[Figure]:
     from ...placement.replay import device_traffic
 
-    problem, steps = comparison.problem, comparison.steps[kind]
+    problem, steps = comparison.problem, comparison.kinds[kind]
     assert old.plan is not None
     assert new.plan is not None
     names, plans = (old.name, new.name), (old.plan, new.plan)
     evaluations = {
         kind: {entry.name: entry.evaluations[kind] for entry in comparison.entries if kind in entry.evaluations}
-        for kind in comparison.steps
+        for kind in comparison.kinds
     }
     matrices = [
         device_traffic(plan, steps, problem.topology, problem.objective).bytes_between(problem.model, problem.objective)

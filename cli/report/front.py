@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..._display import plural
+from ...charts.lines import POINT_KINDS, Mark, scatter
 from ...placement.files import write_text
 from ..output import milliseconds, quantity
 from ..tables import pareto_columns, pareto_notes
 from .build import Line
-from .figures import Figure, Theme, axis, base_layout, make_figure
+from .figures import Figure, Panel, single
 from .page import render
 
 if TYPE_CHECKING:
     from ...placement.problem import Problem
     from ...solvers.pareto import Front, Point
-
-SYMBOLS = {"in force": "x", "nothing asked": "circle", "device": "diamond", "node": "square"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FrontPage:
 
 def write_front_page(page: FrontPage, path: str | Path) -> None:
     """Renders the page and writes it whole or not at all."""
-    write_text(path, render("front.html.j2", page.figures, page=page))
+    write_text(path, render("front.html.j2", figures=page.figures, page=page))
 
 
 def build_front_page(front: Front, problem: Problem, steps: str, held_out: str) -> FrontPage:
@@ -73,7 +73,7 @@ def build_front_page(front: Front, problem: Problem, steps: str, held_out: str) 
     return FrontPage(
         title=model.name or "Expert placement",
         subtitle=f"{model.layers} MoE layers of {model.experts} experts, top-{model.top_k}, on {topology.num_devices} "
-        f"devices in {topology.num_nodes} node{'s' if topology.num_nodes > 1 else ''} ({topology.name}), "
+        f"devices in {plural(topology.num_nodes, 'node')} ({topology.name}), "
         f"{problem.objective.execution}",
         figures=figures,
         headings=[column.title for column in columns],
@@ -95,52 +95,20 @@ def front_figure(
 ) -> Figure:
     """Points of step time over `value`; plans that nothing beats are large, the line joins the fastest for each
     value."""
-    import plotly.graph_objects as go
-
-    kinds = [_kind(point) for point in front.points]
-    present = [kind for kind in SYMBOLS if kind in kinds]
-    traces: list[Any] = []
-    for kind in present:
-        mine = [i for i, other in enumerate(kinds) if other == kind]
-        points = [front.points[i] for i in mine]
-        traces.append(
-            go.Scatter(
-                x=[value(point) for point in points],
-                y=[point.seconds * 1e3 for point in points],
-                mode="markers",
-                name=kind if kind in ("in force", "nothing asked") else f"survive {kind} failures",
-                marker={
-                    "symbol": SYMBOLS[kind],
-                    "size": [11 if front.best[i] else 7 for i in mine],
-                    "opacity": [1.0 if front.best[i] else 0.45 for i in mine],
-                },
-                text=[_hover(point) for point in points],
-                hovertemplate="%{text}<extra></extra>",
-            )
-        )
-    x, y = _envelope([(value(point), point.seconds * 1e3) for point in front.points], more_is_better)
-    traces.append(
-        go.Scatter(x=x, y=y, mode="lines", line={"width": 1, "dash": "dot"}, hoverinfo="skip", showlegend=False)
+    marks = [
+        Mark(value(point), point.seconds * 1e3, *POINT_KINDS[_kind(point)], _told(point), bool(best))
+        for point, best in zip(front.points, front.best, strict=True)
+    ]
+    chart = scatter(
+        title, x_title, "predicted step time (ms)", marks, more_is_better=more_is_better, width=1130, height=380
     )
-
-    def layout(theme: Theme) -> dict[str, Any]:
-        colours = {"in force": theme.before, "nothing asked": theme.after, "device": theme.others[0]}
-        return base_layout(theme, 380) | {
-            "colorway": [*(colours.get(kind, theme.others[1]) for kind in present), theme.muted],
-            "xaxis": axis(theme, x_title, showgrid=True, ticks="outside", showline=True),
-            "yaxis": axis(theme, "predicted step time (ms)", showgrid=True, ticks=""),
-            "legend": {"x": 1.01, "y": 1.0, "font": {"color": theme.text, "size": 12}},
-            "hovermode": "closest",
-        }
-
-    return make_figure(
+    return single(
         key,
         title,
         f"Lower is faster, further {'right survives more' if more_is_better else 'left costs less'}. Large marks are "
         "plans that no other beats in everything; the dotted line is what these two figures alone allow. "
         "The axes do not start at zero.",
-        traces,
-        layout,
+        Panel("", chart),
     )
 
 
@@ -150,24 +118,10 @@ def _kind(point: Point) -> str:
     return point.config.tolerate or "nothing asked"
 
 
-def _hover(point: Point) -> str:
+def _told(point: Point) -> str:
     survived = ", ".join(f"{count} {kind}" for kind, count in point.survived.items())
-    moved = "" if point.migration is None else f"<br>{quantity('B')(point.bytes_moved)} to move"
+    moved = "" if point.migration is None else f"; {quantity('B')(point.bytes_moved)} to move"
     return (
-        f"{point.name}: {milliseconds(point.seconds)} ms<br>{quantity('B')(point.memory)} on the fullest device{moved}"
-        f"<br>survives {survived} failures"
+        f"{point.name}: {milliseconds(point.seconds)} ms; {quantity('B')(point.memory)} on the fullest device{moved}"
+        f"; survives {survived} failures"
     )
-
-
-def _envelope(pairs: list[tuple[float, float]], more_is_better: bool) -> tuple[list[float], list[float]]:
-    """Corners of the staircase that no pair lies below, from the cheapest value on."""
-    x: list[float] = []
-    y: list[float] = []
-    for value, seconds in sorted(pairs, key=lambda pair: (-pair[0] if more_is_better else pair[0], pair[1])):
-        if not y or seconds < y[-1]:
-            if y:
-                x.append(value)
-                y.append(y[-1])
-            x.append(value)
-            y.append(seconds)
-    return x, y

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from ...charts.svg import STATIC
 from ...placement.files import write_text
 from .build import Report
-from .figures import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -21,29 +21,27 @@ def write_page(report: Report, path: str | Path) -> None:
 
 def render_page(report: Report) -> str:
     """The report as HTML."""
-    return render("page.html.j2", report.figures, report=report)
+    return render("page.html.j2", figures=report.figures, report=report)
 
 
-def render(template: str, figures: Sequence[Figure], **context: Any) -> str:
-    """A template with the style, the script and the plots' data inside."""
+def render(template: str, **context: Any) -> str:
+    """A template with the style and the script inside, which are all that the page runs: their hashes say so."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    plots = {figure.key: {"data": figure.data, "layouts": figure.layouts} for figure in figures}
+    style = "\n" + "".join(path.read_text(encoding="utf-8") for path in (STATIC / "charts.css", TEMPLATES / "page.css"))
+    script = "\n" + (STATIC / "charts.js").read_text(encoding="utf-8")
     return environment.get_template(template).render(
         **context,
-        figures=figures,
-        style=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
-        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
-        plots=Markup(_inside_script(plots)),
+        style=Markup(style),
+        script=Markup(script),
+        hashes={"style": _hash(style), "script": _hash(script)},
     )
 
 
-def _inside_script(value: object) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names what an element holds."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

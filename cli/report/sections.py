@@ -1,20 +1,26 @@
-"""Step times: their distribution, and what they are spent on."""
+"""The figures of a comparison: device loads, traffic, affinity, step times and what they are spent on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..._types import FloatArray, IntArray
+from ...charts.heat_maps import Shades, Side, device_map, heat_map, load_map, load_shades
+from ...charts.lines import Curve, curves, stacked_bars
+from ...charts.svg import Axis, axis_form, number_axis
 from ..output import quantity
-from .figures import Figure, Theme, TraceChoice, axis, base_layout, boundaries, colour_axis, make_figure, paired_layout
+from .figures import Choice, Figure, Panel, single
 
 if TYPE_CHECKING:
     from ...placement.evaluate import Evaluation
     from ...placement.plan import Plan
     from ...placement.topology import Topology
+
+WIDE = 1130
+"""Of a chart that has the page's width to itself."""
 
 # Load by layer and device, before and after.
 
@@ -34,59 +40,21 @@ def load_figure(
     steps: str,
 ) -> Figure:
     """Heat maps [G, L] of relative load on one scale around 1.0, the even share."""
-    import plotly.graph_objects as go
-
     loads = [relative_load(evaluation) for evaluation in evaluations]
-    largest = max(float(np.abs(load - 1.0).max()) for load in loads)
-    span = next((span for span in (0.1, 0.2, 0.5) if largest <= span), 1.0)
-    devices = np.arange(topology.num_devices)
-    traces = [
-        go.Heatmap(
-            z=load.T.astype(np.float32),
-            x=[str(layer) for layer in moe_layers],
-            y=devices,
-            xaxis=f"x{suffix}",
-            yaxis=f"y{suffix}",
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-            hovertemplate="layer %{x}, device %{y}<br>%{z:.2f} of the mean load<extra></extra>",
+    shades = load_shades(loads)
+    panels = [
+        Panel(
+            f"{name}: largest {load.max():.2f}, mean of the layers' largest {load.max(axis=1).mean():.2f}",
+            load_map(f"Device load, {name}", load, moe_layers, topology.node_size, shades),
         )
-        for load, suffix in zip(loads, ("", "2"), strict=True)
-    ]
-    node_ends = (np.cumsum(topology.node_size)[:-1] - 0.5).tolist()
-    headings = tuple(
-        f"{name}: largest {load.max():.2f}, mean of the layers' largest {load.max(axis=1).mean():.2f}"
         for name, load in zip(names, loads, strict=True)
-    )
-
-    def layout(theme: Theme) -> dict[str, Any]:
-        ticks = np.linspace(1.0 - span, 1.0 + span, 5)
-        labels = [f"{tick:.2f}" for tick in ticks]
-        if largest > span:
-            labels[-1] = "\N{GREATER-THAN OR EQUAL TO} " + labels[-1]
-        bar = {"tickvals": ticks.tolist(), "ticktext": labels}
-        return paired_layout(
-            theme,
-            (headings[0], headings[1]),
-            "MoE layer",
-            "device",
-            height=int(np.clip(130 + 24 * topology.num_devices, 260, 720)),
-            coloraxis=colour_axis(
-                theme, theme.diverging, "load / mean", cmin=1.0 - span, cmax=1.0 + span, colorbar=bar
-            ),
-            x={"type": "category", "nticks": 13, "tickangle": 0},
-            y={"dtick": 1 if topology.num_devices <= 16 else 8},
-            shapes=boundaries(theme, node_ends, -0.5, len(moe_layers) - 0.5, both=False),
-        )
-
+    ]
     between = " Lines part nodes." if topology.num_nodes > 1 else ""
-    return make_figure(
+    return single(
         "load",
         "Load by layer and device",
         f"Tokens a device computes over the mean device's, mean over steps ({steps}); 1.0 is an even share.{between}",
-        traces,
-        layout,
+        *panels,
     )
 
 
@@ -101,59 +69,27 @@ def traffic_figure(
     names: tuple[str, str], matrices: tuple[FloatArray, FloatArray], topology: Topology, steps: str
 ) -> Figure:
     """Heat maps [G, G] of bytes a step from each device to each other."""
-    import plotly.graph_objects as go
-
     largest = max(float(matrix.max()) for matrix in matrices)
     unit, size = next(((unit, size) for unit, size in _UNITS if largest >= size), _UNITS[-1])
     devices = topology.num_devices
     same = topology.node_of[:, None] == topology.node_of[None, :]
-    traces = []
-    for matrix, suffix in zip(matrices, ("", "2"), strict=True):
-        shown = np.where(np.eye(devices, dtype=bool), np.nan, matrix / size)
-        traces.append(
-            go.Heatmap(
-                z=shown.astype(np.float32),
-                xaxis=f"x{suffix}",
-                yaxis=f"y{suffix}",
-                coloraxis="coloraxis",
-                xgap=1,
-                ygap=1,
-                hoverongaps=False,
-                texttemplate="%{z:.3g}" if devices <= WRITTEN_DEVICES else None,
-                hovertemplate="device %{y} to device %{x}<br>%{z:.3g} " + unit + " a step<extra></extra>",
-            )
-        )
-    ends = (np.cumsum(topology.node_size)[:-1] - 0.5).tolist()
     written = quantity("B")
-    headings = [
-        f"{name}: {written(float(matrix.sum()))} a step"
-        + (f", {written(float(np.where(same, 0.0, matrix).sum()))} between nodes" if topology.num_nodes > 1 else "")
-        for name, matrix in zip(names, matrices, strict=True)
-    ]
-
-    def layout(theme: Theme) -> dict[str, Any]:
-        ticks = {"dtick": 1 if devices <= 16 else 8}
-        return paired_layout(
-            theme,
-            (headings[0], headings[1]),
-            "to device",
-            "from device",
-            height=560,
-            coloraxis=colour_axis(theme, theme.sequential, f"{unit} a step", cmin=0.0, cmax=max(largest / size, 1e-9)),
-            x=ticks,
-            y=ticks,
-            square=True,
-            shapes=boundaries(theme, ends, -0.5, devices - 0.5, both=True),
+    panels = []
+    for name, matrix in zip(names, matrices, strict=True):
+        between = (
+            f", {written(float(np.where(same, 0.0, matrix).sum()))} between nodes" if topology.num_nodes > 1 else ""
         )
-
-    return make_figure(
+        shades = Shades(0.0, max(largest / size, 1e-9), lambda value: f"{value:.3g} {unit}")
+        shown = np.where(np.eye(devices, dtype=bool), np.nan, matrix / size)
+        chart = device_map(f"Traffic, {name}", shown, topology.node_size, shades, written=devices <= WRITTEN_DEVICES)
+        panels.append(Panel(f"{name}: {written(float(matrix.sum()))} a step{between}", chart))
+    return single(
         "traffic",
         "Traffic between devices",
-        f"Activations over all layers of a step, to experts and back, mean over steps ({steps}). "
+        f"Activations over all layers of a step, to experts and back, mean over steps ({steps}), in {unit}. "
         + ("Copies for another node enter it once and are fanned out inside. " if topology.num_nodes > 1 else "")
         + ("Lines part nodes." if topology.num_nodes > 1 else ""),
-        traces,
-        layout,
+        *panels,
     )
 
 
@@ -163,11 +99,7 @@ _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 # Expert affinity: where tokens go from one layer to the next, experts ordered by the device that holds them.
 
 
-CELLS = 600_000
-"""Matrix cells on the page, both panels together: keeps it a few MB whatever the model."""
-
-LABELLED = 64
-"""Up to so many experts, each cell names its pair."""
+LAYERS_SHOWN = 12
 
 
 def owners(plan: Plan) -> IntArray:
@@ -178,8 +110,8 @@ def owners(plan: Plan) -> IntArray:
 def kept_share(transitions: FloatArray, plan: Plan, layer: int) -> float:
     """Share of the transitions from `layer` to the next that stay on a device."""
     share = plan.device_share
-    kept = float(np.einsum("ef,eg,fg->", transitions, share[layer], share[layer + 1]))
-    return kept / max(float(transitions.sum()), 1e-300)
+    share_kept = float(np.einsum("ef,eg,fg->", transitions, share[layer], share[layer + 1]))
+    return share_kept / max(float(transitions.sum()), 1e-300)
 
 
 def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transitions: FloatArray) -> Figure:
@@ -187,71 +119,34 @@ def affinity_figure(names: tuple[str, str], plans: tuple[Plan, Plan], transition
 
     transitions: [L-1, E, E] of the part that was solved on.
     """
-    import plotly.graph_objects as go
-
-    layers, experts = len(transitions), transitions.shape[1]
-    count = int(np.clip(CELLS // (2 * experts * experts), 1, min(layers, 12)))
-    chosen = np.unique(np.linspace(0, layers - 1, count).round().astype(int)).tolist()
-    traces: list[Any] = []
-    choices: list[TraceChoice] = []
+    layers = len(transitions)
+    chosen = np.unique(np.linspace(0, layers - 1, min(layers, LAYERS_SHOWN)).round().astype(int)).tolist()
     shares = {layer: _row_percent(transitions[layer]) for layer in chosen}
     top = float(np.percentile(np.concatenate([share.ravel() for share in shares.values()]), 99.5))
+    shades = Shades(0.0, max(top, 1e-6), "{:.1f}%".format)
     names_of = plans[0].model.moe_layers
+    choices = []
     for layer in chosen:
-        first = len(traces)
-        for plan, suffix in zip(plans, ("", "2"), strict=True):
+        panels = []
+        for name, plan in zip(names, plans, strict=True):
             owner = owners(plan)
             rows, columns = (np.argsort(owner[at], kind="stable") for at in (layer, layer + 1))
-            axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
-            traces.append(
-                go.Heatmap(
-                    z=shares[layer][np.ix_(rows, columns)].astype(np.float32),
-                    coloraxis="coloraxis",
-                    text=_labels(rows, columns, owner[layer], owner[layer + 1]) if experts <= LABELLED else None,
-                    hovertemplate=("%{text}<br>" if experts <= LABELLED else "") + "%{z:.1f}%<extra></extra>",
-                    **axes,
-                )
+            chart = heat_map(
+                f"Expert affinity, {name}",
+                shares[layer][np.ix_(rows, columns)],
+                _experts("from expert", rows, owner[layer]),
+                _experts("to expert", columns, owner[layer + 1]),
+                shades,
             )
-            x, y = _device_lines(owner[layer], owner[layer + 1])
-            traces.append(
-                go.Scatter(x=x, y=y, mode="lines", line={"width": 0.7}, hoverinfo="skip", showlegend=False, **axes)
-            )
-        kept = [kept_share(transitions[layer], plan, layer) for plan in plans]
-        choices.append(
-            TraceChoice(
-                f"{names_of[layer]} to {names_of[layer + 1]} (kept on a device: {kept[0]:.0%} before, {kept[1]:.0%} "
-                "after)",
-                tuple(range(first, len(traces))),
-            )
-        )
-    ticks = _device_ticks(plans)
-    extent = [-0.5, experts - 0.5]
-
-    def layout(theme: Theme) -> dict[str, Any]:
-        bar = {"ticksuffix": "%"}
-        return paired_layout(
-            theme,
-            names,
-            "expert in the next layer, by device",
-            "expert, by device",
-            height=560,
-            coloraxis=colour_axis(
-                theme, theme.sequential, "share of tokens", cmin=0.0, cmax=max(top, 1e-6), colorbar=bar
-            ),
-            x=ticks | {"range": extent},
-            y=ticks | {"range": extent[::-1], "autorange": False},
-            square=True,
-        ) | {"colorway": [theme.muted]}
-
-    return make_figure(
+            panels.append(Panel(f"{name}: {kept_share(transitions[layer], plan, layer):.0%} stay on a device", chart))
+        choices.append(Choice(f"{names_of[layer]} to {names_of[layer + 1]}", tuple(panels)))
+    return Figure(
         "affinity",
         "Expert affinity",
-        "Where an expert's tokens go in the next layer. Experts stand in the order of their devices, lines part "
-        "devices: what a plan keeps on a device stands out as blocks on the diagonal. "
-        f"Colours end at the 99.5th percentile ({top:.0f}%).",
-        traces,
-        layout,
-        choices,
+        "Where an expert's tokens go in the next layer, of each hundred. Experts stand in the order of their devices, "
+        "whose numbers are at the edges; lines part devices: what a plan keeps on a device stands out as blocks on the "
+        f"diagonal. Shades end at the 99.5th percentile ({top:.0f}%).",
+        tuple(choices),
         "Layers",
     )
 
@@ -261,187 +156,115 @@ def _row_percent(counts: FloatArray) -> FloatArray:
     return np.asarray(100.0 * counts / np.where(total > 0, total, 1.0))
 
 
-def _device_lines(owner: IntArray, owner_next: IntArray) -> tuple[list[float | None], list[float | None]]:
-    """Lines of a panel between the devices' runs of experts, as one broken line."""
-    end = len(owner) - 0.5
-    x: list[float | None] = []
-    y: list[float | None] = []
-    for at in np.flatnonzero(np.diff(np.sort(owner))) + 0.5:
-        x += [-0.5, end, None]
-        y += [at, at, None]
-    for at in np.flatnonzero(np.diff(np.sort(owner_next))) + 0.5:
-        x += [at, at, None]
-        y += [-0.5, end, None]
-    return x, y
-
-
-def _device_ticks(plans: tuple[Plan, Plan]) -> dict[str, Any]:
-    """Device numbers at the middle of their runs, where all layers of both plans have the same runs; else none."""
-    devices = plans[0].topology.num_devices
-    sizes = [np.bincount(row, minlength=devices) for plan in plans for row in owners(plan)]
-    if any((size != sizes[0]).any() for size in sizes):
-        return {"showticklabels": False}
-    return {
-        "tickvals": (np.cumsum(sizes[0]) - (sizes[0] + 1) / 2).tolist(),
-        "ticktext": [str(device) for device in range(devices)],
-    }
-
-
-def _labels(rows: IntArray, columns: IntArray, owner: IntArray, owner_next: IntArray) -> list[list[str]]:
-    return [[f"expert {e} on {owner[e]} to expert {f} on {owner_next[f]}" for f in columns] for e in rows]
+def _experts(title: str, order: IntArray, owner: IntArray) -> Side:
+    """Experts in this order, each with its device; a label in the middle of each device's run."""
+    devices, starts, counts = np.unique(owner[order], return_index=True, return_counts=True)
+    runs = zip(devices.tolist(), starts.tolist(), counts.tolist(), strict=True)
+    return Side(
+        title,
+        [f"{expert} on device {owner[expert]}" for expert in order.tolist()],
+        starts[1:].tolist(),
+        [(start + count / 2, str(device)) for device, start, count in runs],
+    )
 
 
 QUANTILES = (0.5, 0.99)
 
 
+SPAN = 0.02
+"""Of the step time: a narrower axis shows what nobody would see in practice, and says so beside a whole one."""
+
+
+POINTS = 200
+"""Of a curve: nobody sees more."""
+
+
 def distribution_figure(evaluations: dict[str, dict[str, Evaluation]], before: str, after: str) -> Figure:
     """Cumulative share of steps over step time, a curve a plan, with p50 and p99 as dots; a choice a kind of steps.
+    The axis is fitted to the data; where that is narrower than `SPAN` of a step, a second chart shows how little it is.
 
     evaluations: kind of steps -> plan name -> evaluation.
     """
-    import plotly.graph_objects as go
-
-    names = _order(evaluations, before, after)
-    traces: list[Any] = []
-    choices: list[TraceChoice] = []
+    kinds = _kinds(evaluations, before, after)
+    choices = []
     for kind, by_name in evaluations.items():
-        first = len(traces)
-        for rank, name in enumerate(names):
-            if name not in by_name:
-                continue
-            times = np.sort(by_name[name].step_seconds) * 1e3
-            share = np.linspace(0.0, 1.0, len(times))
-            marks = np.percentile(times, [100 * q for q in QUANTILES])
-            important = name in (before, after)
-            traces.append(
-                go.Scatter(
-                    x=times.astype(np.float32),
-                    y=share.astype(np.float32),
-                    mode="lines",
-                    name=name,
-                    legendgroup=name,
-                    legendrank=rank,
-                    line={"width": 2.5 if important else 1.2},
-                    hovertemplate="%{x:.3f} ms<extra>" + name + "</extra>",
-                )
-            )
-            traces.append(
-                go.Scatter(
-                    x=marks,
-                    y=list(QUANTILES),
-                    mode="markers",
-                    name=name,
-                    legendgroup=name,
-                    showlegend=False,
-                    marker={"size": 8 if important else 5},
-                    text=["p50", "p99"],
-                    hovertemplate="%{text} %{x:.3f} ms<extra>" + name + "</extra>",
-                )
-            )
-        choices.append(TraceChoice(kind, tuple(range(first, len(traces)))))
-
-    def layout(theme: Theme) -> dict[str, Any]:
-        colours = _colours(theme, names, before, after)
-        way = [colours[trace.name] for trace in traces]
-        lines = [
-            {
-                "type": "line",
-                "xref": "paper",
-                "x0": 0,
-                "x1": 1,
-                "y0": q,
-                "y1": q,
-                "line": {"color": theme.muted, "width": 0.8, "dash": "dot"},
-                "layer": "below",
-            }
-            for q in QUANTILES
-        ]
-        return base_layout(theme, 420) | {
-            "colorway": way,
-            "xaxis": axis(theme, "predicted step time (ms)", showgrid=True, ticks="outside", showline=True),
-            "yaxis": axis(
-                theme,
-                "share of steps at most so long",
-                range=[0, 1.02],
-                tickvals=[0, 0.25, 0.5, 0.75, 0.99],
-                ticktext=["0", "0.25", "p50", "0.75", "p99"],
-                showgrid=False,
-                ticks="",
-            ),
-            "shapes": lines,
-            "legend": {"x": 1.01, "y": 1.0, "font": {"color": theme.text, "size": 12}, "itemwidth": 30},
-            "hovermode": "closest",
-        }
-
-    return make_figure(
+        times = {name: by_name[name].step_seconds * 1e3 for name in kinds if name in by_name}
+        low, high = (float(end(end(each) for each in times.values())) for end in (min, max))
+        middle, narrow = (low + high) / 2.0, high - low < SPAN * high
+        panels = []
+        if high > low:
+            heading = f"Fitted to the data: the axis is {span_in_words(low, high)}" if narrow else ""
+            panels.append(Panel(heading, _distribution(times, kinds, kind, low, high)))
+        if narrow:
+            half = SPAN / 2.0 * middle
+            heading = f"The axis is {SPAN:.0%} of a step"
+            panels.append(Panel(heading, _distribution(times, kinds, kind, middle - half, middle + half)))
+        choices.append(Choice(kind, tuple(panels)))
+    return Figure(
         "times",
         "Step time",
         "Share of steps that take at most so long; further left is faster, steeper is steadier. "
         "Dots are the median and the 99th percentile; the axis does not start at zero.",
-        traces,
-        layout,
-        choices if len(choices) > 1 else (),
+        tuple(choices),
         "Steps",
     )
 
 
+def _distribution(times: dict[str, FloatArray], kinds: dict[str, str], kind: str, low: float, high: float) -> str:
+    """The curves on an axis from low to high. times: of each plan, in ms."""
+    x_axis = number_axis(low, high, "predicted step time (ms)", enclosing=False)
+    write = axis_form([low, high], (high - low) / 100.0)
+    drawn = []
+    for name, each in times.items():
+        shares = np.linspace(0.0, 1.0, min(POINTS, len(each)))
+        at = np.quantile(each, shares).tolist()
+        p50, p99 = np.quantile(each, QUANTILES).tolist()
+        dots = [(p50, 0.5, f"{name}: p50 {write(p50)} ms"), (p99, 0.99, f"{name}: p99 {write(p99)} ms")]
+        drawn.append(Curve(name, kinds[name], list(zip(at, shares.tolist(), strict=True)), dots))
+    return curves(
+        f"Step time, {kind}",
+        x_axis,
+        Axis(0.0, 1.02, SHARES, "share of steps at most so long"),
+        drawn,
+        width=WIDE,
+        height=400,
+        form=lambda value: f"{write(value)} ms",
+    )
+
+
+def span_in_words(low: float, high: float) -> str:
+    """How wide a range of milliseconds is: `0.0100 µs wide, 0.0001 % of a step`."""
+    width = high - low
+    size = f"{width:.3g} ms" if width >= 0.1 else f"{width * 1e3:.3g} \N{MICRO SIGN}s"
+    return f"{size} wide, {100.0 * width / high:.2g} % of a step" if high > 0 else f"{size} wide"
+
+
+SHARES = ((0.0, "0"), (0.25, "0.25"), (0.5, "p50"), (0.75, "0.75"), (0.99, "p99"))
+
+
 def breakdown_figure(evaluations: dict[str, dict[str, Evaluation]], before: str, after: str) -> Figure:
     """Mean seconds of a step in dispatch, expert work and combine, a bar a plan; a choice a kind of steps."""
-    import plotly.graph_objects as go
-
-    names = _order(evaluations, before, after)
-    traces: list[Any] = []
-    choices: list[TraceChoice] = []
+    choices = []
     for kind, by_name in evaluations.items():
-        first = len(traces)
-        present = [name for name in names if name in by_name]
-        for part, field in _PARTS:
-            values = [float(getattr(by_name[name], field).sum(axis=1).mean()) * 1e3 for name in present]
-            traces.append(
-                go.Bar(
-                    x=values,
-                    y=present,
-                    orientation="h",
-                    name=part,
-                    hovertemplate="%{y}: %{x:.3f} ms " + part + "<extra></extra>",
-                )
-            )
-        choices.append(TraceChoice(kind, tuple(range(first, len(traces)))))
-
-    def layout(theme: Theme) -> dict[str, Any]:
-        return base_layout(theme, 110 + 26 * len(names)) | {
-            "colorway": [theme.parts[i % len(_PARTS)] for i in range(len(traces))],
-            "barmode": "stack",
-            "bargap": 0.35,
-            "margin": {"l": 64, "r": 16, "t": 36, "b": 52},
-            "xaxis": axis(theme, "predicted step time (ms), mean", showgrid=True, ticks="outside", rangemode="tozero"),
-            "yaxis": axis(
-                theme,
-                "",
-                autorange="reversed",
-                ticks="",
-                showgrid=False,
-                automargin=True,
-                ticklabelstandoff=6,
-                tickfont={"color": theme.text},
-            ),
-            "legend": {
-                "orientation": "h",
-                "x": 0,
-                "y": 1.0,
-                "yanchor": "bottom",
-                "traceorder": "normal",
-                "font": {"color": theme.text},
-            },
-        }
-
-    return make_figure(
+        present = [name for name in _kinds(evaluations, before, after) if name in by_name]
+        parts = [
+            (part, [float(getattr(by_name[name], field).sum(axis=1).mean()) * 1e3 for name in present])
+            for part, field in _PARTS
+        ]
+        chart = stacked_bars(
+            f"What a step is spent on, {kind}",
+            present,
+            parts,
+            "predicted step time (ms), mean",
+            "{:.3f} ms".format,
+            width=WIDE,
+        )
+        choices.append(Choice(kind, (Panel("", chart),)))
+    return Figure(
         "breakdown",
         "What a step is spent on",
         "Mean over steps. Expert work is the slowest device's, layer by layer; the rest is waiting for activations.",
-        traces,
-        layout,
-        choices if len(choices) > 1 else (),
+        tuple(choices),
         "Steps",
     )
 
@@ -449,12 +272,11 @@ def breakdown_figure(evaluations: dict[str, dict[str, Evaluation]], before: str,
 _PARTS = (("expert work", "compute"), ("dispatch", "dispatch"), ("combine", "combine"))
 
 
-def _order(evaluations: dict[str, dict[str, Evaluation]], before: str, after: str) -> list[str]:
-    seen: Sequence[str] = list(dict.fromkeys(name for by_name in evaluations.values() for name in by_name))
-    return [before, after, *(name for name in seen if name not in (before, after))]
-
-
-def _colours(theme: Theme, names: list[str], before: str, after: str) -> dict[str, str]:
+def line_kinds(names: Sequence[str], before: str, after: str) -> dict[str, str]:
+    """How each plan's line is drawn: the two that matter first."""
     others = [name for name in names if name not in (before, after)]
-    result = {name: theme.others[i % len(theme.others)] for i, name in enumerate(others)}
-    return result | {before: theme.before, after: theme.after}
+    return {before: "before", after: "after"} | {name: f"other-{i % 8}" for i, name in enumerate(others)}
+
+
+def _kinds(evaluations: dict[str, dict[str, Evaluation]], before: str, after: str) -> dict[str, str]:
+    return line_kinds(list(dict.fromkeys(name for by_name in evaluations.values() for name in by_name)), before, after)

@@ -29,7 +29,7 @@ from selenium.webdriver.common.keys import Keys
 import moeplace as mp
 
 HERE = Path(__file__).parent
-WIDTH, HEIGHT = 1366, 768
+WIDTH, HEIGHT = 1440, 900
 COLOURS = 256
 SHOWN = {
     ("deployment", "light"): "dashboard.png",
@@ -42,7 +42,7 @@ SHOWN = {
 @contextmanager
 def service(db: Path, *arguments: str) -> Iterator[str]:
     """Where it answers."""
-    command = [sys.executable, "-m", "moeplace.cli", "serve", "--db", str(db), "--port", "0", *arguments]
+    command = [sys.executable, "-m", "moeplace.cli", "serve", "--no-auth", "--db", str(db), "--port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     url = ""

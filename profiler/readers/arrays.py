@@ -282,13 +282,21 @@ def is_surely_ids(array: Numbers, num_experts: int | None) -> bool:
         table = array.reshape(len(array), -1).astype(np.int64)
         return len(table) > max(MOST_LAYERS, int(np.ptp(table, axis=0).max()) + 1)
     ids = array.astype(np.int64)
-    top_k, span = ids.shape[2], int(ids.max()) + 1
     chosen = (ids > 0).any(axis=2)
-    pairs = int(chosen.sum()) * top_k * (top_k - 1) / 2 / max(span, 1)
-    if top_k > MOST_TOP_K or pairs < EXPECTED_PAIRS or not is_filled(ids).all():
+    if not are_choices(ids[chosen], int(ids.max()) + 1) or not is_filled(ids).all():
         return False
     used = ids[:, chosen.any(axis=0)].sum(axis=2)
     return used.shape[1] < 2 or bool((np.ptp(used, axis=1) > 0).any())
+
+
+def are_choices(rows: Numbers, experts: int) -> bool:
+    """Whether no row of at most 64 numbers below `experts` holds one twice, though 9 pairs or more would be expected to
+    be equal by chance. rows: [tokens, numbers]."""
+    columns = rows.shape[1]
+    pairs = len(rows) * columns * (columns - 1) / 2 / max(experts, 1)
+    if columns > MOST_TOP_K or pairs < EXPECTED_PAIRS:
+        return False
+    return bool(np.diff(np.sort(rows, axis=1), axis=1).all())
 
 
 def is_surely_loads(array: Numbers, num_experts: int | None) -> bool:

@@ -36,8 +36,9 @@ def statistics_of(
     used = np.zeros(len(layers), np.bool_)
     windows: list[npt.NDArray[Any]] = []
     for window, counts in enumerate(load):
-        if counts.min() < 0:
-            layer, expert = (int(i) for i in np.argwhere(counts < 0)[0])
+        # Of NaN, every comparison is false.
+        if not (counts.min() >= 0 and counts.max() < np.inf):
+            layer, expert = (int(i) for i in np.argwhere(~((counts >= 0) & (counts < np.inf)))[0])
             raise FileFormatError(
                 f"{source}: window {window}, layer {layers[layer]}, expert {expert} counts {counts[layer, expert]} "
                 "tokens; counts start at 0"
@@ -53,10 +54,10 @@ def statistics_of(
     for row in load_WLE:
         counts = windows.pop()
         row[:] = counts if used.all() else counts[used]
-    shared, told = _shared_in_counts(load_WLE)
-    if shared and top_k in (None, told):
+    shared, implied_top_k = _shared_in_counts(load_WLE)
+    if shared and top_k in (None, implied_top_k):
         remark(set_apart(source, shared, load_WLE.shape[2] - shared))
-        load_WLE, top_k = np.ascontiguousarray(load_WLE[:, :, :-shared]), told
+        load_WLE, top_k = np.ascontiguousarray(load_WLE[:, :, :-shared]), implied_top_k
     # Not writable, so that it is taken as it is.
     load_WLE.flags.writeable = False
     names = [layer for layer, counted in zip(layers, used, strict=True) if counted]
@@ -66,7 +67,9 @@ def statistics_of(
         raise FileFormatError(f"{source}: {error}") from None
 
 
-RANK_IN_NAME = re.compile(r"(?<![a-z0-9])(?:rank|dp|ep|tp)[_-]?(\d{1,6})(?!\d)", re.IGNORECASE)
+RANK_IN_NAME = re.compile(
+    r"(?<![a-z0-9])(?:rank|dp|ep|tp|gpu|npu|device|worker|process|proc|node|host)[_-]?(\d{1,6})(?!\d)", re.IGNORECASE
+)
 ENDS_IN_RANK = re.compile(r"^(expert_distribution_recorder_\d+\.\d+)_(\d{1,6})$")
 
 
@@ -80,26 +83,34 @@ class RankCounts:
     name: str = ""
 
     @property
+    def called(self) -> str:
+        """For people."""
+        return f"{self.name} of {self.file.name}" if self.name else self.file.name
+
+    @property
     def group(self) -> tuple[str, int | None]:
-        """(name without the rank, rank) as file and array are called; the rank is None where the name has none."""
+        """(name without the rank, rank) as file and array are called; the rank is None where the name has none, and
+        one number where it has several (dp1_ep0)."""
         called = f"{self.file.stem}/{self.name}" if self.name else self.file.stem
         ending = ENDS_IN_RANK.fullmatch(called)
         if ending:
             return ending[1], int(ending[2])
         ranks = RANK_IN_NAME.findall(called)
-        return RANK_IN_NAME.sub("", called), int(ranks[0]) if len(ranks) == 1 else None
+        return RANK_IN_NAME.sub("", called), int("".join(rank.zfill(6) for rank in ranks)) if ranks else None
 
 
 def sum_ranks(parts: Sequence[RankCounts]) -> list[npt.NDArray[Any]]:
     """Counts [W, L, E] in order of the files, those of ranks that counted the same windows summed.
 
     Ranks are told by the files' names (alike but for a rank), by ranks that the files name, and by experts that no two
-    files count, which parts of one window have and windows do not. What was summed is remarked. Files of
+    files count, which parts of one window have and windows do not. What was summed is remarked, and which ranks are not
+    there. Files of
     ranks that are equal hold what was summed already, and count once.
 
     Raises:
         FileFormatError: ranks wrote different numbers of files.
     """
+    _tell_missing(parts)
     once: dict[tuple[object, ...], RankCounts] = {}
     for number, part in enumerate(parts):
         named = part.rank is not None or part.group[1] is not None
@@ -125,13 +136,41 @@ def sum_ranks(parts: Sequence[RankCounts]) -> list[npt.NDArray[Any]]:
     result = []
     for members in groups.values():
         if len(members) > 1:
-            names = ", ".join(part.file.name for part in members[:3]) + (", ..." if len(members) > 3 else "")
-            remark(f"{len(members)} files hold what ranks counted of the same windows, and were summed: {names}")
+            names = ", ".join(part.called for part in members[:3]) + (", ..." if len(members) > 3 else "")
+            what = "arrays" if members[0].name else "files"
+            remark(f"{len(members)} {what} hold what ranks counted of the same windows, and were summed: {names}")
         total = members[0].counts
         for part in members[1:]:
             total = total + part.counts
         result.append(total)
     return result
+
+
+MOST_RANKS = 65_536
+"""More than any cluster has; a rank of two numbers (dp1_ep0) is beyond."""
+
+
+def _tell_missing(parts: Sequence[RankCounts]) -> None:
+    """Remarks ranks that no file is of, by their numbers or as another window has them: their tokens are missing."""
+    present: dict[str, set[int]] = {}
+    for part in parts:
+        name, rank = part.group
+        if rank is not None:
+            present.setdefault(name, set()).add(rank)
+    ranks = set().union(*present.values())
+    if len(ranks) < 2:
+        return
+    if max(ranks) < MOST_RANKS:
+        ranks |= set(range(max(ranks)))
+    for name, some in present.items():
+        missing = sorted(ranks - some)
+        if missing:
+            remark(
+                f"{parts[0].file.parent}: no counts of rank{'s' * (len(missing) > 1)} "
+                f"{', '.join(map(str, missing[:6]))}{', ...' if len(missing) > 6 else ''} among those of "
+                f"{name.strip('_-./') or 'other ranks'}: what was counted there is missing"
+            )
+            return
 
 
 def _is_disjoint(parts: Sequence[RankCounts]) -> bool:

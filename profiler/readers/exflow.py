@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
-from .arrays import npy_is, npy_table
+from .arrays import are_choices, npy_is, npy_table
 
 ROWS = 1 << 16
 
@@ -23,8 +23,8 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
 
     Raises:
         InputError: no such file.
-        FileFormatError: not such an array, truncated, or ids of neither numbering; or E cannot be told from the
-            values, then pass num_experts.
+        FileFormatError: not such an array, truncated, ids of neither numbering, or one layer's choices; or E cannot be
+            told from the values, then pass num_experts.
     """
     source = Path(path)
     if not source.is_file():
@@ -32,6 +32,13 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
     table = npy_table(source)
     low, high = _ranges(table)
     experts, stride = _numbering(source, low, high, num_experts)
+    if not stride and are_choices(table[:ROWS], experts):
+        columns = table.shape[1]
+        raise FileFormatError(
+            f"{source}: no row of {columns} holds an expert twice, as {columns} layers would by chance: these are the "
+            f"experts of each token in one layer, whose array is [tokens, 1, {columns}]. Save array[:, None], or, if "
+            "the columns are layers, array[:, :, None]"
+        )
     ids = np.empty((*table.shape, 1), id_dtype(experts))
     base = np.arange(table.shape[1]) * stride
     for first in range(0, len(table), ROWS):

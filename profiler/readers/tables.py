@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.model_config import differing_layers
 from ...placement.statistics import RoutingStatistics
 from ..files import NPY_MAGIC
-from ..json_items import ITEM_LIMIT, json_items
-from .arrays import Numbers, is_surely_ids, is_surely_loads, npy_numbers, npz_numbers, reading_of
+from ..json_items import BOM, ITEM_LIMIT, json_items
+from ..notes import remark
+from .arrays import ROWS_LOOKED_AT, Numbers, is_surely_ids, is_surely_loads, npy_numbers, npz_numbers, reading_of
 from .engine_counts import MOST_EXPERTS, RankCounts, statistics_of, sum_ranks
 from .sglang import start_of
 
@@ -54,14 +57,22 @@ def read_loads(path: str | Path) -> RoutingStatistics:
         raise InputError(f"{source}: no such file or folder")
     files = _files(source) if source.is_dir() else [source]
     parts = [
-        RankCounts(file, None, _windows(file, name, numbers)) for file in files for name, numbers in _numbers(file)
+        RankCounts(file, None, _windows(file, name, numbers), name if file.suffix == ".npz" else "")
+        for file in files
+        for name, numbers in _numbers(file)
     ]
     if not parts:
         raise FileFormatError(f"{source}: no numbers in it; expected [layers, experts] or [windows, layers, experts]")
     shapes = sorted({part.counts.shape[1:] for part in parts})
     if len(shapes) > 1:
         raise FileFormatError(f"{source}: [layers, experts] are {shapes}, expected one shape of a model")
-    return statistics_of(source, (window for rows in sum_ranks(parts) for window in rows), range(shapes[0][0]))
+    summed = sum_ranks(parts)
+    if len(files) > 1 and len(summed) == len(parts):
+        remark(
+            f"{source}: {len(files)} files were taken for windows in time, in the order of their names; ranks' files, "
+            "which are summed, are told by names like rank0 and rank1"
+        )
+    return statistics_of(source, (window for rows in summed for window in rows), range(shapes[0][0]))
 
 
 def check_loads(source: Path, num_experts: int | None) -> None:
@@ -74,18 +85,27 @@ def check_loads(source: Path, num_experts: int | None) -> None:
         if _container(file) in ("json object", "csv"):
             continue
         for _, numbers in _numbers(file):
-            if numbers.size and numbers.dtype.kind in "iu" and numbers.ndim in (2, 3):
-                if is_surely_ids(numbers, num_experts):
+            if numbers.size and numbers.ndim in (2, 3):
+                whole = numbers.dtype.kind in "iu"
+                if (whole or _is_whole(numbers)) and is_surely_ids(numbers, num_experts):
                     raise FileFormatError(
                         f"{file}: whole numbers {list(numbers.shape)} that are expert ids, by their range and repeats; "
                         "ids are read from .npy and .npz: np.save them, or say that they are loads (--as loads)"
                     )
-                if _container(file) != "json" and not is_surely_loads(numbers, num_experts):
+                if whole and _container(file) != "json" and not is_surely_loads(numbers, num_experts):
                     raise FileFormatError(reading_of(file, numbers))
 
 
+def _is_whole(numbers: Numbers) -> bool:
+    """Whether floating-point numbers hold no fraction, as ids that went through floats."""
+    some = numbers[:ROWS_LOOKED_AT]
+    return bool(np.isfinite(some).all() and (np.abs(some) < MOST_EXPERTS).all() and (some == np.floor(some)).all())
+
+
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    """In the order of the numbers in their names: step2 comes before step10."""
+    files = [file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file()]
+    return sorted(files, key=lambda file: [part.zfill(20) for part in re.split(r"(\d+)", file.name)])
 
 
 def _container(file: Path) -> str:
@@ -101,7 +121,7 @@ def _container(file: Path) -> str:
         if pickled:
             return "pt" if pickled[2:].startswith(TENSOR) else ""
         return "npz" if b".npy" in start[:200] else ""
-    text = start.lstrip().removeprefix(b"\xef\xbb\xbf")
+    text = start.lstrip().removeprefix(BOM)
     if text.startswith(b"{"):
         return "json object" if b'"logical_count"' in text[:200] else ""
     if text.startswith(b"["):
@@ -135,6 +155,11 @@ def _windows(file: Path, name: str, numbers: Numbers) -> npt.NDArray[Any]:
         raise FileFormatError(
             f"{file}: {name} has shape {list(numbers.shape)}, expected loads [layers, experts] or [windows, layers, "
             f"experts], of at most {MOST_EXPERTS:,} experts"
+        )
+    if numbers.shape[-1] == 1:
+        raise FileFormatError(
+            f"{file}: {name} has shape {list(numbers.shape)}, one expert a layer: there is nothing to place. Expected "
+            "[layers, experts] or [windows, layers, experts]; leave out an axis that is none of these"
         )
     if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
         raise FileFormatError(f"{file}: {name} holds NaN or infinity; loads are finite and start at 0")
@@ -203,8 +228,13 @@ def _csv(file: Path) -> Numbers:
         rows = [row for row in csv.reader(io.StringIO(text), strict=True) if any(cell.strip() for cell in row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise FileFormatError(f"{file}: damaged CSV ({error})") from None
-    head = [cell.strip().lower() for cell in rows[0]] if rows and not all(map(_is_number, rows[0])) else []
+    head = [_column(cell) for cell in rows[0]] if rows and _is_head(rows) else []
     body = rows[1:] if head else rows
+    if not head and len(body) > 2 and _counts_up([row[0] for row in body]):
+        raise FileFormatError(
+            f"{file}: the first column counts up by one ({body[0][0][:20]}, {body[1][0][:20]}, ...): the number of "
+            "each layer, or what its first expert counts? Name the columns in a first row: layer,0,1,2 or 0,1,2"
+        )
     named = [name for name in ("window", "layer") if name in head]
     if {"expert", "count", "load", "tokens"} & set(head):
         raise FileFormatError(
@@ -216,12 +246,17 @@ def _csv(file: Path) -> Numbers:
     width = len(head or body[0])
     values: Numbers = np.empty((len(body), width))
     for number, row in enumerate(body, 2 if head else 1):
-        if not all(map(_is_number, row)):
-            raise FileFormatError(f"{file}: row {number} holds {_first_other(row)!r}, expected numbers")
+        keyed = [_key(cell) if head and i < width and head[i] in named else cell for i, cell in enumerate(row)]
+        if not all(map(_is_number, keyed)):
+            raise FileFormatError(
+                f"{file}: row {number} holds {_first_other(keyed)!r}, expected numbers with commas between them"
+            )
+        if head and len(row) != width:
+            raise FileFormatError(f"{file}: row {number} has {len(row)} columns, the first names {width}")
         check_equal_experts(f"{file}: row {number}", number - 1 - bool(head), len(row), width)
-        values[number - 1 - bool(head)] = [float(cell) for cell in row]
+        values[number - 1 - bool(head)] = [float(cell) for cell in keyed]
     keys = values[:, [head.index(name) for name in named]]
-    values = values[:, [i for i in range(width) if not head or head[i] not in named]]
+    values = values[:, _expert_columns(file, head, named) if head else slice(None)]
     if named:
         order = np.lexsort(keys.T[::-1])
         keys, values = keys[order], values[order]
@@ -233,6 +268,60 @@ def _csv(file: Path) -> Numbers:
             raise FileFormatError(f"{file}: windows have {sizes.min()} to {sizes.max()} layers, expected one number")
         values = values.reshape(len(sizes), int(sizes[0]), values.shape[1])
     return values
+
+
+LAYER_NAMES = ("layer", "layer_id", "layer_idx", "layer_index", "moe_layer", "layers", "")
+"""Without a name stands the index that a frame of pandas is written with."""
+WINDOW_NAMES = ("window", "step", "iteration", "iter", "interval")
+
+
+def _is_head(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the first row names columns: text, or the numbers of all experts in order."""
+    first = rows[0]
+    counted = len(first) > 2 and [cell.strip() for cell in first] == [str(i) for i in range(len(first))]
+    return counted or not all(map(_is_number, first))
+
+
+def _counts_up(cells: Sequence[str]) -> bool:
+    """Whether whole numbers follow one another by one."""
+    numbers = [int(cell) for cell in cells if re.fullmatch(r" *\d{1,6} *", cell)]
+    return len(numbers) == len(cells) and all(after - before == 1 for before, after in pairwise(numbers))
+
+
+def _column(cell: str) -> str:
+    name = cell.strip().lower()
+    return "layer" if name in LAYER_NAMES else "window" if name in WINDOW_NAMES else name
+
+
+def _key(cell: str) -> str:
+    """The number of a layer or window, which may stand behind a word: `layer_3`."""
+    match = re.fullmatch(r"[A-Za-z_. ]*?(\d{1,9})", cell.strip())
+    return match[1] if match else cell
+
+
+def _expert_columns(file: Path, head: Sequence[str], named: Sequence[str]) -> list[int]:
+    """The columns of counts in the order of the experts that their names number, from 0 or from 1."""
+    columns: dict[int, int] = {}
+    for place, name in enumerate(head):
+        if name in named:
+            continue
+        number = re.fullmatch(r"[^\d]*(\d{1,6})", name)
+        if number is None or int(number[1]) in columns:
+            raise FileFormatError(
+                f"{file}: column {name[:60]!r} is no expert's number that stands once; name columns by experts (0 or "
+                "expert_0), and layer and window where wanted"
+            )
+        columns[int(number[1])] = place
+    first = min(columns, default=0)
+    if first > 1 or sorted(columns) != list(range(first, first + len(columns))):
+        raise FileFormatError(f"{file}: columns of experts {_some(sorted(columns))}, expected all from 0 on")
+    if first == 1:
+        remark(f"{file}: columns count experts from 1; the first was taken for expert 0")
+    return [columns[number] for number in sorted(columns)]
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
 
 
 def _is_number(cell: str) -> bool:

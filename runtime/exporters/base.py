@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..._tensor_files import load_plain
 from ..._types import IntArray
+from ...placement.documents import parse_json, parse_yaml
 from ...placement.engines import EngineProfile
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.files import read_text
@@ -23,8 +23,10 @@ from ...placement.topology import Topology
 
 FILE_LIMIT = 1 << 24
 """Bytes a placement file may have; DeepSeek-V3's with 512 slots takes 120 KB."""
-DEEPEST = 4
-"""Levels of YAML nesting that a placement file needs, documents and scalars included."""
+DEEPEST = 6
+"""Collections inside one another that a placement file needs, within TensorRT-LLM's options."""
+OPTIONS = ("moe_config", "load_balancer")
+"""Where TensorRT-LLM's own options (--extra_llm_api_options) hold a placement, or name its file."""
 
 
 # What a file holds, as plain data, whichever engine's it is.
@@ -32,9 +34,11 @@ DEEPEST = 4
 
 def load_content(path: Path) -> Any:
     """What a placement file holds: of `torch.save` (tensors as they are), JSON, or YAML; told apart by how it begins.
+    Of TensorRT-LLM's options, the placement in them.
 
     Raises:
-        InputError: no such file. FileFormatError: too large, damaged, none of them, or nested too deep.
+        InputError: no such file, or options that name another. FileFormatError: too large, damaged, none of them, or
+            nested too deep.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -47,39 +51,21 @@ def load_content(path: Path) -> Any:
     text = read_text(path, limit_bytes=FILE_LIMIT)
     if text.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return _placement(parse_json(text, str(path)), path)
+        except FileFormatError:
             # Bare keys are YAML's, which may begin like JSON.
             if text.lstrip()[0] == "[":
-                raise FileFormatError(f"{path}: not JSON, or truncated ({error})") from None
-    return _load_yaml(text, path)
+                raise
+    return _placement(parse_yaml(text, str(path), DEEPEST), path)
 
 
-def _load_yaml(text: str, path: Path) -> Any:
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        _check_shape(yaml.parse(text, Loader=loader), path)
-        return yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FileFormatError(f"{path}: neither JSON nor YAML, or truncated ({str(error)[:200]})") from None
-
-
-def _check_shape(events: Any, path: Path) -> None:
-    """Refuses what the format has no use for and a loader chokes on: aliases, tags, more documents, deep nesting."""
-    import yaml
-
-    depth = documents = 0
-    for event in events:
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
-            raise FileFormatError(f"{path}: line {event.start_mark.line + 1}: aliases and tags are not accepted")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        documents += isinstance(event, yaml.DocumentStartEvent)
-        if depth > DEEPEST or documents > 1:
-            raise FileFormatError(f"{path}: line {event.start_mark.line + 1}: nested deeper than this format goes")
+def _placement(content: Any, path: Path) -> Any:
+    for name in OPTIONS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict | str):
+            content = content[name]
+            if isinstance(content, str):
+                raise InputError(f"{path}: {name} is the file {content[:200]}; give that one")
+    return content
 
 
 def expert_row(row: Any, origin: str, model: ModelSpec, slots: int | None = None) -> list[int]:
@@ -122,6 +108,16 @@ def plan_of_rows(rows: Sequence[list[int]], origin: str, model: ModelSpec, topol
 # What is written.
 
 
+MOST_LAYERS = 65_536
+"""Far more than any model has: a larger number is a slip."""
+
+
+def check_layer_count(name: str, count: int) -> None:
+    """Raises InputError for more layers than any model has."""
+    if count > MOST_LAYERS:
+        raise InputError(f"{name} ({count}) must be at most {MOST_LAYERS}, which is more layers than any model has")
+
+
 def model_rows(plan: Plan, table: IntArray, hidden_layers: int | None) -> IntArray:
     """[layers of the model, P] the table [L, P], and slot i mod E in the layers that the plan does not know.
 
@@ -133,6 +129,7 @@ def model_rows(plan: Plan, table: IntArray, hidden_layers: int | None) -> IntArr
     count = plan.moe_layers[-1] + 1 if hidden_layers is None else hidden_layers
     if count <= plan.moe_layers[-1]:
         raise InputError(f"hidden_layers ({count}) must exceed the last MoE layer's index ({plan.moe_layers[-1]})")
+    check_layer_count("hidden_layers", count)
     rows = np.tile(np.arange(table.shape[1]) % plan.model.experts, (count, 1))
     rows[list(plan.moe_layers)] = table
     return rows
@@ -180,8 +177,8 @@ class Usage:
         """Commands first, then a line each."""
         many = len(self.commands) > 1
         lines = [f"# node {node}\n{line}" if many else line for node, line in enumerate(self.commands)]
-        told = {"Needs": self.needs, "File": self.files, "Applied": self.applied, "Roll back": self.back}
-        return "\n".join([*lines, *(f"{name}: {text}" for name, text in told.items() if text), *self.notes])
+        entries = {"Needs": self.needs, "File": self.files, "Applied": self.applied, "Roll back": self.back}
+        return "\n".join([*lines, *(f"{name}: {text}" for name, text in entries.items() if text), *self.notes])
 
 
 def every_node(path: Path, plan: Plan) -> str:

@@ -163,11 +163,11 @@ def recognised(path: Path) -> Exporter:
         if recognises is not None and recognises(content):
             return exporter
     if isinstance(content, dict):
-        held = f"an object with {', '.join(sorted(map(str, content))[:5]) or 'nothing in it'}"
-        held += "; those are loads, `moeplace import` reads them" if "logical_count" in content else ""
+        description = f"an object with {', '.join(sorted(map(str, content))[:5]) or 'nothing in it'}"
+        description += "; those are loads, `moeplace import` reads them" if "logical_count" in content else ""
     else:
-        held = f"a {type(content).__name__}"
-    raise FileFormatError(f"{path} holds {held}: no plan of {', '.join(engine_names())}")
+        description = f"a {type(content).__name__}"
+    raise FileFormatError(f"{path} holds {description}: no plan of {', '.join(engine_names())}")
 
 
 def engine_constraints(engine: str) -> frozenset[Constraint]:

@@ -82,10 +82,10 @@ def check_map(rows: Mapping[int, Sequence[int]], experts: int, devices: int) -> 
         unknown = sorted(set(table[(table < 0) | (table >= experts)].tolist()))
         missing = np.setdiff1d(np.arange(experts), table).tolist()
         if unknown:
-            text = f"layer {layer} holds {_some(unknown)}, experts are 0 to {experts - 1}"
+            text = f"layer {layer} holds {some(unknown)}, experts are 0 to {experts - 1}"
             findings.append(Finding("unknown", layer, text))
         if missing:
-            findings.append(Finding("missing", layer, f"layer {layer} has no slot for expert {_some(missing)}"))
+            findings.append(Finding("missing", layer, f"layer {layer} has no slot for expert {some(missing)}"))
         if len(row) % devices:
             text = f"layer {layer}: {len(row)} slots do not divide over {devices} ranks"
             findings.append(Finding("divide", layer, text))
@@ -93,7 +93,7 @@ def check_map(rows: Mapping[int, Sequence[int]], experts: int, devices: int) -> 
         for rank, ids in enumerate(table.reshape(devices, -1)):
             values, counts = np.unique(ids, return_counts=True)
             if (counts > 1).any():
-                text = f"layer {layer}: rank {rank} holds expert {_some(values[counts > 1].tolist())} more than once"
+                text = f"layer {layer}: rank {rank} holds expert {some(values[counts > 1].tolist())} more than once"
                 findings.append(Finding("twice", layer, text))
     return findings
 
@@ -222,6 +222,6 @@ def _same(row: IntArray, expected: IntArray, devices: int) -> bool:
     return bool((np.sort(row.reshape(devices, -1)) == np.sort(expected.reshape(devices, -1))).all())
 
 
-def _some(values: Sequence[int]) -> str:
+def some(values: Sequence[int]) -> str:
     shown = ", ".join(map(str, values[:SHOWN]))
     return shown if len(values) <= SHOWN else f"{shown} and {len(values) - SHOWN} more"

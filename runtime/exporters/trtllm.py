@@ -18,7 +18,7 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import Usage, every_node, expert_row, load_content, plan_of_rows, quoted
+from .base import Usage, check_layer_count, every_node, expert_row, load_content, plan_of_rows, quoted
 
 SLOTS, ASSIGNMENTS, UPDATES = "num_slots", "initial_global_assignments", "layer_updates_per_iter"
 
@@ -35,6 +35,7 @@ class TensorRTLLM:
         for layer in extra_layers:
             if layer in rows or layer < 0:
                 raise InputError(f"extra_layers: layer {layer} is in the plan, or negative; name layers it lacks")
+            check_layer_count("extra_layers: layer", layer)
             rows[layer] = [slot % plan.model.experts for slot in range(plan.num_slots)]
         lines = [f"{SLOTS}: {plan.num_slots}", f"{UPDATES}: 0", f"{ASSIGNMENTS}:"]
         lines += [f"  {layer}: [{', '.join(map(str, row))}]" for layer, row in sorted(rows.items())]

@@ -141,7 +141,14 @@ def map_rows(content: Any, path: Path) -> list[list[int]]:
             raise FileFormatError(
                 f"{path}: {ASSIGNMENTS} names layers {sorted(map(str, entries))[:5]}, expected MoE layers from 0"
             )
+        slots = content.get("num_slots")
+        for index, row in entries.items():
+            if slots is not None and isinstance(row, list) and len(row) != slots:
+                raise FileFormatError(
+                    f"{path}: {ASSIGNMENTS}[{index}] has {len(row)} slots, num_slots is {str(slots)[:20]}"
+                )
         content = [entries[str(index)] for index in range(len(entries))]
     if not isinstance(content, list) or not content:
-        raise FileFormatError(f"{path}: expected a list with a row a MoE layer, found {type(content).__name__}")
+        found = "an empty list" if content == [] else type(content).__name__
+        raise FileFormatError(f"{path}: expected a list with a row a MoE layer, found {found}")
     return content

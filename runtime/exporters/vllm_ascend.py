@@ -52,8 +52,8 @@ class VLLMAscend:
 
         Raises:
             FileFormatError: a field is missing or of another kind, layers or devices other than the model's and the
-                topology's or out of order, devices with different numbers of slots, an id out of range, a layer that
-                misses an expert; layer and device are named.
+                topology's or out of order, devices with different numbers of slots or an expert twice, an id out of
+                range, a layer that misses an expert; layer and device are named.
         """
         data = load_content(path)
         layers = _entries(data, "layer_list", str(path), model.layers, "MoE layers")
@@ -64,6 +64,8 @@ class VLLMAscend:
             origin = f"{path}: layer_list[{index}]"
             _check_number(layer, "layer_id", index, origin)
             devices = _entries(layer, "device_list", origin, topology.num_devices, "devices")
+            if "device_count" in layer:
+                _check_number(layer, "device_count", len(devices), origin)
             row: list[int] = []
             for number, device in enumerate(devices):
                 _check_number(device, "device_id", number, f"{origin}.device_list[{number}]")
@@ -73,6 +75,11 @@ class VLLMAscend:
                 if number and len(experts) * number != len(row):
                     raise FileFormatError(
                         f"{origin}: device {number} has {len(experts)} slots, those before another number"
+                    )
+                if len(set(experts)) < len(experts):
+                    raise FileFormatError(
+                        f"{origin}: device {number} has an expert twice ({experts}); vLLM-Ascend keeps one slot an "
+                        "expert and device, and would number all slots after it wrongly"
                     )
                 row += experts
             if rows and len(row) != len(rows[0]):
@@ -109,4 +116,5 @@ def _entries(data: Any, field: str, origin: str, count: int, what: str) -> list[
 def _check_number(entry: dict[str, Any], field: str, expected: int, origin: str) -> None:
     value = entry.get(field)
     if type(value) is not int or value != expected:
-        raise FileFormatError(f"{origin}: {field} is {str(value)[:40]}, expected {expected}: entries are read in order")
+        why = "as device_list has entries" if field == "device_count" else "entries are read in order"
+        raise FileFormatError(f"{origin}: {field} is {str(value)[:40]}, expected {expected}: {why}")

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from ..._types import FloatArray, IntArray
+from ..._vllm_plugin import PLAN_VARIABLE
+from ...placement.engines import check_plan
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.plan import FORMAT, Plan
 from .base import load_content
-from .export import check_export
 from .vllm import map_rows
-
-PLAN_VARIABLE = "MOEPLACE_VLLM_PLAN"
 
 Rebalance = Callable[[FloatArray, int, int, int, int], IntArray | None]
 """(load [L, E], slots, expert groups, nodes, ranks) -> physical_to_logical [L, P], or None to leave it to vLLM."""
@@ -54,10 +53,10 @@ def plan_rebalancer(plan: Plan) -> Rebalance:
     A model of another shape than the plan's (a draft model beside the served one) is left to vLLM's own policy.
 
     Raises:
-        UnsupportedError: vLLM cannot express the plan; see `check_export`. The rebalancer raises InputError when vLLM
+        UnsupportedError: vLLM cannot express the plan; see `check_plan`. The rebalancer raises InputError when vLLM
             runs with other numbers of slots or ranks than the plan's.
     """
-    check_export(plan, "vllm")
+    check_plan(plan, "vllm")
     return _rebalancer(plan.physical_to_logical, plan.model.experts, plan.topology.num_devices)
 
 

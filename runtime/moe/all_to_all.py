@@ -1,12 +1,12 @@
 """Rows between the ranks of a group while other work goes on, forward and backward.
 
-One message carries activations, gate weights and slots. C rows sent, R rows received, D hidden size, K experts a token,
-W columns of a message.
+One message carries activations, gate weights and slots; activations, and gradients on the way back, may travel in few
+bits. C rows sent, R rows received, D hidden size, K experts a token, W columns of a message.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .coordination import naming_unresponsive_ranks
+from .row_format import RowFormat, bytes_as
+
+
+class MessageForm(NamedTuple):
+    """What a message holds: rows of `width` values of `dtype`, written in `rows` (None: as they are), with `top_k`
+    weights, and as many slots behind them or none."""
+
+    width: int
+    dtype: torch.dtype
+    top_k: int = 0
+    slots: bool = False
+    rows: RowFormat | None = None
 
 
 class AsyncAllToAll:
@@ -22,23 +34,35 @@ class AsyncAllToAll:
     Autograd goes through it the other way round: the gradient of `wait` sends and that of `start` waits, so whatever
     runs between the two forward also runs between them backward, while gradients travel.
 
-    sent, received: rows to and from each rank of the group; in order of rank, as the rows are.
-    row_bytes, side_bytes: of one row sent: of the activations, and of weights and slots beside them.
+    sent, received: rows to and from each rank of the group; in order of rank, as the rows are. rows, gradients: how
+    rows and their gradients are written; None: as they are. A gradient's way through a format is as if there was none.
+    row_bytes, side_bytes: of one row sent: of the activations, and of weights and slots beside them. whole_row_bytes:
+    of its activations as they are.
     """
 
-    def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        sent: list[int],
+        received: list[int],
+        rows: RowFormat | None = None,
+        gradients: RowFormat | None = None,
+    ) -> None:
         self.group, self.sent, self.received = group, sent, received
-        self.row_bytes = self.side_bytes = 0
+        self.rows, self.gradients = rows, gradients
+        self.row_bytes = self.whole_row_bytes = self.side_bytes = 0
         self._started: Tensor | None = None
-        self._form: tuple[int, torch.dtype, int, bool] = (0, torch.float32, 0, False)
+        self._form = MessageForm(0, torch.float32)
         self._slots: Tensor | None = None
         self._pending: tuple[dist.Work | None, Tensor, Tensor] | None = None
 
     def start(self, row_CD: Tensor, weight_CK: Tensor | None = None, slot_CK: Tensor | None = None) -> AsyncAllToAll:
         """Sends rows, sorted by destination, with float32 weights and int32 slots (only beside weights, as many)."""
         top_k = 0 if weight_CK is None else weight_CK.shape[1]
-        self._form = (row_CD.shape[1], row_CD.dtype, top_k, slot_CK is not None)
-        self.row_bytes = row_CD.shape[1] * row_CD.element_size()
+        width = row_CD.shape[1]
+        self._form = MessageForm(width, row_CD.dtype, top_k, slot_CK is not None, self.rows)
+        self.whole_row_bytes = width * row_CD.element_size()
+        self.row_bytes = self.whole_row_bytes if self.rows is None else self.rows.row_bytes(width)
         self.side_bytes = 4 * top_k * (1 if slot_CK is None else 2)
         self._started = cast(Tensor, _Start.apply(self, row_CD, weight_CK, slot_CK))  # type: ignore[no-untyped-call]
         return self
@@ -73,58 +97,54 @@ class _Start(Function):
     def forward(
         ctx: Any, exchange: AsyncAllToAll, row_CD: Tensor, weight_CK: Tensor | None, slot_CK: Tensor | None
     ) -> Tensor:
-        ctx.exchange, ctx.form = exchange, (*exchange._form[:3], False)
-        exchange._launch(_pack(row_CD, weight_CK, slot_CK), exchange.sent, exchange.received)
+        ctx.exchange, ctx.form = exchange, exchange._form._replace(slots=False, rows=exchange.gradients)
+        exchange._launch(_pack(row_CD, weight_CK, slot_CK, exchange.rows), exchange.sent, exchange.received)
         return row_CD.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, started: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
-        row_CD, weight_CK, _ = _unpack(ctx.exchange._land(), *ctx.form)
+        row_CD, weight_CK, _ = _unpack(ctx.exchange._land(), ctx.form)
         return None, row_CD, weight_CK if weight_CK.shape[1] else None, None
 
 
 class _Wait(Function):
     @staticmethod
-    def forward(
-        ctx: Any, exchange: AsyncAllToAll, started: Tensor, form: tuple[int, torch.dtype, int, bool]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, exchange: AsyncAllToAll, started: Tensor, form: MessageForm) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        row_RD, weight_RK, exchange._slots = _unpack(exchange._land(), *form)
+        row_RD, weight_RK, exchange._slots = _unpack(exchange._land(), form)
         return row_RD, weight_RK
 
     @staticmethod
     def backward(ctx: Any, row_RD: Tensor, weight_RK: Tensor) -> tuple[None, Tensor, None]:
         weights = weight_RK if weight_RK.shape[1] else None
-        ctx.exchange._launch(_pack(row_RD, weights, None), ctx.exchange.received, ctx.exchange.sent)
+        message = _pack(row_RD, weights, None, ctx.exchange.gradients)
+        ctx.exchange._launch(message, ctx.exchange.received, ctx.exchange.sent)
         return None, row_RD.new_zeros(()), None
 
 
-def _pack(row_CD: Tensor, weight_CK: Tensor | None, slot_CK: Tensor | None) -> Tensor:
-    """[C, W] in the rows' dtype: the bytes of weights and slots stand behind the row, filled up to whole columns."""
+def _pack(row_CD: Tensor, weight_CK: Tensor | None, slot_CK: Tensor | None, rows: RowFormat | None) -> Tensor:
+    """[C, W] in the rows' dtype, or bytes of a format: the bytes of weights and slots stand behind the row, filled up
+    to whole columns."""
+    written_CW = row_CD if rows is None else rows.encode(row_CD)
     if weight_CK is None:
-        return row_CD.contiguous()
-    parts = [_bytes_as(torch.uint8, weight_CK)]
+        return written_CW.contiguous()
+    parts = [bytes_as(torch.uint8, weight_CK)]
     if slot_CK is not None:
-        parts.append(_bytes_as(torch.uint8, slot_CK))
-    spare = -sum(part.shape[1] for part in parts) % row_CD.element_size()
+        parts.append(bytes_as(torch.uint8, slot_CK))
+    spare = -sum(part.shape[1] for part in parts) % written_CW.element_size()
     if spare:
         parts.append(parts[0].new_zeros(len(row_CD), spare))
-    return torch.cat([row_CD, _bytes_as(row_CD.dtype, torch.cat(parts, dim=1))], dim=1)
+    return torch.cat([written_CW, bytes_as(written_CW.dtype, torch.cat(parts, dim=1))], dim=1)
 
 
-def _unpack(
-    message: Tensor, width: int, dtype: torch.dtype, top_k: int, slots: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not top_k:
-        return message, message.new_empty(len(message), 0, dtype=torch.float32), None
-    tail = _bytes_as(torch.uint8, message[:, width:])
-    weight = _bytes_as(torch.float32, tail[:, : 4 * top_k])
-    slot = _bytes_as(torch.int32, tail[:, 4 * top_k : 8 * top_k]) if slots else None
-    return message[:, :width], weight, slot
-
-
-def _bytes_as(dtype: torch.dtype, rows: Tensor) -> Tensor:
-    """The same bytes, row by row, as another type."""
-    width = rows.shape[1] * rows.element_size() // dtype.itemsize
-    # A single column may count as contiguous with any stride, which view does not take; one long row has stride 1.
-    return rows.contiguous().flatten().view(dtype).view(len(rows), width)
+def _unpack(message: Tensor, form: MessageForm) -> tuple[Tensor, Tensor, Tensor | None]:
+    columns = form.width if form.rows is None else form.rows.row_bytes(form.width)
+    row = message[:, :columns]
+    if form.rows is not None:
+        row = form.rows.decode(row, form.width, form.dtype)
+    if not form.top_k:
+        return row, row.new_empty(len(message), 0, dtype=torch.float32), None
+    tail = bytes_as(torch.uint8, message[:, columns:])
+    weight = bytes_as(torch.float32, tail[:, : 4 * form.top_k])
+    slot = bytes_as(torch.int32, tail[:, 4 * form.top_k : 8 * form.top_k]) if form.slots else None
+    return row, weight, slot

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -28,7 +28,7 @@ def check_consistent(mesh: ExpertMesh, what: str, content: str, failure: Excepti
     """Makes sure that all ranks mean the same before any of them waits for the others: all return, or all raise.
 
     Args:
-        mesh: every rank of it calls this.
+        mesh: every rank of it, copies included, calls this.
         what: the content's name, for the error.
         content: this rank's own.
         failure: why this rank cannot go on; it is raised here, after the others have been told.
@@ -41,13 +41,14 @@ def check_consistent(mesh: ExpertMesh, what: str, content: str, failure: Excepti
     mine[0] = failure is not None
     mine[1:] = torch.frombuffer(bytearray(hashlib.sha256(content.encode()).digest()), dtype=torch.uint8)
     mine = mine.to(mesh.device)
-    rows = gather(mesh, mine).cpu()
+    row_of = dict(zip(mesh.grid.flatten().tolist(), _gather_everywhere(mesh, mine).cpu(), strict=True))
     if failure is not None:
         raise failure
-    refused = [mesh.members[i] for i in range(mesh.size) if rows[i, 0]]
+    refused = sorted(rank for rank, row in row_of.items() if row[0])
     if refused:
         raise InputError(f"{what}: rank {_names(refused)} refused it; see the error there")
-    differ = [mesh.members[i] for i in range(mesh.size) if not torch.equal(rows[i, 1:], rows[mesh.rank, 1:])]
+    own = row_of[mesh.members[mesh.rank]]
+    differ = sorted(rank for rank, row in row_of.items() if not torch.equal(row[1:], own[1:]))
     if differ:
         raise InputError(
             f"{what}: rank {_names(differ)} has another one than rank {mesh.members[mesh.rank]}; give every rank the "
@@ -55,12 +56,32 @@ def check_consistent(mesh: ExpertMesh, what: str, content: str, failure: Excepti
         )
 
 
-def gather(mesh: ExpertMesh, value: Tensor) -> Tensor:
-    """[G, ...] the values of all ranks, of one shape."""
-    every = [torch.empty_like(value) for _ in range(mesh.size)]
-    with naming_unresponsive_ranks(mesh.group):
-        dist.all_gather(every, value, group=mesh.group)
+def gather(group: dist.ProcessGroup, value: Tensor) -> Tensor:
+    """[ranks, ...] the values of all ranks of a group, of one shape."""
+    every = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    with naming_unresponsive_ranks(group):
+        dist.all_gather(every, value, group=group)
     return torch.stack(every)
+
+
+def _gather_everywhere(mesh: ExpertMesh, value: Tensor) -> Tensor:
+    """[copies * devices, ...] in the order of the mesh's grid."""
+    rows = gather(mesh.group, value)
+    return rows if mesh.data is None else gather(mesh.data, rows).flatten(0, 1)
+
+
+def sum_everywhere(mesh: ExpertMesh, value: Tensor) -> Tensor:
+    """`value`, in place, summed over all ranks of the mesh, copies included."""
+    for group in (mesh.group, mesh.data):
+        if group is not None:
+            with naming_unresponsive_ranks(group):
+                dist.all_reduce(value, group=group)
+    return value
+
+
+def wait_everywhere(mesh: ExpertMesh) -> None:
+    """Returns once all ranks of the mesh, copies included, have called it."""
+    sum_everywhere(mesh, torch.zeros(1, device=mesh.device))
 
 
 def _names(ranks: list[int]) -> str:
@@ -68,7 +89,8 @@ def _names(ranks: list[int]) -> str:
 
 
 class TwoPhaseCommit:
-    """All ranks of a mesh go on or none does, whoever dies meanwhile: one decision, kept in the process group's store.
+    """All ranks of a mesh, copies included, go on or none does, whoever dies meanwhile: one decision, in the process
+    group's store.
 
     A rank that is ready says so; the last of all writes "commit". A rank that fails, or has waited too long, writes
     "abort". The store takes the first of these writes and refuses the rest, so there is one outcome, also for ranks
@@ -78,13 +100,13 @@ class TwoPhaseCommit:
     """
 
     def __init__(self, mesh: ExpertMesh, name: str) -> None:
-        self._mesh = mesh
+        self._rank, self._ranks = mesh.members[mesh.rank], sorted(mesh.grid.flatten().tolist())
         self._store: Store = PrefixStore(f"moeplace/commit/{name}", _get_default_store())
 
     def abort(self, reason: str) -> str:
         """This rank cannot go on. Gives the reason that the ranks were first told."""
         try:
-            self._decide(f"abort rank {self._mesh.members[self._mesh.rank]}: {reason}")
+            self._decide(f"abort rank {self._rank}: {reason}")
             return self._store.get("decision").decode().removeprefix("abort ")
         except (dist.DistError, RuntimeError):
             return f"{reason}; the store of the process group is gone, with rank 0 or its launcher"
@@ -100,8 +122,8 @@ class TwoPhaseCommit:
             RankError: a rank failed or did not come within `timeout`; then no rank returns from its `ready`.
         """
         try:
-            self._store.set(f"ready/{self._mesh.rank}", "")
-            if self._store.add("count", 1) == self._mesh.size:
+            self._store.set(f"ready/{self._rank}", "")
+            if self._store.add("count", 1) == len(self._ranks):
                 self._decide("commit")
             end = time.monotonic() + timeout.total_seconds()
             while not self.decided:
@@ -118,8 +140,7 @@ class TwoPhaseCommit:
         self._store.compare_set("decision", "", outcome[:2000])
 
     def _missing(self) -> str:
-        late = [i for i in range(self._mesh.size) if not self._store.check([f"ready/{i}"])]
-        return ", ".join(str(self._mesh.members[i]) for i in late)
+        return ", ".join(str(rank) for rank in self._ranks if not self._store.check([f"ready/{rank}"]))
 
 
 _failures: Counter[str] = Counter()
@@ -146,7 +167,7 @@ def naming_unresponsive_ranks(group: dist.ProcessGroup) -> Iterator[None]:
 def describe(group: dist.ProcessGroup, error: BaseException) -> str:
     """One sentence: who of `group` gave no sign of life within five seconds of the failure."""
     said = " ".join(str(error).split())[:200]
-    silent = unresponsive_ranks(group)
+    silent = unresponsive_ranks(dist.get_process_group_ranks(group), "collective")
     if silent is None:
         return f"a collective failed and the store of the process group is gone with rank 0 or its launcher ({said})"
     if not silent:
@@ -155,19 +176,20 @@ def describe(group: dist.ProcessGroup, error: BaseException) -> str:
     return f"rank {names} did not answer within {RESPONSE.seconds} s of a failed collective: it died or hangs ({said})"
 
 
-def unresponsive_ranks(group: dist.ProcessGroup) -> list[int] | None:
-    """Global ranks of `group` that do not sign in; None when the store itself is gone."""
-    name = group.group_name
-    _failures[name] += 1
-    members = dist.get_process_group_ranks(group)
+def unresponsive_ranks(ranks: Sequence[int], occasion: str) -> list[int] | None:
+    """Those of `ranks` that do not sign in; None when the store itself is gone.
+
+    A rank is in several groups, and a failure goes from one to the next: who failed in any of them has signed for all.
+    """
+    _failures[occasion] += 1
     try:
-        store = PrefixStore(f"moeplace/lost/{name}/{_failures[name]}", _get_default_store())
+        store = PrefixStore(f"moeplace/lost/{occasion}/{_failures[occasion]}", _get_default_store())
         store.set(str(dist.get_rank()), "here")
     except (dist.DistError, RuntimeError):
         return None
     silent = []
     patience = RESPONSE
-    for rank in members:
+    for rank in ranks:
         try:
             store.wait([str(rank)], patience)
         except (dist.DistError, RuntimeError):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..._types import IntArray
 from ...placement.errors import InputError
-from .coordination import gather, naming_unresponsive_ranks
+from .coordination import gather, sum_everywhere
 from .experts import PlacedExperts
 from .lsh import CompressedDispatcher
+
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Attributes under which wrappers of torch hold a module."""
 
 
 def expert_layers(model: nn.Module) -> list[tuple[str, PlacedExperts]]:
@@ -38,34 +42,69 @@ def exclude_from_ddp(model: nn.Module) -> None:
     wrapper._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Inside, backward leaves the gradients of experts unsummed: for all micro-batches of a step but the last.
+
+    The next backward outside sums them all at once, so that replicas and copies of experts talk once a step. As
+    DistributedDataParallel.no_sync, beside which it stands: `with ddp.no_sync(), no_sync(model): loss.backward()`.
+    """
+    layers = [module for _, module in expert_layers(model)]
+    before = [module.sums_gradients for module in layers]
+    for module in layers:
+        module.sums_gradients = False
+    try:
+        yield
+    finally:
+        for module, value in zip(layers, before, strict=True):
+            module.sums_gradients = value
+
+
 @torch.no_grad()
-def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    model: nn.Module, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ over the whole model: every logical expert counts once, wherever its replicas are.
 
-    The norm and the factor are the same bits on all ranks; every rank calls it.
+    The norm and the factor are the same bits on all ranks; every rank calls it. On a mesh sliced from one with a
+    dimension "pp", the norm is over the layers of all stages.
 
     Args:
         model: with or without expert layers.
         max_norm: gradients longer than this are scaled down to it.
+        norm_type: p of the norm, "inf" for the largest gradient.
+        error_if_nonfinite: raise on all ranks, instead of scaling by what is no number.
 
     Returns:
         The norm before clipping.
+
+    Raises:
+        InputError: norm_type is not above 0.
+        RuntimeError: the norm is not finite, and `error_if_nonfinite`.
     """
-    layers = expert_layers(model)
+    power = float(norm_type)
+    if not power > 0:
+        raise InputError(f"norm_type ({norm_type}) must be above 0, or 'inf'")
+    layers = [module for _, module in expert_layers(model)]
     experts = expert_parameters(model)
-    others = [p.grad for p in model.parameters() if p.grad is not None and p not in experts]
-    total = torch.nn.utils.get_total_norm(others) if others else torch.tensor(0.0)
-    total = total.full_tensor() if isinstance(total, DTensor) else total
-    square = total.double() ** 2
+    parts = _other_norms([p.grad for p in model.parameters() if p.grad is not None and p not in experts], power)
     if layers:
-        mesh = layers[0][1].mesh
-        square = square.to(mesh.device)
-        mine = torch.zeros(1, dtype=torch.float64, device=mesh.device)
-        for norm in _squares([module for _, module in layers]):
-            mine += norm
-        for part in gather(mesh, mine):
-            square = square + part[0]
-    norm = square.sqrt()
+        mesh = layers[0].mesh
+        parts = [part.to(mesh.device) for part in parts]
+        zero = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        mine = _total([zero, *_expert_norms([each for each in layers if each.shards is None], power)], power)
+        sharded = [each for each in layers if each.shards is not None]
+        if sharded and mesh.data is not None:
+            part = _total([zero, *_expert_norms(sharded, power)], power)
+            mine = _total([mine, *gather(mesh.data, part)], power)
+        parts += list(gather(mesh.group, mine))
+        if mesh.pipeline is not None:
+            parts = list(gather(mesh.pipeline, _total(parts, power)))
+    norm = _total(parts, power) if parts else torch.zeros((), dtype=torch.float64)
+    if error_if_nonfinite and not bool(norm.isfinite()):
+        raise RuntimeError(
+            f"the norm of order {power:g} of the gradients is {float(norm)}: not finite, nothing clipped"
+        )
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for value in model.parameters():
         if value.grad is not None:
@@ -73,12 +112,30 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     return norm.float()
 
 
-def _squares(layers: list[PlacedExperts]) -> Iterator[Tensor]:
+def _total(norms: list[Tensor], power: float) -> Tensor:
+    """The norm of parts whose norms these are, in float64."""
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]), power)
+    return total
+
+
+def _other_norms(grads: list[Tensor], power: float) -> list[Tensor]:
+    """Norms of the gradients, together for those that are spread over the same ranks in the same way."""
+    together: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        together.setdefault(key, []).append(grad)
+    norms = [torch.nn.utils.get_total_norm(part, power) for part in together.values()]
+    return [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+
+
+def _expert_norms(layers: list[PlacedExperts], power: float) -> Iterator[Tensor]:
+    """Of this rank's rows, each counted for its part of all replicas."""
     for module in layers:
-        weight = torch.from_numpy(1.0 / module.placement.replicas[module.row_expert]).to(module.mesh.device)
+        part_S = torch.from_numpy(module.placement.replicas[module.row_expert] ** (-1.0 / power)).to(module.mesh.device)
         for value in module.parameters(recurse=False):
             if value.grad is not None and len(value):
-                yield (value.grad.flatten(1).double().square().sum(dim=1) * weight).sum()
+                row_S = torch.linalg.vector_norm(value.grad.flatten(1), power, dim=1, dtype=torch.float32)
+                yield torch.linalg.vector_norm(row_S.double() * part_S, power)
 
 
 def expert_rows(model: nn.Module) -> IntArray:
@@ -103,8 +160,5 @@ def expert_rows(model: nn.Module) -> IntArray:
             mine if len(mine) else torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.mesh.device)
         )
     total = torch.stack(counts)
-    group = layers[0][1].mesh.group
-    with naming_unresponsive_ranks(group):
-        dist.all_reduce(total, group=group)
-    counted: IntArray = total.cpu().numpy()
+    counted: IntArray = sum_everywhere(layers[0][1].mesh, total).cpu().numpy()
     return counted

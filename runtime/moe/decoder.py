@@ -76,6 +76,16 @@ class Decoder(ABC):
             placed = [part for part in model.modules() if isinstance(part, PlacedExperts)]
             if placed and placed[0].plan.fingerprint != plan.fingerprint:
                 raise InputError("the model is spread by another plan; give that one, or mp.apply this plan first")
+            if any(part.shards is not None for part in placed):
+                raise UnsupportedError(
+                    "the model's experts are cut over copies (shard_experts), which is for training; write it with "
+                    "export_hf, and decode from that"
+                )
+            if any(part.padded_tokens is not None for part in placed):
+                raise UnsupportedError(
+                    "the model drops tokens beyond a capacity (padded_tokens), which is for training; write it with "
+                    "export_hf, and decode from that"
+                )
         except MoeplaceError as error:
             failure = error
         check_consistent(self.mesh, "decoder", f"{type(self).__name__} {plan.fingerprint} {bool(placed)}", failure)
@@ -289,12 +299,14 @@ class DispatchCombineDecoder(Decoder):
         return LocalTokens(tokens.residual_TD + output_TD, tokens.sequence_T, tokens.count_G)
 
     def _count(self, dispatcher: AllToAllDispatcher, metadata: DispatchMetadata) -> None:
-        """What was sent; sums return as wide as tokens went out, with nothing beside them."""
+        """What was sent; sums return with nothing beside them."""
         for stage, copies in zip(dispatcher.stages, metadata.copies, strict=True):
             there = copies.exchange
             others = np.arange(stage.peers) != stage.own
             self.statistics.exchanged("dispatch", stage.devices, others * there.sent, there.row_bytes, there.side_bytes)
-            self.statistics.exchanged("combine", stage.devices, others * there.received, there.row_bytes)
+            if copies.back is not None:
+                back_bytes = copies.back.row_bytes
+                self.statistics.exchanged("combine", stage.devices, others * there.received, back_bytes)
 
 
 class ContextCoherentDecoder(Decoder):
@@ -468,7 +480,7 @@ def prefill(
         failure = error
     check_consistent(mesh, "settings of decoding", f"{new_tokens} {settings}", failure)
     sizes = torch.tensor([len(length_b), int(length_b.sum())], device=mesh.device)
-    count_G, context_G = gather(mesh, sizes).cpu().numpy().T
+    count_G, context_G = gather(mesh.group, sizes).cpu().numpy().T
     total = int(count_G.sum())
     if not total:
         raise InputError("no rank has a prompt; give at least one of them input_ids of one row or more")
@@ -494,7 +506,7 @@ def prefill(
     sequence_R = number_b.repeat_interleave(length_b.to(mesh.device))
     position_R = torch.cat([torch.arange(n, device=mesh.device) for n in [0, *length_b.tolist()]])
     column_R = position_R + (input_ids.shape[-1] - length_b.to(mesh.device))[sequence_R - first]
-    shape_L4 = gather(mesh, _shapes(cache, len(decoder.parts.layers)).to(mesh.device)).amax(dim=0).tolist()
+    shape_L4 = gather(mesh.group, _shapes(cache, len(decoder.parts.layers)).to(mesh.device)).amax(dim=0).tolist()
     for layer in decoder.parts.layers:
         context.allocate(layer.index, shape_L4[layer.index], logits_bV)
         if len(sequence_R):
@@ -651,11 +663,15 @@ def check_no_compression(model: nn.Module) -> None:
         UnsupportedError: a layer's tokens are sent by something else than plain all-to-alls.
     """
     for name, module in model.named_modules():
-        if isinstance(module, PlacedExperts) and type(module.dispatcher) is not AllToAllDispatcher:
+        if not isinstance(module, PlacedExperts):
+            continue
+        dispatcher = module.dispatcher
+        if type(dispatcher) is not AllToAllDispatcher or dispatcher.quantized is not None:
             raise UnsupportedError(
-                f"{name}: tokens are sent by {type(module.dispatcher).__name__}; context-coherent execution sends them "
-                "whole, since a compressed token is restored where it came from, and there it does not return. Use "
-                "dispatch='flat' or 'node_aware', or decode with DispatchCombineDecoder"
+                f"{name}: tokens are sent by {type(dispatcher).__name__}, compression={module.compression}; "
+                "context-coherent execution sends them whole, since a compressed token is restored where it came from, "
+                "and there it does not return. Use no compression and dispatch='flat' or 'node_aware', or decode with "
+                "DispatchCombineDecoder"
             )
 
 

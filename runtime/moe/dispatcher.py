@@ -11,14 +11,20 @@ here, S slots of this rank (rows of expert weights), P slots of the layer, G dev
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from .all_to_all import AsyncAllToAll
+from .compression import QuantizedRows, TrafficStatistics
 from .coordination import naming_unresponsive_ranks
 from .layer_placement import LayerPlacement
 from .mesh import ExpertMesh, Stage
@@ -84,19 +90,81 @@ def permute(
 
 def unpermute(y_ND: Tensor, token_N: Tensor, weight_N: Tensor, rows: int) -> Tensor:
     """[rows, D] in float32: the weighted sum of each token's outputs, from `permute`'s order."""
-    weighted_ND = y_ND.float() * weight_N[:, None]
-    return weighted_ND.new_zeros(rows, y_ND.shape[1]).index_add(0, token_N, weighted_ND)
+    total: Tensor = WeightedSum.apply(y_ND, weight_N, token_N, rows)  # type: ignore[no-untyped-call]
+    return total
 
 
-@dataclass(frozen=True, eq=False)
+@lru_cache(maxsize=1)
+def _gather_kernels() -> Any:
+    """The module of Triton's kernels; None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import gather_kernels
+
+    return gather_kernels
+
+
+def gathered_sum(y_ND: Tensor, place_N: Tensor, rows: int, weight_N: Tensor | None = None) -> Tensor:
+    """[rows, D] in the type of y_ND: the sum of its rows at each of the places place_N, each times its weight where
+    there are weights, added up in float32. One kernel on a GPU where Triton is installed, torch's operations
+    elsewhere."""
+    total: Tensor
+    if (y_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and (kernels := _gather_kernels()) is not None:
+        total = kernels.GatherSum.apply(y_ND, weight_N, place_N, rows)
+    elif weight_N is None:
+        total = RowSum.apply(y_ND, place_N, rows)  # type: ignore[no-untyped-call]
+    else:
+        total = unpermute(y_ND, place_N, weight_N, rows).to(y_ND.dtype)
+    return total
+
+
+class WeightedSum(Function):
+    """[rows, D] in float32: sums of rows y_ND, each times its weight, at the places token_N.
+
+    Backward keeps the rows as they are, where torch's own operations keep two float32 copies of them; the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, weight_N: Tensor, token_N: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(y_ND, weight_N, token_N)
+        weighted_ND = y_ND.float() * weight_N[:, None]
+        return weighted_ND.new_zeros(rows, y_ND.shape[1]).index_add_(0, token_N, weighted_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total_RD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_ND, weight_N, token_N = ctx.saved_tensors
+        grad_ND = total_RD.index_select(0, token_N)
+        weights_N = (grad_ND * y_ND.float()).sum(dim=1)
+        return grad_ND.mul_(weight_N[:, None]).to(y_ND.dtype), weights_N, None, None
+
+
+class RowSum(Function):
+    """[rows, D] sums of rows y_CD at the places row_C, added up in float32; backward keeps only the places."""
+
+    @staticmethod
+    def forward(ctx: Any, y_CD: Tensor, row_C: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(row_C)
+        y_TD = y_CD.new_zeros(rows, y_CD.shape[1], dtype=torch.float32)
+        return y_TD.index_add_(0, row_C, y_CD.float()).to(y_CD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, y_TD: Tensor) -> tuple[Tensor, None, None]:
+        (row_C,) = ctx.saved_tensors
+        return y_TD.index_select(0, row_C), None, None
+
+
+@dataclass(eq=False)
 class SentCopies:
     """Copies sent in one stage. row_C: [C] the row here that each is of. rows: here before the stage. pairs:
-    token-expert pairs that arrive."""
+    token-expert pairs that arrive. back: the exchange by which results returned."""
 
     exchange: AsyncAllToAll
     row_C: Tensor
     rows: int
     pairs: int
+    back: AsyncAllToAll | None = None
 
 
 @dataclass(eq=False)
@@ -117,12 +185,14 @@ class DispatchMetadata:
 class AllToAllStage:
     """Copies of rows to the ranks of a group, and sums of what was made of them back.
 
-    stage: between whom. device: on which this rank computes. own: this rank's place in the group.
+    stage: between whom. device: on which this rank computes. own: this rank's place in the group. rows: how rows are
+    written; None: as they are.
     """
 
     def __init__(self, stage: Stage, device: torch.device) -> None:
         self.group, self.devices = stage.group, stage.devices
         self.peers, self.own = len(stage.devices), dist.get_rank(stage.group)
+        self.rows: QuantizedRows | None = None
         self.peer_G = self._peer_P = torch.from_numpy(stage.peer_G).to(device)
 
     def place(self, device_P: Tensor) -> None:
@@ -144,7 +214,8 @@ class AllToAllStage:
         chosen_C = order_N[: sum(sent)]
         row_C = chosen_C.div(max(top_k, 1), rounding_mode="floor")
         here_CK = peer_TK[row_C] == key_N[chosen_C][:, None]
-        exchange = AsyncAllToAll(self.group, sent, received).start(
+        formats = (None, None) if self.rows is None else (self.rows.dispatch, self.rows.gradients)
+        exchange = AsyncAllToAll(self.group, sent, received, *formats).start(
             x_TD.index_select(0, row_C),
             torch.where(here_CK, weight_TK[row_C], 0.0),
             torch.where(here_CK, slot_TK[row_C], -1).int(),
@@ -153,10 +224,10 @@ class AllToAllStage:
 
     def combine(self, y_RD: Tensor, copies: SentCopies) -> Tensor:
         """[T, D] sum over each row's copies of what was made of them, y_RD: [R, D]."""
-        exchange = AsyncAllToAll(self.group, copies.exchange.received, copies.exchange.sent)
-        y_CD, _, _ = exchange.start(y_RD).wait()
-        y_TD = y_CD.new_zeros(copies.rows, y_CD.shape[1], dtype=torch.float32)
-        return y_TD.index_add(0, copies.row_C, y_CD.float()).to(y_RD.dtype)
+        formats = (None, None) if self.rows is None else (self.rows.combine, self.rows.gradients)
+        copies.back = AsyncAllToAll(self.group, copies.exchange.received, copies.exchange.sent, *formats)
+        y_CD, _, _ = copies.back.start(y_RD).wait()
+        return gathered_sum(y_CD, copies.row_C, copies.rows)
 
     def _sizes(self, key_N: Tensor, peer_TK: Tensor) -> tuple[list[int], list[int], int]:
         """(rows to each peer, rows from each peer, token-expert pairs from all peers)."""
@@ -204,10 +275,20 @@ class AllToAllDispatcher(StagedDispatcher):
     two_stage: first one copy a token and node, to the rank of equal place there, which hands it on inside the node.
     Sums are taken on the way back as well, so that one row a token and node returns (as DeepEP does).
     copies: of the latest dispatch, copies sent to each rank, stage by stage; a rank's own are among them.
+    quantized: how rows are written between ranks; None: as they are.
     A slot of -1 is no slot: its row goes nowhere for it.
     """
 
     copies: tuple[tuple[int, ...], ...] = ()
+    quantized: QuantizedRows | None = None
+    statistics: TrafficStatistics | None = None
+    """Of the latest forward pass, where rows are quantised: rows to other ranks over all stages."""
+
+    def quantize(self, rows: QuantizedRows | None) -> None:
+        """Writes rows like this from the next batch on. Every rank must."""
+        self.quantized = rows
+        for stage in self.stages:
+            stage.rows = rows
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor) -> DispatchMetadata:
         """See `Dispatcher.dispatch`."""
@@ -235,10 +316,23 @@ class AllToAllDispatcher(StagedDispatcher):
 
     def combine(self, y_ND: Tensor, metadata: DispatchMetadata) -> Tensor:
         """See `Dispatcher.combine`."""
-        result = unpermute(y_ND, metadata.token_N, metadata.weight_N, metadata.rows).to(y_ND.dtype)
+        result = gathered_sum(y_ND, metadata.token_N, metadata.rows, metadata.weight_N)
         for stage, copies in zip(reversed(self.stages), reversed(metadata.copies), strict=True):
             result = stage.combine(result, copies)
+        if self.quantized is not None:
+            self.statistics = self._traffic(metadata)
         return result
+
+    def _traffic(self, metadata: DispatchMetadata) -> TrafficStatistics:
+        rows = plain = sent = 0
+        for stage, copies in zip(self.stages, metadata.copies, strict=True):
+            there, back = copies.exchange, copies.back
+            assert back is not None
+            away = sum(there.sent) - there.sent[stage.own]
+            rows += away
+            plain += away * (there.whole_row_bytes + there.side_bytes + back.whole_row_bytes)
+            sent += away * (there.row_bytes + there.side_bytes + back.row_bytes)
+        return TrafficStatistics(rows, rows, plain, sent)
 
 
 def flat(mesh: ExpertMesh) -> AllToAllDispatcher:

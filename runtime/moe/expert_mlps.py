@@ -6,13 +6,15 @@ N inputs, those of one expert behind another's; S experts here; D hidden size, F
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ...placement.model import ModelSpec
 
@@ -46,8 +48,13 @@ class SwiGLU:
 
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
         group = Groups(row_ND, count_S)
-        gate_NF, up_NF = group.product(row_ND, weights["gate_up_proj"].transpose(1, 2)).chunk(2, dim=-1)
-        return group.product(getattr(F, self.activation)(gate_NF) * up_NF, weights["down_proj"].transpose(1, 2))
+        both_NF = group.product(row_ND, weights["gate_up_proj"].transpose(1, 2))
+        return group.product(recomputed(self._gate, both_NF), weights["down_proj"].transpose(1, 2))
+
+    def _gate(self, both_NF: Tensor) -> Tensor:
+        gate_NF, up_NF = both_NF.chunk(2, dim=-1)
+        gated_NF: Tensor = getattr(F, self.activation)(gate_NF) * up_NF
+        return gated_NF
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,13 @@ class GptOss:
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
         group = Groups(row_ND, count_S)
         both_NF = group.product(row_ND, weights["gate_up_proj"]) + group.spread(weights["gate_up_proj_bias"])
+        hidden_NF = recomputed(self._gate, both_NF)
+        return group.product(hidden_NF, weights["down_proj"]) + group.spread(weights["down_proj_bias"])
+
+    def _gate(self, both_NF: Tensor) -> Tensor:
         gate_NF = both_NF[..., ::2].clamp(max=self.limit)
         up_NF = both_NF[..., 1::2].clamp(min=-self.limit, max=self.limit)
-        hidden_NF = (up_NF + 1) * (gate_NF * torch.sigmoid(gate_NF * self.alpha))
-        return group.product(hidden_NF, weights["down_proj"]) + group.spread(weights["down_proj_bias"])
+        return (up_NF + 1) * (gate_NF * torch.sigmoid(gate_NF * self.alpha))
 
 
 @dataclass(frozen=True)
@@ -134,17 +144,44 @@ class Fused:
             out_NO = group.product(row_NI, weight_SIO)
             return out_NO + group.spread(weights[f"{name}_bias"]) if self.bias else out_NO
 
-        hidden_NF = product(row_ND, "gate_up_proj" if self.gated else "up_proj")
-        if not self.gated:
-            hidden_NF = self.module.act_fn(hidden_NF)
-        elif hasattr(self.module, "_apply_gate"):
-            hidden_NF = self.module._apply_gate(hidden_NF).to(row_ND.dtype)
-        else:
-            gate_NF, up_NF = hidden_NF.chunk(2, dim=-1)
-            hidden_NF = self.module.act_fn(gate_NF) * up_NF
+        hidden_NF = recomputed(self._gate, product(row_ND, "gate_up_proj" if self.gated else "up_proj"))
         out_ND = product(hidden_NF, "down_proj")
         normed_ND: Tensor = self.module.post_expert_norm(out_ND) if self.post_norm else out_ND
         return normed_ND
+
+    def _gate(self, both_NF: Tensor) -> Tensor:
+        if not self.gated:
+            hidden_NF: Tensor = self.module.act_fn(both_NF)
+        elif hasattr(self.module, "_apply_gate"):
+            hidden_NF = self.module._apply_gate(both_NF).to(both_NF.dtype)
+        else:
+            gate_NF, up_NF = both_NF.chunk(2, dim=-1)
+            hidden_NF = self.module.act_fn(gate_NF) * up_NF
+        return hidden_NF
+
+
+def recomputed(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """function(value), for a function without parameters or chance; backward keeps only `value`, and computes the rest
+    again."""
+    result: Tensor = _Recomputed.apply(function, value)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Recomputed(Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(value)
+        return function(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (value,) = ctx.saved_tensors
+        with torch.enable_grad():
+            value = value.detach().requires_grad_()
+            (result,) = torch.autograd.grad(ctx.function(value), value, grad)
+        return None, result
 
 
 class Groups:

@@ -1,7 +1,6 @@
 """The experts of one MoE layer, spread over ranks as a plan says.
 
-The layer itself comes first, then which replica serves a token, gradients of replicas, and the count of optimizer
-steps.
+The layer itself comes first, then which replica serves a token, and gradients of replicas and copies.
 
 T tokens of this rank, K experts a token, D hidden size, E experts, P slots of the layer, S slots of this rank (rows of
 expert weights), R most replicas of an expert, N token-expert pairs computed here; m rows here whose expert has
@@ -10,9 +9,9 @@ replicas, n parameters of one expert.
 
 from __future__ import annotations
 
-import sys
-import weakref
+import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,22 +21,28 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..._types import IntArray
 from ...placement.errors import InputError, MoeplaceError, UnsupportedError, nearest
 from ...placement.model import ModelSpec
+from ...placement.objective import SLACK
 from ...placement.plan import Plan
-from .compression import LSHCompression
-from .coordination import check_consistent, naming_unresponsive_ranks
+from .compression import Compression, LSHCompression, QuantizedRows, quantized_rows
+from .coordination import check_consistent, gather, naming_unresponsive_ranks
 from .dispatcher import AllToAllDispatcher, Dispatcher, flat, node_aware
 from .expert_mlps import ExpertMLP, SwiGLU
+from .expert_shards import ExpertShards, JoinedWeights
 from .layer_placement import LayerPlacement
 from .lsh import CompressedDispatcher
+from .managers import OptimizerSteps
+from .marks import ExpertParameter, ExpertRows
 from .mesh import ExpertMesh
+from .online import OnlineCopies, check_homes
+from .padded import PaddedDispatcher, expert_capacity
+from .replica_division import BalancedReplicas, in_queues
 
 Gradients = Literal["mean", "sum"]
+Replicas = Literal["share", "balanced"]
 MakeDispatcher = Callable[[ExpertMesh], Dispatcher]
 
 DISPATCHERS: dict[str, MakeDispatcher] = {"flat": flat, "node_aware": node_aware}
@@ -48,26 +53,47 @@ class PlacedExperts(nn.Module):
 
     Parameters carry the expert MLP's names, [S, ...] each, a row for each slot of this rank; which expert a row holds
     says `row_expert`. Every rank of the mesh builds the layer, and calls it equally often, with any number of tokens.
+    `sums_gradients`: whether backward sums the gradients of an expert over all that hold it; while it does not
+    (`no_sync`), `gradients_wait` for the next one that does.
 
     Args:
         spec: of the model; must be the plan's.
         plan: which experts stand where.
-        mesh: all ranks; device g of the plan is its g-th.
+        mesh: all ranks; device g of the plan is its g-th. Sliced from a mesh with more dimensions, those are data
+            parallelism of experts (each of that mesh's places holds the same experts, and gradients are summed over
+            them) or, named "pp", pipeline stages.
         layer: the model's absolute index of the layer.
         kind: what an expert computes; SwiGLU by default.
         dispatch: "flat", "node_aware" (the default on a mesh of two dimensions), or a function of the mesh.
-        compression: one row for tokens that look alike, on top of flat or node-aware dispatch; None sends every token.
+        compression: on top of flat or node-aware dispatch, one row for tokens that look alike (`LSHCompression`), few
+            bits a row (`QuantizedRows`), or both; None sends every token as it is.
+        replica_choice: "share" divides an expert's tokens among its replicas by the plan's shares, near ones first,
+            without asking other ranks; "balanced" divides each batch anew, so that the largest load of a rank is the
+            least possible (`Objective(replica_choice="balanced")`), for one small exchange of counts a layer.
         gradients: "mean" divides expert gradients by the number of ranks, as DistributedDataParallel and fully_shard do
             with the others; "sum" leaves the sum over all ranks' losses.
         dtype: of the weights.
+        online_slots: experts that each rank holds for one batch beside its own, copied from their homes on its node:
+            for every batch the hottest go where there is least to do (`plan_online`), so that ranks have about as many
+            rows each. The plan has one slot an expert. 0: none.
+        online_slack: how much above the mean number of rows a rank may stay, as a part of it.
+        capacity_factor: of a rank's tokens an expert takes at most so many times the mean, those with the largest gate
+            weights; None takes all.
+        padded_tokens: the most tokens that a rank has in a batch. Messages and matrix products then have the sizes that
+            `capacity_factor` gives so many, in every batch: the host never waits for the device, and empty rows travel
+            and are computed on. None sends what there is.
+        shard_experts: where ranks beside each other would hold the same experts (a mesh sliced from one with more
+            dimensions), each keeps an equal part of every expert, of its gradient and of its optimizer state, as
+            fully_shard has it: parts are joined for a layer's forward pass and again for its backward.
         seed: weights are drawn from (seed, layer, expert), the same under every plan; None leaves them to
             `load_logical`.
 
     Raises:
         InputError: the plan is for another model, number of ranks or node layout, lacks the layer, or ranks hold
             different plans; all ranks raise.
-        UnsupportedError: the mesh has not all ranks of the world or, sliced from a mesh with a dimension "pp", of the
-            pipeline stage; or, once built, fully_shard or FullyShardedDataParallel takes the expert parameters too.
+        UnsupportedError: the mesh, or the one that it was sliced from, has not all ranks of the world, or cuts experts
+            ("tp"); copies cannot share an expert's tensors evenly; or, once built, fully_shard or
+            FullyShardedDataParallel takes the expert parameters too.
     """
 
     def __init__(
@@ -79,24 +105,39 @@ class PlacedExperts(nn.Module):
         *,
         kind: ExpertMLP | None = None,
         dispatch: str | MakeDispatcher | None = None,
-        compression: LSHCompression | None = None,
+        compression: Compression | None = None,
+        replica_choice: Replicas = "share",
         gradients: Gradients = "mean",
         dtype: torch.dtype | None = None,
+        online_slots: int = 0,
+        online_slack: float = SLACK,
+        capacity_factor: float | None = None,
+        padded_tokens: int | None = None,
+        shard_experts: bool = False,
         seed: int | None = 0,
     ) -> None:
         super().__init__()
         self.mesh = ExpertMesh.of(mesh)
         self.spec, self.layer, self.kind = spec, layer, kind or SwiGLU()
         self.num_experts = spec.experts
-        self.gradients, self.compression = gradients, compression
+        self.gradients, self.compression, self.replicas = gradients, compression, replica_choice
+        self.online_slots, self.online_slack = online_slots, online_slack
+        self.capacity_factor, self.padded_tokens = capacity_factor, padded_tokens
+        self.shapes = self.kind.shapes(spec)
+        """Of one expert's whole tensors, by name."""
+        self.shards = ExpertShards(self.mesh) if shard_experts and self.mesh.copies > 1 else None
+        self.sums_gradients, self.gradients_wait = True, False
+        self.unused_rows: dict[str, int] = {}
+        """By parameter, rows that the model's own has behind those of experts, of experts that compute nothing."""
         self.optimizer_steps = OptimizerSteps(self)
         self.dispatcher = self._check_together(plan, dispatch, dtype)
         self.plan = plan
         placement = LayerPlacement.of(plan, layer)
         self.row_expert = placement.expert[placement.on_device(self.mesh.rank)]
-        for name, shape in self.kind.shapes(spec).items():
+        for name, whole in self.shapes.items():
+            shape = whole if self.shards is None else self.shards.shape(whole)
             value = torch.empty(len(self.row_expert), *shape, dtype=dtype, device=self.mesh.device)
-            self.register_parameter(name, nn.Parameter(value))
+            self.register_parameter(name, ExpertParameter(value))
         if seed is not None:
             self.reset_parameters(seed)
         self._try_kernels()
@@ -109,20 +150,68 @@ class PlacedExperts(nn.Module):
         failure: MoeplaceError | None = None
         dispatcher: Dispatcher | None = None
         try:
-            if self.gradients not in get_args(Gradients):
-                raise InputError(
-                    f"gradients {self.gradients!r} is unknown; {nearest(str(self.gradients), get_args(Gradients))}"
-                )
+            for name, value, choices in (
+                ("gradients", self.gradients, get_args(Gradients)),
+                ("replica_choice", self.replicas, get_args(Replicas)),
+            ):
+                if value not in choices:
+                    raise InputError(f"{name} {value!r} is unknown; {nearest(str(value), choices)}")
+            if self.capacity_factor is not None:
+                if not self.capacity_factor > 0:
+                    raise InputError(f"capacity_factor ({self.capacity_factor}) must be above 0, or None for no limit")
+                if isinstance(self.compression, LSHCompression):
+                    raise UnsupportedError("LSHCompression and capacity_factor do not go together; leave one out")
+            if self.padded_tokens is not None:
+                self._check_padded(self.padded_tokens, dispatch)
             self.mesh.check_covers_world()
             check_plan(self.spec, plan, self.mesh)
-            LayerPlacement.of(plan, self.layer)
-            dispatcher = self._compressed(_make(dispatch, self.mesh))
+            if isinstance(self.online_slots, bool) or not isinstance(self.online_slots, int) or self.online_slots < 0:
+                raise InputError(f"online_slots is {self.online_slots!r}; expected a whole number of at least 0")
+            if not 0.0 <= self.online_slack < float("inf"):
+                raise InputError(f"online_slack is {self.online_slack!r}; expected a number of at least 0")
+            if self.online_slots and isinstance(self.compression, LSHCompression):
+                raise InputError(
+                    "LSHCompression and online_slots do not go together: what is planned is tokens, not centroids; "
+                    "leave one of them out"
+                )
+            if self.shards is not None:
+                self.shards.check(self.layer, self.shapes)
+                if self.online_slots:
+                    raise UnsupportedError("shard_experts and online_slots do not go together; leave one out")
+            check_homes(LayerPlacement.of(plan, self.layer), self.online_slots)
+            if self.padded_tokens is None:
+                dispatcher = self._compressed(_make(dispatch, self.mesh))
+            else:
+                dispatcher = PaddedDispatcher(self.mesh, self._capacity(self.padded_tokens, self.spec.top_k))
         except MoeplaceError as error:
             failure = error
-        content = f"{plan.fingerprint} {self.layer} {dtype} {self.kind!r} {self.gradients} {type(dispatcher).__name__}"
+        settings = f"{self.kind!r} {self.gradients} {self.replicas} {type(dispatcher).__name__}"
+        settings += f" {self.capacity_factor} {self.padded_tokens}"
+        settings += " shards" if self.shards is not None else ""
+        settings += f" {self.online_slots} {self.online_slack}" if self.online_slots else ""
+        settings += f" {quantized_rows(self.compression)}"
+        content = f"{plan.fingerprint} {self.layer} {dtype} {settings}"
         check_consistent(self.mesh, f"plan and settings of MoE layer {self.layer}", content, failure)
         assert dispatcher is not None
         return dispatcher
+
+    def _check_padded(self, tokens: int, dispatch: str | MakeDispatcher | None) -> None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise InputError(f"padded_tokens is {tokens!r}; expected a whole number of at least 1")
+        if self.capacity_factor is None:
+            raise InputError(
+                "padded_tokens needs capacity_factor, which says how many rows an expert gets: 1.25, say; what is "
+                "beyond is dropped"
+            )
+        if dispatch not in (None, "flat"):
+            raise InputError(f"padded_tokens sends by one all-to-all over all ranks; leave out dispatch ({dispatch!r})")
+        if self.online_slots or self.compression is not None:
+            other = "online_slots" if self.online_slots else "compression"
+            raise UnsupportedError(f"padded_tokens and {other} do not go together; leave one out")
+
+    def _capacity(self, tokens: int, top_k: int) -> int:
+        assert self.capacity_factor is not None
+        return expert_capacity(tokens, top_k, self.num_experts, self.capacity_factor)
 
     def _compressed(self, plain: Dispatcher) -> Dispatcher:
         settings = self.compression
@@ -133,6 +222,13 @@ class PlacedExperts(nn.Module):
                 f"compression works on top of flat and node_aware dispatch, not of {type(plain).__name__}; give no "
                 "compression, or one of these as dispatch"
             )
+        rows = quantized_rows(settings)
+        if rows is not None:
+            for width in (self.spec.expert_input_size, self.spec.expert_output_size):
+                rows.check_width(width)
+        plain.quantize(rows)
+        if isinstance(settings, QuantizedRows):
+            return plain
 
         def steps() -> int | None:
             return self.optimizer_steps.done if self.training or settings.evaluation else None
@@ -143,7 +239,10 @@ class PlacedExperts(nn.Module):
     def _try_kernels(self) -> None:
         """One row through an expert, so that torch's kernels are tried here and not inside a forward that a checkpoint,
         a compiler or a recorder watches."""
-        weights = dict(self.named_parameters(recurse=False))
+        weights = {
+            name: value.new_zeros(len(value), *self.shapes[name])
+            for name, value in self.named_parameters(recurse=False)
+        }
         example = next(iter(weights.values()))
         count_S = torch.zeros(len(example), dtype=torch.int64, device=example.device)
         count_S[:1] = 1
@@ -152,10 +251,65 @@ class PlacedExperts(nn.Module):
     def put_in_force(self, plan: Plan, placement: LayerPlacement) -> None:
         """Routes by `placement` from now on. `row_expert` and the parameters' rows must already be its own."""
         self.plan, self.placement = plan, placement
+        self._mark()
         self.row_of_slot = rows_of_slots(placement, self.mesh.rank, self.row_expert)
-        self.replica_choice = ReplicaChoice(placement, self.mesh.rank, self.mesh.device)
-        self.replica_sum = ReplicaSum(placement, self.mesh, self.row_of_slot)
-        self.dispatcher.place(placement, torch.from_numpy(self.row_of_slot), len(self.row_expert))
+        self.replica_choice = (
+            BalancedReplicas(placement, self.mesh.rank, self.mesh.device, partial(gather, self.mesh.group))
+            if self.replicas == "balanced"
+            else ReplicaChoice(placement, self.mesh.rank, self.mesh.device)
+        )
+        self.gradient_sum = GradientSum(
+            placement, self.mesh, self.row_of_slot, self.row_expert, over_copies=self.shards is None
+        )
+        row_of_slot, rows = self.row_of_slot, len(self.row_expert)
+        self.copies: OnlineCopies | None = None
+        if self.online_slots:
+            self.copies = OnlineCopies(placement, self.mesh, self.online_slots, self.online_slack, row_of_slot)
+            placement, row_of_slot, rows = self.copies.placement, self.copies.row_of_slot, rows + self.online_slots
+        self.dispatcher.place(placement, torch.from_numpy(row_of_slot), rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlacedExperts:
+        """A copy with parameters of its own over the same ranks, as averages of weights are kept in."""
+        for shared in (self.shards, self.mesh, self.mesh.group, self.mesh.inter, self.mesh.intra, self.mesh.data):
+            memo[id(shared)] = shared
+        result = type(self).__new__(type(self))
+        memo[id(self)] = result
+        vars(result).update(copy.deepcopy(vars(self), memo))
+        result.optimizer_steps = OptimizerSteps(result)
+        return result
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether this rank's rows are all experts in their order, and it is alone."""
+        return self._alone and np.array_equal(self.row_expert, np.arange(self.num_experts))
+
+    @property
+    def _alone(self) -> bool:
+        return self.mesh.size == 1 and self.shards is None
+
+    def _mark(self) -> None:
+        once = self._alone and np.array_equal(np.sort(self.row_expert), np.arange(self.num_experts))
+        for value in self.parameters(recurse=False):
+            if isinstance(value, ExpertParameter):
+                value.once, value.in_order, value.cut = once, self._in_order, self.shards is not None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars and not self._in_order:
+            for name in self._parameters:
+                destination[prefix + name] = ExpertRows.of(destination[prefix + name])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        if local_metadata.get("assign_to_params_buffers"):
+            # Torch makes plain parameters of them; the dictionary is a copy of what was given.
+            for name in self._parameters:
+                value = state_dict.get(prefix + name)
+                if value is not None and type(value) in (Tensor, ExpertRows):
+                    state_dict[prefix + name] = ExpertParameter(value.as_subclass(Tensor))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        self._mark()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # fully_shard puts its own parameters in place by setattr, unsharded ones during forward: these no longer tell.
@@ -188,46 +342,129 @@ class PlacedExperts(nn.Module):
 
         Args:
             hidden_states: [..., D] tokens of this rank, none is fine.
-            top_k_index: [..., K] experts of each.
+            top_k_index: [..., K] experts of each; those from E on have no weights and give what they are given.
             top_k_weights: [..., K] gate weights.
             meanwhile: called while tokens travel.
         """
         x_TD = hidden_states.reshape(-1, self.spec.expert_input_size)
-        weights = self._weights()
+        self._check_managers()
+        parameters = self._weights()
         kind = self.mesh.mesh.device_type
         if torch.is_autocast_enabled(kind):
             # As for torch's own layers; grouped products know nothing of autocast.
             x_TD = x_TD.to(torch.get_autocast_dtype(kind))
-            weights = {name: value.to(x_TD.dtype) for name, value in weights.items()}
+        for name, value in parameters.items():
+            self._check_dtype(name, value, x_TD.dtype)
+        # Cut experts become narrower as they are joined, so that their gradients are added up in the wider type.
+        weights = parameters
+        if self.shards is None:
+            weights = {name: value.to(x_TD.dtype) for name, value in parameters.items()}
         expert_TK = top_k_index.reshape(len(x_TD), top_k_index.shape[-1])
         weight_TK = top_k_weights.reshape(expert_TK.shape).float()
-        slot_TK = self.replica_choice.slots(expert_TK.long())
+        identity_TK = absent_TK = (expert_TK >= self.num_experts) if self.spec.zero_experts else None
+        if self.capacity_factor is not None:
+            tokens = self.padded_tokens or len(x_TD)
+            if len(x_TD) > tokens:
+                raise InputError(
+                    f"layer {self.layer}: {len(x_TD)} tokens, padded_tokens is {tokens}; give the most that a rank has"
+                )
+            capacity = self._capacity(tokens, expert_TK.shape[1])
+            dropped_TK = over_capacity(expert_TK, weight_TK, capacity)
+            absent_TK = dropped_TK if identity_TK is None else identity_TK | dropped_TK
+        prefetch = None
+        if self.copies is not None:
+            chosen_TK = expert_TK.long()
+            prefetch = self.copies.start(
+                chosen_TK if absent_TK is None else chosen_TK.masked_fill(absent_TK, -1), weights
+            )
+            slot_TK = prefetch.slot_TK
+        elif absent_TK is None:
+            slot_TK = self.replica_choice.slots(expert_TK.long())
+        else:
+            slot_TK = self.replica_choice.slots(expert_TK.long().masked_fill(absent_TK, 0))
+            slot_TK = slot_TK.masked_fill(absent_TK, -1)
         metadata = self.dispatcher.dispatch(x_TD, slot_TK, weight_TK)
         if meanwhile is not None:
             meanwhile()
+        if self.copies is not None and prefetch is not None:
+            weights = self.copies.finish(prefetch, weights)
         row_ND, count_S = self.dispatcher.receive(metadata)
-        y_ND = self.kind.forward(row_ND, count_S, weights)
-        return self.dispatcher.combine(y_ND, metadata).view(hidden_states.shape)
+        if self.shards is None:
+            y_ND = self.kind.forward(row_ND, count_S, weights)
+        else:
+            y_ND = JoinedWeights.run(self.shards, weights, x_TD.dtype, partial(self.kind.forward, row_ND, count_S))
+        out_TD = self.dispatcher.combine(y_ND, metadata)
+        if identity_TK is not None:
+            out_TD = out_TD + x_TD * (weight_TK * identity_TK).sum(dim=-1, keepdim=True).to(x_TD.dtype)
+        return out_TD.view(hidden_states.shape)
+
+    def _check_dtype(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
+        """Raises InputError unless `value` is of the tokens' type, or of a wider one that is used in theirs, as
+        fully_shard's MixedPrecisionPolicy has the other weights."""
+        wider = value.dtype.is_floating_point and torch.finfo(value.dtype).bits > torch.finfo(dtype).bits
+        if value.dtype != dtype and not wider:
+            raise InputError(
+                f"layer {self.layer}: tokens are {dtype}, {name} is {value.dtype}; give tokens of that type, or run "
+                "under torch.autocast"
+            )
+
+    def _check_managers(self) -> None:
+        """Raises UnsupportedError if something treats these parameters as the same on every rank."""
+        for name, value in self.named_parameters(recurse=False):
+            if isinstance(value, DTensor):
+                raise self._managed(name, "a tensor-parallel plan")
+            if hasattr(value, "ds_id") or hasattr(value, "_hp_mapping"):
+                raise self._managed(name, "DeepSpeed's ZeRO")
 
     def _weights(self) -> Mapping[str, Tensor]:
         parameters = dict(self.named_parameters(recurse=False))
-        for name, value in parameters.items():
-            if isinstance(value, DTensor):
-                raise self._managed(name, "a tensor-parallel plan")
         names, values = zip(*parameters.items(), strict=True)
-        scale = 1.0 / self.mesh.size if self.gradients == "mean" else 1.0
-        if self.replica_sum.any or scale != 1.0:
-            values = SharedGradients.apply(self.replica_sum, scale, *values)  # type: ignore[no-untyped-call]
+        scale = 1.0 / (self.mesh.size * self.mesh.copies) if self.gradients == "mean" else 1.0
+        if self.gradient_sum.any or scale != 1.0:
+            values = SharedGradients.apply(self, scale, *values)  # type: ignore[no-untyped-call]
         return dict(zip(names, values, strict=True))
+
+    @torch.no_grad()
+    def summed_gradients(self, grads: list[Tensor]) -> list[Tensor]:
+        """What backward adds to the gradients [S, ...] of the parameters, from this batch's own."""
+        if not self.gradient_sum.any:
+            return grads
+        parameters = list(self.parameters(recurse=False))
+        if not self.sums_gradients:
+            if not self.gradients_wait:
+                # What earlier batches of this step have summed is everybody's already, and will be added up again.
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        self.gradient_sum.divide(parameter.grad)
+            self.gradients_wait = True
+            return grads
+        if self.gradients_wait:
+            grads = [g if p.grad is None else g + p.grad for g, p in zip(grads, parameters, strict=True)]
+            for parameter in parameters:
+                parameter.grad = None
+            self.gradients_wait = False
+        return self.gradient_sum.reduce(grads)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
         """Draws every expert's weights anew, normal with deviation 0.02; biases become zero."""
         for row, expert in enumerate(self.row_expert.tolist()):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) * 1_000_003 + expert)
-            for value in self.parameters(recurse=False):
-                drawn = torch.randn(value.shape[1:], generator=generator) * 0.02
-                value[row] = drawn if value.ndim > 2 else 0.0
+            for name, value in self.named_parameters(recurse=False):
+                drawn = torch.randn(self.shapes[name], generator=generator) * 0.02
+                self.fill(name, row, drawn if value.ndim > 2 else torch.zeros_like(drawn))
+
+    @torch.no_grad()
+    def joined(self, value: Tensor) -> Tensor:
+        """Whole rows of experts from rows [S, ...] of this rank; where `shard_experts` cuts them, every rank that has a
+        part of them calls it with its part."""
+        return value.detach() if self.shards is None else self.shards.join(value.detach())
+
+    @torch.no_grad()
+    def fill(self, name: str, row: int, expert: Tensor) -> None:
+        """Puts one expert's whole tensor into a row, or this rank's part of it."""
+        part = expert if self.shards is None else self.shards.part(expert[None])[0]
+        self.get_parameter(name)[row].copy_(part)
 
     @torch.no_grad()
     def load_logical(self, weights: Mapping[str, Tensor]) -> None:
@@ -237,14 +474,15 @@ class PlacedExperts(nn.Module):
             InputError: a name is missing, or a shape is not [E, ...] of the expert MLP.
         """
         for name, value in self.named_parameters(recurse=False):
-            expected = (self.num_experts, *value.shape[1:])
+            expected = (self.num_experts, *self.shapes[name])
             if name not in weights:
                 raise InputError(f"layer {self.layer}: no weights {name!r} given; given are {sorted(weights)}")
             if tuple(weights[name].shape) != expected:
                 raise InputError(
                     f"layer {self.layer}: {name} has shape {tuple(weights[name].shape)}, expected {expected}"
                 )
-            value.copy_(weights[name][torch.from_numpy(self.row_expert).to(weights[name].device)])
+            whole = weights[name] if self.shards is None else self.shards.part(weights[name])
+            value.copy_(whole[torch.from_numpy(self.row_expert).to(whole.device)])
 
     def extra_repr(self) -> str:
         return (
@@ -253,10 +491,29 @@ class PlacedExperts(nn.Module):
         )
 
 
+def over_capacity(expert_TK: Tensor, weight_TK: Tensor, capacity: int) -> Tensor:
+    """[T, K] whether a token is one too many for its expert, which takes `capacity` of a rank's: those with the largest
+    gate weights, the earlier where these are equal (Megatron-LM's policy "probs")."""
+    expert_N, weight_N = expert_TK.flatten(), weight_TK.detach().flatten()
+    by_weight_N = weight_N.argsort(descending=True, stable=True)
+    order_N = by_weight_N[expert_N[by_weight_N].argsort(stable=True)]
+    sorted_N = expert_N[order_N]
+    # The first of an expert's run: everything before it has a smaller number.
+    begin_N = torch.searchsorted(sorted_N, sorted_N)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device) - begin_N
+    return (place_N >= capacity).view(expert_TK.shape)
+
+
 def check_plan(spec: ModelSpec, plan: Plan, mesh: ExpertMesh) -> None:
     """Raises InputError unless `plan` places `spec`'s experts on this mesh's ranks."""
     for field in ("experts", "top_k", "hidden_size", "ffn_size", "moe_layers"):
         planned, expected = getattr(plan.model, field), getattr(spec, field)
+        if field == "moe_layers" and planned != expected and set(expected) < set(planned):
+            raise InputError(
+                f"this model has the layers {list(expected)} of the plan's {list(planned)}; a pipeline stage takes "
+                f"plan.select({list(expected)})"
+            )
         if planned != expected:
             raise InputError(f"the plan is for another model: its {field} is {planned}, this model's {expected}")
     mesh.check_topology(plan.topology)
@@ -294,6 +551,14 @@ class ReplicaChoice:
         edges = np.cumsum(placement.quota(rank), axis=1)
         edges[edges > 1.0 - 1e-9] = 2.0
         self._edges_ER = torch.from_numpy(edges).to(device)
+        replica = np.zeros(len(placement.expert), dtype=np.int64)
+        for expert, number in enumerate(placement.replicas.tolist()):
+            replica[placement.slots_of[expert, :number]] = np.arange(number)
+        before = np.concatenate([np.full((len(edges), 1), -1.0), edges[:, :-1]], axis=1)
+        self._expert_P, self._from_P, self._to_P = (
+            torch.from_numpy(values).to(device)
+            for values in (placement.expert, before[placement.expert, replica], edges[placement.expert, replica])
+        )
         # Ranks start at different fractions of a slot, so that few tokens each are balanced over all ranks together.
         self._start = _bit_reversed(rank, placement.devices)
 
@@ -305,17 +570,21 @@ class ReplicaChoice:
         if not self._replicated:
             return self._slots_ER[expert_TK, 0]
         expert_N = expert_TK.flatten()
-        order_N = expert_N.argsort(stable=True)
-        count_E = torch.zeros(len(self._slots_ER), dtype=torch.int64, device=expert_N.device)
-        count_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))
-        begin_E = count_E.cumsum(0) - count_E
-        sorted_N = expert_N[order_N]
-        place_N = torch.arange(len(expert_N), device=expert_N.device) - begin_E[sorted_N]
+        order_N, sorted_N, place_N, count_E = in_queues(expert_N, len(self._slots_ER))
         fraction_N = (place_N + self._start) / count_E[sorted_N]
         replica_N = (self._edges_ER[sorted_N] <= fraction_N[:, None]).sum(dim=1)
         slot_N = torch.empty_like(expert_N)
         slot_N[order_N] = self._slots_ER[sorted_N, replica_N]
         return slot_N.view_as(expert_TK)
+
+    def spread(self, weight_TE: Tensor, chosen_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, P] weights and choice of slots, for those of experts: the same choice as `slots` makes, of as many
+        experts a token as there are."""
+        place_TE = chosen_TE.cumsum(dim=0) - 1
+        fraction_TE = (place_TE + self._start) / chosen_TE.sum(dim=0).clamp(min=1)
+        fraction_TP = fraction_TE[:, self._expert_P]
+        chosen_TP = chosen_TE[:, self._expert_P] & (self._from_P <= fraction_TP) & (fraction_TP < self._to_P)
+        return torch.where(chosen_TP, weight_TE[:, self._expert_P], 0.0), chosen_TP
 
 
 def _bit_reversed(rank: int, size: int) -> float:
@@ -325,18 +594,30 @@ def _bit_reversed(rank: int, size: int) -> float:
     return (reversed_rank + 0.5) / (1 << bits)
 
 
-class ReplicaSum:
-    """Gradients of replicas summed over their ranks, the same bits on each, so that replicas stay equal for ever.
+class GradientSum:
+    """Gradients of an expert summed over all that hold it: the copies of data parallelism, then its replicas. The sum
+    is the same bits everywhere, so that they stay equal for ever.
 
     Each replicated expert's gradient is cut into as many pieces as devices hold it; a holder gathers one piece from
     all, adds them in the order of devices, and hands the sum back. That moves 2 (h - 1) / h gradients a holder, the
     least possible, and every piece is added up by one rank only.
     """
 
-    def __init__(self, placement: LayerPlacement, mesh: ExpertMesh, row_of_slot: IntArray) -> None:
+    def __init__(
+        self,
+        placement: LayerPlacement,
+        mesh: ExpertMesh,
+        row_of_slot: IntArray,
+        row_expert: IntArray,
+        over_copies: bool,
+    ) -> None:
         self._mesh = mesh
+        self._copies = mesh.data if over_copies else None
+        copies = mesh.copies if over_copies else 1
+        self._holders_S = placement.replicas[row_expert] * copies
         holders = [np.unique(placement.device[placement.expert == e]) for e in range(placement.experts)]
-        self.any = bool((placement.replicas > 1).any())
+        self._replicated = bool((placement.replicas > 1).any())
+        self.any = self._replicated or copies > 1
         mine = [e for e in np.flatnonzero(placement.replicas > 1) if mesh.rank in holders[e]]
         self._holders = [holders[e].tolist() for e in mine]
         rows = [row_of_slot[(placement.expert == e) & (placement.device == mesh.rank)].tolist() for e in mine]
@@ -345,8 +626,16 @@ class ReplicaSum:
         self._twins = [(row[0], other) for row in rows for other in row[1:]]
 
     def reduce(self, grads: list[Tensor]) -> list[Tensor]:
-        """Gradients [S, ...] with the rows of replicated experts summed over all their replicas."""
+        """Gradients [S, ...] with each row summed over all that hold its expert."""
         grads = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+        if self._copies is not None:
+            # Copies first: how a backend orders the terms of its sum depends on a row's place, which differs between
+            # replicas but not between copies.
+            with naming_unresponsive_ranks(self._copies):
+                for grad in grads:
+                    dist.all_reduce(grad, group=self._copies)
+        if not self._replicated:
+            return grads
         for first, other in self._twins:
             for grad in grads:
                 grad[first] += grad[other]
@@ -361,6 +650,11 @@ class ReplicaSum:
                 grad[other] = grad[first]
             start += size
         return grads
+
+    def divide(self, grad: Tensor) -> None:
+        """Divides each row, in place, by the number of those that hold its expert."""
+        holders_S = torch.from_numpy(self._holders_S).to(grad)
+        grad.div_(holders_S.view(-1, *[1] * (grad.ndim - 1)))
 
     def _exchange(self, flat_mn: Tensor) -> Tensor:
         size, rank = self._mesh.size, self._mesh.rank
@@ -398,17 +692,17 @@ class ReplicaSum:
 
 
 class SharedGradients(Function):
-    """Identity on an expert layer's parameters; backward sums what replicas got, and scales."""
+    """Identity on an expert layer's parameters; backward scales, and sums what all that hold an expert got."""
 
     @staticmethod
-    def forward(ctx: Any, replicas: ReplicaSum, scale: float, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.replicas, ctx.scale = replicas, scale
+    def forward(ctx: Any, layer: PlacedExperts, scale: float, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.layer, ctx.scale = layer, scale
         return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        summed = ctx.replicas.reduce(list(grads)) if ctx.replicas.any else list(grads)
-        return None, None, *(grad if ctx.scale == 1.0 else grad * ctx.scale for grad in summed)
+        scaled = list(grads) if ctx.scale == 1.0 else [grad * ctx.scale for grad in grads]
+        return None, None, *ctx.layer.summed_gradients(scaled)
 
 
 def _cuts(length: int, holders: list[int]) -> dict[int, tuple[int, int]]:
@@ -419,61 +713,3 @@ def _cuts(length: int, holders: list[int]) -> dict[int, tuple[int, int]]:
 
 def _length(piece: tuple[int, int]) -> int:
     return piece[1] - piece[0]
-
-
-class OptimizerSteps:
-    """Counts the optimizer steps that a module's own parameters have taken: what a schedule of its own goes by.
-
-    Forward passes would not do: gradient accumulation makes several a step, activation checkpointing repeats them.
-    Refuses optimizers that take every rank's experts for the same.
-
-    done: steps since this was made.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        self.done = 0
-        _watch()
-        _counts.add(self)
-
-    def among(self, parameters: set[int]) -> bool:
-        """Whether any of the module's own parameters is among these, by id."""
-        module = self._module()
-        return module is not None and any(id(value) in parameters for value in module.parameters(recurse=False))
-
-
-_counts: weakref.WeakSet[OptimizerSteps] = weakref.WeakSet()
-_hooked = False
-
-
-def _watch() -> None:
-    global _hooked
-    if not _hooked:
-        register_optimizer_step_pre_hook(_refuse_zero_redundancy)
-        register_optimizer_step_post_hook(_count_step)
-        _hooked = True
-
-
-def _refuse_zero_redundancy(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    # Torch's class, without importing it: nothing can be one before its module is there.
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    if module is None or not isinstance(optimizer, module.ZeroRedundancyOptimizer):
-        return
-    parameters = _parameter_ids(optimizer)
-    if any(count.among(parameters) for count in list(_counts)):
-        raise UnsupportedError(
-            "ZeroRedundancyOptimizer gives every parameter to one rank, which sends it to the others; but every rank "
-            "has its own experts. Give it the other parameters only, and the experts (expert_parameters(model)) to an "
-            "optimizer of their own"
-        )
-
-
-def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    parameters = _parameter_ids(optimizer)
-    for count in list(_counts):
-        if count.among(parameters):
-            count.done += 1
-
-
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
-    return {id(value) for group in optimizer.param_groups for value in group["params"]}

@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...placement.errors import InputError, nearest
 from ...placement.model import ModelSpec
+from ...placement.objective import SLACK
 from ...placement.plan import Plan
-from .compression import LSHCompression
+from .compression import Compression
 from .expert_mlps import ExpertMLP
-from .experts import Gradients, MakeDispatcher, PlacedExperts
+from .experts import Gradients, MakeDispatcher, PlacedExperts, Replicas
 from .mesh import ExpertMesh
 
 
@@ -33,7 +34,8 @@ class ExpertParallelMoE(nn.Module):
     `fullgraph=True` is refused by torch for a model that contains it.
 
     Args:
-        spec, plan, mesh, layer, kind, dispatch, compression, gradients, dtype, seed: as for `PlacedExperts`.
+        spec, plan, mesh, layer, kind, dispatch, compression, replica_choice, gradients, dtype, online_slots,
+            online_slack, capacity_factor, padded_tokens, shard_experts, seed: as for `PlacedExperts`.
         router: "softmax", "sigmoid", or a module that gives (anything, weights [T, K], ids [T, K]) for [T, D].
         shared_experts: a module [..., D] -> [..., D] that every token goes through, computed while tokens travel.
 
@@ -53,9 +55,15 @@ class ExpertParallelMoE(nn.Module):
         shared_experts: nn.Module | None = None,
         kind: ExpertMLP | None = None,
         dispatch: str | MakeDispatcher | None = None,
-        compression: LSHCompression | None = None,
+        compression: Compression | None = None,
+        replica_choice: Replicas = "share",
         gradients: Gradients = "mean",
         dtype: torch.dtype | None = None,
+        online_slots: int = 0,
+        online_slack: float = SLACK,
+        capacity_factor: float | None = None,
+        padded_tokens: int | None = None,
+        shard_experts: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,8 +75,14 @@ class ExpertParallelMoE(nn.Module):
             kind=kind,
             dispatch=dispatch,
             compression=compression,
+            replica_choice=replica_choice,
             gradients=gradients,
             dtype=dtype,
+            online_slots=online_slots,
+            online_slack=online_slack,
+            capacity_factor=capacity_factor,
+            padded_tokens=padded_tokens,
+            shard_experts=shard_experts,
             seed=seed,
         )
         if isinstance(router, str):

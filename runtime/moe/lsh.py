@@ -2,13 +2,14 @@
 alone.
 
 A cluster is of pairs of a token and a slot, so that one expert's output serves all its members and each member keeps
-its own gate weight, applied here, at the sender. With c the cluster's mean, s the residual's scale and w a pair's
-weight,
+its own gate weight w, applied here, at the sender. With s the residual's scale and a = w^2 over the cluster's sum of
+them,
 
-    y = E(c) + s (x - c)        out = sum over the token's pairs of w y
+    c = sum of a x        y = E(c) + s (x - c)        out = sum over the token's pairs of w y
 
-and autograd through just that: with g a pair's gradient of y, G their sum over a cluster of n, dx = s g + (J^T G - s G)
-/ n, and of a weight <d out, y>. One row a cluster travels, there and back, forward and backward.
+since what a pair's error does to its token goes with w. Autograd goes through just that, but takes a as given: with g
+a pair's gradient of y and G their sum over a cluster, dx = s g + a (J^T G - s G), and of a weight <d out, y>. One row
+a cluster travels, there and back, forward and backward.
 
 T tokens, K slots a token, N = T K pairs, P slots, D hidden size, M most clusters of two or more, H hashes of d
 dimensions each, X = H d.
@@ -59,13 +60,13 @@ def digits(projected: Tensor, dimension: int) -> Tensor:
 class Clusters:
     """Clusters of two pairs or more, in order of their slots; the rest of the M places are empty.
 
-    row_TK: [T, K] the cluster of each pair, M for pairs alone. token_N, offset_M: tokens of one cluster behind
-    another's, and where each begins; offset_M has one more, the end. slot_M: [M] -1 for empty places. size_M: [M].
-    levels: whole hashes that counted.
+    row_TK: [T, K] the cluster of each pair, M for pairs alone. pair_N, offset_M: pairs of one cluster behind another's,
+    and where each begins; offset_M has one more, the end. slot_M: [M] -1 for empty places. size_M: [M]. levels: whole
+    hashes that counted.
     """
 
     row_TK: Tensor
-    token_N: Tensor
+    pair_N: Tensor
     offset_M: Tensor
     slot_M: Tensor
     size_M: Tensor
@@ -76,25 +77,29 @@ def cluster(
     projected_TX: Tensor,
     slot_TK: Tensor,
     scope_TK: Tensor,
+    weight_TK: Tensor,
     target: Tensor,
     slots: int,
     dimension: int,
     largest_target: int,
+    lloyd_steps: int,
 ) -> Clusters:
     """Clusters of the pairs in scope such that they and the pairs alone are at most `target`, or one a slot.
 
     As many whole hashes count as the target allows; of the next one, where it parts clusters of the largest squared
-    error a new cluster, until the target is reached. Hashes see tokens relative to the mean of their slot, since what a
-    slot's tokens have in common says nothing about who is alike.
+    error a new cluster, until the target is reached. Then Lloyd's steps. Hashes see tokens relative to the mean of
+    their slot, since what a slot's tokens have in common says nothing about who is alike.
 
     Args:
         projected_TX: [T, H * d] tokens in the hashes' spaces.
         slot_TK: [T, K] slots.
         scope_TK: [T, K] which pairs may be clustered.
+        weight_TK: [T, K] what a pair counts in its cluster's mean; above zero.
         target: a number, on the device.
         slots: P.
         dimension: d.
         largest_target: that `target` cannot pass, known to the host.
+        lloyd_steps: how often pairs go to the nearest mean of their slot.
     """
     tokens, top_k = slot_TK.shape
     pairs = tokens * top_k
@@ -117,9 +122,15 @@ def cluster(
     begin_N = begin_HN.index_select(0, level)[0]
     finer_N = begin_HN.index_select(0, level + 1)[0]
     spare = target - count_H.index_select(0, level)[0]
-    begin_N = begin_N | (finer_N & _worth_parting(begin_N, finer_N, inside_N, p_NX[order_N], spare))
-    most = min(pairs // 2, max(largest_target, slots))
-    return _arranged(begin_N, inside_N, order_N, token_N, slot_N, most, top_k, level[0])
+    p_NX = p_NX[order_N]
+    begin_N = begin_N | (finer_N & _worth_parting(begin_N, finer_N, inside_N, p_NX, spare))
+    id_N, rows = begin_N.cumsum(0) - 1, max(largest_target, slots)
+    for _ in range(lloyd_steps):
+        id_N = _nearest_means(id_N, rows, p_NX, slot_N[order_N], weight_TK.flatten()[order_N], slots)
+    if lloyd_steps:
+        by_id_N = id_N.argsort(stable=True)
+        order_N, inside_N, begin_N = order_N[by_id_N], inside_N[by_id_N], _changes(id_N[by_id_N])
+    return _arranged(begin_N, inside_N, order_N, slot_N, min(pairs // 2, rows), top_k, level[0])
 
 
 def _centred(projected_TX: Tensor, slot_N: Tensor, token_N: Tensor, slots: int) -> Tensor:
@@ -137,6 +148,28 @@ def _changes(key_N: Tensor) -> Tensor:
     first = torch.ones_like(key_N, dtype=torch.bool)
     first[1:] = key_N[1:] != key_N[:-1]
     return first
+
+
+MOST_DISTANCES = 1 << 26
+"""At once: 256 MiB of them."""
+
+
+def _nearest_means(id_N: Tensor, rows: int, p_NX: Tensor, slot_N: Tensor, weight_N: Tensor, slots: int) -> Tensor:
+    """[N] the cluster with the nearest mean among those of a pair's slot. Pairs in order of their slots; those in scope
+    are in clusters below `rows`."""
+    by_id_N = id_N.argsort(stable=True)
+    begin_R = torch.searchsorted(id_N[by_id_N], torch.arange(rows + 1, device=id_N.device))
+    mean_RX = F.embedding_bag(by_id_N, p_NX, begin_R, mode="sum", per_sample_weights=weight_N[by_id_N])[:rows]
+    weight_R = F.embedding_bag(by_id_N, weight_N[:, None], begin_R, mode="sum")[:rows]
+    mean_RX = mean_RX / weight_R.clamp(min=torch.finfo(weight_R.dtype).tiny)
+    # Places without pairs are of no slot, nor are pairs out of scope: they stay where they are.
+    slot_R = torch.where(begin_R[1:] > begin_R[:-1], slot_N[by_id_N[begin_R[:-1].clamp(max=len(id_N) - 1)]], -1)
+    square_R = mean_RX.square().sum(dim=1)
+    nearest, part = [], max(1, MOST_DISTANCES // rows)
+    for p_nX, slot_n in zip(torch.split(p_NX, part), torch.split(slot_N, part), strict=True):
+        distance_nR = torch.addmm(square_R, p_nX, mean_RX.T, alpha=-2.0)
+        nearest.append(distance_nR.masked_fill_(slot_n[:, None] != slot_R, torch.inf).argmin(dim=1))
+    return torch.where(slot_N < slots, torch.cat(nearest), id_N)
 
 
 def _worth_parting(begin_N: Tensor, finer_N: Tensor, inside_N: Tensor, p_NX: Tensor, spare: Tensor) -> Tensor:
@@ -163,7 +196,6 @@ def _arranged(
     begin_N: Tensor,
     inside_N: Tensor,
     order_N: Tensor,
-    token_N: Tensor,
     slot_N: Tensor,
     most: int,
     top_k: int,
@@ -176,8 +208,7 @@ def _arranged(
     several_N = (size_C[id_N] > 1) & inside_N
     row_N = torch.where(several_N, (begin_N & several_N).cumsum(0) - 1, most)
     members_first = torch.where(several_N, several_N.cumsum(0) - 1, several_N.sum() + (~several_N).cumsum(0) - 1)
-    sorted_token_N = token_N[order_N]
-    member_token_N = torch.empty_like(sorted_token_N).scatter_(0, members_first, sorted_token_N)
+    pair_N = torch.empty_like(order_N).scatter_(0, members_first, order_N)
     size_M = torch.zeros(most + 1, dtype=torch.int64, device=begin_N.device)
     size_M.scatter_add_(0, row_N, torch.ones_like(row_N))
     slot_M = torch.full((most + 1,), -1, dtype=torch.int64, device=begin_N.device)
@@ -186,7 +217,7 @@ def _arranged(
     size_M = size_M[:most]
     end_M = size_M.cumsum(0)
     offset_M = torch.cat([end_M.new_zeros(1), end_M])
-    return Clusters(row_in_order.view(-1, top_k), member_token_N, offset_M, slot_M[:most], size_M, levels)
+    return Clusters(row_in_order.view(-1, top_k), pair_N, offset_M, slot_M[:most], size_M, levels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +232,29 @@ class CompressedMetadata:
     size_M: Tensor
     row_TK: Tensor
     weight_TK: Tensor
+
+
+MEAN_WEIGHTS = 1e-12, 1e12
+"""Of squared gate weights: pairs without any still have a mean."""
+
+
+class Members:
+    """Weighted means over the members of clusters. weight_TK: above zero."""
+
+    def __init__(self, clusters: Clusters, weight_TK: Tensor) -> None:
+        self._offset_M, self._most = clusters.offset_M, len(clusters.slot_M)
+        self._token_N = clusters.pair_N.div(weight_TK.shape[1], rounding_mode="floor")
+        weight_N = weight_TK.flatten()[clusters.pair_N]
+        total_M = F.embedding_bag(clusters.pair_N, weight_TK.view(-1, 1), self._offset_M, mode="sum")[:, 0]
+        place_N = torch.arange(len(weight_N), device=weight_N.device)
+        # The last bag is of the pairs alone, whose mean nobody asks for.
+        bag_N = torch.searchsorted(self._offset_M[1:], place_N, right=True)
+        self._share_N = weight_N / total_M[bag_N]
+
+    def mean(self, value_TD: Tensor) -> Tensor:
+        """[M, D] of rows [T, D]; gradients flow to them, and none to the weights."""
+        sums = F.embedding_bag(self._token_N, value_TD, self._offset_M, mode="sum", per_sample_weights=self._share_N)
+        return sums[: self._most]
 
 
 class CompressedDispatcher:
@@ -226,6 +280,7 @@ class CompressedDispatcher:
         self._plain, self._mesh, self.settings, self._layer, self._steps = plain, mesh, settings, layer, steps
         self._rotation: tuple[int, Tensor] | None = None
         self._latest: tuple[Tensor, Tensor, int, int] | None = None
+        """Counts, errors, and bytes of a row there and back, plain and as sent."""
         self.counts = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -238,14 +293,14 @@ class CompressedDispatcher:
         """Of the latest forward pass; None before the first that compressed. The host waits for the device."""
         if self._latest is None:
             return None
-        count, error, there, back = self._latest
+        count, error, plain_bytes, sent_bytes = self._latest
         plain, sent, pairs, clusters, clustered, refused, digits = count.tolist()
         square, whole, scale = error.tolist()
         return CompressionStatistics(
             plain,
             sent,
-            plain * (there + back),
-            sent * (there + back),
+            plain * plain_bytes,
+            sent * sent_bytes,
             pairs,
             clusters,
             clustered,
@@ -290,17 +345,28 @@ class CompressedDispatcher:
         x_TD_float = x_TD.float()
         with torch.no_grad():
             square_T = x_TD_float.square().sum(dim=1)
-            # A token that is not finite would spoil its cluster.
-            scope_TK = self._scope_P[slot_TK] & square_T.isfinite()[:, None]
+            # What is not finite would spoil its cluster.
+            scope_TK = self._scope_P[slot_TK] & square_T.isfinite()[:, None] & weight_TK.isfinite()
+            mean_weight_TK = weight_TK.detach().square().nan_to_num(1.0).clamp(*MEAN_WEIGHTS)
             unit_TK = self._unit_P[slot_TK]
             target = (settings.rate * _distinct(unit_TK, scope_TK).double()).long()
             projected_TX = x_TD_float @ self._rotations(x_TD.shape[1], steps, x_TD.device)
             largest = int(settings.rate * len(x_TD) * min(slot_TK.shape[1], self._units))
-            clusters = cluster(projected_TX, slot_TK, scope_TK, target, len(self._unit_P), settings.dimension, largest)
-        most = len(clusters.slot_M)
-        mean_MD = F.embedding_bag(clusters.token_N, x_TD_float, clusters.offset_M, mode="mean")[:most]
+            clusters = cluster(
+                projected_TX,
+                slot_TK,
+                scope_TK,
+                mean_weight_TK,
+                target,
+                len(self._unit_P),
+                settings.dimension,
+                largest,
+                settings.lloyd_steps,
+            )
+            members, most = Members(clusters, mean_weight_TK), len(clusters.slot_M)
+        mean_MD = members.mean(x_TD_float)
         with torch.no_grad():
-            slot_M, square_M, error_M = self._within_bound(clusters, mean_MD, square_T)
+            slot_M, square_M, error_M = self._within_bound(clusters, mean_MD, members.mean(square_T[:, None])[:, 0])
             row_TK = torch.cat([torch.where(slot_M < 0, most, _range(slot_M)), slot_M.new_tensor([most])])[
                 clusters.row_TK
             ]
@@ -354,11 +420,11 @@ class CompressedDispatcher:
             self._rotation = age, rotations(hidden_size, settings.hashes, settings.dimension, seed).to(where)
         return self._rotation[1]
 
-    def _within_bound(self, clusters: Clusters, mean_MD: Tensor, square_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """([M] slots, -1 for empty places and for clusters past the bound; [M] sums of |x|^2 and of |x - c|^2)."""
-        most = len(clusters.slot_M)
-        square_M = F.embedding_bag(clusters.token_N, square_T[:, None], clusters.offset_M, mode="sum")[:most, 0]
-        error_M = (square_M - clusters.size_M * mean_MD.square().sum(dim=1)).clamp(min=0.0)
+    def _within_bound(self, clusters: Clusters, mean_MD: Tensor, square_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """([M] slots, -1 for empty places and for clusters past the bound; [M] sums of |x|^2 and of |x - c|^2, from
+        the weighted means of |x|^2, as if all members weighed alike)."""
+        error_M = (square_M - mean_MD.square().sum(dim=1)).clamp(min=0.0) * clusters.size_M
+        square_M = square_M * clusters.size_M
         if self.settings.error_bound is None:
             return clusters.slot_M, square_M, error_M
         past_M = error_M > self.settings.error_bound**2 * square_M
@@ -392,8 +458,11 @@ class CompressedDispatcher:
             ]
         )
         error = torch.stack([(error_M * used_M).sum(), (square_M * used_M).sum(), error_M.new_zeros(())])
-        row = x_TD.shape[1] * x_TD.element_size()
-        self._latest = count, error, row + 8 * slot_TK.shape[1], row
+        width, side = x_TD.shape[1], 8 * slot_TK.shape[1]
+        whole, quantized = width * x_TD.element_size(), self.settings.rows
+        formats = (None, None) if quantized is None else (quantized.dispatch, quantized.combine)
+        sent = sum(whole if rows is None else rows.row_bytes(width) for rows in formats)
+        self._latest = count, error, 2 * whole + side, sent + side
         self.counts = self._counted(torch.where(alone_TK, slot_TK, -1), slot_M)
 
     def _counted(self, *slots: Tensor) -> Tensor:
@@ -415,6 +484,10 @@ def _distinct(unit_TK: Tensor, valid_TK: Tensor) -> Tensor:
     return first_TK.sum()
 
 
+SMALLEST_SPREAD = 1e-10
+"""Of centroids, over their squares, from which a slope is taken."""
+
+
 def _slope(centroid_MD: Tensor, y_MD: Tensor, size_M: Tensor, slot_M: Tensor, slots: int) -> Tensor:
     """The s that best predicts differences between outputs from differences between centroids of one slot, by least
     squares, clusters weighing as their members: the best multiple of the identity in the place of the experts'
@@ -429,4 +502,6 @@ def _slope(centroid_MD: Tensor, y_MD: Tensor, size_M: Tensor, slot_M: Tensor, sl
 
     from_MD, to_MD = centred(centroid_MD), centred(y_MD)
     spread = (weight_M * from_MD.square()).sum()
-    return torch.where(spread > 0, (weight_M * from_MD * to_MD).sum() / spread, 0.0)
+    # With one cluster a slot there are no differences but those of rounding.
+    enough = spread > SMALLEST_SPREAD * (weight_M * centroid_MD.square()).sum()
+    return torch.where(enough, (weight_M * from_MD * to_MD).sum() / spread, 0.0)

@@ -1,10 +1,11 @@
-"""The ranks that share experts: device g of a plan is rank g of the mesh, counted row by row."""
+"""The ranks that share experts: device g of a plan is rank g of the mesh, counted row by row. Beside them may stand
+copies of the whole, with the same experts on ranks of equal place: data parallelism of experts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from ...placement.topology import Topology
 
 STAGES = "pp"
 """Dimension of a device mesh along which ranks hold different layers, as torchtitan and Transformers name it."""
+
+TENSOR_PARALLEL = ("tp", "etp", "tensor", "model")
+"""Dimensions along which each expert's matrices would be cut."""
 
 
 class Stage(NamedTuple):
@@ -44,9 +48,11 @@ def node_stages(
 class ExpertMesh:
     """Process groups of expert parallelism.
 
-    group: all ranks of the mesh. rank: this process's place in it, the plan's device number. inter, intra: on a mesh of
-    [nodes, devices a node], the ranks of equal place on each node, and the ranks of this node; None on a mesh of one
-    dimension. members: global rank of each device.
+    group: all ranks that a plan's devices are. rank: this process's place in it, the plan's device number. inter,
+    intra: on a mesh of [nodes, devices a node], the ranks of equal place on each node, and the ranks of this node; None
+    on a mesh of one dimension. members: global rank of each device. grid: [copies, devices] global ranks of all that
+    hold the same layers; a row is a copy of all experts. data: the ranks of this column, which hold the same experts;
+    None where there is one copy. pipeline: the ranks of equal place in all pipeline stages; None without stages.
     """
 
     mesh: DeviceMesh
@@ -54,12 +60,18 @@ class ExpertMesh:
     rank: int
     size: int
     members: tuple[int, ...]
+    grid: IntArray
     inter: dist.ProcessGroup | None = None
     intra: dist.ProcessGroup | None = None
+    data: dist.ProcessGroup | None = None
+    pipeline: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, mesh: DeviceMesh | ExpertMesh) -> ExpertMesh:
         """The groups of a device mesh of one dimension (devices) or two (nodes, devices a node).
+
+        Sliced from a mesh with more dimensions, those others are data parallelism, along which experts are the same, or
+        pipeline stages ("pp"): `init_device_mesh(kind, (2, 8), mesh_dim_names=("dp", "ep"))["ep"]`.
 
         Raises:
             InputError: this rank is not in the mesh, its ranks do not increase, or it has three dimensions or more.
@@ -76,13 +88,31 @@ class ExpertMesh:
             raise InputError(f"rank {dist.get_rank()} is not in the mesh of ranks {list(members)}")
         if list(members) != sorted(members):
             raise InputError(f"the mesh's ranks {list(members)} must increase: device g of the plan is its g-th rank")
+        outer = _Outer.of(mesh)
         rank = members.index(dist.get_rank())
+        data = _group(outer.grid[:, rank], outer.root, outer.data)
+        pipeline = _group(outer.stages, outer.root, (STAGES,))
         if mesh.ndim == 1:
-            return cls(mesh, mesh.get_group(), rank, len(members), members)
-        whole = members == tuple(range(dist.get_world_size()))
-        world = dist.group.WORLD if whole else dist.new_group(list(members), use_local_synchronization=True)
-        assert world is not None
-        return cls(mesh, world, rank, len(members), members, mesh.get_group(0), mesh.get_group(1))
+            return cls(mesh, mesh.get_group(), rank, len(members), members, outer.grid, data=data, pipeline=pipeline)
+        whole = _group(np.array(members), mesh, ()) if len(members) > 1 else mesh.get_group(1)
+        assert whole is not None
+        inter, intra = mesh.get_group(0), mesh.get_group(1)
+        return cls(mesh, whole, rank, len(members), members, outer.grid, inter, intra, data, pipeline)
+
+    @property
+    def copies(self) -> int:
+        """How often each expert's place exists: ranks of the data-parallel axis."""
+        return len(self.grid)
+
+    @property
+    def copy(self) -> int:
+        """Which of the copies this rank is in: its row of the grid."""
+        return int(np.argwhere(self.grid == self.members[self.rank])[0, 0])
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes for all: device 0 of the first copy."""
+        return self.members[self.rank] == int(self.grid[0, 0])
 
     @property
     def device(self) -> torch.device:
@@ -120,24 +150,26 @@ class ExpertMesh:
         return [stage for stage in stages if len(stage.devices) > 1]
 
     def check_covers_world(self) -> None:
-        """Raises UnsupportedError unless the mesh has all ranks of the world, or all of this rank's pipeline stage.
+        """Raises UnsupportedError unless the mesh has all ranks of the world, or all of this rank's pipeline stage, or
+        was sliced from one that has.
 
         Stages are those of a dimension named "pp" of the mesh that this one was sliced from.
         """
-        root = self.mesh._get_root_mesh()
-        names, ranks = root.mesh_dim_names or (), root.mesh
-        stages = names.index(STAGES) if STAGES in names and root is not self.mesh else None
-        needed = set(range(dist.get_world_size()))
-        if stages is not None and set(ranks.flatten().tolist()) == needed:
-            here = (ranks == self.members[self.rank]).nonzero()[0, stages]
-            needed = set(ranks.select(stages, int(here)).flatten().tolist())
-        missing = sorted(needed - set(self.members))
-        if missing:
+        outer = _Outer.of(self.mesh)
+        if outer.tensor_parallel:
             raise UnsupportedError(
-                f"the mesh has the ranks {_short(self.members)}, but not {_short(missing)}: expert gradients would "
-                "never be summed with theirs, for data parallelism of experts does not exist yet. Give a mesh of all "
-                "ranks (more replicas in the plan serve the same end), or, with pipeline stages, one sliced from a "
-                f"mesh with a dimension named {STAGES!r}, of all ranks of the stage"
+                f"the mesh was sliced from one with a dimension {outer.tensor_parallel!r}: tensor parallelism inside "
+                "experts does not exist here. Spread the experts over those ranks as well: a plan for all of them and "
+                "a mesh without that dimension"
+            )
+        missing = sorted(set(range(dist.get_world_size())) - set(outer.root.mesh.flatten().tolist()))
+        if missing or outer.partial:
+            raise UnsupportedError(
+                f"the mesh has the ranks {_short(self.members)}, but not "
+                f"{_short(missing or sorted(set(range(dist.get_world_size())) - set(self.members)))}: expert gradients "
+                "would never be summed with theirs. Give a mesh of all ranks, or one sliced from a mesh of all ranks, "
+                "whose other dimensions are then data parallelism with the same experts, or pipeline stages "
+                f"({STAGES!r}): init_device_mesh(kind, (2, 4), mesh_dim_names=('dp', 'ep'))['ep']"
             )
 
     def check_topology(self, topology: Topology) -> None:
@@ -156,3 +188,55 @@ class ExpertMesh:
 
 def _short(ranks: Sequence[int]) -> str:
     return f"{list(ranks[:8])}" if len(ranks) <= 8 else f"[{', '.join(map(str, ranks[:8]))}, ...]"
+
+
+class _Outer(NamedTuple):
+    """Where a mesh stands in the mesh that it was sliced from.
+
+    root: that one. grid: [copies, devices] ranks of this pipeline stage. stages: ranks of equal place in all stages.
+    data: names of the dimensions along the copies. tensor_parallel: a dimension that cuts experts, or "". partial:
+    whether the mesh has only some ranks of a dimension.
+    """
+
+    root: DeviceMesh
+    grid: IntArray
+    stages: IntArray
+    data: tuple[str, ...]
+    tensor_parallel: str
+    partial: bool
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Self:
+        root = mesh._get_root_mesh()
+        members = mesh.mesh.flatten().numpy()
+        ranks = root.mesh.numpy()
+        names = root.mesh_dim_names or ("",) * ranks.ndim
+        place = np.argwhere(np.isin(ranks, members))
+        if root is mesh or len(place) != len(members):
+            return cls(root, members[None], members[:0], (), "", False)
+        varied = [axis for axis in range(ranks.ndim) if len(set(place[:, axis].tolist())) > 1]
+        here = np.argwhere(ranks == dist.get_rank())[0]
+        others = [axis for axis in range(ranks.ndim) if axis not in varied]
+        stage = [axis for axis in others if names[axis] == STAGES]
+        data = [axis for axis in others if axis not in stage and ranks.shape[axis] > 1]
+        tensor = next((names[axis] for axis in data if names[axis] in TENSOR_PARALLEL), "")
+        partial = int(np.prod([ranks.shape[axis] for axis in varied], dtype=int)) != len(members)
+        along = tuple(slice(None) if axis in (*data, *varied) else int(here[axis]) for axis in range(ranks.ndim))
+        order = [axis for axis in range(ranks.ndim) if axis in (*data, *varied)]
+        part = np.transpose(ranks[along], [order.index(axis) for axis in (*data, *varied)])
+        grid = part.reshape(-1, max(len(members), 1)).astype(np.int64)
+        column = tuple(slice(None) if axis in stage else int(here[axis]) for axis in range(ranks.ndim))
+        return cls(root, grid, ranks[column].reshape(-1), tuple(names[axis] for axis in data), tensor, partial)
+
+
+def _group(ranks: IntArray, mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup | None:
+    """The process group of these ranks: of one dimension of the mesh where it is that, None for a single rank."""
+    if len(ranks) < 2:
+        return None
+    if len(names) == 1:
+        return mesh.get_group(names[0])
+    if sorted(ranks.tolist()) == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    group = dist.new_group(sorted(ranks.tolist()), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

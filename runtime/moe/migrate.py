@@ -29,6 +29,7 @@ from .data_parallel import expert_layers
 from .experts import PlacedExperts, check_plan
 from .layer_placement import LayerPlacement
 from .mesh import ExpertMesh
+from .online import check_homes
 
 CHUNK_BYTES = 64 << 20
 
@@ -127,7 +128,7 @@ class Migration:
         began = time.perf_counter()
         moves = self._next(limit_bytes)
         self._rounds += 1
-        commit = TwoPhaseCommit(self._mesh, f"{self._mesh.group.group_name}/{self._serial}/{self._rounds}")
+        commit = TwoPhaseCommit(self._mesh, f"{self._mesh.grid.tolist()}/{self._serial}/{self._rounds}")
         try:
             changes = self._stage(moves, last=len(moves) == len(self._moves))
         except (MoeplaceError, dist.DistError, RuntimeError, OSError) as error:
@@ -160,7 +161,7 @@ class Migration:
         try:
             for module in self._layers.values():
                 check_plan(module.spec, self.plan, self._mesh)
-                LayerPlacement.of(self.plan, module.layer)
+                check_homes(LayerPlacement.of(self.plan, module.layer), module.online_slots)
                 content += [str(tensor) for tensor in slot_tensors(module, self._optimizer)]
         except MoeplaceError as error:
             failure = error
@@ -208,7 +209,8 @@ class Migration:
                     arrived.setdefault(move.layer, {}).setdefault(move.expert, []).append(content)
                 messages.append(SlotMessage(move.source, move.target, tensor.row_bytes, content))
         if messages:
-            transfer(messages, self._mesh, self._group(), self._chunk_bytes, self._timeout)
+            group = message_group(self._mesh, self._timeout)
+            transfer(messages, self._mesh, group, self._chunk_bytes, self._timeout)
         if last:
             layers, target = list(self._layers), self.plan
         else:
@@ -225,26 +227,11 @@ class Migration:
             for layer in layers
         ]
 
-    def _group(self) -> dist.ProcessGroup:
-        """A process group of its own: one that breaks in a migration must not take training with it."""
-        if self._mesh.group not in _transfer_groups:
-            whole = self._mesh.size == dist.get_world_size()
-            group = dist.new_group(list(self._mesh.members), timeout=self._timeout, use_local_synchronization=not whole)
-            assert isinstance(group, dist.ProcessGroup)
-            _transfer_groups[self._mesh.group] = group
-        return _transfer_groups[self._mesh.group]
-
     def _give_up(self, commit: TwoPhaseCommit, error: BaseException) -> RankError:
         """Tells the other ranks, and says what all of them know."""
         reason = commit.abort(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        group = _transfer_groups.pop(self._mesh.group, None)
-        if group is not None:
-            # Its connections close with the last reference, which tells peers that wait for a message at once; the
-            # frames that the error came through hold some.
-            dist.destroy_process_group(group)
-            del group
-            traceback.clear_frames(error.__traceback__)
-        unresponsive = unresponsive_ranks(self._mesh.group)
+        close_messages(self._mesh, error)
+        unresponsive = unresponsive_ranks(self._mesh.grid.flatten().tolist(), "migration")
         if unresponsive:
             reason = f"rank {', '.join(map(str, unresponsive))} does not answer any more; {reason}"
         return RankError(f"migration given up, the plan in force stays: {reason}")
@@ -353,10 +340,15 @@ class SlotTensor:
 
     @property
     def row_bytes(self) -> int:
-        return int(np.prod(self.value.shape[1:], dtype=np.int64)) * self.value.element_size()
+        return row_bytes(self.value)
 
     def __str__(self) -> str:
         return f"{self.name} {self.value.dtype} {list(self.value.shape[1:])}"
+
+
+def row_bytes(tensor: Tensor) -> int:
+    """Bytes of each row of a tensor [S, ...]."""
+    return int(np.prod(tensor.shape[1:], dtype=np.int64)) * tensor.element_size()
 
 
 def slot_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None) -> list[SlotTensor]:
@@ -416,6 +408,26 @@ class SlotMessage:
     target: int
     bytes: int
     content: Tensor | None
+
+
+def message_group(mesh: ExpertMesh, timeout: timedelta) -> dist.ProcessGroup:
+    """The mesh's ranks, for rows alone: a group that breaks with a message must not take training with it."""
+    if mesh.group not in _transfer_groups:
+        whole = mesh.size == dist.get_world_size()
+        group = dist.new_group(list(mesh.members), timeout=timeout, use_local_synchronization=not whole)
+        assert isinstance(group, dist.ProcessGroup)
+        _transfer_groups[mesh.group] = group
+    return _transfer_groups[mesh.group]
+
+
+def close_messages(mesh: ExpertMesh, error: BaseException) -> None:
+    """Ends the group of a mesh's messages after an error, which tells peers that wait for one at once."""
+    group = _transfer_groups.pop(mesh.group, None)
+    if group is not None:
+        # Connections close with the last reference, and the frames that the error came through have some.
+        dist.destroy_process_group(group)
+        del group
+        traceback.clear_frames(error.__traceback__)
 
 
 def transfer(

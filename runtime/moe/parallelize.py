@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +17,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..._arguments import check_types
 from ...placement.errors import InputError, MoeplaceError, UnsupportedError
 from ...placement.model import ModelSpec
+from ...placement.model_families import BESIDE
 from ...placement.plan import Plan
-from .compression import LSHCompression
+from .compression import Compression, LSHCompression
 from .coordination import check_consistent
 from .data_parallel import exclude_from_ddp
 from .expert_mlps import Fused
-from .experts import Gradients, MakeDispatcher, PlacedExperts, check_plan
+from .experts import Gradients, MakeDispatcher, PlacedExperts, Replicas, check_plan
 from .layer import ExpertParallelMoE
 from .mesh import ExpertMesh
+from .weights import load_weights, materialise
 
 TRIED_EXPERTS, TRIED_ROWS, TRIED_WIDTH = 2, 4, 256
 """Experts, tokens and inner units on which an expert MLP is compared with the module that it stands for."""
@@ -29,6 +35,17 @@ TOLERANCE = 1e-4
 
 WHOLE_BLOCKS = ("DeepseekV3MoE",)
 """Blocks that are gate, experts and shared experts and nothing else: replaced whole, so that the latter overlap."""
+SCORED_BLOCKS = ("Llama4TextMoe",)
+"""Blocks that hand every token to every expert, scaled by its score: replaced whole, so that only the chosen travel."""
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The experts of one layer. names: of the modules that hold them, several where parts of a model share weights."""
+
+    names: tuple[str, ...]
+    layer: int
+    modules: tuple[nn.Module, ...]
 
 
 @check_types
@@ -38,28 +55,36 @@ def parallelize(
     mesh: DeviceMesh | ExpertMesh,
     *,
     dispatch: str | MakeDispatcher | None = None,
-    compression: LSHCompression | None = None,
+    compression: Compression | None = None,
+    replica_choice: Replicas = "share",
+    capacity_factor: float | None = None,
+    padded_tokens: int | None = None,
     gradients: Gradients = "mean",
+    shard_experts: bool = False,
+    weights: str | Path | None = None,
 ) -> nn.Module:
     """Spreads the experts of `model` over the mesh as `plan` says, in place.
 
     Every rank keeps its own experts and all of the rest. Routers stay as they are, so recording (`moeplace.profile`),
-    router losses and callbacks work as before. On the meta device the weights are left to a checkpoint
-    (`load_checkpoint`).
+    router losses and callbacks work as before. A model on the meta device gets memory here, on the mesh's device, so
+    that no rank ever holds all experts: with `weights`, or followed by `load_checkpoint`.
 
     What the experts compute is recognised by their class's settings, then compared with the module's own forward on a
     few random rows and random weights of its shapes, on the CPU in float32; so also on the meta device, where weights
     are still missing. The global random state stays as it was.
 
     DistributedDataParallel leaves the experts alone; `fully_shard` wants `ignored_params=expert_parameters(model)`.
-    `save_pretrained` is refused from now on: `save_checkpoint` writes the experts of all ranks.
+    `save_pretrained` is refused from now on: `export_hf` and `save_checkpoint` write the experts of all ranks.
 
     Args:
         model: a Transformers 5 model (Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3, gpt-oss and those built like them) with
             the same weights on every rank.
         plan: which experts stand where.
         mesh: all ranks; device g of the plan is its g-th.
-        dispatch, compression, gradients: as for `PlacedExperts`.
+        dispatch, compression, replica_choice, capacity_factor, padded_tokens, gradients, shard_experts: as for
+            `PlacedExperts`.
+        weights: a folder of safetensors to read them from, each rank its own experts' alone; they need not be in the
+            model, which may be on the meta device (`with torch.device("meta"): AutoModelForCausalLM.from_config(...)`).
 
     Returns:
         The model.
@@ -67,46 +92,68 @@ def parallelize(
     Raises:
         InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs
             between ranks. All errors are raised on every rank.
-        UnsupportedError: the mesh leaves ranks out, pipeline stages aside; experts with a function that is not known,
-            or that differs from the one it was taken for.
+        UnsupportedError: the mesh leaves ranks out; experts with a function that is not known,
+            or that differs from the one it was taken for; weights that are quantised.
     """
     mesh = ExpertMesh.of(mesh)
     failure: MoeplaceError | None = None
-    modules: list[tuple[str, int, nn.Module]] = []
+    moe_experts: list[_Experts] = []
     kinds: list[Fused] = []
     spec = plan.model
     try:
         mesh.check_covers_world()
-        modules = _experts(model)
-        kinds = [_kind(name, module) for name, _, module in modules]
-        spec = _spec(model, modules)
-        _check_kinds(modules, kinds, spec)
+        moe_experts = _experts(model)
+        blocks = [model.get_submodule(experts.names[0].rpartition(".")[0]) for experts in moe_experts]
+        kinds = [_kind(e.names[0], e.modules[0], block) for e, block in zip(moe_experts, blocks, strict=True)]
+        spec = _spec(model, moe_experts)
+        _check_kinds(moe_experts, kinds, spec)
         check_plan(spec, plan, mesh)
+        if spec.zero_experts and isinstance(compression, LSHCompression):
+            raise UnsupportedError("LSHCompression does not know experts without weights (zero_experts): leave it out")
     except MoeplaceError as error:
         failure = error
-    check_consistent(
-        mesh, "model and plan", f"{plan.fingerprint} {[(name, layer) for name, layer, _ in modules]} {kinds}", failure
-    )
-    for (name, layer, module), kind in zip(modules, kinds, strict=True):
-        weights = dict(module.named_parameters(recurse=False))
-        example = next(iter(weights.values()))
+    said = f"{plan.fingerprint} {[(experts.names, experts.layer) for experts in moe_experts]} {kinds}"
+    check_consistent(mesh, "model and plan", said, failure)
+    for experts, kind in zip(moe_experts, kinds, strict=True):
+        module = experts.modules[0]
+        # Some have rows for experts without weights as well.
+        values = {name: value[: spec.experts] for name, value in module.named_parameters(recurse=False)}
+        example = next(iter(values.values()))
         # Experts between latent projections take and give rows of the latent width.
         placed = PlacedExperts(
             spec.replace(expert_input_size=kind.input_size, expert_output_size=kind.output_size),
             plan,
             mesh,
-            layer,
+            experts.layer,
             kind=kind,
             dispatch=dispatch,
             compression=compression,
+            replica_choice=replica_choice,
+            capacity_factor=capacity_factor,
+            padded_tokens=padded_tokens,
             gradients=gradients,
+            shard_experts=shard_experts,
             dtype=example.dtype,
             seed=None,
         )
-        if example.device.type != "meta":
-            placed.load_logical(weights)
+        rows = {name: len(value) - spec.experts for name, value in module.named_parameters(recurse=False)}
+        placed.unused_rows = {name: more for name, more in rows.items() if more}
+        if example.device.type != "meta" and weights is None:
+            placed.load_logical(values)
         placed.requires_grad_(example.requires_grad).train(module.training)
-        _replace(model, name, placed)
+        if kind.post_norm:
+            # Every rank has it, as all that is no expert.
+            placed.add_module("post_expert_norm", module.get_submodule("post_expert_norm"))
+        for name in experts.names:
+            _replace(model, name, placed)
+    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
+        materialise(model, mesh.device)
+    if weights is not None:
+        try:
+            load_weights(model, weights)
+        except MoeplaceError as error:
+            failure = error
+        check_consistent(mesh, "weights", str(weights), failure)
     exclude_from_ddp(model)
     for part in model.modules():
         # Transformers' own models have this, adapters around them have not.
@@ -118,21 +165,20 @@ def parallelize(
 def _refuse_saving(*_: object, **__: object) -> None:
     raise UnsupportedError(
         "save_pretrained (the Transformers Trainer's own saving too) would write this rank's experts as if they were "
-        "all. Write a checkpoint with moeplace.runtime.save_checkpoint(path, model, optimizer) on every rank, and give "
-        "the Trainer save_strategy='no'; torch.distributed.checkpoint reads it into the model in one process, which "
-        "save_pretrained then writes"
+        "all. On every rank, moeplace.runtime.export_hf(model, folder) writes what from_pretrained reads, and "
+        "moeplace.runtime.save_checkpoint(path, model, optimizer) what training resumes from; moeplace.training's "
+        "ExpertTrainer does both in the Trainer's place"
     )
 
 
-def _experts(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
-    """(name, layer, module) of every experts module of Transformers: called `experts`, with fused weights."""
-    modules = []
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "experts" and isinstance(getattr(module, "down_proj", None), nn.Parameter):
-            number = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
-            if number is None:
-                raise InputError(f"{name}: no layer number in this name; expected layers.<number>")
-            modules.append((name, int(number[1]), module))
+def _experts(model: nn.Module) -> list[_Experts]:
+    """Every experts module of Transformers' language models: called `experts`, with fused weights."""
+    modules = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts" and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    ]
+    modules = [entry for entry in modules if not BESIDE.search(entry[0])] or modules
     if not modules:
         raise InputError(
             f"{type(model).__name__} has no MoE block that is known: looked for modules named 'experts' with a "
@@ -140,10 +186,25 @@ def _experts(model: nn.Module) -> list[tuple[str, int, nn.Module]]:
             "any other model put ExpertParallelMoE where its MoE block is, and give it the weights with "
             "experts.load_logical"
         )
-    return sorted(modules, key=lambda entry: entry[1])
+    by_layer: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in modules:
+        number = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
+        if number is None:
+            raise InputError(f"{name}: no layer number in this name; expected layers.<number>")
+        same = by_layer.setdefault(int(number[1]), [])
+        if same and same[0][1].down_proj is not module.down_proj:
+            raise UnsupportedError(
+                f"{same[0][0]} and {name} both hold experts of layer {number[1]}, each its own; which of them the plan "
+                "is of is not known"
+            )
+        same.append((name, module))
+    return [
+        _Experts(tuple(name for name, _ in same), layer, tuple(module for _, module in same))
+        for layer, same in sorted(by_layer.items())
+    ]
 
 
-def _kind(name: str, module: nn.Module) -> Fused:
+def _kind(name: str, module: nn.Module, block: nn.Module) -> Fused:
     def refused(why: str) -> UnsupportedError:
         return UnsupportedError(
             f"{name} ({type(module).__name__}): its function is not known: {why}. Write an expert MLP "
@@ -154,17 +215,18 @@ def _kind(name: str, module: nn.Module) -> Fused:
     flags = {flag: value for flag, value in vars(module).items() if re.match("(has|is)_", flag)}
     if strange := sorted(flags.keys() - Fused.FLAGS):
         raise refused(f"Transformers declares {strange[0]} = {flags[strange[0]]!r} of it")
-    inner = [key for key, _ in module.named_parameters() if key not in own]
+    norm = "post_expert_norm." if flags.get("has_post_expert_norm") else " "
+    inner = [key for key, _ in module.named_parameters() if key not in own and not key.startswith(norm)]
     if inner:
         raise refused(f"its part {inner[0]} has weights beside those of the experts")
     gated = bool(flags.get("has_gate", "gate_up_proj" in own))
     first = "gate_up_proj" if gated else "up_proj"
     bias = bool(flags.get("has_bias", "down_proj_bias" in own))
-    wanted = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if bias else set())
-    if own.keys() != wanted:
-        raise refused(f"its weights are {', '.join(sorted(own))}, expected {', '.join(sorted(wanted))}")
+    needed = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if bias else set())
+    if own.keys() != needed:
+        raise refused(f"its weights are {', '.join(sorted(own))}, expected {', '.join(sorted(needed))}")
     up, down = own[first], own["down_proj"]
-    if up.ndim != 3 or down.ndim != 3 or len(up) != len(down):
+    if up.ndim != 3 or down.ndim != 3 or len(up) not in (len(down), len(down) + (_zero_experts(module))):
         raise refused(
             f"{first} has shape {list(up.shape)}, down_proj {list(down.shape)}, expected an expert a row each"
         )
@@ -174,6 +236,9 @@ def _kind(name: str, module: nn.Module) -> Fused:
     )
     if both != (1 + gated) * ffn:
         raise refused(f"{first} has shape {list(up.shape)} and down_proj {list(down.shape)}, which do not fit")
+    scored = _takes_rows_alone(type(module).forward)
+    if scored and (type(block).__name__ not in SCORED_BLOCKS or getattr(block, "top_k", 0) != 1):
+        raise refused(f"it takes rows of all experts, and its block is no {SCORED_BLOCKS[0]} of one expert a token")
     if not callable(getattr(module, "act_fn", None)) and not hasattr(module, "_apply_gate"):
         raise refused("it has neither act_fn nor a gate of its own")
     alone = copy.copy(module)
@@ -182,14 +247,24 @@ def _kind(name: str, module: nn.Module) -> Fused:
     return Fused(type(module).__name__, gated, transposed, bias, post_norm, width, ffn, output, alone)
 
 
-def _check_kinds(modules: list[tuple[str, int, nn.Module]], kinds: list[Fused], spec: ModelSpec) -> None:
+def _zero_experts(module: nn.Module) -> int:
+    count = getattr(module, "zero_expert_num", 0)
+    return count if isinstance(count, int) else 0
+
+
+def _check_kinds(moe_experts: list[_Experts], kinds: list[Fused], spec: ModelSpec) -> None:
     """Compares every expert MLP with its module, once for those built alike.
 
     Raises:
         UnsupportedError: the module gives something else, or does not run on its own.
     """
     compared = set()
-    for (name, _, module), kind in zip(modules, kinds, strict=True):
+    pairs = [
+        (*pair, kind)
+        for e, kind in zip(moe_experts, kinds, strict=True)
+        for pair in zip(e.names, e.modules, strict=True)
+    ]
+    for name, module, kind in pairs:
         settings = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
         shapes = {key: tuple(value.shape) for key, value in module.named_parameters()}
         built = f"{type(module)} {kind} {shapes} {settings} {module}"
@@ -231,15 +306,24 @@ def _difference(module: nn.Module, kind: Fused, spec: ModelSpec) -> str | None:
     others = {key: drawn(*value.shape) for key, value in module.named_parameters(recurse=False) if key not in weights}
     alone = copy.copy(module)
     alone._parameters = {key: nn.Parameter(value, requires_grad=False) for key, value in {**weights, **others}.items()}
+    if kind.post_norm:
+        # In float32, and with weights, which a model on the meta device has not.
+        norm = copy.deepcopy(module.get_submodule("post_expert_norm")).to_empty(device="cpu").float()
+        norm.load_state_dict({key: 1 + 0.1 * drawn(*value.shape) for key, value in norm.state_dict().items()})
+        alone._modules = {**module._modules, "post_expert_norm": norm}
+        kind = replace(kind, module=alone)
     # The class's own definition; the kernels that Transformers puts in its place may want a GPU.
     own = getattr(type(module).forward, "__wrapped__", type(module).forward)
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         try:
-            expected_TD = own(alone, row_TD, expert_TK, weight_TK)
-            # The kind takes rows in the order of experts.
-            count_S = torch.full((count,), TRIED_ROWS, device="cpu")
-            out_KTD = kind.forward(row_TD.repeat(count, 1), count_S, weights).view(count, TRIED_ROWS, -1)
-            kind_TD = (out_KTD * weight_TK.T[:, :, None]).sum(dim=0)
+            # The kind takes rows in the order of experts, as do the modules of some blocks.
+            count_S, row_ND = torch.full((count,), TRIED_ROWS, device="cpu"), row_TD.repeat(count, 1)
+            kind_TD = kind.forward(row_ND, count_S, weights)
+            if _takes_rows_alone(own):
+                expected_TD = own(alone, row_ND)
+            else:
+                expected_TD = own(alone, row_TD, expert_TK, weight_TK)
+                kind_TD = (kind_TD.view(count, TRIED_ROWS, -1) * weight_TK.T[:, :, None]).sum(dim=0)
             difference = float((kind_TD - expected_TD).abs().max() / expected_TD.abs().max())
         except Exception as error:  # noqa: BLE001  # whatever a model's own code raises
             return f"the two could not be compared ({type(error).__name__}: {error})"
@@ -251,23 +335,51 @@ def _difference(module: nn.Module, kind: Fused, spec: ModelSpec) -> str | None:
     )
 
 
-def _spec(model: nn.Module, modules: list[tuple[str, int, nn.Module]]) -> ModelSpec:
+def _takes_rows_alone(forward: Callable[..., Any]) -> bool:
+    """Whether experts are handed no choice: rows for all of them, one expert's behind another's."""
+    return list(inspect.signature(forward).parameters) == ["self", "hidden_states"]
+
+
+def _spec(model: nn.Module, moe_experts: list[_Experts]) -> ModelSpec:
     config = next((part.config for part in model.modules() if hasattr(getattr(part, "config", None), "to_dict")), None)
     if config is None:
         raise InputError(f"{type(model).__name__} has no Transformers config")
-    layers = tuple(layer for _, layer, _ in modules)
+    layers = tuple(experts.layer for experts in moe_experts)
     return ModelSpec.from_config(config).replace(layers=len(layers), moe_layers=layers)
 
 
 def _replace(model: nn.Module, name: str, placed: PlacedExperts) -> None:
     block_name = name.rpartition(".")[0]
     block = model.get_submodule(block_name)
-    if type(block).__name__ not in WHOLE_BLOCKS:
+    if type(block).__name__ in SCORED_BLOCKS:
+        whole: nn.Module = _ScoredMoE(block, placed)
+    elif type(block).__name__ in WHOLE_BLOCKS:
+        gate, shared = block.gate, block.shared_experts
+        assert isinstance(gate, nn.Module)
+        assert isinstance(shared, nn.Module)
+        whole = ExpertParallelMoE.around(placed, gate, shared)
+    else:
         block.experts = placed
         return
-    gate, shared = block.gate, block.shared_experts
-    assert isinstance(gate, nn.Module)
-    assert isinstance(shared, nn.Module)
-    whole = ExpertParallelMoE.around(placed, gate, shared).train(block.training)
     parent, _, last = block_name.rpartition(".")
-    setattr(model.get_submodule(parent), last, whole)
+    setattr(model.get_submodule(parent), last, whole.train(block.training))
+
+
+class _ScoredMoE(nn.Module):
+    """Llama-4's MoE block: what an expert is given, not what it gives, is scaled by its score.
+
+    Scores of all experts but the chosen are zero, and so is what experts without biases make of zeros.
+    """
+
+    def __init__(self, block: nn.Module, placed: PlacedExperts) -> None:
+        super().__init__()
+        self.router, self.experts = block.get_submodule("router"), placed
+        self.shared_expert = block.get_submodule("shared_expert")
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        row_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        score_TE, logit_TE = self.router(row_TD)
+        score_T1, expert_T1 = score_TE.max(dim=-1, keepdim=True)
+        out_TD = self.experts(row_TD * score_T1, expert_T1, torch.ones_like(score_T1))
+        shared_TD: Tensor = self.shared_expert(row_TD)
+        return shared_TD + out_TD, logit_TE

@@ -24,19 +24,18 @@ from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.files import read_text, write_text
 from ...placement.model import ModelSpec
-from ...placement.model_config import read_config
-from ...placement.model_families import MTP_LAYERS
+from ...placement.model_config import ConfigReading, read_config
+from ...placement.model_families import BESIDE, MTP_LAYERS
 from ...placement.plan import Plan
 from .rows import expert_order
-from .verify import check_bytes, differing_logits
+from .verify import check_bytes, differing_logits, runs_other_experts
 
-REFUSED = {"nllb-moe": "its logits change with the order of its experts, and why is not known"}
-"""By `model_type`."""
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", ".safetensors.index.json"
+"""All weights; and what the name of an index of shards ends with: "model" before it, "quant_model_weights" of
+msModelSlim for Ascend."""
 ORDER_FILE = "moeplace_expert_order.json"
 ORDER_FORMAT = "moeplace.expert_order"
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".bin.index.json")
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 
 Progress = Callable[[int, int], None]
 
@@ -77,7 +76,8 @@ def permute_checkpoint(
 
     Args:
         checkpoint: the model's folder.
-        plan: without replicas, with as many slots on every device.
+        plan: without replicas, with as many slots on every device; of a model with an encoder and a decoder it may be
+            of the layers of one, and the other stays as it is.
         out: a new folder.
         invert: undo instead: `checkpoint` is a permuted folder, `out` becomes the original, byte for byte.
         progress: called with bytes written so far and in all.
@@ -99,21 +99,26 @@ def permute_checkpoint(
         raise InputError(f"{source}: no such folder")
     if target.exists() or target.is_symlink():
         raise InputError(f"{target}: exists already; a checkpoint is written to a new folder only")
-    spec, hidden_layers, mtp_layers, encoder_layers = _checkpoint_model(source)
-    _check_same_model(spec, plan.model, source)
+    reading, mtp_layers = checkpoint_model(source)
+    spec = ModelSpec(**reading.fields)
+    _check_same_model(spec, plan.model, reading.encoder_layers, source)
     order = expert_order(plan, spec.groups)
     _check_state(source, order, invert)
 
     headers = read_weight_headers(source)
     tensors = [tensor for header in headers for tensor in header.tensors]
-    roles = tensor_roles(tensors, spec, hidden_layers, mtp_layers, encoder_layers)
+    roles = tensor_roles(tensors, spec, reading, mtp_layers)
     check_complete(headers, roles, spec.moe_layers)
-    experts = experts_by_place(headers, roles, spec.experts)
-    rows = dict(zip(spec.moe_layers, inverse(order) if invert else order, strict=True))
+    experts = experts_by_place(
+        headers, roles, spec.experts, {spec.experts + spec.zero_experts, spec.experts * reading.expert_sets}
+    )
+    rows = dict(zip(plan.moe_layers, inverse(order) if invert else order, strict=True))
+    roles = {name: role if role is not None and role.layer in rows else None for name, role in roles.items()}
 
     weights = tuple(header.file.name for header in headers)
     copied, left_out = other_files(source, weights)
-    total = sum(header.file.stat().st_size for header in headers)
+    written = {header.file.name: permuted_header(header, roles, experts, rows) for header in headers}
+    total = sum(len(written[header.file.name]) + header.file.stat().st_size - len(header.raw) for header in headers)
     done = 0
 
     def report(count: int) -> None:
@@ -125,33 +130,23 @@ def permute_checkpoint(
     with new_folder(target, total) as scratch:
         for header in headers:
             ranges = file_ranges(header, roles, experts, rows)
-            copy_ranges(ranges, header.raw, scratch / header.file.name, report)
+            copy_ranges(ranges, written[header.file.name], scratch / header.file.name, report)
         for name in copied:
             shutil.copyfile(source / name, scratch / name)
         if not invert:
-            write_expert_order(scratch, spec.moe_layers, order)
-        verified = _verified(source, scratch, headers, roles, experts, rows, total) if verify else ""
+            write_expert_order(scratch, plan.moe_layers, order)
+        verified = ""
+        if verify:
+            architecture = str((json_object(source / "config.json").get("architectures") or [""])[0])
+            difference = differing_logits(source, scratch, architecture, total)
+            if isinstance(difference, float):
+                verified = f"logits of drawn prompts are those of the original, to {difference:.1g} of the largest"
+            else:
+                for header in headers:
+                    parts = map(_content, _pieces(file_ranges(header, roles, experts, rows)))
+                    check_bytes(scratch / header.file.name, itertools.chain([written[header.file.name]], parts))
+                verified = f"every byte is where the order puts it; logits were not compared: {difference}"
     return PermutedCheckpoint(target, order, weights, total, copied, left_out, verified)
-
-
-def _verified(
-    source: Path,
-    scratch: Path,
-    headers: Sequence[Header],
-    roles: Mapping[str, Role | None],
-    experts: Experts,
-    rows: Mapping[int, IntArray],
-    total: int,
-) -> str:
-    """What was compared, and found equal."""
-    architecture = str((json_object(source / "config.json").get("architectures") or [""])[0])
-    difference = differing_logits(source, scratch, architecture, total)
-    if difference is not None:
-        return f"logits of drawn prompts are those of the original, to {difference:.1g} of the largest"
-    for header in headers:
-        parts = (_content(part) for part in _pieces(file_ranges(header, roles, experts, rows)))
-        check_bytes(scratch / header.file.name, itertools.chain([header.raw], parts))
-    return f"every byte is where the order puts it; logits were not compared ({architecture or 'no architecture'})"
 
 
 def _pieces(ranges: Iterable[ByteRange | Content]) -> Iterator[ByteRange | Content]:
@@ -171,29 +166,32 @@ def _content(part: ByteRange | Content) -> bytes:
         return handle.read(part.nbytes)
 
 
-def _checkpoint_model(folder: Path) -> tuple[ModelSpec, int, int, int]:
-    """The model's shape, how many layers it has, layers for multi-token prediction behind them, and an encoder's."""
+def checkpoint_model(folder: Path) -> tuple[ConfigReading, int]:
+    """What the config says, and how many layers for multi-token prediction stand behind the model's."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; is this a Transformers checkpoint?")
     config = json_object(path)
-    if reason := REFUSED.get(str(config.get("model_type"))):
-        raise UnsupportedError(f"{path}: a model of type {config['model_type']} is not permuted: {reason}")
+    if reason := runs_other_experts(str(config.get("model_type"))):
+        raise UnsupportedError(f"{path}: {reason}")
     try:
-        reading = read_config(path)
+        # However weights are stored, their bytes move as they are.
+        reading = read_config(path, expert_dtype="bf16")
     except InputError as error:
         raise FileFormatError(str(error)) from None
-    before = "num_layers" if "num_decoder_layers" in config else "encoder_layers" if "decoder_layers" in config else ""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     extra = [part.get(name) for part in parts for name in MTP_LAYERS]
-    mtp_layers = max((count for count in extra if type(count) is int), default=0)
-    return ModelSpec(**reading.fields), reading.hidden_layers, mtp_layers, int(config.get(before) or 0)
+    return reading, max((count for count in extra if type(count) is int), default=0)
 
 
-def _check_same_model(checkpoint: ModelSpec, plan: ModelSpec, folder: Path) -> None:
+def _check_same_model(checkpoint: ModelSpec, plan: ModelSpec, encoder_layers: int, folder: Path) -> None:
+    stacks = [
+        tuple(layer for layer in checkpoint.moe_layers if (layer < encoder_layers) is inside)
+        for inside in (True, False)
+    ]
     for name in ("experts", "moe_layers", "top_k"):
         stored, expected = getattr(checkpoint, name), getattr(plan, name)
-        if stored != expected:
+        if stored != expected and not (name == "moe_layers" and encoder_layers and expected in stacks):
             raise InputError(
                 f"{folder}: the plan is for another model: {name} is {stored} in the checkpoint, {expected} in the plan"
             )
@@ -218,11 +216,13 @@ def _check_state(folder: Path, order: IntArray, invert: bool) -> None:
 
 
 _LAYER = re.compile(r"(?P<stem>(?:.*?\.)?(?:layers?|blocks?|h)\.(?P<layer>\d+)\.)(?P<rest>.+)")
-_ELSEWHERE = re.compile(r"(?:^|[._])(?:visual|vision|audio|talker|code2wav|mtp|nextn)(?:[._]|$)")
-"""Parts of a model beside its language layers: routed, if at all, among experts of their own, which stay."""
 _ATTENTION = re.compile(r"(?:^|[._])(?:self_)?(?:attn|attention)(?:[._]|$)|(?:^|\.)(?:conv1d|conv)\.")
 _SHARED = re.compile(r"(?:^|\.)shared?_|(?:^|\.)(?:shared_mlp|residual_mlp)(?:\.|$)")
-_EXPERT = re.compile(r"(?P<block>(?:.+\.)?)(?:experts|local_experts)\.(?:expert_)?(?P<expert>0|[1-9]\d*)\.(?P<part>.+)")
+_EXPERT = re.compile(
+    r"(?P<block>(?:.+\.)?)(?:experts|local_experts)\.(?P<matrix>(?:gate_up|gate|up|down)_projs\.)?(?:expert_)?"
+    r"(?P<expert>0|[1-9]\d*)\.(?P<part>.+)"
+)
+"""The matrix stands before the expert's number in gpt-oss's checkpoints for bitsandbytes."""
 _FUSED = re.compile(r"(?P<block>(?:.+\.)?)(?:experts\.(?P<part>.+)|(?:input|output)_linear\.weight)")
 _JOINED = re.compile(r"mlp\.(?:w1|v1|w2)")
 """DBRX's: experts behind one another in dimension 0."""
@@ -230,6 +230,13 @@ _ROUTER = re.compile(
     r"(?:^|\.)(?:gate|router)(?:\.|$)|e_score|correction_bias|expert_bias|per_expert|balancing|moe_statics"
 )
 _IDS = re.compile(r"(?:^|\.)tid2eid$")
+_PACKED = re.compile(
+    r"(?:^|[._])(?:qweight|qzeros|weight_packed|zero_point|W_q|zero|absmax|nested_absmax|quant_state|SCB)(?:[._]|$)"
+)
+"""Several values of a quantised matrix in one, or blocks that know no rows."""
+_NORM = re.compile(r"norm\.(?:weight|bias)$")
+_METADATA = re.compile(r"\.quant_state\.bitsandbytes__\w+$")
+"""bitsandbytes' text about a matrix, numbers as text included: of as many bytes as that takes."""
 _SUSPECT = re.compile(r"expert|router|(?:^|[._])moe[._]|(?:^|\.)gate\.|e_score|tid2eid")
 _WHOLE_NUMBERS = {
     "U8": "u1",
@@ -249,22 +256,24 @@ class Role:
     dimension), "ids" experts' numbers as values; "expert" belongs to one expert alone.
 
     layer: the model's absolute index. expert: its index, for "expert". place: the name without the expert's number,
-    equal for the tensors that change places with each other.
+    equal for the tensors that change places with each other. sets: of "columns", how many sets of experts have a row
+    each, of which the first changes.
     """
 
     kind: Literal["router", "fused", "columns", "ids", "expert"]
     layer: int
     expert: int = -1
     place: str = ""
+    sets: int = 1
 
 
 def tensor_roles(
-    tensors: Sequence[StoredTensor], spec: ModelSpec, hidden_layers: int, mtp_layers: int = 0, encoder_layers: int = 0
+    tensors: Sequence[StoredTensor], spec: ModelSpec, reading: ConfigReading, mtp_layers: int = 0
 ) -> dict[str, Role | None]:
     """Each tensor's part in a routed MoE layer, by its name; None for tensors a change of experts leaves alone.
 
-    Layers past `hidden_layers`, for multi-token prediction, keep their experts as they are, and so do parts of the
-    model that are no language model. encoder_layers: from which a decoder's layers are counted on.
+    Layers past the model's, for multi-token prediction, keep their experts as they are, and so do parts of the model
+    that are no language model.
 
     Raises:
         UnsupportedError: a tensor of a MoE layer that has a dimension of as many as there are experts, or one that
@@ -273,21 +282,21 @@ def tensor_roles(
     blocks: dict[int, set[str]] = defaultdict(set)
     places: dict[str, tuple[int, str, str]] = {}
     for tensor in tensors:
-        match = None if _ELSEWHERE.search(tensor.name) else _LAYER.fullmatch(tensor.name)
+        match = None if BESIDE.search(tensor.name) else _LAYER.fullmatch(tensor.name)
         if match is None:
-            if _SUSPECT.search(tensor.name) and not _ELSEWHERE.search(tensor.name):
+            if _SUSPECT.search(tensor.name) and not BESIDE.search(tensor.name):
                 raise UnsupportedError(
                     f"tensor {tensor.name} speaks of experts outside the MoE layers; how to permute it is not known"
                 )
             continue
-        decoder = encoder_layers * bool(re.search(r"(?:^|\.)decoder\.", match["stem"]))
+        decoder = reading.encoder_layers * bool(re.search(r"(?:^|\.)decoder\.", match["stem"]))
         layer, rest = int(match["layer"]) + decoder, match["rest"]
-        if layer >= hidden_layers + mtp_layers and _SUSPECT.search(rest):
+        if layer >= reading.hidden_layers + mtp_layers and _SUSPECT.search(rest):
             raise UnsupportedError(
-                f"tensor {tensor.name} speaks of experts outside the MoE layers: the config has {hidden_layers} layers"
-                f" and {mtp_layers} for multi-token prediction"
+                f"tensor {tensor.name} speaks of experts outside the MoE layers: the config has "
+                f"{reading.hidden_layers} layers and {mtp_layers} for multi-token prediction"
             )
-        if layer >= hidden_layers:
+        if layer >= reading.hidden_layers:
             continue
         places[tensor.name] = (layer, match["stem"], rest)
         found = (
@@ -306,11 +315,28 @@ def tensor_roles(
         if tensor.name in places:
             layer, stem, rest = places[tensor.name]
             if layer in spec.moe_layers and not _ATTENTION.search(rest) and not _SHARED.search(rest):
-                roles[tensor.name] = _role(tensor, layer, stem, rest, blocks[layer], spec)
+                roles[tensor.name] = _role(tensor, layer, stem, rest, blocks[layer], spec, reading)
+    _check_single_routers([tensor for tensor in tensors if len(tensor.shape) == 2], roles)
     return roles
 
 
-def _role(tensor: StoredTensor, layer: int, stem: str, rest: str, blocks: set[str], spec: ModelSpec) -> Role | None:
+def _check_single_routers(matrices: Sequence[StoredTensor], roles: Mapping[str, Role | None]) -> None:
+    """Refuses layers in which two matrices could each be the router's last."""
+    seen: dict[int, str] = {}
+    for tensor in matrices:
+        role = roles[tensor.name]
+        if role is not None and role.kind in ("router", "columns") and tensor.name.endswith(".weight"):
+            other = seen.setdefault(role.layer, tensor.name)
+            if other != tensor.name:
+                raise UnsupportedError(
+                    f"{other} and {tensor.name} both have a row or column for each expert; which of them the router's "
+                    "scores come from is not known"
+                )
+
+
+def _role(
+    tensor: StoredTensor, layer: int, stem: str, rest: str, blocks: set[str], spec: ModelSpec, reading: ConfigReading
+) -> Role | None:
     def unclear(why: str) -> UnsupportedError:
         return UnsupportedError(
             f"tensor {tensor.name} of shape {list(tensor.shape)} is in a layer of {spec.experts} experts and {why}; "
@@ -318,41 +344,54 @@ def _role(tensor: StoredTensor, layer: int, stem: str, rest: str, blocks: set[st
         )
 
     if single := _EXPERT.fullmatch(rest):
-        return Role("expert", layer, int(single["expert"]), f"{stem}{single['block']}experts.*.{single['part']}")
-    routed = spec.experts + spec.zero_experts
+        place = f"{stem}{single['block']}experts.{single['matrix'] or ''}*.{single['part']}"
+        return Role("expert", layer, int(single["expert"]), place)
+    routed = {spec.experts, spec.experts + spec.zero_experts, reading.router_rows}
     first = tensor.shape[0] if tensor.shape else 0
     if fused := _FUSED.fullmatch(rest):
-        if not tensor.shape:
+        if math.prod(tensor.shape) == 1 < spec.experts:
             return None
-        if (_ROUTER.search(fused["part"] or "") and first == routed) or first == spec.experts:
+        if _NORM.search(rest) and tensor.shape == (spec.expert_output_size,):
+            if first == spec.experts:
+                raise unclear("is as long as an expert's output as well")
+            return None
+        if (_ROUTER.search(fused["part"] or "") and first in routed) or first == spec.experts:
             return Role("fused", layer)
         if fused["part"] and _JOINED.fullmatch(fused["part"]) and first % spec.experts == 0:
             return Role("fused", layer)
-        if first == routed and spec.zero_experts:
+        if first == spec.experts + spec.zero_experts:
             return Role("fused", layer)
         raise unclear(f"expected {spec.experts} experts in dimension 0")
     if _IDS.search(rest):
         if tensor.dtype not in _WHOLE_NUMBERS:
             raise unclear(f"its expert ids are {tensor.dtype}")
         return Role("ids", layer)
+    sized = bool(routed.intersection(tensor.shape))
     if not any(f"{stem}{rest}".startswith(block) for block in blocks):
-        if routed not in tensor.shape or not _SUSPECT.search(rest):
+        if not sized or not _SUSPECT.search(rest):
             return None
         if not _ROUTER.search(rest):
             raise unclear("its name speaks of experts outside of their block")
-    if _ROUTER.search(rest) or (_SUSPECT.search(rest) and routed in tensor.shape):
-        if first == routed:
-            plain = tensor.shape.count(routed) == 1 or re.search(
+    if _ROUTER.search(rest) or (_SUSPECT.search(rest) and sized):
+        if reading.expert_sets > 1:
+            if rest.endswith("_1"):
+                return None
+            if len(tensor.shape) == 2 and tensor.shape == (reading.expert_sets, spec.experts):
+                return Role("columns", layer, sets=reading.expert_sets)
+        if _PACKED.search(rest):
+            raise unclear("has the router's weights packed, in which an expert's are not apart")
+        if first in routed:
+            plain = sum(size in routed for size in tensor.shape) == 1 or re.search(
                 r"(?:gate|router|wg|classifier|proj|layer)\.weight$", rest
             )
             if not plain:
                 raise unclear("has two dimensions of that size")
             return Role("router", layer)
-        if len(tensor.shape) > 1 and tensor.shape[-1] == routed:
+        if len(tensor.shape) > 1 and tensor.shape[-1] in routed:
             return Role("columns", layer)
         if re.search(r"(?:^|\.)(?:gate|router)\.weight$", rest):
-            raise unclear(f"is no router of theirs, expected {routed} experts in dimension 0")
-    elif routed in tensor.shape and stem not in blocks:
+            raise unclear(f"is no router of theirs, expected {reading.router_rows} experts in dimension 0")
+    elif sized and stem not in blocks:
         raise unclear("its name is not known")
     return None
 
@@ -363,8 +402,13 @@ def _role(tensor: StoredTensor, layer: int, stem: str, rest: str, blocks: set[st
 Experts: TypeAlias = "Mapping[str, Sequence[StoredTensor]]"
 
 
-def experts_by_place(headers: Sequence[Header], roles: Mapping[str, Role | None], experts: int) -> Experts:
-    """The E tensors that change places with each other, in expert order, by `Role.place`.
+def experts_by_place(
+    headers: Sequence[Header], roles: Mapping[str, Role | None], experts: int, stored: set[int]
+) -> Experts:
+    """The E tensors that change places with each other, in expert order, by `Role.place`, and behind them those that
+    stay.
+
+    stored: how many of a place there may be beside E: zero experts have some, or another set of experts.
 
     Raises:
         FileFormatError: a place lacks an expert. UnsupportedError: its experts differ in shape or dtype.
@@ -376,19 +420,20 @@ def experts_by_place(headers: Sequence[Header], roles: Mapping[str, Role | None]
             if role is not None and role.kind == "expert":
                 by_place[role.place][role.expert] = tensor
     for place, tensors in by_place.items():
-        if sorted(tensors) != list(range(experts)):
+        if len(tensors) not in stored or sorted(tensors) != list(range(len(tensors))):
             wrong = sorted(set(range(experts)) ^ set(tensors))
             raise FileFormatError(
                 f"{place}: expected tensors of experts 0 to {experts - 1}, expert {wrong[0]} is missing or too many"
             )
         first = tensors[0]
         for expert, tensor in tensors.items():
-            if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
+            alike = tensor.shape == first.shape or (_METADATA.search(place) and len(tensor.shape) == 1)
+            if expert < experts and (tensor.dtype != first.dtype or not alike):
                 raise UnsupportedError(
                     f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expert 0's is {first.dtype} "
                     f"{list(first.shape)}: experts of different form cannot change places (expert {expert})"
                 )
-    return {place: [tensors[expert] for expert in range(experts)] for place, tensors in by_place.items()}
+    return {place: [tensors[expert] for expert in sorted(tensors)] for place, tensors in by_place.items()}
 
 
 def check_complete(headers: Sequence[Header], roles: Mapping[str, Role | None], layers: Sequence[int]) -> None:
@@ -405,6 +450,30 @@ def check_complete(headers: Sequence[Header], roles: Mapping[str, Role | None], 
                 raise FileFormatError(f"{names}: no {what} of layer {layer} among the tensors, which the plan places")
 
 
+def _source(role: Role, experts: Experts, order: Mapping[int, IntArray]) -> StoredTensor:
+    """The tensor whose content an expert's place gets."""
+    rows = order[role.layer]
+    return experts[role.place][rows[role.expert] if role.expert < len(rows) else role.expert]
+
+
+def permuted_header(
+    header: Header, roles: Mapping[str, Role | None], experts: Experts, order: Mapping[int, IntArray]
+) -> bytes:
+    """The permuted file's first bytes: the header as it is, but where text about a matrix has another length."""
+    own = [(tensor, roles[tensor.name]) for tensor in header.tensors]
+    sources = [_source(role, experts, order) if role is not None and role.kind == "expert" else t for t, role in own]
+    if all(tensor.shape == source.shape for (tensor, _), source in zip(own, sources, strict=True)):
+        return header.raw
+    entries: dict[str, Any] = json.loads(header.raw[8:])
+    start = 0
+    for (tensor, _), source in zip(own, sources, strict=True):
+        offsets = [start, start := start + source.nbytes]
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(source.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def file_ranges(
     header: Header, roles: Mapping[str, Role | None], experts: Experts, order: Mapping[int, IntArray]
 ) -> Iterator[ByteRange | Content]:
@@ -417,7 +486,7 @@ def file_ranges(
         if role is None:
             yield ByteRange(tensor.file, tensor.start, tensor.nbytes)
         elif role.kind == "expert":
-            source = experts[role.place][order[role.layer][role.expert]]
+            source = _source(role, experts, order)
             yield ByteRange(source.file, source.start, source.nbytes)
         elif role.kind in ("ids", "columns"):
             yield Content(_rewritten(tensor, role, order[role.layer]))
@@ -442,7 +511,10 @@ def _rewritten(tensor: StoredTensor, role: Role, rows: IntArray) -> bytes:
     if role.kind == "columns":
         values = raw.reshape(*tensor.shape, -1)
         order = np.concatenate([rows, np.arange(len(rows), tensor.shape[-1])])
-        return np.ascontiguousarray(values[..., order, :]).tobytes()
+        changed = values[..., order, :]
+        if role.sets > 1:
+            changed[1:] = values[1:]
+        return np.ascontiguousarray(changed).tobytes()
     ids = raw.view(_WHOLE_NUMBERS[tensor.dtype])
     inside = (ids >= 0) & (ids < len(rows))
     changed = ids.copy()
@@ -489,26 +561,22 @@ def read_expert_order(folder: str | Path) -> dict[int, IntArray] | None:
 
 
 def read_weight_headers(folder: Path) -> list[Header]:
-    """The checked headers of a checkpoint's weight files: `model.safetensors`, or all that the index names.
+    """The checked headers of a checkpoint's weight files: `model.safetensors`, or all that its index names.
 
     Raises:
         InputError: no weights, or both forms. FileFormatError: a missing shard, a tensor that the index places in
             another shard or does not know, a shard name that leaves the folder.
     """
-    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
-    if single == index:
-        problem = f"both {SINGLE} and {INDEX}; remove the stale one" if single else f"neither {SINGLE} nor {INDEX}"
-        hint = "" if single else "; save the model with save_pretrained first"
-        raise InputError(f"{folder}: there is {problem}{hint}")
-    if single:
+    index = weight_index(folder)
+    if index is None:
         return [read_header(folder / SINGLE)]
-    placed = json_object(folder / INDEX).get("weight_map")
+    placed = json_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise FileFormatError(f"{folder / INDEX}: no weight_map")
+        raise FileFormatError(f"{index}: no weight_map")
     files: dict[str, set[str]] = {}
     for name, file in placed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise FileFormatError(f"{folder / INDEX}: tensor {name}: {str(file)[:100]!r} is not a shard of this folder")
+            raise FileFormatError(f"{index}: tensor {name}: {str(file)[:100]!r} is not a shard of this folder")
         files.setdefault(file, set()).add(name)
     headers = []
     for file, expected in sorted(files.items()):
@@ -525,14 +593,34 @@ def read_weight_headers(folder: Path) -> list[Header]:
     return headers
 
 
+def weight_index(folder: Path) -> Path | None:
+    """The index of the folder's shards; None where all weights are in `SINGLE`.
+
+    Raises:
+        InputError: neither is there, or both, or several indexes and none is the model's.
+    """
+    single, model = (folder / SINGLE).is_file(), folder / f"model{INDEX}"
+    found = [model] if model.is_file() else sorted(folder.glob(f"*{INDEX}"))
+    if single and model.is_file():
+        raise InputError(f"{folder}: there is both {SINGLE} and {model.name}; remove the stale one")
+    if not single and len(found) != 1:
+        listed = ", ".join(path.name for path in found)
+        raise InputError(
+            f"{folder}: there is neither {SINGLE} nor {model.name}"
+            + (f", but {listed}; remove the stale ones" if found else "; save the model with save_pretrained first")
+        )
+    return None if single else found[0]
+
+
 def other_files(folder: Path, weights: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names to copy, and names left out: folders, and weights that stay in the old order."""
     copied: list[str] = []
     left_out: list[str] = []
+    index = weight_index(folder)
     for entry in sorted(folder.iterdir()):
         if entry.name in weights or entry.name == ORDER_FILE:
             continue
-        skip = not entry.is_file() or entry.name.endswith(OTHER_WEIGHTS)
+        skip = not entry.is_file() or (entry.name.endswith(OTHER_WEIGHTS) and entry != index)
         (left_out if skip else copied).append(entry.name)
     return tuple(copied), tuple(left_out)
 

@@ -1,4 +1,4 @@
-"""A plan applied to a Megatron-LM or torchtitan model in memory, experts spread over ranks or not."""
+"""A plan applied to a Megatron-LM, torchtitan or DeepSpeed AutoEP model in memory, experts spread over ranks or not."""
 
 from __future__ import annotations
 
@@ -21,20 +21,26 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
-# Which part of a Megatron-LM or torchtitan model a parameter or buffer is, by its name. Names as of megatron-core
-# 0.16.1 (megatron/core/transformer/moe: router.py, experts.py, shared_experts.py) and torchtitan 0.2.2 and 0.3.0
-# (torchtitan/models/common/moe.py, models/gpt_oss/moe.py).
+# Which part of a model a parameter or buffer is, by its name. Names as of megatron-core 0.16.1
+# (megatron/core/transformer/moe: router.py, experts.py, shared_experts.py), torchtitan 0.2.2 and 0.3.0
+# (torchtitan/models/common/moe.py, models/gpt_oss/moe.py) and DeepSpeed 0.19.8 (module_inject/auto_ep_layer.py, in the
+# place of a Transformers model's MoE block).
 
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 _MEGATRON = re.compile(r"(?P<stem>(?:.+\.)?decoder\.layers\.(?P<layer>\d+)\.)mlp\.(?P<rest>.+)")
 _TITAN = re.compile(r"(?P<stem>(?:.+\.)?layers\.(?P<layer>\d+)\.)moe\.(?P<rest>.+)")
+_AUTOEP = re.compile(
+    r"(?P<stem>(?:.+\.)?layers\.(?P<layer>\d+)\.)(?:mlp|block_sparse_moe|feed_forward)\."
+    r"(?P<rest>router\..+|experts\.w[123]|expert_bias|tokens_per_expert|shared_experts(?:_gate)?\..+)"
+)
 _PREDICTION = re.compile(r"(?:^|\.)mtp(?:_|\.)")
 _SUSPECT = re.compile(r"expert|router|(?:^|\.)moe\.")
 
 _ROUTER = re.compile(
     r"router\.(?:weight|bias|expert_bias|local_tokens_per_expert|global_tokens_per_expert)"  # Megatron-LM
-    r"|router\.gate\.(?:weight|bias)|(?:expert_bias|tokens_per_expert)(?:_E)?"  # torchtitan
+    r"|router\.gate\.(?:weight|bias)|(?:expert_bias|tokens_per_expert)(?:_E)?"  # torchtitan, DeepSpeed
+    r"|router\.e_score_correction_bias"  # DeepSpeed
 )
 _STACKED = re.compile(
     r"(?:routed_experts\.inner_experts|experts)\.(?:w[123]|w1_EFD|w2_EDF|w3_EFD"
@@ -44,7 +50,7 @@ _JOINED = re.compile(r"experts\.weight[12]")
 _GROUPED = re.compile(r"experts\.(linear_fc[12]\.(?:weight|bias))(\d+)")
 _SINGLE = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
 _ALIKE = re.compile(
-    r"shared_experts\..+|router\.ga_steps|fc[12]_latent_proj\..+"
+    r"shared_experts(?:_gate)?\..+|router\.ga_steps|fc[12]_latent_proj\..+"
     # A layer without experts.
     r"|linear_fc[12]\.(?:weight|bias|layer_norm_weight|layer_norm_bias)"
 )
@@ -78,14 +84,14 @@ def model_role(name: str) -> ModelRole | None:
         UnsupportedError: a name inside an MoE layer, or one that speaks of experts elsewhere, which is not known.
     """
     plain = without_wrappers(name)
-    match = _MEGATRON.fullmatch(plain) or _TITAN.fullmatch(plain)
+    match = _MEGATRON.fullmatch(plain) or _TITAN.fullmatch(plain) or _AUTOEP.fullmatch(plain)
     if _PREDICTION.search(plain):
         return None
     if match is None:
         if _SUSPECT.search(plain):
             raise UnsupportedError(
-                f"{name} speaks of experts, and its name is of no layer of Megatron-LM or torchtitan that is known; "
-                "leaving it as it is could give wrong results"
+                f"{name} speaks of experts, and its name is of no layer of Megatron-LM, torchtitan or AutoEP that is "
+                "known; leaving it as it is could give wrong results"
             )
         return None
     layer, stem, rest = int(match["layer"]), match["stem"], match["rest"]
@@ -100,7 +106,7 @@ def model_role(name: str) -> ModelRole | None:
         return ModelRole("expert", layer, stem, f"{stem}{single[2]}", int(single[1]))
     raise UnsupportedError(
         f"{name} stands in an MoE layer and its name is not known; leaving it as it is could give wrong results. Known "
-        "are megatron-core up to 0.16 and torchtitan 0.2 and 0.3"
+        "are megatron-core up to 0.16, torchtitan 0.2 and 0.3, and DeepSpeed's AutoEP 0.19"
     )
 
 
@@ -130,7 +136,8 @@ def permute_model(
     three times; a DTensor's whole, twice.
 
     Args:
-        model: of Megatron-LM, its chunks of interleaved pipeline parallelism too, or torchtitan, wrapped or not.
+        model: of Megatron-LM, its chunks of interleaved pipeline parallelism too, torchtitan, or DeepSpeed's AutoEP,
+            wrapped or not.
         plan: without replicas, with as many slots on every device.
         optimizer: a plain torch optimizer whose state moves along; Megatron-LM's own ones keep copies out of reach, so
             permute before they are made.
@@ -218,7 +225,7 @@ def _checked(places: Sequence[Place], plan: Plan, group: ProcessGroup | None) ->
         raise InputError(
             f"layer {halves[0]} has {'no experts' if True in seen[halves[0]] else 'no router'} in this model"
             if halves
-            else "the model has no MoE layer under a name of Megatron-LM or torchtitan"
+            else "the model has no MoE layer under a name of Megatron-LM, torchtitan or DeepSpeed's AutoEP"
         )
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks != 1 and ranks != plan.topology.num_devices:

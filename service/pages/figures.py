@@ -11,14 +11,15 @@ from ..._types import FloatArray
 from ...db.records import DeploymentRecord
 from ...db.store import Store
 from ...placement.bounds import device_loads
-from ...placement.cost import dispatch_bytes
-from ...placement.engines import engine_objective, engine_profile
+from ...placement.cost import dispatch_bytes, slot_shares
 from ...placement.migration import migration
+from ...placement.objective import Objective
 from ...placement.plan import Plan
 from ...placement.replay import traffic_from_counts
+from ...placement.step_mix import step_mix
 from ..policy import Policy
 from ..routing import from_windows
-from ..tasks.decide import default_plan
+from ..tasks.decide import default_plan, problem_of
 
 SHOWN_MOVES = 200
 
@@ -64,16 +65,15 @@ def compared(
     if not windows:
         return None
     model = store.model(deployment.model_id).spec
-    load, objective = from_windows(windows, model).total_load, policy.objective
-    if policy.engine is not None:
-        objective = engine_objective(engine_profile(policy.engine), objective, model)
-    traffic = traffic_from_counts(after[0], load, policy.step_tokens, objective)
+    problem = problem_of(after[0], from_windows(windows, model), policy.objective, policy.engine, policy.asked)
+    load, objective, tokens = problem.statistics.total_load, problem.objective, step_mix(problem).mean_tokens
+    traffic = traffic_from_counts(after[0], load, round(tokens), objective)
     return LoadComparison(
         plan=after[0],
         before_name=before[1],
         after_name=after[1],
-        before=_relative(before[0], load),
-        after=_relative(after[0], load),
+        before=_relative(before[0], load, objective),
+        after=_relative(after[0], load, objective),
         traffic=traffic.dispatch * dispatch_bytes(after[0].model, objective),
     )
 
@@ -111,8 +111,8 @@ def moves(current: Plan, candidate: Plan) -> ExpertMoves:
     )
 
 
-def _relative(plan: Plan, load: FloatArray) -> FloatArray:
-    devices = plan.topology.num_devices
-    loads = device_loads(load, plan.physical_to_logical, plan.shares, plan.slot_device, devices)
+def _relative(plan: Plan, load: FloatArray, objective: Objective) -> FloatArray:
+    devices, shares = plan.topology.num_devices, slot_shares(plan, load, objective)
+    loads = device_loads(load, plan.physical_to_logical, shares, plan.slot_device, devices)
     mean = loads.mean(axis=1, keepdims=True)
     return np.asarray(loads / np.where(mean > 0, mean, 1.0))

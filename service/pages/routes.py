@@ -4,124 +4,87 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qs
+from urllib.parse import quote
 
-import numpy as np
-from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
-from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
 
 from ..._types import FloatArray
-from ...db.records import ROLES, Actor, CheckRecord, DecisionRecord, DeploymentRecord, EngineRecord, JobRecord, Role
+from ...charts.heat_maps import Shades, device_map, load_map, load_shades
+from ...charts.lines import POINT_KINDS, Mark, Series, line_chart, scatter
+from ...charts.svg import STATIC as CHARTS
+from ...db.jobs import ENDED
+from ...db.records import DecisionRecord, DeploymentRecord, EngineRecord, JobRecord
 from ...db.store import Store
 from ...placement.errors import NotFoundError
 from ...placement.plan import Plan
-from ..access import COOKIE, Gate
+from ...placement.topology import Topology
+from ..access import COOKIE, Gate, check_role, check_scope
 from ..routes.common import KeyPath, NamePath, Stored
 from ..routes.studies import submit_pareto, submit_what_if
 from ..schemas import ParetoRequest, WhatIfRequest
 from ..tasks.decide import default_plan
 from . import figures
-from .charts import Mark, Series, heat_map, line_chart, scatter
-
-pages = Environment(
-    loader=PackageLoader(__name__.rpartition(".")[0]), autoescape=select_autoescape(default=True), trim_blocks=True
-)
-pages.filters["minute"] = lambda moment: moment.strftime("%Y-%m-%d %H:%M")
-pages.filters["figure"] = lambda value: "–" if value is None else f"{value:,.4g}"
-pages.filters["percent"] = lambda value: "–" if value is None else f"{value:.2%}"
-pages.filters["size"] = lambda value: "–" if value is None else f"{value / 1e9:,.2f} GB"
-pages.filters["ms"] = lambda value: "–" if value is None else f"{value * 1e3:,.3f}"
+from .deployment_charts import charts_over_time, span_of
+from .forms import form_of, whole_number
+from .templating import page
+from .visitors import Visitor, at
 
 
-async def visitor(request: Request) -> Actor:
-    """Whose visit it is; without a valid token, the way to the sign-in page."""
-    gate: Gate = request.app.state.gate
-    try:
-        return await run_in_threadpool(gate.actor, request, request.cookies.get(COOKIE))
-    except HTTPException as error:
-        if error.status_code == 401:
-            raise HTTPException(303, "sign in", headers={"Location": "/sign-in"}) from None
-        raise
-
-
-Visitor = Annotated[Actor, Depends(visitor)]
-
-
-def may(actor: Actor | None, role: Role) -> bool:
-    """Whether the visitor has this role or a higher one."""
-    return actor is not None and ROLES.index(actor.role) >= ROLES.index(role)
-
-
-def needs(actor: Actor, role: Role) -> None:
-    """Raises HTTPException 403 where the visitor has a lower role."""
-    if not may(actor, role):
-        raise HTTPException(403, f"token {actor.name!r} has role {actor.role!r}; this needs {role!r}")
-
-
-async def form_of(request: Request) -> dict[str, str]:
-    """The fields of a form."""
-    kind = request.headers.get("content-type", "").partition(";")[0]
-    if kind != "application/x-www-form-urlencoded":
-        raise HTTPException(415, "expected a form")
-    body = (await request.body())[:20_000].decode(errors="replace")
-    return {key: values[0] for key, values in parse_qs(body, keep_blank_values=True, max_num_fields=20).items()}
-
-
-def page(template: str, actor: Actor | None, **values: Any) -> HTMLResponse:
-    """A page. Templates know what the visitor may."""
-    allowed = {"approver": may(actor, "approve"), "submitter": may(actor, "submit")}
-    html = pages.get_template(template).render(actor=actor, **allowed, **values)
-    return HTMLResponse(html, headers={"Cache-Control": "no-store"})
-
-
-def maps_of(found: figures.LoadComparison) -> dict[str, Any]:
+def maps_of(comparison: figures.LoadComparison) -> dict[str, Any]:
     """Heat maps of device loads under two plans, and of the traffic under the second."""
-    layers = [f"layer {layer}" for layer in found.plan.moe_layers]
-    devices = [str(device) for device in range(found.plan.topology.num_devices)]
-    low, high = 0.5, float(max(found.before.max(), found.after.max(), 1.2))
+    topology = comparison.plan.topology
+    shades = load_shades([comparison.before, comparison.after])
     maps = [
         (
             f"{name}: worst {values.max():.2f} times the mean",
-            Markup(heat_map(f"Device load, {name}", values, layers, devices, low=low, high=high)),
+            Markup(load_map(f"Device load, {name}", values, comparison.plan.moe_layers, topology.node_size, shades)),
         )
-        for name, values in ((found.before_name, found.before), (found.after_name, found.after))
+        for name, values in ((comparison.before_name, comparison.before), (comparison.after_name, comparison.after))
     ]
-    traffic = device_map("Traffic between devices", found.traffic / 1e6)
-    shades = {"low": low, "high": high}
-    return {"load": maps, **shades, "traffic": Markup(traffic), "most": float(found.traffic.max() / 1e6)}
+    traffic = _device_map("Traffic between devices", comparison.traffic / 1e6, topology, "{:.3g} MB")
+    return {"load": maps, "traffic": traffic, "most": float(comparison.traffic.max() / 1e6)}
 
 
-def device_map(title: str, values: FloatArray) -> Markup:
-    """A heat map of something from device (row) to device (column), [G, G]."""
-    devices = range(len(values))
-    rows, columns = [f"from {d}" for d in devices], [f"to {d}" for d in devices]
-    return Markup(heat_map(title, values, rows, columns, low=0.0, high=float(values.max()) or 1.0))
+def _device_map(title: str, values: FloatArray, topology: Topology, form: str) -> Markup:
+    shades = Shades(0.0, float(values.max()) or 1.0, form.format)
+    return Markup(device_map(title, values, topology.node_size, shades))
 
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 INDEX = "index order"
-KINDS = {
-    None: ("circle", "nothing asked"),
-    "device": ("diamond", "device failures"),
-    "node": ("square", "node failures"),
-}
+Moment = Annotated[str | None, Query(max_length=40)]
 
 
 @router.get("/jobs/{key}")
 def job_page(key: KeyPath, store: Stored, actor: Visitor) -> HTMLResponse:
     """A job: how far it is, and what came of it."""
     job = store.jobs.get(key)
-    return page("job.html", actor, job=job, front=front_of(job), course=_course(job), told=_told(job))
+    check_scope(actor, job.deployment)
+    return page(
+        "job.html",
+        actor,
+        section="jobs",
+        live=_live(job),
+        job=job,
+        front=front_of(job),
+        course=_course(job),
+        told=_told(job),
+    )
+
+
+def _live(job: JobRecord) -> str | None:
+    """Where its page is told that it has gone on; what has ended does not."""
+    return None if job.state in ENDED else f"/jobs/{job.key}/live"
 
 
 @router.post("/deployments/{name}/studies")
 async def ask(name: NamePath, request: Request, actor: Visitor) -> Response:
     """The buttons that ask for a front or a what-if."""
     kind = (await form_of(request)).get("kind")
-    needs(actor, "submit")
+    check_role(actor, "submit")
     store: Store = request.app.state.store
     if kind == "pareto":
         job = await run_in_threadpool(submit_pareto, ParetoRequest(deployment=name), request, store, actor)
@@ -129,7 +92,7 @@ async def ask(name: NamePath, request: Request, actor: Visitor) -> Response:
         job = await run_in_threadpool(submit_what_if, WhatIfRequest(deployment=name), request, store, actor)
     else:
         raise HTTPException(422, "kind: expected pareto or what-if")
-    return RedirectResponse(f"/jobs/{job.key}", 303)
+    return RedirectResponse(at(request, f"/jobs/{job.key}"), 303)
 
 
 @router.get("/deployments/{name}/diff")
@@ -148,21 +111,27 @@ def diff_page(
     return page(
         "diff.html",
         actor,
+        section="deployments",
         deployment=deployment,
         choices={**{ref: f"plan {ref}" for ref in (first, second) if ref not in choices}, **choices},
         before=first,
         after=second,
         named=named,
         moved=moved,
-        moved_map=device_map("Experts moved between devices", moved.matrix) if moved.count else None,
+        moved_map=_moved_map(moved, plans[1].topology),
         maps=None if comparison is None else maps_of(comparison),
     )
 
 
+def _moved_map(moved: figures.ExpertMoves, topology: Topology) -> Markup | None:
+    title = "Experts moved between devices"
+    return _device_map(title, moved.matrix, topology, "{:.0f} experts") if moved.count else None
+
+
 def latest_front(store: Store, deployment: str) -> JobRecord | None:
     """The newest front of a deployment."""
-    found = store.jobs.page(limit=1, deployment=deployment, kind="pareto", state="done")
-    return found[0] if found else None
+    page = store.jobs.page(limit=1, deployment=deployment, kind="pareto", state="done")
+    return page[0] if page else None
 
 
 def front_of(job: JobRecord) -> dict[str, Any] | None:
@@ -193,7 +162,7 @@ def _plot(points: Any, x_title: str, value: Any, more_is_better: bool = False) -
         Mark(
             float(value(point)),
             point["risk_seconds"] * 1e3,
-            "cross" if point["point"] == "in force" else KINDS[point["tolerate"]][0],
+            *POINT_KINDS["in force" if point["point"] == "in force" else point["tolerate"] or "nothing asked"],
             f"{point['point']}: {point['risk_seconds'] * 1e3:.4g} ms, {value(point):.4g}",
             point["best"],
         )
@@ -218,27 +187,27 @@ def _course(job: JobRecord) -> Markup | None:
     history = job.progress.get("history") or []
     if len(history) < 2:
         return None
-    labels = [f"{entry[0]:.1f} s" for entry in history]
     series = [
         Series("best so far", [entry[1] for entry in history], "series-a"),
         Series("proven bound", [entry[2] for entry in history], "series-b"),
     ]
-    return Markup(line_chart("Value over time", labels, series))
+    at = [entry[0] for entry in history]
+    return Markup(line_chart("Value over time", at, series, "{:.6g}".format, "s since it began"))
 
 
 def _choices(store: Store, deployment: DeploymentRecord) -> dict[str, str]:
     """Plans to compare, by id, newest first, and index order."""
-    found: dict[str, str] = {}
+    choices: dict[str, str] = {}
     for decision in store.decisions.page(deployment.name, limit=20, state="waiting"):
-        found.setdefault(decision.candidate_id, f"candidate of decision {decision.key}")
+        choices.setdefault(decision.candidate_id, f"candidate of decision {decision.key}")
     for entry in store.deployments.publications(deployment.name, limit=50):
-        found.setdefault(
+        choices.setdefault(
             entry.plan_id, f"version {entry.version}" + (" (in force)" if entry.version == deployment.version else "")
         )
     front = latest_front(store, deployment.name)
     for point in [] if front is None or front.result is None else front.result["points"]:
-        found.setdefault(point["stored_as"], f"front of job {front.key if front else ''}: {point['point']}")
-    return {**found, INDEX: INDEX}
+        choices.setdefault(point["stored_as"], f"front of job {front.key if front else ''}: {point['point']}")
+    return {**choices, INDEX: INDEX}
 
 
 def _plan(store: Store, deployment: DeploymentRecord, ref: str) -> Plan:
@@ -246,8 +215,15 @@ def _plan(store: Store, deployment: DeploymentRecord, ref: str) -> Plan:
 
 
 HERE = Path(__file__).parent
-STATIC = {"style.css": "text/css"}
-CHECKS = 100
+OWN = HERE / "static"
+STATIC = {
+    "style.css": (OWN, "text/css"),
+    "live.js": (OWN, "text/javascript"),
+    "charts.css": (CHARTS, "text/css"),
+    "charts.js": (CHARTS, "text/javascript"),
+}
+SHOWN = 100
+"""Deployments of one page."""
 
 
 @router.get("/static/{name}")
@@ -255,7 +231,8 @@ async def static(name: str) -> FileResponse:
     """Files of the pages, by a list: what is asked for never becomes a path."""
     if name not in STATIC:
         raise HTTPException(404, "no such file")
-    return FileResponse(HERE / "static" / name, media_type=STATIC[name], headers={"Cache-Control": "max-age=3600"})
+    folder, kind = STATIC[name]
+    return FileResponse(folder / name, media_type=kind, headers={"Cache-Control": "max-age=3600"})
 
 
 @router.get("/sign-in")
@@ -272,43 +249,52 @@ async def sign_in(request: Request) -> Response:
     except HTTPException as error:
         if error.status_code != 401:
             raise
-        return RedirectResponse("/sign-in?wrong=1", 303)
-    answer = RedirectResponse("/", 303)
+        return RedirectResponse(at(request, "/sign-in?wrong=1"), 303)
+    answer = RedirectResponse(at(request, "/"), 303)
     answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=request.url.scheme == "https")
     return answer
 
 
 @router.post("/sign-out")
-async def sign_out(_: Visitor) -> Response:
-    answer = RedirectResponse("/sign-in", 303)
+async def sign_out(request: Request, _: Visitor) -> Response:
+    answer = RedirectResponse(at(request, "/sign-in"), 303)
     answer.delete_cookie(COOKIE)
     return answer
 
 
 @router.get("/")
-def index(store: Stored, actor: Visitor) -> HTMLResponse:
-    """All deployments, and what waits for a decision."""
-    rows = []
-    for deployment in store.deployments.page(limit=200):
-        checks = store.deployments.checks(deployment.name, limit=1)
-        rows.append(
-            {
-                "deployment": deployment,
-                "model": store.model(deployment.model_id),
-                "topology": store.topology(deployment.topology_id),
-                "check": checks[0] if checks else None,
-                "totals": store.windows.totals(deployment.name),
-            }
-        )
-    waiting = store.decisions.page(limit=50, state="waiting")
-    return page("index.html", actor, rows=rows, waiting=waiting, jobs=store.jobs.page(limit=10))
+def index(store: Stored, actor: Visitor, after: Annotated[str, Query(max_length=100)] = "") -> HTMLResponse:
+    """Deployments, a page of them at a time, and what waits for a decision."""
+    known = actor.deployments
+    rows = store.deployments.overview(limit=SHOWN + 1, after=after if after.isprintable() else "", among=known)
+    following = rows[SHOWN - 1].deployment.name if len(rows) > SHOWN else None
+    waiting = store.decisions.page(limit=50, state="waiting", among=known)
+    return page(
+        "index.html",
+        actor,
+        live="/live",
+        section="deployments",
+        rows=rows[:SHOWN],
+        following=following,
+        after=after,
+        waiting=waiting,
+        jobs=store.jobs.page(limit=10, among=known),
+    )
 
 
 @router.get("/deployments/{name}")
-def deployment_page(name: NamePath, store: Stored, actor: Visitor) -> HTMLResponse:
+def deployment_page(
+    name: NamePath,
+    store: Stored,
+    actor: Visitor,
+    span_name: Annotated[str | None, Query(alias="range", max_length=10)] = None,
+    since: Moment = None,
+    until: Moment = None,
+) -> HTMLResponse:
     """One deployment: its plan, how it fares, and its history."""
     deployment = store.deployments.get(name)
-    checks = store.deployments.checks(name, limit=CHECKS)[::-1]
+    span = span_of(span_name, since, until)
+    checks = store.deployments.checks(name, limit=span.limit, since=span.since, until=span.until)
     decisions = store.decisions.page(name, limit=50)
     waiting = next((entry for entry in decisions if entry.state == "waiting"), None)
     front = latest_front(store, name)
@@ -316,6 +302,8 @@ def deployment_page(name: NamePath, store: Stored, actor: Visitor) -> HTMLRespon
     return page(
         "deployment.html",
         actor,
+        live=f"/deployments/{quote(name, safe='')}/live",
+        section="deployments",
         deployment=deployment,
         model=store.model(deployment.model_id),
         topology=store.topology(deployment.topology_id),
@@ -323,8 +311,9 @@ def deployment_page(name: NamePath, store: Stored, actor: Visitor) -> HTMLRespon
         publications=store.deployments.publications(name, limit=20),
         decisions=decisions,
         waiting=waiting,
-        checks=checks[::-1],
-        charts=_charts(checks, deployment.policy),
+        checks=checks,
+        span=span,
+        charts=charts_over_time(checks[::-1], deployment.policy, span),
         maps=None if comparison is None else maps_of(comparison),
         totals=store.windows.totals(name),
         engine=_engine(store, name),
@@ -337,14 +326,24 @@ def deployment_page(name: NamePath, store: Stored, actor: Visitor) -> HTMLRespon
 def decision_page(key: KeyPath, store: Stored, actor: Visitor) -> HTMLResponse:
     """One decision, and which experts it would move where."""
     decision = store.decisions.get(key)
+    check_scope(actor, decision.deployment)
+    deployment = store.deployments.get(decision.deployment)
     candidate = store.plan(decision.candidate_id).plan
-    moved = figures.moves(_current(store, decision, candidate), candidate)
+    current = _current(store, decision, candidate)
+    moved = figures.moves(current, candidate)
+    loads = figures.compared(store, deployment, (current, "now"), (candidate, "candidate"))
+    publications = store.deployments.publications(deployment.name, limit=200)
     return page(
         "decision.html",
         actor,
+        live=f"/deployments/{quote(decision.deployment, safe='')}/live",
+        section="decisions",
         decision=decision,
+        deployment=deployment,
+        publication=next((entry for entry in publications if entry.decision == key), None),
+        worst=None if loads is None else (float(loads.before.max()), float(loads.after.max())),
         moved=moved,
-        moved_map=device_map("Experts moved between devices", moved.matrix) if moved.count else None,
+        moved_map=_moved_map(moved, candidate.topology),
         figures=sorted(decision.figures.items()),
     )
 
@@ -353,34 +352,42 @@ def decision_page(key: KeyPath, store: Stored, actor: Visitor) -> HTMLResponse:
 async def close_decision(key: KeyPath, request: Request, actor: Visitor) -> Response:
     """The forms Approve and Reject."""
     form = await form_of(request)
-    needs(actor, "approve")
+    check_role(actor, "approve")
     verdict = form.get("verdict")
     if verdict not in ("approve", "reject"):
         raise HTTPException(422, "verdict: expected approve or reject")
     store: Store = request.app.state.store
     comment = form.get("comment", "")
+    check_scope(actor, (await run_in_threadpool(store.decisions.get, key)).deployment)
     closed = await run_in_threadpool(
         store.decisions.close, key, "approve" if verdict == "approve" else "reject", actor, comment
     )
-    return RedirectResponse(f"/deployments/{closed.deployment}", 303)
+    return RedirectResponse(at(request, f"/deployments/{quote(closed.deployment)}"), 303)
 
 
 @router.post("/deployments/{name}/rollback")
 async def rollback(name: NamePath, request: Request, actor: Visitor) -> Response:
     """The button Roll back."""
-    version = (await form_of(request)).get("version", "")
-    needs(actor, "approve")
-    if not version.isdigit() or len(version) > 9:
-        raise HTTPException(422, "version: expected a whole number")
+    form = await form_of(request)
+    check_role(actor, "approve")
+    version = whole_number(form, "version")
     store: Store = request.app.state.store
 
     def go() -> None:
-        earlier = store.deployments.version_of(name, int(version))
+        earlier = store.deployments.version_of(name, version)
         comment = f"back to version {version}"
         store.deployments.publish(name, earlier.plan_id, actor, cause="rollback", comment=comment)
 
     await run_in_threadpool(go)
-    return RedirectResponse(f"/deployments/{name}", 303)
+    return RedirectResponse(at(request, f"/deployments/{quote(name)}"), 303)
+
+
+@router.post("/deployments/{name}/release")
+def release(name: NamePath, request: Request, store: Stored, actor: Visitor) -> Response:
+    """The button Let it publish again."""
+    check_role(actor, "approve")
+    store.deployments.release(name, actor)
+    return RedirectResponse(at(request, f"/deployments/{quote(name)}"), 303)
 
 
 def _engine(store: Store, name: str) -> EngineRecord | None:
@@ -388,47 +395,6 @@ def _engine(store: Store, name: str) -> EngineRecord | None:
         return store.engines.get(name)
     except NotFoundError:
         return None
-
-
-def _charts(checks: list[CheckRecord], policy: Any) -> dict[str, str]:
-    labels = [check.created.strftime("%m-%d %H:%M") for check in checks]
-    alarms = [position for position, check in enumerate(checks) if check.alarm]
-
-    def of(*names: str) -> list[float | None]:
-        found: list[float | None] = []
-        for check in checks:
-            value: Any = check.figures
-            for part in names:
-                value = value.get(part) if isinstance(value, dict) else None
-            found.append(value)
-        return found
-
-    strength = [None if p is None else float(-np.log10(max(p, 1e-12))) for p in of("p")]
-    threshold = float(-np.log10(policy.get("false_alarm", 0.001)))
-    load = [
-        Series("plan in force", of("load_max_mean"), "series-a"),
-        Series("proven bound", of("bound"), "series-b"),
-    ]
-    charts = {
-        "Load max/mean of the plan in force (blue), and the proven bound of any plan (grey)": line_chart(
-            "Load over time", labels, load, marks=alarms
-        ),
-        "Regret, predicted loss against a fresh plan (blue), and load gap (grey)": line_chart(
-            "Regret over time",
-            labels,
-            [Series("regret", of("regret"), "series-a"), Series("gap", of("gap"), "series-b")],
-            level=(float(policy.get("min_regret", 0.02)), "matters from here"),
-            marks=alarms,
-        ),
-        "Drift, the strength of the evidence that traffic has moved, -log10 p": line_chart(
-            "Drift over time",
-            labels,
-            [Series("-log10 p", strength, "series-a")],
-            level=(threshold, "alarm from here"),
-            marks=alarms,
-        ),
-    }
-    return {title: Markup(chart) for title, chart in charts.items() if chart}
 
 
 def _current(store: Store, decision: DecisionRecord, candidate: Plan) -> Plan:

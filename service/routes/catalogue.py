@@ -8,22 +8,21 @@ from typing import Annotated, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 
 from ...db.records import ModelRecord, NamedRecord, StatisticsRecord
-from ...placement.errors import InputError, NotFoundError
-from ...placement.topology import Topology
-from ..access import Reader, Submitter
-from ..schemas import ModelIn, TopologyFull, TopologyIn, TopologyView
-from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
+from ...placement.errors import NotFoundError
+from ..access import Operator, Reader, Submitter
+from ..readers import Readers
+from ..schemas import ModelIn, TopologyFull, TopologyView
+from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, json_body, made, page_of, unchanged
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], responses=ERRORS)
-MOST_DEVICES = 4096
 Older = Annotated[str | None, Query(max_length=64, pattern="^[0-9a-f]+$", description="`next` of the page before.")]
 R = TypeVar("R", bound=NamedRecord)
 
 
 @router.post("/models", status_code=201)
-def add_model(body: ModelIn, store: Stored, _: Submitter) -> ModelRecord:
+def add_model(body: ModelIn, store: Stored, actor: Submitter) -> ModelRecord:
     """Keeps a model; one that is stored already is returned."""
-    return store.add_model(body.spec, name=body.name)
+    return store.add_model(body.spec, name=body.name, by=actor)
 
 
 @router.get("/models")
@@ -39,13 +38,17 @@ def model(ref: RefPath, request: Request, response: Response, store: Stored, _: 
     return unchanged(request, response, etag_of(record.fingerprint, record.name)) or record
 
 
-@router.post("/topologies", status_code=201)
-def add_topology(body: TopologyIn, store: Stored, _: Submitter) -> TopologyFull:
+@router.delete("/models/{ref}", status_code=204)
+def remove_model(ref: RefPath, store: Stored, actor: Operator) -> None:
+    """Removes it; 422 where plans or deployments would lose it."""
+    store.remove("model", ref, actor)
+
+
+@router.post("/topologies", status_code=201, response_model=TopologyFull, openapi_extra=json_body("TopologyIn"))
+async def add_topology(request: Request, actor: Submitter) -> Response:
     """Keeps a cluster; one that is stored already is returned."""
-    cluster = Topology.from_dict(body.topology, "topology")
-    if cluster.num_devices > MOST_DEVICES:
-        raise InputError(f"topology: {cluster.num_devices} devices, at most {MOST_DEVICES} are taken")
-    return TopologyFull.of(store.add_topology(cluster, name=body.name))
+    readers: Readers = request.app.state.readers
+    return made(await readers.document("topology", await request.body(), actor))
 
 
 @router.get("/topologies")
@@ -61,17 +64,29 @@ def topology(ref: RefPath, request: Request, response: Response, store: Stored, 
     return unchanged(request, response, etag_of(record.fingerprint, record.name)) or TopologyFull.of(record)
 
 
+@router.delete("/topologies/{ref}", status_code=204)
+def remove_topology(ref: RefPath, store: Stored, actor: Operator) -> None:
+    """Removes it; 422 where plans or deployments would lose it."""
+    store.remove("topology", ref, actor)
+
+
 @router.get("/statistics")
 def statistics(store: Stored, _: Reader, limit: Limit = 50, before: Older = None) -> Page[StatisticsRecord]:
     """What was recorded or counted, newest first. They come in as uploads."""
-    found = _behind(store.statistics_records(), before, limit)
-    return page_of(found, limit, lambda record: record, lambda record: record.id)
+    records = _behind(store.statistics_records(), before, limit)
+    return page_of(records, limit, lambda record: record, lambda record: record.id)
 
 
 @router.get("/statistics/{ref}")
 def one_statistics(ref: RefPath, store: Stored, _: Reader) -> StatisticsRecord:
     """What stored statistics hold."""
     return store.statistics(ref)
+
+
+@router.delete("/statistics/{ref}", status_code=204)
+def remove_statistics(ref: RefPath, store: Stored, actor: Operator) -> None:
+    """Removes it; 422 where plans or deployments would lose it."""
+    store.remove("statistics", ref, actor)
 
 
 def _behind(records: Sequence[R], before: str | None, limit: int) -> Sequence[R]:

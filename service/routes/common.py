@@ -16,7 +16,6 @@ R = TypeVar("R")
 
 Limit = Annotated[int, Query(ge=1, le=200, description="At most so many.")]
 Before = Annotated[int | None, Query(ge=1, le=(1 << 31) - 1, description="`next` of the page before.")]
-LargestKey = (1 << 31) - 1
 
 
 class Page(BaseModel, Generic[T]):
@@ -106,6 +105,19 @@ NamePath = Annotated[str, Path(min_length=1, max_length=100)]
 KeyPath = Annotated[int, Path(ge=1, le=(1 << 31) - 1)]
 
 OCTETS = "application/octet-stream"
+
+
+def json_body(model: str) -> dict[str, Any]:
+    """For the description of a route whose JSON body a reading process reads. model: its schema's name."""
+    schema = {"$ref": f"#/components/schemas/{model}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def made(content: bytes) -> Response:
+    """What a reading process answered, as the answer of a request that adds something."""
+    return Response(content, 201, media_type="application/json")
+
+
 OCTET_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
 }

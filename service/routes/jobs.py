@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from starlette.concurrency import run_in_threadpool
 
 from ...db.jobs import ENDED
 from ...db.records import JobRecord, JobState
-from ...solvers.solve import check_options, solver_named
-from ..access import Reader, Submitter
+from ..access import Approver, Reader, Submitter, check_scope
+from ..changes import Changes
 from ..policy import Policy
+from ..requests import check_solve, job_bytes, solver_asked
 from ..schemas import DecideRequest, SolveJob, SolveRequest
 from ..settings import Settings
 from .common import ERRORS, Before, KeyPath, Limit, Page, Stored, page_of
@@ -30,7 +29,6 @@ Idempotency = Annotated[
         description="The same key and request again return the same job.",
     ),
 ]
-LOOK_SECONDS = 0.3
 
 
 @router.post("/solve", status_code=202)
@@ -39,6 +37,7 @@ def submit_solve(
 ) -> JobRecord:
     """A solve of a deployment's routing, or of a stored model, topology and statistics. The job's result names the
     plan."""
+    check_scope(actor, body.deployment)
     policy = Policy()
     model, topology = body.model, body.topology
     if body.deployment is not None:
@@ -52,29 +51,36 @@ def submit_solve(
     seconds = body.seconds if body.seconds is not None else policy.seconds
     if seconds > settings.max_seconds:
         raise HTTPException(422, f"seconds: {seconds:g} is more than the {settings.max_seconds:g} this server grants")
-    solver = body.solver if body.solver is not None else policy.solver
-    options = body.options if body.options is not None else (policy.options if body.solver is None else {})
-    check_options(solver_named(solver), options)
+    asked = solver_asked(body, policy)
+    known_model, known_topology = store.model(model), store.topology(topology)
+    slots = body.slots if body.slots is not None else policy.slots
+    check_solve(known_model.spec, known_topology.topology, slots=slots, job_bytes=job_bytes(settings), **asked)
     job = SolveJob.model_validate(
         body.model_dump()
+        | asked
         | {
-            "model": store.model(model).id,
-            "topology": store.topology(topology).id,
+            "model": known_model.id,
+            "topology": known_topology.id,
             "statistics": None if body.statistics is None else store.statistics(body.statistics).id,
-            "solver": solver,
-            "options": options,
             "seconds": seconds,
-            "slots": body.slots if body.slots is not None else policy.slots,
-            "objective": body.objective or policy.objective,
-            "engine": body.engine or policy.engine,
+            "slots": slots,
+            "batches": policy.asked if body.batches is None else body.batches,
         }
     )
-    return store.jobs.submit("solve", job.payload(), actor, deployment=body.deployment, idempotency=idempotency)
+    return store.jobs.submit(
+        "solve",
+        job.payload(),
+        actor,
+        deployment=body.deployment,
+        idempotency=idempotency,
+        seconds=seconds,
+    )
 
 
 @router.post("/decide", status_code=202)
 def submit_decide(body: DecideRequest, store: Stored, actor: Submitter, idempotency: Idempotency = None) -> JobRecord:
     """Keep the plan in force, or apply a stored candidate? Judged on routing newer than any that was solved on."""
+    check_scope(actor, body.deployment)
     store.deployments.get(body.deployment)
     job = body.model_copy(
         update={
@@ -88,7 +94,7 @@ def submit_decide(body: DecideRequest, store: Stored, actor: Submitter, idempote
 @router.get("/jobs")
 def jobs(
     store: Stored,
-    _: Reader,
+    actor: Reader,
     limit: Limit = 50,
     before: Before = None,
     deployment: Annotated[str | None, Query(max_length=100)] = None,
@@ -96,39 +102,58 @@ def jobs(
     kind: Literal["solve", "decide", "watch", "what-if", "pareto"] | None = None,
 ) -> Page[JobRecord]:
     """Newest first."""
-    found = store.jobs.page(limit=limit + 1, before=before, deployment=deployment, state=state, kind=kind)
-    return page_of(found, limit, lambda record: record, lambda record: record.key)
+    check_scope(actor, deployment)
+    records = store.jobs.page(
+        limit=limit + 1, before=before, deployment=deployment, state=state, kind=kind, among=actor.deployments
+    )
+    return page_of(records, limit, lambda record: record, lambda record: record.key)
 
 
 @router.get("/jobs/{key}")
-def job(key: KeyPath, store: Stored, _: Reader) -> JobRecord:
+def job(key: KeyPath, store: Stored, actor: Reader) -> JobRecord:
     """How far a job is, and its result."""
-    return store.jobs.get(key)
+    record = store.jobs.get(key)
+    check_scope(actor, record.deployment)
+    return record
 
 
 @router.post("/jobs/{key}/cancel")
 def cancel(key: KeyPath, store: Stored, actor: Submitter) -> JobRecord:
-    """Ends a job that has not ended; its worker is stopped."""
+    """Ends a job that has not ended; its worker is stopped. Another one's takes the role approve."""
+    check_scope(actor, store.jobs.get(key).deployment)
     return store.jobs.cancel(key, actor)
 
 
-async def _job(key: KeyPath, store: Stored, _: Reader) -> JobRecord:
+@router.delete("/jobs/{key}", status_code=204)
+def remove_job(key: KeyPath, store: Stored, actor: Approver) -> None:
+    """Removes a job that has ended; its plans and statistics stay. 409 where a decision tells of it."""
+    check_scope(actor, store.jobs.get(key).deployment)
+    store.jobs.remove(key, actor)
+
+
+async def _job(key: KeyPath, request: Request, actor: Reader) -> JobRecord:
     # Before the stream begins: what is not there is a 404, not a stream that breaks off.
-    return await run_in_threadpool(store.jobs.get, key)
+    record: JobRecord = await request.app.state.job(key)
+    check_scope(actor, record.deployment)
+    return record
 
 
 @router.get("/jobs/{key}/events", response_class=EventSourceResponse)
 async def events(
-    record: Annotated[JobRecord, Depends(_job)], request: Request, store: Stored
+    record: Annotated[JobRecord, Depends(_job)], request: Request, actor: Reader
 ) -> AsyncIterator[ServerSentEvent]:
     """A job's progress as server-sent events, until it ends: `job` with a job each, `end` with its last state."""
+    changes: Changes = request.app.state.changes
     shown: JobRecord | None = None
-    while True:
-        ended = record.state in ENDED
-        if record != shown:
-            yield ServerSentEvent(event="end" if ended else "job", data=record)
-            shown = record
-        if ended or not request.app.state.ready:
-            return
-        await asyncio.sleep(LOOK_SECONDS)
-        record = await run_in_threadpool(store.jobs.get, record.key)
+    async with changes.watch("job", record.key, actor.name) as topic:
+        while True:
+            seen = topic.version
+            # Also the first time: what came before the watch began is seen by reading once more.
+            record = await request.app.state.job(record.key)
+            ended = record.state in ENDED
+            if record != shown:
+                yield ServerSentEvent(event="end" if ended else "job", data=record)
+                shown = record
+            if ended or changes.stopping:
+                return
+            await topic.wait(None, seen)

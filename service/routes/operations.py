@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 from ...db.records import Actor, AuditRecord
 from ...placement.version import __version__
-from ..access import Approver, Reader
+from ..access import Operator, Overseer, Reader
+from ..workers import Pool
 from .common import ERRORS, Before, Limit, Page, Stored, page_of
 
 router = APIRouter(tags=["operations"], responses=ERRORS)
@@ -23,17 +24,18 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 def ready(request: Request, store: Stored) -> dict[str, str]:
-    """Whether requests can be served: started, not stopping, and the database answers."""
+    """Whether requests can be served: started, not stopping, the database answers, and workers live."""
     if not request.app.state.ready:
-        from fastapi import HTTPException
-
         raise HTTPException(503, "starting or stopping")
     store.jobs.waiting()
+    pool: Pool = request.app.state.pool
+    if pool.trouble is not None:
+        raise HTTPException(503, pool.trouble)
     return {"status": "ready"}
 
 
 @router.get("/metrics", response_class=Response)
-def metrics(request: Request, _: Reader) -> Response:
+def metrics(request: Request, _: Overseer) -> Response:
     """Figures for Prometheus."""
     return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -46,8 +48,8 @@ def whoami(actor: Reader) -> Actor:
 
 @router.get("/v1/audit")
 def audit(
-    store: Stored, _: Approver, limit: Limit = 50, before: Before = None, action: Text = None, subject: Text = None
+    store: Stored, _: Operator, limit: Limit = 50, before: Before = None, action: Text = None, subject: Text = None
 ) -> Page[AuditRecord]:
     """Who did what, newest first."""
-    found = store.audit.entries(limit=limit + 1, before=before, action=action, subject=subject)
-    return page_of(found, limit, lambda entry: entry, lambda entry: entry.key)
+    records = store.audit.entries(limit=limit + 1, before=before, action=action, subject=subject)
+    return page_of(records, limit, lambda entry: entry, lambda entry: entry.key)

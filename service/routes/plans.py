@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from ...db.store import Store
-from ...placement.errors import FileFormatError, InputError
-from ...placement.plan import Plan, plan_from_dict
-from ...runtime.exporters import export_bytes, read_plan_file
+from ...runtime.exporters import export_bytes
 from ...runtime.exporters.export import engine_usage
-from ..access import Reader, Submitter
-from ..schemas import PlanFull, PlanIn, PlanView, Ref
+from ..access import Operator, Reader, Submitter, check_scope
+from ..readers import Readers
+from ..schemas import PlanFull, PlanView, Ref
 from .catalogue import Older
-from .common import ERRORS, OCTET_BODY, OCTETS, Limit, Page, RefPath, Stored, etag_of, page_of, unchanged
+from .common import (
+    ERRORS,
+    OCTET_BODY,
+    OCTETS,
+    Limit,
+    Page,
+    RefPath,
+    Stored,
+    etag_of,
+    json_body,
+    made,
+    page_of,
+    unchanged,
+)
 
 router = APIRouter(prefix="/v1", tags=["plans"], responses=ERRORS)
 Engine = Literal["moeplace", "sglang", "sglang-lp", "vllm", "vllm-ascend", "trtllm"]
@@ -43,59 +54,39 @@ def plans(
     solver: Text = None,
 ) -> Page[PlanView]:
     """Without their tables, newest first."""
-    found = store.plans(limit=limit + 1, before=before, model=model, solver=solver)
-    return page_of(found, limit, PlanView.of, lambda record: record.id)
+    records = store.plans(limit=limit + 1, before=before, model=model, solver=solver)
+    return page_of(records, limit, PlanView.of, lambda record: record.id)
 
 
-@router.post("/plans", status_code=201)
-def add_plan(body: PlanIn, store: Stored, _: Submitter) -> PlanView:
+@router.post("/plans", status_code=201, response_model=PlanView, openapi_extra=json_body("PlanIn"))
+async def add_plan(request: Request, actor: Submitter) -> Response:
     """Keeps a plan made elsewhere; one that is stored already is returned."""
-    try:
-        plan = plan_from_dict(body.document, "document")
-    except (AttributeError, KeyError, IndexError, OverflowError) as error:
-        raise FileFormatError(f"document: not a plan ({type(error).__name__})") from None
-    return PlanView.of(store.add_plan(plan, name=body.name))
+    readers: Readers = request.app.state.readers
+    return made(await readers.document("plan", await request.body(), actor))
 
 
-@router.post(
-    "/plans/file",
-    status_code=201,
-    openapi_extra=OCTET_BODY,
-)
+@router.post("/plans/file", status_code=201, response_model=PlanView, openapi_extra=OCTET_BODY)
 async def add_plan_file(
     request: Request,
-    store: Stored,
-    _: Submitter,
+    actor: Submitter,
     model: Ref | None = None,
     topology: Ref | None = None,
     deployment: Ref | None = None,
     name: Text = None,
-) -> PlanView:
+) -> Response:
     """Keeps the plan in an engine's own file (SGLang's, vLLM's, vLLM-Ascend's, TensorRT-LLM's; or moeplace's), told by
     what it holds. Of a stored model on a stored topology, or a deployment's."""
-    content = await request.body()
-    return await run_in_threadpool(_kept, store, content, model, topology, deployment, name)
-
-
-def _kept(
-    store: Store, content: bytes, model: str | None, topology: str | None, deployment: str | None, name: str | None
-) -> PlanView:
-    if deployment is not None:
-        known = store.deployments.get(deployment)
-        model, topology = known.model_id, known.topology_id
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "file"
-        file.write_bytes(content)
-        try:
-            plan = read_plan_file(
-                file,
-                None if model is None else store.model(model).spec,
-                None if topology is None else store.topology(topology).topology,
-            )
-        except InputError as error:
-            # Where it lay meanwhile is nobody's business.
-            raise type(error)(str(error).replace(str(file), "file")) from None
-    return PlanView.of(store.add_plan(plan, name=name))
+    check_scope(actor, deployment)
+    readers: Readers = request.app.state.readers
+    asked = {
+        "actor": asdict(actor),
+        "operation": "plan file",
+        "model": model,
+        "topology": topology,
+        "deployment": deployment,
+        "name": name,
+    }
+    return made((await readers.requests.ask(asked, await request.body()))[1])
 
 
 @router.get("/plans/{ref}", response_model=PlanFull)
@@ -103,6 +94,12 @@ def plan(ref: RefPath, request: Request, response: Response, store: Stored, _: R
     """A plan with its tables."""
     record = store.plan(ref)
     return unchanged(request, response, etag_of(record.fingerprint, record.name)) or PlanFull.of(record)
+
+
+@router.delete("/plans/{ref}", status_code=204)
+def remove_plan(ref: RefPath, store: Stored, actor: Operator) -> None:
+    """Removes a plan that no deployment has, or had, in force or under decision."""
+    store.remove("plan", ref, actor)
 
 
 @router.get(
@@ -123,9 +120,8 @@ def export(
     """The plan as the file an engine reads. 422 where the engine cannot express it; the message says what to change."""
     record = store.plan(ref)
     etag = etag_of(record.fingerprint, format)
-    return unchanged(request, response, etag, forever=ref == record.fingerprint) or exported(
-        record.plan, record.id, format, dict(response.headers)
-    )
+    known = unchanged(request, response, etag, forever=ref == record.fingerprint)
+    return known or download(export_bytes(record.plan, format), record.id, format, dict(response.headers))
 
 
 @router.get("/plans/{ref}/usage")
@@ -135,13 +131,17 @@ def usage(ref: RefPath, store: Stored, _: Reader, format: Engine = "moeplace") -
     return Usage(format=format, usage=engine_usage(record.plan, format, file_name(record.id, format)))
 
 
-def exported(plan: Plan, plan_id: str, engine: Engine, headers: dict[str, str]) -> Response:
-    """The engine's file as a download."""
+def plan_file(store: Store, asked: tuple[str, Engine]) -> bytes:
+    """The file that an engine reads of a stored plan, by its id."""
+    ref, engine = asked
+    return export_bytes(store.plan(ref).plan, engine)
+
+
+def download(content: bytes, plan_id: str, engine: Engine, headers: dict[str, str]) -> Response:
+    """An engine's file as an answer."""
     name = file_name(plan_id, engine)
-    content = export_bytes(plan, engine)
-    kind = KINDS[Path(name).suffix]
     disposition = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(content, media_type=kind, headers={**headers, **disposition})
+    return Response(content, media_type=KINDS[Path(name).suffix], headers={**headers, **disposition})
 
 
 def file_name(plan_id: str, engine: Engine) -> str:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated
 
-from fastapi import APIRouter, Header, HTTPException, Request
+from fastapi import APIRouter, Header, HTTPException, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from ...db.content import ID_DIGITS, statistics_fingerprint
-from ...db.records import UploadRecord
+from ...db.records import Actor, UploadRecord
 from ...db.store import Store
 from ...db.uploads import PIECE_LIMIT
-from ..access import Reader, Submitter
-from ..routing import check_trace, statistics_of
+from ..access import Reader, Submitter, check_scope
+from ..readers import Readers
 from ..schemas import UploadIn
-from ..shards import Shards
 from .common import ERRORS, OCTET_BODY, OCTETS, KeyPath, Stored
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], responses=ERRORS)
 
 
 @router.post("", status_code=201)
-def begin(body: UploadIn, store: Stored, _: Submitter) -> UploadRecord:
+def begin(body: UploadIn, store: Stored, actor: Submitter) -> UploadRecord:
     """The upload of this content: a new one, or one begun or finished before, with how many bytes of it are here."""
+    check_scope(actor, body.deployment)
     if body.kind == "trace":
         if body.deployment is None:
             raise HTTPException(422, "deployment: a trace belongs to one")
@@ -34,9 +33,9 @@ def begin(body: UploadIn, store: Stored, _: Submitter) -> UploadRecord:
 
 
 @router.get("/{key}")
-def upload(key: KeyPath, store: Stored, _: Reader) -> UploadRecord:
+def upload(key: KeyPath, store: Stored, actor: Reader) -> UploadRecord:
     """How far an upload is."""
-    return store.uploads.get(key)
+    return _own(store, key, actor)
 
 
 @router.patch(
@@ -46,7 +45,7 @@ def upload(key: KeyPath, store: Stored, _: Reader) -> UploadRecord:
 async def append(
     key: KeyPath,
     request: Request,
-    _: Submitter,
+    actor: Submitter,
     upload_offset: Annotated[int, Header(ge=0, le=1 << 40, description="Bytes that came before this piece.")],
 ) -> UploadRecord:
     """The next piece, at most 8 MiB. 409 when another one is next: get the upload and go on from `received_bytes`."""
@@ -55,23 +54,24 @@ async def append(
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > PIECE_LIMIT:
         raise HTTPException(413, f"a piece of more than {PIECE_LIMIT:,} bytes; send several")
-    piece = await request.body()
     store: Store = request.app.state.store
+    await run_in_threadpool(_own, store, key, actor)
+    piece = await request.body()
     return await run_in_threadpool(store.uploads.append, key, upload_offset, piece)
 
 
-@router.post("/{key}/finish")
-def finish(key: KeyPath, request: Request, store: Stored, _: Submitter) -> UploadRecord:
+@router.post("/{key}/finish", response_model=UploadRecord)
+async def finish(key: KeyPath, request: Request, store: Stored, actor: Submitter) -> Response:
     """Checks the whole: its SHA-256, and that it is what it was announced as. Doing so again changes nothing."""
+    readers: Readers = request.app.state.readers
+    await run_in_threadpool(_own, store, key, actor)
+    asked = {"operation": "finish", "upload": key, "actor": asdict(actor)}
+    content = (await readers.uploads.ask(asked))[1]
+    return Response(content, media_type="application/json")
+
+
+def _own(store: Store, key: int, actor: Actor) -> UploadRecord:
+    """An upload of a deployment that the token is for, or of none."""
     record = store.uploads.get(key)
-
-    def inspect(content: bytes) -> Mapping[str, Any]:
-        if record.kind == "trace":
-            return check_trace(content, store.model(store.deployments.get(record.owner).model_id).spec)
-        statistics = statistics_of(content)
-        store.add_statistics(statistics, content)
-        return {"statistics": statistics_fingerprint(statistics)[:ID_DIGITS]}
-
-    shards: Shards | None = request.app.state.shards
-    move = shards.put if shards is not None and record.kind == "trace" else None
-    return store.uploads.finish(key, inspect, move)
+    check_scope(actor, record.owner or None)
+    return record

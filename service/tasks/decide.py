@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from ...db.records import ClaimedJob, JobOutcome, Judgement
 from ...db.store import Store
+from ...placement.batches import Batch
 from ...placement.bounds import device_load_certificate
 from ...placement.decide import Decision, count_block, decide, decide_on_counts
 from ...placement.errors import InputError
@@ -28,30 +30,40 @@ from .base import Report
 # Decisions and plans as plain figures.
 
 
-def problem_of(plan: Plan, statistics: RoutingStatistics, objective: Objective, engine: str | None = None) -> Problem:
+def problem_of(
+    plan: Plan,
+    statistics: RoutingStatistics,
+    objective: Objective,
+    engine: str | None = None,
+    batches: Sequence[Batch] = (),
+) -> Problem:
     """The problem that this plan is one answer to, on other routing than it was solved on."""
     slots = plan.slots_per_device.tolist()
-    return Problem(plan.model, plan.topology, statistics, objective, device_slots=slots, engine=engine)
+    return Problem(plan.model, plan.topology, statistics, objective, device_slots=slots, engine=engine, batches=batches)
 
 
 def balance(plan: Plan, statistics: RoutingStatistics) -> dict[str, float]:
     """Device load max/mean of a plan on this routing, with the proven bound and the gap."""
     problem = problem_of(plan, statistics, Objective())
-    found = device_load_certificate(problem, plan.physical_to_logical, plan.shares)
-    return {"load_max_mean": found.value, "bound": found.bound or 0.0, "gap": found.gap or 0.0}
+    certificate = device_load_certificate(problem, plan.physical_to_logical, plan.shares)
+    return {"load_max_mean": certificate.value, "bound": certificate.bound or 0.0, "gap": certificate.gap or 0.0}
 
 
 def decision_figures(decision: Decision) -> dict[str, Any]:
     """A decision on one candidate as plain data; what is infinite is null."""
     verdict = decision.verdicts[0]
     figures: dict[str, Any] = {
-        name: value for name, value in asdict(verdict).items() if isinstance(value, float) and name != "migration"
+        name: value
+        for name, value in asdict(verdict).items()
+        if isinstance(value, float | None) and name != "migration"
     }
     moved = verdict.migration
     figures |= {
         "moves": moved.moves,
         "bytes_moved": moved.bytes_moved,
         "migration_seconds": moved.seconds,
+        "restart": moved.restart or None,
+        "stall_seconds": moved.stall,
         "confidence": decision.confidence,
         "horizon_steps": decision.horizon_steps,
     }
@@ -79,20 +91,25 @@ class DecideTask:
         if request.routing == "tokens":
             trace = judging_trace(store, deployment.name)
             problem = Problem(
-                model, topology, RoutingStatistics.from_trace(trace, 0), policy.objective, engine=policy.engine
+                model,
+                topology,
+                RoutingStatistics.from_trace(trace, 0),
+                policy.objective,
+                engine=policy.engine,
+                batches=policy.asked,
             )
             decision = decide(
                 current,
                 [candidate],
                 trace,
                 problem,
-                concurrency=policy.step_tokens,
                 confidence=policy.confidence,
                 horizon_steps=policy.horizon_steps,
+                restart_seconds=policy.restart_seconds,
             )
         else:
-            held = from_windows(judging_windows(store, deployment.name, policy), model)
-            decision = on_counts(current, candidate, held, policy)
+            newest = from_windows(judging_windows(store, deployment.name, policy), model)
+            decision = on_counts(current, candidate, newest, policy)
         figures = decision_figures(decision)
         judgement = None
         if request.record and request.current is None:
@@ -103,18 +120,18 @@ class DecideTask:
         return JobOutcome(result, plan=candidate if judgement else None, judgement=judgement)
 
 
-def on_counts(current: Plan, candidate: Plan, held: RoutingStatistics, policy: Policy) -> Decision:
+def on_counts(current: Plan, candidate: Plan, newest: RoutingStatistics, policy: Policy) -> Decision:
     """The decision on held-out windows, as the policy wants it; on shorter blocks where there are few windows."""
-    problem = problem_of(candidate, held, policy.objective, policy.engine)
+    problem = problem_of(candidate, newest, policy.objective, policy.engine, policy.asked)
     return decide_on_counts(
         current,
         [candidate],
-        held.load,
+        newest.load,
         problem,
-        step_tokens=policy.step_tokens,
-        block=count_block(held.load, policy.block),
+        block=count_block(newest.load, policy.block),
         confidence=policy.confidence,
         horizon_steps=policy.horizon_steps,
+        restart_seconds=policy.restart_seconds,
     )
 
 

@@ -25,7 +25,15 @@ class SolveTask:
         model, topology = store.model(request.model).spec, store.topology(request.topology).topology
         statistics = _routing(request, store, model)
         plan = solve(
-            Problem(model, topology, statistics, request.objective, slots=request.slots, engine=request.engine),
+            Problem(
+                model,
+                topology,
+                statistics,
+                request.objective,
+                slots=request.slots,
+                engine=request.engine,
+                batches=request.batches,
+            ),
             request.solver,
             seconds=request.seconds,
             seed=request.seed,

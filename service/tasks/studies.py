@@ -9,13 +9,14 @@ from typing import Any
 from ...db.content import id_of_plan
 from ...db.records import ClaimedJob, JobOutcome
 from ...db.store import Store
+from ...placement.batches import Batch
 from ...placement.errors import InputError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ...placement.statistics import RoutingStatistics
+from ...placement.step_mix import problem_steps, step_mix
 from ...placement.steps import Steps
-from ...placement.synthetic import sample_steps
 from ...placement.topology import Topology
 from ...placement.trace import RoutingTrace
 from ...solvers.pareto import pareto
@@ -35,22 +36,27 @@ from ..schemas import ChangesRequest, ParetoJob, StudyJob, WhatIfJob
 from .base import Report, steps_of
 from .decide import default_plan
 
-DECODE_STEPS, PREFILL_STEPS, DRAWN_STEPS = 200, 32, 16
-
 
 @dataclass(frozen=True, eq=False)
 class RoutingSplit:
-    """What a study solves on and what it is replayed on. statistics: for solvers. steps: held out of them. described:
-    what the steps are, in words."""
+    """What a study solves on, and what is held out of it. described: what that is, in words. batches: that were
+    named."""
 
     statistics: RoutingStatistics
-    steps: Steps
+    held_out: RoutingTrace | RoutingStatistics
     described: str
+    batches: tuple[Batch, ...]
 
-    def outcome(self, data: Mapping[str, Any], plans: Sequence[Plan]) -> JobOutcome:
+    def steps(self, problem: Problem, request: StudyJob) -> Steps:
+        """The held-out steps to replay."""
+        return problem_steps(self.held_out, problem, count=request.steps.count, seed=request.seed)
+
+    def outcome(self, data: Mapping[str, Any], plans: Sequence[Plan], problem: Problem, steps: Steps) -> JobOutcome:
         """What a study on it leaves behind: its figures, its plans, and what they were solved on."""
+        mix = step_mix(problem)
+        described = f"{' and '.join(steps.batches)}: {steps.num_steps} steps, {self.described}"
         return JobOutcome(
-            {**data, "steps": self.described},
+            {"batches": mix.to_dict(), **data, "steps": described},
             plans=tuple(plans),
             statistics=self.statistics,
             content=to_bytes(self.statistics),
@@ -63,37 +69,25 @@ def split_routing(request: StudyJob, store: Store, model: ModelSpec) -> RoutingS
     Raises:
         InputError: too little is recorded. UnsupportedError: counts do not tell what is asked.
     """
+    named = request.steps.named
     if request.statistics is not None and request.held_out is not None:
         sample = stored_statistics(store, request.held_out).require_sample()
-        return RoutingSplit(stored_statistics(store, request.statistics), *_replayed(sample, request))
+        return RoutingSplit(stored_statistics(store, request.statistics), sample, "held out", named)
     if request.deployment is None:
         raise InputError("a study needs a deployment, or statistics and held_out")
     policy = Policy(**store.deployments.get(request.deployment).policy)
+    named = named or policy.asked
     if request.routing == "tokens":
         trace = judging_trace(store, request.deployment)
-        return RoutingSplit(solving_traces(store, request.deployment, policy), *_replayed(trace, request))
+        return RoutingSplit(solving_traces(store, request.deployment, policy), trace, "held out", named)
     if request.objective.execution == "context_coherent":
         raise UnsupportedError("context-coherent step times depend on transitions, counts tell of none; upload traces")
     windows = judging_windows(store, request.deployment, policy)
     if not windows:
         raise InputError("there are too few count windows to hold some out to judge on; send more to the deployment")
     known = from_windows(solving_windows(store, request.deployment, policy, request.windows), model)
-    tokens = request.steps.tokens or policy.step_tokens
-    count = request.steps.count or DRAWN_STEPS
-    load = from_windows(windows, model).load
-    steps = sample_steps(load, model.top_k, model.moe_layers, step_tokens=tokens, steps=count, seed=request.seed)
-    return RoutingSplit(
-        known, steps, f"{count} steps of {tokens} tokens drawn from the newest {len(windows)} count windows"
-    )
-
-
-def _replayed(trace: RoutingTrace, request: StudyJob) -> tuple[Steps, str]:
-    tokens, count, seed = request.steps.tokens, request.steps.count, request.seed
-    if request.steps.batch == "prefill":
-        count = count or PREFILL_STEPS
-        return trace.prefill_steps(tokens or 4096, count, seed), f"prefill {tokens or 4096}: {count} steps, held out"
-    count = count or DECODE_STEPS
-    return trace.decode_steps(tokens or 128, count, seed), f"decode {tokens or 128}: {count} steps, held out"
+    newest = from_windows(windows, model)
+    return RoutingSplit(known, newest, f"drawn from the newest {len(windows)} count windows", named)
 
 
 class ParetoTask:
@@ -105,10 +99,13 @@ class ParetoTask:
         request = ParetoJob.of(job)
         model, topology = store.model(request.model).spec, store.topology(request.topology).topology
         split = split_routing(request, store, model)
-        problem = Problem(model, topology, split.statistics, request.objective, engine=request.engine)
+        problem = Problem(
+            model, topology, split.statistics, request.objective, engine=request.engine, batches=split.batches
+        )
+        steps = split.steps(problem, request)
         front = pareto(
             problem,
-            split.steps,
+            steps,
             redundant=request.redundant,
             tolerate=request.tolerate,
             current=None if request.current is None else store.plan(request.current).plan,
@@ -121,7 +118,7 @@ class ParetoTask:
         )
         plans = [point.plan for point in front.points]
         data = front.to_dict(stored=[id_of_plan(plan) for plan in plans])
-        return split.outcome(data, plans)
+        return split.outcome(data, plans, problem, steps)
 
 
 class WhatIfTask:
@@ -133,11 +130,14 @@ class WhatIfTask:
         request = WhatIfJob.of(job)
         plan = _asked_plan(request, store)
         split = split_routing(request, store, plan.model)
-        problem = Problem(plan.model, plan.topology, split.statistics, request.objective, engine=request.engine)
+        problem = Problem(
+            plan.model, plan.topology, split.statistics, request.objective, engine=request.engine, batches=split.batches
+        )
+        steps = split.steps(problem, request)
         result = what_if(
             plan,
             problem,
-            split.steps,
+            steps,
             changes_of(plan.topology, request.changes, store),
             ready=request.ready,
             max_moved_bytes=request.max_moved_bytes,
@@ -148,13 +148,13 @@ class WhatIfTask:
             options=request.options,
             progress=steps_of(report),
         )
-        kept: list[Plan] = []
+        ready: list[Plan] = []
 
-        def about(_: Changed, kind: str, found: Plan) -> dict[str, Any]:
-            kept.append(found)
-            return {"stored_as": id_of_plan(found)}
+        def about(_: Changed, kind: str, made: Plan) -> dict[str, Any]:
+            ready.append(made)
+            return {"stored_as": id_of_plan(made)}
 
-        return split.outcome(result.to_dict(about), kept)
+        return split.outcome(result.to_dict(about), ready, problem, steps)
 
 
 def _asked_plan(request: WhatIfJob, store: Store) -> Plan:

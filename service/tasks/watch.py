@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ import numpy as np
 from ..._types import FloatArray
 from ...db.records import ClaimedJob, DeploymentRecord, Finding, JobOutcome, Judgement, WindowRecord
 from ...db.store import Store
-from ...placement.cost import window_seconds
 from ...placement.decide import LEAST_BLOCKS
 from ...placement.drift import can_tell, drift
 from ...placement.errors import InputError
@@ -30,6 +30,7 @@ from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ...placement.risk import weighted_mean
 from ...placement.statistics import RoutingStatistics, window_weights, with_tokens
+from ...placement.step_mix import mixed_window_seconds
 from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy
@@ -74,7 +75,7 @@ class _Look:
         if not self._since:
             return self._quiet({"status": "no new windows"})
         routing = from_windows(self._since[-policy.recent :], self._model)
-        seconds = window_seconds(self._current, routing.load, self._problem(routing), policy.step_tokens)
+        seconds = mixed_window_seconds(self._current, routing.load, self._problem(routing))
         figures: dict[str, Any] = {
             **balance(self._current, routing),
             "step_seconds": weighted_mean(seconds, _weight(routing)),
@@ -84,19 +85,19 @@ class _Look:
         known = int(with_tokens(self._reference.load).sum())
         if can_tell(known, len(self._since), policy.block, policy.false_alarm):
             load = from_windows(self._since, self._model).load
-            found = drift(self._reference.load, load, block=policy.block, alpha=policy.false_alarm)
+            change = drift(self._reference.load, load, block=policy.block, alpha=policy.false_alarm)
             figures |= {
-                "p": found.p,
-                "divergence": found.divergence,
-                "layer": self._model.moe_layers[found.layer],
-                "layer_divergence": found.layer_divergence,
-                "dependence": found.dependence,
+                "p": change.p,
+                "divergence": change.divergence,
+                "layer": self._model.moe_layers[change.layer],
+                "layer_divergence": change.layer_divergence,
+                "dependence": change.dependence,
             }
-            if found.p <= policy.false_alarm:
-                figures["windows_since"] = found.since
-                if found.since < self._least:
+            if change.p <= policy.false_alarm:
+                figures["windows_since"] = change.since
+                if change.since < self._least:
                     return self._quiet({"status": "changed, waiting for windows to judge on", **figures})
-                return self._judged(self._since[-min(found.since, policy.recent) :], "alarm", figures, report)
+                return self._judged(self._since[-min(change.since, policy.recent) :], "alarm", figures, report)
         enough = min(policy.recent, known + len(self._since), len(self._windows))
         if enough >= 2 * known:
             return self._judged(self._windows[-enough:], "looked at again", figures, report)
@@ -114,22 +115,20 @@ class _Look:
         older, newer = from_windows(windows[:half], self._model), from_windows(windows[half:], self._model)
         routing = from_windows(windows, self._model)
         fresh = solve(
-            self._problem(older),
+            replace(self._problem(older), current=self._current),
             self._policy.solver,
             seconds=self._policy.seconds,
             progress=report,
             **self._policy.options,
         )
         paid, possible = (
-            weighted_mean(
-                window_seconds(plan, newer.load, self._problem(newer), self._policy.step_tokens), _weight(newer)
-            )
+            weighted_mean(mixed_window_seconds(plan, newer.load, self._problem(newer)), _weight(newer))
             for plan in (self._current, fresh)
         )
         regret = paid / possible - 1.0
         figures |= {"regret": regret, "fresh_step_seconds": possible, "fresh": balance(fresh, newer)}
-        # What was never found changed is no news to anyone: `decide` alone says whether it pays.
-        if regret < (self._policy.min_regret if cause == "alarm" else 0.0):
+        # Whatever caused the look, a loss that does not matter moves nothing; without any plan `decide` alone says.
+        if regret < (0.0 if cause == "first plan" else self._policy.min_regret):
             holds = "changed, the plan still holds" if cause == "alarm" else "the plan still holds"
             return self._quiet({"status": holds, **figures}, rebased=routing)
         decision = on_counts(self._current, fresh, newer, self._policy)
@@ -163,7 +162,15 @@ class _Look:
 
     def _problem(self, routing: RoutingStatistics) -> Problem:
         policy = self._policy
-        return Problem(self._model, self._topology, routing, policy.objective, slots=policy.slots, engine=policy.engine)
+        return Problem(
+            self._model,
+            self._topology,
+            routing,
+            policy.objective,
+            slots=policy.slots,
+            engine=policy.engine,
+            batches=policy.asked,
+        )
 
 
 def _weight(routing: RoutingStatistics) -> FloatArray:

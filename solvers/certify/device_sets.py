@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound, layer_seconds_bound
-from ...placement.cost import ExpertCost, all_to_all_latency, combine_bytes, dispatch_bytes
+from ...placement.cost import ExpertCost, TransferCost, Transfers
+from ...placement.jit import kernel
 from ...placement.problem import Problem
 from ...placement.steps import Steps
-from ..jit import kernel
+from ...placement.topology import Topology
 
 MOST_SETS = 60_000
 """Sets gone through: 32 experts on 8 devices have 35,960, 128 on 64 have 8,128."""
@@ -54,8 +55,10 @@ class DeviceSets:
         self._floor = compute_bound(self._loads, problem)
         self._transfer_floor = layer_seconds_bound(steps, problem) - self._floor
         self._link_floors = link_floors(problem, steps, self._loads)
-        self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
-        self._out, self._back = (size(problem.model, problem.objective) for size in (dispatch_bytes, combine_bytes))
+        transfers = Transfers.of(problem.model, problem.topology, problem.objective)
+        self._waits, self._kinds = transfers.waits(steps), transfers.of_steps(steps)
+        # What a returning copy costs beside one going out.
+        self._back = min(transfer.back for transfer, _ in self._kinds)
         self._groups = _groups(weight, max(1, ROWS // (experts * (3 if self._coherent else 2))))
 
     @property
@@ -92,47 +95,40 @@ class DeviceSets:
         ids = steps.expert_ids[:, layer].astype(np.int64)
         dispatch, combine = (floor[:, layer] for floor in self._link_floors)
         evenly = 0.0 if steps.source is not None else self._rate(from_device=False)
+        wait_out, wait_back = self._waits
         if not self._coherent:
-            carried = self._out + self._back
-            floor = np.maximum(dispatch * carried, self._transfer_floor[:, layer] - 2 * self._latency)
-            return self._all_to_all(self._reached(ids) * (evenly * carried), floor, 2)
+            carried, waits = 1.0 + self._back, wait_out + wait_back
+            floor = np.maximum(dispatch * carried, self._transfer_floor[:, layer] - waits)
+            return self._all_to_all(self._reached(ids) * (evenly * carried), floor, waits)
         if layer == 0:
             copies = self._reached(ids) * evenly
         else:
             copies = self._reached_from(ids, steps.expert_ids[:, layer - 1, 0].astype(np.int64)) * self._rate(
                 from_device=True
             )
-        out = self._all_to_all(copies * self._out, dispatch * self._out, 1)
+        out = self._all_to_all(copies, dispatch, wait_out)
         if ids.shape[1] == 1:
             return out
         copies = self._reached(ids, owner=ids[:, 0]) * self._rate(from_device=True)
-        return np.concatenate([out, self._all_to_all(copies * self._back, combine * self._back, 1)])
+        return np.concatenate([out, self._all_to_all(copies * self._back, combine * self._back, wait_back)])
 
     def _rate(self, from_device: bool) -> float:
-        """Seconds a byte of a copy that a device receives inside its node.
+        """Seconds of a copy that a device receives inside its node, in no step less.
 
         from_device: from one that is known, else evenly.
         """
-        topology, dedup = self._problem.topology, self._problem.objective.node_dedup
-        smallest = float(topology.node_size.min())
-        # A copy from another node is fanned out inside from a device chosen evenly; unmerged ones come by other links.
-        passing = (smallest - 1.0) / smallest
-        if from_device:
-            rate = 1.0 if topology.num_nodes == 1 else passing if dedup else 0.0
-        else:
-            rate = passing if dedup else (smallest - 1.0) / topology.num_devices
-        return rate / float(topology.intra_bandwidth.max())
+        return min(_receiving(transfer, self._problem.topology, from_device) for transfer, _ in self._kinds)
 
     @property
     def _one_weight(self) -> FloatArray:
         """[R] the weight of a step of each group."""
         return np.array([self._weight[group[0]] for group in self._groups])
 
-    def _all_to_all(self, seconds: FloatArray, floor: FloatArray, ways: int) -> FloatArray:
-        """[R, A] from the busiest link's seconds [R, A] a step and a floor [S]."""
+    def _all_to_all(self, seconds: FloatArray, floor: FloatArray, waits: FloatArray) -> FloatArray:
+        """[R, A] from the busiest link's seconds [R, A] a step, a floor [S], and what no plan changes [S]."""
         least = self._grouped((floor * self._weight)[:, None])
-        latency = self._grouped(np.full((len(floor), 1), ways * self._latency) * self._weight[:, None])
-        return np.asarray(np.maximum(seconds * self._one_weight[:, None], least) + latency)
+        beside = self._grouped((waits * self._weight)[:, None])
+        return np.asarray(np.maximum(seconds * self._one_weight[:, None], least) + beside)
 
     def _grouped(self, figures: FloatArray) -> FloatArray:
         """[R, ...] sums of [S, ...] over the steps of each group."""
@@ -253,22 +249,21 @@ def link_floors(problem: Problem, steps: Steps, loads: FloatArray) -> tuple[Floa
         loads: [S, L, E] tokens of each expert.
 
     Returns:
-        ([S, L], [S, L]) seconds a byte that dispatch and combine take at least, latency left out. Zeros where nothing
-        can be said: with replicas, whose tokens are split.
+        ([S, L], [S, L]) seconds that dispatch and combine take at least for copies that each cost what one going out
+        does, what no plan changes left out. Zeros where nothing can be said: with replicas, whose tokens are split.
     """
     topology, objective = problem.topology, problem.objective
-    sizes, nodes = topology.node_size, topology.num_nodes
-    smallest, fastest = float(sizes.min()), float(topology.intra_bandwidth.max())
-    nothing = np.zeros(loads.shape[:2])
+    nodes, nothing = topology.num_nodes, np.zeros(loads.shape[:2])
     if problem.has_replicas or topology.num_devices == 1:
         return nothing, nothing
-    # A copy from another node is fanned out inside from a device chosen evenly; unmerged ones come by other links.
-    passing = (smallest - 1.0) / smallest
-    evenly = passing if objective.node_dedup else (smallest - 1.0) / topology.num_devices
-    from_sources = loads.max(axis=2) * (evenly / fastest) if steps.source is None else nothing
+    from_sources, kinds = nothing, Transfers.of(problem.model, topology, objective).of_steps(steps)
+    if steps.source is None:
+        for transfer, of_kind in kinds:
+            evenly = loads.max(axis=2) * _receiving(transfer, topology, from_device=False)
+            from_sources = np.where(of_kind[:, None], evenly, from_sources)
     if objective.execution == "dispatch_combine":
         return from_sources, from_sources
-    rate = (1.0 if nodes == 1 else passing if objective.node_dedup else 0.0) / fastest
+    rate = _receiving(kinds[0][0], topology, from_device=True)
     slots = int(problem.slots_per_device.max())
     dispatch, combine = nothing.copy(), nothing.copy()
     for s, block in enumerate(steps.blocks()):
@@ -283,6 +278,18 @@ def link_floors(problem: Problem, steps: Steps, loads: FloatArray) -> tuple[Floa
     dispatch, combine = dispatch * rate, combine * rate
     dispatch[:, 0] = from_sources[:, 0]
     return dispatch, combine
+
+
+def _receiving(transfer: TransferCost, topology: Topology, from_device: bool) -> float:
+    """Seconds of a copy that a device receives inside its node, from a device that is known or evenly."""
+    smallest = float(topology.node_size.min())
+    # A copy from another node is fanned out inside from a device chosen evenly; unmerged ones come by other links.
+    passing = (smallest - 1.0) / smallest
+    if from_device:
+        rate = 1.0 if topology.num_nodes == 1 else passing if transfer.dedup else 0.0
+    else:
+        rate = passing if transfer.dedup else (smallest - 1.0) / topology.num_devices
+    return rate * float(transfer.per_copy.min())
 
 
 def _by_leader(owner: IntArray, chosen: IntArray, experts: int) -> IntArray:

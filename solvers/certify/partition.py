@@ -102,8 +102,8 @@ class _Program:
     def add_cheapest(self) -> bool:
         """Adds sets whose reduced prices are lowest and below zero; whether there were any."""
         some = min(ADDED, len(self._prices) - 1)
-        found = np.argpartition(self._prices, some)[: some + 1]
-        return self._add(found[self._prices[found] < -ROUNDING])
+        cheapest = np.argpartition(self._prices, some)[: some + 1]
+        return self._add(cheapest[self._prices[cheapest] < -ROUNDING])
 
     def _add(self, sets: IntArray) -> bool:
         new = sets[~self._inside[sets]]
@@ -131,13 +131,13 @@ class _Program:
         # The limit is on all runs of a solver together.
         self._solver.setOptionValue("time_limit", self._solver.getRunTime() + seconds)
         self._solver.run()
-        found = np.asarray(self._solver.getSolution().row_dual)
+        duals = np.asarray(self._solver.getSolution().row_dual)
         split = self._figures * self._experts
-        if len(found) != split + self._experts or not np.isfinite(found).all():
+        if len(duals) != split + self._experts or not np.isfinite(duals).all():
             return False
         # Any weights of the experts bound a figure, if they are not negative and sum to one.
-        over = np.maximum(found[:split].reshape(self._figures, self._experts), 0.0) + ROUNDING
-        self._take(over / over.sum(axis=1, keepdims=True), found[split:])
+        over = np.maximum(duals[:split].reshape(self._figures, self._experts), 0.0) + ROUNDING
+        self._take(over / over.sum(axis=1, keepdims=True), duals[split:])
         self.value = float(self._solver.getInfo().objective_function_value)
         return True
 

@@ -8,15 +8,16 @@ together work no faster than their rates together.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound
-from ...placement.cost import ExpertCost, all_to_all_latency, chance_reached, combine_bytes, dispatch_bytes
+from ...placement.cost import ExpertCost, TransferCost, Transfers, chance_reached
 from ...placement.problem import Problem
 from ...placement.steps import Steps
+from ...placement.topology import Topology
 from .device_sets import link_floors
 from .sdp import (
     TRIANGLE_HOLDERS,
@@ -39,10 +40,10 @@ Transfer = tuple[list[Term], float]
 class Level:
     """Whose copies are counted: those between nodes, or those between devices.
 
-    slots: [L, H] of each holder. copy: seconds a holder that a token needs costs, a byte, on all links together;
-    evenly: the same where source ranks are spread evenly, and a token's every holder counts. leaving: seconds a byte on
-    the link of the one holder that sends, the fastest; 0 where not all it sends takes that link. work: what expert work
-    costs a holder.
+    slots: [L, H] of each holder. copy: seconds of dispatch that a holder which a token needs costs on all links
+    together; evenly: the same where source ranks are spread evenly, and a token's every holder counts. leaving: seconds
+    on the link of the one holder that sends, the fastest; 0 where not all it sends takes that link. work: what expert
+    work costs a holder.
     """
 
     slots: IntArray
@@ -56,36 +57,44 @@ class Level:
         return int(self.slots.shape[1])
 
 
-def levels(problem: Problem) -> list[Level]:
-    """The level whose links are the slower for tokens routed at random first, then the other, if it has links."""
-    topology, dedup = problem.topology, problem.objective.node_dedup
-    sizes, devices, nodes = topology.node_size, topology.num_devices, topology.num_nodes
-    slots = problem.layer_slots
-    work = ExpertCost.of(problem.model, topology)
-    smallest, away = float(sizes.min()), 1.0 - float(sizes.max()) / devices
+def levels(problem: Problem, steps: Steps) -> list[Level]:
+    """The level whose links are the slower for tokens routed at random first, then the other, if it has links.
+
+    steps: those looked at.
+    """
+    topology = problem.topology
+    smallest, away = float(topology.node_size.min()), 1.0 - float(topology.node_size.max()) / topology.num_devices
+    slots, work = problem.layer_slots, ExpertCost.of(problem.model, topology)
+    transfers = Transfers.of(problem.model, topology, problem.objective)
+    kinds = [_link_seconds(transfer, topology, smallest, away) for transfer, _ in transfers.of_steps(steps)]
+    # No step's copies cost less.
+    inside, between = np.min(kinds, axis=0)
+    node_slots = np.add.reduceat(slots, topology.node_start, axis=1)
+    both = [
+        Level(slots, float(inside[0]), float(inside[1]), float(inside[2]), work),
+        Level(node_slots, float(between[0]), float(between[1]), float(between[2]), work.pooled(topology.node_start)),
+    ]
+    with_links = [level for level in both if level.evenly > 0.0]
+    return sorted(with_links, key=lambda level: -level.evenly * _holders_at_random(level, problem.model.top_k))
+
+
+def _link_seconds(transfer: TransferCost, topology: Topology, smallest: float, away: float) -> FloatArray:
+    """[2, 3] copy, evenly and leaving of the level of devices, and of the level of nodes."""
+    nodes, dedup = topology.num_nodes, transfer.dedup
     # Inside nodes: a copy from another node is fanned out from a device chosen evenly, and so passes (size - 1) / size
     # links.
     within = (smallest - 1.0) / smallest if dedup or nodes == 1 else 0.0
-    links, trunks = float(topology.intra_bandwidth.sum()), float(topology.inter_bandwidth.sum())
-    inside = Level(
-        slots,
-        (1.0 if nodes == 1 else within) / links,
-        (within if dedup else (smallest - 1.0) / devices) / links,
-        1.0 / float(topology.intra_bandwidth.max()) if nodes == 1 else 0.0,
-        work,
-    )
-    between = Level(
-        np.add.reduceat(slots, topology.node_start, axis=1),
-        1.0 / trunks if nodes > 1 else 0.0,
-        away / trunks,
-        1.0 / float(topology.inter_bandwidth.max()) if nodes > 1 else 0.0,
-        work.pooled(topology.node_start),
-    )
+    link, trunk = transfer.all_links
+    evenly = (within if dedup else (smallest - 1.0) / topology.num_devices) * link
     if not dedup and nodes > 1:
         # Every copy crosses by itself: devices, not nodes, tell how many.
-        inside = replace(inside, evenly=max(inside.evenly, away / trunks))
-    with_links = [level for level in (inside, between) if level.evenly > 0.0]
-    return sorted(with_links, key=lambda level: -level.evenly * _holders_at_random(level, problem.model.top_k))
+        evenly = max(evenly, away * trunk)
+    return np.array(
+        [
+            [(1.0 if nodes == 1 else within) * link, evenly, float(transfer.per_copy.min()) if nodes == 1 else 0.0],
+            [trunk if nodes > 1 else 0.0, away * trunk, float(transfer.per_node_copy.min()) if nodes > 1 else 0.0],
+        ]
+    )
 
 
 def _holders_at_random(level: Level, experts: int) -> float:
@@ -120,8 +129,10 @@ class Relaxations:
         self._floor = compute_bound(self._loads, problem)
         self._work = work
         self._link_floors = link_floors(problem, steps, self._loads)
-        self._latency = all_to_all_latency(problem.topology, problem.objective.node_dedup)
-        self._out, self._back = (size(problem.model, problem.objective) for size in (dispatch_bytes, combine_bytes))
+        transfers = Transfers.of(problem.model, problem.topology, problem.objective)
+        self._wait_out, self._wait_back = transfers.waits(steps)
+        # What a returning copy costs beside one going out.
+        self._back = min(transfer.back for transfer, _ in transfers.of_steps(steps))
 
     @property
     def coherent(self) -> bool:
@@ -160,10 +171,11 @@ class Relaxations:
     def known(self, span: tuple[int, ...]) -> float:
         """Seconds that the relaxation of those layers has at least, without looking into it."""
         work = self._weight @ self._floor if self._work is None else self._work
-        out_and_back = 2 if not self.coherent else 1 if self._problem.model.top_k > 1 else 0
-        own = sum(self._share(layer) * (float(work[layer]) + out_and_back * self._latency) for layer in span)
+        out, back = float(self._weight @ self._wait_out), float(self._weight @ self._wait_back)
+        waits = out + back if not self.coherent else back if self._problem.model.top_k > 1 else 0.0
+        own = sum(self._share(layer) * (float(work[layer]) + waits) for layer in span)
         arriving = (0 in span) + len(span) - 1 if self.coherent else 0
-        return own + arriving * self._latency
+        return own + arriving * out
 
     def _share(self, layer: int) -> float:
         """Of a layer's own terms that a relaxation takes: neighbouring ones half each."""
@@ -190,22 +202,24 @@ class Relaxations:
         top = here[:, :1]
         if not self.coherent:
             # Out and back alike.
-            term, constant = self._copies(here, span, self._out + self._back, with_source, None, dispatch, 1.0)
-            yield term, constant + self._latency
+            waits = self._wait_out + self._wait_back
+            yield self._copies(here, span, 1.0 + self._back, waits, with_source, None, dispatch, 1.0)
             return
         if layer == 0:
-            yield self._copies(here, span, self._out, with_source, None, dispatch, 1.0)
+            yield self._copies(here, span, 1.0, self._wait_out, with_source, None, dispatch, 1.0)
         elif place > 0:
             owner = self._steps.expert_ids[:, layer - 1, :1].astype(np.int64) + (place - 1) * experts
-            yield self._copies(np.hstack([owner, here]), span, self._out, True, owner[:, 0], dispatch, 1.0)
+            both = np.hstack([owner, here])
+            yield self._copies(both, span, 1.0, self._wait_out, True, owner[:, 0], dispatch, 1.0)
         if here.shape[1] > 1:
-            yield self._copies(here, span, self._back, True, top[:, 0], combine, share)
+            yield self._copies(here, span, self._back, self._wait_back, True, top[:, 0], combine, share)
 
     def _copies(
         self,
         ids: IntArray,
         span: tuple[int, ...],
-        bytes_each: float,
+        times: float,
+        waits: FloatArray,
         from_holder: bool,
         owner: IntArray | None,
         floor: FloatArray,
@@ -213,20 +227,22 @@ class Relaxations:
     ) -> Transfer:
         """One all-to-all of tokens that need the holders of `ids` [T, j].
 
-        from_holder: a token comes from a holder that may be among those, which spares a copy. owner: [T] the item on
-        whose holder it is. Each step is counted on all links together, or on that of one owner where this promises
-        more; or is not counted but taken as `floor` [S] has it, seconds a byte.
+        times: what a copy costs beside one going out. waits: [S] seconds that no plan changes. from_holder: a token
+        comes from a holder that may be among those, which spares a copy. owner: [T] the item on whose holder it is.
+
+        Each step is counted on all links together, or on that of one owner where this promises
+        more; or is not counted but taken as `floor` [S] has it, seconds of copies going out.
         """
         level = self._level
         random = _holders_at_random(level, ids.shape[1]) - from_holder
         rate = np.full(len(ids), level.copy if from_holder else level.evenly)
         if owner is not None and level.leaving > 0.0 and not self._problem.has_replicas:
             rate = self._rates(owner)
-        rate = rate * bytes_each
+        rate = rate * times
         per_step = np.bincount(self._steps.step_of, weights=rate)
-        known = floor * bytes_each > per_step * random
+        known = floor * times > per_step * random
         weight = part * self._weight
-        constant = float(weight @ (self._latency + np.where(known, floor * bytes_each, -per_step * from_holder)))
+        constant = float(weight @ (waits + np.where(known, floor * times, -per_step * from_holder)))
         counted = np.where(known, 0.0, weight)[self._steps.step_of] * rate
         if not counted.any():
             return [], constant
@@ -237,7 +253,7 @@ class Relaxations:
         return [HoldersNeeded(chosen, counted[counted > 0], items)], constant
 
     def _rates(self, owner: IntArray) -> FloatArray:
-        """[T] seconds a byte of each token's copies.
+        """[T] seconds of each token's copies.
 
         Evenly over all links, or, in steps where one expert leads so many tokens that its holder's link alone is the
         busier, those tokens on that link and the others for nothing.

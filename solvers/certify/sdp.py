@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..._types import FloatArray, IntArray
-from ..jit import kernel
+from ...placement.jit import kernel
 
 STEP_LENGTH = 0.5
 """Length of a step in X, in experts over the cost: what served best from one layer on nodes to two on devices."""

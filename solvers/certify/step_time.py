@@ -55,7 +55,7 @@ def risk_bound(
         seconds: time to spend; None takes what a little work gives, the same every time.
         report: called with the bound as it rises.
     """
-    weight, offset = risk_weights(step_seconds, workload, problem.objective, reference)
+    weight, offset = risk_weights(step_seconds, workload, problem.objective, reference, steps.weight, steps.batch)
     # Steps without weight need not be looked at.
     counted = np.flatnonzero(weight > 0)
     certificate = StepCertificate(problem, steps.select(counted), weight[counted])
@@ -77,9 +77,10 @@ class StepCertificate:
         # [L] of a layer with the dispatch into it, and of its compute alone.
         self._layer = weight @ layer_seconds_bound(steps, problem)
         self._work: FloatArray | None = None
-        # A replica near the token's home is not one and the same for all tokens, which Gram matrices would have it be.
-        nearest = problem.objective.replica_choice == "nearest" and problem.has_replicas
-        self._levels: list[Level] = [] if nearest else levels(problem)
+        # A replica chosen by where the token lives or by the step is not one and the same for all tokens, which Gram
+        # matrices would have it be.
+        chosen = problem.objective.replica_choice != "share" and problem.has_replicas
+        self._levels: list[Level] = [] if chosen else levels(problem, steps)
         self._bounds: list[_LevelBound] = []
         # Where tokens return home a relaxation is of one layer, and the better bound of each layer counts.
         self._by_layer = problem.objective.execution == "dispatch_combine" or problem.model.layers == 1

@@ -54,9 +54,9 @@ class Cbc:
             model.solve(solver)
         except KeyboardInterrupt:
             return Result(self.name, "interrupted", None, math.inf, -math.inf, seconds=request.spent)
-        found = solver.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+        feasible = solver.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
         infeasible = solver.sol_status == pulp.LpSolutionInfeasible
-        values = np.array([float(v.varValue or 0.0) for v in variables]) if found else None
+        values = np.array([float(v.varValue or 0.0) for v in variables]) if feasible else None
         value = math.inf if values is None else program.value(values)
         # "Optimal" may mean within the gap asked for: then, and only then, the log has a bound beside the value.
         optimal = solver.sol_status == pulp.LpSolutionOptimal
@@ -136,11 +136,11 @@ class _Cbc(pulp.COIN_CMD):  # type: ignore[misc]
 
 def lower_bound(log: str, proven: float | None) -> float | None:
     """The bound in CBC's log, less what its rounding may have added; `proven` where the log has none."""
-    found = _LOWER_BOUND.findall(log)
-    if not found or float(found[-1]) < -NOTHING:
+    bounds = _LOWER_BOUND.findall(log)
+    if not bounds or float(bounds[-1]) < -NOTHING:
         return proven
-    decimals = len(found[-1].partition(".")[2])
-    return float(found[-1]) - 0.5 * 10.0**-decimals
+    decimals = len(bounds[-1].partition(".")[2])
+    return float(bounds[-1]) - 0.5 * 10.0**-decimals
 
 
 def run_limited(command: list[str], log: Path, seconds: float | None) -> int | None:

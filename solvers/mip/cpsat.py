@@ -172,16 +172,16 @@ class CpSat:
         if request.work is not None:
             settings.max_deterministic_time = request.work
         listener = Listener(solver.StopSearch)
-        told = _Told(program, whole, request, listener)
-        status = run_beside(lambda: solver.Solve(model, told), listener)
+        callback = _Told(program, whole, request, listener)
+        status = run_beside(lambda: solver.Solve(model, callback), listener)
         listener.settle()
         if status == cp_model.MODEL_INVALID:
             raise SolveError(f"CP-SAT refuses the program {program.name!r}: {model.validate()}")
         values = None
         known = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)
         if known:
-            found = np.asarray(solver.ResponseProto().solution, dtype=np.float64)
-            values = completed(program, found / whole.steps)
+            response = np.asarray(solver.ResponseProto().solution, dtype=np.float64)
+            values = completed(program, response / whole.steps)
         value = math.inf if values is None else program.value(values)
         infeasible = status == cp_model.INFEASIBLE
         stop: Stop = "finished" if infeasible or status == cp_model.OPTIMAL else "time limit"

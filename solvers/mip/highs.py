@@ -72,8 +72,8 @@ class Highs:
 def _read(solver: Any, program: Program, request: Request, whole: bool, interrupted: bool) -> Result:
     status, info, solution = solver.getModelStatus(), solver.getInfo(), solver.getSolution()
     optimal, infeasible = status == _STATUS.kOptimal, status == _STATUS.kInfeasible
-    found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-    values = np.asarray(solution.col_value, dtype=np.float64) if found else None
+    feasible = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    values = np.asarray(solution.col_value, dtype=np.float64) if feasible else None
     prices = np.asarray(solution.row_dual, dtype=np.float64) if not whole and optimal else None
     bound = -math.inf
     if whole and math.isfinite(info.mip_dual_bound):

@@ -50,12 +50,12 @@ def backend_named(name: str) -> Backend:
         raise InputError(f"backend {name!r} is unknown; {nearest(name, _CLASSES)}")
     module, cls = _CLASSES[name]
     try:
-        found: Backend = getattr(import_module(module, __package__), cls)()
+        made: Backend = getattr(import_module(module, __package__), cls)()
     except ImportError as error:
         raise UnsupportedError(
             f"backend {name!r} cannot be loaded ({error}); install its library, or use another: {', '.join(_CLASSES)}"
         ) from error
-    return found
+    return made
 
 
 def solve_program(
@@ -94,10 +94,10 @@ def solve_program(
     limit = min(limits) if limits else None
     tell = _Better(report)
     request = Request(limit, None, budget.seed, relative_gap, absolute_gap, start, tell)
-    given = None
+    start_result = None
     if start is not None and program.violation(start) <= FEASIBLE:
         value = program.value(start)
-        given = Result("start", "time limit", start, value, -math.inf)
+        start_result = Result("start", "time limit", start, value, -math.inf)
         tell.value = value
     if limit is not None and limit <= 0:
         check_backend(backend)
@@ -106,10 +106,14 @@ def solve_program(
         result = _portfolio(program, request)
     else:
         result = _checked(program, backend).solve(program, request)
-    if given is not None and given.value <= result.value:
+    if start_result is not None and start_result.value <= result.value:
         # What was given counts by its own objective, whatever a backend made of it.
         result = replace(
-            result, values=given.values, value=given.value, bound=min(result.bound, given.value), infeasible=False
+            result,
+            values=start_result.values,
+            value=start_result.value,
+            bound=min(result.bound, start_result.value),
+            infeasible=False,
         )
     return replace(result, seconds=request.spent)
 

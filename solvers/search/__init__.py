@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ...placement.batches import Phase
 from ...placement.errors import InputError
 from ...placement.problem import Problem
-from ..base import Batch, Budget, Feature, Needs, Solution
+from ..base import Budget, Feature, Needs, Solution
 
 
 class Search:
@@ -26,16 +27,16 @@ class Search:
         problem: Problem,
         budget: Budget,
         *,
-        batch: Batch | None = None,
+        batch: Phase | None = None,
         step_tokens: int | None = None,
         steps: int | None = None,
         proposals: int | None = None,
         certify: float = 0.0,
         off_home: float | None = None,
     ) -> Solution:
-        """batch, step_tokens, steps: the scenario, decode steps of so many sequences (all devices together) or prefill
-        steps of so many tokens. A size alone is of decode steps, a kind alone has `TOKENS_PER_DEVICE`; neither, under
-        the risk "mean": steps of both kinds in these sizes, so that the plan is good at both. proposals: a layer, when
+        """batch, step_tokens: in place of the problem's batches, decode steps of so many sequences (all devices
+        together) or prefill steps of so many tokens; a size alone is of decode steps, a kind alone has its usual size.
+        steps: of each batch. proposals: a layer, when
         no time limit is given (default: 20,000 on steps, 120,000 on counts alone). certify: seconds spent on a better
         bound after the search. off_home: with counts alone, the largest share of a
         layer's load that may be served off its expert group's home node (default: no limit; 0 keeps every group on one

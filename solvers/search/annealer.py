@@ -19,8 +19,8 @@ import numpy as np
 from numba.extending import overload
 
 from ..._types import FloatArray, IntArray
+from ...placement.jit import kernel
 from ...placement.problem import Problem
-from ..jit import kernel
 from . import coherent_traffic, even_traffic, source_traffic
 from .coherent_traffic import CoherentState
 from .even_traffic import EvenState

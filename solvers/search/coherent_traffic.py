@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
-from ..jit import kernel
+from ...placement.jit import kernel
 from .device_work import compute_seconds, first_work, post, post_node, shift_work, transfer_seconds
 from .kernel_types import Change, CoherentTokens, Counts, Ids, LayerTokens, Neighbours, Placement, Rates
 from .moves import copy, copy_all
@@ -228,9 +228,9 @@ def step_seconds(
     """Of one step in one layer, latency left out."""
     return (
         compute_seconds(load, hit, rates)
-        + transfer_seconds(ledgers[0], node_ledgers[0], rates)
-        + rates.back * transfer_seconds(ledgers[1], node_ledgers[1], rates)
-        + transfer_seconds(ledgers[2], node_ledgers[2], rates)
+        + transfer_seconds(ledgers[0], node_ledgers[0], rates, 0)
+        + rates.back[0] * transfer_seconds(ledgers[1], node_ledgers[1], rates, 0)
+        + transfer_seconds(ledgers[2], node_ledgers[2], rates, 0)
     )
 
 
@@ -333,8 +333,8 @@ def post_covered(
     """Adds `weight` tokens held by device h that need what `cover` found: so many devices and nodes."""
     for i in range(reached):
         g = covered.targets[i]
-        post(ledger, node_ledger, h, g, weight * covered.chance[g], rates)
-    if rates.dedup:
+        post(ledger, node_ledger, h, g, weight * covered.chance[g], rates, rates.dedup[0])
+    if rates.dedup[0]:
         for i in range(nodes_reached):
             n = covered.node_targets[i]
             post_node(node_ledger, rates.node_of[h], n, weight * covered.node_chance[n])
@@ -493,13 +493,13 @@ def _pair(
     devices = rates.node_of.shape[0]
     first, last = (source, source + 1) if source < devices else (0, devices)
     for h in range(first, last):
-        post(ledgers[s, w], node_ledgers[s, w], h, target, x / (last - first), rates)
+        post(ledgers[s, w], node_ledgers[s, w], h, target, x / (last - first), rates, rates.dedup[0])
 
 
 @kernel
 def _node_pair(node_ledgers: FloatArray, s: int, w: int, source: int, target: int, x: float, rates: Rates) -> None:
     """Adds x tokens from a device (or evenly from all) to a node, where copies to its devices travel as one."""
-    if x == 0.0 or not rates.dedup:
+    if x == 0.0 or not rates.dedup[0]:
         return
     devices = rates.node_of.shape[0]
     first, last = (source, source + 1) if source < devices else (0, devices)
@@ -629,7 +629,7 @@ def exchange_traffic(
                 change[1, s, owner, 1 - turn] += new
                 change[1, s, owner, 2 + turn] -= node_gone
                 change[1, s, owner, 3 - turn] += node_new
-    dedup = rates.dedup
+    dedup = rates.dedup[0]
     for s in range(steps):
         for w in range(2):
             for side in range(2):

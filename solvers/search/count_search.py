@@ -11,17 +11,20 @@ from typing import NamedTuple
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
+from ...placement.division import window_shares
+from ...placement.jit import kernel
 from ...placement.plan import Stop
 from ...placement.problem import Problem
 from ...placement.risk import tail_weight, weighted_mean
 from ..base import Budget, Solution
-from ..jit import kernel
-from .evaluator import Answer, Evaluator, better, window_bounds
-from .kernel_types import MoveRules
-from .moves import accepted, copy, copy_all, slot_tables, survives
+from ..step_packing import pack_steps
+from .evaluator import Answer, Evaluator, better, with_noise
+from .kernel_types import Change, MoveRules, Placement
+from .moves import accepted, carry_out, copy, copy_all, propose, slot_tables, survives
 from .multistart import CoolingSchedule
-from .scenario import Scenario
+from .scenario import Scenario, with_drawn_windows
 from .starts import GroupHomes, balanced_layer, even_layer_share, even_shares
+from .step_division import begin_division, divide_steps, keep_division
 
 # Which recorded windows count how much beside their tokens, so that balancing their weighted mean serves the
 # objective's risk.
@@ -110,7 +113,7 @@ def level_shares(
     due = load.sum() * speed / speed.sum()
     share = np.zeros((experts, devices))
     share[np.arange(experts), base] = 1.0
-    held = share > 0
+    hosts = share > 0
     carried = np.bincount(base, weights=load, minlength=devices)
     free = slots - np.bincount(base, minlength=devices)
     waiting = list(range(devices))
@@ -126,7 +129,7 @@ def level_shares(
         if need <= 1e-12 * due.sum():
             continue
         pieces = share[:, waiting] * load[:, None]
-        fits = (pieces >= need) & ~held[:, [taker]] & allowed[:, [taker]]
+        fits = (pieces >= need) & ~hosts[:, [taker]] & allowed[:, [taker]]
         if not fits.any():
             return None
         over = np.where(fits.any(axis=0), (carried - due)[waiting], -np.inf)
@@ -137,16 +140,16 @@ def level_shares(
         part = need / load[expert]
         share[expert, giver] -= part
         share[expert, taker] += part
-        held[expert, taker] = True
+        hosts[expert, taker] = True
         carried[giver] -= need
         carried[taker] += need
         free[taker] -= 1
     for device in range(devices):
-        extra = np.flatnonzero(~held[:, device] & allowed[:, device])[: free[device]]
+        extra = np.flatnonzero(~hosts[:, device] & allowed[:, device])[: free[device]]
         if len(extra) < free[device]:
             return None
-        held[extra, device] = True
-    table = np.concatenate([np.flatnonzero(held[:, g]) for g in range(devices)]).astype(np.int64)
+        hosts[extra, device] = True
+    table = np.concatenate([np.flatnonzero(hosts[:, g]) for g in range(devices)]).astype(np.int64)
     return table, np.maximum(share, 0.0) / np.maximum(share, 0.0).sum(axis=1, keepdims=True)
 
 
@@ -316,6 +319,22 @@ def _load(layer: CountLayer, share: FloatArray, loads: FloatArray) -> None:
 
 
 @kernel
+def window_peaks(rows: FloatArray, share: FloatArray, slowness: FloatArray) -> FloatArray:
+    """[K] heaviest load of each row [K, E], slowness included, of shares [E, G]."""
+    loads = np.zeros((share.shape[1], rows.shape[0]))
+    for e in range(share.shape[0]):
+        for g in range(share.shape[1]):
+            if share[e, g] > 0.0:
+                part = share[e, g] * slowness[g]
+                for k in range(rows.shape[0]):
+                    loads[g, k] += rows[k, e] * part
+    peaks = loads[0].copy()
+    for g in range(1, loads.shape[0]):
+        peaks = np.maximum(peaks, loads[g])
+    return peaks
+
+
+@kernel
 def _peaks(layer: CountLayer, loads: FloatArray, heaviest: IntArray) -> float:
     """The layer's figure; `heaviest` [K] gets each row's heaviest device."""
     value = 0.0
@@ -438,6 +457,60 @@ def _commit(
         replicas[b] += 1
 
 
+# The same where each window is divided among replicas anew: the largest load that is left then is walked on itself.
+
+
+@kernel
+def anneal_divided(
+    layer: CountLayer,
+    slot_expert: IntArray,
+    slot_device: IntArray,
+    share: FloatArray,
+    proposals: int,
+    hot: float,
+    enough: float,
+    seed: int,
+) -> tuple[IntArray, FloatArray]:
+    """As `anneal_counts`, for loads divided anew in every row; shares stay equal."""
+    np.random.seed(seed)
+    experts, devices = share.shape
+    slot_at, replicas = slot_tables(slot_expert, slot_device, experts, devices)
+    placement = Placement(slot_expert.copy(), slot_device, share.copy(), slot_at, replicas)
+    state = begin_division(np.ascontiguousarray(layer.rows.T), placement)
+    loads, new = np.empty((layer.rows.shape[0], devices)), np.zeros((2, devices))
+    value = np.inf
+    best, best_expert, best_share = np.inf, placement.slot_expert.copy(), placement.share.copy()
+    temperature = hot
+    cooling = COOLED ** (1.0 / max(1, proposals))
+    change = Change(0, 0, 0, 0, 0)
+    for turn in range(proposals + 1):
+        temperature *= cooling
+        if turn > 0:
+            change = propose(placement, layer.moves, new)
+            if change.kind == 0:
+                continue
+        divide_steps(state, placement, change, loads)
+        new_value = 0.0
+        for k in range(loads.shape[0]):
+            heaviest = 0.0
+            for g in range(devices):
+                heaviest = max(heaviest, loads[k, g] * layer.slowness[g])
+            new_value += layer.weight[k] * heaviest
+        if turn > 0 and not accepted(value, new_value, temperature):
+            continue
+        value = new_value
+        keep_division(state, change)
+        if change.kind != 0:
+            carry_out(change, new, placement)
+        if value < best:
+            best = value
+            copy(placement.slot_expert, best_expert)
+            copy_all(placement.share, best_share)
+            if best <= enough:
+                break
+    return best_expert, best_share
+
+
 # The quick way down on one load vector: the best exchange with the heaviest device, for as long as one lowers it.
 
 
@@ -523,11 +596,21 @@ def _strays(stray: FloatArray, share: FloatArray, expert: int, left: int, joined
 
 PROPOSALS = 120_000
 """A layer, when neither they nor seconds are given."""
+DIVIDED = 64
+"""Proposals that take as long as one where windows are divided anew."""
 ROUNDS, ALONE_ROUNDS = 12, 4
+ENDING = 0.1
+"""Of a time limit, kept for the answer's own figures and their noise."""
 HOT, COLD = 1.0, 0.3
 """First temperature of the first round and of the last, in a layer's excess over its bound, a slot."""
 LEAPS = 1000
 """Slots below which the first round is hotter, in proportion: with few slots every exchange is a leap."""
+PATIENCE = 50
+"""Proposals a slot that a cooling from far takes to end better than it began; with fewer it begins nearer."""
+TIMED_ROUND = 100
+"""Proposals of the first round under a time limit."""
+SHORT_ROUNDS = 4
+"""Rounds where they get fewer proposals than there are slots."""
 TOLERANCE = 1e-3
 """A figure this close to its bound, relatively, is good enough; a layer is done at half of it."""
 LEAST_LAYER_EXCESS = 1e-6
@@ -555,9 +638,14 @@ def search_counts(
 ) -> Solution:
     """Balances the windows' loads [S, L, E] from slot tables [P], one a layer, or the plan in force (tables and shares
     [E, G]) in layers where that is better; see `Search` for `proposals`."""
+    divided = problem.objective.replica_choice == "balanced" and problem.has_replicas
+    if divided:
+        scenario = with_drawn_windows(scenario, budget.seed)
     evaluator = Evaluator(problem, scenario)
+    if proposals is None:
+        proposals = PROPOSALS // DIVIDED if divided else PROPOSALS
     windows = WindowWeights(problem, scenario)
-    balance = _Balance(problem, scenario, moves, budget.seed, homes, current)
+    balance = _Balance(problem, scenario, evaluator.window_bounds, moves, budget.seed, homes, current)
     stop: Stop = "finished"
     try:
         balance.start(tables, windows.weight)
@@ -567,30 +655,60 @@ def search_counts(
         budget.report(best.value, best.bound, "start")
         try:
             if problem.objective.risk == "regret":
-                evaluator.reference = _alone(balance, evaluator, scenario, tables, proposals or PROPOSALS, budget)
+                evaluator.reference = _alone(balance, evaluator, scenario, tables, proposals, budget)
                 windows.reference = evaluator.reference
                 balance.start(tables, windows.weight)
                 best = _best_start(balance, evaluator)
-            schedule = CoolingSchedule(budget, proposals or PROPOSALS, ROUNDS)
-            for round_ in range(ROUNDS):
-                if budget.spent or balance.done:
-                    break
+            schedule = CoolingSchedule(budget, proposals, ROUNDS, ENDING * (budget.seconds or 0.0), TIMED_ROUND)
+            round_ = 0
+            while round_ < schedule.rounds and not schedule.spent and not balance.done:
                 with schedule.timing():
-                    balance.run(windows.weight, schedule.proposals(round_), round_ / (ROUNDS - 1))
-                answer = _answer(balance, evaluator)
-                best = better(best, answer)
-                budget.report(best.value, best.bound, f"round {round_ + 1} of {ROUNDS}")
-                windows.learn(evaluator.figures(answer.table, answer.shares), evaluator.bound)
-            stop = "time limit" if budget.spent else "finished"
+                    balance.run(
+                        windows.weight, schedule.proposals(round_), round_ / (schedule.rounds - 1), schedule.expected
+                    )
+                round_ += 1
+                if budget.seconds is not None and schedule.expected < ROUNDS * problem.num_slots:
+                    schedule.rounds = SHORT_ROUNDS
+                best = better(best, _answer(balance, evaluator))
+                budget.report(best.value, best.bound, f"round {round_} of {schedule.rounds}")
+                windows.learn(scenario.over_layers(balance.peaks()), evaluator.bound)
+            stop = "time limit" if schedule.spent else "finished"
         except KeyboardInterrupt:
             stop = "interrupted"
     finally:
         balance.close()
-    certificate = best.certificate
+    best = best._replace(certificate=evaluator.certificate(best.table, best.shares))
+    certificate = with_noise(problem, best, budget.seed)
     if homes is not None:
         limited = f"{certificate.objective}, at most {homes.most:g} of a layer's load off its groups' home nodes"
         certificate = replace(certificate, objective=limited)
-    return Solution(best.table, certificate, shares=best.shares, stop=stop)
+    return Solution(best.table, certificate, shares=best.shares, stop=stop, separable=True)
+
+
+MOST_PACKED, EXCHANGES = 128, 500
+"""Windows that tables are packed by, neighbours being added up where there are more; exchanges tried a layer."""
+
+
+def tables_by_steps(problem: Problem, scenario: Scenario, allowed: BoolArray) -> list[IntArray] | None:
+    """Slot tables [P] packed by all windows at once, where there are several and devices are alike; else None.
+
+    What balances the sum of windows is a start that annealing needs seconds to leave.
+    """
+    slots, speed = problem.layer_slots, problem.topology.compute
+    alike = (slots == slots[0, 0]).all() and (speed == speed[0]).all()
+    if scenario.num_steps < 2 or not alike or not allowed.all() or problem.tolerates:
+        return None
+    rows = scenario.loads * scenario.layer_weights(scenario.step_weight)[:, :, None]
+    if len(rows) > MOST_PACKED:
+        rows = np.add.reduceat(rows, np.linspace(0, len(rows), MOST_PACKED, endpoint=False).astype(np.int64))
+    blocks = np.array_split(np.arange(rows.shape[1]), min(rows.shape[1], os.cpu_count() or 1))
+
+    def pack(block: IntArray) -> IntArray:
+        first = int(block[0])
+        return pack_steps(rows[:, block], problem.num_slots, problem.num_devices, EXCHANGES, first)
+
+    with ThreadPoolExecutor(len(blocks)) as pool:
+        return [table for tables in pool.map(pack, blocks) for table in tables]
 
 
 class _Balance:
@@ -600,6 +718,7 @@ class _Balance:
         self,
         problem: Problem,
         scenario: Scenario,
+        bounds: FloatArray,
         moves: Sequence[MoveRules],
         seed: int,
         homes: GroupHomes | None,
@@ -607,12 +726,13 @@ class _Balance:
     ) -> None:
         speed = problem.topology.compute
         self.problem, self._rules = problem, moves
+        self._divided = problem.objective.replica_choice == "balanced" and problem.has_replicas
         self._rows = scenario.loads.transpose(1, 0, 2).copy()
         self._slowness = speed.sum() / speed
         nowhere = np.zeros((problem.model.experts, problem.num_devices))
         self._stray = [nowhere] * len(moves) if homes is None else list(homes.stray)
         self._limit = 0.0 if homes is None else homes.most
-        self._bounds = window_bounds(problem, scenario.loads)
+        self._bounds = bounds
         self._scenario = scenario
         self._seeds = np.random.SeedSequence(seed)
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
@@ -641,7 +761,7 @@ class _Balance:
         """Of a single window, with shares free: levels layers exactly where handing on load from device to device
         does."""
         problem = self.problem
-        if problem.objective.split != "free":
+        if problem.objective.split != "free" or self._divided:
             return
         for layer, moves in enumerate(self._rules):
             levelled = level_layer(self._rows[layer][0], problem.layer_slots[layer], problem.topology.compute, moves)
@@ -651,28 +771,40 @@ class _Balance:
                     self.layers[layer] = placed
         self._look(np.ones(1))
 
-    def run(self, weight: FloatArray, proposals: int, progress: float) -> None:
-        """One round of at most `proposals` a layer, windows counting by `weight` [S]. progress: 0 first, 1 last."""
-        hot = HOT + LEAPS / self.problem.num_slots
-        heat = hot * (COLD / hot) ** progress
+    def run(self, weight: FloatArray, proposals: int, progress: float, expected: float) -> None:
+        """One round of at most `proposals` a layer, windows counting by `weight` [S]. progress: 0 first, 1 last.
+        expected: proposals of all rounds."""
+        slots, last = self.problem.num_slots, progress >= 0.5
+        patience = min(1.0, expected * (DIVIDED if self._divided else 1) / (PATIENCE * slots))
+        hot = COLD * ((HOT + LEAPS / slots) / COLD) ** patience
+        # Where windows are divided each half of the rounds is a cooling of its own.
+        cooled = 2.0 * (progress - 0.5 * last) if self._divided else progress
+        heat = hot * (COLD / hot) ** cooled
         seeds = self._seeds.spawn(1)[0].generate_state(len(self.layers))
         tasks = [
-            self._pool.submit(self._one, layer, mine, proposals, heat, int(seed) % (1 << 31))
+            self._pool.submit(self._one, layer, mine, proposals, heat, int(seed) % (1 << 31), last)
             for layer, (mine, seed) in enumerate(zip(self._scenario.layer_weights(weight).T, seeds, strict=True))
         ]
         self.layers = [task.result() for task in tasks]
         self._look(weight)
 
     def _look(self, weight: FloatArray) -> None:
-        counts, peaks = self._scenario.layer_weights(weight), np.stack([layer.peaks for layer in self.layers], axis=1)
-        self.done = bool((counts * peaks).sum() <= (counts * self._bounds).sum() * (1.0 + TOLERANCE))
+        counts = self._scenario.layer_weights(weight)
+        self.done = bool((counts * self.peaks()).sum() <= (counts * self._bounds).sum() * (1.0 + TOLERANCE))
 
-    def _one(self, layer: int, weight: FloatArray, proposals: int, heat: float, seed: int) -> BalancedLayer:
-        """weight: [S] what this layer's windows count."""
+    def peaks(self) -> FloatArray:
+        """[S, L] heaviest load over the mean of the state."""
+        return np.stack([layer.peaks for layer in self.layers], axis=1)
+
+    def _one(self, layer: int, weight: FloatArray, proposals: int, heat: float, seed: int, last: bool) -> BalancedLayer:
+        """weight: [S] what this layer's windows count. last: whether of the second half of rounds."""
         state, counted = self.layers[layer], weight > 0
+        if self._divided and not last:
+            # Windows that were drawn are for what can be divided.
+            counted[len(counted) - self._scenario.drawn :] = False
         if not counted.any():
             return state
-        weight = weight / weight.sum()
+        weight = np.where(counted, weight, 0.0) / weight[counted].sum()
         least = float(weight @ self._bounds[:, layer])
         excess = max(float(weight @ state.peaks) - least, LEAST_LAYER_EXCESS)
         counts = CountLayer(
@@ -685,6 +817,15 @@ class _Balance:
         )
         slot_device, enough = self.problem.layer_slot_device(layer), least * (1.0 + 0.5 * TOLERANCE)
         table, share = state.slot_expert, state.share
+        if self._divided and last:
+            hot = heat * excess / len(table)
+            table, share = anneal_divided(counts, table, slot_device, share, proposals, hot, enough, seed)
+            return self._placed(layer, table, share)
+        if self._divided:
+            # What equal shares level needs no dividing, and is found at a fraction of the effort.
+            proposals *= DIVIDED
+            peaks = window_peaks(counts.rows, share, self._slowness)
+            excess = max(float(counts.weight @ peaks) - least, LEAST_LAYER_EXCESS)
         if counted.sum() == 1:
             table, share = steepest_swap(counts, table, slot_device, share, enough)
             excess = max(float((counts.rows[0] @ share * self._slowness).max()) - least, LEAST_LAYER_EXCESS)
@@ -697,7 +838,13 @@ class _Balance:
         return self._placed(layer, table, share)
 
     def _placed(self, layer: int, table: IntArray, share: FloatArray) -> BalancedLayer:
-        return BalancedLayer(table, share, np.maximum(1.0, ((self._rows[layer] @ share) * self._slowness).max(axis=1)))
+        rows = self._rows[layer]
+        if self._divided:
+            served = window_shares(rows[:, None], (share > 0)[None], self.problem.objective.division)
+            peaks = (np.einsum("se,seg->sg", rows, served[:, 0]) * self._slowness).max(axis=1)
+        else:
+            peaks = window_peaks(rows, share, self._slowness)
+        return BalancedLayer(table, share, np.maximum(1.0, peaks))
 
     def close(self) -> None:
         """Stops the threads; rounds already handed out end first."""
@@ -725,9 +872,8 @@ def _alone(
         )
         for round_ in range(ALONE_ROUNDS):
             with schedule.timing():
-                balance.run(weight, schedule.proposals(round_), round_ / (ALONE_ROUNDS - 1))
-        table, _, shares = _answer(balance, evaluator)
-        reference[code] = weighted_mean(evaluator.figures(table, shares), weight)
+                balance.run(weight, schedule.proposals(round_), round_ / (ALONE_ROUNDS - 1), schedule.expected)
+        reference[code] = weighted_mean(scenario.over_layers(balance.peaks()), weight)
     return reference
 
 
@@ -741,4 +887,5 @@ def _best_start(balance: _Balance, evaluator: Evaluator) -> Answer:
 def _answer(balance: _Balance, evaluator: Evaluator, layers: Sequence[BalancedLayer] | None = None) -> Answer:
     """The state, or other `layers`."""
     layers = balance.layers if layers is None else layers
-    return evaluator.answer([layer.slot_expert for layer in layers], [layer.share for layer in layers])
+    figures = evaluator.scenario.over_layers(np.stack([layer.peaks for layer in layers], axis=1))
+    return evaluator.answer([layer.slot_expert for layer in layers], [layer.share for layer in layers], figures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..._types import FloatArray, IntArray
-from ..jit import kernel
+from ...placement.jit import kernel
 from .kernel_types import LayerTokens, Rates
 
 
@@ -23,9 +23,11 @@ def compute_seconds(load: FloatArray, hit: FloatArray, rates: Rates) -> float:
 
 
 @kernel
-def transfer_seconds(ledger: FloatArray, node_ledger: FloatArray, rates: Rates) -> float:
-    """Of one all-to-all, latency left out. ledger: [3, G] copies sent, received inside the node, arriving from other
-    nodes; node_ledger: [2, N] sent, received."""
+def transfer_seconds(ledger: FloatArray, node_ledger: FloatArray, rates: Rates, kind: int) -> float:
+    """Of one all-to-all of a kind, what no plan changes left out.
+
+    ledger: [3, G] copies sent, received inside the node, arriving from other nodes; node_ledger: [2, N] sent, received.
+    """
     slowest = 0.0
     first = 0
     for n in range(node_ledger.shape[1]):
@@ -37,22 +39,22 @@ def transfer_seconds(ledger: FloatArray, node_ledger: FloatArray, rates: Rates) 
         for g in range(first, last):
             sent = ledger[0, g] + (arriving - ledger[2, g]) / size
             received = ledger[1, g] + ledger[2, g] * (size - 1.0) / size
-            slowest = max(slowest, max(sent, received) * rates.per_copy[g])
-        slowest = max(slowest, max(node_ledger[0, n], node_ledger[1, n]) * rates.per_node_copy[n])
+            slowest = max(slowest, max(sent, received) * rates.per_copy[kind, g])
+        slowest = max(slowest, max(node_ledger[0, n], node_ledger[1, n]) * rates.per_node_copy[kind, n])
         first = last
     return slowest
 
 
 @kernel
-def post(ledger: FloatArray, node_ledger: FloatArray, h: int, g: int, amount: float, rates: Rates) -> None:
-    """Adds tokens held by device h that need device g. ledger: [3, G] sent, received inside the node, arriving from
+def post(ledger: FloatArray, node_ledger: FloatArray, h: int, g: int, amount: float, rates: Rates, dedup: bool) -> None:
+    """Adds copies of tokens held by device h for device g. ledger: [3, G] sent, received inside the node, arriving from
     other nodes, to be fanned out; node_ledger: [2, N] sent, received, of copies that are not merged by node."""
     m, n = rates.node_of[h], rates.node_of[g]
     if m == n:
         if g != h:
             ledger[0, h] += amount
             ledger[1, g] += amount
-    elif rates.dedup:
+    elif dedup:
         ledger[2, g] += amount
     else:
         node_ledger[0, m] += amount

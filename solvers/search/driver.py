@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
+from ...placement.batches import Phase
 from ...placement.errors import SolveError, UnsupportedError
 from ...placement.failures import failure_mask
 from ...placement.plan import Stop
 from ...placement.problem import Problem
 from ...placement.risk import tail_weight, weighted_mean
-from ..base import Batch, Budget, Solution
+from ..base import Budget, Solution
 from ..certify.step_time import risk_bound
 from ..chain import Chain, fastest_step
 from ..shares import layer_shares, towards
 from .annealer import CALIBRATION, Annealer
-from .count_search import search_counts
+from .count_search import search_counts, tables_by_steps
 from .evaluator import Answer, Evaluator, better
 from .kernel_types import MoveRules, RiskWeights
 from .move_budget import MoveBudget
 from .multistart import CoolingSchedule, Start, multistart
+from .online_homes import check_online, search_homes
 from .scenario import Scenario, mean_risks, rates_for, scenario_from, weighted_risks, with_sources, worst_risks
-from .starts import aligned, allowed_devices, can_align, current_placement, first_placements, homes_of, made_placements
+from .starts import (
+    aligned,
+    allowed_devices,
+    can_align,
+    current_placement,
+    even_shares,
+    first_placements,
+    homes_of,
+    made_placements,
+)
 
 HOT, COLD = 1.0, 1e-3
 """Temperatures, in what a proposal typically changes: at the first many that worsen are taken, at the last none."""
@@ -41,7 +51,7 @@ ROUNDS = 12
 def run_search(
     problem: Problem,
     budget: Budget,
-    batch: Batch | None,
+    batch: Phase | None,
     step_tokens: int | None,
     steps: int | None,
     proposals: int | None,
@@ -52,9 +62,22 @@ def run_search(
     scenario = with_sources(scenario_from(problem, batch, step_tokens, steps, budget.seed), problem, budget.seed)
     allowed = allowed_devices(problem)
     rules = _rules(problem, allowed)
+    if problem.objective.online:
+        check_online(problem, scenario)
+        # What is best without copies keeps tokens near, which exchanges for few copies do not look at.
+        plain = replace(problem, objective=problem.objective.replace(online=0))
+        brief = Budget(None if budget.left is None else budget.left / 2, budget.seed)
+        solution = run_search(plain, brief, batch, step_tokens, steps, proposals, 0.0, off_home)
+        plain_homes: list[IntArray] = [
+            row[own] for row, own in zip(solution.physical_to_logical, problem.own_slots, strict=True)
+        ]
+        starts = [(plain_homes, even_shares(problem, plain_homes)), *first_placements(problem, allowed, budget)]
+        return search_homes(problem, budget, scenario, allowed, starts, proposals or PROPOSALS)
     if scenario.steps is None and problem.max_moves is None:
         homes = None if off_home is None else homes_of(problem, scenario.loads, rules, off_home)
-        tables = made_placements(problem, allowed, budget)[0] if homes is None else homes.tables
+        tables = homes.tables if homes is not None else tables_by_steps(problem, scenario, allowed)
+        if tables is None:
+            tables = made_placements(problem, allowed, budget)[0]
         current = current_placement(problem, allowed)
         return search_counts(problem, budget, scenario, rules, tables, current, proposals, homes)
     if off_home is not None:
@@ -116,7 +139,7 @@ def _search(
             moves = MoveBudget(problem, annealer, coherent, price)
             annealer.start(*start, risks)
         budget.report(best.value, best.bound, "start")
-        schedule = CoolingSchedule(budget, proposals, ROUNDS, reserve=evaluator.seconds)
+        schedule = CoolingSchedule(budget, proposals, ROUNDS, reserve=_reserve(budget, evaluator.seconds, certify))
         for round_ in range(ROUNDS):
             with schedule.timing():
                 _anneal_round(annealer, risks, schedule, round_, problem, moves)
@@ -134,7 +157,17 @@ def _search(
     best = _or_current(problem, evaluator, allowed, best)
     if stop != "interrupted":
         best = certify_answer(evaluator, optimise_shares(evaluator, best, budget), budget, certify)
-    return Solution(best.table, best.certificate, shares=best.shares, stop=stop)
+        stop = "interrupted" if budget.interrupted else stop
+    return Solution(best.table, best.certificate, shares=best.shares, stop=stop, separable=True)
+
+
+def _reserve(budget: Budget, evaluation: float, certify: float) -> float:
+    """Seconds of a time limit that the answer wants after the last round: it is evaluated then, before its bound and
+    after it; shares and a bound that nobody asked for have parts of the limit."""
+    if budget.seconds is None:
+        return 0.0
+    parts = SHARES_PART + (0.0 if certify > 0 else UNASKED)
+    return min(0.5 * budget.seconds, EVALUATIONS * evaluation + parts * budget.seconds)
 
 
 # Starts.
@@ -142,7 +175,9 @@ def _search(
 
 def _rules(problem: Problem, allowed: BoolArray) -> list[MoveRules]:
     failures = failure_mask(problem.tolerates, problem.num_devices)
-    return [MoveRules(mask, problem.objective.split == "free", failures) for mask in allowed]
+    # Where each step is divided anew shares count for nothing.
+    free = problem.objective.split == "free" and problem.objective.replica_choice != "balanced"
+    return [MoveRules(mask, free, failures) for mask in allowed]
 
 
 def _coherent_start(
@@ -246,7 +281,7 @@ def _tail_risks(
     if tail is None:
         return risks, weight
     figures = scenario.over_layers(np.stack([state.now.cost for state in annealer.states], axis=1))
-    slow = tail_weight(figures, tail, None if scenario.weight is None else scenario.step_weight)
+    slow = tail_weight(figures, tail, scenario.risk_weight, scenario.kind)
     # Half of the last weights stay, else two sets of steps would take turns at being slow.
     weight = 0.5 * weight + 0.5 * slow
     return weighted_risks(scenario, weight), weight
@@ -281,6 +316,8 @@ def _references(
 
 # What is done to the best placement in the end: shares and bound.
 
+EVALUATIONS = 3
+"""Of the whole answer, after the last round."""
 SHARES_PART = 0.05
 """Of a time limit, that may go into programs of shares."""
 UNASKED = 0.05
@@ -300,7 +337,7 @@ def optimise_shares(evaluator: Evaluator, answer: Answer, budget: Budget) -> Ans
     table, certificate, shares = answer
     brief = Budget(None if budget.seconds is None else SHARES_PART * budget.seconds)
     aim, weights = shares.copy(), scenario.layer_weights(scenario.step_weight)
-    with suppress(KeyboardInterrupt):
+    with budget.until_interrupted():
         for layer in range(len(table)):
             if brief.spent:
                 break
@@ -334,11 +371,11 @@ def certify_answer(evaluator: Evaluator, answer: Answer, budget: Budget, seconds
 
     unasked = None if budget.seconds is None else UNASKED * budget.seconds
     limit = seconds if seconds > 0 else unasked
-    with suppress(KeyboardInterrupt):
+    with budget.until_interrupted():
         if (best := _best_of_all(evaluator, limit)) is not None:
             tell(best[1])
             even = np.ones(best[0].shape)
-            improves = evaluator.figures(best[0], even).mean() < evaluator.figures(table, shares).mean()
+            improves = evaluator.certificate(best[0], even).value < evaluator.certificate(table, shares).value
             if improves and _within_reach(problem, best[0]):
                 table, shares = best[0], even
         else:
@@ -362,7 +399,7 @@ def _best_of_all(evaluator: Evaluator, seconds: float | None) -> tuple[IntArray,
         return None
     if problem.has_replicas or problem.tolerates or not problem.layers_alike:
         return None
-    work = Chain().work(problem, steps=steps.num_steps)
+    work = Chain().work_on(problem, steps.num_steps)
     if work is None or work > (QUICK_SECONDS if seconds is None else seconds):
         return None
     try:

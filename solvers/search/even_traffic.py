@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..._types import FloatArray, IntArray
-from ..jit import kernel
+from ...placement.jit import kernel
 from .device_work import compute_seconds, first_work, shift_work
 from .kernel_types import Change, Counts, LayerTokens, Placement, Rates
 from .moves import copy, copy_all
@@ -62,7 +62,7 @@ def begin(tokens: LayerTokens, rates: Rates, placement: Placement) -> EvenState:
     load, hit = first_work(tokens, share, placement.slot_at)
     cost = np.empty(steps)
     for s in range(steps):
-        cost[s] = step_seconds(coverage[s], node_coverage[s], load[s], hit[s], rates)
+        cost[s] = step_seconds(coverage[s], node_coverage[s], load[s], hit[s], rates, rates.kind[s])
     plain = placement.slot_expert.shape[0] == experts
     return EvenState(
         zeros,
@@ -108,7 +108,7 @@ def delta(
         _sum(state.coverage[s], state.d_coverage[s], state.new_coverage)
         _sum(state.node_coverage[s], state.d_node_coverage[s], state.new_node_coverage)
         state.new_cost[s] = step_seconds(
-            state.new_coverage, state.new_node_coverage, state.new_load[s], state.new_hit[s], rates
+            state.new_coverage, state.new_node_coverage, state.new_load[s], state.new_hit[s], rates, rates.kind[s]
         )
 
 
@@ -182,9 +182,13 @@ def _add_half(source: FloatArray, target: FloatArray) -> None:
 
 @kernel
 def step_seconds(
-    coverage: FloatArray, node_coverage: FloatArray, load: FloatArray, hit: FloatArray, rates: Rates
+    covered: FloatArray, node_coverage: FloatArray, load: FloatArray, hit: FloatArray, rates: Rates, kind: int
 ) -> float:
-    """Of one step in one layer, latency left out: compute and both transfers."""
+    """Of one step in one layer, what no plan changes left out: compute and both transfers.
+
+    covered: [G] tokens that need each device; where copies go to every expert of a token, its load takes their place.
+    """
+    coverage, dedup = load if rates.pairs[kind] else covered, rates.dedup[kind]
     devices, nodes = load.shape[0], node_coverage.shape[0]
     transfer = 0.0
     total_in_node = 0.0
@@ -200,16 +204,16 @@ def step_seconds(
         in_node = 0.0
         for g in range(first, last):
             in_node += coverage[g]
-        split = size if rates.dedup else float(devices)
+        split = size if dedup else float(devices)
         for g in range(first, last):
             crossing = max(coverage[g] * (size - 1.0), in_node - coverage[g]) / split
-            transfer = max(transfer, crossing * rates.per_copy[g])
-        entering, everywhere = (node_coverage[n], total_node_coverage) if rates.dedup else (in_node, total_in_node)
+            transfer = max(transfer, crossing * rates.per_copy[kind, g])
+        entering, everywhere = (node_coverage[n], total_node_coverage) if dedup else (in_node, total_in_node)
         share = size / devices
         crossing = max(entering * (1.0 - share), (everywhere - entering) * share)
-        transfer = max(transfer, crossing * rates.per_node_copy[n])
+        transfer = max(transfer, crossing * rates.per_node_copy[kind, n])
         first = last
-    return compute_seconds(load, hit, rates) + (1.0 + rates.back) * transfer
+    return compute_seconds(load, hit, rates) + (1.0 + rates.back[kind]) * transfer
 
 
 @kernel

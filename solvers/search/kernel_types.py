@@ -32,7 +32,8 @@ class SourceTokens(NamedTuple):
 
     experts: [T, k] int32. source, step_of: [T] int32. first, tokens: CSR lists of the tokens of each (expert, source)
     ([E * H + 1], [T * k]). counts: [E, H, S] tokens that chose the expert, those not walked over too. nearest: whether
-    a token takes the replica nearest to its source rank, or any by share.
+    a token takes the replica nearest to its source rank, or any by share. divided: whether each step's tokens are
+    divided to level devices; copies are then those of nearest replicas, or of shares.
     """
 
     experts: Ids
@@ -42,6 +43,7 @@ class SourceTokens(NamedTuple):
     tokens: Ids
     counts: FloatArray
     nearest: bool
+    divided: bool
 
 
 class Neighbours(NamedTuple):
@@ -62,11 +64,11 @@ class CoherentTokens(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Seconds a unit costs: fixed, passing, pair, read as in `ExpertCost`; [G] a copy over the device's links; [N] a
-    copy over the node's.
+    """Seconds a unit costs: fixed, passing, pair, read as in `ExpertCost`; of each of K kinds of transfers [K, G] a
+    copy over the device's links; [K, N] a copy over the node's.
 
-    back: what a returning copy costs, relative to one going out. node_of: [G]. node_size: [N]. dedup: one copy a
-    (token, node) between nodes.
+    back: [K] what a returning copy costs, relative to one going out. pairs: [K] a copy goes to every expert of a token.
+    dedup: [K] one copy a (token, node) between nodes. kind: [S] of each step. node_of: [G]. node_size: [N].
     """
 
     fixed: FloatArray
@@ -75,10 +77,12 @@ class Rates(NamedTuple):
     read: FloatArray
     per_copy: FloatArray
     per_node_copy: FloatArray
-    back: float
+    back: FloatArray
+    pairs: BoolArray
+    dedup: BoolArray
+    kind: IntArray
     node_of: IntArray
     node_size: FloatArray
-    dedup: bool
 
 
 class RiskWeights(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
-from ..jit import kernel
+from ...placement.jit import kernel
 from .kernel_types import Change, MoveLimit, MoveRules, Placement, RiskWeights
 
 A = TypeVar("A", FloatArray, IntArray)

@@ -20,9 +20,11 @@ FIRST_ROUND = 20
 class CoolingSchedule:
     """Deals `proposals` evenly over rounds; with a time limit, what is left of the time evenly over rounds left."""
 
-    def __init__(self, budget: Budget, proposals: int, rounds: int = 12, reserve: float = 0.0) -> None:
-        """reserve: seconds to leave over at the end."""
-        self._budget, self._rounds, self._reserve = budget, rounds, reserve
+    def __init__(
+        self, budget: Budget, proposals: int, rounds: int = 12, reserve: float = 0.0, first: int = FIRST_ROUND
+    ) -> None:
+        """reserve: seconds to leave over at the end. first: proposals of the first round under a time limit."""
+        self._budget, self.rounds, self._reserve, self._first = budget, rounds, reserve, first
         self._even = max(1, proposals // rounds)
         self._given = 0
         self._per_proposal: float | None = None
@@ -34,17 +36,22 @@ class CoolingSchedule:
         if self._budget.left is None:
             self._given = self._even
         elif self._per_proposal is None:
-            self._given = FIRST_ROUND
+            self._given = self._first
         else:
-            share = max(0.0, self._budget.left - self._reserve) / max(1, self._rounds - round_) - self._beside
+            share = max(0.0, self._budget.left - self._reserve) / max(1, self.rounds - round_) - self._beside
             self._given = max(1, int(share / self._per_proposal))
         return self._given
+
+    @property
+    def spent(self) -> bool:
+        """Whether there is no time left for another round."""
+        return self._budget.left is not None and self._budget.left <= self._reserve
 
     @property
     def expected(self) -> float:
         """Proposals a layer gets over all rounds, as far as is known; none before the first timed round."""
         if self._budget.left is None:
-            return float(self._even * self._rounds)
+            return float(self._even * self.rounds)
         return 0.0 if self._per_proposal is None else self._budget.left / self._per_proposal
 
     @contextlib.contextmanager

@@ -8,21 +8,31 @@ import numpy as np
 import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
-from ...placement.cost import ExpertCost, combine_bytes, dispatch_bytes
+from ...placement.batches import Batch, Phase
+from ...placement.cost import ExpertCost, Transfers
+from ...placement.draws import generator
+from ...placement.memory import check_memory
 from ...placement.problem import Problem
 from ...placement.statistics import window_weights, with_tokens
+from ...placement.step_mix import batch_steps, mixed_steps, named_batch, step_mix
 from ...placement.steps import Steps
 from ...placement.synthetic import sample_tokens
-from ...placement.trace import RoutingTrace
-from ..base import TOKENS_PER_DEVICE, Batch
 from .kernel_types import LayerTokens, Rates, RiskWeights, SourceTokens
 
-SCENARIO_TOKENS = 65_536
-"""Tokens of a scenario when the number of steps is not given, at most: whole plans are judged on all of them."""
+SCENARIO_TOKENS, MOST_SCENARIO_TOKENS = 65_536, 262_144
+"""Tokens of a scenario when the number of steps is not given, at most: whole plans are judged on all of them. More
+where that is quick, so that loads are those of all that was recorded: with a third of it, gpt-oss-20b's prefill steps
+take 0.7 % longer on sequences that search has not seen."""
+QUICK_WORK = 50_000_000
+"""Tokens times layers times devices whose replay takes seconds."""
 WALKED_TOKENS = 16_384
 """Tokens proposals are priced on. Loads are known from all tokens of every step; which devices tokens coverage is
 counted on so many of them, evenly over steps: many sequences thinly tell more of unseen ones than few sequences
 wholly."""
+LEAST_LOAD = 0.01
+"""Of the mean load, below which loads tell nothing of how they vary."""
+BYTES_A_CHOICE = 48
+"""Memory that search takes for an expert choice of the steps it prices, measured with 16 a token."""
 MOST_STEPS = 64
 
 
@@ -32,7 +42,8 @@ class Scenario:
 
     synthetic: the steps' tokens were drawn from transitions, none having been recorded. walked: the tokens of the steps
     that proposals are priced on, in order; None for all. weight: [S, L] how much each layer of each window counts (see
-    `window_weights`); None for steps, which all count alike.
+    `window_weights`); None for steps, which all count alike. drawn: how many of the last windows were drawn around the
+    others.
     """
 
     steps: Steps | None
@@ -42,13 +53,25 @@ class Scenario:
     synthetic: bool = False
     walked: IntArray | None = None
     weight: FloatArray | None = None
+    drawn: int = 0
 
     @property
     def step_weight(self) -> FloatArray:
         """[S] how much each step or window counts, all together 1."""
-        if self.weight is None:
-            return np.full(self.num_steps, 1.0 / self.num_steps)
-        return np.asarray(self.weight.sum(axis=1))
+        if self.weight is not None:
+            return np.asarray(self.weight.sum(axis=1))
+        assert self.steps is not None
+        return self.steps.step_weight
+
+    @property
+    def risk_weight(self) -> FloatArray | None:
+        """[S] as of `step_weight`, None where all count alike; see `risk_value`."""
+        return self.step_weight if self.steps is None else self.steps.weight
+
+    @property
+    def kind(self) -> IntArray | None:
+        """[S] which batch each step is of; None for one."""
+        return None if self.steps is None else self.steps.batch
 
     def layer_weights(self, weight: FloatArray) -> FloatArray:
         """[S, L] what each layer's figures count, where steps or windows count by `weight` [S].
@@ -75,12 +98,21 @@ class Scenario:
 
     @property
     def beginning(self) -> Scenario:
-        """The first of its steps, no more than hold the tokens that proposals are priced on."""
+        """The first of its steps of each batch, no more than hold the tokens that proposals are priced on; at least
+        one."""
         if self.steps is None or self.walked is None:
             return self
-        count = max(1, int(np.searchsorted(self.steps.offsets, WALKED_TOKENS, side="right")) - 1)
-        steps = self.steps.select(np.arange(count))
-        return Scenario(steps, self.loads[:count], self.workload[:count], self.workloads, self.synthetic)
+        batch = np.zeros(self.num_steps, np.int64) if self.steps.batch is None else self.steps.batch
+        first = []
+        for code in np.unique(batch):
+            mine = np.flatnonzero(batch == code)
+            part = WALKED_TOKENS * self.steps.tokens[mine].sum() / len(self.steps.expert_ids)
+            first.append(mine[: max(1, int((np.cumsum(self.steps.tokens[mine]) <= part).sum()))])
+        chosen = np.concatenate(first)
+        # A batch of fewer steps counts as much as of all.
+        share = np.bincount(batch, weights=self.steps.step_weight) / np.maximum(1, np.bincount(batch[chosen]))
+        steps = replace(self.steps.select(chosen), weight=share[batch[chosen]])
+        return Scenario(steps, self.loads[chosen], self.workload[chosen], self.workloads, self.synthetic)
 
     def layer(self, index: int) -> LayerTokens:
         """One layer's tokens in the kernels' layout; no tokens when only counts are known."""
@@ -116,32 +148,33 @@ def priced_on_windows(problem: Problem) -> bool:
     return (sample is None or not sample.num_tokens) and not coherent
 
 
-def default_steps(problem: Problem) -> dict[Batch, int]:
-    """Tokens a step by kind that search takes where nobody names one: of both under the risk "mean", so that the plan
-    is good at both; else of decode, as a risk over steps of two sizes would look at the larger alone."""
-    kinds: tuple[Batch, ...] = ("decode", "prefill") if problem.objective.risk == "mean" else ("decode",)
-    return {kind: TOKENS_PER_DEVICE[kind] * problem.num_devices for kind in kinds}
-
-
 def scenario_from(
-    problem: Problem, batch: Batch | None, step_tokens: int | None, steps: int | None, seed: int
+    problem: Problem, phase: Phase | None, step_tokens: int | None, steps: int | None, seed: int
 ) -> Scenario:
-    """Scenario steps drawn from the statistics' token sample, or the load windows when only counts are known.
+    """Scenario steps of the problem's batches, drawn from the statistics' token sample, or the load windows when only
+    counts are known.
 
-    Without batch and step_tokens, steps of `default_steps` share the tokens. Their seconds are added up as they are:
-    the larger steps weigh more, and small ones decide where these don't care.
+    phase, step_tokens: of the one batch to look at instead.
 
     Context-coherent steps are drawn from transitions where these were recorded without tokens.
     """
     if priced_on_windows(problem):
         return _from_windows(problem)
-    kinds = default_steps(problem)
-    if batch is not None or step_tokens is not None:
-        named: Batch = batch or "decode"
-        kinds = {named: step_tokens or TOKENS_PER_DEVICE[named] * problem.num_devices}
-    most = SCENARIO_TOKENS // len(kinds)
-    parts = [_drawn_steps(problem, kind, tokens, steps, most, seed) for kind, tokens in kinds.items()]
-    drawn = parts[0] if len(parts) == 1 else _join(parts)
+    if phase is not None or step_tokens is not None:
+        problem = replace(problem, batches=(named_batch(phase, step_tokens),))
+    mix = step_mix(problem)
+    quick = QUICK_WORK // (problem.model.layers * problem.num_devices)
+    most = max(SCENARIO_TOKENS, min(MOST_SCENARIO_TOKENS, quick)) // len(mix.batches)
+    for batch in mix.batches:
+        tokens = batch.step_tokens(problem.num_devices)
+        count = _steps_drawn(tokens, steps, most)
+        # Steps of the usual size take little; larger ones were asked for.
+        check_memory(
+            max(0, count * tokens - SCENARIO_TOKENS) * problem.model.layers * problem.model.top_k * BYTES_A_CHOICE,
+            f"search on {count:,} {batch.phase} steps of {tokens:,} tokens",
+            "give a smaller step_tokens or fewer steps",
+        )
+    drawn = mixed_steps([_drawn_steps(problem, batch, steps, most, seed) for batch in mix.batches], mix)
     sample = problem.statistics.sample
     return Scenario(
         drawn,
@@ -153,24 +186,27 @@ def scenario_from(
     )
 
 
-def _drawn_steps(
-    problem: Problem, batch: Batch, step_tokens: int, steps: int | None, most_tokens: int, seed: int
-) -> Steps:
-    """Steps of one kind. Under a risk that compares workloads, each workload gets steps of its own tokens only."""
-    statistics = problem.statistics
-    count = max(4, min(MOST_STEPS, most_tokens // step_tokens)) if steps is None else steps
+def _steps_drawn(step_tokens: int, steps: int | None, most_tokens: int) -> int:
+    return max(4, min(MOST_STEPS, most_tokens // step_tokens)) if steps is None else steps
+
+
+def _drawn_steps(problem: Problem, batch: Batch, steps: int | None, most_tokens: int, seed: int) -> Steps:
+    """Steps of one batch. Under a risk that compares workloads, each workload gets steps of its own tokens only."""
+    statistics, step_tokens = problem.statistics, batch.step_tokens(problem.num_devices)
+    count = _steps_drawn(step_tokens, steps, most_tokens)
     sample = statistics.sample
     if sample is None or not sample.num_tokens:
         # Without the combine it is transitions that cost: tokens that show the recorded ones can be priced.
         sample = sample_tokens(statistics, problem.model.top_k, count * step_tokens, seed)
-    if batch == "prefill" and steps is None:
+    if batch.phase == "prefill" and steps is None:
         # More steps than the sample fills would only be its sequences in another order.
         count = max(4, min(count, sample.num_tokens // step_tokens))
     if problem.objective.risk not in ("worst_workload", "regret") or len(statistics.workloads) == 1:
-        return _draw(sample, batch, step_tokens, count, seed)
+        return batch_steps(sample, batch.phase, step_tokens, count, seed)
     present = np.unique(sample.workload)
     share = max(2, count // len(present))
-    return _join([_draw(sample.select(sample.workload == code), batch, step_tokens, share, seed) for code in present])
+    of_each = [sample.select(sample.workload == code) for code in present]
+    return Steps.join([batch_steps(tokens, batch.phase, step_tokens, share, seed) for tokens in of_each])
 
 
 def _thinned(steps: Steps, seed: int) -> IntArray | None:
@@ -178,31 +214,12 @@ def _thinned(steps: Steps, seed: int) -> IntArray | None:
     part = WALKED_TOKENS / max(1, len(steps.expert_ids))
     if part >= 1.0:
         return None
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     drawn = [
         start + np.sort(rng.permutation(size)[: max(1, round(part * size))])
         for start, size in zip(steps.offsets[:-1].tolist(), steps.tokens.tolist(), strict=True)
     ]
     return np.concatenate(drawn).astype(np.int64)
-
-
-def _draw(sample: RoutingTrace, batch: Batch, step_tokens: int, steps: int, seed: int) -> Steps:
-    if batch == "prefill":
-        return sample.prefill_steps(min(step_tokens, sample.num_tokens), steps, seed)
-    return sample.decode_steps(step_tokens, steps, seed)
-
-
-def _join(parts: list[Steps]) -> Steps:
-    sizes = np.concatenate([part.tokens for part in parts])
-    return replace(
-        parts[0],
-        expert_ids=np.concatenate([part.expert_ids for part in parts]),
-        offsets=np.concatenate([[0], np.cumsum(sizes)]),
-        source=None,
-        workload=None
-        if parts[0].workload is None
-        else np.concatenate([part.workload for part in parts if part.workload is not None]),
-    )
 
 
 def _from_windows(problem: Problem) -> Scenario:
@@ -220,30 +237,68 @@ def _from_windows(problem: Problem) -> Scenario:
     return Scenario(None, loads, workload, statistics.workloads, weight=window_weights(load, compared))
 
 
+WINDOWS = 16
+"""Windows to divide anew, the ones drawn included."""
+SPREAD = 0.5
+"""Of how far experts' loads are apart between windows, how far drawn windows are from theirs."""
+
+
+def with_drawn_windows(scenario: Scenario, seed: int) -> Scenario:
+    """The scenario with windows drawn around few recorded ones: a placement can level these each by its own division,
+    and what is left to choose decides how far others can be.
+
+    An expert's load is that of a recorded window times a log-normal factor, as wide as half of what its loads and all
+    experts' differ by between windows. One window tells nothing of that, and stays alone.
+    """
+    count = WINDOWS - scenario.num_steps
+    if scenario.weight is None or scenario.num_steps < 2 or count <= 0:
+        return scenario
+    rng = np.random.default_rng(seed)
+    logs = np.log(np.maximum(scenario.loads, LEAST_LOAD / scenario.loads.shape[2]))
+    variance = logs.var(axis=0, ddof=1)
+    spread = SPREAD * np.sqrt(0.5 * (variance + variance.mean(axis=1, keepdims=True)))
+    base = rng.permutation(np.arange(count) % scenario.num_steps)
+    drawn = scenario.loads[base] * np.exp(spread * rng.standard_normal((count, *spread.shape)))
+    total = drawn.sum(axis=2, keepdims=True)
+    weight = np.concatenate([scenario.weight, scenario.weight[base]])
+    return replace(
+        scenario,
+        loads=np.concatenate([scenario.loads, drawn / np.where(total > 0, total, 1.0)]),
+        workload=np.concatenate([scenario.workload, scenario.workload[base]]),
+        weight=weight / weight.sum(),
+        drawn=count,
+    )
+
+
 def rates_for(problem: Problem, scenario: Scenario) -> Rates:
     """What the kernels charge. With counts alone only the spread of load is known: a pair costs its device's time,
     relative to all devices together, and the cost of a layer is its load max/mean."""
     topology, model, objective = problem.topology, problem.model, problem.objective
-    nothing = np.zeros(topology.num_devices)
+    nodes = topology.node_of, topology.node_size.astype(np.float64)
     if scenario.steps is None:
+        nothing, no_kind = np.zeros(topology.num_devices), np.zeros(1, np.bool_)
         return Rates(
             *ExpertCost.roofline(topology.compute.sum() / topology.compute, nothing),
-            nothing,
-            np.zeros(topology.num_nodes),
-            0.0,
-            topology.node_of,
-            topology.node_size.astype(np.float64),
-            objective.node_dedup,
+            nothing[None],
+            np.zeros((1, topology.num_nodes)),
+            np.zeros(1),
+            no_kind,
+            no_kind,
+            np.zeros(scenario.num_steps, np.int64),
+            *nodes,
         )
-    out, back = dispatch_bytes(model, objective), combine_bytes(model, objective)
+    transfers = Transfers.of(model, topology, objective)
+    # Pairs are known of all tokens, what tokens share of those walked over.
+    stands_for = np.array([[1.0 if each.pairs else scenario.tokens_each] for each in transfers.each])
     return Rates(
         *ExpertCost.of(model, topology),
-        scenario.tokens_each * out / topology.intra_bandwidth,
-        scenario.tokens_each * out / topology.inter_bandwidth,
-        back / out,
-        topology.node_of,
-        topology.node_size.astype(np.float64),
-        objective.node_dedup,
+        stands_for * np.array([each.per_copy for each in transfers.each]),
+        stands_for * np.array([each.per_node_copy for each in transfers.each]),
+        np.array([each.back for each in transfers.each]),
+        np.array([each.pairs for each in transfers.each]),
+        np.array([each.dedup for each in transfers.each]),
+        transfers.which(scenario.steps),
+        *nodes,
     )
 
 
@@ -286,15 +341,15 @@ def with_sources(scenario: Scenario, problem: Problem, seed: int) -> Scenario:
     Each step's tokens are dealt evenly in random order: one draw of what an even spread means, so that a token is
     priced once rather than once a device.
     """
-    wanted = problem.objective.replica_choice == "nearest" and problem.has_replicas
-    if scenario.steps is None or scenario.steps.source is not None or not wanted:
+    needed = problem.objective.replica_choice != "share" and problem.has_replicas
+    if scenario.steps is None or scenario.steps.source is not None or not needed:
         return scenario
     return replace(scenario, steps=deal_sources(scenario.steps, problem.num_devices, seed))
 
 
 def deal_sources(steps: Steps, devices: int, seed: int) -> Steps:
     """The steps, each one's tokens dealt evenly over devices."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     source = np.empty(len(steps.expert_ids), np.int64)
     for start, end in zip(steps.offsets[:-1], steps.offsets[1:], strict=True):
         # What does not divide evenly goes to devices drawn anew, not always to the first.
@@ -326,5 +381,6 @@ def source_tokens(scenario: Scenario, layer: int, problem: Problem) -> SourceTok
         first,
         tokens,
         counts.reshape(problem.model.experts, devices, steps.num_steps),
-        problem.objective.replica_choice == "nearest",
+        problem.objective.replica_choice != "share" and problem.objective.division == "local",
+        problem.objective.replica_choice == "balanced" and problem.has_replicas,
     )

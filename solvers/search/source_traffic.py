@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
-from ..jit import kernel
+from ...placement.jit import kernel
 from .device_work import compute_seconds, idle_chance, post, post_node, transfer_seconds
 from .even_traffic import coverage_change
 from .kernel_types import Change, Counts, Placement, Rates, SourceTokens
 from .moves import copy, copy_all
+from .step_division import DivisionState, begin_division, divide_steps, keep_division
 
 
 class SourceState(NamedTuple):
@@ -25,6 +26,7 @@ class SourceState(NamedTuple):
     rows: [E, H, G], node_rows: [E, H, N] who serves each expert. zeros, soft: [T, G] factors of tokens' products on
     devices, node_zeros, node_soft: [T, N] on nodes. split: [H, G], node_split: [H, N] experts whose rows are neither 0
     nor 1 there. ledgers: [S, 3, G]. node_ledgers: [S, 2, N]. load, hit: [S, G]. cost: [S] seconds.
+    division: where steps are divided, what makes `load`.
     """
 
     rows: FloatArray
@@ -40,6 +42,7 @@ class SourceState(NamedTuple):
     load: FloatArray
     hit: FloatArray
     cost: FloatArray
+    division: DivisionState
     old_rows: FloatArray
     new_rows: FloatArray
     old_node_rows: FloatArray
@@ -69,11 +72,22 @@ def begin(tokens: SourceTokens, rates: Rates, placement: Placement) -> SourceSta
     fill_sources(tokens, node_rows, node_zeros, node_soft)
     ledgers, node_ledgers = np.zeros((steps, 3, devices)), np.zeros((steps, 2, nodes))
     first_ledgers(tokens, zeros, soft, node_zeros, node_soft, ledgers, node_ledgers, rates)
+    for e in range(experts):
+        post_pairs(tokens, e, rows[e], 1.0, ledgers, node_ledgers, rates)
     load, hit = np.zeros((steps, devices)), np.zeros((steps, devices))
     first_source_work(tokens, rows, load, hit)
+    counts = np.zeros((experts, steps if tokens.divided else 0))
+    for e in range(experts):
+        for h in range(devices):
+            for s in range(counts.shape[1]):
+                counts[e, s] += tokens.counts[e, h, s]
+    division = begin_division(counts, placement)
+    if tokens.divided:
+        divide_steps(division, placement, Change(0, 0, 0, 0, 0), load)
+        keep_division(division, Change(0, 0, 0, 0, 0))
     cost = np.empty(steps)
     for s in range(steps):
-        cost[s] = step_seconds(load[s], hit[s], ledgers[s], node_ledgers[s], rates)
+        cost[s] = step_seconds(load[s], hit[s], ledgers[s], node_ledgers[s], rates, rates.kind[s])
     return SourceState(
         rows,
         node_rows,
@@ -88,6 +102,7 @@ def begin(tokens: SourceTokens, rates: Rates, placement: Placement) -> SourceSta
         load,
         hit,
         cost,
+        division,
         np.zeros((2, devices, devices)),
         np.zeros((2, devices, devices)),
         np.zeros((2, devices, nodes)),
@@ -120,10 +135,17 @@ def delta(
     copy_all(state.load, state.new_load)
     copy_all(state.hit, state.new_hit)
     _follow(state, tokens, rates, change, False)
+    for turn in range(2):
+        e = change.a if turn == 0 else change.b
+        if e >= 0:
+            post_pairs(tokens, e, state.old_rows[turn], -1.0, state.new_ledgers, state.new_node_ledgers, rates)
+            post_pairs(tokens, e, state.new_rows[turn], 1.0, state.new_ledgers, state.new_node_ledgers, rates)
     shift_source_work(tokens, change.a, change.b, state.old_rows, state.new_rows, state.new_load, state.new_hit)
+    if tokens.divided:
+        divide_steps(state.division, placement, change, state.new_load)
     for s in range(state.cost.shape[0]):
         state.new_cost[s] = step_seconds(
-            state.new_load[s], state.new_hit[s], state.new_ledgers[s], state.new_node_ledgers[s], rates
+            state.new_load[s], state.new_hit[s], state.new_ledgers[s], state.new_node_ledgers[s], rates, rates.kind[s]
         )
 
 
@@ -132,6 +154,8 @@ def commit(
 ) -> None:
     """Keeps a change that `delta` has priced; the placement is still the old one."""
     _follow(state, tokens, rates, change, True)
+    if tokens.divided:
+        keep_division(state.division, change)
     for turn in range(2):
         e = change.a if turn == 0 else change.b
         if e >= 0:
@@ -161,16 +185,22 @@ def _follow(state: SourceState, tokens: SourceTokens, rates: Rates, change: Chan
     ledgers, node_ledgers = state.new_ledgers, state.new_node_ledgers
     products = (state.zeros, state.soft, state.split)
     walk_sources(tokens, a, b, state.old_rows, state.new_rows, products, ledgers, node_ledgers, rates, False, apply)
-    if rates.dedup:
+    merged = False
+    for kind in range(rates.dedup.shape[0]):
+        merged |= rates.dedup[kind]
+    if merged:
         products = (state.node_zeros, state.node_soft, state.node_split)
         rows, new_rows = state.old_node_rows, state.new_node_rows
         walk_sources(tokens, a, b, rows, new_rows, products, ledgers, node_ledgers, rates, True, apply)
 
 
 @kernel
-def step_seconds(load: FloatArray, hit: FloatArray, ledger: FloatArray, node_ledger: FloatArray, rates: Rates) -> float:
-    """Of one step in one layer, latency left out."""
-    return compute_seconds(load, hit, rates) + (1.0 + rates.back) * transfer_seconds(ledger, node_ledger, rates)
+def step_seconds(
+    load: FloatArray, hit: FloatArray, ledger: FloatArray, node_ledger: FloatArray, rates: Rates, kind: int
+) -> float:
+    """Of one step in one layer, what no plan changes left out."""
+    transfer = transfer_seconds(ledger, node_ledger, rates, kind)
+    return compute_seconds(load, hit, rates) + (1.0 + rates.back[kind]) * transfer
 
 
 @kernel
@@ -230,20 +260,48 @@ def first_ledgers(
     node_ledgers: FloatArray,
     rates: Rates,
 ) -> None:
-    """Ledgers [S, 3, G] and [S, 2, N] of all tokens."""
+    """Ledgers [S, 3, G] and [S, 2, N] of all tokens, of steps whose copies go to devices."""
     ledgers[:] = 0.0
     node_ledgers[:] = 0.0
     for t in range(layer.experts.shape[0]):
         s, h = layer.step_of[t], layer.source[t]
+        kind = rates.kind[s]
+        if rates.pairs[kind]:
+            continue
         for g in range(zeros.shape[1]):
             chance = 1.0 - (soft[t, g] if zeros[t, g] == 0 else 0.0)
             if chance != 0.0:
-                post(ledgers[s], node_ledgers[s], h, g, chance, rates)
-        if rates.dedup:
+                post(ledgers[s], node_ledgers[s], h, g, chance, rates, rates.dedup[kind])
+        if rates.dedup[kind]:
             for n in range(node_zeros.shape[1]):
                 chance = 1.0 - (node_soft[t, n] if node_zeros[t, n] == 0 else 0.0)
                 if chance != 0.0:
                     post_node(node_ledgers[s], rates.node_of[h], n, chance)
+
+
+@kernel
+def post_pairs(
+    layer: SourceTokens,
+    e: int,
+    rows: FloatArray,
+    times: float,
+    ledgers: FloatArray,
+    node_ledgers: FloatArray,
+    rates: Rates,
+) -> None:
+    """Posts so many times the pairs of an expert by who serves them, rows [H, G], in steps whose copies go to
+    experts."""
+    for s in range(ledgers.shape[0]):
+        kind = rates.kind[s]
+        if not rates.pairs[kind]:
+            continue
+        for h in range(rows.shape[0]):
+            count = times * layer.counts[e, h, s]
+            if count == 0.0:
+                continue
+            for g in range(rows.shape[1]):
+                if rows[h, g] != 0.0:
+                    post(ledgers[s], node_ledgers[s], h, g, count * rows[h, g], rates, False)
 
 
 @kernel
@@ -336,11 +394,12 @@ def walk_sources(
                             zeros[t, g] = z
                             soft[t, g] = p
                 for s in range(gained.shape[0]):
-                    if gained[s] != 0.0 and not apply:
-                        if on_nodes:
+                    kind = rates.kind[s]
+                    if gained[s] != 0.0 and not apply and not rates.pairs[kind]:
+                        if not on_nodes:
+                            post(ledgers[s], node_ledgers[s], h, g, gained[s], rates, rates.dedup[kind])
+                        elif rates.dedup[kind]:
                             post_node(node_ledgers[s], rates.node_of[h], g, gained[s])
-                        else:
-                            post(ledgers[s], node_ledgers[s], h, g, gained[s], rates)
                     gained[s] = 0.0
 
 

@@ -12,15 +12,15 @@ from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.errors import InputError, SolveError, UnsupportedError
 from ...placement.failures import failure_mask
 from ...placement.packing import deal, pack, replicate
+from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ..base import Budget, fill_slots
 from ..exflow import assignment_sweeps
+from ..mip import Program, ProgramBuilder, solve_program
 from ..moetuner import pair_cost
-from .current_start import fits, from_current
 from .kernel_types import MoveRules
 from .multistart import Start
 from .scenario import Scenario
-from .tolerant_start import tolerant_layer
 
 
 def balanced_layer(load: FloatArray, slots_per_device: IntArray, speed: FloatArray, allowed: BoolArray) -> IntArray:
@@ -467,7 +467,8 @@ def made_placements(problem: Problem, allowed: BoolArray, budget: Budget) -> lis
     if statistics.sample is not None and allowed.all():
         grouped = groups_on_nodes(problem, total)
         starts += [grouped] if grouped is not None else []
-    near = problem.objective.replica_choice == "nearest" and problem.has_replicas and problem.topology.num_nodes > 1
+    chosen = problem.objective.replica_choice != "share" and problem.objective.division == "local"
+    near = chosen and problem.has_replicas and problem.topology.num_nodes > 1
     if near and allowed.all():
         node_of = problem.topology.node_of
         # Where slots are so many that dealing ends in a corner, the balanced start has to do.
@@ -518,3 +519,165 @@ def _one_serves(problem: Problem, tables: list[IntArray]) -> list[FloatArray]:
             loaded[device] += load[expert] / problem.topology.compute[device]
         result.append(share)
     return result
+
+
+# The plan in force as a start: itself where it fits the problem, else the nearest placement that does.
+
+
+def from_current(
+    problem: Problem, current: Plan, allowed: BoolArray, failures: BoolArray
+) -> tuple[list[IntArray], list[FloatArray]]:
+    """Slot tables [P_l] and shares [E, G], one of each a layer, with the fewest experts moved from `current`.
+
+    allowed: [L, E, G]. failures: [F, G], in each of which every expert must keep a replica.
+
+    Raises:
+        SolveError: no placement respects the problem's constraints, or none was found in time.
+    """
+    load = problem.statistics.workload_load.sum(axis=0)
+    tables, shares = [], []
+    for layer, holds in enumerate(current.holds):
+        usable = _layer_fits(problem, layer, holds, allowed[layer], failures)
+        if not usable:
+            holds = _nearest(holds, problem.layer_slots[layer], allowed[layer], failures, load[layer])
+        tables.append(np.concatenate([np.flatnonzero(column) for column in holds.T]).astype(np.int64))
+        free = usable and problem.objective.split == "free"
+        shares.append(current.device_share[layer].copy() if free else holds / holds.sum(axis=1, keepdims=True))
+    return tables, shares
+
+
+def fits(problem: Problem, current: Plan, allowed: BoolArray, failures: BoolArray) -> bool:
+    """Whether a plan in force is itself an answer to the problem: its slots and every constraint kept, no expert twice
+    on a device, and equal shares where the objective wants them."""
+    if not np.array_equal(current.slots_per_device, problem.layer_slots):
+        return False
+    even = current.holds / np.maximum(current.holds.sum(axis=2, keepdims=True), 1)
+    return all(
+        _layer_fits(problem, layer, holds, allowed[layer], failures) for layer, holds in enumerate(current.holds)
+    ) and (problem.objective.split == "free" or bool(np.allclose(current.device_share, even)))
+
+
+def _layer_fits(problem: Problem, layer: int, holds: BoolArray, allowed: BoolArray, failures: BoolArray) -> bool:
+    return bool(
+        (holds.sum(axis=0) == problem.layer_slots[layer]).all()
+        and not (holds & ~allowed).any()
+        and not any((holds[:, failure].sum(axis=1) == holds.sum(axis=1)).any() for failure in failures)
+    )
+
+
+def _nearest(
+    present: BoolArray, slots: IntArray, allowed: BoolArray, failures: BoolArray, load: FloatArray
+) -> BoolArray:
+    """[E, G] the placement without an expert twice on a device that holds most of what is held."""
+    # Of equally near ones, replicas of what has most load; together these count less than one move.
+    weight = 0.5 / slots.sum() * load / max(load.max(), 1e-300)
+    program = placement_program("nearest placement", -(present + weight[:, None]), slots, allowed, failures)
+    result = solve_program(
+        program, Budget(seconds=PROGRAM_SECONDS), backend="highs", start=present.ravel().astype(np.float64)
+    )
+    if result.stop == "interrupted":
+        raise KeyboardInterrupt
+    if result.values is None:
+        raise SolveError(
+            "no placement near the current plan was found that respects slots, pinned and forbidden devices and "
+            "failures; loosen them, or leave out Problem.current"
+        )
+    return np.asarray(result.values.reshape(present.shape) > 0.5)
+
+
+# Placements in which every expert keeps a replica in each of some failures.
+
+PROGRAM_SECONDS = 30.0
+"""For an integer program of one layer; 256 experts on 32 devices take a fraction of a second to a few."""
+
+
+def tolerant_layer(load: FloatArray, slots_per_device: IntArray, allowed: BoolArray, failures: BoolArray) -> IntArray:
+    """[P] expert of each slot (slots ordered by device), no expert twice on a device.
+
+    load: [E]. allowed: [E, G]. failures: [F, G]; no expert may stand only on the devices of one of them.
+
+    Raises:
+        SolveError: no such placement exists, or none was found in time; the message says which.
+    """
+    holds = _dealt(load, slots_per_device, allowed, failures)
+    if holds is None:
+        holds = _programmed(slots_per_device, allowed, failures)
+    return np.concatenate([np.flatnonzero(column) for column in holds.T]).astype(np.int64)
+
+
+def _dealt(load: FloatArray, slots: IntArray, allowed: BoolArray, failures: BoolArray) -> BoolArray | None:
+    """[E, G] by dealing replicas to the devices with most free slots, or None where that ends in a corner."""
+    counts = _replicas(load, slots, allowed, failures)
+    if counts is None:
+        return None
+    exposed = failures.any(axis=0)
+    weight = load / counts
+    holds = np.zeros(allowed.shape, dtype=bool)
+    free, loaded = slots.copy(), np.zeros(len(slots))
+    for expert in sorted(range(len(load)), key=lambda e: (counts[e] > 1, allowed[e].sum(), -weight[e], e)):
+        for _ in range(int(counts[expert])):
+            fits = allowed[expert] & ~holds[expert] & (free > 0)
+            if counts[expert] == 1:
+                fits &= ~exposed
+            elif holds[expert].any():
+                # Failures that would take all replicas dealt so far: stay clear of them.
+                fatal = failures[:, holds[expert]].all(axis=1)
+                fits &= ~failures[fatal].any(axis=0)
+            if not fits.any():
+                return None
+            most = fits & (free == free[fits].max())
+            device = int(np.argmin(np.where(most, loaded, np.inf)))
+            holds[expert, device] = True
+            free[device] -= 1
+            loaded[device] += weight[expert]
+    return holds
+
+
+def _replicas(load: FloatArray, slots: IntArray, allowed: BoolArray, failures: BoolArray) -> IntArray | None:
+    """[E] replicas: one for the lightest where slots are short, else two, and the rest to whoever has most load
+    each."""
+    experts, total, most = len(load), int(slots.sum()), allowed.sum(axis=1)
+    counts = np.full(experts, 2, dtype=np.int64)
+    single = max(0, 2 * experts - total)
+    safe = np.flatnonzero((allowed & ~failures.any(axis=0)).any(axis=1))
+    # Who may stand on one device only has no choice; then the lightest.
+    lightest = sorted(safe.tolist(), key=lambda e: (most[e] > 1, load[e], e))
+    counts[lightest[:single]] = 1
+    if (counts > most).any() or len(lightest) < single:
+        return None
+    for _ in range(total - int(counts.sum())):
+        room = (counts < most) & (counts > 1)
+        if not room.any():
+            return None
+        counts[int(np.argmax(np.where(room, load / counts, -1.0)))] += 1
+    return counts
+
+
+def _programmed(slots: IntArray, allowed: BoolArray, failures: BoolArray) -> BoolArray:
+    """[E, G] by an integer program, which also proves that there is none."""
+    program = placement_program("placement that tolerates failures", np.zeros(allowed.shape), slots, allowed, failures)
+    result = solve_program(program, Budget(seconds=PROGRAM_SECONDS), backend="highs")
+    if result.stop == "interrupted":
+        raise KeyboardInterrupt
+    if result.values is None:
+        expected = f"a placement in which every expert keeps a replica in each of {len(failures)} failures"
+        if result.infeasible:
+            raise SolveError(
+                f"{expected} does not exist within these slots and devices; give more slots, or tolerate fewer failures"
+            )
+        raise SolveError(f"{expected} was not found within {PROGRAM_SECONDS:g} s; give more slots")
+    return np.asarray(result.values.reshape(allowed.shape) > 0.5)
+
+
+def placement_program(name: str, cost: FloatArray, slots: IntArray, allowed: BoolArray, failures: BoolArray) -> Program:
+    """One layer's placements without an expert twice on a device, x[e, g], at cost [E, G].
+
+    slots: [G], all filled. allowed: [E, G]. failures: [F, G]; every expert keeps a replica in each.
+    """
+    builder = ProgramBuilder(name)
+    holds = builder.add_variables(allowed.shape, upper=allowed, cost=cost, integral=True)
+    builder.add_rows(holds.T, 1.0, slots, slots)
+    builder.add_rows(holds, 1.0, 1.0)
+    for failure in failures:
+        builder.add_rows(holds[:, ~failure], 1.0, 1.0)
+    return builder.build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_nothing_but_data_on_stdout_in_a_pipe(trace: Path) -> None:
 
 
 def test_help_needs_neither_heavy_libraries_nor_a_database() -> None:
-    heavy = "torch pyarrow scipy pulp sqlalchemy plotly jinja2 transformers highspy joblib"
+    heavy = "torch pyarrow scipy pulp sqlalchemy jinja2 transformers highspy joblib"
     code = (
         "import sys, typer\nfrom moeplace.cli.app import app\n"
         "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
@@ -131,7 +132,7 @@ def test_a_disk_error_is_one_line(trace: Path, tmp_path: Path) -> None:
 
 
 def test_topologies_are_listed_shown_and_written(tmp_path: Path) -> None:
-    presets = run("topology", "list", "--json").data
+    presets = run("topology", "list", "--json").data["rows"]
     assert {"h100-sxm", "a100-sxm"} <= {row["name"] for row in presets}
     path = tmp_path / "cluster.yaml"
     assert run("topology", "write", "h100-hgx", "--nodes", "2", "-o", path).code == 0
@@ -175,12 +176,27 @@ def test_import_gives_a_record_the_models_layer_numbers(tmp_path: Path) -> None:
         '{"model_type": "toy", "num_hidden_layers": 4, "first_k_dense_replace": 1, "n_routed_experts": 4, '
         '"num_experts_per_tok": 1, "hidden_size": 8, "moe_intermediate_size": 8}'
     )
-    done = run("import", source, "--model", config, "--out", out, "--json").data
+    done = run("import", source, "--model", config, "-o", out, "--json").data
     assert done["moe_layers"] == [1, 2, 3]
     assert done["stored_as"]
     refused = run("solve", source, "--model", config, *CLUSTER, "-s", "eplb", "--held-out", "0")
     assert "numbers its layers 0-2, the model's MoE layers are 1-3" in refused.err
     assert run("solve", out, *CLUSTER, "-s", "eplb", "--held-out", "0").code == 0
+
+
+def test_layers_that_are_kept_are_a_part_of_the_model(tmp_path: Path) -> None:
+    """A stage of a pipeline: the model's other layers are no concern of its plan."""
+    config = tmp_path / "config.json"
+    fields = {"model_type": "mixtral", "num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 2}
+    config.write_text(json.dumps(fields | {"hidden_size": 64, "intermediate_size": 128}))
+    np.save(tmp_path / "loads.npy", np.random.default_rng(0).random((5, 8)))
+    common = ("import", tmp_path / "loads.npy", "--model", config, "-o", tmp_path / "part.npz", "--json")
+    kept = run(*common, "--keep-layers", "2-3")
+    assert (kept.code, kept.data["moe_layers"]) == (0, [2, 3]), kept.err
+    read = mp.read_statistics(tmp_path / "part.npz")
+    assert read.model is not None
+    assert (read.model.layers, read.model.hidden_size) == (2, 64)
+    assert "of another model" in run(*common, "--keep-layers", "3-4").err
 
 
 def test_import_refuses_a_record_of_another_model(tmp_path: Path, trace: Path) -> None:
@@ -189,7 +205,7 @@ def test_import_refuses_a_record_of_another_model(tmp_path: Path, trace: Path) -
         '{"num_hidden_layers": 3, "num_experts": 16, "num_experts_per_tok": 2, "hidden_size": 8, '
         '"intermediate_size": 8}'
     )
-    ended = run("import", trace, "--model", config, "--out", tmp_path / "out")
+    ended = run("import", trace, "--model", config, "-o", tmp_path / "out")
     assert ended.code == 1
     assert "experts is 8, the model's is 16" in ended.err
     assert not (tmp_path / "out").exists()
@@ -222,3 +238,58 @@ def test_a_narrow_terminal_gets_every_figure(
     shown = capsys.readouterr().out
     assert all(str(value) in shown for row in rows for value in row.values())
     assert max(map(len, shown.splitlines())) <= 60
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("stats", "trace"),
+        ("solve", "trace", *CLUSTER, "-s", "eplb", "--no-store", "-o", "plan.json"),
+        ("compare", "trace", *CLUSTER, *JUDGED, "--solvers", "eplb,random,round_robin,contiguous", "--seed", 2),
+        ("evaluate", "plan.json", "trace", "--steps", 8),
+        ("plans", "list"),
+        ("topology", "list"),
+        ("topology", "kernels", "--gpu", "h100-sxm", "--for", "vllm"),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments[:2])),
+)
+def test_tables_fit_80_columns_in_a_pipe(
+    arguments: tuple[object, ...], trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trace").symlink_to(trace)
+    assert run("solve", "trace", *CLUSTER, "-s", "eplb", "-o", "plan.json").code == 0
+    ended = run(*arguments)
+    assert ended.code == 0, ended.err
+    assert max(map(len, ended.out.splitlines())) <= 80
+
+
+def test_times_that_differ_read_differently(capsys: pytest.CaptureFixture[str]) -> None:
+    from moeplace.cli.output import emit, milliseconds
+
+    column = Column("seconds", "ms", milliseconds)
+    emit([], Table([column], [{"seconds": 78.64e-6}, {"seconds": 78.66e-6}, {"seconds": 0.9}]), as_json=False)
+    assert capsys.readouterr().out.split()[2:] == ["0.0786", "0.0787", "900.0000"]
+    emit([], Table([column], [{"seconds": 0.5}, {"seconds": 0.5}, {"seconds": 0.9}]), as_json=False)
+    assert capsys.readouterr().out.split()[2:] == ["500.000", "500.000", "900.000"]
+
+
+def test_stats_begins_with_what_the_record_is(trace: Path) -> None:
+    lines = run("stats", trace).out.splitlines()
+    assert lines[0].split() == ["record", "480", "tokens", "in", "2", "windows,", "2", "workloads"]
+    assert lines[2].startswith("busiest expert")
+
+
+def test_json_names_its_schema(trace: Path) -> None:
+    assert run("stats", trace, "--json").data["schema"] == "moeplace/stats/1"
+    assert run("topology", "show", "h100-sxm", "--json").data["schema"] == "moeplace/topology-show/1"
+
+
+@pytest.mark.parametrize(
+    "listed", ["plans list", "tokens list", "topology list", "topology kernels", "topology transfers"]
+)
+def test_json_of_lists_names_its_schema_too(listed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEPLACE_DB", str(tmp_path / "plans.db"))
+    data = run(*listed.split(), "--json").data
+    assert data["schema"] == f"moeplace/{listed.replace(' ', '-')}/1"
+    assert isinstance(data["rows"], list)

@@ -27,7 +27,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     plan, db = folder / "now.json", ("--db", folder / "plans.db")
     assert run("solve", OLMOE, *SIZES, *CLUSTER, "-s", "contiguous", "-o", plan, *db).code == 0
     sweep = ("--redundant", "0,32", "--tolerate", "nothing,node", "--current", plan, "--max-moved", "any,300MB")
-    return folder, pareto(*sweep, "--out", folder / "out", *db, "--json")
+    return folder, pareto(*sweep, "-o", folder / "out", *db, "--json")
 
 
 def test_every_point_is_a_plan_on_disk_and_in_the_store(swept: tuple[Path, Run]) -> None:
@@ -63,18 +63,24 @@ def test_every_point_is_a_plan_on_disk_and_in_the_store(swept: tuple[Path, Run])
 def test_the_page_holds_everything_it_shows(swept: tuple[Path, Run]) -> None:
     page = (swept[0] / "out" / "front.html").read_text(encoding="utf-8")
     assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    for wanted in ('id="memory"', 'id="failures"', 'id="moved"', "+32 slots, node failures", "of 6"):
+    for wanted in ('id="memory-title"', 'id="failures-title"', 'id="moved-title"', "+32 slots, node failures", "of 6"):
         assert wanted in page
 
 
 def test_the_table_marks_the_front_and_says_why_a_wish_has_no_plan(tmp_path: Path) -> None:
-    done = pareto("--redundant", "0,4", "--tolerate", "node,nothing", "-s", "eplb", "--no-store", "--out", tmp_path)
+    done = pareto("--redundant", "0,4", "--tolerate", "node,nothing", "-s", "eplb", "--no-store", "-o", tmp_path)
     assert done.code == 0
     shown = " ".join(done.out.split())
     assert (
         "+4 slots, node failures: no plan. 4 redundant slots a layer are too few to survive any node failure" in shown
     )
     assert "* no other plan here is at least as good in everything" in shown
+    assert "of the ideal" in shown
+    again = pareto("--slots", "32,36", "--tolerate", "node,nothing", "-s", "eplb", "--no-store", "-o", tmp_path)
+    assert again.out == done.out
+    assert "30 are fewer than the model's 32 experts" in pareto("--slots", "30", "-o", tmp_path).err
+    assert "give --slots or --redundant, not both" in pareto("--slots", "32", "--redundant", "0").err
+    assert max(map(len, done.out.splitlines())) <= 80
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00-0-slots.json", "01-4-slots.json", "front.html"]
 
 
@@ -85,7 +91,6 @@ def test_the_table_marks_the_front_and_says_why_a_wish_has_no_plan(tmp_path: Pat
         (("--tolerate", "rack"), "must name some of nothing, device, node"),
         (("--max-moved", "1GB"), "counts from --current"),
         (("--no-store",), "the plans would go nowhere"),
-        (("--decode", "8", "--prefill", "8"), "not of both"),
     ],
 )
 def test_a_wrong_call_is_refused(options: tuple[str, ...], message: str) -> None:
@@ -96,9 +101,9 @@ def test_a_wrong_call_is_refused(options: tuple[str, ...], message: str) -> None
 
 def test_a_front_of_counts_is_judged_on_steps_drawn_from_held_out_windows(tmp_path: Path) -> None:
     counts, sizes = skewed_counts(tmp_path / "counts.npz"), ("--hidden-size", "64", "--ffn-size", "64")
-    shown = ("--out", tmp_path / "front", "--redundant", "0,8", "--tolerate", "nothing", "--no-store", "-s", "eplb")
+    shown = ("-o", tmp_path / "front", "--redundant", "0,8", "--tolerate", "nothing", "--no-store", "-s", "eplb")
     answer = run("pareto", counts, *CLUSTER, *sizes, *shown, *JUDGED, "--json").data
-    assert answer["steps"] == "decode 8 drawn from counts"
+    assert answer["steps"] == "decode 8: 12 steps drawn from counts"
     assert "10 of 40 windows" in answer["held_out"]
     assert len(answer["points"]) >= 2
     assert "drawn from counts" in (tmp_path / "front" / "front.html").read_text(encoding="utf-8")

@@ -120,6 +120,23 @@ def test_what_an_engines_file_does_not_say_is_asked_for(trace: Path, plan: Path,
     assert "those are loads" in run("evaluate", tmp_path / "loads.json", trace, *JUDGED, *HERE).err
 
 
+def test_a_placement_within_tensorrt_llms_options_is_read_and_one_that_they_name_is_asked_for(tmp_path: Path) -> None:
+    rows = {1: list(range(8)), 2: list(range(8))[::-1]}
+    inner = {"num_slots": 8, "initial_global_assignments": rows, "layer_updates_per_iter": 0}
+    model = mp.ModelSpec(layers=2, moe_layers=(1, 2), experts=8, top_k=2, hidden_size=8, ffn_size=8)
+    topology = mp.Topology.preset("h100-hgx", devices_per_node=2)
+    path = tmp_path / "options.yaml"
+    path.write_text(json.dumps({"enable_attention_dp": True, "moe_config": {"load_balancer": inner}}))
+    assert mp.read_plan_file(path, model, topology).physical_to_logical.tolist() == list(rows.values())
+    block = "".join(f"      {layer}: {row}\n" for layer, row in rows.items())
+    text = "moe_config:\n  backend: WIDEEP\n  load_balancer:\n    num_slots: 8\n    initial_global_assignments:\n"
+    path.write_text(text + block)
+    assert mp.read_plan_file(path, model, topology).physical_to_logical.tolist() == list(rows.values())
+    path.write_text("moe_config:\n  load_balancer: /plans/eplb.yaml\n")
+    with pytest.raises(mp.InputError, match="load_balancer is the file /plans/eplb.yaml; give that one"):
+        mp.read_plan_file(path, model, topology)
+
+
 # The map that runs.
 
 

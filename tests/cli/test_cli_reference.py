@@ -41,9 +41,11 @@ def test_every_option_and_argument_has_help(name: str) -> None:
 def test_every_command_that_prints_results_has_json() -> None:
     writing_only = {
         "moeplace profile",
+        "moeplace plot",
         "moeplace topology write",
         "moeplace plans rename",
         "moeplace plans delete",
+        "moeplace schema",
         "moeplace serve",
         "moeplace tokens revoke",
     }
@@ -54,6 +56,7 @@ def test_every_command_that_prints_results_has_json() -> None:
 def test_the_program_lists_the_commands_users_are_told_of() -> None:
     wanted = {
         "profile",
+        "advise",
         "calibrate",
         "check",
         "import",
@@ -63,15 +66,20 @@ def test_the_program_lists_the_commands_users_are_told_of() -> None:
         "evaluate",
         "compare",
         "decide",
+        "doctor",
         "pareto",
         "whatif",
         "export",
         "permute",
+        "schema",
         "record",
         "plans",
+        "plot",
         "report",
         "serve",
         "tokens",
+        *("models", "topologies", "deployments", "windows", "decisions", "webhooks", "engines", "jobs"),
+        *("deploy", "approve", "reject", "rollback"),
     }
     assert wanted == {name.split()[1] for name in COMMANDS}
     assert app.info.name == "moeplace"

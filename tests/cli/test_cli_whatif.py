@@ -34,7 +34,7 @@ def whatif(solved: tuple[Path, tuple[Any, ...]], *more: Any, plan: str | None = 
 def test_every_single_failure_is_looked_at_and_its_plans_are_written(
     solved: tuple[Path, tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    done = whatif(solved, "--out", tmp_path, plan="now")
+    done = whatif(solved, "-o", tmp_path, plan="now")
     assert done.code == 0, done.err
     rows = done.data["changes"]
     assert [row["change"] for row in rows] == [f"device:{g}" for g in range(4)] + ["node:0", "node:1"]
@@ -64,6 +64,8 @@ def test_the_changes_asked_for_are_made_each_on_its_own(solved: tuple[Path, tupl
     assert [row["devices"] for row in done.data["changes"]] == [6, 6, 2, 2]
     slots = whatif(solved, "--slots", "64")
     assert [(row["change"], row["extra_slots"]) for row in slots.data["changes"]] == [("64 slots", 24)]
+    assert whatif(solved, "--redundant", "32").data == slots.data
+    assert "give --slots or --redundant, not both" in whatif(solved, "--redundant", "32", "--slots", "64").err
     other = whatif(solved, "-t", "h100-hgx", "--devices-per-node", "4", "--lose", "device:0", "--no-ready")
     assert [row["change"] for row in other.data["changes"]] == ["h100-hgx, 4 devices", "device:0"]
     assert other.data["changes"][1]["ready"] is None
@@ -75,7 +77,11 @@ def test_the_table_says_what_survives(solved: tuple[Path, tuple[Any, ...]]) -> N
     assert done.code == 0
     shown = " ".join(done.out.split())
     assert "single failures in which every expert survives: devices 0/4, nodes 0/2." in shown
-    assert "device:0: no ready plan. solver 'exflow' does not support" in shown
+    assert re.search(r"Now: [0-9.]+ ms, [0-9.]+% of the force-balanced ideal, in 40 slots", shown)
+    ready = run("whatif", solved[0], OLMOE, *JUDGED, "-s", "eplb", "--lose", "device:0", *solved[1])
+    assert "new plan, of the ideal" in " ".join(ready.out.split())
+    assert max(map(len, (done.out + ready.out).splitlines())) <= 80
+    assert "device:0: no new plan. solver 'exflow' does not support" in shown
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,7 @@ def test_the_table_says_what_survives(solved: tuple[Path, tuple[Any, ...]]) -> N
         (("--lose", "node:0+node:1"), 1, "takes all 4 devices"),
         (("--devices-per-node", "2"), 2, "goes with --topology"),
         (("--devices", "2", "-t", "h100-hgx"), 2, "resizes the plan's own cluster"),
-        (("--decode", "8", "--prefill", "64"), 2, "not of both"),
+        (("--pool", "decode", "--pool", "prefill"), 1, "one --pool"),
     ],
 )
 def test_a_wrong_question_is_refused(
@@ -114,7 +120,7 @@ def test_counts_are_replayed_on_steps_drawn_from_held_out_windows(tmp_path: Path
     run("solve", counts, *CLUSTER, *SIZES, "--slots", "16", "-s", "eplb", "-o", plan, *db)
     asked = ("whatif", plan, counts, "--lose", "device:1", "-s", "eplb", *JUDGED, *db)
     answer = run(*asked, "--json").data
-    assert answer["steps"] == "decode 8 drawn from counts"
+    assert answer["steps"] == "decode 8: 12 steps drawn from counts"
     assert "10 of 40 windows" in answer["held_out"]
     assert "independent" in answer["held_out"]
     assert answer["changes"][0]["ready"]["ratio"] > 1.0

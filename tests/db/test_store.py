@@ -206,7 +206,7 @@ def test_a_name_belongs_to_one_row_of_its_kind(store: Store) -> None:
 
 
 def test_names_that_cannot_be_typed_or_read_as_ids_are_refused(store: Store) -> None:
-    for name in ("", " padded ", "new\nline", "zero\0byte", "deadbeef", "x" * 101, "\ud800"):
+    for name in ("", " padded ", "new\nline", "zero\0byte", "deadbeef", "x" * 101, "\ud800", ".", "..", "e\u0301"):
         with pytest.raises(mp.InputError, match="name"):
             store.add_model(SPEC, name=name)
     assert store.models() == []

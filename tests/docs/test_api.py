@@ -97,14 +97,14 @@ def test_text_of_others_does_not_become_markup_in_notebooks() -> None:
     ("call", "argument", "expected"),
     [
         (lambda: mp.evaluate(1, 2, 3), "plan is 1 (int)", "expected Plan"),  # type: ignore[arg-type]
-        (lambda: mp.evaluate(PLAN, TRACE, PROBLEM), "steps is <RoutingTrace", "expected Steps"),  # type: ignore[arg-type]
+        (lambda: mp.evaluate(PLAN, PROBLEM, PROBLEM), "held_out is <Problem", "RoutingTrace or"),  # type: ignore[arg-type]
         (lambda: mp.evaluate(PLAN, STEPS, None), "problem is missing", "Problem(trace, topology)"),  # type: ignore[arg-type]
         (lambda: mp.bottleneck_terms(PLAN), "evaluation is <Plan", "expected Evaluation"),  # type: ignore[arg-type]
         (lambda: mp.solve(TRACE), "problem is <RoutingTrace", "expected Problem"),  # type: ignore[arg-type]
         (lambda: mp.solve(PROBLEM, 3), "lacks name", "supports, needs, solve"),  # type: ignore[arg-type]
         (lambda: mp.decide(PLAN, PLAN, STEPS, PROBLEM), "candidates is <Plan", "a sequence of Plan"),  # type: ignore[arg-type]
         (lambda: mp.what_if(PLAN, STEPS, PROBLEM), "problem is <Steps", "expected Problem"),  # type: ignore[arg-type]
-        (lambda: mp.pareto(PROBLEM, TRACE), "steps is <RoutingTrace", "trace.decode_steps()"),  # type: ignore[arg-type]
+        (lambda: mp.pareto(PROBLEM, PLAN), "held_out is <Plan", "trace.decode_steps()"),  # type: ignore[arg-type]
         (lambda: mp.optimal_shares(PLAN, PROBLEM, STEPS), "steps is <Problem", "expected Steps"),  # type: ignore[arg-type]
         (lambda: mp.survives(PROBLEM, []), "plan is <Problem", "Plan.load(path)"),  # type: ignore[arg-type]
         (lambda: mp.single_failures(PLAN), "topology is <Plan", "Topology.preset(name)"),  # type: ignore[arg-type]

@@ -11,19 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import code
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
 
 
 def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines() if line.startswith("moeplace ")]
+    return [line for block in code(README, "sh") for line in block.splitlines() if line.startswith("moeplace ")]
 
 
 @pytest.fixture
@@ -57,24 +55,29 @@ def test_its_commands_run_in_the_order_they_stand_in(workplace: Path) -> None:
         run([sys.executable, "-m", "moeplace.cli", *words[1:]], workplace)
 
 
-def test_its_comparison_shows_that_search_gains_on_contiguous(workplace: Path) -> None:
-    (line,) = [line for line in commands() if line.startswith("moeplace compare ")]
-    words = line.replace("contiguous,eplb,search", "search").split()
-    rows = json.loads(run([sys.executable, "-m", "moeplace.cli", *words[1:], "--steps", "8", "--json"], workplace))[
-        "rows"
-    ]
-    times = {row["solver"]: row["step_seconds_mean"] for row in rows}
-    assert times["search"] < times["contiguous"]
+def test_its_verdict_is_what_the_command_says(workplace: Path) -> None:
+    (line,) = [line for line in commands() if line.startswith("moeplace advise ")]
+    told = json.loads(run([sys.executable, "-m", "moeplace.cli", *line.split()[1:], "--json"], workplace))
+    said = re.search(r"WORTH IT for prefill 4096: the best plan \(search\) takes ([0-9.]+)% less", TEXT)
+    assert said is not None
+    times = {row["solver"]: row["step_seconds_mean"] for row in told["rows"]}
+    gain = 100 * (1 - times["search"] / times["contiguous"])
+    assert abs(gain - float(said[1])) < 3.0
+    assert times["search"] < times["eplb"]
+    for name in ("contiguous", "eplb"):
+        shown = re.search(r"step ms mean +([0-9.]+) +([0-9.]+)", TEXT)
+        assert shown is not None
+        assert f"{1e3 * times[name]:.3f}" == shown[1 if name == "contiguous" else 2]
 
 
 def test_its_python_runs(workplace: Path) -> None:
-    programs = [block for block in blocks("python") if "import moeplace" in block]
+    programs = [block for block in code(README, "python") if "import moeplace" in block]
     assert programs
     for program in programs:
         run([sys.executable, "-c", program.replace("seconds=5", "seconds=0.5")], workplace)
 
 
 def test_what_it_links_to_is_there() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", TEXT)
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]

@@ -134,9 +134,9 @@ def test_no_balance_of_windows_is_below_one_and_idle_windows_count_nowhere() -> 
     load = np.array([busy, *[thin] * 10, *[np.zeros((1, 4))] * 5])
     even = mp.Plan(model, topology, np.array([[0, 1, 2, 3]]), slot_device=np.array([0, 0, 1, 1]))
     uneven = mp.Plan(model, topology, np.array([[0, 3, 1, 2]]), slot_device=np.array([0, 0, 1, 1]))
-    assert window_balance(even, load) == pytest.approx(1.0)
+    assert window_balance(even, load, mp.Objective()) == pytest.approx(1.0)
     # One busy window of 8 million tokens, not the ten of two that this plan divides evenly.
-    assert window_balance(uneven, load) == pytest.approx(1.5, abs=1e-4)
+    assert window_balance(uneven, load, mp.Objective()) == pytest.approx(1.5, abs=1e-4)
     train, judged = mp.RoutingStatistics.from_counts(load).split(held_out=0.25)
     assert (len(train.load), len(judged.load)) == (8, 3)
 
@@ -148,10 +148,10 @@ def test_sampling_noise_is_what_windows_of_so_many_tokens_cost_an_even_plan() ->
     noises = []
     for tokens in (100, 10_000):
         load = np.random.default_rng(1).multinomial(tokens, np.ones(8) / 8, (200, 2)).astype(float)
-        noise = sampling_noise(plan, load)
+        noise = sampling_noise(plan, load, mp.Objective())
         assert noise is not None
-        assert noise == pytest.approx(window_balance(plan, load) - 1.0, rel=0.2)
+        assert noise == pytest.approx(window_balance(plan, load, mp.Objective()) - 1.0, rel=0.2)
         noises.append(noise)
     # A hundred times the tokens, a tenth of the noise.
     assert noises[0] / noises[1] == pytest.approx(10.0, rel=0.25)
-    assert sampling_noise(plan, np.full((3, 2, 8), 0.5)) is None
+    assert sampling_noise(plan, np.full((3, 2, 8), 0.5), mp.Objective()) is None

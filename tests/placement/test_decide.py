@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,25 @@ def test_a_real_gain_is_applied_with_its_payback(as_steps: bool) -> None:
     assert "paid back" in decision.reason
 
 
+@pytest.mark.parametrize("counts", [False, True])
+def test_the_bound_is_of_plans_with_as_many_slots_as_the_candidates(counts: bool) -> None:
+    # One expert takes half of all tokens: its replicas save what no plan of one slot an expert can.
+    rng = np.random.default_rng(3)
+    ids = rng.choice(8, size=(1600, 2, 1), p=[0.5, *[0.5 / 7] * 7])
+    trace = mp.RoutingTrace.from_arrays(ids, 8, sequence=np.repeat(np.arange(40), 40))
+    spec = MODEL.model_copy(update={"top_k": 1, "ffn_size": 65_536})
+    windows = np.stack([mp.RoutingStatistics.from_trace(trace.select(slice(i, i + 100))).total_load for i in range(16)])
+    statistics = mp.RoutingStatistics.from_counts(windows, top_k=1)
+    problem = mp.Problem(spec, CLUSTER, statistics, batches=[mp.Batch("decode", tokens=512)])
+    today = mp.solve(problem, "contiguous")
+    candidate = mp.solve(replace(problem, slots=16), "eplb")
+    decision = mp.decide(today, [candidate], statistics if counts else trace, problem, resamples=40)
+    verdict = decision.verdicts[0]
+    assert decision.most is not None
+    assert verdict.gain / verdict.current <= decision.most < 1
+    assert "no plan can save more than" in decision.reason
+
+
 def test_a_gain_that_does_not_pay_its_migration_in_time_is_not_applied() -> None:
     held = trace_where(0.8, seed=1).decode_steps(16, 60)
     free = mp.decide(TODAY, [PAIRED], held, PROBLEM, resamples=40)
@@ -73,6 +94,31 @@ def test_a_gain_that_does_not_pay_its_migration_in_time_is_not_applied() -> None
     decision = mp.decide(TODAY, [PAIRED], held, PROBLEM, resamples=40, horizon_steps=horizon)
     assert decision.action == "keep"
     assert "not paid back" in decision.reason
+
+
+def test_an_engine_that_restarts_for_a_plan_is_charged_the_restart_and_not_the_moves() -> None:
+    held = trace_where(0.8, seed=1).decode_steps(16, 60)
+    problem = replace(PROBLEM, engine="trtllm")
+    unknown = mp.decide(TODAY, [PAIRED], held, problem, resamples=40)
+    assert unknown.action == "apply"
+    assert unknown.verdicts[0].migration.stall is None
+    assert unknown.verdicts[0].payback_steps is None
+    assert "moe_config.load_balancer, of unknown time: give restart_seconds" in unknown.reason
+    verdict = unknown.verdicts[0]
+    known = mp.decide(TODAY, [PAIRED], held, problem, resamples=40, restart_seconds=60.0)
+    assert known.verdicts[0].payback_steps == pytest.approx(60.0 / verdict.gain)
+    short = mp.decide(
+        TODAY, [PAIRED], held, problem, resamples=40, restart_seconds=60.0, horizon_steps=30.0 / verdict.gain
+    )
+    assert short.action == "keep"
+    assert "not paid back" in short.reason
+    nothing = mp.decide(TODAY, [TODAY], held, problem, resamples=40, restart_seconds=60.0)
+    assert nothing.verdicts[0].migration.stall == 0.0
+    # Where plans change while the engine runs, its links are what counts.
+    live = mp.decide(TODAY, [PAIRED], held, replace(PROBLEM, engine="moeplace"), resamples=40, restart_seconds=60.0)
+    assert live.verdicts[0].migration.stall == live.verdicts[0].migration.seconds
+    with pytest.raises(mp.InputError, match="restart_seconds"):
+        mp.decide(TODAY, [PAIRED], held, problem, restart_seconds=-1.0)
 
 
 def test_the_same_plan_is_kept() -> None:

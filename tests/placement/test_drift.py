@@ -3,13 +3,14 @@ steps."""
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.placement.cost import window_seconds
+from moeplace.placement.bounds import window_seconds_bound
+from moeplace.placement.cost import window_seconds, window_times
 from moeplace.placement.decide import decide_on_counts
 from moeplace.placement.drift import can_tell, drift
 
@@ -30,6 +31,7 @@ def windows(rng: np.random.Generator, count: int, skew: np.ndarray, autocorrelat
 
 
 @pytest.mark.parametrize(("autocorrelation", "length"), [(0.0, 32), (0.5, 80), (0.8, 128)])
+@pytest.mark.long
 def test_false_alarms_come_at_the_stated_rate(autocorrelation: float, length: int) -> None:
     rng = np.random.default_rng(3)
     alpha, runs, alarms = 0.05, 150, 0
@@ -108,10 +110,59 @@ def test_the_price_of_a_window_agrees_with_replayed_steps_of_independent_tokens(
     for solver in ("contiguous", "eplb"):
         plan = mp.solve(mp.Problem(spec, TOPOLOGY, statistics, slots=20 if solver == "eplb" else None), solver)
         steps = trace.decode_steps(300, 200)
-        replayed = mp.evaluate(plan, steps, problem).step_seconds.mean()
+        evaluation = mp.evaluate(plan, steps, problem)
+        replayed = evaluation.step_seconds.mean()
         load = steps.loads().sum(axis=0, keepdims=True).astype(np.float64)
         # Steps vary around their mean, and the slowest device of each is slower than the mean's slowest.
         assert float(window_seconds(plan, load, problem, 300)[0]) == pytest.approx(replayed, rel=0.08)
+        ideal = window_times(plan, load, problem, 300).ideal
+        assert float(ideal[0]) == pytest.approx(evaluation.ideal.mean(), rel=0.03)
+
+
+def test_even_loads_on_even_plans_take_what_the_ideal_takes() -> None:
+    load = np.ones((1, 3, 16))
+    problem = problem_for(load)
+    times = window_times(mp.solve(problem, "contiguous"), load, problem, 4096)
+    assert times.ideal == pytest.approx(times.seconds)
+    # Tokens drawn from uneven loads, replayed one by one, say the same.
+    uneven = load + 5 * (np.arange(16) < 4)
+    plan = mp.solve(problem, "contiguous")
+    times = window_times(plan, uneven, problem, 65_536)
+    model = problem.model
+    steps = mp.sample_steps(uneven, model.top_k, model.moe_layers, step_tokens=65_536, steps=2)
+    assert float((times.ideal / times.seconds)[0]) == pytest.approx(
+        mp.evaluate(plan, steps, problem).ideal_share, rel=0.01
+    )
+    assert times.ideal < 0.9 * times.seconds
+
+
+@pytest.mark.parametrize("engine", [None, "sglang", "vllm"])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_no_plan_is_below_the_bound_of_windows(nodes: int, engine: str | None) -> None:
+    rng = np.random.default_rng(7)
+    topology = mp.Topology.preset("h100-sxm", nodes=nodes, devices_per_node=4 // nodes)
+    load = rng.gamma(0.5, 100.0, size=(6, 3, 16)).round()
+    load[2, 1] = 0
+    spec = mp.ModelSpec(layers=3, experts=16, top_k=2, hidden_size=2048, ffn_size=1024)
+    statistics = mp.RoutingStatistics.from_counts(load, top_k=2)
+    for slots, solvers in ((16, ("contiguous", "random", "search")), (24, ("eplb", "search"))):
+        problem = mp.Problem(spec, topology, statistics, slots=slots, engine=engine)
+        for tokens in (8, 512, 16_384):
+            asked = replace(problem, batches=(mp.Batch("decode", tokens=tokens),))
+            bound = window_seconds_bound(load, problem, tokens)
+            assert (bound > 0).all()
+            for solver in solvers:
+                options = {"proposals": 300} if solver == "search" else {}
+                plan = mp.solve(asked, solver, **options)
+                assert (bound <= window_seconds(plan, load, problem, tokens) * (1 + 1e-9)).all()
+
+
+def test_even_loads_on_one_node_are_bounded_within_a_tenth() -> None:
+    topology = mp.Topology.preset("h100-hgx", devices_per_node=4)
+    load = np.ones((1, 3, 16))
+    problem = replace(problem_for(load), topology=topology)
+    seconds = window_seconds(mp.solve(problem, "contiguous"), load, problem, 16_384)
+    assert window_seconds_bound(load, problem, 16_384) == pytest.approx(seconds, rel=0.1)
 
 
 def test_what_counts_cannot_price_is_refused() -> None:
@@ -153,7 +204,7 @@ def test_windows_without_tokens_are_no_change_and_decide_nothing() -> None:
     since = np.concatenate([after[:8], night, after[8:]])
     assert drift(before, since, block=2, alpha=0.01).p > 0.01
     plain, padded = (drift(before, windows_since, block=2, seed=1) for windows_since in (after, since))
-    assert dataclasses.replace(padded, since=plain.since) == plain
+    assert replace(padded, since=plain.since) == plain
     assert padded.since - plain.since in (0, len(night))
     partly = after.copy()
     partly[8:, 1] = 0.0

@@ -14,8 +14,8 @@ import moeplace as mp
 from moeplace._types import IntArray
 from moeplace.placement.bounds import compute_bound
 from moeplace.placement.cost import ExpertCost, compute_seconds
-from moeplace.placement.kernels import ENGINES, kernel_fit, known_kernels
-from moeplace.placement.topology import FORMER_NAMES, PRESETS
+from moeplace.placement.kernels import kernel_fit, known_kernels
+from moeplace.placement.topology import ENGINES, FORMER_NAMES, PRESETS
 
 GPT_OSS = mp.ModelSpec(
     layers=1, experts=32, top_k=4, hidden_size=2880, ffn_size=2880, expert_dtype="mxfp4", name="gpt-oss-20b"
@@ -30,7 +30,7 @@ def measured(gpus: tuple[str, ...] = ("h100-sxm",) * 4, engine: str = "vllm") ->
 
 
 def test_expert_seconds_is_the_formula_that_is_written_down() -> None:
-    fit = kernel_fit("h100-sxm", "vllm", GPT_OSS)
+    fit = kernel_fit("h100-sxm", "vllm", GPT_OSS, 3)
     assert fit is not None
     pairs, hit = np.array([0.0, 64.0, 9000.0]), np.array([0.0, 4.0, 3.0])
     flops, size = 6 * 2880 * 2880, 3 * 2880 * 2880 * 0.53125
@@ -72,16 +72,32 @@ def test_what_is_not_known_is_refused(changes: dict[str, object], message: str) 
 def test_every_prediction_says_what_it_rests_on() -> None:
     roofline = mp.prediction_basis(GPT_OSS, mp.Topology.preset("h100-sxm"))
     assert roofline.error is None
-    assert "roofline, not measured" in roofline.text
+    assert roofline.transfer_error is None
+    assert "a roofline and the topology's links, not measured" in roofline.text
     assert "name an engine" in roofline.text
     basis = mp.prediction_basis(GPT_OSS, mp.Topology.preset("h100-sxm", engine="sglang"))
     assert basis.error is not None
+    assert basis.transfer_error is not None
     assert 0 < basis.error < 0.2
-    assert f"±{basis.error * 100:.0f} %" in basis.text
+    assert 0 < basis.transfer_error < 0.1
+    assert basis.text.startswith(f"predicted, ±{max(basis.error, basis.transfer_error) * 100:.0f} % (")
+    assert f"compute ±{basis.error * 100:.0f} %" in basis.text
+    assert f"transfer ±{basis.transfer_error * 100:.0f} %: normal by DeepEP" in basis.text
     assert "h100-sxm, mxfp4" in basis.text
     mixed = mp.prediction_basis(GPT_OSS, measured(("h100-sxm", "rtx-4090")))
     assert mixed.error is None
     assert "rtx-4090" in mixed.text
+    gathered = mp.Objective(prefill_dispatch="all_gather", decode_dispatch="low_latency")
+    b200 = mp.prediction_basis(GPT_OSS, mp.Topology.preset("b200-sxm", nodes=2, engine="sglang"), gathered)
+    assert "low latency by DeepEP" in b200.text
+    assert "all gather by NCCL" in b200.text
+    assert "links between nodes not measured" in b200.text
+    a100 = mp.Topology.preset("a100-sxm", engine="sglang")
+    partly = mp.prediction_basis(GPT_OSS.replace(expert_dtype="bf16"), a100)
+    assert partly.error is not None
+    assert partly.transfer_error is None
+    assert "of what was measured" in partly.text
+    assert "by the topology's links, not measured" in partly.text
 
 
 def test_a_problem_for_an_engine_is_predicted_by_its_kernels() -> None:

@@ -21,9 +21,9 @@ from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.migration import migration
 from moeplace.placement.plan import EMPTY
 from moeplace.solvers.base import Feature
-from moeplace.solvers.registry import SOLVERS
 from moeplace.solvers.search.evaluator import Evaluator
 from moeplace.solvers.search.scenario import scenario_from
+from moeplace.solvers.solve import SOLVERS
 
 pytestmark = pytest.mark.slow
 

@@ -245,6 +245,22 @@ def test_groups_count_where_they_limit_the_choice() -> None:
     assert groups(num_expert_group=4, topk_group=2, use_grouped_topk=False) == 1
 
 
+def test_of_how_many_groups_a_token_chooses_is_read_and_must_hold_its_experts() -> None:
+    limited = mp.ModelSpec.from_config({**ROUTED, "n_group": 4, "topk_group": 2})
+    assert (limited.top_groups, limited.limits_groups) == (2, True)
+    assert mp.ModelSpec.model_validate(limited.model_dump(mode="json")) == limited
+    assert mp.ModelSpec.from_config({**ROUTED, "n_group": 4, "topk_group": 4}).limits_groups is False
+    unsaid = mp.ModelSpec.from_config({**ROUTED, "n_group": 4})
+    assert (unsaid.groups, unsaid.top_groups, unsaid.limits_groups) == (4, 0, False)
+    assert "top_groups" not in unsaid.model_dump(mode="json")
+    sizes = {"layers": 1, "experts": 8, "top_k": 4, "hidden_size": 8, "ffn_size": 8, "groups": 4}
+    for top_groups, words in ((5, "must not exceed groups"), (1, "do not fit into top_groups")):
+        with pytest.raises(mp.InputError, match=words):
+            mp.ModelSpec(**sizes, top_groups=top_groups)
+    with pytest.raises(mp.InputError, match="topk_group"):
+        mp.ModelSpec.from_config({**ROUTED, "n_group": 8, "topk_group": 1})
+
+
 def test_what_was_not_read_or_was_assumed_is_told() -> None:
     notes = read_config({**ROUTED, "model_type": "novel", "moe_every": 3, "quant_table": "a.bin"}).notes
     said = " ".join(notes)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
 import moeplace as mp
+from moeplace.placement import model_families as table
 from moeplace.placement.model_config import read_config
 
 pytest.importorskip("transformers")
+
+import transformers as tf
 
 from tests.support.transformers_families import Built, build, config_of, moe_types
 
@@ -42,3 +48,39 @@ def test_a_config_is_read_as_transformers_builds_it(model_type: str) -> None:
         assert spec.weights_per_expert + spec.biases_per_expert == built.values_per_expert
     notes = [note for note in read_config(built.config).notes if not any(true in note for true in TRUE_NOTES)]
     assert not notes, "fields that nothing reads; see placement/model_families.py"
+
+
+SIZES = {
+    name
+    for family in (table.UNKNOWN, *table.FAMILIES.values())
+    for field in ("experts", "top_k", "ffn", "latent", "groups", "top_groups", "shared", "shared_width", "zero")
+    for name in getattr(family, field)
+} - {"ffn_config.moe_num_experts", "ffn_config.moe_top_k", "ffn_config.ffn_hidden_size"}
+SCHEDULES = {
+    *table.WORDS, *table.PATTERNS, *table.FLAGS, *table.INDICES, *table.DENSE_HEAD, *table.DENSE_INDICES, *table.STEPS,
+    table.PERIOD, table.OFFSET, table.FIRST, table.LAST,
+}  # fmt: skip
+
+
+def _without_one(fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each field of sizes or schedules, and the config without it."""
+    for name, value in fields.items():
+        if name in SIZES | SCHEDULES:
+            yield name, {other: copy.deepcopy(fields[other]) for other in fields if other != name}
+        elif name in table.LANGUAGE_PARTS and isinstance(value, dict):
+            for inner, part in _without_one(value):
+                yield f"{name}.{inner}", {**copy.deepcopy(dict(fields)), name: part}
+
+
+@pytest.mark.parametrize("model_type", sorted(name for name in TYPES if not name.endswith("_text")))
+def test_a_field_that_is_left_out_is_read_as_transformers_fills_it_told_or_refused(model_type: str) -> None:
+    config_class = getattr(tf, TYPES[model_type][0])
+    full = config_of(model_type, TYPES[model_type][0]).to_dict()
+    told = set(read_config(full).notes)
+    for name, fields in _without_one(full):
+        try:
+            reading = read_config(fields)
+        except mp.InputError:
+            continue
+        if told.issuperset(reading.notes):
+            assert reading.fields == read_config(config_class.from_dict(fields)).fields, name

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+from annealed import annealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_cost import replicated_step_seconds
@@ -15,20 +16,22 @@ from small_clusters import topology
 from traces import make_trace
 
 import moeplace as mp
+from moeplace.placement import replay
 from moeplace.placement.bounds import least_leaving, step_seconds_bound
-from moeplace.placement.cost import all_to_all_latency
+from moeplace.placement.cost import Transfers, all_to_all_latency
+from moeplace.placement.division import Division, least_largest_load
 from moeplace.placement.replay import device_traffic, routed_share
-from moeplace.solvers.search.annealer import Annealer
-from moeplace.solvers.search.kernel_types import MoveRules
-from moeplace.solvers.search.scenario import deal_sources, mean_risks, rates_for, scenario_from
+from moeplace.solvers.search.scenario import deal_sources, scenario_from
 from moeplace.solvers.search.starts import near_layer
 
 pytestmark = pytest.mark.slow
 
 
 @st.composite
-def replicated_cases(draw: st.DrawFn) -> tuple[mp.Plan, mp.Steps, mp.Problem]:
-    """A plan with replicas, at most one an expert and device, with equal or free shares, on random steps."""
+def replicated_cases(draw: st.DrawFn, divided: bool = True) -> tuple[mp.Plan, mp.Steps, mp.Problem]:
+    """A plan with replicas, at most one an expert and device, with equal or free shares, on random steps.
+
+    divided: whether steps may be divided anew among replicas."""
     cluster = topology(draw(st.sampled_from(["single", "node", "even", "mixed"])))
     layers, experts, top_k = draw(st.integers(1, 2)), draw(st.integers(4, 6)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -45,8 +48,14 @@ def replicated_cases(draw: st.DrawFn) -> tuple[mp.Plan, mp.Steps, mp.Problem]:
     if draw(st.booleans()):
         weights = rng.random(len(table)) + 0.01
         shares = weights / np.bincount(table, weights=weights, minlength=experts)[table]
+    choice, division = draw(
+        st.sampled_from(
+            [("share", "local"), ("nearest", "local"), *(("balanced", rule) for rule in get_args(Division) if divided)]
+        )
+    )
     objective = mp.Objective(
-        replica_choice=draw(st.sampled_from(["share", "nearest"])),
+        replica_choice=choice,
+        division=division,
         split="free",
         node_dedup=draw(st.booleans()),
         dispatch_dtype=draw(st.sampled_from(["bf16", "fp8"])),
@@ -68,7 +77,7 @@ def test_replay_with_replicas_equals_the_expectation_token_by_token(
 
 
 @settings(max_examples=40, deadline=None)
-@given(replicated_cases())
+@given(replicated_cases(divided=False))
 def test_unknown_homes_cost_one_token_the_average_over_all_homes(case: tuple[mp.Plan, mp.Steps, mp.Problem]) -> None:
     plan, steps, problem = case
     one = dataclasses.replace(steps, expert_ids=steps.expert_ids[:1], offsets=np.array([0, 1]), source=None)
@@ -82,6 +91,25 @@ def test_unknown_homes_cost_one_token_the_average_over_all_homes(case: tuple[mp.
         np.testing.assert_allclose(getattr(spread, name), mean, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_how_many_ranks_are_counted_at_once_changes_nothing(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, devices, experts = np.random.default_rng(0), 8, 8
+    cluster = mp.Topology.preset("h100-sxm", nodes=2, devices_per_node=4)
+    ids = rng.random((60, 3, experts)).argsort(axis=2)[:, :, :3].astype(np.uint8)
+    source = rng.integers(devices, size=60) if known else None
+    steps = mp.Steps(ids, np.array([0, 25, 60]), experts, (0, 1, 2), source=source)
+    model = mp.ModelSpec(layers=3, experts=experts, top_k=3, hidden_size=64, ffn_size=32)
+    objective = mp.Objective(replica_choice="nearest")
+    statistics = mp.RoutingStatistics.from_counts(rng.integers(1, 50, (3, experts)))
+    problem = mp.Problem(model, cluster, statistics, objective, slots=16)
+    plan = mp.solve(problem, "eplb")
+    together = mp.evaluate(plan, steps, problem)
+    monkeypatch.setattr(replay, "BLOCK_VALUES", 3 * plan.device_share.size)
+    by_threes = mp.evaluate(plan, steps, problem)
+    for name in ("step_seconds", "device_tokens", "reached", "node_reached", "crossing", "node_crossing", "local"):
+        np.testing.assert_allclose(getattr(by_threes, name), getattr(together, name), rtol=1e-12)
+
+
 @settings(max_examples=100, deadline=None)
 @given(replicated_cases())
 def test_no_plan_beats_the_step_bound(case: tuple[mp.Plan, mp.Steps, mp.Problem]) -> None:
@@ -91,7 +119,7 @@ def test_no_plan_beats_the_step_bound(case: tuple[mp.Plan, mp.Steps, mp.Problem]
 
 
 @pytest.mark.parametrize(("cluster", "per_device"), [("even", (1, 1, 2, 1)), ("node", (2, 1, 2))])
-@pytest.mark.parametrize("rule", ["share", "nearest"])
+@pytest.mark.parametrize("rule", ["share", "nearest", "balanced"])
 def test_no_placement_of_a_small_instance_lets_fewer_copies_leave_than_the_bound(
     cluster: str, per_device: tuple[int, ...], rule: str
 ) -> None:
@@ -114,7 +142,8 @@ def test_no_placement_of_a_small_instance_lets_fewer_copies_leave_than_the_bound
             leaving = found.node_crossing if problem.topology.num_nodes > 1 else found.crossing
             least = np.minimum(least, leaving[:, 0])
             seconds = np.minimum(seconds, found.step_seconds)
-        bound = least_leaving(judged, problem)[:, 0]
+        transfer = Transfers.of(model, problem.topology, objective).decode
+        bound = least_leaving(judged, problem, transfer)[:, 0]
         assert bound.max() > 0.0
         assert (bound <= least * (1 + 1e-6)).all()
         assert (step_seconds_bound(judged, problem) <= seconds * (1 + 1e-6)).all()
@@ -157,6 +186,35 @@ def test_a_replica_in_each_node_saves_what_crosses() -> None:
 def test_tokens_without_a_home_have_no_nearest_replica() -> None:
     with pytest.raises(mp.InputError, match="needs tokens with a source rank"):
         mp.Objective(execution="context_coherent", replica_choice="nearest")
+    with pytest.raises(mp.InputError, match='replica_choice \\("balanced"\\) needs tokens with a source rank'):
+        mp.Objective(execution="context_coherent", replica_choice="balanced")
+
+
+def test_only_balanced_divides() -> None:
+    with pytest.raises(mp.InputError, match='division \\("lp"\\) says how replica_choice "balanced" divides'):
+        mp.Objective(division="lp")
+
+
+def test_dividing_each_step_reaches_the_set_bound_at_nearly_nearests_traffic(toy_trace: mp.RoutingTrace) -> None:
+    """The largest load is the least possible of each step; "local" crosses less than "lp"."""
+    steps = dataclasses.replace(toy_trace.decode_steps(64, 12), source=np.tile(np.arange(64) % 3, 12))
+    given_problem = searched(toy_trace, "node", 12)
+    plan = mp.solve(given_problem, "eplb")
+    found = {
+        rule: mp.evaluate(plan, steps, dataclasses.replace(given_problem, objective=mp.Objective(**rules)))
+        for rule, rules in {
+            "nearest": {"replica_choice": "nearest"},
+            "local": {"replica_choice": "balanced"},
+            "lp": {"replica_choice": "balanced", "division": "lp"},
+        }.items()
+    }
+    for layer in range(3):
+        least = least_largest_load(steps.loads()[:, layer], plan.holds[layer])
+        for rule in ("local", "lp"):
+            assert (found[rule].device_tokens[:, layer].max(axis=1) == least).all()
+    crossing = {rule: float(judged.crossing.sum()) for rule, judged in found.items()}
+    assert crossing["local"] < 0.97 * crossing["lp"]
+    assert crossing["local"] < 1.05 * crossing["nearest"]
 
 
 def searched(trace: mp.RoutingTrace, cluster: str, slots: int, **objective: Any) -> mp.Problem:
@@ -180,31 +238,12 @@ def test_the_kernels_price_known_homes_as_evaluation_does(
     drawn = scenario_from(given_problem, "decode", 8, 6, seed=0)
     assert drawn.steps is not None
     scenario = dataclasses.replace(drawn, steps=deal_sources(drawn.steps, 4, seed=2))
-    moves = [MoveRules(np.ones((8, 4), dtype=bool), split == "free")] * 3
-    annealer = Annealer(given_problem, scenario, rates_for(given_problem, scenario), moves, seed=3)
-    table = mp.solve(given_problem, "search", step_tokens=8, steps=2, proposals=1).physical_to_logical
-    shares = []
-    for row in table:
-        share = np.zeros((8, 4))
-        share[row, given_problem.slot_device] = 1.0
-        shares.append(share / share.sum(axis=1, keepdims=True))
-    risks = mean_risks(scenario)
-    annealer.start(list(table), shares, risks)
-    annealer.run(risks, proposals=400, hot=1.0, cold=0.5)
-    final = np.stack([state.now.cost for state in annealer.states], axis=1)
-    annealer.close()
-    plan = mp.Plan(
-        given_problem.model,
-        given_problem.topology,
-        np.stack([state.now.slot_expert for state in annealer.states]),
-        given_problem.slot_device,
-        np.stack([state.now.share[state.now.slot_expert, given_problem.slot_device] for state in annealer.states]),
-    )
+    result = annealed(given_problem, scenario, share_moves=split == "free")
     assert scenario.steps is not None
-    replayed = mp.evaluate(plan, scenario.steps, given_problem)
+    replayed = mp.evaluate(result.plan, scenario.steps, given_problem)
     latency = all_to_all_latency(given_problem.topology, node_dedup)
     expected = replayed.dispatch + replayed.compute + replayed.combine - 2 * latency
-    np.testing.assert_allclose(final, expected, rtol=1e-5)
+    np.testing.assert_allclose(result.costs, expected, rtol=1e-5)
 
 
 def test_the_first_placement_stands_the_hottest_experts_in_every_node() -> None:

@@ -83,8 +83,25 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         mp.Topology.preset("h100-hgx", devices_per_node=9)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nodes: &a [*a]\n", "line 1: .a stands for nothing before it, or for itself"),
+        (f"a: &a [{'0, ' * 100_000}]\nnodes: [{', '.join(['*a'] * 11)}]\n", "aliases stand for more than 1,048,576"),
+        ("nodes: []\nnodes: []\n", "line 2: 'nodes' stands twice in a mapping"),
+        ("nodes: " + "[" * 10_000, "nested deeper|maximum nesting depth"),
+    ],
+)
+def test_a_topology_that_would_take_a_loader_down_or_say_something_twice_is_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(mp.FileFormatError, match=message):
+        mp.Topology.load(tmp_path / "a.yaml")
+
+
 def test_a_file_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "box.yaml"
     path.write_text("nodes: [")
-    with pytest.raises(mp.FileFormatError, match="neither YAML nor JSON"):
+    with pytest.raises(mp.FileFormatError, match="neither JSON nor YAML"):
         mp.Topology.load(path)

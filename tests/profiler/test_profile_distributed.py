@@ -24,7 +24,7 @@ from moeplace.profiler.recorders import merge_counts  # noqa: E402
 from moeplace.profiler.statistics_file import read_statistics  # noqa: E402
 from moeplace.profiler.trace_files import read_trace  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 RANKS = 2
 HERE = Path(__file__).resolve().parents[1] / "support"

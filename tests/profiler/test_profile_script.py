@@ -60,6 +60,7 @@ def test_a_script_that_fails_keeps_its_exit_code_its_arguments_and_its_trace(
     np.testing.assert_array_equal(trace.step, np.repeat([0, 1, 2], 12))
 
 
+@pytest.mark.long
 def test_ranks_of_torchrun_are_counted_together_though_they_end_their_process_group(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command = [*launch, "--rdzv-endpoint=127.0.0.1:0", SCRIPT, "ranks", str(tmp_path)]
@@ -70,6 +71,7 @@ def test_ranks_of_torchrun_are_counted_together_though_they_end_their_process_gr
     np.testing.assert_array_equal(statistics.total_load, both[0] + both[1])
 
 
+@pytest.mark.long
 def test_a_module_with_a_compiled_model_is_recorded_once_a_sequence(tmp_path: Path) -> None:
     assert run_recorded([sys.executable, "-m", "recorded_script", "compiled", str(tmp_path)], tmp_path / "out") == 0
     trace = read_trace(tmp_path / "out")
@@ -127,3 +129,38 @@ def test_out_that_holds_a_recording_is_refused_before_the_command_runs(tmp_path:
     with pytest.raises(mp.InputError, match="already holds"):
         run_recorded([sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w')"], tmp_path / "out")
     assert not (tmp_path / "ran").exists()
+
+
+ODD = str(HERE / "odd_script.py")
+
+
+@pytest.mark.long
+def test_llama_4_is_recorded_without_an_extraction_of_one_s_own(tmp_path: Path) -> None:
+    assert run_recorded([sys.executable, ODD, "llama4"], tmp_path / "out") == 0
+    trace = read_trace(tmp_path / "out")
+    assert (trace.moe_layers, trace.expert_ids.shape) == ((1, 3), (22, 2, 1))
+    assert len(np.unique(trace.expert_ids)) > 1
+
+
+def test_an_encoder_and_decoder_that_generate_are_recorded_as_a_whole(tmp_path: Path) -> None:
+    """`generate` calls the encoder by itself first."""
+    assert run_recorded([sys.executable, ODD, "switch"], tmp_path / "out") == 0
+    trace = read_trace(tmp_path / "out")
+    assert (trace.moe_layers, trace.expert_ids.shape) == ((5, 7), (6, 2, 1))
+
+
+@pytest.mark.long
+def test_a_model_that_loops_over_its_layers_is_told_so_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run_recorded([sys.executable, ODD, "looped"], tmp_path / "out") == 1
+    assert "ran more than once in one forward call: the model loops over these layers" in caplog.text
+    assert "mode='counts' (--mode counts)" in caplog.text
+    assert run_recorded([sys.executable, ODD, "looped"], tmp_path / "counts.npz", mode="counts") == 0
+    load = read_statistics(tmp_path / "counts.npz").total_load.sum(axis=1)
+    assert load.max() == 2 * load.min() == 2 * 22 * 2
+
+
+def test_a_mixture_of_experts_that_is_not_recorded_is_told_with_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(mp.InputError, match="nothing was recorded.*NllbMoeForConditionalGeneration has no MoE layer"):
+        run_recorded([sys.executable, ODD, "masked"], tmp_path / "out")

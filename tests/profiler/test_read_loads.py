@@ -137,7 +137,7 @@ def test_files_without_ranks_are_windows_in_time(tmp_path: Path) -> None:
         np.save(tmp_path / f"at{number}.npy", window)
     recording = open_routing(tmp_path)
     np.testing.assert_allclose(recording.statistics().load, windows)
-    assert recording.notes == ()
+    assert ["taken for windows in time" in note for note in recording.notes] == [True]
 
 
 def _dump(folder: Path, name: str, rank: int, counts: Any, **more: Any) -> None:
@@ -169,3 +169,106 @@ def test_ranks_that_lie_first_in_a_count_are_no_windows(tmp_path: Path) -> None:
     _dump(tmp_path, "two.pt", 0, counts, logical_count_layout="layer_rank_expert")
     with pytest.raises(mp.FileFormatError, match="'layer_rank_expert'"):
         read_any(tmp_path / "two.pt")
+
+
+@pytest.mark.parametrize(
+    ("text", "load"),
+    [
+        (",0,1,2\n0,5,6,7\n1,8,9,9\n", [[5, 6, 7], [8, 9, 9]]),
+        ("layer_id,ep_0,ep_1\nlayer_1,3,4\nlayer_0,1,2\n", [[1, 2], [3, 4]]),
+        ("layer,e10,e1,e0,e2,e3,e4,e5,e6,e7,e8,e9\n0,10,1,0,2,3,4,5,6,7,8,9\n", [list(range(11))]),
+        ("0,1,2,3\n5,6,7,8\n", [[5, 6, 7, 8]]),
+        ("step,layer,0,1\n1,0,5,6\n0,0,1,2\n", [[[1, 2]], [[5, 6]]]),
+    ],
+)
+def test_a_csvs_head_tells_keys_from_counts_and_the_experts_order(text: str, load: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    read = read_any(tmp_path / "a.csv", kind="loads")
+    assert isinstance(read, mp.RoutingStatistics)
+    np.testing.assert_array_equal(read.load, np.array(load, dtype=float).reshape(read.load.shape))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("layer,0,1,total\n0,1,2,3\n", "column 'total' is no expert's number"),
+        ("layer,e0,e0\n0,1,2\n", "column 'e0' is no expert's number that stands once"),
+        ("layer,0,2\n0,1,2\n", "columns of experts 0, 2, expected all from 0 on"),
+    ],
+)
+def test_columns_that_are_no_experts_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(mp.FileFormatError, match=message):
+        read_any(tmp_path / "a.csv", kind="loads")
+
+
+@pytest.mark.parametrize("name", ["gpu{}", "counts.npu{}", "dp{}_ep0", "worker-{}", "node{}_gpu0"])
+def test_ranks_are_told_by_whatever_they_are_called(name: str, tmp_path: Path) -> None:
+    parts = [np.random.default_rng(i).integers(5, 90, (2, 4)).astype(float) for i in range(3)]
+    for number, part in enumerate(parts):
+        np.save(tmp_path / f"{name.format(number)}.npy", part)
+    recording = open_routing(tmp_path, kind="loads")
+    np.testing.assert_array_equal(recording.statistics().load, [sum(parts)])
+    assert "were summed" in recording.notes[0]
+    arrays = {name.format(number).replace("-", "_").replace(".", "_"): part for number, part in enumerate(parts)}
+    np.savez(tmp_path / "all.npz", **arrays)
+    recording = open_routing(tmp_path / "all.npz", kind="loads")
+    np.testing.assert_array_equal(recording.statistics().load, [sum(parts)])
+    assert "3 arrays hold what ranks counted" in recording.notes[0]
+
+
+def test_files_that_are_taken_for_windows_are_so_in_the_order_of_their_numbers_and_it_is_said(tmp_path: Path) -> None:
+    for step in (2, 10, 1):
+        np.save(tmp_path / f"step{step}.npy", np.full((1, 3), step, dtype=float))
+    recording = open_routing(tmp_path, kind="loads")
+    assert recording.statistics().load[:, 0, 0].tolist() == [1, 2, 10]
+    assert "3 files were taken for windows in time" in recording.notes[0]
+
+
+def test_ranks_whose_files_are_not_there_are_named(tmp_path: Path) -> None:
+    gap, step = tmp_path / "gap", tmp_path / "step"
+    for folder, names in ((gap, ("rank0", "rank3")), (step, ("step0_rank0", "step0_rank1", "step1_rank0"))):
+        folder.mkdir()
+        for name in names:
+            np.save(folder / f"{name}.npy", RNG.random((2, 4)))
+    assert "no counts of ranks 1, 2 among those of other ranks" in open_routing(gap).notes[0]
+    assert "no counts of rank 1 among those of step1" in open_routing(step).notes[0]
+
+
+CHOICES = np.array([[RNG.permutation(64)[:8] for _ in range(3)] for _ in range(200)])
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (RNG.random((4, 1)), r"shape \[4, 1\], one expert a layer"),
+        (RNG.random((2, 4, 1)), r"shape \[2, 4, 1\], one expert a layer"),
+        (CHOICES.astype(float), "that are expert ids, by their range and repeats"),
+        (np.repeat(CHOICES[:, 0], 3, axis=0), r"no row of 8 holds an expert twice.*\[tokens, 1, 8\]"),
+    ],
+)
+def test_arrays_that_would_be_read_as_something_else_are_refused(array: Any, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(mp.FileFormatError, match=message):
+        read_any(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3,10,20\n4,40,50\n5,1,2\n", "first column counts up by one .3, 4, ...."),
+        ("# loads\n1,2\n3,4\n", "row 2 has 2 columns, the first names 1"),
+        ("1;2\n3;4\n", "row 2 holds '3;4', expected numbers with commas between them"),
+    ],
+)
+def test_tables_whose_columns_are_unclear_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(mp.FileFormatError, match=message):
+        read_any(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv"])
+def test_the_mark_that_editors_put_before_utf_8_is_passed_over(name: str, tmp_path: Path) -> None:
+    text = "[[1, 2], [3, 4]]" if name == "a.json" else "1,2\n3,4\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert loads_of(tmp_path / name).tolist() == [[[1, 2], [3, 4]]]

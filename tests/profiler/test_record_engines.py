@@ -223,13 +223,12 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         EngineServer(url)
 
 
-def test_an_answer_without_end_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moeplace.profiler.engine_servers.ANSWER_LIMIT", 1000)
+def test_an_answer_without_end_is_refused(folder: Path) -> None:
     with (
         serving(Other(lambda: (200, b"x" * 2000))) as url,
         pytest.raises(mp.EngineError, match="more than 1,000 bytes"),
     ):
-        record_sglang(EngineServer(url), 0, folder)
+        record_sglang(EngineServer(url, most=1000), 0, folder)
 
 
 # Requests
@@ -264,10 +263,10 @@ def test_sglangs_answers_become_a_trace_through_both_of_its_endpoints(folder: Pa
     chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     prompts.write_text("one two three\n" + json.dumps(chat) + "\n")
     with serving(SGLang(folder, None)) as url:
-        common = ("record", "--sglang", url, "--prompts", prompts, "--max-tokens", 5, "-o", tmp_path / "trace")
-        done = run(*common, "--model", config(tmp_path / "config.json"))
+        common = ("record", "--sglang", url, "--prompts", prompts, "--max-tokens", 5)
+        done = run(*common, "--model", config(tmp_path / "config.json"), "-o", tmp_path / "trace")
         assert done.code == 0, done.err
-        ended = run(*common)
+        ended = run(*common, "-o", tmp_path / "unknown")
         assert ended.code == 1
         assert "; give --model" in ended.err
     assert mp.read_trace(tmp_path / "trace").num_tokens == (3 + 5 - 1) + 4

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_runs import check_output
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -25,7 +26,7 @@ from moeplace.cli.app import app
 from moeplace.runtime.calibration.calibrate import alike, line, roofline
 from moeplace.runtime.calibration.measure import nodes_of, places_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 rates = st.floats(1e6, 1e12)
 
@@ -124,6 +125,7 @@ def test_nodes_that_do_not_divide_the_ranks_are_refused_on_every_rank(found: lis
     assert all("4 ranks cannot be nodes of 3" in one["refused"] for one in found)
 
 
+@pytest.mark.long
 def test_the_command_measures_one_process_and_writes_a_topology_that_solves(tmp_path: Path) -> None:
     path = tmp_path / "topology.json"
     sizes = ["--hidden-size", "32", "--ffn-size", "16", "--experts", "4"]
@@ -136,6 +138,7 @@ def test_the_command_measures_one_process_and_writes_a_topology_that_solves(tmp_
     )
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
+    check_output(printed)
     assert mp.Topology.load(path) == mp.Topology.from_dict(printed["topology"])
     assert printed["links"] == []
     assert "one process: no links to measure" in done.stderr
@@ -143,5 +146,5 @@ def test_the_command_measures_one_process_and_writes_a_topology_that_solves(tmp_
 
 def test_an_output_that_is_no_topology_file_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["calibrate", "-o", str(tmp_path / "topology.txt")])
-    assert done.exit_code == 2
+    assert done.exit_code == 1
     assert "must end in .json, .yaml or .yml" in done.output

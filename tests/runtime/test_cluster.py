@@ -25,7 +25,7 @@ FOLDER = TESTS.parents[1] / "benchmarks" / "cluster"
 sys.path.insert(0, str(FOLDER))
 from hosts import Cluster, HostError, NamespacesUnavailableError  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 UP_AND_IDLE = """
 import signal, sys, time
@@ -78,7 +78,7 @@ def test_links_between_hosts_are_limited_and_those_inside_are_not(ranks: list[di
     """Two ranks a host send a megabyte each over 10 Mbit/s: 1.6 s, less what the bucket lets through at once."""
     slowest = {where: max(found["seconds"][where] for found in ranks) for where in ("between", "inside")}
     assert slowest["between"] > 1.4
-    assert slowest["inside"] < 1.4
+    assert slowest["inside"] < slowest["between"]
 
 
 def test_hosts_see_no_network_but_their_own(ranks: list[dict[str, Any]]) -> None:

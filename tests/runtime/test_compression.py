@@ -127,6 +127,7 @@ def test_a_hidden_size_below_the_projection_and_other_dispatchers_are_refused(be
         ({"rate": 0.0}, "rate \\(0.0\\) must be above 0"),
         ({"rate": 1.5}, "rate \\(1.5\\)"),
         ({"hashes": 0}, "hashes \\(0\\) must be at least 1"),
+        ({"lloyd_steps": -1}, "lloyd_steps \\(-1\\) must be at least 0"),
         ({"dimension": 0}, "dimension \\(0\\)"),
         ({"warm_up": -1}, "warm_up \\(-1\\)"),
         ({"rotation_steps": 0}, "rotation_steps \\(0\\)"),
@@ -158,7 +159,8 @@ def test_more_rows_allowed_never_make_a_larger_error() -> None:
     slot = torch.randint(5, (400, 2), generator=generator)
     errors = []
     for target in range(5, 500, 15):
-        found = cluster(projected, slot, torch.ones_like(slot, dtype=torch.bool), torch.tensor(target), 5, 4, target)
+        everything, alike = torch.ones_like(slot, dtype=torch.bool), torch.ones(400, 2)
+        found = cluster(projected, slot, everything, alike, torch.tensor(target), 5, 4, target, 0)
         rows = int((found.size_M > 1).sum()) + int((found.row_TK == len(found.slot_M)).sum())
         assert rows <= target
         total = 0.0
@@ -168,3 +170,28 @@ def test_more_rows_allowed_never_make_a_larger_error() -> None:
             total += float((members - members.mean(dim=0)).square().sum())
         errors.append(total)
     assert all(b <= a * 1.02 for a, b in pairwise(errors)), errors
+
+
+def test_lloyd_steps_lower_the_error_and_never_add_rows() -> None:
+    generator = torch.Generator().manual_seed(2)
+    points = torch.randn(40, 24, generator=generator)[torch.randint(40, (400,), generator=generator)]
+    projected = points + 0.3 * torch.randn(400, 24, generator=generator)
+    slot = torch.randint(5, (400, 2), generator=generator)
+    weight = torch.rand(400, 2, generator=generator) + 0.1
+    everything = torch.ones_like(slot, dtype=torch.bool)
+    errors, rows = [], []
+    for steps in range(5):
+        found = cluster(projected, slot, everything, weight, torch.tensor(150), 5, 4, 150, steps)
+        alone = found.row_TK == len(found.slot_M)
+        rows.append(int((found.size_M > 0).sum()) + int(alone.sum()))
+        total = 0.0
+        for j in range(int((found.size_M > 0).sum())):
+            t, k = (found.row_TK == j).nonzero(as_tuple=True)
+            assert (slot[t, k] == found.slot_M[j]).all()
+            own = weight[t, k][:, None]
+            mean = (own * projected[t]).sum(dim=0) / own.sum()
+            total += float((own * (projected[t] - mean).square()).sum())
+        errors.append(total)
+    assert all(b <= a for a, b in pairwise(errors)), errors
+    assert errors[2] < 0.75 * errors[0]
+    assert all(b <= a <= 150 for a, b in pairwise(rows)), rows

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from ranks import launch
 from small_models import FAMILIES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NEW, SEQUENCES, LAYERS = 6, 6, 2
 
@@ -37,6 +37,7 @@ def test_generated_tokens_and_logits_are_those_of_the_whole_model(families: list
     assert max(found[family]["distinct"] for found in families) > NEW
 
 
+@pytest.mark.long
 def test_generated_tokens_are_those_of_the_whole_model_under_random_plans(tmp_path: Path) -> None:
     for found in launch("decoder_ranks:plans", 4, tmp_path):
         assert found["different"] == []
@@ -122,7 +123,12 @@ def test_a_plan_applied_between_two_generations_changes_no_token(behaviours: lis
         ("ranks", "InputError", "for 5 devices, the mesh has 4 ranks"),
         ("layer", "InputError", "its moe_layers is \\(0,\\), this model's \\(0, 1\\)"),
         ("spread", "InputError", "spread by another plan"),
-        ("compressed", "UnsupportedError", "sent by CompressedDispatcher; context-coherent execution sends them whole"),
+        (
+            "compressed",
+            "UnsupportedError",
+            "sent by CompressedDispatcher, compression=LSH.*sends them whole",
+        ),
+        ("quantized", "UnsupportedError", "compression=QuantizedRows.*sends them whole"),
         ("compressing", "UnsupportedError", "sends tokens whole"),
         ("none", "InputError", "no rank has a prompt"),
         ("no_new", "InputError", "new tokens \\(0\\) must be at least 1"),

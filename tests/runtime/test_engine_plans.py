@@ -40,6 +40,7 @@ def accepted(plan: mp.Plan, engine: str, folder: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("experts", "groups"), [(24, 1), (24, 4)])
+@pytest.mark.long
 def test_every_plan_solved_for_an_engine_is_one_it_runs(engine: str, experts: int, groups: int, tmp_path: Path) -> None:
     problem, steps = recorded(experts, groups, engine=engine)
     spare = 0 if engine == "permute" else 8

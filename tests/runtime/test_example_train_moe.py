@@ -20,7 +20,7 @@ import moeplace as mp
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_moe.py"
 STEPS, BATCH, SEQUENCE = 60, 4, 256

@@ -36,6 +36,12 @@ def test_weights_and_moments_are_the_same_under_other_plans_and_numbers_of_ranks
         assert found["rows"] == [saved[0]["rows"], saved[0]["rows"]]
 
 
+def test_a_rank_writes_one_piece_a_tensor_and_the_plan_stands_beside_them(saved: tuple[Any, Path]) -> None:
+    assert len(saved[0]["pieces"]) == 2 * 2 * 3  # layers, tensors, weights and two moments
+    assert max(saved[0]["pieces"].values()) <= 4
+    assert saved[0]["plan"]
+
+
 def test_training_goes_on_the_same_whatever_the_plan(loaded: list[Any]) -> None:
     first, second = loaded[0]["curves"]
     assert first == pytest.approx(second, rel=1e-5)

@@ -34,6 +34,10 @@ def test_gradients_of_replicas_are_the_same_bits_everywhere(equality: list[Any])
     assert all(found["equal_replicas"] for found in equality)
 
 
+def test_balanced_replicas_level_every_batch_as_far_as_it_goes(equality: list[Any]) -> None:
+    assert all(found["level"] for found in equality)
+
+
 @pytest.fixture(scope="module")
 def behaviours(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return launch("expert_ranks:behaviours", 4, tmp_path_factory.mktemp("behaviours"))
@@ -96,7 +100,7 @@ def test_fully_shard_of_the_rest_gives_the_same_gradients(behaviours: list[Any])
         assert found["sharded"]["grads"] < 1e-4
         kinds = found["sharded"]["kinds"]
         assert kinds["gate.weight"] == "DTensor"
-        assert kinds["experts.down_proj"] == "Parameter"
+        assert kinds["experts.down_proj"] == "ExpertParameter"
 
 
 def test_a_compiled_model_around_the_layer_gives_the_same_and_one_graph_is_refused(behaviours: list[Any]) -> None:
@@ -125,6 +129,8 @@ def test_the_gradient_norm_counts_every_expert_once(behaviours: list[Any]) -> No
         ("dispatch", "did you mean 'flat'"),
         ("two_stage", "needs a mesh of two dimensions"),
         ("gradients", "known: mean, sum"),
+        ("replica_choice", "replica_choice 'nearest' is unknown; did you mean 'share'"),
+        ("one_balances", "has another one than rank"),
         ("router", "did you mean 'softmax'"),
         ("names", "no weights 'gate_up_proj'"),
         ("shapes", "expected \\(6, 48, 16\\)"),
@@ -158,11 +164,11 @@ def left_out(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return launch("expert_ranks:left_out", 4, tmp_path_factory.mktemp("left_out"))
 
 
-def test_a_mesh_that_leaves_ranks_out_is_refused_but_for_pipeline_stages(left_out: list[Any]) -> None:
+def test_a_mesh_that_leaves_ranks_out_is_refused_unless_sliced_from_one_of_all(left_out: list[Any]) -> None:
     for rank, found in enumerate(left_out):
         mine, others = ("[0, 1]", "[2, 3]") if rank < 2 else ("[2, 3]", "[0, 1]")
-        assert f"the mesh has the ranks {mine}, but not {others}" in found["dp"]
-        assert found["pp"] == [5, 16]
+        assert f"the mesh has the ranks {mine}, but not {others}" in found["alone"]
+        assert found["pp"] == found["dp"] == [5, 16]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +193,7 @@ def test_zero_redundancy_over_experts_is_refused_at_its_first_step(left_out: lis
 
 
 @pytest.mark.parametrize("accident", ["killed", "stopped"])
+@pytest.mark.long
 def test_a_rank_that_is_lost_is_named_by_the_others_within_the_timeout(accident: str, tmp_path: Path) -> None:
     found = launch(f"expert_ranks:{accident}", 4, tmp_path, dies=[2], seconds=60)
     for rank in (0, 1, 3):

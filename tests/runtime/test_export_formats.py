@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,9 @@ def test_vllms_open_forms_are_as_their_pull_requests_read_them(tmp_path: Path) -
         "initial_global_assignments": {str(i): row for i, row in enumerate(plan.physical_to_logical.tolist())},
     }
     assert same_placement(read_exported(tmp_path / "a.jsonl", "vllm", plan.model, plan.topology), plan)
+    (tmp_path / "a.jsonl").write_text(json.dumps({**record, "num_slots": 16}))
+    with pytest.raises(mp.FileFormatError, match=r"initial_global_assignments\[0\] has 8 slots, num_slots is 16"):
+        read_exported(tmp_path / "a.jsonl", "vllm", plan.model, plan.topology)
     rows = json.loads(export_plan(plan, "vllm", tmp_path / "b.json", form="53022", hidden_layers=4).read_text())
     assert rows == [*plan.physical_to_logical.tolist(), [0, 1, 2, 3, 4, 5, 0, 1]]
     with pytest.raises(mp.UnsupportedError, match="DeepSeek-V4, whose layers are all MoE"):
@@ -264,7 +268,7 @@ def test_layers_of_a_load_balancer_may_be_quoted_or_bare(tmp_path: Path) -> None
     path.write_text(quoted)
     assert same_placement(mp.read_plan_file(path, plan.model, plan.topology), plan)
     path.write_text(quoted + "  4: [0, 1, 2, 3, 4, 5, 0, 1]\n")
-    with pytest.raises(mp.FileFormatError, match=r"initial_global_assignments\[4\] twice"):
+    with pytest.raises(mp.FileFormatError, match="line 7: .4. stands twice in a mapping"):
         mp.read_plan_file(path, plan.model, plan.topology)
 
 
@@ -275,7 +279,8 @@ def test_layers_of_a_load_balancer_may_be_quoted_or_bare(tmp_path: Path) -> None
         ("a.json", '{"a": 1, "b": 2}', "holds an object with a, b: no plan of"),
         ("a.json", '"text"', "holds a str"),
         ("a.json", "[[0, 1", "not JSON, or truncated"),
-        ("a.yaml", "a: &x [1]\nb: *x", "aliases and tags"),
+        ("a.yaml", "a: &x [1]\nb: *x", "holds an object with a, b: no plan of"),
+        ("a.json", '[{"a": 1, "a": 2}]', "'a' stands twice in an object"),
         ("a.pt", "PK nothing", "damaged or not a plain torch.save file"),
     ],
 )
@@ -401,6 +406,9 @@ def test_vllm_reads_one_row_for_all_layers_and_refuses_dense_rows(tmp_path: Path
             read_exported(path, "vllm", plan.model, plan.topology)
 
 
+# Ten times more a line: ten million values from 300 bytes, as a loader alone would have no trouble with.
+BOMB = "a: &a [0]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefgh"))
+FLAT_BOMB = f"a: &a [{'0, ' * 100_000}]\nb: [{', '.join(['*a'] * 11)}]\n"
 TRTLLM_BAD = {
     "an unknown field": ("num_slots: 8\nepsize: 4\n", "expected the fields"),
     "a list": ("- 1\n", "expected the fields"),
@@ -412,14 +420,50 @@ TRTLLM_BAD = {
         f"num_slots: 8\ninitial_global_assignments: {{1: {ROW}, 2: [0, 1], 4: {ROW}}}\n",
         r"\[2\]: 2 slots",
     ),
-    "an alias": (f"num_slots: 8\ninitial_global_assignments:\n  1: &a {ROW}\n  2: *a\n  4: *a\n", "line 3: aliases"),
-    "a tag": ("num_slots: !!python/object/apply:os.getcwd []\n", "line 1: aliases and tags"),
+    "an alias of a short row": (
+        f"num_slots: 8\ninitial_global_assignments:\n  1: &a [0, 1]\n  2: *a\n  4: {ROW}\n",
+        r"\[1\]: 2 slots, expected 8",
+    ),
+    "an alias of nothing": (
+        f"num_slots: 8\ninitial_global_assignments: {{1: *a, 2: {ROW}}}\n",
+        "line 2: .a stands for",
+    ),
+    "an alias of itself": ("num_slots: 8\ninitial_global_assignments: &a {1: *a}\n", "line 2: .a stands for nothing"),
+    "aliases that unfold without end": (BOMB, "line 6: aliases stand for more than 1,048,576 values, or deeper"),
+    "aliases that unfold far": (FLAT_BOMB, "line 2: aliases stand for more than 1,048,576 values"),
+    "aliases that go deep": (
+        "a: &a [0]\n" + "".join(f"{b}: &{b} [*{a}]\n" for a, b in pairwise("abcdefgh")),
+        "line 6: aliases stand for more than .* or deeper",
+    ),
+    "a layer twice": (
+        f"num_slots: 8\ninitial_global_assignments:\n  1: {ROW}\n  1: {ROW}\n",
+        "line 4: '1' stands twice",
+    ),
+    "a layer twice, of JSON": (
+        f'{{"num_slots": 8, "initial_global_assignments": {{"1": {ROW}, "1": {ROW}}}}}',
+        "twice",
+    ),
+    "a tag": ("num_slots: !!python/object/apply:os.getcwd []\n", "line 1: the tag .* is not accepted"),
     "deep nesting": ("num_slots: " + "[" * 500, "nested deeper"),
     "nesting without end": ("num_slots: " + "[" * 100_000, "nested deeper|maximum nesting depth"),
-    "two documents": ("num_slots: 8\n---\nnum_slots: 8\n", "nested deeper|documents"),
+    "two documents": ("num_slots: 8\n---\nnum_slots: 8\n", "line 2: a second document"),
     "an open bracket": ("num_slots: [8\n", "nor YAML"),
     "an endless number": ("num_slots: " + "9" * 5000, "nor YAML|num_slots is"),
 }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"num_slots: 8\ninitial_global_assignments:\n  1: &a {ROW}\n  2: *a\n  4: *a\n",
+        f"num_slots: 8\ninitial_global_assignments:\n  <<: &base {{1: {ROW}, 2: {ROW}}}\n  4: {ROW}\n",
+    ],
+)
+def test_layers_may_be_aliases_of_one_row(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    plan = make_plan()
+    rows = read_exported(tmp_path / "x.yaml", "trtllm", plan.model, plan.topology).physical_to_logical
+    assert rows.tolist() == [ROW] * 3
 
 
 @pytest.mark.parametrize("case", TRTLLM_BAD)
@@ -450,6 +494,11 @@ ASCEND_BAD: dict[str, tuple[Any, str]] = {
         "device 1 has 3 slots",
     ),
     "a layer that is no object": (lambda d: d["layer_list"].insert(0, 3), "must be a list of objects"),
+    "another device count": (lambda d: d["layer_list"][2].update(device_count=8), "device_count is 8, expected 4"),
+    "an expert twice on a device": (
+        lambda d: d["layer_list"][1]["device_list"][0].update(device_expert=[3, 3]),
+        r"layer_list\[1\]: device 0 has an expert twice \(\[3, 3\]\)",
+    ),
 }
 
 

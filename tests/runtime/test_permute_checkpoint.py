@@ -271,7 +271,7 @@ def test_a_plan_that_parts_expert_groups_is_refused_with_advice(
     plan = models.random_plan(source, seed=1)
     parted = plan.physical_to_logical.copy()
     parted[1] = [0, 2, 1, 3, 4, 5, 6, 7]
-    ungrouped = plan.model.replace(groups=1)
+    ungrouped = plan.model.replace(groups=1, top_groups=0)
     for model in (plan.model, ungrouped):
         wrong = mp.Plan(model, plan.topology, parted, plan.slot_device)
         with pytest.raises(mp.UnsupportedError, match=r"4 groups of 2 experts.*layer 2.*groups move whole"):

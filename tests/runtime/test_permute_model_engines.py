@@ -1,8 +1,9 @@
-"""Models of Megatron-LM's and torchtitan's own classes compute the same before and after. Run where those are
-installed:
+"""Models of Megatron-LM's, torchtitan's and DeepSpeed's own classes compute the same before and after. Run where they
+are installed:
 
-pip install --no-deps megatron-core==0.16.1 torchtitan==0.3.0
-pip install einops spmd_types==0.2.3 tyro torchdata torch_checkpointing tokenizers triton
+pip install --no-deps megatron-core==0.16.1 torchtitan==0.3.0 deepspeed==0.19.8
+pip install hjson msgpack psutil py-cpuinfo einops spmd_types==0.2.3 tyro torchdata torch_checkpointing tokenizers
+pip install triton
 """
 
 from __future__ import annotations
@@ -153,3 +154,65 @@ def test_torchtitans_layers_compute_the_same(family: str, dtype: torch.dtype) ->
             torch.testing.assert_close(block(x), before[layer], **close)
         permute_model(model, placed, invert=True)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_deepspeeds_autoep_layers_compute_the_same(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts, router, its biases and counters, and the optimizer's state; attention and dense layers stay."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip(
+        "deepspeed.module_inject.auto_ep", reason="deepspeed is not installed; see the head of this file"
+    )
+    from deepspeed.module_inject.auto_ep import AutoEP
+    from deepspeed.module_inject.auto_ep_config import AutoEPConfig
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from small_models import deepseek_v3
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = (
+        deepseek_v3(use_cache=False)
+        if family == "deepseek_v3"
+        else MixtralForCausalLM(
+            MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, vocab_size=64)
+        )
+    )
+    config = AutoEPConfig(enabled=True, autoep_size=1, preset_model=family, use_grouped_mm=False)
+    for found in AutoEP(model, config).ep_parser():
+        # `AutoEP.replace_moe_layers` does this too, and fails on the registry of outputs of Transformers 5.24 then.
+        parent, _, name = found.moe_module_name.rpartition(".")
+        source = model.get_submodule(found.moe_module_name)
+        layer = AutoEPMoELayer(spec=found, source_module=source, ep_size=1, ep_rank=0, config=config)
+        setattr(model.get_submodule(parent), name, layer)
+    model.eval()
+    draw(model)
+    layers = {
+        int(name.split(".")[2]): part for name, part in model.named_modules() if hasattr(part, "_is_autoep_layer")
+    }
+    experts = next(iter(layers.values())).num_experts
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    ids = torch.arange(24)[None] * 7 % 64
+    model(input_ids=ids).logits.square().mean().backward()
+    optimizer.step()
+    placed = plan(2, tuple(layers))
+    rng = np.random.default_rng(0)
+    groups = np.arange(experts).reshape(getattr(model.config, "n_group", None) or 1, -1)
+    table = np.stack([rng.permuted(groups, axis=1).ravel() for _ in layers])
+    spec = placed.model.replace(experts=experts)
+    placed = mp.Plan(spec, placed.topology, table, np.repeat([0, 1], experts // 2))
+    with mp.profile(model, tmp_path / "trace", routers=r"mlp\.router$") as recorder, torch.no_grad():
+        model(input_ids=ids)
+    assert recorder.moe_layers == tuple(layers)
+    assert mp.read_trace(tmp_path / "trace").num_tokens == ids.numel()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        first = next(iter(layers.values())).experts.w1
+        weights, moment = first.clone(), optimizer.state[first]["exp_avg"].clone()
+        order = permute_model(model, placed, optimizer=optimizer)
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-5)
+        assert torch.equal(first, weights[order[0].tolist()])
+        assert torch.equal(optimizer.state[first]["exp_avg"], moment[order[0].tolist()])
+        permute_model(model, placed, optimizer=optimizer, invert=True)
+        assert torch.equal(first, weights)

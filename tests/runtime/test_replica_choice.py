@@ -67,3 +67,19 @@ def test_one_token_a_rank_is_balanced_over_the_ranks() -> None:
     one = torch.zeros(1, 1, dtype=torch.int64)
     chosen = [int(ReplicaChoice(placement, rank, torch.device("cpu")).slots(one)) for rank in range(4)]
     assert sorted(chosen) == [0, 0, 1, 1]
+
+
+@given(st.integers(0, 10_000), st.integers(0, 40))
+def test_a_map_of_experts_is_spread_to_the_slots_that_serve_its_tokens(seed: int, tokens: int) -> None:
+    placement = placement_of(seed)
+    choice = ReplicaChoice(placement, seed % placement.devices, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, placement.experts, generator=draw).topk(SPEC.top_k, dim=1).indices
+    weights = torch.rand(tokens, placement.experts, generator=draw)
+    chosen = torch.zeros(tokens, placement.experts, dtype=torch.bool).scatter_(1, ids, True)
+    slots = choice.slots(ids)
+    expected = torch.zeros(tokens, len(placement.expert), dtype=torch.bool).scatter_(1, slots, True)
+    spread_weights, spread = choice.spread(weights, chosen)
+    assert torch.equal(spread, expected)
+    assert torch.equal(spread_weights.gather(1, slots), weights.gather(1, ids))
+    assert not spread_weights[~expected].any()

@@ -58,6 +58,18 @@ def test_the_trainer_calls_back_and_refuses_its_own_clipping_and_saving(tmp_path
     assert len(found[0]["losses"]) == 8
 
 
+def test_the_expert_trainer_saves_all_experts_and_resumes_with_its_plan(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    found = launch("training_ranks:expert_trainer", 2, tmp_path)
+    for rank in found:
+        assert rank["whole"]["norms"][3:] == pytest.approx(rank["resumed"]["norms"][-3:], rel=1e-4)
+        assert rank["whole"]["norms"] == found[0]["whole"]["norms"]
+        np.testing.assert_allclose(rank["resumed"]["logits"], rank["whole"]["logits"], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(rank["read"], rank["whole"]["logits"], rtol=1e-3, atol=1e-4)
+        assert rank["resumed"]["steps"] == rank["whole"]["steps"] == 6
+        assert rank["resumed"]["plan"]
+
+
 def test_a_proposal_is_judged_on_the_later_steps_and_a_plan_that_saves_nothing_is_kept(tmp_path: Path) -> None:
     trace = make_trace(0, sequences=40)
     stepped = mp.RoutingTrace.from_arrays(
@@ -94,6 +106,7 @@ def test_the_solving_process_imports_nothing_from_the_folder_that_training_runs_
 
 
 @pytest.mark.timeout(290)
+@pytest.mark.long
 def test_the_example_trains_under_torchrun_and_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
     text = tmp_path / "words.txt"
     text.write_text("\n".join(f"{number} times {number} is {number * number}" for number in range(9000)))

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
 from cli_runs import run
 from service_runs import Server, prepared, serving
+from sqlalchemy import update
 
 import moeplace as mp
 from moeplace.db import Store
-from moeplace.placement.errors import InputError
+from moeplace.db.records import Actor
+from moeplace.db.schema import TokenRow
+from moeplace.placement.errors import ConflictError, InputError
 from moeplace.service.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -48,12 +57,24 @@ NEEDS = {
         ("PUT", "/v1/deployments/{name}/policy"),
         ("PUT", "/v1/deployments/{name}/plan"),
         ("POST", "/v1/deployments/{name}/rollback"),
+        ("POST", "/v1/deployments/{name}/release"),
         ("POST", "/v1/decisions/{key}/approve"),
         ("POST", "/v1/decisions/{key}/reject"),
         ("POST", "/v1/deployments/{name}/webhooks"),
         ("DELETE", "/v1/deployments/{name}/webhooks/{key}"),
         ("PUT", "/v1/deployments/{name}/engine"),
         ("DELETE", "/v1/deployments/{name}/engine"),
+        ("DELETE", "/v1/deployments/{name}"),
+        ("POST", "/v1/deployments/{name}/webhooks/{key}/rotate"),
+        ("POST", "/v1/deployments/{name}/webhooks/{key}/test"),
+        ("GET", "/v1/deployments/{name}/webhooks/{key}/deliveries"),
+        ("POST", "/v1/deployments/{name}/webhooks/{key}/deliveries/{delivery}"),
+        ("DELETE", "/v1/deployments/{name}/windows"),
+        ("DELETE", "/v1/jobs/{key}"),
+        ("DELETE", "/v1/models/{ref}"),
+        ("DELETE", "/v1/topologies/{ref}"),
+        ("DELETE", "/v1/statistics/{ref}"),
+        ("DELETE", "/v1/plans/{ref}"),
     },
 }
 
@@ -97,13 +118,15 @@ def test_every_route_asks_for_the_role_it_needs(server: Server, tokens: dict[str
     unknown = set(found) - OPEN - NEEDS["submit"] - NEEDS["approve"]  # type: ignore[operator]
     assert {method for method, _ in unknown} == NEEDS["read"], "a new route that changes something: say who may"
     for method, template in found:
-        path = re.sub(r"\{key\}", "99999", re.sub(r"\{(name|ref)\}", "missing", template))
+        path = re.sub(r"\{(key|delivery)\}", "99999", re.sub(r"\{(name|ref)\}", "missing", template))
         needed = next((role for role in ("approve", "submit") if (method, template) in NEEDS[role]), "read")
         if (method, template) in OPEN:
             assert status(server, method, path, None) == 200
             continue
-        for wrong in (None, "mp_wrong", tokens["read"][:-1]):
-            assert status(server, method, path, wrong) == 401, (method, template)
+        assert status(server, method, path, None) == 401, (method, template)
+        # Who sends wrong ones too often has to wait.
+        for wrong in ("mp_wrong", tokens["read"][:-1]):
+            assert status(server, method, path, wrong) in (401, 429), (method, template)
         for role in ROLES:
             answer = status(server, method, path, tokens[role])
             allowed = ROLES.index(role) >= ROLES.index(needed)
@@ -114,8 +137,8 @@ def test_every_route_asks_for_the_role_it_needs(server: Server, tokens: dict[str
 def test_a_revoked_token_ends_and_who_did_what_is_kept(server: Server, tokens: dict[str, str]) -> None:
     made = run("tokens", "add", "gone", "--role", "read", "--db", tokens["db"]).out.strip()
     assert run("tokens", "revoke", "gone", "--db", tokens["db"]).code == 0
-    assert status(server, "GET", "/v1/models", made) == 401
-    listed = run("tokens", "list", "--db", tokens["db"], "--json").data
+    assert status(server, "GET", "/v1/models", made) in (401, 429)
+    listed = run("tokens", "list", "--db", tokens["db"], "--json").data["rows"]
     assert [(entry["name"], entry["revoked"] is None) for entry in listed] == [
         ("read", True),
         ("submit", True),
@@ -135,8 +158,11 @@ def test_tokens_cannot_be_turned_off_where_others_can_reach(tmp_path: Path) -> N
     assert refused.code == 1
     assert "tokens cannot be turned off there" in refused.err
     assert Settings(host="0.0.0.0").asks_for_tokens
-    assert not Settings(host="127.0.0.1").asks_for_tokens
-    assert Settings(host="::1", auth=True).asks_for_tokens
+    assert Settings(host="127.0.0.1").asks_for_tokens
+    assert not Settings(host="::1", auth=False).asks_for_tokens
+    for wrong in ({"root_path": "moeplace"}, {"root_path": "/a/"}, {"proxies": ("nginx",)}):
+        with pytest.raises(InputError, match=next(iter(wrong))[:4]):
+            Settings(**wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="workers"):
         Settings(workers=-1)
 
@@ -180,3 +206,149 @@ def test_without_tokens_only_this_machine_itself_is_served(
             assert "moeplace tokens add" in problem, "says what to do"
     for name in PROXIED:
         assert told(server.url, **{name: "https", "Authorization": f"Bearer {tokens['read']}"})[0] == 200
+
+
+def asked(url: str, path: str, token: str | None = None, method: str = "GET", **headers: str) -> tuple[int, str, str]:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    sent = {"Authorization": f"Bearer {token}"} if token else {}
+    connection.request(method, path, headers={**sent, **headers})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(), answer.getheader("location") or ""
+
+
+def test_tokens_are_asked_for_and_the_first_is_printed_once(tmp_path: Path) -> None:
+    """On a loopback address too: any other user of the machine, and any proxy on it, reaches that."""
+    command = [sys.executable, "-m", "moeplace.cli", "serve", "--port", "0", "--workers", "0"]
+    environment = {**os.environ, "MOEPLACE_DB": str(tmp_path / "x.db")}
+    printed = []
+    for _ in range(2):
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            lines = []
+            while "serving" not in (line := process.stderr.readline()):
+                lines.append(line)
+            url = str(json.loads(line)["url"])
+            while "startup complete" not in (line := process.stderr.readline()):
+                lines.append(line)
+            time.sleep(0.3)
+            assert asked(url, "/v1/models")[0] == 401
+            if printed:
+                assert asked(url, "/v1/models", printed[0])[0] == 200
+            process.terminate()
+            out, rest = process.communicate(timeout=100)
+            found = re.findall(r"mp_[A-Za-z0-9_-]{20,}", out)
+            assert not re.findall(r"mp_[A-Za-z0-9_-]{20,}", "".join(lines) + rest), "in no log"
+            printed += found
+    assert len(printed) == 1
+
+
+def test_a_token_of_some_deployments_sees_no_others(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.db")
+    with serving(path, "--auth", "--workers", "0") as server:
+        whole = run("tokens", "add", "me", "--role", "approve", "--db", path).out.strip()
+        client = server.client(whole)
+        for name in ("chat", "search"):
+            prepared(client, name)
+        with Store.open(path) as store:
+            own = store.jobs.submit("watch", {}, Actor("me", "approve"), deployment="chat").key
+            other = store.jobs.submit("watch", {}, Actor("me", "approve"), deployment="search").key
+        missing = run("tokens", "add", "one", "--deployment", "chta", "--db", path)
+        assert "did you mean 'chat'" in missing.err
+        made = run("tokens", "add", "one", "--role", "approve", "--deployment", "chat", "--db", path).out.strip()
+        scoped = server.client(made)
+        assert [entry.name for entry in scoped.deployments()] == ["chat"]
+        assert scoped.totals("chat") == (0, 0)
+        assert [job.key for job in scoped.jobs()] == [own]
+        assert scoped.job(own).deployment == "chat"
+        assert list(scoped.decisions()) == []
+        for call in (
+            lambda: scoped.deployment("search"),
+            lambda: scoped.push("search", np.ones((3, 16), int)),
+            lambda: scoped.solve("search"),
+            lambda: scoped.job(other),
+            lambda: scoped.cancel(other),
+            lambda: list(scoped.events(other)),
+            lambda: scoped.pareto("search"),
+            lambda: list(scoped.audit()),
+            lambda: scoped.remove_deployment("search"),
+            lambda: list(scoped.jobs(deployment="search")),
+            lambda: prepared(scoped, "third"),
+        ):
+            with pytest.raises(mp.MoeplaceError, match="is not for deployment|is for chat only"):
+                call()
+        for page in ("/deployments/search", f"/jobs/{other}"):
+            assert asked(server.url, page, Cookie=f"moeplace_token={made}")[0] == 403
+        page = asked(server.url, "/", Cookie=f"moeplace_token={made}")[1]
+        assert "chat" in page
+        assert "search" not in page
+        submitter = server.client(run("tokens", "add", "sub", "--role", "submit", "--db", path).out.strip())
+        with pytest.raises(mp.MoeplaceError, match="asked for by 'me'"):
+            submitter.cancel(own)
+        mine = submitter.solve("chat", solver="eplb")
+        assert submitter.cancel(mine.key).state == "cancelled"
+        actions = {entry.action: entry for entry in client.audit()}
+        assert {"model.add", "topology.add", "solve.ask", "job.cancel", "deployment.add"} <= set(actions)
+        assert (actions["solve.ask"].actor, actions["solve.ask"].client) == ("sub", "127.0.0.1")
+        assert server.stop() == 0
+    entry = next(entry for entry in server.log if entry.get("path", "").endswith("/windows/totals"))
+    assert (entry["actor"], entry["client"]) == ("one", "127.0.0.1")
+
+
+def test_tokens_end_are_used_again_and_say_when_they_were_used(url: str) -> None:
+    with Store.open(url) as store:
+        by = Actor("ann", "approve")
+        first = store.tokens.add("ci", "read", by, lifetime=timedelta(hours=1))
+        assert store.tokens.actor(first) == Actor("ci", "read")
+        with pytest.raises(ConflictError, match="revoke it first"):
+            store.tokens.add("ci", "read", by)
+        # An hour later.
+        with store._sessions.writing() as session:
+            session.execute(update(TokenRow).values(expires=TokenRow.created))
+        assert store.tokens.actor(first) is None
+        second = store.tokens.add("ci", "submit", by)
+        assert store.tokens.actor(second) == Actor("ci", "submit")
+        store.tokens.revoke("ci", by)
+        assert store.tokens.actor(second) is None
+        third = store.tokens.add("ci", "read", by)
+        assert store.tokens.actor(third) is not None
+        listed = store.tokens.all()
+        assert [entry.revoked is None for entry in listed] == [False, False, True]
+        assert all(entry.used is not None for entry in listed)
+        with pytest.raises(InputError, match="lifetime"):
+            store.tokens.add("x", "read", by, lifetime=timedelta(0))
+
+
+def test_who_guesses_tokens_has_to_wait_and_is_noted(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.db")
+    with serving(path, "--auth", "--workers", "0") as server:
+        token = run("tokens", "add", "me", "--role", "approve", "--db", path).out.strip()
+        assert asked(server.url, "/v1/audit", token)[0] == 200
+        answers = [asked(server.url, "/v1/models", f"mp_guess{number}")[0] for number in range(14)]
+        assert answers == [401] * 10 + [429] * 4
+        assert asked(server.url, "/v1/models", "mp_another")[0] == 429
+        other = run("tokens", "add", "you", "--role", "approve", "--db", path).out.strip()
+        assert asked(server.url, "/v1/audit", other)[0] == 200, "who has a token is served"
+        entries = json.loads(asked(server.url, "/v1/audit?action=token.refused", token)[1])["items"]
+        assert [entry["client"] for entry in entries] == ["127.0.0.1"] * 10
+        assert "mp_guess" not in json.dumps(entries)
+
+
+def test_behind_a_named_proxy_clients_are_told_apart_and_links_lead_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.db")
+    with serving(path, "--auth", "--workers", "0", "--proxy", "127.0.0.0/8", "--root-path", "/moe") as server:
+        token = run("tokens", "add", "me", "--role", "approve", "--db", path).out.strip()
+        for number in range(11):
+            asked(server.url, "/v1/models", f"mp_{number}", **{"X-Forwarded-For": "10.0.0.7"})
+        assert asked(server.url, "/v1/models", "mp_x", **{"X-Forwarded-For": "10.0.0.7"})[0] == 429
+        assert asked(server.url, "/v1/models", "mp_x", **{"X-Forwarded-For": "10.0.0.8"})[0] == 401
+        assert asked(server.url, "/")[::2] == (303, "/moe/sign-in")
+        page = asked(server.url, "/", Cookie=f"moeplace_token={token}")[1]
+        links = re.findall(r'(?:href|action|src)="(/[^"]*)"', page)
+        assert links
+        assert all(link.startswith("/moe/") for link in links), links
+    with serving(path, "--auth", "--workers", "0") as server:
+        for number in range(11):
+            asked(server.url, "/v1/models", f"mp_{number}", **{"X-Forwarded-For": f"10.0.0.{number}"})
+        assert asked(server.url, "/v1/models", "mp_x", **{"X-Forwarded-For": "10.0.9.9"})[0] == 429, "not believed"

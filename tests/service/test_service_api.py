@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import re
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -149,6 +151,43 @@ def test_windows_of_another_shape_or_type_are_refused(server: Server) -> None:
     assert raw(server, "POST", path, b"x", Content_Type="text/plain")[0] == 415
     status, _, problem = raw(server, "POST", path, b"not arrow", Content_Type="application/vnd.apache.arrow.stream")
     assert (status, "not an Arrow stream" in problem["detail"]) == (422, True)
+
+
+def test_head_is_answered_as_get_without_its_body(server: Server) -> None:
+    for path in ("/health", "/v1/deployments", "/v1/deployments/chat", "/", "/v1/deployments/nobody"):
+        status, headers, _ = raw(server, "GET", path)
+        found, told, content = raw(server, "HEAD", path)
+        assert (found, told.get("content-type"), content) == (status, headers.get("content-type"), b"")
+        assert told.get("etag") == headers.get("etag")
+    assert raw(server, "HEAD", "/live")[0] == 405, "a stream would not end"
+    assert raw(server, "OPTIONS", "/health")[1]["allow"]
+
+
+def test_moments_at_the_ends_of_the_calendar_are_no_failures(server: Server) -> None:
+    client = server.client()
+    chat = client.deployment("chat")
+    client.add_deployment("calendar", chat.model_id, chat.topology_id)
+    path = "/v1/deployments/calendar/windows?ended_before="
+    for moment in ("0001-01-01T00:00:00%2B14:00", "0001-01-01T00:00:00Z", "1970-01-01T00:00:00Z"):
+        assert raw(server, "DELETE", path + moment)[::2] == (200, {"removed": 0}), moment
+    client.push("calendar", counts(0, skewed(0)))
+    assert raw(server, "DELETE", path + "9999-12-31T23:59:59-14:00")[::2] == (200, {"removed": 1})
+    client.remove_deployment("calendar")
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "zstd", "x-gzip, identity", "identity, gzip"])
+def test_a_compressed_body_is_refused_by_name_and_not_decoded(server: Server, coding: str) -> None:
+    body = gzip.compress(json.dumps({"spec": MODEL.model_dump(mode="json")}).encode())
+    status, headers, problem = raw(server, "POST", "/v1/models", body, Content_Encoding=coding)
+    assert (status, headers["accept-encoding"]) == (415, "identity")
+    assert coding.lower() in problem["detail"].lower() or "gzip" in problem["detail"]
+    status, _, problem = raw(server, "POST", "/v1/models", body, Transfer_Encoding=f"{coding.split(',')[0]}, chunked")
+    assert status in (400, 501), problem
+
+
+def test_a_body_that_is_not_compressed_may_say_so(server: Server) -> None:
+    body = {"spec": MODEL.model_dump(mode="json")}
+    assert raw(server, "POST", "/v1/models", body, Content_Encoding="identity")[0] == 201
 
 
 def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(server: Server) -> None:
@@ -336,6 +375,9 @@ def test_pages_of_other_sites_are_refused(server: Server) -> None:
     body = {"spec": MODEL.model_dump(mode="json")}
     assert raw(server, "POST", "/v1/models", body, Origin="https://evil.example")[0] == 403
     assert raw(server, "GET", "/v1/models", Host="evil.example")[0] == 403
+    with socket.create_connection((urlsplit(server.url).hostname, urlsplit(server.url).port), timeout=60) as peer:
+        peer.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
+        assert peer.recv(12).split()[1] in (b"400", b"403"), "whichever of two names is meant"
     assert raw(server, "POST", "/v1/models", body, Origin=server.url)[0] == 201
 
 
@@ -358,7 +400,7 @@ def test_commands_ask_a_service_instead(server: Server, tmp_path: Path) -> None:
     assert solved.code == 0, solved.err
     here = run("solve", trace, *CLUSTER, "--solver", "eplb", "--no-store", "-o", tmp_path / "here.json", "--json")
     assert solved.data["fingerprint"] == here.data["fingerprint"]
-    listed = run("plans", "list", "--server", server.url, "--limit", 1, "--json").data
+    listed = run("plans", "list", "--server", server.url, "--limit", 1, "--json").data["rows"]
     assert [entry["id"] for entry in listed] == [solved.data["stored_as"]]
     out = tmp_path / "sglang.json"
     done = run("export", listed[0]["id"], "--server", server.url, "--for", "sglang", "-o", out, "--no-store", "--json")

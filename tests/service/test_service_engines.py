@@ -18,6 +18,7 @@ import engine_endpoints
 from service_runs import POLICY, TOPOLOGY, serving
 
 import moeplace as mp
+from moeplace._http import Connections
 from moeplace.db.records import EngineHold, EngineRecord
 from moeplace.placement.errors import NotFoundError
 from moeplace.service.polling import ask
@@ -59,6 +60,7 @@ def until(client: mp.Client, what: Callable[[EngineRecord], Any], seconds: float
     return found
 
 
+@pytest.mark.long
 def test_an_engine_is_asked_again_and_again_and_failures_are_shown_and_back_off(tmp_path: Path) -> None:
     folder = tmp_path / "recorder"
     folder.mkdir()
@@ -120,9 +122,10 @@ def test_an_engine_that_cannot_be_read_says_why(
     with engine_endpoints.serving(engine_endpoints.SGLang(tmp_path, **settings)) as url:
         record = recording(url)
         with pytest.raises(mp.MoeplaceError, match=message):
-            ask(EngineHold(record, 1, "", 0, None), model, tmp_path, Event())
+            ask(EngineHold(record, 1, "", 0, None), model, tmp_path, Event(), Connections())
 
 
+@pytest.mark.long
 def test_one_of_two_servers_asks_and_the_other_takes_over(tmp_path: Path) -> None:
     engine = engine_endpoints.SGLang(tmp_path)
     arguments = (str(tmp_path / "store.db"), "--workers", "0", "--recorder", f"a={tmp_path}", "--lease", "8")
@@ -154,7 +157,7 @@ def test_an_engines_key_goes_nowhere_else_and_its_answers_are_not_shown(tmp_path
             with engine_endpoints.serving(answer) as url:
                 record = recording(url)
                 with pytest.raises(mp.MoeplaceError) as refused:
-                    ask(EngineHold(record, 1, "", 0, "its-key"), MODEL, tmp_path, Event())
+                    ask(EngineHold(record, 1, "", 0, "its-key"), MODEL, tmp_path, Event(), Connections())
                 assert "credentials" not in str(refused.value)
                 assert status == 404 or str(status) in str(refused.value)
     assert led == []

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,10 +17,11 @@ from urllib.parse import urlsplit
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
-from service_runs import MODEL, PATIENCE, TOPOLOGY, Server, counts, prepared, serving, skewed
+from service_runs import MODEL, PATIENCE, TOPOLOGY, Server, counts, prepared, receiving, serving, skewed
 from standardwebhooks import Webhook, WebhookVerificationError
 
 import moeplace as mp
+from moeplace._http import Peers
 from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow
 from moeplace.service.webhooks import WebhookSender
@@ -39,30 +39,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             windows = [CountWindow(NOON + timedelta(minutes=i), counts(i, skewed(0))) for i in range(40)]
             client.push_windows("chat", windows)
         yield running
-
-
-@contextmanager
-def receiving(refusals: int) -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
-    """A receiver that is unwell at first. Yields its address, and what it got: (headers, body)."""
-    got: list[tuple[dict[str, str], bytes]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            got.append((dict(self.headers), body))
-            self.send_response(503 if len(got) <= refusals else 204)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    receiver = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=receiver.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{receiver.server_address[1]}/hook?of=chat", got
-    finally:
-        receiver.shutdown()
-        receiver.server_close()
 
 
 def test_webhooks_are_signed_and_sent_again_until_they_are_taken(server: Server) -> None:
@@ -163,9 +139,13 @@ def test_a_webhook_that_cannot_be_called_does_not_keep_others_from_theirs(tmp_pa
             store.webhooks.add("chat", address, by)
         plan = mp.solve(mp.Problem(MODEL, TOPOLOGY, mp.RoutingStatistics.from_counts(skewed(2), top_k=2)), "eplb")
         store.deployments.publish("chat", store.add_plan(plan).id, by, cause="manual")
-        WebhookSender(store).deliver()
+        sender = WebhookSender(store, Peers())
+        sender.deliver()
+        assert sender.wait(PATIENCE)
         assert len(got) == 1
-        assert [entry.attempts for entry in store.webhooks.due(10)] == [1, 1, 1, 1]
+        hooks = store.webhooks.all("chat")
+        outcomes = [store.webhooks.deliveries("chat", hook.key, limit=9)[0] for hook in hooks]
+        assert [(entry.attempts, entry.state) for entry in outcomes] == [(1, "due")] * 4 + [(1, "sent")]
 
 
 @contextmanager

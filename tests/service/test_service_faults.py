@@ -33,6 +33,7 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+@pytest.mark.long
 def test_windows_and_uploads_survive_kills_in_the_middle(url: str, tmp_path: Path) -> None:
     arguments = ("--port", free_port(), "--workers", "0")
     write_trace(make_trace(0, layers=3, experts=16, top_k=2), tmp_path / "trace", model=MODEL)

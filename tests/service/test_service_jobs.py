@@ -7,6 +7,7 @@ import signal
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,9 @@ from service_runs import MODEL, PATIENCE, TOPOLOGY, counts, prepared, serving, s
 
 import moeplace as mp
 from moeplace.db import Store
+from moeplace.db.jobs import Lane
 from moeplace.db.records import CountWindow, DecisionRecord
+from moeplace.service import workers
 from moeplace.service.settings import Settings
 from moeplace.service.workers import LocalBackend
 
@@ -89,7 +92,7 @@ def test_the_job_of_a_killed_worker_is_begun_again(file: str) -> None:
     with serving(file, *UNWATCHED) as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
-        job = client.solve("chat", solver="search", seconds=6.0)
+        job = client.solve("chat", solver="search", seconds=3.0)
         running(client, job.key)
         os.kill(server.worker_pid(), signal.SIGKILL)
         done = client.wait(job, timeout=PATIENCE)
@@ -97,11 +100,12 @@ def test_the_job_of_a_killed_worker_is_begun_again(file: str) -> None:
         assert len(list(client.plans())) == 1
 
 
+@pytest.mark.long
 def test_a_job_outlives_the_server_that_ran_it(url: str) -> None:
     with serving(url, *UNWATCHED, "--lease", "3") as server, server.client() as client:
         prepared(client)
         fill(client, "chat", 0, 0, 12)
-        job = client.solve("chat", solver="search", seconds=6.0)
+        job = client.solve("chat", solver="search", seconds=3.0)
         running(client, job.key)
         worker = psutil.Process(server.worker_pid())
         server.kill()
@@ -125,6 +129,7 @@ def test_a_server_told_to_stop_gives_its_job_back_at_once(file: str) -> None:
         assert (found.state, found.attempts) == ("queued", 0)
 
 
+@pytest.mark.long
 def test_two_servers_on_one_database_share_the_work(url: str) -> None:
     """Whichever is busy, the other does what is left: each in turn, whoever was asked."""
     with (
@@ -242,10 +247,59 @@ def test_workers_import_nothing_from_the_folder_they_run_in(
     (planted / "email.py").write_text("raise SystemExit('the planted module ran')")
     monkeypatch.chdir(planted)
     with Store.open(file):
-        worker = LocalBackend(Settings(), f"sqlite:///{file}").start("planted:1:1")
+        worker = LocalBackend(Settings(), f"sqlite:///{file}").start("planted:1:1", "any")
     try:
         time.sleep(4.0)
         assert worker.ended() is None
     finally:
         worker.stop()
         worker.wait(PATIENCE)
+
+
+def test_drift_checks_do_not_wait_for_solves(tmp_path: Path) -> None:
+    with serving(str(tmp_path / "x.db"), "--workers", "1") as server, server.client() as client:
+        prepared(client)
+        windows = [CountWindow(NOON + timedelta(minutes=i), counts(i, skewed(0))) for i in range(8)]
+        client.push_windows("chat", windows[:7])
+        solves = [client.solve("chat", solver="search", seconds=600.0).key for _ in range(3)]
+        server.wait_for("job begins", job=solves[0])
+        client.push_windows("chat", windows[7:])
+        deadline = time.monotonic() + PATIENCE
+        while not list(client.checks("chat")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert [client.job(key).state for key in solves] == ["running", "queued", "queued"]
+        for key in solves:
+            client.cancel(key)
+
+
+def test_a_server_whose_workers_die_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead:
+        place: dict[str, object] = {}  # noqa: RUF012
+
+        def ended(self) -> str:
+            return "1"
+
+        def stop(self) -> None: ...
+
+        def wait(self, seconds: float) -> None: ...
+
+    class Backend:
+        def size(self) -> int:
+            return 1
+
+        def start(self, name: str, lane: Lane) -> Any:
+            return Dead()
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(workers, "SHORT_LIFE", 0.3)
+    with Store.open(tmp_path / "x.db") as store:
+        pool = workers.Pool(store, Settings(), Backend())
+        assert pool.trouble is None
+        for _ in range(2):
+            pool.tend()
+            pool.tend()
+            time.sleep(0.4)
+        assert "4 workers in a row died within 0.3 s" in str(pool.trouble)
+        pool.close()

@@ -1,7 +1,8 @@
 """The whole API as its description tells it, with what fits the description and what does not: the server never fails.
 
 What is asked for is there: ids in paths and bodies are those of stored objects, beside others that are made up.
-MOEPLACE_TEST_EXAMPLES requests of each kind a route, 3 by default: more for a longer run.
+MOEPLACE_TEST_EXAMPLES requests of each kind a route, 3 by default: more for a longer run, which also goes through the
+limits of every value.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from moeplace.service.routing import to_bytes
 pytestmark = pytest.mark.slow
 
 EXAMPLES = os.environ.get("MOEPLACE_TEST_EXAMPLES", "3")
+PHASES = "examples,coverage,fuzzing" if "MOEPLACE_TEST_EXAMPLES" in os.environ else "examples,fuzzing"
 COMMAND = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
 ANN = Actor("ann", "approve")
 MANY = 8
-"""Deployments, decisions, uploads, webhooks of each deployment: some are deleted on the way."""
+"""Deployments, decisions, uploads, webhooks: some are deleted on the way."""
+WITH_WEBHOOKS = "chat-0"
 STORED = ("model", "topology", "statistics", "held_out")
 """What a solve or a study is asked of, where not of a deployment."""
 NOWHERE = "http://127.0.0.1:1/"
@@ -53,6 +56,12 @@ def scene(url: str) -> dict[str, list[Any]]:
         statistics = mp.RoutingStatistics.from_counts(counts(0, skewed(0)), top_k=2)
         store.add_statistics(statistics, to_bytes(statistics), name="counted")
         problem = mp.Problem(MODEL, TOPOLOGY, statistics)
+        # Others than what is asked for by name: with a deployment goes all that is its.
+        spare = [f"spare-{number}" for number in range(MANY)]
+        for number, name in enumerate(spare):
+            store.add_model(MODEL.model_copy(update={"ffn_size": MODEL.ffn_size + number + 1}), name=name)
+            store.add_topology(TOPOLOGY.model_copy(update={"inter_latency": 1e-6 * (number + 1)}), name=name)
+            store.deployments.add(name, "toy", "box", POLICY, ANN)
         for number in range(MANY):
             name = f"chat-{number}"
             store.deployments.add(name, "toy", "box", POLICY, ANN)
@@ -72,8 +81,10 @@ def scene(url: str) -> dict[str, list[Any]]:
             store.uploads.append(upload.key, 0, bytes(10))
             known["uploads"].append(upload.key)
             store.engines.set(name, ANN, url=NOWHERE, recorder="default", every=86_400.0, span=1.0, secret=None)
-            known["webhooks"] += [store.webhooks.add(name, NOWHERE, ANN)[0].key for _ in range(MANY)]
+        known["webhooks"] = [store.webhooks.add(WITH_WEBHOOKS, NOWHERE, ANN)[0].key for _ in range(MANY)]
+        known["deliveries"] = [store.webhooks.test(WITH_WEBHOOKS, key, ANN).key for key in known["webhooks"]]
         known["jobs"] = [store.jobs.submit("solve", {}, ANN, deployment=name).key for name in known["deployment"]]
+        unused = [store.add_plan(mp.solve(problem, "random", seed=200 + number)).id for number in range(MANY)]
         plans = [plan_to_dict(store.plan(ref).plan) for ref in known["plan"][:2]]
     known |= {"model": ["toy"], "topology": ["box"], "statistics": ["counted"], "held_out": ["counted"]}
     known |= {"candidate": known["plan"], "current": known["plan"], "version": [1], "url": [NOWHERE]}
@@ -85,18 +96,25 @@ def scene(url: str) -> dict[str, list[Any]]:
     }
     known |= {"models": known["model"], "topologies": known["topology"], "plans": known["plan"]}
     known |= {"deployments": known["deployment"]}
+    known |= {"deleted plans": unused, "deleted deployments": spare}
+    known |= {"deleted models": spare, "deleted topologies": spare}
     return known
 
 
 def fed(document: dict[str, Any], known: dict[str, list[Any]]) -> dict[str, Any]:
     """The description with values to ask with, and no `wait` that is long. What does not fit it is still sent too."""
     for path, methods in document["paths"].items():
-        for operation in methods.values():
+        for method, operation in methods.items():
             for parameter in operation.get("parameters", []):
                 name = parameter["name"].lower()
                 if parameter["in"] == "path":
                     before = path.partition("{" + name)[0].strip("/").rpartition("/")[2]
-                    parameter["schema"] = {"enum": known[before]}
+                    deleted = method == "delete" and path.endswith("}")
+                    values = known.get(f"deleted {before}" if deleted else before) or known[before]
+                    if before == "deployments" and "/webhooks/{" in path:
+                        values = [WITH_WEBHOOKS]
+                    assert values, f"the scene has nothing for {path}"
+                    parameter["schema"] = {"enum": values}
                 elif name == "wait":
                     parameter["schema"]["maximum"] = LONGEST_WAIT
                 elif name in known and parameter["in"] == "header":
@@ -139,6 +157,7 @@ def answers(url: str, token: str) -> dict[str, dict[int, int]]:
 
 @pytest.mark.skipif(COMMAND is None, reason="schemathesis is not installed")
 @pytest.mark.timeout(3000)
+@pytest.mark.long
 def test_no_request_makes_the_server_fail(tmp_path: Path) -> None:
     url = str(tmp_path / "store.db")
     token = run("tokens", "add", "ann", "--role", "approve", "--db", url).out.strip()
@@ -151,7 +170,7 @@ def test_no_request_makes_the_server_fail(tmp_path: Path) -> None:
         document.write_text(json.dumps(description))
         command = [str(COMMAND), "run", str(document), "--url", server.url, "-H", f"Authorization: Bearer {token}"]
         command += ["--checks", "not_a_server_error,content_type_conformance,response_schema_conformance"]
-        command += ["--phases", "examples,coverage,fuzzing", "--max-examples", EXAMPLES, "--seed", "1"]
+        command += ["--phases", PHASES, "--max-examples", EXAMPLES, "--seed", "1"]
         command += ["--generation-database", "none", "--request-timeout", "30", "--continue-on-failure", "--no-color"]
         # A stream of a job that no worker takes has no end.
         command += ["--exclude-path-regex", "/events$"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -87,6 +89,7 @@ def test_the_deployment_files_run_what_exists(tmp_path: Path) -> None:
 
     from moeplace.cli.document import commands
     from moeplace.db.database import VARIABLE
+    from moeplace.db.secrets import KEY
 
     folder = DOCS.parents[1] / "deploy"
     compose = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["service"]
@@ -102,16 +105,20 @@ def test_the_deployment_files_run_what_exists(tmp_path: Path) -> None:
     for words in [compose["command"], *(container["args"] for container in containers)]:
         assert words[0] == "serve"
         serve.make_context("serve", [str(word) for word in words[1:]])
-    assert list(compose["environment"]) == [VARIABLE]
+    assert list(compose["environment"]) == [VARIABLE, KEY]
     with serving(str(tmp_path / "store.db"), "--workers", "0") as server:
         import urllib.request
 
         for container in containers:
-            assert [entry["name"] for entry in container["env"]] == [VARIABLE]
+            assert [entry["name"] for entry in container["env"]] == [VARIABLE, KEY, "NUMBA_CACHE_DIR"]
             for probe in ("readinessProbe", "livenessProbe"):
                 with urllib.request.urlopen(server.url + container[probe]["httpGet"]["path"]) as answer:
                     assert answer.status == 200
     dockerfile = (folder / "Dockerfile").read_text()
+    [extras] = re.findall(r"^ARG EXTRAS=(.+)$", dockerfile, re.MULTILINE)
+    known = tomllib.loads((folder.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras.split(",")) <= set(known)
+    serve.make_context("serve", json.loads(re.findall(r"^CMD (.+)$", dockerfile, re.MULTILINE)[-1])[1:])
     assert 'ENTRYPOINT ["moeplace"]' in dockerfile
     assert "/health" in dockerfile
 
@@ -127,6 +134,47 @@ def test_the_deployment_files_are_what_compose_and_kubernetes_take() -> None:
     compose.validate()
     compose.validate_volumes()
     manifests = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
-    assert [manifest["kind"] for manifest in manifests] == ["Deployment", "Deployment", "Service"]
+    kinds = [manifest["kind"] for manifest in manifests]
+    assert kinds == ["Deployment", "Deployment", "Service", "Ingress", "NetworkPolicy"]
     for manifest in manifests:
         kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_what_the_manifests_name_fits_together() -> None:
+    """Volumes that are mounted exist; Prometheus finds what is annotated, and the policy lets it and the ingress in."""
+    import yaml
+
+    folder = DOCS.parents[1] / "deploy"
+    manifests = list(yaml.safe_load_all((folder / "kubernetes.yaml").read_text()))
+    policy = manifests[-1]["spec"]
+    let_in = {entry["port"] for rule in policy["ingress"] for entry in rule["ports"]}
+    for manifest in manifests[:2]:
+        pod, labels = manifest["spec"]["template"]["spec"], manifest["spec"]["template"]["metadata"]["labels"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in [*pod["initContainers"], *pod["containers"]]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+        [container] = pod["containers"]
+        ports = {entry["name"]: entry["containerPort"] for entry in container["ports"]}
+        annotated = manifest["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"]
+        assert str(ports["metrics"]) == annotated == container["args"][container["args"].index("--metrics-port") + 1]
+        assert set(ports.values()) == let_in
+        assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    rule = manifests[3]["spec"]["rules"][0]
+    assert rule["http"]["paths"][0]["backend"]["service"]["name"] == manifests[2]["metadata"]["name"]
+    assert manifests[3]["spec"]["tls"][0]["hosts"] == [rule["host"]]
+
+
+def test_prometheus_needs_no_token_on_a_port_of_its_own(tmp_path: Path) -> None:
+    import socket
+    import urllib.error
+    import urllib.request
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with serving(str(tmp_path / "x.db"), "--auth", "--workers", "0", "--metrics-port", str(port)) as server:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert b"moeplace_jobs" in answer.read()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(server.url + "/metrics")
+        assert server.stop() == 0

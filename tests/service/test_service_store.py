@@ -12,8 +12,10 @@ import pytest
 
 import moeplace as mp
 from moeplace.db import Store
+from moeplace.db.jobs import SERVICE, QuotaError
 from moeplace.db.records import Actor, CountWindow, Finding, JobOutcome, Judgement
 from moeplace.placement.errors import ConflictError, NotFoundError
+from moeplace.service.middleware import Metrics
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +155,10 @@ def test_a_job_is_held_by_one_worker_and_finished_once(store: Store) -> None:
     assert store.jobs.submit("solve", {"seed": 1}, BOB, idempotency="x").key == job.key
     with pytest.raises(ConflictError, match="Idempotency-Key"):
         store.jobs.submit("solve", {"seed": 2}, BOB, idempotency="x")
+    other = store.jobs.submit("solve", {"seed": 2}, ANN, idempotency="x")
+    assert other.key != job.key, "what key another one chose is nobody's business"
+    assert store.jobs.submit("solve", {"seed": 2}, ANN, idempotency="x").key == other.key
+    store.jobs.cancel(other.key, ANN)
     held = store.jobs.claim("worker 1")
     assert held is not None
     assert store.jobs.claim("worker 2") is None
@@ -203,6 +209,40 @@ def test_a_released_job_has_cost_no_attempt_and_a_cancelled_one_is_not_begun(sto
     assert store.jobs.waiting() == {"queued": 0, "running": 0}
 
 
+def test_jobs_are_taken_in_turn_from_those_who_ask_and_drift_checks_first(store: Store) -> None:
+    greedy, modest = Actor("greedy", "submit"), Actor("modest", "submit")
+    many = [store.jobs.submit("solve", {"n": n}, greedy).key for n in range(4)]
+    few = [store.jobs.submit("solve", {"n": n}, modest).key for n in range(2)]
+    check = store.jobs.submit("watch", {}, SERVICE, deployment="chat").key
+    assert store.jobs.claim("lane", "watch").key == check  # type: ignore[union-attr]
+    assert store.jobs.claim("lane", "watch") is None, "whatever else waits"
+    order = []
+    for _ in range(6):
+        held = store.jobs.claim("w")
+        assert held is not None
+        order.append(held.key)
+        assert store.jobs.finish(held, JobOutcome({}))
+    assert order == [many[0], few[0], many[1], few[1], many[2], many[3]]
+    again = store.jobs.submit("watch", {}, SERVICE, deployment="chat", only=True).key
+    assert again == check, "one at a time"
+
+
+def test_nobody_fills_the_queue(store: Store) -> None:
+    greedy, modest = Actor("greedy", "submit"), Actor("modest", "submit")
+    for _ in range(3):
+        store.jobs.submit("solve", {}, greedy, seconds=3600.0)
+    with pytest.raises(QuotaError, match="3 jobs in the queue, and with this one they take 18,000 s"):
+        store.jobs.submit("pareto", {}, greedy, seconds=7200.0)
+    for _ in range(47):
+        store.jobs.submit("solve", {}, greedy, seconds=1.0)
+    with pytest.raises(QuotaError, match="50 jobs"):
+        store.jobs.submit("solve", {}, greedy)
+    store.jobs.submit("solve", {}, modest, seconds=3600.0)
+    held = store.jobs.claim("w")
+    assert held is not None
+    assert store.jobs.submit("solve", {}, greedy, seconds=3000.0).state == "queued", "what runs is not waited for"
+
+
 def test_workers_that_claim_together_get_different_jobs(store: Store) -> None:
     keys = [store.jobs.submit("solve", {"n": n}, BOB).key for n in range(6)]
     claimed: list[int] = []
@@ -219,12 +259,14 @@ def test_workers_that_claim_together_get_different_jobs(store: Store) -> None:
     assert sorted(claimed) == keys
 
 
-def decide(store: Store, seed: int, *, publish: bool = False, action: str = "apply", version: int = 0) -> int:
+def decide(
+    store: Store, seed: int, *, publish: bool = False, action: str = "apply", version: int = 0, alarm: bool = True
+) -> int:
     store.jobs.submit("watch", {}, BOB, deployment="chat")
     held = store.jobs.claim("w")
     assert held is not None
     judgement = Judgement(version, action, "because", {"gain": 0.1}, publish)  # type: ignore[arg-type]
-    finding = Finding(last_window=7, alarm=True, figures={"p": 0.001})
+    finding = Finding(last_window=7, alarm=alarm, figures={"p": 0.001, "regret": 0.2} if alarm else {"p": 0.9})
     assert store.jobs.finish(held, JobOutcome({}, plan=plan(seed), finding=finding, judgement=judgement))
     result = store.jobs.get(held.key).result
     assert result is not None
@@ -245,17 +287,18 @@ def test_an_approved_decision_puts_its_plan_in_force_and_is_told_once(store: Sto
     assert (deployment.plan_id, deployment.version, deployment.checked) == (waiting.candidate_id, 1, 7)
     [publication] = store.deployments.publications("chat", limit=9)
     assert (publication.cause, publication.decision, publication.actor) == ("approved", key, "ann")
-    events = store.webhooks.due(limit=9)
-    assert [event.event["event"] for event in events] == ["drift.alarm", "decision.made", "plan.published"]
-    assert all(event.url == record.url and event.secret == secret for event in events)
+    events = store.webhooks.take(9)
+    assert [event.event["event"] for event in events] == ["drift.alarm", "decision.made"]
+    assert all(event.url == record.url and event.secrets == (secret,) for event in events)
+    assert store.webhooks.take(9, busy=[record.key]) == []
+    [last] = store.webhooks.take(9)
+    assert last.event["event"] == "plan.published", "two at once of one webhook, and whoever takes an event has it"
+    assert store.webhooks.take(9) == []
     store.webhooks.sent(events[0].key, "204", state="sent")
     store.webhooks.sent(events[1].key, "refused", state="due")
-    assert [(event.key, event.attempts) for event in store.webhooks.due(limit=9)] == [
-        (events[2].key, 0),
-        (events[1].key, 1),
-    ]
+    assert [(event.key, event.attempts) for event in store.webhooks.take(9)] == [(events[1].key, 1)]
     assert [(check.alarm, check.figures) for check in store.deployments.checks("chat", limit=9)] == [
-        (True, {"p": 0.001})
+        (True, {"p": 0.001, "regret": 0.2})
     ]
 
 
@@ -303,7 +346,7 @@ def test_tokens_are_kept_as_hashes_and_end_when_revoked(store: Store) -> None:
     assert store.tokens.actor(token) == Actor("ci", "submit")
     for wrong in ("", token[:-1], token + "x", "\ud800"):
         assert store.tokens.actor(wrong) is None
-    with pytest.raises(ConflictError, match="not used again"):
+    with pytest.raises(ConflictError, match="revoke it first"):
         store.tokens.add("ci", "read", ANN)
     with pytest.raises(mp.InputError, match="known: approve, read, submit"):
         store.tokens.add("x", "admin", ANN)  # type: ignore[arg-type]
@@ -313,3 +356,52 @@ def test_tokens_are_kept_as_hashes_and_end_when_revoked(store: Store) -> None:
     with pytest.raises(NotFoundError):
         store.tokens.revoke("unknown", ANN)
     assert token not in repr(store.audit.entries(limit=9))
+
+
+def test_a_roll_back_holds_until_traffic_changes_or_a_person_lets_go(store: Store) -> None:
+    state = lambda key: store.decisions.get(key).state  # noqa: E731
+    for version in (0, 1):
+        assert state(decide(store, version + 1, publish=True, version=version)) == "published"
+    first, second = (store.deployments.version_of("chat", version).plan_id for version in (1, 2))
+    store.deployments.publish("chat", first, ANN, cause="rollback")
+    hold = store.deployments.get("chat").hold
+    assert hold is not None
+    assert (hold["by"], hold["plans"]) == ("ann", [second])
+    assert state(decide(store, 3, publish=True, version=3, alarm=False)) == "waiting", "nothing has changed"
+    assert state(decide(store, 2, publish=True, version=3)) == "waiting", "not the very plan again"
+    assert store.deployments.get("chat").plan_id == first
+    assert state(decide(store, 4, publish=True, version=3)) == "published", "traffic has changed"
+    assert store.deployments.get("chat").hold is None
+    store.deployments.publish("chat", first, ANN, cause="rollback")
+    assert state(decide(store, 3, publish=True, version=5, alarm=False)) == "waiting"
+    store.deployments.release("chat", ANN)
+    assert state(decide(store, 3, publish=True, version=5, alarm=False)) == "published"
+    assert "deployment.release" in [entry.action for entry in store.audit.entries(limit=9)]
+
+
+def test_an_alarm_stays_open_until_somebody_acts_on_it(store: Store) -> None:
+    key = decide(store, 1)
+    opened = store.deployments.get("chat").alarm
+    assert opened is not None
+    store.jobs.submit("watch", {}, SERVICE, deployment="chat")
+    held = store.jobs.claim("w")
+    assert held is not None
+    assert store.jobs.finish(held, JobOutcome({}, finding=Finding(9, False, {"status": "no change"})))
+    newest = store.deployments.checks("chat", limit=1)[0]
+    assert newest.figures == {"status": "no change", "open_alarm": opened["at"]}
+    [entry] = [each for each in store.deployments.overview(limit=9) if each.deployment.name == "chat"]
+    assert (entry.regret, entry.alarms, entry.waiting) == (0.2, 1, 1)
+    told = Metrics(store).text().decode()
+    for line in (
+        'moeplace_drift_alarm{deployment="chat"} 1.0',
+        'moeplace_drift_alarms_total{deployment="chat"} 1.0',
+        'moeplace_plan_regret{deployment="chat"} 0.2',
+        'moeplace_deployment_decisions_waiting{deployment="chat"} 1.0',
+    ):
+        assert line in told, line
+    store.decisions.close(key, "reject", ANN)
+    assert store.deployments.get("chat").alarm is None
+    decide(store, 2, action="keep")
+    assert store.deployments.get("chat").alarm is None, "the service acted on it"
+    assert 'moeplace_drift_alarm{deployment="chat"} 0.0' in Metrics(store).text().decode()
+    assert 'moeplace_drift_alarms_total{deployment="chat"} 2.0' in Metrics(store).text().decode()

@@ -71,8 +71,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_front_asked_of_a_service_is_the_one_made_here(server: Server, trace: Path, tmp_path: Path) -> None:
     asked = ("pareto", trace, *CLUSTER, *JUDGED, "--redundant", "0,8", *SEND, "--db", tmp_path / "mine.db")
-    here = run(*asked, "--no-store", "--out", tmp_path / "here")
-    there = run(*asked, "--server", server.url, "--out", tmp_path / "there")
+    here = run(*asked, "--no-store", "-o", tmp_path / "here")
+    there = run(*asked, "--server", server.url, "-o", tmp_path / "there")
     assert (here.code, there.code) == (0, 0), there.err
     assert bare(there.data) == bare(here.data)
     assert len(there.data["points"]) == 2
@@ -86,8 +86,8 @@ def test_a_what_if_asked_of_a_service_is_the_one_made_here(server: Server, trace
     solved = run("solve", trace, *CLUSTER, "-s", "eplb", "--no-store", "-o", tmp_path / "plan.json")
     assert solved.code == 0, solved.err
     asked = ("whatif", tmp_path / "plan.json", trace, *JUDGED, "--lose", "device:1", "--devices", "3", *SEND)
-    here = run(*asked, "--out", tmp_path / "here", "--db", tmp_path / "mine.db")
-    there = run(*asked, "--out", tmp_path / "there", "--server", server.url)
+    here = run(*asked, "-o", tmp_path / "here", "--db", tmp_path / "mine.db")
+    there = run(*asked, "-o", tmp_path / "there", "--server", server.url)
     assert (here.code, there.code) == (0, 0), there.err
     assert bare(there.data) == bare(here.data)
     assert [row["change"] for row in there.data["changes"]] == ["3 devices", "device:1"]
@@ -207,15 +207,15 @@ def test_every_plan_made_under_a_policy_for_an_engine_is_one_it_runs(server: Ser
     name = f"for-{engine}"
     with server.client() as client:
         slots = None if engine == "permute" else 24
-        prepared(client, name, engine=engine, slots=slots, solver="search", options={"proposals": 50}, seconds=5.0)
+        prepared(client, name, engine=engine, slots=slots, solver="search", options={"proposals": 50}, seconds=1.0)
         client.push_windows(name, [CountWindow(NOON + timedelta(minutes=i), counts(i, skewed(0))) for i in range(40)])
         made = [result(client, client.solve(name))["plan"]]
         client.publish(name, made[0])
         changes = {"lose": ["device:1"], "devices": 6}
-        for row in result(client, client.what_if(name, changes=changes, seconds=2.0))["changes"]:
+        for row in result(client, client.what_if(name, changes=changes, seconds=0.5))["changes"]:
             assert row["ready"] or "do not divide over" in row["reason"]
             made += [row[kind]["stored_as"] for kind in ("repaired", "ready") if row[kind]]
-        front = result(client, client.pareto(name, seconds=2.0, tolerate=[None], max_moved=[None]))
+        front = result(client, client.pareto(name, seconds=0.5, tolerate=[None], max_moved=[None]))
         assert front["points"]
         made += [point["stored_as"] for point in front["points"]]
         for plan in map(client.plan, made):

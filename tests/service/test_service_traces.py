@@ -80,7 +80,7 @@ def test_traces_are_solved_on_from_where_they_are_kept(place: str, tmp_path: Pat
         assert client.wait(client.decide("chat", found["plan"], routing="tokens", record=False)).result is not None
         assert server.stop() == 0
     with Store.open(db) as store:
-        apply_retention(store)
+        apply_retention(store, keep_days=90.0)
     assert listed(place) == [f"{entry.key:08}-{entry.sha256}.parquet" for entry in sent[1:]], "the newest two are kept"
     damage(place, f"{sent[1].key:08}-{sent[1].sha256}.parquet")
     with serving(db, "--check-windows", "1000", "--lease", "2") as server, server.client() as client:

@@ -28,15 +28,15 @@ def problem_of(experts: int = 8, devices: int = 2, layers: int = 3, **fields: An
 def test_few_placements_a_layer_are_proven_optimal_on_the_step_time(execution: str, devices: int) -> None:
     objective = mp.Objective(execution=execution)  # type: ignore[arg-type]
     problem = problem_of(devices=devices, layers=4, objective=objective)
-    plan = mp.solve(problem)
+    plan = mp.solve(problem, steps=4)
     assert plan.provenance.solver == "chain"
     assert "few placements" in plan.provenance.choice
     assert plan.proven_optimal
     assert plan.certificate is not None
     assert "step seconds" in plan.certificate.objective
     searched = mp.solve(problem, "search", proposals=100, steps=4)
-    steps = problem.statistics.require_sample().decode_steps(128, 64, seed=0)
-    seconds = evaluate_on(searched, steps, problem.model, problem.topology, objective).step_seconds.mean()
+    steps = mp.problem_steps(problem.statistics, problem, count=4)
+    seconds = evaluate_on(searched, steps, problem.model, problem.topology, objective).mean_seconds
     assert plan.certificate.value <= seconds * (1 + 1e-9)
 
 

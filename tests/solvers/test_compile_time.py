@@ -12,7 +12,7 @@ import pytest
 
 from moeplace.solvers.base import COMPILE_TIME, Budget, CompileTime
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FRESH = """
 import numpy as np
@@ -52,12 +52,13 @@ def test_a_fresh_installation_searches_as_long_as_one_that_has_compiled(tmp_path
         assert 1.0 < told < 10.0
     # Compiling takes longer than the limit, once.
     assert compiled[0] > 1.5
-    assert compiled[1] == 0.0
+    # The bound may reach what it had no time for.
+    assert compiled[1] < 0.1 * compiled[0]
 
 
 KERNEL = """
 from moeplace.solvers.base import COMPILE_TIME
-from moeplace.solvers.jit import kernel
+from moeplace.placement.jit import kernel
 from {types} import Pair
 
 @kernel

@@ -15,7 +15,7 @@ import moeplace as mp
 from moeplace.placement.degraded import with_standbys
 from moeplace.placement.failures import failure_mask, single_failures
 from moeplace.solvers.pareto import ParetoConfig, non_dominated, problem_for, redundancy_steps, tolerable
-from moeplace.solvers.search.tolerant_start import tolerant_layer
+from moeplace.solvers.search.starts import tolerant_layer
 
 pytestmark = pytest.mark.slow
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from annealed import annealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import make_trace
@@ -17,9 +18,8 @@ from moeplace.placement.bounds import step_seconds_bound
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.solvers.base import Budget
 from moeplace.solvers.search.annealer import Annealer
-from moeplace.solvers.search.kernel_types import MoveRules
 from moeplace.solvers.search.multistart import CoolingSchedule
-from moeplace.solvers.search.scenario import mean_risks, rates_for, scenario_from
+from moeplace.solvers.search.scenario import rates_for, scenario_from
 
 pytestmark = pytest.mark.slow
 
@@ -54,34 +54,12 @@ def test_the_kernels_price_placements_as_evaluation_does(
         make_trace(seed=1), topology, slots, execution=execution, split=split, node_dedup=node_dedup
     )
     scenario = scenario_from(given_problem, "decode", 8, 6, seed=0)
-    mask = np.ones((8, 4), dtype=bool)
-    moves = [MoveRules(mask, split == "free")] * 3
-    annealer = Annealer(given_problem, scenario, rates_for(given_problem, scenario), moves, seed=3)
-    table = mp.solve(given_problem, "search", step_tokens=8, steps=2, proposals=1).physical_to_logical
-    shares = []
-    for row in table:
-        share = np.zeros((8, 4))
-        share[row, given_problem.slot_device] = 1.0
-        shares.append(share / share.sum(axis=1, keepdims=True))
-    risks = mean_risks(scenario)
-    annealer.start(list(table), shares, risks)
-    annealer.run(risks, proposals=400, hot=1.0, cold=0.5)
-    final = [state.now.cost for state in annealer.states]
-    annealer.run(risks, proposals=0, hot=0.0, cold=0.0)
-    repriced = [state.now.cost for state in annealer.states]
-    annealer.close()
+    result = annealed(given_problem, scenario, share_moves=split == "free")
     # Context-coherent, the even layers walked before the odd ones beside them.
     walked_last = slice(None) if execution == "dispatch_combine" else slice(1, None, 2)
-    np.testing.assert_allclose(final[walked_last], repriced[walked_last], rtol=1e-9)
-    plan = mp.Plan(
-        MODEL,
-        given_problem.topology,
-        np.stack([state.now.slot_expert for state in annealer.states]),
-        given_problem.slot_device,
-        np.stack([state.now.share[state.now.slot_expert, given_problem.slot_device] for state in annealer.states]),
-    )
+    np.testing.assert_allclose(result.costs[:, walked_last], result.repriced[:, walked_last], rtol=1e-9)
     assert scenario.steps is not None
-    replayed = evaluate_on(plan, scenario.steps, MODEL, given_problem.topology, given_problem.objective)
+    replayed = evaluate_on(result.plan, scenario.steps, MODEL, given_problem.topology, given_problem.objective)
     from moeplace.placement.cost import all_to_all_latency
 
     latency = all_to_all_latency(given_problem.topology, node_dedup)
@@ -89,18 +67,18 @@ def test_the_kernels_price_placements_as_evaluation_does(
     if execution == "context_coherent":
         # A layer's figure holds the next layer's dispatch, which its placement decides too.
         layer_seconds[:, :-1] += replayed.dispatch[:, 1:] - latency
-    np.testing.assert_allclose(np.stack(repriced, axis=1), layer_seconds, rtol=1e-5)
+    np.testing.assert_allclose(result.repriced, layer_seconds, rtol=1e-5)
 
 
 def test_without_a_batch_steps_of_both_kinds_are_solved_for_and_priced_as_evaluated() -> None:
     given_problem = problem(make_trace(seed=2, sequences=40, length=50))
     scenario = scenario_from(given_problem, None, None, 6, seed=0)
     assert scenario.steps is not None
-    assert scenario.steps.tokens.tolist() == [256] * 6 + [2000] * 6
+    assert scenario.steps.tokens.tolist() == [256] * 6 + [4096] * 6
     plan = mp.solve(given_problem, "search", steps=6, proposals=50, seed=0)
     replayed = evaluate_on(plan, scenario.steps, MODEL, given_problem.topology, given_problem.objective)
     assert plan.certificate is not None
-    assert plan.certificate.value == pytest.approx(float(replayed.step_seconds.mean()), rel=1e-9)
+    assert plan.certificate.value == pytest.approx(replayed.mean_seconds, rel=1e-9)
     told = mp.solve(given_problem, "search", step_tokens=8, steps=6, proposals=50, seed=0)
     assert told.certificate != plan.certificate, "a size alone is of decode steps"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,16 @@ def test_homes_that_cannot_be_are_refused(toy_trace: mp.RoutingTrace) -> None:
         mp.solve(mp.Problem(model, cluster(2, 2), sampled), "search", off_home=0.1)
 
 
+def test_little_effort_pays() -> None:
+    rng = np.random.default_rng(5)
+    share = rng.gamma(0.6, size=(4, 24)) * rng.gamma(4.0, size=(20, 4, 24))
+    asked = problem(rng.poisson(400 * share), cluster(8), 32)
+    start, little, more = (value_of(mp.solve(asked, "search", proposals=number)) for number in (1, 600, 6000))
+    # From a temperature that long coolings begin at, so few proposals end where they began.
+    assert little < start - 1e-3
+    assert more <= little
+
+
 def test_the_same_seed_balances_the_same_way() -> None:
     counts = {name: np.random.default_rng(7).gamma(1.0, size=(3, 32)) for name in "ab"}
     first, again = (
@@ -306,3 +317,37 @@ def test_no_balance_is_below_one_even_of_nothing(solver: str) -> None:
     alone = mp.solve(problem({"": load[:, :1]}, cluster(2), 8), solver)
     both = mp.solve(problem({"": load}, cluster(2), 8), solver)
     assert value_of(both) == pytest.approx(value_of(alone), rel=1e-3)
+
+
+@pytest.mark.parametrize("risk", ["mean", "cvar:0.9", "worst_workload"])
+def test_a_gap_that_is_chance_is_told_from_one_that_is_not(risk: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet(np.ones(16) * 4, 2)
+    thin = np.stack([rng.multinomial(400, chances) for _ in range(60)]).astype(float)
+    plan = mp.solve(problem(thin, cluster(4), 20, risk=risk), "search", proposals=20_000)
+    certificate = plan.certificate
+    assert certificate is not None
+    assert certificate.noise is not None
+    assert certificate.gap is not None
+    assert certificate.noise_gap is not None
+    assert certificate.gap > 0.05
+    # Windows of 400 draws from one mean: all of it is chance, which the bound of each window by itself does not know.
+    assert certificate.noise_gap > 0.85 * certificate.gap
+    assert "of the gap" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    assert mp.Plan.load(tmp_path / "plan.json").certificate == certificate
+    # Windows of as many tokens that really differ: nothing of their gap is chance.
+    apart = np.stack([np.roll(np.arange(1, 17), 5 * i) for i in range(6)])[:, None, :] * np.ones((6, 2, 1)) * 1e6
+    plan = mp.solve(problem(apart, cluster(4), 16, risk=risk), "search", proposals=20_000)
+    assert plan.certificate is not None
+    assert plan.certificate.gap is not None
+    assert plan.certificate.noise == pytest.approx(0.0, abs=2e-3)
+    assert plan.certificate.gap > 0.02
+
+
+def test_noise_of_loads_that_are_no_counts_is_not_told() -> None:
+    halves = np.random.default_rng(0).random((3, 1, 8))
+    plan = mp.solve(problem(halves, cluster(2), 8), "search", proposals=1_000)
+    assert plan.certificate is not None
+    assert plan.certificate.noise is None
+    assert "noise" not in str(plan)

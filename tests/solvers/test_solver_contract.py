@@ -12,8 +12,7 @@ import pytest
 import moeplace as mp
 from moeplace.solvers.base import Feature, Needs, Progress, Solver
 from moeplace.solvers.options import SolverOptions
-from moeplace.solvers.registry import SOLVERS
-from moeplace.solvers.solve import read_options, required_features, solver_named
+from moeplace.solvers.solve import SOLVERS, read_options, required_features, solver_named
 
 EXPERTS, LAYERS = 6, 3
 # Budgets small enough for a test; solvers not named here run as a user would run them.

@@ -13,8 +13,8 @@ from traces import make_trace
 
 import moeplace as mp
 from moeplace.placement.failures import failure_mask, lost_experts
-from moeplace.solvers.search import tolerant_start
-from moeplace.solvers.search.tolerant_start import tolerant_layer
+from moeplace.solvers.search import starts
+from moeplace.solvers.search.starts import tolerant_layer
 
 DEVICE = mp.Device(compute=1e14, memory=8e10, memory_bandwidth=2e12, intra_bandwidth=3e11)
 
@@ -32,6 +32,7 @@ def problem_of(topology: mp.Topology, execution: str = "dispatch_combine", **fie
 
 @pytest.mark.parametrize("node_sizes", [(2, 2), (1, 3), (1, 1, 2)], ids=str)
 @pytest.mark.parametrize("execution", ["dispatch_combine", "context_coherent"])
+@pytest.mark.long
 def test_search_keeps_a_replica_of_every_expert_in_every_failure(node_sizes: tuple[int, ...], execution: str) -> None:
     topology = topology_of(*node_sizes)
     failures = mp.single_failures(topology)
@@ -126,7 +127,7 @@ def test_a_start_is_found_exactly_when_brute_force_finds_one(data: st.DataObject
 def test_a_large_layer_is_dealt_without_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     topology = topology_of(8, 8, 8, 8)
     failures = failure_mask(mp.single_failures(topology), 32)
-    monkeypatch.setattr(tolerant_start, "_programmed", None)
+    monkeypatch.setattr(starts, "_programmed", None)
     load = np.random.default_rng(0).pareto(1.5, 256) + 0.1
     table = tolerant_layer(load, np.full(32, 18), np.ones((256, 32), bool), failures)
     assert len(table) == 576
@@ -137,6 +138,7 @@ def test_with_free_shares_replicas_that_only_stand_by_cost_no_step_time() -> Non
     topology, trace = topology_of(2, 2), make_trace(0)
     model = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=2048, ffn_size=2048)
     fields = {"statistics": mp.RoutingStatistics.from_trace(trace), "objective": mp.Objective(split="free")}
+    fields["batches"] = [mp.Batch("decode", tokens_per_device=16)]
     plain = mp.Problem(model, topology, **fields)  # type: ignore[arg-type]
     safe = mp.Problem(model, topology, slots=16, tolerates=mp.single_failures(topology), **fields)  # type: ignore[arg-type]
     values = [mp.solve(problem, "search", proposals=2000).certificate.value for problem in (plain, safe)]  # type: ignore[union-attr]

@@ -17,7 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import moeplace as mp
-from moeplace.runtime.moe.checkpoint import load_checkpoint, save_checkpoint
+from moeplace.runtime.moe.checkpoint import (
+    async_save_checkpoint,
+    checkpoint_plan,
+    load_checkpoint,
+    save_checkpoint,
+)
 from moeplace.runtime.moe.data_parallel import expert_parameters
 
 
@@ -31,7 +36,15 @@ def write(rank: int, world: int, folder: Path) -> Any:
     mesh = init_device_mesh("cpu", (world,))
     training = Training(rank, world, mesh, plan_of(0, world))
     save_checkpoint(folder / "trained", training.parallel, training.optimizer)
+    pending = async_save_checkpoint(folder / "beside", training.parallel, training.optimizer)
     rows = {f"{layer}/{expert}/{name}": values for (layer, expert, name), values in training.everywhere().items()}
+    training.step()
+    pending.result()
+    pieces = {
+        name: len(entry.chunks)
+        for name, entry in dcp.FileSystemReader(folder / "trained").read_metadata().state_dict_metadata.items()
+        if ".experts." in name and hasattr(entry, "chunks") and len(entry.size)
+    }
     model = olmoe(use_cache=False)
     logits = model(input_ids=tokens(2, 6)).logits
     spec = mp.ModelSpec.from_config(model.config)
@@ -39,7 +52,12 @@ def write(rank: int, world: int, folder: Path) -> Any:
     fully_shard(model, ignored_params=expert_parameters(model))
     save_checkpoint(folder / "olmoe", model)
     dist.destroy_process_group()
-    return {"rows": rows, "logits": logits.tolist()}
+    return {
+        "rows": rows,
+        "logits": logits.tolist(),
+        "pieces": pieces,
+        "plan": checkpoint_plan(folder / "trained").fingerprint == plan_of(0, world).fingerprint,
+    }
 
 
 def read(rank: int, world: int, folder: Path) -> Any:
@@ -49,7 +67,7 @@ def read(rank: int, world: int, folder: Path) -> Any:
     curves, rows = [], []
     for number in (2, 3):
         training = Training(rank, world, mesh, plan_of(number, world), steps=number - 2)
-        load_checkpoint(folder / "trained", training.parallel, training.optimizer)
+        load_checkpoint(folder / ("trained", "beside")[number % 2], training.parallel, training.optimizer)
         training.taken = 2
         found = training.everywhere()
         rows.append({f"{layer}/{expert}/{name}": values for (layer, expert, name), values in found.items()})

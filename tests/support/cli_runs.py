@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from pydantic import TypeAdapter
 from traces import make_trace
 from typer.testing import CliRunner
 
 import moeplace as mp
 from moeplace.cli.app import app
+from moeplace.cli.schemas import output_schema, output_types
 from moeplace.profiler.statistics_file import write_statistics
 from moeplace.profiler.trace_files import write_trace
 
@@ -30,8 +34,23 @@ class Run:
 
     @property
     def data(self) -> Any:
-        """stdout as JSON; fails when anything else stands there."""
-        return json.loads(self.out)
+        """stdout as JSON; fails when anything else stands there, or what the command's JSON Schema does not tell of."""
+        data = json.loads(self.out)
+        check_output(data)
+        return data
+
+
+def check_output(data: dict[str, Any]) -> None:
+    """Fails where a command's JSON is not what its schema says, or holds names that the schema lacks."""
+    name = data["schema"].split("/")[1]
+    output_type(name).validate_python({key: value for key, value in data.items() if key != "schema"})
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(data, output_schema(name))
+
+
+@cache
+def output_type(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(output_types()[name])
 
 
 def run(*arguments: object) -> Run:

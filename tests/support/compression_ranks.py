@@ -47,6 +47,7 @@ def equality(rank: int, world: int, folder: Path, plans: int = 18) -> dict[str, 
                 residual=RESIDUALS[number % 3],
                 scope=SCOPES[number // 2 % 3],
                 seed=number,
+                lloyd_steps=number % 3,
             )
             for _ in range(world)
         ]
@@ -107,7 +108,14 @@ def _naive(
         SPEC.hidden_size, settings.hashes, settings.dimension, (settings.seed * 1_000_003 + experts.layer) * 1_000_003
     )
     clusters = naive_clusters(
-        x, slots, lambda t, k: bool(outside[slots[t][k]]), int(settings.rate * rows), directions, settings.dimension
+        x,
+        slots,
+        gate.detach(),
+        lambda t, k: bool(outside[slots[t][k]]),
+        int(settings.rate * rows),
+        directions,
+        settings.dimension,
+        settings.lloyd_steps,
     )
 
     def expert(slot: int, x_D: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
 from moeplace.placement.replay import device_traffic
-from moeplace.runtime import ContextCoherentDecoder, DispatchCombineDecoder, LSHCompression
+from moeplace.runtime import ContextCoherentDecoder, DispatchCombineDecoder, LSHCompression, QuantizedRows
 from moeplace.runtime.moe.dispatcher import AllToAllDispatcher
 
 NEW = 6
@@ -290,6 +290,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, list[str]
     good, other_plan = random_plan(rng, 2, world // 2, spec), random_plan(rng, 2, world // 2, spec)
     llama = tf.LlamaForCausalLM(tf.LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
     squeezed = mp.parallelize(olmoe(), good, flat, compression=LSHCompression()).eval()
+    narrowed = mp.parallelize(olmoe(), good, flat, compression=QuantizedRows(group_size=8)).eval()
     spread = mp.parallelize(olmoe(), good, flat)
     flexible = mixtral()
     flexible.set_attn_implementation("flex_attention")
@@ -319,6 +320,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, list[str]
         "different": lambda: ContextCoherentDecoder(model, other_plan if rank == 2 else good, flat),
         "spread": lambda: ContextCoherentDecoder(spread, other_plan, flat),
         "compressed": lambda: ContextCoherentDecoder(squeezed, good, flat),
+        "quantized": lambda: ContextCoherentDecoder(narrowed, good, flat),
         "compressing": lambda: ContextCoherentDecoder(
             model, good, flat, dispatch=lambda mesh: AllToAllDispatcher(mesh, two_stage=False)
         ),

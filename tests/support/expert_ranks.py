@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from random_plans import SPEC, logical_weights, random_plan
 from ranks import join_group
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 import moeplace as mp
+from moeplace.placement.division import least_largest_load
 from moeplace.runtime.moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters
 from moeplace.runtime.moe.expert_mlps import GELU, GptOss, SwiGLU
 from moeplace.runtime.moe.experts import PlacedExperts
@@ -40,7 +41,7 @@ def compare_plans(rank: int, world: int, plans: int, seed: int = 0) -> dict[str,
     """Worst relative errors of outputs and gradients over random plans, tokens and settings."""
     meshes = {1: init_device_mesh("cpu", (world,)), 2: init_device_mesh("cpu", (2, world // 2))}
     worst: dict[str, float] = {}
-    equal_replicas = True
+    equal_replicas = level = True
     for number in range(plans):
         rng = np.random.default_rng([seed, number])
         dispatch = ("flat", "node_aware")[number % 2]
@@ -55,6 +56,7 @@ def compare_plans(rank: int, world: int, plans: int, seed: int = 0) -> dict[str,
             kind=kind,
             dispatch=dispatch,
             gradients=gradients,
+            replica_choice=("share", "balanced")[number // 2 % 2],
         )
         weights = logical_weights(number, kind.shapes(SPEC), SPEC.experts)
         experts.load_logical(weights)
@@ -71,7 +73,22 @@ def compare_plans(rank: int, world: int, plans: int, seed: int = 0) -> dict[str,
             rows = torch.from_numpy(experts.row_expert)
             worst[name] = max(worst.get(name, 0.0), error(value.grad, expected[name][rows]))
         equal_replicas &= replicas_equal(experts)
-    return {"worst": worst, "equal_replicas": equal_replicas}
+        if number // 2 % 2:
+            level &= is_level(experts, batch, rank)
+    return {"worst": worst, "equal_replicas": equal_replicas, "level": level}
+
+
+def is_level(experts: PlacedExperts, batch: dict[str, list[torch.Tensor]], rank: int) -> bool:
+    """Whether the most that a rank computes of all ranks' tokens is the least possible."""
+    slots = experts.replica_choice.slots(batch["ids"][rank])
+    placement = experts.placement
+    assert torch.equal(torch.from_numpy(placement.expert.copy())[slots], batch["ids"][rank])
+    load = torch.bincount(torch.from_numpy(placement.device.copy())[slots].flatten(), minlength=placement.devices)
+    dist.all_reduce(load)
+    counts = torch.bincount(torch.cat(batch["ids"]).flatten(), minlength=placement.experts)
+    hosts = np.zeros((placement.experts, placement.devices), dtype=bool)
+    hosts[placement.expert, placement.device] = True
+    return int(load.max()) == int(least_largest_load(counts.numpy()[None], hosts)[0])
 
 
 def tokens(rng: np.random.Generator, world: int, most: int = 13) -> dict[str, list[torch.Tensor]]:
@@ -377,6 +394,8 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
         "dispatch": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="flatt"),
         "two_stage": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="node_aware"),
         "gradients": lambda: PlacedExperts(SPEC, good, flat, 4, gradients="average"),
+        "replica_choice": lambda: PlacedExperts(SPEC, good, flat, 4, replica_choice="nearest"),
+        "one_balances": lambda: PlacedExperts(SPEC, good, flat, 4, replica_choice="balanced" if rank == 1 else "share"),
         "one_mistypes": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="flatt" if rank == 0 else "flat"),
         "router": lambda: ExpertParallelMoE(SPEC, good, flat, 4, router="softmaxx"),
         "names": lambda: PlacedExperts(SPEC, good, flat, 4).load_logical({}),
@@ -487,8 +506,10 @@ def left_out(rank: int, world: int, folder: Path) -> dict[str, Any]:
     join_group(rank, world, folder)
     half = plan_of(0, world // 2)
     found: dict[str, Any] = {}
-    for name in ("dp", "pp"):
+    for name in ("dp", "pp", "alone"):
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=(name, "ep"))["ep"]
+        if name == "alone":
+            mesh = DeviceMesh.from_group(mesh.get_group(), "cpu")
         try:
             layer = PlacedExperts(SPEC, half, mesh, 4)
             out = layer(inputs(rank)[0], torch.arange(3).repeat(5, 1), torch.ones(5, 3))

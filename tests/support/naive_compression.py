@@ -12,9 +12,17 @@ Pair = tuple[int, int]
 
 
 def naive_clusters(
-    x: Tensor, slots: list[list[int]], scope: Callable[[int, int], bool], rows: float, rotations: Tensor, dimension: int
+    x: Tensor,
+    slots: list[list[int]],
+    weights: Tensor,
+    scope: Callable[[int, int], bool],
+    rows: float,
+    rotations: Tensor,
+    dimension: int,
+    lloyd_steps: int,
 ) -> list[list[Pair]]:
-    """Clusters of the pairs in scope: as many hashes as keep them at `rows` or below, and then the worst are parted."""
+    """Clusters of the pairs in scope: as many hashes as keep them at `rows` or below, and then the worst are parted;
+    then each pair goes to the nearest mean of its slot, some times over."""
     pairs = [(t, k) for t, row in enumerate(slots) for k in range(len(row)) if scope(t, k)]
     projected = x.detach().float() @ rotations
     members: dict[int, list[Pair]] = {}
@@ -55,7 +63,22 @@ def naive_clusters(
             break
         groups[key] = []
         groups.update({(*key, -1 - i): part for i, part in enumerate(finer[key])})
-    return [part for part in groups.values() if len(part) > 1]
+    parts = [part for part in groups.values() if part]
+    for _ in range(lloyd_steps):
+        means = [naive_mean([point[pair] for pair in part], [weights[pair] for pair in part]) for part in parts]
+        slot = [slots[part[0][0]][part[0][1]] for part in parts]
+        moved: list[list[Pair]] = [[] for _ in parts]
+        for t, k in pairs:
+            near = [j for j in range(len(parts)) if slot[j] == slots[t][k]]
+            moved[min(near, key=lambda j, at=point[t, k]: float((at - means[j]).square().sum()))].append((t, k))
+        parts = [part for part in moved if part]
+    return [part for part in parts if len(part) > 1]
+
+
+def naive_mean(rows: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """Weighed by squared gate weights, which get no gradient by it."""
+    square = torch.stack([weight.detach() for weight in weights]).square()
+    return (square / square.sum()) @ torch.stack(rows)
 
 
 def naive_forward(
@@ -67,7 +90,7 @@ def naive_forward(
     expert: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
     """[T, D] with autograd; `expert(slot, x [D])` gives one output. Pairs outside all clusters are computed exactly."""
-    centre = [torch.stack([x[t] for t, _ in part]).mean(dim=0) for part in clusters]
+    centre = [naive_mean([x[t] for t, _ in part], [weights[pair] for pair in part]) for part in clusters]
     slot = [slots[part[0][0]][part[0][1]] for part in clusters]
     output = [expert(number, c) for number, c in zip(slot, centre, strict=True)]
     scale = {"none": 0.0, "plain": 1.0}.get(residual)
@@ -87,7 +110,7 @@ def naive_forward(
 
 def naive_scale(centre: list[Tensor], output: list[Tensor], slot: list[int], size: list[int]) -> float:
     """Least squares of output differences on centroid differences inside each slot."""
-    above = below = 0.0
+    above = below = whole = 0.0
     for number in set(slot):
         own = [j for j in range(len(slot)) if slot[j] == number]
         total = sum(size[j] for j in own)
@@ -96,4 +119,5 @@ def naive_scale(centre: list[Tensor], output: list[Tensor], slot: list[int], siz
         for j in own:
             above += size[j] * float((output[j].detach() - y) @ (centre[j].detach() - c))
             below += size[j] * float((centre[j].detach() - c) @ (centre[j].detach() - c))
-    return above / below if below else 0.0
+            whole += size[j] * float(centre[j].detach() @ centre[j].detach())
+    return above / below if below > 1e-10 * whole else 0.0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
 import moeplace as mp
+from moeplace.placement.division import divide, source_division
 
 VALUE_BYTES = {"bf16": 2, "fp8": 1}
 
@@ -122,6 +124,29 @@ def serving(plan: mp.Plan, layer: int, expert: int, home: int, rule: str) -> dic
     return {g: share / total for g, share in holders.items()}
 
 
+def divided_serving(
+    plan: mp.Plan, steps: mp.Steps, step: int, layer: int, objective: mp.Objective
+) -> tuple[np.ndarray, Callable[[int, int], dict[int, float]]]:
+    """([E, G] tokens that devices compute where the step's are divided, as `serving` from an expert and a home)."""
+    devices, experts = plan.topology.num_devices, plan.model.experts
+    mine = slice(int(steps.offsets[step]), int(steps.offsets[step + 1]))
+    by_source = None
+    counts = np.bincount(steps.expert_ids[mine, layer].ravel(), minlength=experts)[None]
+    if steps.source is not None:
+        by_source = np.zeros((1, devices, experts), dtype=np.int64)
+        for home, chosen in zip(steps.source[mine], steps.expert_ids[mine, layer], strict=True):
+            by_source[0, home, chosen] += 1
+    hosts = plan.holds[layer]
+    whole = divide(counts, hosts, objective.division, by_source)
+    part = source_division(whole, counts, hosts, plan.topology.node_of, objective.division, by_source)[0]
+
+    def served(expert: int, home: int) -> dict[int, float]:
+        row = part[home, expert]
+        return {int(g): float(row[g] / row.sum()) for g in np.flatnonzero(row)}
+
+    return whole[0], served
+
+
 def replicated_step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem) -> list[float]:
     """`step_seconds` of dispatch_combine for plans with replicas, at most one an expert and device: expected counts
     over every home a token may have and every replica that may serve it."""
@@ -134,12 +159,18 @@ def replicated_step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem)
             links = Links(topology, objective.node_dedup)
             work: defaultdict[int, float] = defaultdict(float)
             idle: defaultdict[tuple[int, int], float] = defaultdict(lambda: 1.0)
+            served = whole = None
+            if objective.replica_choice == "balanced":
+                whole, served = divided_serving(plan, steps, s, layer, objective)
             for t in range(int(steps.offsets[s]), int(steps.offsets[s + 1])):
                 experts = [int(e) for e in steps.expert_ids[t, layer]]
                 homes = everywhere if steps.source is None else {int(steps.source[t]): 1.0}
                 takes: defaultdict[tuple[int, int], float] = defaultdict(float)
                 for home, weight in homes.items():
-                    chances = [serving(plan, layer, e, home, objective.replica_choice) for e in experts]
+                    chances = [
+                        serving(plan, layer, e, home, objective.replica_choice) if served is None else served(e, home)
+                        for e in experts
+                    ]
                     for e, chance in zip(experts, chances, strict=True):
                         for g, part in chance.items():
                             takes[e, g] += weight * part
@@ -148,6 +179,10 @@ def replicated_step_seconds(plan: mp.Plan, steps: mp.Steps, problem: mp.Problem)
                 for (e, g), part in takes.items():
                     work[g] += part
                     idle[e, g] *= 1.0 - part
+            if whole is not None:
+                # Nothing is drawn: a replica that gets any token is read.
+                work = defaultdict(float, enumerate(whole.sum(axis=0).tolist()))
+                idle = defaultdict(lambda: 1.0, dict.fromkeys(zip(*np.nonzero(whole), strict=True), 0.0))
             read: defaultdict[int, float] = defaultdict(float)
             for (_, g), chance_idle in idle.items():
                 read[g] += 1.0 - chance_idle

@@ -15,9 +15,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from forks import forks
+
 HERE = Path(__file__).resolve().parent
 TIMEOUT = timedelta(seconds=120)
 """Of collectives, unless a check needs a shorter one."""
+IMPORTED = (
+    "pandas", "torch._dynamo", "torch._inductor.cudagraph_trees", "torch.distributed.checkpoint",
+    "torch.distributed.device_mesh", "torch.distributed.fsdp", "torch.distributed.optim",
+    "torch.distributed.tensor.experimental", "transformers.models.olmoe.modeling_olmoe", "moeplace.runtime.moe.decoder",
+    "moeplace.runtime.moe.parallelize", "moeplace.runtime.moe.weights",
+)  # fmt: skip
+"""What most ranks use."""
 
 
 def launch(target: str, world: int, folder: Path, *, seconds: int = 240, dies: Sequence[int] = ()) -> list[Any]:
@@ -26,16 +35,17 @@ def launch(target: str, world: int, folder: Path, *, seconds: int = 240, dies: S
     The function is called with (rank, world, folder). A rank that fails, or ranks that do not end, fail the test.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).resolve()), target, str(world), str(folder)]
     with (folder / "stderr").open("w+") as said:
-        process = subprocess.Popen(
-            command, env=environment, cwd=HERE, stdout=said, stderr=said, text=True, start_new_session=True
-        )
+        source = forks(*IMPORTED, OMP_NUM_THREADS="1")
+        process = source.start(
+            ["-m", "ranks", target, str(world), str(folder)],
+            stdout=said.fileno(), stderr=said.fileno(), env=environment, folder=HERE,
+        )  # fmt: skip
         try:
-            process.wait(timeout=seconds)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(seconds)
         said.seek(0)
         output = said.read()
     missing = [r for r in range(world) if r not in dies and not (folder / f"rank{r}.json").is_file()]

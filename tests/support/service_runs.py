@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from forks import forks
 
 import moeplace as mp
 
@@ -23,6 +24,10 @@ MODEL = mp.ModelSpec(layers=3, experts=16, top_k=2, hidden_size=1024, ffn_size=5
 TOPOLOGY = mp.Topology.preset("h100-hgx", nodes=2, devices_per_node=2)
 PATIENCE = 200.0
 """Seconds to wait for what comes within one on a machine that has nothing else to do."""
+IMPORTED = (
+    "moeplace.cli.commands.serve", "moeplace.service.app", "moeplace.service.server", "moeplace.service.worker",
+    "moeplace.solvers.search.annealer", "moeplace.solvers.search.driver", "uvicorn",
+)  # fmt: skip
 POLICY = {"solver": "eplb", "seconds": 5, "block": 1, "recent": 16, "step_tokens": 4096, "min_regret": 0.01}
 
 
@@ -30,11 +35,17 @@ class Server:
     """`moeplace serve` in a process of its own."""
 
     def __init__(self, url: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", "moeplace.cli", "serve", "--rate", "0", *arguments]
+        command = ["-m", "served", "serve", "--rate", "0", *arguments]
+        if not {"--auth", "--no-auth"} & set(arguments) and "0.0.0.0" not in arguments:
+            command.append("--no-auth")
         if "--port" not in arguments:
             command += ["--port", "0"]
         environment = {**os.environ, "MOEPLACE_DB": url}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True)
+        reading, writing = os.pipe()
+        with open(os.devnull, "wb") as nowhere, os.fdopen(writing) as log:
+            source = forks(*IMPORTED)
+            self.process = source.start(command, stdout=nowhere.fileno(), stderr=log.fileno(), env=environment)
+        self._stderr = os.fdopen(reading)
         self.log: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -69,8 +80,9 @@ class Server:
                 time.sleep(0.02)
 
     def worker_pid(self) -> int:
-        """The newest worker process."""
-        return int([entry["pid"] for entry in self.log if entry.get("message") == "worker starts"][-1])
+        """The newest worker process that takes any job."""
+        starts = [entry for entry in self.log if entry.get("message") == "worker starts"]
+        return int([entry["pid"] for entry in starts if entry["lane"] == "any"][-1])
 
     def stop(self) -> int:
         """Ends it as an operator does; returns its exit code."""
@@ -82,12 +94,12 @@ class Server:
         self.process.wait(PATIENCE)
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            try:
-                self.log.append(json.loads(line))
-            except ValueError:
-                self.log.append({"message": line})
+        with self._stderr:
+            for line in self._stderr:
+                try:
+                    self.log.append(json.loads(line))
+                except ValueError:
+                    self.log.append({"message": line})
 
 
 @contextmanager
@@ -98,6 +110,42 @@ def serving(url: str, *arguments: str) -> Iterator[Server]:
     finally:
         if server.process.poll() is None:
             server.stop()
+
+
+@contextmanager
+def receiving(refusals: int = 0) -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
+    """A receiver that is unwell at first. Yields its address, and what it got: (headers, body)."""
+    got: list[tuple[dict[str, str], bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            got.append((dict(self.headers), body))
+            self.send_response(503 if len(got) <= refusals else 204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    receiver = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=receiver.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{receiver.server_address[1]}/hook?of=chat", got
+    finally:
+        receiver.shutdown()
+        receiver.server_close()
+
+
+def send(
+    server: Server, method: str, path: str, body: bytes | None = None, kind: str = "application/json", **headers: str
+) -> tuple[int, bytes]:
+    """Status and body of one answer."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120)
+    connection.request(method, path, body, {**({"Content-Type": kind} if body is not None else {}), **headers})
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, content
 
 
 def skewed(seed: int) -> np.ndarray:

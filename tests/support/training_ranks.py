@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
 from moeplace.runtime import clip_grad_norm_
-from moeplace.training import RebalanceCallback, Rebalancer
+from moeplace.training import ExpertTrainer, RebalanceCallback, Rebalancer
 
 
 def plain_loop(rank: int, world: int, folder: Path) -> dict[str, Any]:
@@ -119,3 +119,46 @@ def trainer(rank: int, world: int, folder: Path) -> dict[str, Any]:
             said[name] = str(refusal)
     dist.destroy_process_group()
     return {**result, "refused": said, "written": (folder / "saved" / "model.safetensors").exists()}
+
+
+def expert_trainer(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """A run with two micro-batches a step, resumed in the middle under another plan, and read by from_pretrained."""
+    from transformers import OlmoeForCausalLM, TrainingArguments
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    join_group(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    data = [{"input_ids": row, "labels": row} for row in tokens(64, 8)]
+    ids = tokens(2, 6)
+    result: dict[str, Any] = {}
+    for name in ("whole", "resumed"):
+        model = olmoe(use_cache=False)
+        plan = index_order(world, model)
+        if name == "resumed":
+            table = plan.physical_to_logical[:, ::-1].copy()
+            with torch.no_grad():
+                for value in model.parameters():
+                    value.zero_()
+            plan = mp.Plan(plan.model, plan.topology, table, plan.slot_device)
+        mp.parallelize(model, plan, mesh)
+        callback = RebalanceCallback(folder / f"rounds-{name}", every=1000, record_steps=2)
+        arguments = TrainingArguments(
+            output_dir=str(folder / "out"), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            use_cpu=True, report_to=[], max_grad_norm=0.5, save_strategy="steps", save_steps=3, logging_steps=1,
+            disable_tqdm=True, ddp_backend="gloo", learning_rate=1e-2,
+        )  # fmt: skip
+        session = ExpertTrainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
+        session.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-3") if name == "resumed" else None)
+        assert callback.rebalancer is not None
+        result[name] = {
+            "logits": model(input_ids=ids).logits.tolist(),
+            "norms": [entry["grad_norm"] for entry in session.state.log_history if "grad_norm" in entry],
+            "steps": callback.rebalancer.state_dict()["steps"],
+            "plan": callback.rebalancer.plan.physical_to_logical.tolist()
+            == index_order(world, model).physical_to_logical.tolist(),
+        }
+        dist.barrier()
+    written = OlmoeForCausalLM.from_pretrained(folder / "out" / "checkpoint-6", use_cache=False).eval()
+    result["read"] = written(input_ids=ids).logits.tolist()
+    dist.destroy_process_group()
+    return result

@@ -1,0 +1,56 @@
+"""Public names of a package from the stub beside it: each is imported when it is first used, and not before."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ._extras import missing_extra
+
+
+class _Package(ModuleType):
+    """A package in which a module does not take the place of the public name that it is called after."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in self.__dict__["_functions"]):
+            super().__setattr__(name, value)
+
+
+def attach_stub(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package whose stub says `from .module import name as name`.
+
+    file: the package's `__file__`; the stub has its name and ends in .pyi.
+    """
+    tree = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    module_of = {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, real = module_of[name]
+        try:
+            if module is None:
+                return importlib.import_module(f"{package}.{real}")
+            value = getattr(importlib.import_module(f"{package}.{module}"), real)
+        except ImportError as error:
+            hint = missing_extra(error)
+            if hint is None:
+                raise
+            raise ModuleNotFoundError(f"{package}.{name}: {hint}", name=error.name) from error
+        sys.modules[package].__dict__[name] = value
+        return value
+
+    def names() -> list[str]:
+        return sorted(module_of)
+
+    # `import moeplace.solvers.solve` sets `solve` of the package to the module.
+    this = sys.modules[package]
+    this.__dict__["_functions"] = {name for name, (module, _) in module_of.items() if module == name}
+    this.__class__ = _Package
+    return get, names, sorted(module_of)

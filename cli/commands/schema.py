@@ -1,0 +1,62 @@
+"""`moeplace schema`: the JSON Schemas of what `--json` prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...placement.errors import InputError, nearest
+from ..output import SCHEMA, note, wrote
+from ..paths import output_folder
+
+
+def schema_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Of a command, with dashes between its words: solve, plans-list. Without it the names are listed.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Write every schema into this folder, which is made where it is not there.",
+            show_default=False,
+            callback=output_folder,
+        ),
+    ] = None,
+) -> None:
+    """Print the JSON Schema of what a command prints with --json.
+
+    An output's `schema` names its schema and version, as in moeplace/solve/1; the version rises where a name goes or
+    changes its meaning.
+
+    Example:
+
+      moeplace schema solve
+      moeplace schema -o schemas
+    """
+    from ..schemas import output_schema, output_types
+
+    known = sorted(output_types())
+    if name is not None and name not in known:
+        raise InputError(f"no command {name!r} prints JSON; {nearest(name, known)}")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for each in known if name is None else [name]:
+            file = output / f"{each}.{SCHEMA}.json"
+            file.write_text(json.dumps(output_schema(each), indent=1) + "\n", encoding="utf-8")
+        wrote(output)
+    elif name is None:
+        typer.echo("\n".join(known))
+        note("moeplace schema NAME prints one of them")
+    else:
+        typer.echo(json.dumps(output_schema(name), indent=2))

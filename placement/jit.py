@@ -1,0 +1,83 @@
+"""Functions compiled by numba: once an installation, kept on disk, and never in the way of a solve."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+from numba import njit
+from numba.core import event
+from numba.core.caching import FunctionCache
+
+from .progress import COMPILE_TIME
+
+F = TypeVar("F", bound=Callable[..., object])
+
+_log = logging.getLogger(__name__)
+
+
+def kernel(function: F) -> F:
+    """The function, compiled at its first call with arguments of some types; it runs without Python's lock.
+
+    What was compiled is kept beside the sources, in the user's cache folder where these are read-only, or in
+    NUMBA_CACHE_DIR.
+    """
+    compiled = njit(nogil=True)(function)
+    compiled._cache = _Cache(function)  # type: ignore[attr-defined]
+    return cast(F, compiled)
+
+
+@functools.cache
+def _digest(path: Path) -> str:
+    """Of a file that defines kernels and all such files here: any may be compiled into a kernel of another."""
+    digest = hashlib.sha256(path.read_bytes())
+    folders = Path(__file__).parent, Path(__file__).parents[1] / "solvers"
+    for other in sorted(source for folder in folders for source in folder.rglob("*.py")):
+        text = other.read_bytes()
+        if b"jit import kernel\n" in text or other.name == "kernel_types.py":
+            digest.update(text)
+    return digest.hexdigest()
+
+
+class _Cache(FunctionCache):
+    """Compiled code on disk. What another version left there counts as absent, whether it can be read or not."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        self._cache_file._source_stamp = _digest(Path(inspect.getfile(function)))
+
+    def load_overload(self, sig: object, target_context: object) -> object:
+        try:
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 (unpickling runs whatever the file says)
+            self._discard(error)
+            return None
+
+    def save_overload(self, sig: object, data: object) -> None:
+        try:
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 (as above: saving reads the index first)
+            self._discard(error)
+
+    def _discard(self, error: Exception) -> None:
+        _log.info("compiled code at %s cannot be used and is made anew: %r", self.cache_path, error)
+        try:
+            self.flush()  # type: ignore[no-untyped-call]
+        except OSError as why:
+            _log.info("it stays there: %s", why)
+
+
+class _Watch(event.Listener):
+    def on_start(self, event: object) -> None:
+        COMPILE_TIME.begin()
+
+    def on_end(self, event: object) -> None:
+        COMPILE_TIME.end()
+
+
+event.register("numba:compile", _Watch())  # type: ignore[no-untyped-call]

@@ -1,0 +1,25 @@
+"""What forms send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from urllib.parse import parse_qs
+
+from fastapi import HTTPException, Request
+
+
+async def form_of(request: Request) -> dict[str, str]:
+    """The fields of a form."""
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "expected a form")
+    body = (await request.body())[:20_000].decode(errors="replace")
+    return {key: values[0] for key, values in parse_qs(body, keep_blank_values=True, max_num_fields=20).items()}
+
+
+def whole_number(form: Mapping[str, str], field: str) -> int:
+    """Raises HTTPException 422 where the field holds anything else."""
+    text = form.get(field, "")
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise HTTPException(422, f"{field}: expected a whole number")
+    return int(text)

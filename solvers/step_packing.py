@@ -1,0 +1,363 @@
+"""Tables of slots that are level in every recorded step, in milliseconds: greedy by steps first, then exchanges.
+
+What is minimised is a layer's largest device load of each step, summed over steps; replicas share equally, devices have
+as many slots each, and none has an expert twice unless there is no other way.
+
+L layers, S steps, E experts, P slots, G devices.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .._types import FloatArray, IntArray
+from ..placement.jit import kernel
+
+HOT, COLD = 0.03, 0.001
+"""Temperatures, in what the start has above the mean."""
+APART = 1e-4
+"""Tokens that DeepInfer's rule takes neighbours to differ by."""
+TURNS, MOST = 5, 200_000
+"""Tries, each with four times the exchanges of the last and at most so many, to end where a published rule does."""
+REPLICA_MOVES = 0.25
+"""Of the proposals, that give a slot to another expert, where experts have several."""
+
+
+def pack_steps(
+    load: FloatArray, slots: int, devices: int, proposals: int, seed: int = 0, as_published: bool = False
+) -> IntArray:
+    """[L, P] the expert of each slot; slots in equal runs, a device each.
+
+    Args:
+        load: [S, L, E] of each step.
+        slots: P, a multiple of devices, at least E.
+        devices: G.
+        proposals: exchanges tried a layer, after the greedy table.
+        seed: of the exchanges.
+        as_published: layers in which DeepInfer's rule ends lower begin anew from where it ends, with more exchanges.
+    """
+    by_layer = np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64)
+    return _greedy_and_exchanges(by_layer, slots, devices, proposals, seed, as_published)
+
+
+def largest_loads(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
+    """[S, L] largest device load of each step and layer, from loads [S, L, E] and a table [L, P]."""
+    return np.asarray(_largest(np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64), table, devices).T)
+
+
+@kernel
+def _greedy_and_exchanges(
+    load: FloatArray, slots: int, devices: int, proposals: int, seed: int, as_published: bool
+) -> IntArray:
+    """`pack_steps` of loads [L, E, S]."""
+    table = np.empty((load.shape[0], slots), dtype=np.int64)
+    for layer in range(load.shape[0]):
+        table[layer] = _pack(load[layer], _replicate(load[layer], slots, devices, 0.0), devices, False)
+        _exchange(load[layer], table[layer], devices, proposals, seed + layer)
+        if as_published:
+            _reach_published(load[layer], table[layer], devices, proposals, seed + layer)
+    return table
+
+
+@kernel
+def _reach_published(load: FloatArray, table: IntArray, devices: int, proposals: int, seed: int) -> None:
+    """Lowers a layer's table, in place, to where DeepInfer's rule ends, if that is lower: from that rule's table with
+    no expert twice on a device, and from its own, with more exchanges each time.
+
+    That rule may put an expert twice on a device, and then end where no table without does.
+    """
+    slots = len(table)
+    other = _pack(load, _replicate(load, slots, slots, APART), devices, True)
+    goal, value = _value(load, other, devices), _value(load, table, devices)
+    if value <= goal * (1.0 + 1e-12):
+        return
+    if slots <= load.shape[0] * devices:
+        _part(load, other, devices)
+    for turn in range(TURNS):
+        if value <= goal * (1.0 + 1e-12):
+            break
+        tried = other.copy() if turn % 2 == 0 else table.copy()
+        if turn:
+            _exchange(load, tried, devices, min(MOST, proposals << (2 * turn)), seed + turn)
+        found = _value(load, tried, devices)
+        if found < value:
+            value = found
+            table[:] = tried
+
+
+@kernel
+def _part(load: FloatArray, table: IntArray, devices: int) -> None:
+    """Takes experts that stand twice on a device from there, in place: a slot is exchanged with another's, or given to
+    another expert, whichever is lowest then."""
+    slots, experts = len(table), load.shape[0]
+    width = slots // devices
+    for p in range(slots):
+        g, e = p // width, table[p]
+        if not _stands(table, e, g * width, p):
+            continue
+        least, best_slot, best_expert = np.inf, -1, -1
+        for q in range(slots):
+            h, f = q // width, table[q]
+            if h == g or _stands(table, e, h * width, (h + 1) * width) or _stands(table, f, g * width, (g + 1) * width):
+                continue
+            table[p], table[q] = f, e
+            value = _value(load, table, devices)
+            table[p], table[q] = e, f
+            if value < least:
+                least, best_slot = value, q
+        for f in range(experts):
+            if _stands(table, f, g * width, (g + 1) * width):
+                continue
+            table[p] = f
+            value = _value(load, table, devices)
+            table[p] = e
+            if value < least:
+                least, best_slot, best_expert = value, -1, f
+        if best_slot >= 0:
+            table[p], table[best_slot] = table[best_slot], e
+        elif best_expert >= 0:
+            table[p] = best_expert
+
+
+@kernel
+def _value(load: FloatArray, table: IntArray, devices: int) -> float:
+    """The largest device load, summed over steps, of a layer's loads [E, S] in a table [P]."""
+    return float(_peak(load, table, devices).sum())
+
+
+@kernel
+def _peak(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
+    """[S] the largest device load of each step, of a layer's loads [E, S] in a table [P]."""
+    width = len(table) // devices
+    counts = np.bincount(table, minlength=load.shape[0])
+    peak = np.zeros(load.shape[1])
+    for g in range(devices):
+        carried = np.zeros(load.shape[1])
+        for slot in range(g * width, (g + 1) * width):
+            carried += load[table[slot]] / counts[table[slot]]
+        peak = np.maximum(peak, carried)
+    return peak
+
+
+@kernel
+def _largest(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
+    """[L, S] from [L, E, S]."""
+    result = np.empty((load.shape[0], load.shape[2]))
+    for layer in range(load.shape[0]):
+        result[layer] = _peak(load[layer], table[layer], devices)
+    return result
+
+
+@kernel
+def _replicate(load: FloatArray, slots: int, most: int, apart: float) -> IntArray:
+    """[P] experts once each, then those that get a spare slot, no more than `most` where others may have more: who
+    lowers the sum over steps of the largest load a replica most, of equals the one with most load a replica. load: [E,
+    S]. apart: what loads of neighbours are taken to differ by, so that few are equal."""
+    experts, steps = load.shape
+    result = np.arange(slots)
+    counts = np.ones(experts, dtype=np.int64)
+    taken = load.copy()
+    for e in range(experts):
+        taken[e] += apart * e
+    each = taken.copy()
+    for spare in range(experts, slots):
+        gain = np.zeros(experts)
+        for s in range(steps):
+            first, second = 0, -1
+            for e in range(1, experts):
+                if each[e, s] > each[first, s]:
+                    first, second = e, first
+                elif second < 0 or each[e, s] > each[second, s]:
+                    second = e
+            lower = load[first, s] / (counts[first] + 1)
+            gain[first] += each[first, s] - max(lower, each[second, s] if second >= 0 else lower)
+        for e in range(experts):
+            if counts[e] >= most:
+                gain[e] = -1.0
+        best = int(np.argmax(gain))
+        if apart == 0.0:
+            for e in range(experts):
+                near = gain[e] >= 0.0 and gain[e] >= gain[best] * (1.0 - 1e-12)
+                if near and each[e].sum() > each[best].sum() * (1.0 + 1e-12):
+                    best = e
+        counts[best] += 1
+        each[best] = taken[best] / counts[best]
+        result[spare] = best
+    return result
+
+
+@kernel
+def _pack(load: FloatArray, replicas: IntArray, devices: int, as_published: bool) -> IntArray:
+    """[P] replicas from the heaviest on, each where the sum over steps of the largest load is lowest then.
+    as_published: as DeepInfer's rule has it, on the first of equal devices, wherever else the expert stands."""
+    experts, steps = load.shape
+    slots = len(replicas)
+    width = slots // devices
+    counts = np.bincount(replicas, minlength=experts)
+    weight = np.empty(slots)
+    for slot in range(slots):
+        weight[slot] = -load[replicas[slot]].sum() / counts[replicas[slot]]
+    carried, peak = np.zeros((devices, steps)), np.zeros(steps)
+    filled = np.zeros(devices, dtype=np.int64)
+    table = np.full(slots, -1, dtype=np.int64)
+    for slot in np.argsort(weight, kind="mergesort"):
+        e = replicas[slot]
+        part = load[e] / counts[e]
+        best, least, least_load = -1, np.inf, np.inf
+        for twice in range(2):
+            if twice and _make_room(table, carried, load, counts, filled, e):
+                break
+            for g in range(devices):
+                apart = not twice and not as_published
+                if filled[g] == width or (apart and _stands(table, e, g * width, g * width + filled[g])):
+                    continue
+                value, total = 0.0, 0.0
+                for s in range(steps):
+                    value += max(peak[s], carried[g, s] + part[s])
+                    total += carried[g, s]
+                if as_published:
+                    total = least_load
+                # Far below the largest load every device is as good: the emptiest then.
+                if value < least * (1.0 - 1e-12) or (value <= least * (1.0 + 1e-12) and total < least_load):
+                    best, least, least_load = g, value, total
+            if best >= 0:
+                break
+        if best < 0:
+            for s in range(steps):
+                peak[s] = carried[:, s].max()
+            continue
+        table[best * width + filled[best]] = e
+        filled[best] += 1
+        carried[best] += part
+        peak = np.maximum(peak, carried[best])
+    return table
+
+
+@kernel
+def _make_room(
+    table: IntArray, carried: FloatArray, load: FloatArray, counts: IntArray, filled: IntArray, expert: int
+) -> bool:
+    """Places an expert that stands on all devices with free slots: on a full one, another of whose experts takes the
+    free slot; whether that goes."""
+    devices = len(filled)
+    width = len(table) // devices
+    for g in range(devices):
+        if filled[g] == width:
+            continue
+        for slot in range(len(table)):
+            other, there = table[slot], slot // width
+            if there == g or filled[there] < width or other == expert:
+                continue
+            if _stands(table, expert, there * width, (there + 1) * width):
+                continue
+            if _stands(table, other, g * width, g * width + filled[g]):
+                continue
+            table[slot], table[g * width + filled[g]] = expert, other
+            filled[g] += 1
+            moved = load[other] / counts[other]
+            carried[g] += moved
+            carried[there] += load[expert] / counts[expert] - moved
+            return True
+    return False
+
+
+@kernel
+def _stands(table: IntArray, expert: int, first: int, last: int) -> bool:
+    for slot in range(first, last):  # noqa: SIM110 (numba compiles no generators here)
+        if table[slot] == expert:
+            return True
+    return False
+
+
+@kernel
+def _exchange(load: FloatArray, table: IntArray, devices: int, proposals: int, seed: int) -> None:
+    """Annealing of one layer's table [P], in place: slots of devices that are some step's most loaded change places
+    with others, or give their expert one more replica. Ends with the best table seen."""
+    np.random.seed(seed)
+    experts, steps = load.shape
+    slots = len(table)
+    width = slots // devices
+    counts = np.zeros(experts, dtype=np.int64)
+    for slot in range(slots):
+        counts[table[slot]] += 1
+    carried = np.zeros((devices, steps))
+    for slot in range(slots):
+        carried[slot // width] += load[table[slot]] / counts[table[slot]]
+    peak, at = np.zeros(steps), np.zeros(steps, dtype=np.int64)
+    for s in range(steps):
+        at[s] = np.argmax(carried[:, s])
+        peak[s] = carried[at[s], s]
+    mean = load.sum() / devices
+    value = peak.sum()
+    least, best = value, table.copy()
+    temperature = HOT * max(value - mean, 0.0) / max(1.0, np.sqrt(steps * 1.0))
+    if value <= mean * (1.0 + 1e-9) or devices == 1:
+        return
+    cooling = (COLD / HOT) ** (1.0 / max(1, proposals))
+    replicas = slots > experts
+    new, fresh = np.empty((devices, steps)), np.empty(steps)
+    touched = np.zeros(devices, dtype=np.bool_)
+    for _ in range(proposals):
+        temperature *= cooling
+        a = at[np.random.randint(steps)]
+        p, q = a * width + np.random.randint(width), np.random.randint(slots)
+        b = q // width
+        e, f = table[p], table[q]
+        if e == f:
+            continue
+        touched[:] = False
+        moved = replicas and counts[f] > 1 and np.random.random() < REPLICA_MOVES
+        if moved:
+            # The expert of the loaded device takes over a slot of one that has several.
+            if _stands(table, e, b * width, (b + 1) * width):
+                continue
+            more = load[f] / (counts[f] - 1) - load[f] / counts[f]
+            less = load[e] / counts[e] - load[e] / (counts[e] + 1)
+            for slot in range(slots):
+                g = slot // width
+                if (table[slot] == e or table[slot] == f) and not touched[g]:
+                    new[g] = carried[g]
+                    touched[g] = True
+                if table[slot] == e:
+                    new[g] -= less
+                elif table[slot] == f:
+                    new[g] += more
+            new[b] += load[e] / (counts[e] + 1) - load[f] / (counts[f] - 1)
+        else:
+            if a == b or _stands(table, e, b * width, (b + 1) * width) or _stands(table, f, a * width, (a + 1) * width):
+                continue
+            shift = load[f] / counts[f] - load[e] / counts[e]
+            new[a], new[b] = carried[a] + shift, carried[b] - shift
+            touched[a] = touched[b] = True
+        change = 0.0
+        for s in range(steps):
+            largest = 0.0 if touched[at[s]] else peak[s]
+            for g in range(devices):
+                if touched[g]:
+                    largest = max(largest, new[g, s])
+            if touched[at[s]] and largest < peak[s]:
+                for g in range(devices):
+                    if not touched[g]:
+                        largest = max(largest, carried[g, s])
+            fresh[s] = largest
+            change += largest - peak[s]
+        if change > 0.0 and (temperature <= 0.0 or np.random.random() >= np.exp(-change / temperature)):
+            continue
+        if moved:
+            counts[e] += 1
+            counts[f] -= 1
+            table[q] = e
+        else:
+            table[p], table[q] = f, e
+        for g in range(devices):
+            if touched[g]:
+                carried[g] = new[g]
+        for s in range(steps):
+            if touched[at[s]] or fresh[s] > peak[s]:
+                at[s] = np.argmax(carried[:, s])
+        peak[:] = fresh
+        value += change
+        if value < least * (1.0 - 1e-12):
+            least = value
+            best[:] = table
+    table[:] = best

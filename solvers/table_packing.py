@@ -1,0 +1,229 @@
+"""Tables of slots from one load table, compiled: the published greedy in a millisecond or two, and exchanges on top.
+
+As `placement/packing.py` does for many layers at once in NumPy, with the same ties: the lower index goes first.
+
+L layers, E experts, P slots, G devices; replicas share equally, devices have as many slots each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .._types import FloatArray, IntArray
+from ..placement.jit import kernel
+from ..placement.packing import LEAST_GAIN
+
+ENOUGH = 3e-4
+"""Above the mean load: nearer to it no exchange is worth its time."""
+MOST_EXCHANGES = 40
+"""Of a layer, a slot."""
+
+
+@kernel
+def packed_tables(load: npt.NDArray[np.floating[Any]], slots: int, devices: int) -> IntArray:
+    """[L, P] the published plan (`solvers/eplb.py`, one group and node) in the precision of the load [L, E].
+
+    Spare slots go one by one to the highest load a replica, replicas from the heaviest on to the lightest device with a
+    free slot."""
+    layers, experts = load.shape
+    width = slots // devices
+    table = np.empty((layers, slots), dtype=np.int64)
+    expert, each = np.empty(slots, dtype=np.int64), np.empty(slots, dtype=load.dtype)
+    for layer in range(layers):
+        counts, part = np.ones(experts, dtype=load.dtype), load[layer].copy()
+        expert[:experts] = np.arange(experts)
+        for extra in range(experts, slots):
+            chosen = np.argmax(part)
+            expert[extra] = chosen
+            counts[chosen] += load.dtype.type(1)
+            part[chosen] = load[layer, chosen] / counts[chosen]
+        for slot in range(slots):
+            each[slot] = -part[expert[slot]]
+        carried, filled = np.zeros(devices, dtype=load.dtype), np.zeros(devices, dtype=np.int64)
+        for slot in np.argsort(each, kind="mergesort"):
+            lightest = -1
+            for g in range(devices):
+                if filled[g] < width and (lightest < 0 or carried[g] < carried[lightest]):
+                    lightest = g
+            table[layer, lightest * width + filled[lightest]] = expert[slot]
+            filled[lightest] += 1
+            carried[lightest] -= each[slot]
+    return table
+
+
+@kernel
+def level_tables(load: FloatArray, table: IntArray, nodes: int, devices: int) -> None:
+    """Lightens each layer's heaviest device, in place, for as long as that goes.
+
+    By the best exchange of one of its slots with one of its node, of two with two, else by giving an expert of it the
+    slot of another that has several.
+
+    No largest load rises, and no expert comes to stand twice on a device where it does not.
+
+    Args:
+        load: [L, E]. table: [L, P]. nodes: of as many devices. devices: G.
+    """
+    layers, experts = load.shape
+    slots = table.shape[1]
+    width, per_node = slots // devices, devices // nodes
+    part, carried = np.empty(slots), np.empty(devices)
+    for layer in range(layers):
+        counts = np.zeros(experts, dtype=np.int64)
+        for slot in range(slots):
+            counts[table[layer, slot]] += 1
+        enough = load[layer].sum() / devices * (1.0 + ENOUGH)
+        for _ in range(MOST_EXCHANGES * slots):
+            carried[:] = 0.0
+            for slot in range(slots):
+                part[slot] = load[layer, table[layer, slot]] / counts[table[layer, slot]]
+                carried[slot // width] += part[slot]
+            if not _lighten(load[layer], table[layer], counts, part, carried, enough, per_node):
+                break
+
+
+@kernel
+def _lighten(
+    load: FloatArray,
+    table: IntArray,
+    counts: IntArray,
+    part: FloatArray,
+    carried: FloatArray,
+    enough: float,
+    per_node: int,
+) -> bool:
+    """Exchanges until none helps, then one change of replicas: whether there was one. All is counted anew then."""
+    slots, devices = len(table), len(carried)
+    width = slots // devices
+    while True:
+        heavy = int(np.argmax(carried))
+        peak = carried[heavy]
+        if peak <= enough:
+            return False
+        first = heavy // per_node * per_node
+        best, out, back = peak * (1.0 - LEAST_GAIN), -1, -1
+        for g in range(first, first + per_node):
+            if g == heavy or carried[g] >= best:
+                continue
+            for p in range(heavy * width, (heavy + 1) * width):
+                for q in range(g * width, (g + 1) * width):
+                    shift = part[p] - part[q]
+                    if shift <= peak - best:
+                        continue
+                    largest = max(peak - shift, carried[g] + shift)
+                    if (
+                        largest < best
+                        and not _stands(table, table[p], g * width, (g + 1) * width)
+                        and not _stands(table, table[q], heavy * width, (heavy + 1) * width)
+                    ):
+                        best, out, back = largest, p, q
+        if out >= 0:
+            _swap(table, part, carried, out, back)
+        elif not _exchange_pairs(table, part, carried, heavy, first, per_node, enough):
+            break
+    best, taker, giver = peak * (1.0 - LEAST_GAIN), -1, -1
+    for q in range(first * width, (first + per_node) * width):
+        f = table[q]
+        if counts[f] < 2:
+            continue
+        g = q // width
+        rise = load[f] / (counts[f] - 1) - part[q]
+        for p in range(heavy * width, (heavy + 1) * width):
+            e = table[p]
+            if e == f or _stands(table, e, g * width, (g + 1) * width):
+                continue
+            new = load[e] / (counts[e] + 1)
+            largest = _with_change(table, carried, e, f, part[p] - new, rise, g, new - part[q] - rise, best)
+            if largest < best:
+                best, taker, giver = largest, e, q
+    if giver < 0:
+        return False
+    counts[taker] += 1
+    counts[table[giver]] -= 1
+    table[giver] = taker
+    return True
+
+
+@kernel
+def _exchange_pairs(
+    table: IntArray, part: FloatArray, carried: FloatArray, heavy: int, first: int, per_node: int, enough: float
+) -> bool:
+    """Exchanges two slots of the heaviest device with two of another, the best such exchange or one that is enough;
+    whether one helps."""
+    width = len(table) // len(carried)
+    peak = carried[heavy]
+    best = peak * (1.0 - LEAST_GAIN)
+    outs, backs = np.full(2, -1, dtype=np.int64), np.full(2, -1, dtype=np.int64)
+    for g in range(first, first + per_node):
+        if g == heavy or carried[g] >= best or best <= enough:
+            continue
+        for p in range(heavy * width, (heavy + 1) * width):
+            for p2 in range(p + 1, (heavy + 1) * width):
+                load_given = part[p] + part[p2]
+                for q in range(g * width, (g + 1) * width):
+                    for q2 in range(q + 1, (g + 1) * width):
+                        shift = load_given - part[q] - part[q2]
+                        if shift <= peak - best or carried[g] + shift >= best:
+                            continue
+                        free = True
+                        for slot in (p, p2):
+                            free = free and not _stands(table, table[slot], g * width, (g + 1) * width)
+                        for slot in (q, q2):
+                            free = free and not _stands(table, table[slot], heavy * width, (heavy + 1) * width)
+                        if free:
+                            best = max(peak - shift, carried[g] + shift)
+                            outs[0], outs[1], backs[0], backs[1] = p, p2, q, q2
+    if outs[0] < 0:
+        return False
+    _swap(table, part, carried, outs[0], backs[0])
+    _swap(table, part, carried, outs[1], backs[1])
+    return True
+
+
+@kernel
+def _swap(table: IntArray, part: FloatArray, carried: FloatArray, out: int, back: int) -> None:
+    width = len(table) // len(carried)
+    shift = part[out] - part[back]
+    carried[out // width] -= shift
+    carried[back // width] += shift
+    part[out], part[back] = part[back], part[out]
+    table[out], table[back] = table[back], table[out]
+
+
+@kernel
+def _with_change(
+    table: IntArray,
+    carried: FloatArray,
+    taker: int,
+    giver: int,
+    fall: float,
+    rise: float,
+    device: int,
+    change: float,
+    limit: float,
+) -> float:
+    """Largest load once each replica of `taker` is lighter by `fall`, of `giver` heavier by `rise`, and `device` by
+    `change` besides; some value of at least `limit` where it is not below."""
+    width = len(table) // len(carried)
+    largest = 0.0
+    for g in range(len(carried)):
+        total = carried[g] + (change if g == device else 0.0)
+        for slot in range(g * width, (g + 1) * width):
+            if table[slot] == taker:
+                total -= fall
+            elif table[slot] == giver:
+                total += rise
+        largest = max(largest, total)
+        if largest >= limit:
+            break
+    return float(largest)
+
+
+@kernel
+def _stands(table: IntArray, expert: int, first: int, last: int) -> bool:
+    for slot in range(first, last):  # noqa: SIM110 (numba compiles no generators here)
+        if table[slot] == expert:
+            return True
+    return False

@@ -1,0 +1,115 @@
+"""The core: what an engine's image needs works with numpy and pydantic alone; what does not says what to install."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from cli_runs import CLUSTER, run, toy_model, toy_trace_folder
+
+from moeplace._extras import EXTRAS
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = {"numpy", "pydantic"}
+NAMES = {
+    "pyyaml": "yaml",
+    "psycopg": "psycopg",
+    "prometheus-client": "prometheus_client",
+    "resvg-py": "resvg_py",
+    "pillow": "PIL",
+}
+"""Libraries that are imported under another name than they are installed under."""
+
+BARE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def bare(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs code where only the core is installed."""
+    start = BARE.format(absent=set(EXTRAS))
+    return subprocess.run(
+        [sys.executable, "-c", start + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    trace = toy_trace_folder(folder / "trace", toy_model())
+    assert run("solve", trace, *CLUSTER, "-s", "eplb", "--no-store", "-o", folder / "plan.json").code == 0
+    return folder / "plan.json"
+
+
+def test_the_core_is_numpy_and_pydantic_and_every_other_library_has_an_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {name: [_library(entry) for entry in entries] for name, entries in project["optional-dependencies"].items()}
+    assert {_library(entry) for entry in project["dependencies"]} == CORE
+    for library in named["solve"]:
+        assert EXTRAS[NAMES.get(library, library)] == "solve"
+    for library, extra in EXTRAS.items():
+        installed = {NAMES.get(name, name) for name in named[extra]}
+        assert library in installed or library == "starlette"
+
+
+def _library(requirement: str) -> str:
+    return re.split(r"[\[<>=!~; ]", requirement)[0].lower()
+
+
+def test_plans_are_read_and_exported_by_the_core(plan: Path, tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\n"
+        "from moeplace.runtime.exporters.export import export_plan, read_plan_file\n"
+        "plan = read_plan_file(sys.argv[1], None, None)\n"
+        "for engine, ending in {'sglang': 'json', 'vllm': 'json', 'trtllm': 'yaml', 'vllm-ascend': 'json'}.items():\n"
+        "    export_plan(plan, engine, Path(sys.argv[2]) / f'{engine}.{ending}')\n"
+    )
+    done = bare(code, plan, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_plug_in_loads_nothing_without_a_plan_and_the_core_with_one(plan: Path) -> None:
+    quiet = bare("from moeplace._vllm_plugin import install; install(); print('numpy' in sys.modules)")
+    assert quiet.stdout == "False\n", quiet.stderr
+    code = (
+        "import os\nos.environ['MOEPLACE_VLLM_PLAN'] = sys.argv[1]\n"
+        "from moeplace._vllm_plugin import install\n"
+        "try:\n    install()\n"
+        "except ModuleNotFoundError as error:\n    print(error.name.partition('.')[0])\n"
+        "except Exception as error:\n    print(type(error).__name__, error)\n"
+    )
+    # Nothing is missing but vLLM itself.
+    assert "vllm" in bare(code, plan).stdout
+
+
+def test_the_plug_in_starts_without_what_only_solving_and_other_engines_need() -> None:
+    done = bare("import moeplace.runtime.exporters.vllm_policy\nprint(*(m for m in sys.modules if 'moeplace' in m))")
+    modules = set(done.stdout.split())
+    assert "moeplace.placement.plan" in modules, done.stderr
+    heavy = ("kernel_tables", "kernels", "transfers", "transfer_tables", "model_config", "model_families")
+    assert not modules & {f"moeplace.placement.{name}" for name in (*heavy, "expert_storage")}
+    assert not modules & {f"moeplace.runtime.exporters.{name}" for name in ("export", "sglang", "trtllm")}
+
+
+def test_what_the_core_lacks_is_named() -> None:
+    hint = "which is not installed: pip install 'moeplace[solve]'"
+    solve = bare("import moeplace as mp\nmp.solve")
+    assert "moeplace.solve: this needs" in solve.stderr
+    assert hint in solve.stderr
+    program = bare("from moeplace.__main__ import main\nmain()", "--help")
+    assert program.returncode == 1
+    assert program.stderr == f"error: this needs typer, {hint}\n"

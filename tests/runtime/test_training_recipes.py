@@ -1,0 +1,137 @@
+"""Recipes that people train with, around layers of experts: each is right, or refused in words that say what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from ranks import launch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return launch("recipe_ranks:recipes", 4, tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Adafactor", "divides by the root mean square of the whole tensor"),
+        ("transformers", "divides by the root mean square of the whole tensor"),
+        ("LBFGS", "takes one step for all parameters together"),
+        ("Unknown", "say moeplace.runtime.allow_optimizer(Unknown)"),
+    ],
+)
+def test_optimizers_that_look_past_an_expert_are_refused(recipes: list[Any], name: str, words: str) -> None:
+    assert all(words in found["optimizers"][name] for found in recipes)
+
+
+@pytest.mark.parametrize("name", ["Known", "SGD", "RMSprop", "Adafactor of the rest"])
+def test_optimizers_by_element_and_those_of_other_parameters_go_on(recipes: list[Any], name: str) -> None:
+    assert all(found["optimizers"][name] == "" for found in recipes)
+
+
+def test_experts_left_to_ddp_are_refused(recipes: list[Any]) -> None:
+    assert all("call exclude_from_ddp(model) before" in found["ddp"] for found in recipes)
+
+
+def test_a_scaler_that_each_rank_asks_alone_is_refused(recipes: list[Any]) -> None:
+    for found in recipes:
+        assert "ShardedGradScaler" in found["scalers"]["alone"]["said"]
+        assert found["scalers"]["off"]["said"] == ""
+
+
+def test_a_scaler_that_asks_all_ranks_skips_the_same_step_on_all(recipes: list[Any]) -> None:
+    for found in recipes:
+        assert found["scalers"]["sharded"] == {"said": "", "scales": [512.0, 512.0], "kept": [True, False]}
+
+
+def test_fully_shard_in_bfloat16_takes_float32_experts_in_bfloat16(recipes: list[Any]) -> None:
+    for found in recipes:
+        mixed = found["mixed"]
+        assert mixed["out"]
+        assert mixed["dtype"] == "torch.float32"
+        assert mixed["kinds"] == ["torch.float32 torch.float32"]
+        assert mixed["grads"] < 0.01
+
+
+def test_tokens_wider_than_weights_are_refused(recipes: list[Any]) -> None:
+    assert all("tokens are torch.float32" in found["mixed"]["narrow"] for found in recipes)
+
+
+@pytest.mark.parametrize("name", ["no gradients", "experts", "copy", "bfloat16"])
+def test_a_norm_of_this_ranks_experts_is_refused(recipes: list[Any], name: str) -> None:
+    assert all("moeplace.clip_grad_norm_(model, max_norm)" in found["norms"][name] for found in recipes)
+
+
+@pytest.mark.parametrize("name", ["value", "infinity", "rest", "ours", "compiled step"])
+def test_what_asks_no_norm_of_experts_goes_on(recipes: list[Any], name: str) -> None:
+    assert all(found["norms"][name] == "" for found in recipes)
+
+
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [
+        ("save", "torch.save"),
+        ("on the host", "torch.save"),
+        ("in bfloat16", "torch.save"),
+        ("wrapped", "torch.save"),
+        ("parameters", "torch.save"),
+        ("module", "torch.save"),
+        ("safetensors", "safetensors"),
+        ("safetensors model", "safetensors"),
+        ("safetensors bytes", "safetensors"),
+        ("dcp", "torch.distributed.checkpoint"),
+        ("async dcp", "torch.distributed.checkpoint"),
+    ],
+)
+def test_writing_this_ranks_experts_for_all_is_refused(recipes: list[Any], name: str, by: str) -> None:
+    for found in recipes:
+        assert f"{by} " in found["files"][name]
+        assert "moeplace.save_checkpoint(path, model, optimizer)" in found["files"][name]
+        assert "moeplace.export_hf(model, folder)" in found["files"][name]
+
+
+@pytest.mark.parametrize("name", ["rest", "of this rank", "ours"])
+def test_what_is_all_there_is_or_said_to_be_this_ranks_is_written(recipes: list[Any], name: str) -> None:
+    assert all(found["files"][name] == "" for found in recipes)
+
+
+def test_states_are_loaded_and_averaged_and_parameters_keep_their_mark(recipes: list[Any]) -> None:
+    for found in recipes:
+        assert found["in memory"] == {
+            "equal": True,
+            "kinds": ["ExpertParameter", "ExpertParameter"],
+            "difference": 0.0,
+            "average": "ExpertParameter",
+        }
+
+
+def test_one_rank_has_the_norm_and_writes_experts_that_are_in_order(tmp_path: Path) -> None:
+    (found,) = launch("recipe_ranks:in_one_process", 1, tmp_path)
+    refused = {name for name, words in found.items() if words}
+    assert refused == {name for name in found if "reversed" in name and "norm" not in name}
+    assert len(refused) == 6
+
+
+def test_deepspeed_is_refused_before_it_sends_anything(recipes: list[Any]) -> None:
+    assert all("DeepSpeed's engine sends the first rank's parameters" in found["deepspeed"] for found in recipes)
+
+
+def test_recipes_of_the_matrix_are_equal_or_refused() -> None:
+    command = [sys.executable, "-m", "benchmarks", "training_recipes", "--only", "averages", "GPipe", "Adafactor"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert sorted(results) == ["equal", "equal", "refused"]

@@ -1,0 +1,303 @@
+"""One client, peer or proxy does no harm to the others: memory, time, connections."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import io
+import json
+import re
+import socket
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import psutil
+import pytest
+from sqlalchemy.event import listen
+
+pytest.importorskip("fastapi", reason="the service is an extra")
+from service_runs import MODEL, TOPOLOGY, Server, counts, prepared, send, serving, skewed
+
+import moeplace as mp
+from moeplace.db import Store
+from moeplace.db.records import Actor, CountWindow
+from moeplace.placement.errors import InputError
+from moeplace.profiler.statistics_file import write_statistics
+from moeplace.service.counts import ARROW, to_arrow
+from moeplace.service.reader import Operations
+from moeplace.service.readers import REQUEST_BYTES
+
+pytestmark = pytest.mark.slow
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(str(tmp_path_factory.mktemp("service") / "store.db"), "--workers", "0") as running:
+        with running.client() as client:
+            prepared(client)
+        yield running
+
+
+class Watch:
+    """What a server takes meanwhile. grown: bytes of memory above those before. slowest: seconds of others."""
+
+    def __init__(self, server: Server) -> None:
+        self._process = psutil.Process(server.process.pid)
+        self._netloc = urlsplit(server.url).netloc
+        self._base = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self.grown, self.slowest = 0, 0.0
+        self._threads = [threading.Thread(target=self._memory), threading.Thread(target=self._others)]
+
+    def _memory(self) -> None:
+        while not self._stop.is_set():
+            self.grown = max(self.grown, self._process.memory_info().rss - self._base)
+            time.sleep(0.005)
+
+    def _others(self) -> None:
+        connection = http.client.HTTPConnection(self._netloc, timeout=120)
+        while not self._stop.is_set():
+            began = time.perf_counter()
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+            self.slowest = max(self.slowest, time.perf_counter() - began)
+            time.sleep(0.01)
+        connection.close()
+
+    def __enter__(self) -> Watch:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+NOTHINGS = b"[],"
+MANY = 6_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "after"),
+    [
+        ("/v1/deployments/chat/windows", b'{"windows":[{"ended":"2026-01-01T00:00:00Z","load":[', b"[]]}]}"),
+        ("/v1/plans", b'{"document":{"a":[', b"[]]}}"),
+        ("/v1/topologies", b'{"topology":{"a":[', b"[]]}}"),
+        ("/v1/models", b'{"spec":[', b"[]]}"),
+        ("/v1/solve", b'{"options":{"a":[', b"[]]}}"),
+    ],
+)
+def test_json_that_is_little_on_the_wire_and_much_in_memory_takes_no_ones_time(
+    server: Server, path: str, before: bytes, after: bytes
+) -> None:
+    """6 million empty lists: near a gigabyte once read, and seconds during which the interpreter does nothing else."""
+    with Watch(server) as watch:
+        status, answer = send(server, "POST", path, before + NOTHINGS * MANY + after)
+    assert status in (413, 422), answer
+    assert json.loads(answer)["detail"]
+    assert watch.grown < 200 << 20
+    assert watch.slowest < 1.0
+
+
+@pytest.mark.parametrize("operation", ["windows", "topology", "plan"])
+@pytest.mark.parametrize("value", [b"[],", b"{},", b"1,", b'"a",'])
+def test_documents_of_more_values_than_any_right_one_has_are_refused_before_they_are_made(
+    operation: str, value: bytes
+) -> None:
+    asked = {"operation": operation, "kind": "application/json", "shape": [58, 256]}
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="values, .* of them lists or mappings; at most"):
+            Operations(None, None).answer(asked, b'{"a":[' + value * 8_000_000 + b"0]}")  # type: ignore[arg-type]
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20, "the body itself and no more"
+    finally:
+        tracemalloc.stop()
+
+
+def test_large_bodies_that_are_right_are_taken(server: Server) -> None:
+    windows = [CountWindow(NOON.replace(microsecond=i), counts(i, skewed(0)), "w" * 99, "s" * 99) for i in range(512)]
+    document = {
+        "windows": [
+            {"ended": w.ended.isoformat(), "load": w.load.tolist(), "workload": "j" * 90, "source": " " * 300 + "x"}
+            for w in windows
+        ]
+    }
+    body = json.dumps(document).encode()
+    assert len(body) > 1 << 18
+    status, answer = send(server, "POST", "/v1/deployments/chat/windows", body)
+    assert (status, json.loads(answer)["errors"][0]["field"]) == (422, "windows.0.source"), answer
+    status, answer = send(server, "POST", "/v1/deployments/chat/windows", body.replace(b" " * 300, b" " * 9))
+    assert (status, json.loads(answer)) == (200, {"received": 512, "new": 512})
+    body = to_arrow([CountWindow(w.ended, w.load << 40, w.workload, w.source) for w in windows])
+    assert len(body) > 1 << 18
+    status, answer = send(server, "POST", "/v1/deployments/chat/windows", body, ARROW)
+    assert (status, "2**48" in json.loads(answer)["detail"]) == (422, True), answer
+    status, answer = send(server, "POST", "/v1/deployments/chat/windows", to_arrow(windows), ARROW)
+    assert (status, json.loads(answer)) == (200, {"received": 512, "new": 512})
+
+
+def test_an_arrow_stream_of_zeros_packed_into_kilobytes_is_not_decoded(server: Server) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"ended": pa.array([NOON]), "load": pa.array([np.zeros(1 << 24, np.int64)])})
+    for codec in ("zstd", "lz4"):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+            writer.write_table(table)
+        body = sink.getvalue().to_pybytes()
+        assert len(body) < 1 << 20
+        with Watch(server) as watch:
+            status, answer = send(server, "POST", "/v1/deployments/chat/windows", body, ARROW)
+        assert (status, b"compressed" in answer) == (422, True)
+        assert watch.grown < 100 << 20
+        assert watch.slowest < 1.0
+
+
+def test_columns_nobody_asked_for_are_named_in_few_words(server: Server) -> None:
+    import pyarrow as pa
+
+    table = pa.table([pa.array([1])] * 2000, names=[f"c{i}" for i in range(2000)])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    status, answer = send(server, "POST", "/v1/deployments/chat/windows", sink.getvalue().to_pybytes(), ARROW)
+    assert (status, b"'c0'" in answer) == (422, True)
+    assert len(answer) < 1000
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n", b"X-Long: " + b"a" * 4000 + b"\r\n"),
+        (b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Endless: ", b"a" * 4000),
+        (b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET / HTTP/1.1\r\nX: ", b"a" * 4000),
+        (
+            b"POST /v1/plans HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX: ",
+            b"a" * 4000,
+        ),
+    ],
+    ids=["many", "one", "in a row", "after a body"],
+)
+def test_headers_without_end_are_not_kept(server: Server, begin: bytes, piece: bytes) -> None:
+    """64 MB of them took the server 300 MB and 7 seconds."""
+    address = urlsplit(server.url)
+    sent = 0
+    with Watch(server) as watch:
+        with socket.create_connection((str(address.hostname), address.port), timeout=30) as connection:
+            try:
+                connection.sendall(begin)
+                while sent < 32 << 20:
+                    connection.sendall(piece)
+                    sent += len(piece)
+            except OSError:
+                pass
+        assert sent < 16 << 20
+    assert watch.grown < 50 << 20
+    assert watch.slowest < 2.0
+
+
+def test_a_body_of_many_small_chunks_is_a_body(server: Server) -> None:
+    address = urlsplit(server.url)
+    body = b" " * 100_000 + b"{}"
+    with socket.create_connection((str(address.hostname), address.port), timeout=60) as connection:
+        connection.sendall(b"POST /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 422"
+
+
+def test_uploads_that_unpack_to_much_are_read_elsewhere(server: Server) -> None:
+    load, workload = np.ones((900, 58, 256)), np.zeros(900, int)
+    statistics = mp.RoutingStatistics(experts=256, moe_layers=tuple(range(58)), load=load, window_workload=workload)
+    packed = io.BytesIO()
+    write_statistics(
+        statistics,
+        packed,
+    )
+    assert len(packed.getvalue()) < 8 << 20
+    with Watch(server) as watch, server.client() as client:
+        assert client.upload_statistics(io.BytesIO(packed.getvalue()))
+    assert watch.grown < 64 << 20
+    assert watch.slowest < 1.0
+
+
+def test_one_request_of_a_reading_process_that_dies_fails_alone(server: Server) -> None:
+    """The next is read by another process."""
+    windows = [CountWindow(NOON.replace(second=7, microsecond=i), counts(i, skewed(0)), "w" * 99) for i in range(512)]
+    body = to_arrow([CountWindow(w.ended, w.load << 30, w.workload, "s" * 99) for w in windows])
+    assert len(body) > 1 << 18
+    path = "/v1/deployments/chat/windows"
+    assert send(server, "POST", path, body, ARROW)[0] == 200
+    [reader] = [
+        child
+        for child in psutil.Process(server.process.pid).children()
+        if "moeplace.service.reader" in child.cmdline() and str(REQUEST_BYTES) in child.cmdline()
+    ]
+    reader.kill()
+    status, answer = send(server, "POST", path, body, ARROW)
+    assert (status, json.loads(answer)) == (200, {"received": 512, "new": 0})
+
+
+def test_pages_of_a_thousand_devices_are_small_and_known_ones_are_not_sent_again(server: Server) -> None:
+    """They grew with the square of devices: 131 MB and 18 s."""
+    model = mp.ModelSpec(layers=2, experts=1024, top_k=4, hidden_size=64, ffn_size=64, name="wide")
+    cluster = mp.Topology.preset("h100-hgx", nodes=128, devices_per_node=8)
+    rng = np.random.default_rng(0)
+    with server.client() as client:
+        assert client.add_topology(cluster, "large").devices == 1024
+        client.add_deployment("wide", client.add_model(model).id, "large", {"solver": "eplb"})
+        client.push_windows("wide", [CountWindow(NOON.replace(hour=i), rng.integers(0, 9, (2, 1024))) for i in (1, 2)])
+        plans = []
+        for load in rng.random((2, 2, 1024)):
+            statistics = mp.RoutingStatistics.from_counts(load, top_k=4)
+            plans.append(client.add_plan(mp.solve(mp.Problem(model, cluster, statistics), "eplb")).id)
+            client.publish("wide", plans[-1])
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=120)
+    for path in ("/deployments/wide", f"/deployments/wide/diff?before={plans[0]}&after={plans[1]}"):
+        with Watch(server) as watch:
+            connection.request("GET", path, headers={"Accept-Encoding": "gzip"})
+            answer = connection.getresponse()
+            content = answer.read()
+        assert (answer.status, answer.getheader("content-encoding")) == (200, "gzip")
+        assert len(content) < 200_000
+        assert len(gzip.decompress(content)) < 2_000_000
+        assert watch.grown < 200 << 20
+        known = {"Accept-Encoding": "gzip", "If-None-Match": str(answer.getheader("etag"))}
+        connection.request("GET", path, headers=known)
+        again = connection.getresponse()
+        assert (again.status, again.read()) == (304, b"")
+    connection.close()
+
+
+def test_the_start_page_shows_all_deployments_a_page_at_a_time(tmp_path: Path) -> None:
+    by = Actor("ann", "approve")
+    path = str(tmp_path / "store.db")
+    with Store.open(path) as store:
+        ids = store.add_model(MODEL).id, store.add_topology(TOPOLOGY).id
+        for number in range(130):
+            store.deployments.add(f"chat {number:03}", *ids, {}, by)
+        store.windows.add({"chat 007": [CountWindow(NOON, counts(1, skewed(0)))]})
+        asked: list[str] = []
+        listen(store._sessions._own_engine(), "before_cursor_execute", lambda *a: asked.append(a[2]))
+        found = store.deployments.overview(limit=101)
+        assert [entry.windows for entry in found[6:9]] == [0, 1, 0]
+        assert (found[0].model, found[0].devices) == ("toy", 4)
+        assert len(asked) < 15
+    with serving(path, "--workers", "0") as server:
+        first = send(server, "GET", "/")[1].decode()
+        [following] = re.findall(r'href="/(\?after=[^"]+)">next', first)
+        second = send(server, "GET", "/" + following)[1].decode()
+        shown = [set(re.findall(r">(chat \d{3})</a>", content)) for content in (first, second)]
+        assert [len(names) for names in shown] == [100, 30]
+        assert len(shown[0] | shown[1]) == 130
+        assert "next" not in second

@@ -1,0 +1,22 @@
+"""What each rank does in test_layer_costs.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import join_group
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+
+def costs(rank: int, world: int, folder: Path) -> Any:
+    from layer_costs import measured
+
+    join_group(rank, world, folder)
+    found = measured(rank, world, torch.bfloat16)
+    dist.destroy_process_group()
+    return found
