@@ -41,7 +41,7 @@ lint: $(VENV)/.test
 # The repository root is the package: mypy sees it as `moeplace` through a link.
 types: $(VENV)/.test
 	mkdir -p build/types && ln -sfn ../.. build/types/moeplace
-	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p moeplace
+	cd build/types && MYPY_NUM_WORKERS=2 $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p moeplace
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml ../../examples/*.py
 
 unit: $(VENV)/.test

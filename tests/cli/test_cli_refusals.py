@@ -395,7 +395,7 @@ HELD_UP = """
 import builtins, os, signal, sys
 from moeplace import __main__
 real, pressed = builtins.__import__, []
-def slow(name, *rest):
+def slow(name, *rest, **named):
     # As an import that C++ asked for: what breaks it off is taken for a missing module.
     if name == "WHERE" and not pressed:
         pressed.append(name)
@@ -409,7 +409,7 @@ def slow(name, *rest):
             real("moeplace_pressed")
         except BaseException as error:
             print(type(error).__name__, file=sys.stderr)
-    return real(name, *rest)
+    return real(name, *rest, **named)
 builtins.__import__ = slow
 __main__.main()
 """

@@ -71,7 +71,7 @@ def test_requests_that_do_not_come_take_no_ones_place(server: Server) -> None:
     for number in range(1100):
         if number == 600:
             # Those that came together have had their time to send: those that come next take their places.
-            time.sleep(connections.LOOK_SECONDS + 0.2)
+            time.sleep((connections.ROUNDS + 1) * connections.LOOK_SECONDS)
         with contextlib.suppress(OSError):
             half_open.append(opened(server, halves[number % 3]))
     try:
