@@ -23,8 +23,7 @@ from runner import Report, data_argument
 
 import moeplace as mp
 from moeplace.solvers.base import Budget
-from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
-from moeplace.solvers.exflow import assignment_sweeps, local_weight
+from moeplace.solvers.exflow import assignment_sweeps, kept_at_most, local_weight, spectral_kept
 
 DECODE, PREFILL = ("decode", 128), ("prefill", 4096)
 MODES = ("dispatch_combine", "context_coherent")

@@ -3,7 +3,7 @@
     pip install aiconfigurator-core            # Apache-2.0, NVIDIA; 114 MB, asked for by this command alone
     python -m benchmarks transfer_fit --write  # placement/transfers.json and docs/results/transfers.md
 
-What rows are of, and what is fitted to them, is said in `placement/transfer_tables.py`.
+What rows are of, and what is fitted to them, is said in `placement/transfers.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from kernel_fit import SOURCE, compact, root_argument, tables_root, written
 from runner import HERE, Report
 
 from moeplace.placement.topology import PRESETS
-from moeplace.placement.transfer_tables import TransferRows, fitted, form, newest
-from moeplace.placement.transfers import TERMS as COLUMNS
+from moeplace.placement.transfers import COLUMNS, TransferRows, fitted, form, newest
 
 FILE = HERE.parent / "placement" / "transfers.json"
 PAGE = "transfers"
@@ -28,7 +27,7 @@ MOST_ERROR = 0.4
 
 
 def entry(coefficients: dict[str, float], error: float, between_nodes: bool) -> list[float]:
-    """A row of the file, in the order and the units of `placement.transfers.TERMS`."""
+    """A row of the file, in the order and the units of `placement.transfers.COLUMNS`."""
     link = 1e-9 / coefficients["link"]
     figures = {
         "launch": coefficients["launch"] * 1e6,

@@ -133,7 +133,7 @@ def _times(evaluations: Mapping[str, Evaluation], kind: str) -> list[str]:
     import numpy as np
 
     from ..charts.svg import axis_form
-    from ..charts.text import text_histograms
+    from ..charts.terminal import text_histograms
     from .report.sections import span_in_words
 
     every = np.concatenate([evaluation.step_seconds for evaluation in evaluations.values()]) * 1e3
@@ -170,7 +170,7 @@ def _by_layer(
     """A curve a name over MoE layers, from 1.0 on. kinds: class of each curve."""
     from ..charts.lines import Curve, curves
     from ..charts.svg import number_axis
-    from ..charts.text import text_lines
+    from ..charts.terminal import text_lines
     from .report.figures import Panel, single
     from .report.sections import WIDE
 
@@ -194,7 +194,7 @@ AT_THE_RIGHT = "At the right the largest of the layers."
 def _loads(evaluations: Mapping[str, Evaluation], layers: Sequence[int], topology: Any, kind: str) -> Drawing:
     """Load maps of plans on one scale."""
     from ..charts.heat_maps import load_map, load_shades
-    from ..charts.text import text_map
+    from ..charts.terminal import text_map
     from .report.figures import Panel, single
     from .report.sections import relative_load
 
@@ -224,7 +224,7 @@ def record_drawings(statistics: RoutingStatistics) -> list[Drawing]:
     import numpy as np
 
     from ..charts.heat_maps import Shades, Side, heat_map
-    from ..charts.text import text_map
+    from ..charts.terminal import text_map
     from .report.figures import Panel, single
     from .report.sections import line_kinds
 
@@ -272,7 +272,7 @@ def plan_drawings(plan: Plan, name: str) -> list[Drawing]:
     import numpy as np
 
     from ..charts.heat_maps import Shades, Side, heat_map
-    from ..charts.text import text_map
+    from ..charts.terminal import text_map
     from .report.figures import Panel, single
 
     replicas = np.asarray(plan.replicas, dtype=np.float64)
@@ -325,7 +325,7 @@ def front_drawings(data: Mapping[str, Any]) -> list[Drawing]:
 
 def _front(points: Sequence[Mapping[str, Any]], key: str, title: str, x_title: str, at: Sequence[float]) -> Drawing:
     from ..charts.lines import POINT_KINDS, Mark, scatter
-    from ..charts.text import text_points
+    from ..charts.terminal import text_points
     from .report.figures import Panel, single
     from .report.sections import WIDE
 
@@ -349,7 +349,7 @@ def _front(points: Sequence[Mapping[str, Any]], key: str, title: str, x_title: s
 def slot_front_drawings(front: Mapping[str, Any]) -> list[Drawing]:
     """Step time over the memory of redundant experts, of `solve --slots auto --json`."""
     from ..charts.lines import Mark, scatter
-    from ..charts.text import text_points
+    from ..charts.terminal import text_points
     from .report.figures import Panel, single
     from .report.sections import WIDE
 

@@ -16,7 +16,6 @@ import numpy as np
 from .._arguments import check_types
 from .._types import FloatArray, IntArray
 from .cost import ExpertCost, TransferCost, Transfers, chance_reached, slot_shares
-from .draws import generator
 from .errors import InputError
 from .layer_slots import alike_layers
 from .objective import Objective
@@ -25,6 +24,7 @@ from .plan import Certificate, Plan, equal_shares, replica_counts
 from .problem import Problem
 from .statistics import window_weights
 from .steps import Steps
+from .validation import generator
 
 NOISE_WINDOWS, NOISE_LAYERS = 64, 1024
 """Windows drawn to tell what chance alone costs, at most; and layers of windows that tell it as well."""

@@ -15,7 +15,6 @@ from .._display import Displayed, data_size
 from .._types import FloatArray, IntArray
 from .batches import Batch
 from .bounds import step_seconds_bound, with_room
-from .draws import generator
 from .engines import check_plan
 from .errors import InputError, UnsupportedError
 from .evaluate import Evaluation, evaluate
@@ -28,6 +27,7 @@ from .statistics import RoutingStatistics, window_weights, with_tokens
 from .step_mix import mixed_window_bound, mixed_window_times, problem_steps
 from .steps import Steps
 from .trace import RoutingTrace
+from .validation import generator
 
 WORTH_IT = 0.01
 """Of the time: what saves less is not worth a change."""

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._types import FloatArray, IntArray
-from .draws import generator
 from .errors import InputError
 from .statistics import with_tokens
+from .validation import generator
 
 LEAST_SINCE = 2
 """Blocks before a change, and after it, that can show one."""

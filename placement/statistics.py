@@ -15,10 +15,10 @@ from .._arguments import check_types
 from .._display import Displayed, names, plural, span
 from .._types import BoolArray, FloatArray, IntArray
 from .batches import Batch
-from .draws import generator
 from .errors import InputError, UnsupportedError
 from .model import ModelSpec
 from .trace import ForwardCalls, RoutingTrace, apart, layer_index
+from .validation import generator
 
 # Expert loads over successive spans of a stream of tokens, in bounded memory, and what each of them weighs.
 

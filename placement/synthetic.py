@@ -6,11 +6,11 @@ import numpy as np
 
 from .._arguments import check_types
 from .._types import FloatArray, IntArray
-from .draws import generator
 from .errors import InputError
 from .statistics import RoutingStatistics
 from .steps import Steps
 from .trace import RoutingTrace, id_dtype
+from .validation import generator
 
 BLOCK_VALUES = 1 << 21
 """Floats a working array may hold."""

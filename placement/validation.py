@@ -1,9 +1,11 @@
-"""Turns pydantic's findings into one-line errors that name the field and the value given."""
+"""What users give, checked: pydantic's findings as one-line errors that name the field and the value, and seeds."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -64,3 +66,23 @@ def describe(owner: str, error: ValidationError) -> str:
         given = "" if finding["type"] in ("missing", "value_error") else f" (given: {finding['input']!r})"
         lines.append(f"{owner}{'.' + path if path else ''}: {message}{given}")
     return "; ".join(lines)
+
+
+def check_seed(seed: Any) -> int:
+    """The seed, a whole number from 0 on.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise InputError(f"seed ({seed!r}) must be a whole number, 0 or more")
+    return int(seed)
+
+
+def generator(seed: int) -> np.random.Generator:
+    """Draws of a seed: the same seed, the same draws.
+
+    Raises:
+        InputError: as `check_seed` does.
+    """
+    return np.random.default_rng(check_seed(seed))

@@ -3,8 +3,8 @@ from .base import Feature as Feature
 from .base import Needs as Needs
 from .base import Solution as Solution
 from .base import Solver as Solver
-from .certify.transitions import kept_at_most as kept_at_most
-from .certify.transitions import spectral_kept as spectral_kept
+from .exflow import kept_at_most as kept_at_most
+from .exflow import spectral_kept as spectral_kept
 from .options import ChainOptions as ChainOptions
 from .options import EplbOptions as EplbOptions
 from .options import ExflowOptions as ExflowOptions

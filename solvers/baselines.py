@@ -6,8 +6,8 @@ import numpy as np
 
 from .._types import IntArray
 from ..placement.bounds import device_load_certificate
-from ..placement.draws import generator
 from ..placement.problem import Problem
+from ..placement.validation import generator
 from .base import Budget, Feature, Needs, Solution
 
 

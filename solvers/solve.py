@@ -17,12 +17,12 @@ from .._arguments import check_types
 from .._plugins import Registry
 from ..placement.bounds import device_loads
 from ..placement.cost import slot_shares
-from ..placement.draws import check_seed
 from ..placement.engines import check_plan
 from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.plan import Plan, Provenance
 from ..placement.problem import Problem
 from ..placement.progress import Listener
+from ..placement.validation import check_seed
 from ..placement.version import __version__
 from .base import Budget, Feature, Needs, Solver
 from .baselines import Contiguous, RandomPlacement, RoundRobin

@@ -10,7 +10,7 @@ import numpy as np
 from ..._types import FloatArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
-from ..json_items import json_items
+from ..files import json_items
 from .engine_counts import MOST_EXPERTS, statistics_of
 from .tables import nested_numbers
 

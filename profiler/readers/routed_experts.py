@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
-from ..files import NPY_MAGIC, Source, name_of, path_or_file, reading
-from ..json_items import json_items
+from ..files import NPY_MAGIC, Source, json_items, name_of, path_or_file, reading
 from ..notes import remark
 from .arrays import ROUTED, Ids, fused_shared, holds_arrays, is_filled, npy_array, npy_file, npz_arrays
 from .engine_counts import MOST_EXPERTS, left_out, set_apart, without_shared

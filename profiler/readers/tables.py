@@ -22,8 +22,7 @@ from ..._tensor_files import load_plain, tensor_array
 from ...placement.errors import FileFormatError, InputError
 from ...placement.model_config import differing_layers
 from ...placement.statistics import RoutingStatistics
-from ..files import NPY_MAGIC
-from ..json_items import BOM, ITEM_LIMIT, json_items
+from ..files import BOM, ITEM_LIMIT, NPY_MAGIC, json_items
 from ..notes import remark
 from .arrays import ROWS_LOOKED_AT, Numbers, is_surely_ids, is_surely_loads, npy_numbers, npz_numbers, reading_of
 from .engine_counts import MOST_EXPERTS, RankCounts, statistics_of, sum_ranks

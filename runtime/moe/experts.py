@@ -34,8 +34,7 @@ from .expert_mlps import ExpertMLP, SwiGLU
 from .expert_shards import ExpertShards, JoinedWeights
 from .layer_placement import LayerPlacement
 from .lsh import CompressedDispatcher
-from .managers import OptimizerSteps
-from .marks import ExpertParameter, ExpertRows
+from .managers import ExpertParameter, ExpertRows, OptimizerSteps
 from .mesh import ExpertMesh
 from .online import OnlineCopies, check_homes
 from .padded import PaddedDispatcher, expert_capacity

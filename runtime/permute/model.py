@@ -14,7 +14,7 @@ from ..._arguments import check_types
 from ..._types import IntArray
 from ...placement.errors import InputError, UnsupportedError
 from ...placement.plan import Plan
-from .rows import expert_order
+from .checkpoint import expert_order
 
 if TYPE_CHECKING:
     import torch

@@ -10,13 +10,13 @@ import numpy.typing as npt
 from ..._types import FloatArray, IntArray
 from ...placement.batches import Batch, Phase
 from ...placement.cost import ExpertCost, Transfers
-from ...placement.draws import generator
 from ...placement.memory import check_memory
 from ...placement.problem import Problem
 from ...placement.statistics import window_weights, with_tokens
 from ...placement.step_mix import batch_steps, mixed_steps, named_batch, step_mix
 from ...placement.steps import Steps
 from ...placement.synthetic import sample_tokens
+from ...placement.validation import generator
 from .kernel_types import LayerTokens, Rates, RiskWeights, SourceTokens
 
 SCENARIO_TOKENS, MOST_SCENARIO_TOKENS = 65_536, 262_144

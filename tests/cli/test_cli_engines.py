@@ -17,7 +17,7 @@ from moeplace.cli.options import ObjectiveOptions
 from moeplace.cli.parse import read_objective
 from moeplace.placement.engines import target_names
 from moeplace.placement.objective import Objective
-from moeplace.runtime.permute.rows import expert_order
+from moeplace.runtime.permute.checkpoint import expert_order
 
 pytestmark = pytest.mark.slow
 

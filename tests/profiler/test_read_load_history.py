@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
-from moeplace.profiler import json_items as json_items_module
-from moeplace.profiler.json_items import DEPTH_LIMIT, json_items
+from moeplace.profiler import files
+from moeplace.profiler.files import DEPTH_LIMIT, json_items
 from moeplace.profiler.read import read_any
 from moeplace.profiler.readers.load_history import is_load_history, read_load_history
 
@@ -62,7 +62,7 @@ def test_dense_layers_keep_the_numbers_of_the_others_and_idle_entries_go(tmp_pat
 def test_where_the_file_is_cut_into_chunks_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None
 ) -> None:
-    monkeypatch.setattr(json_items_module, "CHUNK", chunk)
+    monkeypatch.setattr(files, "CHUNK", chunk)
     table = loads(3)
     history = [{"step": i, "logical_expert_load": entry, "é": [1.5, None]} for i, entry in enumerate(table.tolist())]
     content = {"seed": 12345, "load_history": history, "name": "é {[", "end": -1.25e3}
@@ -71,7 +71,7 @@ def test_where_the_file_is_cut_into_chunks_does_not_matter(
 
 
 def test_the_file_is_never_in_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_items_module, "CHUNK", 1 << 16)
+    monkeypatch.setattr(files, "CHUNK", 1 << 16)
     path = write(tmp_path / "a", loads(3000, 4, 64))
     size = path.stat().st_size
     tracemalloc.start()
@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_history_is_said(tmp_path: Path, case: str) -> None
 
 
 def test_a_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_items_module, "CHUNK", 100)
+    monkeypatch.setattr(files, "CHUNK", 100)
     for endless in (b"[[" + b"1, " * 5000, b'["' + b"a" * 5000, b'{"other": [' + b"1, " * 5000):
         with pytest.raises(mp.FileFormatError, match="more than 1,000 bytes"):
             list(json_items(io.BytesIO(endless), "a", "item", limit=1000))
@@ -131,7 +131,7 @@ def test_a_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 def test_containers_nested_too_deep_are_refused_and_brackets_in_text_are_none(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(json_items_module, "CHUNK", chunk)
+    monkeypatch.setattr(files, "CHUNK", chunk)
     for deep in (b"[" * 100_000, b'["]]]]",' * 1000, b'{"a\\"}":' * 1000):
         with pytest.raises(mp.FileFormatError, match=f"more than {DEPTH_LIMIT} deep"):
             list(json_items(io.BytesIO(deep), "a", "item"))
@@ -164,7 +164,7 @@ json_values = st.recursive(
 @given(st.lists(json_values, max_size=5), st.integers(1, 9))
 def test_any_json_comes_out_as_it_went_in(content: list[Any], chunk: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_items_module, "CHUNK", chunk)
+        patch.setattr(files, "CHUNK", chunk)
         path = Path(folder) / "a"
         path.write_text(json.dumps(content, ensure_ascii=chunk % 2 == 0), encoding="utf-8")
         with path.open("rb") as handle:

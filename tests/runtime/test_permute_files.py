@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
-from moeplace.runtime.permute.checkpoint import permute_checkpoint, read_header
-from moeplace.runtime.permute.rows import expert_order
+from moeplace.runtime.permute.checkpoint import expert_order, permute_checkpoint, read_header
 
 EXPERTS, WIDTH = 4, 2
 

@@ -20,7 +20,7 @@ from moeplace.solvers.certify.device_sets import DeviceSets, link_floors, sets_f
 from moeplace.solvers.certify.partition import least_over_partitions
 from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
 from moeplace.solvers.certify.step_time import StepCertificate
-from moeplace.solvers.certify.transitions import kept_at_most, spectral_kept
+from moeplace.solvers.exflow import kept_at_most, spectral_kept
 
 pytestmark = pytest.mark.slow
 
