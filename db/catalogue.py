@@ -37,6 +37,7 @@ from .records import (
     StatisticsRecord,
     StoreDescription,
     TopologyRecord,
+    TopologySummary,
 )
 from .references import ROWS, Kind, claim_name, find
 from .schema import (
@@ -226,6 +227,12 @@ def model_record(row: ModelRow) -> ModelRecord:
 
 def topology_record(row: TopologyRow) -> TopologyRecord:
     return TopologyRecord(**_named(row), topology=Topology(**row.topology))
+
+
+def topology_summary(row: TopologyRow) -> TopologySummary:
+    return TopologySummary(
+        **_named(row), devices=row.devices, nodes=len(row.topology["nodes"]), label=row.topology["name"]
+    )
 
 
 def statistics_record(row: StatisticsRow) -> StatisticsRecord:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -129,6 +130,8 @@ class Sessions:
         self.url = url
         self._engine = connect(url, lock_seconds)
         self._process = os.getpid()
+        self._looking = threading.Lock()
+        self._looker: tuple[int, sqlite3.Connection] | None = None
         with self._converting():
             try:
                 migrate(self._engine, lock_seconds)
@@ -154,9 +157,27 @@ class Sessions:
         the database cannot tell (SQLite)."""
         return Listener(self.url, changed) if self.url.get_backend_name() == "postgresql" else None
 
+    def version(self) -> int | None:
+        """What changes with every commit of others to an SQLite file, told without a question to its tables; None where
+        that cannot be told: elsewhere, or now."""
+        if self.url.get_backend_name() != "sqlite":
+            return None
+        with self._looking:
+            try:
+                if self._looker is None or self._looker[0] != os.getpid():
+                    known = sqlite3.connect(str(self.url.database), timeout=0.0, check_same_thread=False)
+                    self._looker = (os.getpid(), known)
+                return int(self._looker[1].execute("PRAGMA data_version").fetchone()[0])
+            except sqlite3.Error:
+                return None
+
     def close(self) -> None:
         """Closes idle connections."""
         self._own_engine().dispose()
+        with self._looking:
+            if self._looker is not None and self._looker[0] == os.getpid():
+                self._looker[1].close()
+            self._looker = None
 
     def _own_engine(self) -> Engine:
         if os.getpid() != self._process:

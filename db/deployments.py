@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from ..placement.plan import plan_from_dict
 from ..placement.topology import Topology
 from . import audit
 from .content import ID_DIGITS, plain
-from .database import Sessions
+from .database import Sessions, changed_rows
 from .records import Actor, Cause, CheckRecord, DeploymentOverview, DeploymentRecord, PublicationRecord
 from .references import check_name, deployment_row, find, id_of
 from .schema import (
@@ -39,6 +39,7 @@ from .schema import (
 from .webhooks import announce
 
 MOST_REFUSED = 50
+Condition = Callable[[DeploymentRecord], None]
 
 
 class Deployments:
@@ -86,10 +87,24 @@ class Deployments:
         with self._sessions.reading() as session:
             return _record(session, deployment_row(session, name))
 
-    def page(self, *, limit: int, after: str = "", among: Sequence[str] | None = None) -> list[DeploymentRecord]:
-        """In order of their names, those behind `after`; of these names only, where they are given."""
+    def page(
+        self,
+        *,
+        limit: int,
+        after: str = "",
+        among: Sequence[str] | None = None,
+        model: str | None = None,
+        topology: str | None = None,
+    ) -> list[DeploymentRecord]:
+        """In order of their names, those behind `after`; of these names only, where they are given, of this model and
+        on this topology."""
         with self._sessions.reading() as session:
-            rows = _page(session, limit, after, among)
+            of: list[Any] = []
+            if model is not None:
+                of.append(DeploymentRow.model_key == find(session, ModelRow, model).key)
+            if topology is not None:
+                of.append(DeploymentRow.topology_key == find(session, TopologyRow, topology).key)
+            rows = _page(session, limit, after, among, of)
             ids = _ids_of(session, rows)
             return [_record(session, row, ids) for row in rows]
 
@@ -143,10 +158,14 @@ class Deployments:
                 for row in rows
             ]
 
-    def set_policy(self, name: str, policy: Mapping[str, Any], by: Actor) -> DeploymentRecord:
-        """Replaces the policy."""
+    def set_policy(
+        self, name: str, policy: Mapping[str, Any], by: Actor, *, condition: Condition | None = None
+    ) -> DeploymentRecord:
+        """Replaces the policy. condition: raises where the deployment is not what the change was meant for."""
         with self._sessions.writing() as session:
             row = deployment_row(session, name)
+            if condition is not None:
+                condition(_record(session, row))
             before, row.policy = row.policy, plain("policy", dict(policy))
             audit.note(session, by, "deployment.policy", name, {"before": before, "after": row.policy})
             return _record(session, row)
@@ -184,9 +203,17 @@ class Deployments:
             return emptied
 
     def publish(
-        self, name: str, plan: str, by: Actor, *, cause: Cause, comment: str = "", expected: int | None = None
+        self,
+        name: str,
+        plan: str,
+        by: Actor,
+        *,
+        cause: Cause,
+        comment: str = "",
+        expected: int | None = None,
+        condition: Condition | None = None,
     ) -> PublicationRecord:
-        """Puts a stored plan in force. expected: the version it follows.
+        """Puts a stored plan in force. expected: the version it follows. condition: as of `set_policy`.
 
         Raises:
             ConflictError: another plan was published meanwhile. InputError: a plan for another model or topology.
@@ -196,6 +223,8 @@ class Deployments:
             row = deployment_row(session, name)
             if expected is not None and row.version != expected:
                 raise ConflictError(f"{name!r} is at version {row.version}, not {expected}: look at it and try again")
+            if condition is not None:
+                condition(_record(session, row))
             return _publication(session, publish(session, row, find(session, PlanRow, plan), by, cause, comment))
 
     def release(self, name: str, by: Actor) -> DeploymentRecord:
@@ -232,6 +261,13 @@ class Deployments:
                 query = query.where(PublicationRow.version < before)
             rows = session.scalars(query.order_by(PublicationRow.version.desc()).limit(limit))
             return [_publication(session, entry) for entry in rows]
+
+    def drop_checks(self, created_before: datetime) -> int:
+        """Removes drift checks older than a moment, but the newest of each deployment; returns how many."""
+        newest = select(func.max(CheckRow.key)).group_by(CheckRow.deployment_key)
+        old = delete(CheckRow).where(CheckRow.created < created_before, CheckRow.key.not_in(newest))
+        with self._sessions.writing() as session:
+            return changed_rows(session, old)
 
     def checks(
         self,
@@ -312,8 +348,10 @@ def supersede(session: Session, row: DeploymentRow, by: Actor, decision: Decisio
             other.state, other.closed, other.closed_by = "superseded", datetime.now(UTC), by.name
 
 
-def _page(session: Session, limit: int, after: str, among: Sequence[str] | None) -> Sequence[DeploymentRow]:
-    query = select(DeploymentRow).where(DeploymentRow.name > after).order_by(DeploymentRow.name).limit(limit)
+def _page(
+    session: Session, limit: int, after: str, among: Sequence[str] | None, of: Sequence[Any] = ()
+) -> Sequence[DeploymentRow]:
+    query = select(DeploymentRow).where(DeploymentRow.name > after, *of).order_by(DeploymentRow.name).limit(limit)
     if among is not None:
         query = query.where(DeploymentRow.name.in_(among))
     return session.scalars(query).all()

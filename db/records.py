@@ -41,6 +41,14 @@ class TopologyRecord(NamedRecord):
     topology: Topology
 
 
+class TopologySummary(NamedRecord):
+    """label: the name that the topology itself carries."""
+
+    devices: int
+    nodes: int
+    label: str
+
+
 class StatisticsRecord(NamedRecord):
     """What stored statistics hold; `Store.statistics_content` has the arrays.
 
@@ -427,10 +435,11 @@ class EngineHold:
 
 @dataclass(frozen=True)
 class DueDelivery:
-    """An event to send. secrets: each signs it; as they are stored."""
+    """An event to send. deployment: its key. secrets: each signs it; as they are stored."""
 
     key: int
     webhook: int
+    deployment: int
     url: str
     secrets: Sequence[str]
     event: Mapping[str, Any]

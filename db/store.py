@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Self, TypeVar
 
@@ -36,6 +36,7 @@ from .records import (
     StatisticsRecord,
     StoreDescription,
     TopologyRecord,
+    TopologySummary,
 )
 from .references import Kind, check_free, find, kind_of, matches, set_name
 from .schema import (
@@ -129,12 +130,10 @@ class Store:
         with self._sessions.reading() as session:
             return catalogue.model_record(find(session, ModelRow, ref))
 
-    def models(self) -> list[ModelRecord]:
-        """All models, newest first."""
+    def models(self, *, limit: int | None = None, before: str | None = None) -> list[ModelRecord]:
+        """Models, newest first. before: only those stored before this one."""
         with self._sessions.reading() as session:
-            return [
-                catalogue.model_record(row) for row in session.scalars(select(ModelRow).order_by(ModelRow.key.desc()))
-            ]
+            return [catalogue.model_record(row) for row in _newest(session, ModelRow, limit, before)]
 
     def add_topology(self, topology: Topology, *, name: str | None = None, by: Actor | None = None) -> TopologyRecord:
         """Keeps a topology. Raises InputError when the name is taken or the topology is stored under another."""
@@ -146,11 +145,15 @@ class Store:
         with self._sessions.reading() as session:
             return catalogue.topology_record(find(session, TopologyRow, ref))
 
-    def topologies(self) -> list[TopologyRecord]:
-        """All topologies, newest first."""
+    def topologies(self, *, limit: int | None = None, before: str | None = None) -> list[TopologyRecord]:
+        """Topologies, newest first. before: only those stored before this one."""
         with self._sessions.reading() as session:
-            rows = session.scalars(select(TopologyRow).order_by(TopologyRow.key.desc()))
-            return [catalogue.topology_record(row) for row in rows]
+            return [catalogue.topology_record(row) for row in _newest(session, TopologyRow, limit, before)]
+
+    def topology_summaries(self, *, limit: int | None = None, before: str | None = None) -> list[TopologySummary]:
+        """The same without their devices, which may be thousands of each."""
+        with self._sessions.reading() as session:
+            return [catalogue.topology_summary(row) for row in _newest(session, TopologyRow, limit, before)]
 
     def add_statistics(
         self, statistics: RoutingStatistics, content: bytes, *, name: str | None = None, by: Actor | None = None
@@ -183,11 +186,10 @@ class Store:
             raise StoreError(f"database {self.url}: statistics {ref!r} were changed or damaged after they were stored")
         return content
 
-    def statistics_records(self) -> list[StatisticsRecord]:
-        """What all stored statistics hold, newest first."""
+    def statistics_records(self, *, limit: int | None = None, before: str | None = None) -> list[StatisticsRecord]:
+        """What stored statistics hold, newest first. before: only those stored before these."""
         with self._sessions.reading() as session:
-            rows = session.scalars(select(StatisticsRow).order_by(StatisticsRow.key.desc()))
-            return [catalogue.statistics_record(row) for row in rows]
+            return [catalogue.statistics_record(row) for row in _newest(session, StatisticsRow, limit, before)]
 
     def add_plan(
         self,
@@ -368,6 +370,11 @@ class Store:
                     result["page", name] = str(sign)
         return result
 
+    def version(self) -> int | None:
+        """Changes with every commit of other processes and threads, told at next to no cost; None where that cannot be
+        told (PostgreSQL, which `listen` is for)."""
+        return self._sessions.version()
+
     def listen(self, changed: Callable[[], None]) -> Listener | None:
         """Has `changed` called, from a thread, when what `signs` tells may be other than before; None where the
         database cannot tell (SQLite)."""
@@ -405,6 +412,14 @@ def _latest(of: Any = None) -> list[Any]:
 
 
 N = TypeVar("N", ModelRow, TopologyRow, StatisticsRow, PlanRow)
+
+
+def _newest(session: Session, table: type[N], limit: int | None, before: str | None) -> Iterable[N]:
+    """Rows one after the other: each may be large."""
+    query = select(table).order_by(table.key.desc()).limit(limit)
+    if before is not None:
+        query = query.where(table.key < find(session, table, before).key)
+    return session.scalars(query.execution_options(yield_per=1))
 
 
 def _noted(session: Session, row: N, by: Actor | None) -> N:

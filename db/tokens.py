@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import get_args
 
@@ -101,6 +102,11 @@ class Tokens:
 
     def actor(self, token: str) -> Actor | None:
         """Whom a token stands for; None when it is unknown, revoked or over."""
+        known = self.valid(token)
+        return None if known is None else known[0]
+
+    def valid(self, token: str) -> tuple[Actor, float] | None:
+        """The same, and for how many seconds."""
         with self._sessions.reading() as session:
             now = moment(session)
             # Looked up by hash: how long that takes tells nothing about the token.
@@ -109,16 +115,22 @@ class Tokens:
                 return None
             scope = None if row.deployments is None else tuple(row.deployments)
             actor, key, used = Actor(row.name, _role(row.role), scope), row.key, row.used
+            left = math.inf if row.expires is None else (row.expires - now).total_seconds()
         if used is None or now - used >= USED_EVERY:
             with self._sessions.writing() as session:
                 session.execute(update(TokenRow).where(TokenRow.key == key).values(used=now))
-        return actor
+        return actor, left
 
     def all(self) -> list[TokenRecord]:
         """Every token made, oldest first."""
         with self._sessions.reading() as session:
             rows = session.scalars(select(TokenRow).order_by(TokenRow.key))
             return [TokenRecord.model_validate(row) for row in rows]
+
+    def sign(self) -> Hashable:
+        """What changes when a token is made or revoked."""
+        with self._sessions.reading() as session:
+            return tuple(session.execute(select(func.max(TokenRow.key), func.count(TokenRow.revoked))).one())
 
     def none_made(self) -> bool:
         """Whether there never was a token."""

@@ -25,6 +25,12 @@ TAKEN = timedelta(seconds=60)
 """Who takes an event to send has so long: then another server may."""
 AT_ONCE = 2
 """Events of one webhook under way: one that answers slowly keeps others from theirs no longer."""
+OF_DEPLOYMENT = 8
+"""Events of one deployment's webhooks taken at a time: however many wait, those of others are sent meanwhile."""
+MOST_WAITING = 100
+"""Events of one webhook that are not sent yet, up to which it is tested."""
+MOST_WEBHOOKS = 32
+"""Of a deployment: each event is sent to all of them."""
 
 
 def announce(session: Session, deployment: DeploymentRow, kind: str, detail: Mapping[str, Any]) -> None:
@@ -54,11 +60,15 @@ class Webhooks:
         self, deployment: str, url: str, by: Actor, *, events: Sequence[str] | None = None
     ) -> tuple[WebhookRecord, str]:
         """A webhook and the secret its events are signed with, as Standard Webhooks writes it; it is not shown
-        again. events: kinds to send; None for all."""
+        again. events: kinds to send; None for all. Raises ConflictError where the deployment has too many."""
         secret = _new_secret()
         with self._sessions.writing() as session:
+            owner = deployment_row(session, deployment).key
+            hooks = select(func.count()).select_from(WebhookRow).where(WebhookRow.deployment_key == owner)
+            if (session.scalar(hooks) or 0) >= MOST_WEBHOOKS:
+                raise ConflictError(f"{deployment!r} has {MOST_WEBHOOKS} webhooks, as many as it may; remove some")
             row = WebhookRow(
-                deployment_key=deployment_row(session, deployment).key,
+                deployment_key=owner,
                 url=url,
                 secret=seal(secret),
                 events=None if events is None else list(events),
@@ -118,9 +128,14 @@ class Webhooks:
             return [DeliveryRecord.model_validate(row) for row in session.scalars(query.limit(limit))]
 
     def test(self, deployment: str, key: int, by: Actor) -> DeliveryRecord:
-        """Has an event sent that tells of nothing."""
+        """Has an event sent that tells of nothing. Raises ConflictError where as many are on their way as may be."""
         with self._sessions.writing() as session:
-            row = _add(session, _row(session, deployment, key), deployment, "webhook.test", {"by": by.name})
+            hook = _row(session, deployment, key)
+            due = (DeliveryRow.webhook_key == key, DeliveryRow.state == "due")
+            waiting = session.scalar(select(func.count()).select_from(DeliveryRow).where(*due)) or 0
+            if waiting >= MOST_WAITING:
+                raise ConflictError(f"{waiting} events are on their way to webhook {key} already; try again later")
+            row = _add(session, hook, deployment, "webhook.test", {"by": by.name})
             session.flush()
             audit.note(session, by, "webhook.test", deployment, {"webhook": key})
             return DeliveryRecord.model_validate(row)
@@ -148,9 +163,9 @@ class Webhooks:
         with self._sessions.writing() as session:
             return changed_rows(session, old)
 
-    def take(self, limit: int, busy: Collection[int] = ()) -> list[DueDelivery]:
-        """Events to send now, the least tried first, and no more than two of a webhook; none of those in `busy`. No
-        other server gets them for a minute."""
+    def take(self, limit: int, busy: Collection[int] = (), busy_deployments: Collection[int] = ()) -> list[DueDelivery]:
+        """Events to send now: of each deployment in turn, the least tried first, no more than two of a webhook and
+        eight of a deployment; none of those in `busy`. No other server gets them for a minute."""
         with self._sessions.reading() as session:
             if session.scalar(select(DeliveryRow.key).where(*_sendable(moment(session))).limit(1)) is None:
                 return []
@@ -159,16 +174,26 @@ class Webhooks:
             turn = func.row_number().over(
                 partition_by=DeliveryRow.webhook_key, order_by=(DeliveryRow.attempts, DeliveryRow.key)
             )
-            ranked = select(DeliveryRow.key, turn.label("turn")).where(
-                *_sendable(now), DeliveryRow.webhook_key.not_in(list(busy))
+            of_hooks = (
+                select(DeliveryRow.key, DeliveryRow.attempts, WebhookRow.deployment_key, turn.label("turn"))
+                .join(WebhookRow, DeliveryRow.webhook_key == WebhookRow.key)
+                .where(
+                    *_sendable(now),
+                    DeliveryRow.webhook_key.not_in(list(busy)),
+                    WebhookRow.deployment_key.not_in(list(busy_deployments)),
+                )
+                .subquery()
             )
-            ranked_rows = ranked.subquery()
+            place = func.row_number().over(
+                partition_by=of_hooks.c.deployment_key, order_by=(of_hooks.c.attempts, of_hooks.c.key)
+            )
+            ranked = select(of_hooks.c.key, place.label("place")).where(of_hooks.c.turn <= AT_ONCE).subquery()
             query = (
                 select(DeliveryRow, WebhookRow)
                 .join(WebhookRow, DeliveryRow.webhook_key == WebhookRow.key)
-                .join(ranked_rows, ranked_rows.c.key == DeliveryRow.key)
-                .where(ranked_rows.c.turn <= AT_ONCE)
-                .order_by(DeliveryRow.attempts, DeliveryRow.key)
+                .join(ranked, ranked.c.key == DeliveryRow.key)
+                .where(ranked.c.place <= OF_DEPLOYMENT)
+                .order_by(ranked.c.place, DeliveryRow.attempts, DeliveryRow.key)
                 .limit(limit)
             )
             taken = []
@@ -177,7 +202,10 @@ class Webhooks:
                 signing = [hook.secret]
                 if hook.old_secret is not None and hook.old_until is not None and hook.old_until > now:
                     signing.append(hook.old_secret)
-                taken.append(DueDelivery(row.key, hook.key, hook.url, tuple(signing), row.event, row.attempts))
+                event = DueDelivery(
+                    row.key, hook.key, hook.deployment_key, hook.url, tuple(signing), row.event, row.attempts
+                )
+                taken.append(event)
             return taken
 
     def sent(self, delivery: int, outcome: str, *, state: str, wait_seconds: float = 0.0) -> None:

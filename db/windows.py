@@ -60,6 +60,15 @@ class Windows:
 
     def add_each(self, batches: Sequence[tuple[str, Sequence[CountWindow]]]) -> list[int]:
         """The same for batches of which several may be one deployment's."""
+        try:
+            return self._add_each(batches)
+        except (InputError, NotFoundError):
+            # Another process may have removed a deployment, and made one of another model under its name.
+            if len(batches) != 1 or not self.renewed(batches[0][0]):
+                raise
+            return self._add_each(batches)
+
+    def _add_each(self, batches: Sequence[tuple[str, Sequence[CountWindow]]]) -> list[int]:
         by_identity: dict[tuple[int, str], dict[str, object]] = {}
         first: list[list[tuple[int, str]]] = []
         for name, windows in batches:
@@ -81,7 +90,6 @@ class Windows:
             here = set(session.scalars(select(DeploymentRow.key).where(DeploymentRow.key.in_(keys))))
             for name, _ in batches:
                 if self._known(name)[0] not in here:
-                    self.forget(name)
                     raise NotFoundError(f"no deployment {name!r}: it was removed")
             stored = {(key, digest) for key, digest in session.execute(known)}
             stored |= {(key, digest.hex()) for key, digest in session.execute(joined)}
@@ -148,6 +156,12 @@ class Windows:
     def forget(self, deployment: str) -> None:
         """Asks the database anew for a deployment's shape, as after it was removed."""
         self._shapes.pop(deployment, None)
+
+    def renewed(self, deployment: str) -> bool:
+        """Asks the database anew for a deployment's shape; whether what was known of it is no longer so. Raises
+        NotFoundError where it is gone."""
+        before = self._shapes.pop(deployment, None)
+        return self._known(deployment) != before
 
     def unchecked(self) -> dict[str, tuple[int, int]]:
         """For deployments with windows that no drift check has seen: how many, and the last window that one has."""

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import replace
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -18,13 +18,17 @@ from starlette.concurrency import run_in_threadpool
 
 from ..db.records import Actor, Role
 from ..db.store import Store
+from .connections import network_of
+from .crowds import Reads
 from .settings import Settings
 
 log = logging.getLogger("moeplace.service.access")
 
 COOKIE = "moeplace_token"
 REMEMBERED_SECONDS = 5.0
-"""A revoked token may work for so long on: looking each up every time would double the load on the database."""
+"""A token is looked up again after so long, or at once when the database tells of a change (PostgreSQL) or was written
+to (SQLite): looking each up every time would double the load on it. So a revoked one ends at once; where PostgreSQL
+cannot be heard, after so long."""
 
 _bearer = HTTPBearer(auto_error=False, description="A token of `moeplace tokens add`.")
 _cookie = APIKeyCookie(name=COOKIE, auto_error=False, description="The same token, set by the dashboard's sign-in.")
@@ -43,52 +47,59 @@ HOW_TO_ASK = "make a token (moeplace tokens add NAME --role approve) and start t
 
 
 class Gate:
-    """Tells whose request it is. Safe to use from many threads."""
+    """Tells whose request it is. Belongs to the event loop, but `told` and `look`."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._settings = store, settings
-        self._known: dict[str, tuple[float, Actor]] = {}
+        self._known: dict[str, tuple[float, int, Actor]] = {}
+        self._told = threading.Event()
+        self._sign: Hashable = None
+        self._changes = 0
         self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        self._lock = threading.Lock()
+        # Many who wait are woken together: one question for all who send the same token.
+        self._lookup = Reads(store.tokens.valid)
 
-    def actor(self, request: Request, token: str | None) -> Actor:
+    async def actor(self, request: Request, token: str | None) -> Actor:
         """Raises HTTPException 401 without a valid token, 403 for a request another site had a browser make."""
         known = self.remembered(request, token)
         if known is not None:
             return known
         if token:
             client = client_of(request)
+            # Before the question: what is revoked while it is answered is asked for again.
+            state = self._state()
             # A right token is never refused: others may share its address.
-            actor = self._store.tokens.actor(token)
-            if actor is not None:
+            valid = await self._lookup(token)
+            if valid is not None:
+                actor, left = valid
                 if len(self._known) > 10_000:
                     self._known.clear()
-                self._known[token] = (time.monotonic() + REMEMBERED_SECONDS, actor)
+                self._known[token] = (time.monotonic() + min(left, REMEMBERED_SECONDS), state, actor)
                 return replace(actor, client=client)
             self._refuse_guessers(client)
-            self._note_failure(client, request)
+            await self._note_failure(client, request)
         raise HTTPException(401, "send a token: Authorization: Bearer mp_...", headers={"WWW-Authenticate": "Bearer"})
 
     def _refuse_guessers(self, client: str) -> None:
         """429 for an address whose tokens were wrong too often within a minute."""
-        count, until = self._failures.get(client, (0, 0.0))
+        count, until = self._failures.get(network_of(client), (0, 0.0))
         left = until - time.monotonic()
         if count >= MOST_FAILURES and left > 0:
             retry = {"Retry-After": str(math.ceil(left))}
             raise HTTPException(429, f"{count} wrong tokens from here; try again later", headers=retry)
 
-    def _note_failure(self, client: str, request: Request) -> None:
-        with self._lock:
-            now = time.monotonic()
-            count, until = self._failures.pop(client, (0, 0.0))
-            # Each further failure is waited out for longer, up to an hour; who stops failing is forgotten after that.
-            count = count + 1 if until > now - FORGOTTEN_SECONDS else 1
-            wait = min(3600.0, FAILURE_SECONDS * 2.0 ** max(0, count - MOST_FAILURES))
-            self._failures[client] = (count, now + wait)
-            if len(self._failures) > 10_000:
-                self._failures.popitem(last=False)
+    async def _note_failure(self, client: str, request: Request) -> None:
+        now, network = time.monotonic(), network_of(client)
+        count, until = self._failures.pop(network, (0, 0.0))
+        # Each further failure is waited out for longer, up to an hour; who stops failing is forgotten after that.
+        count = count + 1 if until > now - FORGOTTEN_SECONDS else 1
+        wait = min(3600.0, FAILURE_SECONDS * 2.0 ** max(0, count - MOST_FAILURES))
+        self._failures[network] = (count, now + wait)
+        if len(self._failures) > 10_000:
+            self._failures.popitem(last=False)
         log.warning("wrong token", extra={"client": client, "path": request.url.path, "failures": count})
-        self._store.audit.add(Actor("unknown", "read", client=client), "token.refused", request.url.path[:200])
+        who = Actor("unknown", "read", client=client)
+        await run_in_threadpool(self._store.audit.add, who, "token.refused", request.url.path[:200])
 
     def remembered(self, request: Request, token: str | None) -> Actor | None:
         """The same without asking the database; None where that must be asked. Raises HTTPException 403 as `actor`."""
@@ -97,8 +108,26 @@ class Gate:
         client = client_of(request)
         if not self._settings.asks_for_tokens:
             return replace(LOCAL, client=client)
-        until, actor = self._known.get(token or "", (0.0, LOCAL))
-        return replace(actor, client=client) if until > time.monotonic() else None
+        until, state, actor = self._known.get(token or "", (0.0, 0, LOCAL))
+        fresh = until > time.monotonic() and state == self._state()
+        return replace(actor, client=client) if fresh else None
+
+    def _state(self) -> int:
+        """Of the tokens, as far as it is known here: what was looked up in another one may be so no more."""
+        version = self._store.version()
+        return self._changes if version is None else version
+
+    def told(self) -> None:
+        """Something in the database has changed."""
+        self._told.set()
+
+    def look(self) -> None:
+        """Whether that was a token; waits a second to be told. To be called again and again."""
+        if self._told.wait(1.0):
+            self._told.clear()
+            sign = self._store.tokens.sign()
+            if sign != self._sign:
+                self._sign, self._changes = sign, self._changes + 1
 
     def _refuse_other_sites(self, request: Request) -> None:
         origin, host = request.headers.get("origin"), request.headers.get("host", "")
@@ -148,13 +177,23 @@ async def caller(
 
 async def actor_of(request: Request, token: str | None) -> Actor:
     """Whose token it is, noted for the log. Raises HTTPException as `Gate.actor`."""
+    request.state.token = token
     gate: Gate = request.app.state.gate
     known = gate.remembered(request, token)
     if known is None:
         # A thread for each request is what a busy server would spend most of its time on.
-        known = await run_in_threadpool(gate.actor, request, token)
+        known = await gate.actor(request, token)
     request.state.actor = known.name
     return known
+
+
+async def still_may(request: Request) -> bool:
+    """Whether the token of a request that waits is valid still."""
+    try:
+        await actor_of(request, request.state.token)
+    except HTTPException:
+        return False
+    return True
 
 
 def check_scope(actor: Actor, *deployments: str | None) -> None:

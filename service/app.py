@@ -21,6 +21,7 @@ from .crowds import Kept, Reads, Turns
 from .middleware import BodyLimit, Metrics, Observe, PagesCompressed, RateLimit, Unchanged
 from .pages import lists, live
 from .pages import plans as plan_pages
+from .pages import policies as policy_pages
 from .pages.routes import router as pages
 from .pages.templating import pages as templates
 from .polling import Poller
@@ -46,7 +47,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with contextlib.ExitStack() as stack:
-            app.state.changes.listen()
+            app.state.changes.listen(app.state.gate.told)
             stack.callback(app.state.changes.close)
             app.state.batcher = WindowBatcher(store)
             stack.callback(app.state.batcher.close)
@@ -62,6 +63,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
             sender = WebhookSender(store, settings.peers)
             stack.callback(sender.close)
             for name, every, function in (
+                ("tokens", 0.05, app.state.gate.look),
                 ("workers", 0.5, pool.tend),
                 ("reaper", settings.lease_seconds / 6, reaper.look),
                 ("drift", 2.0, background.DriftScheduler(store, settings).look),
@@ -88,9 +90,12 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     app.state.shards = None if settings.traces is None else Shards(settings.traces)
     app.state.metrics, app.state.ready, app.state.changes = Metrics(store), False, Changes(store)
     app.state.deployment, app.state.job = Reads(store.deployments.get), Reads(store.jobs.get)
+    metrics: Metrics = app.state.metrics
+    # Asked by whoever can reach them, as often as they like.
+    app.state.alive, app.state.figures = Reads(lambda _: store.jobs.waiting()), Reads(lambda _: metrics.text())
     app.state.plan_file = Kept(partial(plan_file, store))
     problems.install(app)
-    for router in (*ROUTERS, live.router, pages, lists.router, plan_pages.router):
+    for router in (*ROUTERS, live.router, pages, lists.router, plan_pages.router, policy_pages.router):
         app.include_router(router)
 
     _complete_description(app)

@@ -66,8 +66,8 @@ class DriftScheduler:
 
 
 def apply_retention(store: Store, keep_days: float) -> None:
-    """Joins and drops old windows and uploads, deployment by deployment, as their policies say; drops jobs, deliveries
-    and statistics that are older than `keep_days` and that nothing refers to."""
+    """Joins and drops old windows and uploads, deployment by deployment, as their policies say; drops jobs, deliveries,
+    drift checks and statistics that are older than `keep_days` and that nothing refers to."""
     after = ""
     now = datetime.now(UTC)
     while deployments := store.deployments.page(limit=100, after=after):
@@ -91,6 +91,7 @@ def apply_retention(store: Store, keep_days: float) -> None:
     counts = {
         "jobs": store.jobs.drop(past),
         "deliveries": store.webhooks.drop(past),
+        "checks": store.deployments.drop_checks(past),
         "statistics": store.drop_statistics(past),
     }
     if any(counts.values()):

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -112,11 +112,12 @@ class Changes:
         self._listener: Listener | None = None
         self.stopping = False
 
-    def listen(self) -> None:
-        """Hears of changes from here on, where the database tells of them."""
+    def listen(self, told: Callable[[], None]) -> None:
+        """Hears of changes from here on, where the database tells of them. told: called then, too, from a thread."""
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
+            told()
             # The loop may have ended before the listener did.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._told.set)

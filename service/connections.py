@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -36,6 +37,20 @@ HALF_OPEN = 128
 RESERVED_FILES = 256
 """Open files for all but connections: the database, workers, files that are sent."""
 MOST_CONNECTIONS = 16_384
+
+
+@lru_cache(10_000)
+def network_of(address: str) -> str:
+    """What counts as one client: an address, or of IPv6 the 64 bits of a network; who has one has all of it."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
 def most_connections() -> int:
@@ -89,10 +104,10 @@ class Limits:
         if not self._proxies:
             return False
         try:
-            address = ipaddress.ip_address(client)
+            own = ipaddress.ip_network(client)
         except ValueError:
             return False
-        return any(address in network for network in self._proxies)
+        return any(own.version == proxy.version and proxy.overlaps(own) for proxy in self._proxies)
 
     def watch(self, connection: TimedProtocol) -> None:
         """Looks every second whether it goes on, until it is over."""
@@ -163,7 +178,7 @@ class TimedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._host = self.client[0] if self.client else ""
+        self._host = network_of(self.client[0]) if self.client else ""
         why = self.limits.refusal(self._host)
         self.limits.open[self._host] += 1
         self._counted = True

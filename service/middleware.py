@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,10 +19,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..db.records import DeploymentOverview
 from ..db.store import Store
+from .connections import network_of
 from .problems import SAFE_HEADERS, problem
 
 # Figures for Prometheus: of this server's requests, and of what is stored.
+
+AT_ONCE = 500
+"""Deployments looked up together."""
 
 
 class Metrics:
@@ -51,21 +56,6 @@ class Metrics:
     def workers(self, count: Callable[[], float]) -> None:
         """Tells how many workers live, when asked."""
         self._workers.set_function(count)
-
-    def serve(self, port: int) -> Callable[[], None]:
-        """Answers Prometheus on a port of its own, without a token; returns what ends that.
-
-        Raises:
-            OSError: the port cannot be listened on.
-        """
-        server, thread = start_http_server(port, registry=self._registry)
-
-        def end() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return end
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -103,7 +93,7 @@ class _Stored(Collector):
             "moeplace_deployment_jobs", "Jobs that have not ended.", labels=["deployment", "state"]
         )
         total = 0
-        for entry in self._store.deployments.overview(limit=1000):
+        for entry in self._deployments():
             name, figures = [entry.deployment.name], {} if entry.check is None else entry.check.figures
             known = {
                 "plan_version": entry.deployment.version,
@@ -126,6 +116,12 @@ class _Stored(Collector):
         yield work
         yield GaugeMetricFamily("moeplace_decisions_waiting", "Decisions that wait for approval.", value=total)
 
+    def _deployments(self) -> Iterator[DeploymentOverview]:
+        after = ""
+        while entries := self._store.deployments.overview(limit=AT_ONCE, after=after):
+            yield from entries
+            after = entries[-1].deployment.name
+
 
 # How much and how often a caller may send.
 
@@ -136,7 +132,9 @@ REMEMBERED = 10_000
 STREAMS = ("/events", "/live")
 """How the addresses of streams end."""
 
-UNLIMITED = ("/health", "/ready", "/metrics")
+UNLIMITED = ("/health", "/ready")
+QUIET = (*UNLIMITED, "/metrics")
+"""Asked again and again: not in the log."""
 
 
 SMALL_BODY = 1 << 18
@@ -156,7 +154,7 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def _client(scope: Scope) -> str:
+def client_address(scope: Scope) -> str:
     """The address that a request came from."""
     return str(scope["client"][0]) if scope.get("client") else ""
 
@@ -237,7 +235,7 @@ class RateLimit:
         if scope["type"] != "http" or self._rate <= 0 or route_path(scope) in UNLIMITED:
             await self._app(scope, receive, send)
             return
-        wait = self._take(_client(scope))
+        wait = self._take(network_of(client_address(scope)))
         if wait > 0:
             retry = {"Retry-After": str(math.ceil(wait))}
             refusal = problem(429, f"more than {self._rate:g} requests a second", headers=retry)
@@ -335,7 +333,7 @@ class Observe:
             taken = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.request(method, route, status, taken)
-            if route_path(scope) not in UNLIMITED:
-                about = {"method": method, "path": scope["path"], "status": status, "client": _client(scope)}
+            if route_path(scope) not in QUIET:
+                about = {"method": method, "path": scope["path"], "status": status, "client": client_address(scope)}
                 about["actor"] = scope.get("state", {}).get("actor")
                 log.info("request", extra={**about, "ms": round(1000 * taken, 2)})

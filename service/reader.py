@@ -114,7 +114,7 @@ class Operations:
         if cluster.num_devices > MOST_DEVICES:
             raise InputError(f"topology: {cluster.num_devices} devices, at most {MOST_DEVICES} are taken")
         record = self._store.add_topology(cluster, name=asked.name, by=_actor(request))
-        return {}, TopologyFull.of(record).model_dump_json().encode()
+        return {}, TopologyFull.full(record).model_dump_json().encode()
 
     def _plan(self, request: Mapping[str, Any], body: bytes) -> Frame:
         _check_size(body)

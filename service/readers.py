@@ -26,6 +26,7 @@ from ..db.records import Actor, CountWindow
 from ..db.store import Store
 from ..placement import errors
 from ..placement.errors import InputError, StoreError
+from .crowds import Line
 from .fields import FieldsError
 from .middleware import SMALL_BODY
 from .reader import Frame, Operations, read_frame, write_frame
@@ -33,8 +34,8 @@ from .shards import Shards
 
 log = logging.getLogger("moeplace.service.readers")
 
-MOST_WAITING = 16
-"""Requests before a process: who comes then is told to come again."""
+MOST_WAITING, MOST_OF_CALLER = 64, 16
+"""Requests before a process, of all and of one token: who comes then is told to come again."""
 SECONDS = 120.0
 """One request may be read for so long."""
 IDLE_SECONDS = 120.0
@@ -53,26 +54,30 @@ class Reader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._process: subprocess.Popen[bytes] | None = None
         self._idle: asyncio.TimerHandle | None = None
-        self._waiting = 0
+        self._line = Line(MOST_WAITING, MOST_OF_CALLER)
         self._closed = False
 
-    async def ask(self, document: Mapping[str, Any], body: bytes = b"") -> Frame:
-        """What the process answers.
+    async def ask(self, document: Mapping[str, Any], body: bytes, caller: str) -> Frame:
+        """What the process answers. caller: those who ask are served in turn.
 
         Raises:
             MoeplaceError: as the operation. InputError: it takes too much memory or time. StoreError: too many wait.
+            QuotaError: too many of this caller do.
         """
-        if self._waiting >= MOST_WAITING:
-            raise StoreError("too much is being read already; send it again later")
-        self._waiting += 1
-        if self._idle is not None:
-            self._idle.cancel()
         loop = asyncio.get_running_loop()
         try:
-            answer, content = await loop.run_in_executor(self._thread, self._exchange, document, body)
+            async with self._line.turn(caller):
+                if self._idle is not None:
+                    self._idle.cancel()
+                # Shielded: it is read to its end, whether or not who sent it is still there, and the next one after it.
+                reading = asyncio.ensure_future(loop.run_in_executor(self._thread, self._exchange, document, body))
+                try:
+                    answer, content = await asyncio.shield(reading)
+                except asyncio.CancelledError:
+                    await asyncio.wait({reading})
+                    raise
         finally:
-            self._waiting -= 1
-            if not self._waiting and not self._closed:
+            if self._line.empty and not self._closed:
                 self._idle = loop.call_later(IDLE_SECONDS, self._thread.submit, self._end)
         _raise(answer, self._excess())
         return answer, content
@@ -184,7 +189,7 @@ class Readers:
         asked = {"operation": operation, "actor": asdict(by)}
         if len(body) <= SMALL_BODY:
             return (await run_in_threadpool(self._here.answer, asked, body))[1]
-        return (await self.requests.ask(asked, body))[1]
+        return (await self.requests.ask(asked, body, by.name))[1]
 
     def close(self) -> None:
         self.requests.close()

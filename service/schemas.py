@@ -18,6 +18,7 @@ from ..db.records import (
     PlanRecord,
     PlanSummary,
     TopologyRecord,
+    TopologySummary,
     WindowRecord,
 )
 from ..db.uploads import UPLOAD_LIMIT
@@ -98,7 +99,15 @@ class TopologyView(BaseModel):
     label: str
 
     @classmethod
-    def of(cls, record: TopologyRecord) -> TopologyView:
+    def of(cls, record: TopologySummary) -> TopologyView:
+        return cls(**record.model_dump(include=set(cls.model_fields)))
+
+
+class TopologyFull(TopologyView):
+    topology: Topology
+
+    @classmethod
+    def full(cls, record: TopologyRecord) -> TopologyFull:
         cluster = record.topology
         return cls(
             id=record.id,
@@ -107,15 +116,8 @@ class TopologyView(BaseModel):
             devices=cluster.num_devices,
             nodes=cluster.num_nodes,
             label=cluster.name,
+            topology=cluster,
         )
-
-
-class TopologyFull(TopologyView):
-    topology: Topology
-
-    @classmethod
-    def of(cls, record: TopologyRecord) -> TopologyFull:
-        return cls(**TopologyView.of(record).model_dump(), topology=record.topology)
 
 
 class PlanView(BaseModel):

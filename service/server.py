@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
 import signal
 import socket
 import sys
+from functools import partial
 
 from .._interrupts import note as note_interrupt
 from ..db.jobs import SERVICE
@@ -18,6 +19,8 @@ from .settings import Settings, configure
 log = logging.getLogger("moeplace.service")
 
 DRAIN_SECONDS = 20
+METRICS_CONNECTIONS = 64
+"""At a time, on the port for Prometheus."""
 FIRST = "first"
 """Name of the token that is made at the first start."""
 
@@ -33,6 +36,7 @@ def serve(settings: Settings) -> None:
 
     from .app import create_app
     from .connections import Limits, most_connections, protocol_within
+    from .routes.operations import figures_alone
 
     configure()
     with Store.open(settings.db) as store:
@@ -48,10 +52,28 @@ def serve(settings: Settings) -> None:
         class Server(uvicorn.Server):
             """Ends what only waits as soon as it is told to stop."""
 
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                if beside is not None:
+                    alone, sock = beside
+                    within = protocol_within(Limits(METRICS_CONNECTIONS))
+                    protocol = partial(within, config=alone, server_state=self.server_state, app_state={})
+                    self.servers.append(await asyncio.get_running_loop().create_server(protocol, sock=sock))
+
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
                 app.state.ready = False
                 app.state.changes.stop()
                 await super().shutdown(sockets)
+
+        beside = None
+        if settings.metrics_port is not None:
+            # On all addresses, and within limits of its own: it is not for those whom the service is for.
+            alone = uvicorn.Config(figures_alone(app), ws="none", lifespan="off", log_config=None, server_header=False)
+            alone.load()
+            try:
+                beside = alone, socket.create_server(("", settings.metrics_port))
+            except OSError as error:
+                raise InputError(f"cannot listen on port {settings.metrics_port} for metrics ({error})") from None
 
         config = uvicorn.Config(
             app,
@@ -84,13 +106,7 @@ def serve(settings: Settings) -> None:
         # uvicorn raises the signal that stopped it once more when it is done: being told to stop is not a failure.
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: note_interrupt())
-        with contextlib.ExitStack() as stack:
-            if settings.metrics_port is not None:
-                try:
-                    stack.callback(app.state.metrics.serve(settings.metrics_port))
-                except OSError as error:
-                    raise InputError(f"cannot listen on port {settings.metrics_port} for metrics ({error})") from None
-            server.run(sockets=[bound])
+        server.run(sockets=[bound])
 
 
 def _first_token(settings: Settings, store: Store) -> str | None:

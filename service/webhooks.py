@@ -16,7 +16,7 @@ from .._http import Connections, Peers, UnansweredError
 from ..db.records import DueDelivery
 from ..db.secrets import unseal
 from ..db.store import Store
-from ..db.webhooks import AT_ONCE
+from ..db.webhooks import AT_ONCE, OF_DEPLOYMENT
 
 log = logging.getLogger("moeplace.service.webhooks")
 
@@ -34,18 +34,22 @@ class WebhookSender:
     def __init__(self, store: Store, peers: Peers) -> None:
         self._store, self._connections = store, Connections(peers=peers)
         self._lock = threading.Lock()
-        self._under_way: Counter[int] = Counter()
+        self._under_way: Counter[tuple[int, int]] = Counter()
 
     def deliver(self) -> None:
         """Begins to send what is due, as far as there are couriers."""
         with self._lock:
             free = COURIERS - self._under_way.total()
-            busy = [hook for hook, count in self._under_way.items() if count >= AT_ONCE]
+            busy = [hook for (_, hook), count in self._under_way.items() if count >= AT_ONCE]
+            of_deployments: Counter[int] = Counter()
+            for (deployment, _), count in self._under_way.items():
+                of_deployments[deployment] += count
+            full = [deployment for deployment, count in of_deployments.items() if count >= OF_DEPLOYMENT]
         if free <= 0:
             return
-        for item in self._store.webhooks.take(free, busy):
+        for item in self._store.webhooks.take(free, busy, full):
             with self._lock:
-                self._under_way[item.webhook] += 1
+                self._under_way[item.deployment, item.webhook] += 1
             threading.Thread(target=self._carry, args=(item,), name="courier", daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
@@ -80,7 +84,7 @@ class WebhookSender:
             log.exception("unexpected error", extra={"delivery": item.key, "url": item.url})
         finally:
             with self._lock:
-                self._under_way[item.webhook] -= 1
+                self._under_way[item.deployment, item.webhook] -= 1
                 self._under_way += Counter()
 
     def _send(self, item: DueDelivery) -> tuple[str, bool]:

@@ -22,6 +22,8 @@ from ..routing import from_windows
 from ..tasks.decide import default_plan, problem_of
 
 SHOWN_MOVES = 200
+MOST_COUNTS = 1 << 22
+"""Of the windows that a page is drawn from: for models of today hundreds of windows."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def compared(
 ) -> LoadComparison | None:
     """Two plans, with what to call them, on the newest windows; None without any."""
     policy = Policy(**deployment.policy)
-    windows = store.windows.page(deployment.name, limit=policy.recent)
+    layers, experts = store.windows.shape(deployment.name)
+    most = max(1, MOST_COUNTS // (layers * experts))
+    windows = store.windows.page(deployment.name, limit=min(policy.recent, most))
     if not windows:
         return None
     model = store.model(deployment.model_id).spec

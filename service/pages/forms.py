@@ -7,14 +7,22 @@ from urllib.parse import parse_qs
 
 from fastapi import HTTPException, Request
 
+MOST_BYTES = 20_000
 
-async def form_of(request: Request) -> dict[str, str]:
-    """The fields of a form."""
+
+async def form_of(request: Request, most: int = MOST_BYTES) -> dict[str, str]:
+    """The fields of a form. Raises HTTPException 413 where it is of more bytes."""
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind != "application/x-www-form-urlencoded":
         raise HTTPException(415, "expected a form")
-    body = (await request.body())[:20_000].decode(errors="replace")
-    return {key: values[0] for key, values in parse_qs(body, keep_blank_values=True, max_num_fields=20).items()}
+    body = await request.body()
+    if len(body) > most:
+        raise HTTPException(413, f"a form of {len(body):,} bytes; at most {most:,} are taken")
+    text = body.decode(errors="replace")
+    try:
+        return {key: values[0] for key, values in parse_qs(text, keep_blank_values=True, max_num_fields=20).items()}
+    except ValueError:
+        raise HTTPException(422, "more fields than any form here has") from None
 
 
 def whole_number(form: Mapping[str, str], field: str) -> int:

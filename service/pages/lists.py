@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +14,7 @@ from fastapi.responses import HTMLResponse
 from ...db.records import Actor, AuditRecord, DecisionRecord, EngineRecord, JobRecord, PlanSummary, WebhookRecord
 from ..access import check_role, check_unscoped
 from ..routes.common import Before, Stored
-from .templating import minute, page
+from .templating import minute, page, words
 from .visitors import Visitor, at
 
 T = TypeVar("T")
@@ -208,7 +207,7 @@ def audit(request: Request, store: Stored, actor: Visitor, before: Before = None
     check_unscoped(actor)
 
     def row(entry: AuditRecord) -> list[Cell]:
-        detail = ", ".join(f"{name}: {_words(value)}" for name, value in entry.detail.items())
+        detail = ", ".join(f"{name}: {words(value)}" for name, value in entry.detail.items())
         return [
             Cell(entry.key),
             Cell(_minute(entry.created)),
@@ -223,7 +222,3 @@ def audit(request: Request, store: Stored, actor: Visitor, before: Before = None
     columns = ("entry", "at (UTC)", "who", "role", "did", "to", "detail", "from")
     records = store.audit.entries(limit=SHOWN + 1, before=before)
     return listing(request, actor, "audit", "Newest first", columns, records, row, ("before", lambda r: r.key))
-
-
-def _words(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from ...db.records import Actor, DeploymentRecord, JobRecord
-from ..access import check_scope
+from ..access import check_scope, still_may
 from ..changes import Changes, Kind
 from ..routes.common import KeyPath, NamePath
 from .visitors import Visitor
@@ -65,6 +65,8 @@ async def _changes(request: Request, actor: Actor, kind: Kind, key: str | int) -
         changed = True
         while not changes.stopping and time.monotonic() < end:
             seen = topic.version
+            if not await still_may(request):
+                return
             if changed:
                 yield ServerSentEvent(event="changed", data="")
             changed = await topic.wait(end - time.monotonic(), seen)

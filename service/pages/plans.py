@@ -21,8 +21,8 @@ from .forms import form_of, whole_number
 from .templating import page
 from .visitors import Visitor, at
 
-MOST_DEPLOYMENTS = 1000
-"""Looked through for those that a plan fits."""
+MOST_DEPLOYMENTS = 200
+"""That a plan fits, which its page names."""
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
 
@@ -31,13 +31,12 @@ def plan_page(ref: RefPath, store: Stored, actor: Visitor) -> HTMLResponse:
     """What the plan is of, how it was made, and its files for engines."""
     record = store.plan(ref)
     files = [_file(record.plan, record.id, engine) for engine in get_args(Engine)]
-    known = store.deployments.page(limit=MOST_DEPLOYMENTS, among=actor.deployments)
-    fitting = [
-        deployment
-        for deployment in known
-        if deployment.model_id == record.model_id and deployment.topology_id == record.topology_id
-    ]
-    return page("plan.html", actor, section="plans", record=record, files=files, fitting=fitting)
+    fitting = store.deployments.page(
+        limit=MOST_DEPLOYMENTS + 1, among=actor.deployments, model=record.model_id, topology=record.topology_id
+    )
+    more = len(fitting) > MOST_DEPLOYMENTS
+    fitting = fitting[:MOST_DEPLOYMENTS]
+    return page("plan.html", actor, section="plans", record=record, files=files, fitting=fitting, more=more)
 
 
 @router.post("/deployments/{name}/publish")

@@ -245,7 +245,7 @@ async def sign_in(request: Request) -> Response:
     token = (await form_of(request)).get("token", "").strip()
     gate: Gate = request.app.state.gate
     try:
-        await run_in_threadpool(gate.actor, request, token)
+        await gate.actor(request, token)
     except HTTPException as error:
         if error.status_code != 401:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,9 +29,16 @@ pages.filters["size"] = lambda value: "–" if value is None else f"{value / 1e9
 pages.filters["ms"] = lambda value: "–" if value is None else f"{value * 1e3:,.3f}"
 
 
+def words(value: object) -> str:
+    """Plain data in a cell."""
+    if value is None or value == {} or value == []:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def sections(actor: Actor | None) -> list[str]:
     """What the navigation leads to: what this visitor may see, or anybody."""
-    names = ["decisions", "plans", "jobs", "engines"]
+    names = ["decisions", "plans", "jobs", "policies", "engines"]
     if actor is not None and actor.may("approve"):
         names.append("webhooks")
         if actor.deployments is None:

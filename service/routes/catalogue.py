@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from ...db.records import ModelRecord, NamedRecord, StatisticsRecord
-from ...placement.errors import NotFoundError
+from ...db.records import ModelRecord, StatisticsRecord
 from ..access import Operator, Reader, Submitter
 from ..readers import Readers
 from ..schemas import ModelIn, TopologyFull, TopologyView
@@ -16,7 +14,6 @@ from .common import ERRORS, Limit, Page, RefPath, Stored, etag_of, json_body, ma
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], responses=ERRORS)
 Older = Annotated[str | None, Query(max_length=64, pattern="^[0-9a-f]+$", description="`next` of the page before.")]
-R = TypeVar("R", bound=NamedRecord)
 
 
 @router.post("/models", status_code=201)
@@ -28,7 +25,8 @@ def add_model(body: ModelIn, store: Stored, actor: Submitter) -> ModelRecord:
 @router.get("/models")
 def models(store: Stored, _: Reader, limit: Limit = 50, before: Older = None) -> Page[ModelRecord]:
     """Newest first."""
-    return page_of(_behind(store.models(), before, limit), limit, lambda record: record, lambda record: record.id)
+    records = store.models(limit=limit + 1, before=before)
+    return page_of(records, limit, lambda record: record, lambda record: record.id)
 
 
 @router.get("/models/{ref}", response_model=ModelRecord)
@@ -54,14 +52,15 @@ async def add_topology(request: Request, actor: Submitter) -> Response:
 @router.get("/topologies")
 def topologies(store: Stored, _: Reader, limit: Limit = 50, before: Older = None) -> Page[TopologyView]:
     """Newest first."""
-    return page_of(_behind(store.topologies(), before, limit), limit, TopologyView.of, lambda record: record.id)
+    records = store.topology_summaries(limit=limit + 1, before=before)
+    return page_of(records, limit, TopologyView.of, lambda record: record.id)
 
 
 @router.get("/topologies/{ref}", response_model=TopologyFull)
 def topology(ref: RefPath, request: Request, response: Response, store: Stored, _: Reader) -> TopologyFull | Response:
     """One cluster, in full."""
     record = store.topology(ref)
-    return unchanged(request, response, etag_of(record.fingerprint, record.name)) or TopologyFull.of(record)
+    return unchanged(request, response, etag_of(record.fingerprint, record.name)) or TopologyFull.full(record)
 
 
 @router.delete("/topologies/{ref}", status_code=204)
@@ -73,7 +72,7 @@ def remove_topology(ref: RefPath, store: Stored, actor: Operator) -> None:
 @router.get("/statistics")
 def statistics(store: Stored, _: Reader, limit: Limit = 50, before: Older = None) -> Page[StatisticsRecord]:
     """What was recorded or counted, newest first. They come in as uploads."""
-    records = _behind(store.statistics_records(), before, limit)
+    records = store.statistics_records(limit=limit + 1, before=before)
     return page_of(records, limit, lambda record: record, lambda record: record.id)
 
 
@@ -87,13 +86,3 @@ def one_statistics(ref: RefPath, store: Stored, _: Reader) -> StatisticsRecord:
 def remove_statistics(ref: RefPath, store: Stored, actor: Operator) -> None:
     """Removes it; 422 where plans or deployments would lose it."""
     store.remove("statistics", ref, actor)
-
-
-def _behind(records: Sequence[R], before: str | None, limit: int) -> Sequence[R]:
-    """The first of those behind the one whose id is `before`, and one more where there are more."""
-    if before is None:
-        return records[: limit + 1]
-    for position, record in enumerate(records):
-        if record.id == before:
-            return records[position + 1 : position + 2 + limit]
-    raise NotFoundError(f"before: no {before!r} in this list; start again without it")

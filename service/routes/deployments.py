@@ -6,14 +6,18 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
 from pydantic import AwareDatetime
 from starlette.concurrency import run_in_threadpool
 
+from ...db.deployments import Condition
 from ...db.records import (
+    Actor,
     CheckRecord,
+    CountWindow,
     DecisionRecord,
     DecisionState,
     DeliveryRecord,
@@ -24,7 +28,7 @@ from ...db.records import (
 )
 from ...db.store import Store
 from ...placement.errors import InputError, NotFoundError
-from ..access import Approver, Operator, Reader, Submitter, check_scope
+from ..access import Approver, Operator, Reader, Submitter, check_scope, still_may
 from ..changes import Changes, leaving
 from ..counts import ARROW, JSON, read_windows
 from ..crowds import Reads
@@ -51,6 +55,8 @@ from .plans import Engine, download
 router = APIRouter(prefix="/v1", tags=["deployments"], responses=ERRORS)
 WAIT_AT_LEAST = 0.8
 """Part of the seconds asked for after which an answer may come without another plan."""
+MOST_COUNTS = 1 << 20
+"""Of the windows in one answer: each takes many times in memory what it does in a database."""
 IfMatch = Annotated[str | None, Header(description="The ETag of what is to be changed; 412 when it is another now.")]
 
 
@@ -110,11 +116,13 @@ def set_policy(
     name: NamePath, body: Policy, request: Request, store: Stored, actor: Approver, if_match: IfMatch = None
 ) -> DeploymentRecord:
     """Replaces the policy; what is left out gets its default. 422 where it asks for what could not be solved."""
-    _check(store, name, if_match)
+    condition = _only_if(if_match)
     record = store.deployments.get(name)
+    if condition is not None:
+        condition(record)
     model, topology = store.model(record.model_id).spec, store.topology(record.topology_id).topology
     check_policy(body, model, topology, request.app.state.settings)
-    return store.deployments.set_policy(name, body.as_document(), actor)
+    return store.deployments.set_policy(name, body.as_document(), actor, condition=condition)
 
 
 @router.post(
@@ -129,7 +137,7 @@ def set_policy(
         }
     },
 )
-async def add_windows(name: NamePath, request: Request, _: Submitter) -> Taken:
+async def add_windows(name: NamePath, request: Request, actor: Submitter) -> Taken:
     """Count windows, as JSON or as an Arrow stream (columns ended, load, and where wanted workload and source).
 
     Stored when the answer comes, each once: what got no answer is sent again.
@@ -142,15 +150,26 @@ async def add_windows(name: NamePath, request: Request, _: Submitter) -> Taken:
     shape = store.windows.known_shape(name)
     if shape is None:
         shape = await run_in_threadpool(store.windows.shape, name)
-    if len(body) > SMALL_BODY:
-        readers: Readers = request.app.state.readers
-        asked = {"operation": "windows", "kind": kind, "deployment": name, "shape": shape}
-        windows = unpack_windows(*await readers.requests.ask(asked, body))
-    else:
-        windows = await run_in_threadpool(read_windows, kind, body, shape)
+    try:
+        windows = await _read(request, kind, body, name, shape, actor)
+    except InputError:
+        # Another server may have removed the deployment, and made one of another model under its name.
+        if not await run_in_threadpool(store.windows.renewed, name):
+            raise
+        windows = await _read(request, kind, body, name, store.windows.shape(name), actor)
     new = await asyncio.wrap_future(request.app.state.batcher.put(name, windows))
     request.app.state.metrics.windows(new)
     return Taken(received=len(windows), new=new)
+
+
+async def _read(
+    request: Request, kind: str, body: bytes, name: str, shape: tuple[int, int], actor: Actor
+) -> Sequence[CountWindow]:
+    if len(body) <= SMALL_BODY:
+        return await run_in_threadpool(read_windows, kind, body, shape)
+    readers: Readers = request.app.state.readers
+    asked = {"operation": "windows", "kind": kind, "deployment": name, "shape": shape}
+    return unpack_windows(*await readers.requests.ask(asked, body, actor.name))
 
 
 @router.get("/deployments/{name}/windows")
@@ -162,6 +181,8 @@ def windows(
     before: Annotated[int | None, Query(ge=1, le=(1 << 63) - 1)] = None,
 ) -> Page[WindowView]:
     """Newest first, with their loads."""
+    layers, experts = store.windows.shape(name)
+    limit = min(limit, max(1, MOST_COUNTS // (layers * experts)))
     records = store.windows.page(name, limit=limit + 1, before=before)[::-1]
     return page_of(records, limit, WindowView.of, lambda record: record.key)
 
@@ -202,7 +223,10 @@ async def plan_in_force(
                 record = await stored(name)
                 if changes.stopping or not matches(known, _plan_tag(record, format)):
                     break
-                if not await topic.wait(deadline - time.monotonic(), seen, gone):
+                changed = await topic.wait(deadline - time.monotonic(), seen, gone)
+                if not await still_may(request):
+                    raise HTTPException(401, "the token was revoked, or is over, meanwhile")
+                if not changed:
                     break
     else:
         record = await stored(name)
@@ -221,8 +245,8 @@ def publish(
     name: NamePath, body: PublishIn, store: Stored, actor: Approver, if_match: IfMatch = None
 ) -> PublicationRecord:
     """Puts a stored plan in force."""
-    expected = _check(store, name, if_match)
-    return store.deployments.publish(name, body.plan, actor, cause="manual", comment=body.comment, expected=expected)
+    condition = _only_if(if_match)
+    return store.deployments.publish(name, body.plan, actor, cause="manual", comment=body.comment, condition=condition)
 
 
 @router.post("/deployments/{name}/rollback")
@@ -380,11 +404,14 @@ def tag_of(record: DeploymentRecord) -> str:
     return etag_of(record.name, record.version, record.policy)
 
 
-def _check(store: Store, name: str, if_match: str | None) -> int | None:
-    """The version that may be followed; None for any. 412 where the tag is not today's."""
+def _only_if(if_match: str | None) -> Condition | None:
+    """Raises HTTPException 412 for a deployment whose tag is another; None where any will do."""
     if if_match is None:
         return None
-    record = store.deployments.get(name)
-    if not matches(if_match, tag_of(record)):
-        raise HTTPException(412, f"{name!r} changed meanwhile; get it again", headers={"ETag": tag_of(record)})
-    return record.version
+
+    def condition(record: DeploymentRecord) -> None:
+        if not matches(if_match, tag_of(record)):
+            tag = {"ETag": tag_of(record)}
+            raise HTTPException(412, f"{record.name!r} changed meanwhile; get it again", headers=tag)
+
+    return condition

@@ -10,7 +10,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from ...db.jobs import ENDED
 from ...db.records import JobRecord, JobState
-from ..access import Approver, Reader, Submitter, check_scope
+from ..access import Approver, Reader, Submitter, check_scope, still_may
 from ..changes import Changes
 from ..policy import Policy
 from ..requests import check_solve, job_bytes, solver_asked
@@ -157,3 +157,5 @@ async def events(
             if ended or changes.stopping:
                 return
             await topic.wait(None, seen)
+            if not await still_may(request):
+                return

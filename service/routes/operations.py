@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...db.records import Actor, AuditRecord
+from ...placement.errors import StoreError
 from ...placement.version import __version__
 from ..access import Operator, Overseer, Reader
+from ..problems import problem
 from ..workers import Pool
 from .common import ERRORS, Before, Limit, Page, Stored, page_of
 
@@ -23,11 +26,11 @@ async def health() -> dict[str, str]:
 
 
 @router.get("/ready")
-def ready(request: Request, store: Stored) -> dict[str, str]:
+async def ready(request: Request) -> dict[str, str]:
     """Whether requests can be served: started, not stopping, the database answers, and workers live."""
     if not request.app.state.ready:
         raise HTTPException(503, "starting or stopping")
-    store.jobs.waiting()
+    await request.app.state.alive(None)
     pool: Pool = request.app.state.pool
     if pool.trouble is not None:
         raise HTTPException(503, pool.trouble)
@@ -35,9 +38,33 @@ def ready(request: Request, store: Stored) -> dict[str, str]:
 
 
 @router.get("/metrics", response_class=Response)
-def metrics(request: Request, _: Overseer) -> Response:
+async def metrics(request: Request, _: Overseer) -> Response:
     """Figures for Prometheus."""
-    return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return await figures(request.app)
+
+
+async def figures(app: FastAPI) -> Response:
+    """What Prometheus reads, looked up once for all who ask at about the same time."""
+    return Response(await app.state.figures(None), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def figures_alone(app: FastAPI) -> ASGIApp:
+    """Answers Prometheus, without a token, and nothing else."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        response: Response
+        if scope["method"] not in ("GET", "HEAD") or scope["path"] not in ("/", "/metrics"):
+            response = problem(404, "here is GET /metrics alone")
+        else:
+            try:
+                response = await figures(app)
+            except StoreError as error:
+                response = problem(503, str(error))
+        await response(scope, receive, send)
+
+    return answer
 
 
 @router.get("/v1/whoami")

@@ -86,7 +86,7 @@ async def add_plan_file(
         "deployment": deployment,
         "name": name,
     }
-    return made((await readers.requests.ask(asked, await request.body()))[1])
+    return made((await readers.requests.ask(asked, await request.body(), actor.name))[1])
 
 
 @router.get("/plans/{ref}", response_model=PlanFull)

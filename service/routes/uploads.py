@@ -66,7 +66,7 @@ async def finish(key: KeyPath, request: Request, store: Stored, actor: Submitter
     readers: Readers = request.app.state.readers
     await run_in_threadpool(_own, store, key, actor)
     asked = {"operation": "finish", "upload": key, "actor": asdict(actor)}
-    content = (await readers.uploads.ask(asked))[1]
+    content = (await readers.uploads.ask(asked, b"", actor.name))[1]
     return Response(content, media_type="application/json")
 
 

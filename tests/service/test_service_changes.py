@@ -36,7 +36,7 @@ def test_a_waiter_is_woken_when_a_plan_is_published(url: str, monkeypatch: pytes
 
         async def wait() -> None:
             changes = Changes(store)
-            changes.listen()
+            changes.listen(lambda: None)
             try:
                 if url.startswith("postgres"):
                     async with asyncio.timeout(PATIENCE):
