@@ -30,6 +30,8 @@ TOO_LARGE = (
     b"Connection: close\r\n\r\n"
     b'{"type":"about:blank","title":"headers are too large","status":431,"detail":""}'
 )
+BODIES = {b"content-length", b"transfer-encoding"}
+"""Headers of requests that have one."""
 PROGRESS_SECONDS, PROGRESS_BYTES = 15.0, 1 << 14
 """A body that is sent, and an answer that is read, go on by so many bytes in so long, or to their end."""
 HALF_OPEN = 128
@@ -175,6 +177,7 @@ class TimedProtocol(HttpToolsProtocol):
         self._raw_bytes = self._body_bytes = 0
         self._mark: tuple[float, int] | None = None
         self._unread: tuple[float, int] | None = None
+        self._last: Any = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -211,6 +214,9 @@ class TimedProtocol(HttpToolsProtocol):
         self._since = 0.0
         self._body_bytes, self._mark = 0, (time.monotonic(), 0)
         super().on_headers_complete()
+        if not self.cycle.keep_alive and BODIES & {name for name, _ in self.headers}:
+            # Closed while a body still comes, a connection is reset, and what was answered is lost on its way.
+            self.cycle.keep_alive, self._last = True, self.cycle
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -221,11 +227,20 @@ class TimedProtocol(HttpToolsProtocol):
         self._raw_bytes = self._body_bytes = 0
         self._mark = None
         super().on_message_complete()
+        if self._last is not None and self._last.response_complete:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         # Also where an answer came before all of the body did.
         self.limits.came(self, self._host)
         self._mark = None
+        last = self._last
+        if last is not None and last.response_complete:
+            if last.more_body:
+                # The rest is read to nowhere, within the time for headers.
+                self._await_request()
+            else:
+                self.transport.close()
         super().on_response_complete()
 
     def end(self, why: str) -> None:

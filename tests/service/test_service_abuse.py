@@ -255,6 +255,22 @@ def test_a_body_of_many_small_chunks_is_a_body(server: Server) -> None:
         assert connection.recv(12) == b"HTTP/1.1 422"
 
 
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_who_sends_all_of_a_body_before_reading_is_told_why_it_was_refused(server: Server, connection: str) -> None:
+    """The answer comes first: what was still on its way reset the connection, and the answer with it."""
+    address, size = urlsplit(server.url), 24 << 20
+    head = f"POST /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: {connection}\r\nContent-Length: {size}\r\n\r\n"
+    with socket.create_connection((str(address.hostname), address.port), timeout=60) as opened:
+        opened.sendall(head.encode())
+        for _ in range(size >> 16):
+            opened.sendall(bytes(1 << 16))
+            time.sleep(0.0005)
+        assert opened.recv(12) == b"HTTP/1.1 413"
+        if connection == "close":
+            while opened.recv(1 << 16):
+                pass
+
+
 def test_uploads_that_unpack_to_much_are_read_elsewhere(server: Server) -> None:
     load, workload = np.ones((900, 58, 256)), np.zeros(900, int)
     statistics = mp.RoutingStatistics(experts=256, moe_layers=tuple(range(58)), load=load, window_workload=workload)
