@@ -93,7 +93,7 @@ def expert_storage(
         return Storage(plain.dtype, None, tuple(notes))
     if config is not None and not isinstance(config, Mapping):
         raise _not_understood(origin, f"quantization_config is {str(config)[:60]}")
-    config = config or {}
+    config = _Fields(config or {})
     stored = config.get("expert_dtype") if stored is None else stored
     for name in ("dequantize", "sparsity_config"):
         if config.get(name) and _mapping(config[name]).get("format") != "dense":
@@ -108,6 +108,13 @@ def expert_storage(
     else:
         scheme_of = _scheme_reader(config, origin)
 
+    unread = [
+        name
+        for name, value in config.items()
+        if value and "." not in name and SPEAKS_OF_PARTS.search(name) and name not in config.read
+    ]
+    if unread:
+        notes.append(f"not read: {', '.join(f'quantization_config.{name}' for name in unread)[:400]}")
     prefixes = _prefixes(config)
     by_layer = [
         (layer, role, scheme_of(_matrix_names(layer, role, prefixes)) or plain)
@@ -139,6 +146,30 @@ def expert_storage(
         )
     common = USUAL.get(usual.dtype, plain).bytes_per_weight(0 or width)
     return Storage(usual.dtype, None if math.isclose(mean, common, rel_tol=1e-12) else mean, tuple(notes))
+
+
+class _Fields(dict[str, Any]):
+    """A quantisation config that knows which of its fields were asked for."""
+
+    def __init__(self, fields: Mapping[Any, Any]) -> None:
+        super().__init__({str(name): value for name, value in fields.items()})
+        self.read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.read.add(str(name))
+        return super().__contains__(name)
+
+
+SPEAKS_OF_PARTS = re.compile(r"modul|layer|expert|moe|ignor|exclu|skip|sparsity", re.IGNORECASE)
+"""Fields that may say which parts of a model are quantised, or how experts are; with a dot they name such a part."""
 
 
 def _plain(fields: Mapping[str, Any], notes: list[str], origin: str) -> Scheme:
@@ -208,6 +239,8 @@ def _method_without_name(config: Mapping[str, Any]) -> str:
 
 FORMATS = {"mxfp4-pack-quantized": "mxfp4", "nvfp4-pack-quantized": "nvfp4", "mxfp8-quantized": "mxfp8"}
 """Of compressed-tensors, that say all by themselves."""
+UNPACKED = re.compile(r"dense|sparse|bitmask|24$")
+"""Formats whose weights take other room than their bits: left as they were, or without those that are 0."""
 
 
 def _compressed_tensors(config: Mapping[str, Any], origin: str) -> SchemeOf:
@@ -227,7 +260,10 @@ def _compressed_tensors(config: Mapping[str, Any], origin: str) -> SchemeOf:
         weights = group.get("weights")
         if weights is None:
             continue
-        scheme = _weights_scheme(_mapping(weights), str(group.get("format") or config.get("format") or ""))
+        form = str(group.get("format") or config.get("format") or "")
+        if UNPACKED.search(form):
+            raise _not_understood(origin, f"compressed-tensors' format is {form[:40]!r}")
+        scheme = _weights_scheme(_mapping(weights), form)
         if scheme is None:
             raise _not_understood(origin, f"{what}.weights is {str(weights)[:80]}")
         targets = group.get("targets") or ["Linear"]
@@ -330,6 +366,11 @@ def _integers(config: Mapping[str, Any], origin: str) -> SchemeOf:
     """AWQ, GPTQ, AutoRound and MLX: bits, a group's size, a scale and a zero point a group."""
     method = str(config.get("quant_method") or "").lower()
     excluded = _matches(config.get("modules_to_not_convert"), origin)
+    chosen = config.get("modules_in_block_to_quantize")
+    included = _matches([name for entry in _list(chosen) for name in _list(entry)], origin) if chosen else None
+    blocks = [str(name) for key in BLOCKS for name in _list(config.get(key))]
+    if blocks and not any(map(_of_language, blocks)):
+        return lambda names: None
     usual = _integer_scheme(config, method, origin)
     own: list[tuple[Matcher, Scheme | None]] = []
     overrides = {**_mapping(config.get("dynamic")), **_mapping(config.get("extra_config"))}
@@ -348,12 +389,16 @@ def _integers(config: Mapping[str, Any], origin: str) -> SchemeOf:
             own.append((matches, _integer_scheme({**config, **entry}, method, origin)))
 
     def scheme_of(names: Sequence[str]) -> Scheme | None:
-        if _any(excluded, names):
+        if _any(excluded, names) or not (included is None or _any(included, names)):
             return None
         called = [*names, *map(_mlx_name, names)] if mlx else names
         return next((scheme for matches, scheme in own if _any(matches, called)), usual)
 
     return scheme_of
+
+
+BLOCKS = ("block_name_to_quantize", "to_quant_block_names")
+"""AutoRound's: the stacks of layers that were quantised."""
 
 
 def _mlx_name(name: str) -> str:
@@ -553,21 +598,46 @@ def _torchao(config: Mapping[str, Any], origin: str) -> SchemeOf:
 
 
 def _torchao_scheme(entry: Mapping[str, Any], origin: str) -> Scheme:
-    name = re.sub(r"[^a-z0-9]", "", str(entry.get("_type")).lower())
-    int4 = Scheme("int4", 4, 4, _group(_mapping(entry.get("_data")).get("group_size"), 128, origin))
-    starts = {
-        "int8dynamicactivationint4": int4,
-        "float8dynamicactivationint4": int4,
-        "int4": int4,
-        "int8": Scheme("int8", 8, 2, None),
-        "float8": Scheme("fp8", 8, 4, None),
-        "nvfp4": USUAL["nvfp4"],
-        "mxfp4": USUAL["mxfp4"],
-    }
-    scheme = next((scheme for start, scheme in starts.items() if name.startswith(start)), None)
+    name = re.sub(r"[^a-z0-9]", "", str(entry.get("_type")).lower()).removesuffix("config")
+    data = _mapping(entry.get("_data"))
+    scheme = next((USUAL[start] for start in ("nvfp4", "mxfp4") if name.startswith(start)), None)
+    if name in TORCHAO_INT4:
+        return Scheme("int4", 4, 4, _group(data.get("group_size"), TORCHAO_INT4[name], origin))
+    if name in TORCHAO_INTX:
+        granularity = _mapping(data.get(TORCHAO_INTX[name]))
+        inner, size = _mapping(granularity.get("_data")), None
+        if granularity.get("_type", "PerAxis") == "PerGroup":
+            size = _group(inner.get("group_size"), 0, origin)
+        dtype = str(_mapping(data.get("weight_dtype")).get("_data"))
+        if dtype in ("int4", "int8"):
+            return Scheme(dtype, USUAL[dtype].bits, 4, size or None)
+        raise _not_understood(origin, f"torchao's weight_dtype is {dtype[:40]!r}")
+    scheme = scheme or TORCHAO_ROWS.get(name)
     if scheme is None:
         raise _not_understood(origin, f"torchao's quant_type is {str(entry.get('_type'))[:60]!r}")
     return scheme
+
+
+TORCHAO_INT4 = {
+    "int4weightonly": 128,
+    "prototypeint4weightonly": 128,
+    "float8dynamicactivationint4weight": 128,
+    "int8dynamicactivationint4weight": 32,
+}
+"""By torchao's name, without "config" at its end: weights of a group where it is not said."""
+TORCHAO_INTX = {"intxweightonly": "granularity", "int8dynamicactivationintxweight": "weight_granularity"}
+"""Of any number of bits; where they say what shares a scale."""
+TORCHAO_ROWS = {
+    **dict.fromkeys(
+        ("int8weightonly", "int8dynamicactivationint8weight", "int8staticactivationint8weight"),
+        Scheme("int8", 8, 2, None),
+    ),
+    "int4dynamicactivationint4weight": Scheme("int4", 4, 4, None),
+    **dict.fromkeys(
+        ("float8weightonly", "float8dynamicactivationfloat8weight", "float8staticactivationfloat8weight"),
+        Scheme("fp8", 8, 4, None),
+    ),
+}
 
 
 def _ascend(config: Mapping[str, Any], origin: str) -> SchemeOf:

@@ -55,6 +55,14 @@ ROWS = (2 / 512 + 1 / 256) / 3
 """One a row of each matrix, a weight."""
 
 
+GROUPS_OF_64 = {"_type": "PerGroup", "_version": 1, "_data": {"group_size": 64}}
+
+
+def torchao(kind: str, weight_dtype: str, **fields: object) -> dict[str, object]:
+    data = {"weight_dtype": {"_type": "torch.dtype", "_data": weight_dtype}, **fields}
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_version": 1, "_data": data}}}
+
+
 @pytest.mark.parametrize(
     ("quantisation", "stored"),
     [
@@ -118,6 +126,22 @@ ROWS = (2 / 512 + 1 / 256) / 3
          ("int4", 0.5 + 4 / 64)),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": {
             "re:.*experts.*": None, "_default": {"_type": "Int4WeightOnlyConfig"}}}}}}, ("bf16", 2.0)),
+        (torchao("Int8DynamicActivationIntxWeightConfig", weight_dtype="int4", weight_granularity=GROUPS_OF_64),
+         ("int4", 0.5 + 4 / 64)),
+        (torchao("IntxWeightOnlyConfig", weight_dtype="int8", granularity={"_type": "PerAxis", "_data": {"axis": 0}}),
+         ("int8", pytest.approx(1 + 4 * ROWS))),
+        ({"quant_method": "torchao", "quant_type": "int8_dynamic_activation_int4_weight"}, ("int4", 0.5 + 4 / 32)),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, ("int8", pytest.approx(1 + 2 * ROWS))),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "modules_in_block_to_quantize": [
+            ["self_attn.q_proj", "self_attn.k_proj"], ["self_attn.o_proj"]]}, ("bf16", 2.0)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "modules_in_block_to_quantize": [
+            ["self_attn.o_proj"], ["mlp.experts.0.up_proj"], ["mlp.experts.0.down_proj"]]},
+         ("int4", 0.5 + 2.5 / 128)),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 128, "block_name_to_quantize": "model.visual.blocks"},
+         ("bf16", 2.0)),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 128,
+          "to_quant_block_names": ["model.visual.blocks", "model.language_model.layers"]},
+         ("int4", 0.5 + 2.5 / 128)),
     ],
 )  # fmt: skip
 def test_storage_counts_bits_and_scales(quantisation: object, stored: tuple[str, float]) -> None:
@@ -186,6 +210,11 @@ def test_layers_whose_experts_are_left_as_they_were_count_in_the_mean() -> None:
         {"quant_method": "exl3", "bits": 3.5},
         {"quant_method": "exl3", "bits": 4.0, "layer_bits": {"0": 3, "1": 5}},
         {"quant_method": "exl3", "bits": [4]},
+        torchao("Int8DynamicActivationIntxWeightConfig", weight_dtype="int3", weight_granularity=GROUPS_OF_64),
+        torchao("Int8DynamicActivationUIntxWeightConfig", weight_dtype="int4"),
+        torchao("Float8DynamicActivationFloat8SemiSparseWeightConfig", weight_dtype="float8_e4m3fn"),
+        compressed(INT4_GROUP_32, [], "marlin-24"),
+        compressed(INT4_GROUP_32, [], "dense"),
         "int4",
         ["fp8"],
     ],
@@ -299,3 +328,10 @@ def test_lists_that_tell_layers_by_words_are_named_where_they_are_not_read() -> 
     assert "not read: ffn_kinds" in reading.notes
     assert (reading.fields["matrices"], reading.fields["layers"]) == (2, 4)
     assert read_config({**new, "is_moe_layer": [False, True, True, True]}).fields["moe_layers"] == (1, 2, 3)
+
+
+def test_fields_that_say_what_is_quantised_are_named_where_they_are_not_read() -> None:
+    fp8 = {"quant_method": "fp8", "ignored_layers": ["lm_head"], "experts_to_skip": ["experts"]}
+    assert read_config({**BASE, "quantization_config": fp8}).notes == ("not read: quantization_config.experts_to_skip",)
+    mlx = {"group_size": 64, "bits": 4, "model.layers.1.mlp.gate": {"group_size": 64, "bits": 8}}
+    assert read_config({**BASE, "quantization": mlx}).notes == ()
