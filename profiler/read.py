@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +14,8 @@ from typing import Any
 
 from .._display import span
 from .._plugins import Registry
-from ..placement.errors import FileFormatError, InputError
+from .._tensor_files import load_plain
+from ..placement.errors import FileFormatError, InputError, UnsupportedError
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace, apart
@@ -103,7 +106,82 @@ def reader_of(path: str | Path) -> Reader:
     for reader in READERS:
         if reader.recognise(source):
             return reader
-    raise FileFormatError(f"{source}: no known format of routing record; known: {'; '.join(r.name for r in READERS)}")
+    raise FileFormatError(
+        f"{source}: {_description(source)}; no known format of routing record. Known: "
+        f"{'; '.join(r.name for r in READERS)}"
+    )
+
+
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+"""How compressed files begin."""
+LOOKED_AT = 1 << 20
+
+
+def _description(path: Path) -> str:
+    """What a file or folder that no reader knows is, and what to make of it."""
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())
+        return f"a folder of {_some(names)}" if names else "an empty folder"
+    with path.open("rb") as handle:
+        start = handle.read(LOOKED_AT)
+    packed = next((name for magic, name in PACKED.items() if start.startswith(magic)), None)
+    if not start.strip():
+        return "an empty file"
+    if packed is not None:
+        return f"compressed by {packed} (unpack it first)"
+    if start.startswith(b"PK"):
+        return _archive(path)
+    if start.startswith(b"\x80"):
+        return "a pickle, which may run code and is not opened (np.save the array, or torch.save the tensor)"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "text in UTF-16 (save it as UTF-8)"
+    text = start.decode("utf-8-sig", "replace").lstrip()
+    if text[:1] in ("{", "["):
+        return _json_text(text)
+    line = text.splitlines()[0][:60]
+    if line.replace("\t", " ").isprintable():
+        return f"text that begins {line!r} (tables are read from .csv, with commas)"
+    return f"bytes that begin {start[:8].hex(' ')}"
+
+
+def _archive(path: Path) -> str:
+    """What a zip archive holds: of torch.save, or members."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "a damaged zip archive"
+    if not any(name.endswith("/data.pkl") for name in names):
+        return f"a zip archive of {_some(names) or 'nothing'}"
+    advice = 'of loads, torch.save the tensor alone, or {"logical_count": tensor}'
+    try:
+        content = load_plain(path)
+    except (FileFormatError, UnsupportedError) as error:
+        return f"a torch.save file that is not read: {str(error).removeprefix(f'{path}: ')} ({advice})"
+    inside = f" with {_some(list(map(str, content)))}" if isinstance(content, dict) else ""
+    return f"a torch.save file of a {type(content).__name__}{inside} ({advice})"
+
+
+def _json_text(text: str) -> str:
+    """What JSON holds, as far as it was read."""
+    advice = 'of loads, [layers][experts], or {"logical_count": [layers][experts]}'
+    try:
+        content = json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return f"JSON that begins {text[:40]!r} ({advice})"
+    if isinstance(content, dict):
+        return f"a JSON object with {_some(list(content))} ({advice})"
+    return f"a JSON list of {type(content[0]).__name__ if content else 'nothing'} ({advice})"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(name[:40] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @dataclass(frozen=True)
@@ -204,7 +282,8 @@ class Recording:
             )
         if model is not None:
             model = model if moe_layers is None else model.replace(layers=layers, moe_layers=numbers)
-            if layers != model.layers:
+            in_order = self.header.moe_layers in (model.moe_layers, tuple(range(layers)))
+            if layers != model.layers or (moe_layers is None and not in_order):
                 raise InputError(layers_that_differ(self.path, self.header.moe_layers, model))
             for field, recorded in self.header.model_fields.items():
                 if field != "moe_layers" and recorded != getattr(model, field):
@@ -257,6 +336,11 @@ def layers_that_differ(path: Path, recorded: Sequence[int], model: ModelSpec) ->
         f"{path} is of another model: it has {len(recorded)} layers ({span(tuple(recorded))}), the model has "
         f"{model.layers} with experts ({span(model.moe_layers)})"
     ]
+    if len(recorded) == model.layers:
+        said.append(
+            f"where they are the same layers, counted otherwise, --moe-layers {span(model.moe_layers)} of `moeplace "
+            "import` says so"
+        )
     if extra:
         said.append(
             f"recorded only: {span(tuple(extra))}, which may be layers of multi-token prediction (after the last), or "
@@ -318,8 +402,6 @@ def open_routing(
         if kind is None:
             check_loads(source, experts)
     for name in options:
-        if name == "num_experts" and reader.read is read_loads:
-            continue
         if name not in reader.options:
             known = ", ".join(sorted(reader.options)) or "none"
             raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -27,6 +27,8 @@ ROUTED = "routed_experts"
 MOST_LAYERS = 512
 """More rows than any model has layers."""
 MOST_TOP_K = 64
+MOST_IDS = 2048
+"""More experts than any layer has: numbers from there on are counts."""
 MOST_EXPERTS = 65536
 ROWS_LOOKED_AT = 1 << 16
 LEAST_SHARED_ROWS = 64
@@ -227,10 +229,12 @@ def kind_of(source: Path, num_experts: int | None) -> Kind:
         if array.dtype.kind == "f" or not array.size:
             kinds.add("loads" if array.dtype.kind == "f" else "tokens")
         elif is_surely_ids(array, num_experts):
+            check_axes(source, array)
             kinds.add("tokens")
         elif is_surely_loads(array, num_experts):
             kinds.add("loads")
         else:
+            check_axes(source, array)
             raise FileFormatError(reading_of(source, array))
     if len(kinds) > 1:
         raise FileFormatError(f"{source}: some arrays are expert ids and others loads; keep them in files of their own")
@@ -302,23 +306,30 @@ def are_choices(rows: Numbers, experts: int) -> bool:
 def is_surely_loads(array: Numbers, num_experts: int | None) -> bool:
     """Whether whole numbers are surely, or nearly so, loads. None is negative, and one of these holds:
 
-    - in three dimensions a row holds a number above 0 twice: a token chooses an expert once;
+    - in three dimensions a row holds a number above 0 twice, since a token chooses an expert once, and numbers or rows
+      are more than any model's ids, or layers count about as much as one another;
     - the layers of a window add up to one total (those that count anything), though by chance that would be rarer than
       1 in 8,100: every token chooses as many experts in each;
     - `num_experts` is given, the last axis has that length, and a number reaches it;
-    - the last axis is longer than any model has layers, or experts a token.
+    - the last axis is longer than any model has layers, or experts a token; in two dimensions with numbers that ids
+      [layers, tokens] do not reach.
     """
     windows = array[None] if array.ndim == 2 else array[:ROWS_LOOKED_AT]
     if array.ndim not in (2, 3) or int(windows.min()) < 0 or array.shape[-1] > MOST_EXPERTS:
         return False
-    if array.shape[-1] > (MOST_LAYERS if array.ndim == 2 else MOST_TOP_K) or int(windows.max()) >= MOST_EXPERTS:
+    highest = int(windows.max())
+    too_long = (
+        array.shape[-1] > MOST_TOP_K if array.ndim == 3 else array.shape[-1] > MOST_LAYERS and highest >= MOST_IDS
+    )
+    if too_long or highest >= MOST_EXPERTS:
         return True
-    if num_experts is not None and array.shape[-1] == num_experts and int(windows.max()) >= num_experts:
+    if num_experts is not None and array.shape[-1] == num_experts and highest >= num_experts:
         return True
     windows = windows.astype(np.int64)
     if array.ndim == 3:
         ordered = np.sort(windows, axis=2)
-        if ((np.diff(ordered, axis=2) == 0) & (ordered[:, :, 1:] > 0)).any():
+        repeats = ((np.diff(ordered, axis=2) == 0) & (ordered[:, :, 1:] > 0)).any()
+        if repeats and (highest >= MOST_IDS or array.shape[-1] > MOST_TOP_K // 2 or _layers_are_near(windows)):
             return True
     totals = windows.sum(axis=2)
     surprise = 0.0
@@ -328,6 +339,91 @@ def is_surely_loads(array: Numbers, num_experts: int | None) -> bool:
             return False
         surprise += max(0, len(counted) - 1) * math.log(max(int(counted[0]), 1)) if len(counted) else 0.0
     return surprise >= EXPECTED_PAIRS
+
+
+def exchanged_axes(array: Numbers) -> str | None:
+    """In which other order loads surely have their axes, told by their totals: every token chooses as many experts in
+    each layer, so that layers count as much as one another, and windows and experts do not."""
+    numbers = array[:ROWS_LOOKED_AT]
+    if 0 in numbers.shape or _surprise(numbers) is not None:
+        return None
+    for name, order in ORDERS[array.ndim].items():
+        surprise = _surprise(numbers.transpose(order))
+        if surprise is not None and surprise >= EXPECTED_PAIRS:
+            return name
+    return None
+
+
+ORDERS: Mapping[int, Mapping[str, tuple[int, ...]]] = {
+    2: {"[experts, layers]": (1, 0)},
+    3: {"[windows, experts, layers]": (0, 2, 1), "[layers, windows, experts]": (1, 0, 2)},
+}
+"""How axes may be exchanged, and what brings them back."""
+
+
+def _surprise(numbers: Numbers) -> float | None:
+    """How unlikely it would be, as a logarithm, that layers agreed by chance in what they count; None where they do
+    not agree. Layers that count nothing are looked over. numbers: [L, E] or [W, L, E]."""
+    totals = numbers.sum(axis=-1, dtype=np.float64).reshape(-1, numbers.shape[-2])
+    highest = totals.max(axis=1, keepdims=True)
+    counted = totals != 0
+    rounding = {2: 2e-3, 4: 1e-5}.get(numbers.dtype.itemsize, 1e-9) if numbers.dtype.kind == "f" else 0.0
+    if (counted & (np.abs(totals - highest) > rounding * highest)).any():
+        return None
+    others = np.maximum(counted.sum(axis=1) - 1, 0)
+    each = np.log(np.maximum(highest[:, 0], 1.0)) if (totals == np.floor(totals)).all() else -math.log(rounding or 1.0)
+    return float((others * each).sum())
+
+
+def check_axes(source: Path | str, ids: Ids) -> None:
+    """Refuses ids [tokens, layers] or [tokens, layers, top_k] whose first two axes surely are exchanged.
+
+    Raises:
+        FileFormatError: they are.
+    """
+    if are_exchanged(ids.reshape(*ids.shape[:2], -1)):
+        ends = ", top_k" if ids.ndim == 3 else ""
+        raise FileFormatError(
+            f"{source}: expert ids {list(ids.shape)} are [layers, tokens{ends}], by the experts that its rows prefer; "
+            f"expected [tokens, layers{ends}]: save np.swapaxes(array, 0, 1)"
+        )
+
+
+def are_exchanged(ids: Ids) -> bool:
+    """Whether ids [T, L, K] surely are [layers, tokens, K]: more layers than tokens, where the first axis tells far
+    better which experts are chosen than the second. Layers prefer experts, each its own; a token has no number of an
+    expert that it prefers in all layers."""
+    ids = ids[:ROWS_LOOKED_AT]
+    if ids.shape[1] <= ids.shape[0] or len(ids) < 2:
+        return False
+    first, second = _preference(ids), _preference(np.swapaxes(ids, 0, 1))
+    return first > SURE_PREFERENCE and first > second
+
+
+SURE_PREFERENCE = 6.0
+"""Standard deviations above chance."""
+
+
+def _preference(ids: Ids) -> float:
+    """How far above chance rows [R, ...] differ in what they choose: chi-squared, in its standard deviations."""
+    flat = ids.reshape(len(ids), -1).astype(np.int64)
+    rows, columns = np.nonzero(flat >= 0)
+    experts, choices = np.unique(flat[rows, columns], return_inverse=True)
+    counts = np.bincount(rows * len(experts) + choices, minlength=len(flat) * len(experts)).reshape(len(flat), -1)
+    expected = counts.sum(axis=1, keepdims=True) * counts.sum(axis=0) / max(counts.sum(), 1)
+    freedom = (len(flat) - 1) * (len(experts) - 1)
+    if freedom < 1:
+        return 0.0
+    squared = np.divide((counts - expected) ** 2, expected, out=np.zeros_like(expected), where=expected > 0).sum()
+    return float((squared - freedom) / math.sqrt(2 * freedom))
+
+
+def _layers_are_near(windows: Numbers) -> bool:
+    """Whether the layers of most windows count about as much as one another, as loads do though tokens were dropped."""
+    totals = windows.sum(axis=2).astype(np.float64)
+    totals = totals[:, totals.any(axis=0)]
+    highest = totals.max(axis=1)
+    return totals.shape[1] > 1 and bool(np.median((highest - totals.min(axis=1)) / np.maximum(highest, 1.0)) <= 0.2)
 
 
 def _header_of(source: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:

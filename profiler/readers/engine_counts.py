@@ -56,8 +56,16 @@ def statistics_of(
         row[:] = counts if used.all() else counts[used]
     shared, implied_top_k = _shared_in_counts(load_WLE)
     if shared and top_k in (None, implied_top_k):
-        remark(set_apart(source, shared, load_WLE.shape[2] - shared))
-        load_WLE, top_k = np.ascontiguousarray(load_WLE[:, :, :-shared]), implied_top_k
+        experts = load_WLE.shape[2] - shared
+        if implied_top_k == 1 and top_k is None:
+            remark(
+                f"{source}: the last column adds up all others, as a total does, or a shared expert beside a single "
+                f"one a token (top-1): set apart, {experts} experts are left"
+            )
+        else:
+            remark(set_apart(source, shared, experts))
+            top_k = implied_top_k
+        load_WLE = np.ascontiguousarray(load_WLE[:, :, :-shared])
     # Not writable, so that it is taken as it is.
     load_WLE.flags.writeable = False
     names = [layer for layer, counted in zip(layers, used, strict=True) if counted]

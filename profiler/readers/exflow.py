@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
-from .arrays import are_choices, npy_is, npy_table
+from .arrays import are_choices, check_axes, npy_is, npy_table
 
 ROWS = 1 << 16
 
@@ -23,13 +23,14 @@ def read_exflow(path: str | Path, *, num_experts: int | None = None) -> RoutingT
 
     Raises:
         InputError: no such file.
-        FileFormatError: not such an array, truncated, ids of neither numbering, or one layer's choices; or E cannot be
-            told from the values, then pass num_experts.
+        FileFormatError: not such an array, truncated, ids of neither numbering, [layers, tokens], or one layer's
+            choices; or E cannot be told from the values, then pass num_experts.
     """
     source = Path(path)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
     table = npy_table(source)
+    check_axes(source, table)
     low, high = _ranges(table)
     experts, stride = _numbering(source, low, high, num_experts)
     if not stride and are_choices(table[:ROWS], experts):

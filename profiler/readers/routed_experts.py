@@ -21,7 +21,7 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
 from ..files import NPY_MAGIC, Source, json_items, name_of, path_or_file, reading
 from ..notes import remark
-from .arrays import ROUTED, Ids, fused_shared, holds_arrays, is_filled, npy_array, npy_file, npz_arrays
+from .arrays import ROUTED, Ids, check_axes, fused_shared, holds_arrays, is_filled, npy_array, npy_file, npz_arrays
 from .engine_counts import MOST_EXPERTS, left_out, set_apart, without_shared
 
 PROMPT = f"prompt_{ROUTED}"
@@ -70,8 +70,8 @@ def read_routed_experts(
     in the engine's order, without weights.
 
     Raises:
-        InputError: no such file. FileFormatError: no such record, damaged, requests of different models, or a shape
-            that cannot be told: pass it.
+        InputError: no such file. FileFormatError: no such record, damaged, requests of different models, axes in
+            another order, or a shape that cannot be told: pass it.
     """
     source = path_or_file(path)
     name = name_of(source)
@@ -88,6 +88,9 @@ def read_routed_experts(
         raise FileFormatError(
             f"{name}: no routed experts in it; enable them in the engine and ask for them in the request"
         )
+    if start == NPY_MAGIC or start.startswith(b"PK"):
+        for piece in pieces:
+            check_axes(name, piece.ids)
     return _trace(name, pieces, num_experts)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,37 @@ from ...placement.model_config import differing_layers
 from ...placement.statistics import RoutingStatistics
 from ..files import BOM, ITEM_LIMIT, NPY_MAGIC, json_items
 from ..notes import remark
-from .arrays import ROWS_LOOKED_AT, Numbers, is_surely_ids, is_surely_loads, npy_numbers, npz_numbers, reading_of
+from .arrays import (
+    ROWS_LOOKED_AT,
+    Numbers,
+    exchanged_axes,
+    is_surely_ids,
+    is_surely_loads,
+    npy_numbers,
+    npz_numbers,
+    reading_of,
+)
 from .engine_counts import MOST_EXPERTS, RankCounts, statistics_of, sum_ranks
 from .sglang import start_of
 
+MOST_LAYERS = 1 << 12
+"""More than any model has: larger numbers of layers are of something else."""
 SUFFIXES = (".npy", ".npz", ".pt", ".json", ".csv")
 START = 1 << 12
 TEXT_LIMIT = ITEM_LIMIT
 LOGICAL_COUNT = "logical_count"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2"
 """How the structure of a tensor alone begins, after two bytes for the protocol."""
+
+
+class Table(NamedTuple):
+    """Numbers of a file as they stand in it. name: of an array, or what holds them. layers: their numbers, where the
+    file says them. counted: whether its first column was told to be counts."""
+
+    name: str
+    numbers: Numbers
+    layers: tuple[int, ...] | None = None
+    counted: bool = False
 
 
 def is_loads(path: Path) -> bool:
@@ -44,34 +65,48 @@ def is_loads(path: Path) -> bool:
     return _container(path) != ""
 
 
-def read_loads(path: str | Path) -> RoutingStatistics:
-    """Reads loads; layers are numbered from 0, and layers that count nothing are left out.
+def read_loads(path: str | Path, *, num_experts: int | None = None) -> RoutingStatistics:
+    """Reads loads; layers are numbered from 0 but where a CSV numbers them, and those that count nothing are left out.
+
+    num_experts: how many each layer has, where that is known.
 
     Raises:
         InputError: no such path.
-        FileFormatError: other shapes or types, damaged, files that differ in shape, or layers that differ in experts.
+        FileFormatError: other shapes or types, damaged, files that differ in shape, layers that differ in experts, or
+            axes in another order.
     """
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
     files = _files(source) if source.is_dir() else [source]
+    tables = [(file, table) for file in files for table in _tables(file)]
     parts = [
-        RankCounts(file, None, _windows(file, name, numbers), name if file.suffix == ".npz" else "")
-        for file in files
-        for name, numbers in _numbers(file)
+        RankCounts(file, None, _windows(file, table, num_experts), table.name if file.suffix == ".npz" else "")
+        for file, table in tables
     ]
     if not parts:
         raise FileFormatError(f"{source}: no numbers in it; expected [layers, experts] or [windows, layers, experts]")
     shapes = sorted({part.counts.shape[1:] for part in parts})
     if len(shapes) > 1:
         raise FileFormatError(f"{source}: [layers, experts] are {shapes}, expected one shape of a model")
+    numbered = {table.layers for _, table in tables}
+    if len(numbered) > 1:
+        raise FileFormatError(f"{source}: files number their layers otherwise; expected the same layers in each")
     summed = sum_ranks(parts)
-    if len(files) > 1 and len(summed) == len(parts):
+    if len(parts) > 1 and len(summed) == len(parts):
+        what, order = ("files", "order of their names") if len(files) > 1 else ("arrays", "order they stand in")
         remark(
-            f"{source}: {len(files)} files were taken for windows in time, in the order of their names; ranks' files, "
-            "which are summed, are told by names like rank0 and rank1"
+            f"{source}: {len(parts)} {what} were taken for windows in time, in the {order}; those of ranks, which are "
+            "summed, are told by names like rank0 and rank1"
         )
-    return statistics_of(source, (window for rows in summed for window in rows), range(shapes[0][0]))
+    layers = numbered.pop() or range(shapes[0][0])
+    read = statistics_of(source, (window for rows in summed for window in rows), layers)
+    if num_experts not in (None, read.experts):
+        raise FileFormatError(
+            f"{source}: loads {list(parts[0].counts.shape)} have {read.experts} experts a layer, not {num_experts}"
+            + ("; counts of slots with replicas are to be summed by expert" if read.experts > num_experts else "")
+        )
+    return read
 
 
 def check_loads(source: Path, num_experts: int | None) -> None:
@@ -83,7 +118,7 @@ def check_loads(source: Path, num_experts: int | None) -> None:
     for file in _files(source) if source.is_dir() else [source]:
         if _container(file) in ("json object", "csv"):
             continue
-        for _, numbers in _numbers(file):
+        for _, numbers, _, _ in _tables(file):
             if numbers.size and numbers.ndim in (2, 3):
                 whole = numbers.dtype.kind in "iu"
                 if (whole or _is_whole(numbers)) and is_surely_ids(numbers, num_experts):
@@ -128,19 +163,20 @@ def _container(file: Path) -> str:
     return "csv" if file.suffix == ".csv" and text[:1] else ""
 
 
-def _numbers(file: Path) -> Iterator[tuple[str, Numbers]]:
+def _tables(file: Path) -> Iterator[Table]:
     """The arrays of a file, with their names where they have some."""
     match _container(file):
         case "npy":
-            yield "array", npy_numbers(file)
+            yield Table("array", npy_numbers(file))
         case "npz":
-            yield from npz_numbers(file).items()
+            yield from (Table(name, numbers) for name, numbers in npz_numbers(file).items())
         case "pt":
-            yield "tensor", tensor_array(file, "tensor", load_plain(file))
+            yield Table("tensor", tensor_array(file, "tensor", load_plain(file)))
         case "csv":
-            yield "table", _csv(file)
+            yield _csv(file)
         case kind if kind:
-            yield LOGICAL_COUNT if kind == "json object" else "list", _json(file, kind == "json object")
+            name = LOGICAL_COUNT if kind == "json object" else "list"
+            yield Table(name, _json(file, kind == "json object"))
         case _:
             raise FileFormatError(
                 f"{file}: no plain loads; expected .npy, .npz, a .pt tensor, CSV, or JSON: [layers][experts], "
@@ -148,8 +184,9 @@ def _numbers(file: Path) -> Iterator[tuple[str, Numbers]]:
             )
 
 
-def _windows(file: Path, name: str, numbers: Numbers) -> npt.NDArray[Any]:
+def _windows(file: Path, table: Table, num_experts: int | None) -> npt.NDArray[Any]:
     """[W, L, E]."""
+    name, numbers = table.name, table.numbers
     if numbers.ndim not in (2, 3) or 0 in numbers.shape or numbers.shape[-1] > MOST_EXPERTS:
         raise FileFormatError(
             f"{file}: {name} has shape {list(numbers.shape)}, expected loads [layers, experts] or [windows, layers, "
@@ -162,7 +199,34 @@ def _windows(file: Path, name: str, numbers: Numbers) -> npt.NDArray[Any]:
         )
     if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
         raise FileFormatError(f"{file}: {name} holds NaN or infinity; loads are finite and start at 0")
+    if num_experts != numbers.shape[-1]:
+        if not table.counted and _numbers_its_rows(numbers):
+            raise FileFormatError(
+                f"{file}: the first column counts up by one ({int(numbers[0, 0])}, {int(numbers[1, 0])}, "
+                "...): the number of each layer, or what its first expert counts? "
+                + (
+                    "Name the columns in a first row: layer,0,1,2 or 0,1,2"
+                    if table.name == CSV
+                    else "Leave numbers of layers out, or say how many experts there are (--num-experts)"
+                )
+            )
+        exchanged = exchanged_axes(numbers)
+        if exchanged:
+            raise FileFormatError(
+                f"{file}: {name} {list(numbers.shape)} is {exchanged}, by its totals: every layer counts as many "
+                "choices of experts as the others. Expected [layers, experts] or [windows, layers, experts]: transpose "
+                "it, or say how many experts its last axis has (--num-experts)"
+            )
     return numbers if numbers.ndim == 3 else numbers[None]
+
+
+def _numbers_its_rows(numbers: Numbers) -> bool:
+    """Whether a table's first column counts up by one, and no other does: numbers of the layers, not counts."""
+    if numbers.ndim != 2 or len(numbers) < 3:
+        return False
+    counting = (np.diff(numbers.astype(np.float64), axis=0) == 1).all(axis=0)
+    first = float(numbers[0, 0])
+    return bool(counting[0]) and not counting[1:].any() and first.is_integer() and 0 <= first < MOST_LAYERS
 
 
 def _json(file: Path, is_object: bool) -> Numbers:
@@ -190,8 +254,12 @@ def nested_numbers(file: Path, field: str, value: Any) -> Numbers:
     for number, window in enumerate(windows):
         for layer, row in enumerate(window):
             if not isinstance(row, list) or not row or not set(map(type, row)) <= {int, float}:
+                other = (
+                    next((v for v in row if type(v) not in (int, float)), "nothing") if isinstance(row, list) else row
+                )
                 raise FileFormatError(
-                    f"{file}: {field}, window {number}, layer {layer} is no list of numbers, one an expert"
+                    f"{file}: {field}, window {number}, layer {layer} is no list of numbers, one an expert: it holds "
+                    f"{json.dumps(other)[:40]}"
                 )
             check_equal_experts(f"{file}: {field}, window {number}", layer, len(row), len(windows[0][0]))
         if len(window) != len(windows[0]):
@@ -218,8 +286,11 @@ def _has_fractions(windows: Sequence[Sequence[Sequence[Any]]]) -> bool:
     return any(type(value) is float for window in windows for row in window for value in row)
 
 
-def _csv(file: Path) -> Numbers:
-    """[L, E] of rows of numbers; with a head, a column `layer` orders the rows and `window` parts them."""
+CSV = "table"
+
+
+def _csv(file: Path) -> Table:
+    """[L, E] of rows of numbers; with a head, a column `layer` numbers and orders the rows, and `window` parts them."""
     if file.stat().st_size > TEXT_LIMIT:
         raise FileFormatError(f"{file}: {file.stat().st_size:,} bytes of CSV; save as .npy, which has no such limit")
     try:
@@ -229,11 +300,6 @@ def _csv(file: Path) -> Numbers:
         raise FileFormatError(f"{file}: damaged CSV ({error})") from None
     head = [_column(cell) for cell in rows[0]] if rows and _is_head(rows) else []
     body = rows[1:] if head else rows
-    if not head and len(body) > 2 and _counts_up([row[0] for row in body]):
-        raise FileFormatError(
-            f"{file}: the first column counts up by one ({body[0][0][:20]}, {body[1][0][:20]}, ...): the number of "
-            "each layer, or what its first expert counts? Name the columns in a first row: layer,0,1,2 or 0,1,2"
-        )
     named = [name for name in ("window", "layer") if name in head]
     if {"expert", "count", "load", "tokens"} & set(head):
         raise FileFormatError(
@@ -261,12 +327,22 @@ def _csv(file: Path) -> Numbers:
         keys, values = keys[order], values[order]
         if len(np.unique(keys, axis=0)) < len(keys):
             raise FileFormatError(f"{file}: a {' and '.join(named)} stands twice; expected one row each")
+    layers = keys[:, named.index("layer")] if "layer" in named else None
     if "window" in named:
         sizes = np.unique(keys[:, 0], return_counts=True)[1]
         if len(set(sizes.tolist())) > 1:
             raise FileFormatError(f"{file}: windows have {sizes.min()} to {sizes.max()} layers, expected one number")
         values = values.reshape(len(sizes), int(sizes[0]), values.shape[1])
-    return values
+        if layers is not None:
+            by_window = layers.reshape(len(sizes), -1)
+            if (by_window != by_window[0]).any():
+                raise FileFormatError(f"{file}: windows have different layers, expected the same in each")
+            layers = by_window[0]
+    if layers is None:
+        return Table(CSV, values, counted=bool(head))
+    if (layers < 0).any() or (layers != np.floor(layers)).any() or layers.max() >= MOST_LAYERS:
+        raise FileFormatError(f"{file}: column layer holds other than numbers of layers, from 0 on")
+    return Table(CSV, values, tuple(int(layer) for layer in layers), counted=True)
 
 
 LAYER_NAMES = ("layer", "layer_id", "layer_idx", "layer_index", "moe_layer", "layers", "")
@@ -279,12 +355,6 @@ def _is_head(rows: Sequence[Sequence[str]]) -> bool:
     first = rows[0]
     counted = len(first) > 2 and [cell.strip() for cell in first] == [str(i) for i in range(len(first))]
     return counted or not all(map(_is_number, first))
-
-
-def _counts_up(cells: Sequence[str]) -> bool:
-    """Whether whole numbers follow one another by one."""
-    numbers = [int(cell) for cell in cells if re.fullmatch(r" *\d{1,6} *", cell)]
-    return len(numbers) == len(cells) and all(after - before == 1 for before, after in pairwise(numbers))
 
 
 def _column(cell: str) -> str:

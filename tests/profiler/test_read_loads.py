@@ -272,3 +272,132 @@ def test_the_mark_that_editors_put_before_utf_8_is_passed_over(name: str, tmp_pa
     text = "[[1, 2], [3, 4]]" if name == "a.json" else "1,2\n3,4\n"
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert loads_of(tmp_path / name).tolist() == [[[1, 2], [3, 4]]]
+
+
+def _layered_loads(windows: int, layers: int = 6, experts: int = 16) -> Any:
+    """Loads of layers that each prefer other experts; windows of different sizes, in whole numbers."""
+    preferred = RNG.dirichlet(np.ones(experts), layers)
+    return np.stack([[RNG.multinomial(2 * 1000 * (w + 1), p) for p in preferred] for w in range(windows)])
+
+
+@pytest.mark.parametrize("number", [np.int64, np.float32, np.float16])
+@pytest.mark.parametrize(("axes", "called"), [((0, 2, 1), "windows, experts, layers"), ((1, 0, 2), "layers, windows")])
+def test_loads_whose_axes_are_exchanged_are_refused_and_those_in_order_are_read(
+    axes: tuple[int, ...], called: str, number: type[np.number[Any]], tmp_path: Path
+) -> None:
+    loads = (_layered_loads(4) / (100 if number is np.float16 else 1)).astype(number)
+    np.save(tmp_path / "loads.npy", loads)
+    assert loads_of(tmp_path / "loads.npy", kind="loads").shape == (4, 6, 16)
+    np.save(tmp_path / "other.npy", loads.transpose(axes))
+    with pytest.raises(mp.FileFormatError, match=rf"is \[{called}.*by its totals.*transpose it"):
+        read_any(tmp_path / "other.npy", kind="loads")
+    if axes == (0, 2, 1) and number is not np.float16:
+        (tmp_path / "one.csv").write_text("\n".join(",".join(map(str, row)) for row in loads[0].T.tolist()))
+        with pytest.raises(mp.FileFormatError, match=r"is \[experts, layers\]"):
+            read_any(tmp_path / "one.csv")
+
+
+def test_tables_that_agree_either_way_are_taken_as_they_stand(tmp_path: Path) -> None:
+    for table in (np.full((2, 64), 100.0), np.eye(12) * 5000 + 1, np.array([[1.0, 2, 3], [3, 2, 1]])):
+        np.save(tmp_path / "a.npy", table)
+        np.testing.assert_array_equal(loads_of(tmp_path / "a.npy"), table[None])
+
+
+@pytest.mark.parametrize("kind", [None, "tokens"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_ids_whose_axes_are_exchanged_are_refused(top_k: int, kind: Any, tmp_path: Path) -> None:
+    scores = RNG.gumbel(size=(900, 6, 16)) + RNG.normal(size=(6, 16))
+    ids = scores.argsort(axis=2)[:, :, :top_k].squeeze(axis=2 if top_k == 1 else ())
+    np.save(tmp_path / "ids.npy", ids)
+    assert read_any(tmp_path / "ids.npy", kind="tokens").expert_ids.shape == (900, 6, top_k)
+    np.save(tmp_path / "other.npy", np.swapaxes(ids, 0, 1))
+    with pytest.raises(mp.FileFormatError, match=r"are \[layers, tokens.*np.swapaxes"):
+        read_any(tmp_path / "other.npy", kind=kind)
+
+
+def test_ids_that_hold_an_expert_twice_are_not_taken_for_loads_of_two_experts(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", RNG.integers(0, 16, (500, 6, 2)))
+    with pytest.raises(mp.FileFormatError, match="may be expert ids .* or loads"):
+        read_any(tmp_path / "a.npy")
+
+
+def test_the_numbers_a_csv_gives_its_layers_are_theirs(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("layer,0,1\n4,1,2\n3,3,4\n5,5,6\n")
+    read = read_any(tmp_path / "a.csv")
+    assert read.moe_layers == (3, 4, 5)
+    assert isinstance(read, mp.RoutingStatistics)
+    assert read.load[0].tolist() == [[3, 4], [1, 2], [5, 6]]
+    for text, message in (
+        ("step,layer,0,1\n0,3,1,2\n0,4,1,2\n1,3,1,2\n1,5,1,2\n", "windows have different layers"),
+        ("layer,0,1\n0.5,1,2\n1,1,2\n", "other than numbers of layers"),
+    ):
+        (tmp_path / "b.csv").write_text(text)
+        with pytest.raises(mp.FileFormatError, match=message):
+            read_any(tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize("suffix", ["npy", "json", "csv"])
+def test_a_first_column_that_numbers_the_layers_is_no_expert(suffix: str, tmp_path: Path) -> None:
+    table = np.hstack([np.arange(3.0, 9)[:, None], _layered_loads(1)[0]])
+    path = tmp_path / f"a.{suffix}"
+    match suffix:
+        case "npy":
+            np.save(path, table)
+        case "json":
+            path.write_text(json.dumps(table.tolist()))
+        case _:
+            path.write_text("\n".join(",".join(map(str, row)) for row in table.tolist()))
+    with pytest.raises(mp.FileFormatError, match="first column counts up by one .3, 4, "):
+        read_any(path)
+
+
+def test_experts_that_are_given_are_those_of_the_loads(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", RNG.random((3, 10)))
+    assert loads_of(tmp_path / "a.npy", num_experts=10).shape == (1, 3, 10)
+    with pytest.raises(mp.FileFormatError, match="have 10 experts a layer, not 8; counts of slots"):
+        read_any(tmp_path / "a.npy", num_experts=8)
+
+
+def test_a_column_that_adds_up_the_others_says_nothing_of_top_k(tmp_path: Path) -> None:
+    loads = _layered_loads(2)
+    np.save(tmp_path / "a.npy", np.concatenate([loads, loads.sum(axis=2, keepdims=True)], axis=2).astype(float))
+    recording = open_routing(tmp_path / "a.npy")
+    np.testing.assert_array_equal(recording.statistics().load, loads)
+    assert recording.header.top_k is None
+    assert "the last column adds up all others, as a total does" in recording.notes[0]
+
+
+def test_arrays_of_one_file_that_are_taken_for_windows_are_so_aloud(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", chat=RNG.random((2, 8)), code=RNG.random((2, 8)))
+    assert "2 arrays were taken for windows in time" in open_routing(tmp_path / "a.npz").notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npy", b"", "an empty file"),
+        ("a.npy.gz", b"\x1f\x8b\x08rest", r"compressed by gzip \(unpack it first\)"),
+        ("a.json.zst", b"\x28\xb5\x2f\xfdrest", "compressed by zstd"),
+        ("a.pkl", b"\x80\x04rest", "a pickle, which may run code"),
+        ("a.json", b'{"expert_load": [[1, 2]]}', "a JSON object with expert_load .*logical_count"),
+        ("a.json", "[[1, 2]]".encode("utf-16"), "text in UTF-16"),
+        ("a.tsv", b"1\t2\n3\t4\n", "text that begins .*tables are read from .csv"),
+        ("a.bin", bytes(range(1, 30)), "bytes that begin 01 02 03"),
+        ("a.xlsx", b"PK\x03\x04rest", "a damaged zip archive"),
+    ],
+)
+def test_what_is_no_record_is_described(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(mp.FileFormatError, match=f"{message}.*no known format of routing record"):
+        read_any(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(mp.FileFormatError, match="an empty folder"):
+        read_any(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("content", [{"a": 1.0}, [1.0]])
+def test_a_torch_file_of_something_else_says_what_and_what_to_save(content: Any, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(mp.FileFormatError, match=f"a torch.save file of a {type(content).__name__}.*logical_count"):
+        read_any(tmp_path / "a.pt")

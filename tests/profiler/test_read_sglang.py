@@ -350,5 +350,5 @@ def test_other_torch_files_and_folders_are_not_taken(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "model.pt")
     assert not is_sglang(tmp_path / "model.pt")
     assert not is_sglang(tmp_path)
-    with pytest.raises(mp.FileFormatError, match="known: .*SGLang"):
+    with pytest.raises(mp.FileFormatError, match="a torch.save file of a dict with weight .*Known: .*SGLang"):
         reader_of(tmp_path / "model.pt")
