@@ -326,12 +326,24 @@ class Recording:
         return replace(cls.of(record, first.path), notes=notes)
 
 
+def model_layers(recorded: Sequence[int], model: ModelSpec) -> dict[int, int]:
+    """The model's number of each recorded layer that is one of its own, as far as numbers tell.
+
+    A record numbers layers as the model does, or counts MoE layers alone, from 0: as one does that begins with 0 where
+    the model's layer 0 has no experts, since layers without count nothing. What follows the model's last is of
+    multi-token prediction.
+    """
+    counted = tuple(recorded) == tuple(range(len(recorded)))
+    if counted and (len(recorded) == model.layers or model.moe_layers[0] > 0):
+        return dict(zip(recorded, model.moe_layers, strict=False))
+    return {layer: layer for layer in recorded if layer in model.moe_layers}
+
+
 def layers_that_differ(path: Path, recorded: Sequence[int], model: ModelSpec) -> str:
     """Which layers a recording and a model do not share, what they may be, and what to do."""
-    extra, missing = sorted(set(recorded) - set(model.moe_layers)), sorted(set(model.moe_layers) - set(recorded))
-    if tuple(recorded) == tuple(range(len(recorded))) and missing:
-        # Numbered from 0, as engines do that count MoE layers only: which layer is which cannot be told by numbers.
-        extra, missing = list(recorded[model.layers :]), list(model.moe_layers[len(recorded) :])
+    numbers = model_layers(recorded, model)
+    extra = [layer for layer in recorded if layer not in numbers]
+    missing = [layer for layer in model.moe_layers if layer not in numbers.values()]
     said = [
         f"{path} is of another model: it has {len(recorded)} layers ({span(tuple(recorded))}), the model has "
         f"{model.layers} with experts ({span(model.moe_layers)})"

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..._display import span
 from ..options import STORE, AsJson, KeepOptions, ServerOptions
-from ..output import Table, count, emit, pairs, working
+from ..output import Table, count, emit, note, pairs, working
 from ..parse import read_spec, whole_numbers
 from ..paths import recording_path
 from ..remote import send_record
@@ -215,7 +216,7 @@ def import_command(
       moeplace import chat.pt code.pt --workload chat --workload code --model config.json -o counts.npz
       moeplace import history.json --server http://plans:8311 --deployment chat
     """
-    from ...profiler.read import Recording
+    from ...profiler.read import Recording, model_layers
 
     if output is None and remote.server is None:
         raise typer.BadParameter("the record would go nowhere: give --output, or --server")
@@ -238,6 +239,7 @@ def import_command(
         for source in sources:
             update(f"reading {source}", None)
             recording = open_recording(source, model, **reading.options())
+            own = {} if spec is None else model_layers(recording.header.moe_layers, spec)
             if keep_layers is not None or drop_layers is not None:
                 recorded = set(recording.header.moe_layers)
                 dropped = set(whole_numbers("--drop-layers", drop_layers) or ())
@@ -248,7 +250,9 @@ def import_command(
             if keep_layers is not None and spec is not None and numbers is None:
                 # Part of the model, as of a pipeline's stage: the plan is for these layers alone.
                 kept = recording.header.moe_layers
-                numbers = list(kept) if set(kept) < set(spec.moe_layers) else None
+                numbers = [own[layer] for layer in kept] if set(kept) <= set(own) and len(kept) < spec.layers else None
+            if numbers is not None and spec is not None and (others := set(numbers) - set(spec.moe_layers)):
+                note(f"note: {source}: {span(tuple(sorted(others)))} are no MoE layers of {model}")
             opened.append(recording.of_model(spec or recording.model, numbers))
         recording = Recording.join(dict(zip(names, opened, strict=True))) if names else opened[0]
         statistics = recording.statistics()

@@ -12,10 +12,11 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from ..files import json_items
 from .engine_counts import MOST_EXPERTS, statistics_of
-from .tables import nested_numbers
+from .tables import check_order, nested_numbers
 
 START = 4096
 FIELD = "logical_expert_load"
+ENTRIES_LOOKED_AT = 64
 
 
 def is_load_history(path: Path) -> bool:
@@ -36,7 +37,7 @@ def read_load_history(path: str | Path, *, entries_per_window: int = 1) -> Routi
 
     Raises:
         InputError: no such file, entries_per_window below 1.
-        FileFormatError: no such record, damaged, cut off, or entries that differ in shape; the entry is named.
+        FileFormatError: no such record, damaged, cut off, entries that differ in shape, or axes in another order.
     """
     source = Path(path)
     if not source.is_file():
@@ -57,6 +58,7 @@ def read_load_history(path: str | Path, *, entries_per_window: int = 1) -> Routi
                 windows.append(load)
     if not windows:
         raise FileFormatError(f"{source}: load_history is empty or missing, or no list; expected a list of loads")
+    check_order(f"{source}: {FIELD}", np.stack(windows[:ENTRIES_LOOKED_AT]))
     layers = range(len(windows[0]))
     windows.reverse()
     return statistics_of(source, (windows.pop() for _ in range(len(windows))), layers)

@@ -210,14 +210,23 @@ def _windows(file: Path, table: Table, num_experts: int | None) -> npt.NDArray[A
                     else "Leave numbers of layers out, or say how many experts there are (--num-experts)"
                 )
             )
-        exchanged = exchanged_axes(numbers)
-        if exchanged:
-            raise FileFormatError(
-                f"{file}: {name} {list(numbers.shape)} is {exchanged}, by its totals: every layer counts as many "
-                "choices of experts as the others. Expected [layers, experts] or [windows, layers, experts]: transpose "
-                "it, or say how many experts its last axis has (--num-experts)"
-            )
+        otherwise = ", or say how many experts its last axis has (--num-experts)"
+        check_order(f"{file}: {name} {list(numbers.shape)}", numbers, otherwise)
     return numbers if numbers.ndim == 3 else numbers[None]
+
+
+def check_order(what: str, numbers: Numbers, otherwise: str = "") -> None:
+    """Refuses loads whose axes surely are in another order.
+
+    Raises:
+        FileFormatError: they are.
+    """
+    exchanged = exchanged_axes(numbers)
+    if exchanged:
+        raise FileFormatError(
+            f"{what} is {exchanged}, by its totals: every layer counts as many choices of experts as the others. "
+            f"Expected [layers, experts] or [windows, layers, experts]: transpose it{otherwise}"
+        )
 
 
 def _numbers_its_rows(numbers: Numbers) -> bool:

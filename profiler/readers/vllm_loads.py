@@ -17,6 +17,7 @@ import numpy as np
 from ..._types import FloatArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
+from ..notes import remark
 from .engine_counts import statistics_of
 from .tables import nested_numbers
 
@@ -44,6 +45,7 @@ def read_vllm_loads(path: str | Path) -> RoutingStatistics:
     if not source.is_file():
         raise InputError(f"{source}: no such file")
     windows: list[FloatArray] = []
+    last, again = -1, 0
     with source.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             record = _record(source, number, line)
@@ -55,6 +57,15 @@ def read_vllm_loads(path: str | Path) -> RoutingStatistics:
                     f"{source}: line {number} has {load.shape[0]} layers, an earlier one {windows[0].shape[0]}"
                 )
             windows.append(load)
+            step = record.get("step")
+            if type(step) is int:
+                again = again or (number if step <= last else 0)
+                last = step
+    if again:
+        remark(
+            f"{source}: steps begin again at line {again}, as of two runs or of two ranks; each line was taken for a "
+            "window of its own"
+        )
     if not windows:
         raise FileFormatError(f"{source}: no line is a {STATS}; record while the engine serves requests")
     experts = {load.shape[1] for load in windows}

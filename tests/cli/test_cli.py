@@ -197,6 +197,14 @@ def test_layers_that_are_kept_are_a_part_of_the_model(tmp_path: Path) -> None:
     assert read.model is not None
     assert (read.model.layers, read.model.hidden_size) == (2, 64)
     assert "of another model" in run(*common, "--keep-layers", "3-4").err
+    # Behind a dense layer 0, a record that begins with 0 counts MoE layers alone.
+    config.write_text(json.dumps(fields | {"hidden_size": 64, "intermediate_size": 128, "first_k_dense_replace": 1}))
+    kept = run(*common, "--keep-layers", "1-2")
+    assert (kept.code, kept.data["moe_layers"]) == (0, [2, 3]), kept.err
+    ended = run(*common)
+    assert "Recorded only: 3-4" in ended.err, ended.err
+    others = run(*common[:-1], "--drop-layers", "3-4", "--moe-layers", "7-9")
+    assert (others.code, "7-9 are no MoE layers" in others.err) == (0, True)
 
 
 def test_import_refuses_a_record_of_another_model(tmp_path: Path, trace: Path) -> None:

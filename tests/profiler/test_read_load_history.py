@@ -42,6 +42,14 @@ def test_every_entry_is_a_window_in_order(tmp_path: Path) -> None:
     assert statistics.top_k is None
 
 
+def test_entries_of_experts_and_layers_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table = np.stack([rng.multinomial(9000, p, 4) for p in rng.dirichlet(np.ones(8), 3)])
+    assert isinstance(read_any(write(tmp_path / "load", table)), mp.RoutingStatistics)
+    with pytest.raises(mp.FileFormatError, match=r"logical_expert_load is .windows, experts, layers., by its totals"):
+        read_any(write(tmp_path / "other", table.swapaxes(1, 2)))
+
+
 def test_entries_are_summed_into_windows(tmp_path: Path) -> None:
     table = loads(7)
     statistics = read_load_history(write(tmp_path / "a", table), entries_per_window=3)

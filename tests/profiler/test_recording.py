@@ -36,6 +36,7 @@ def ids(tokens: int, layers: int = 3, experts: int = 8, top_k: int = 2) -> Any:
             "Recorded only: 61, .*multi-token prediction.*drop-layers 61",
         ),
         (range(59), range(58), "Recorded only: 58, which may be"),
+        (range(46), range(1, 46), "Recorded only: 45, which may be .*--drop-layers 45"),
         (range(3, 30), range(3, 61), "In the model only: 30-60, .*hash-routed .*half of a pipeline"),
         (range(29), range(3, 61), "In the model only: 32-60"),
         (range(1, 59), range(58), "Where they are the same layers, counted otherwise, --moe-layers 0-57"),
