@@ -54,7 +54,8 @@ def test_nothing_but_data_on_stdout_in_a_pipe(trace: Path) -> None:
     assert '"rows"' in ended.stdout
     assert ended.stdout.startswith("{")
     assert ended.stdout.endswith("}\n")
-    assert ended.stderr == ""
+    # On a busy machine the time spent so far is told now and then.
+    assert not [line for line in ended.stderr.splitlines() if not line.endswith("so far")]
 
 
 def test_help_needs_neither_heavy_libraries_nor_a_database() -> None:

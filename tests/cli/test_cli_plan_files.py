@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
+import torch
 from cli_runs import CLUSTER, JUDGED, run, toy_model, toy_trace_folder
 from engine_endpoints import EXPERTS, LAYERS, SLOTS, Other, SGLang, serving
 
 import moeplace as mp
 from moeplace.profiler import engine_servers as recorder
 
-torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
 HERE = ("--plan-topology", "h100-hgx:2x2")

@@ -105,6 +105,19 @@ def test_the_plug_in_starts_without_what_only_solving_and_other_engines_need() -
     assert not modules & {f"moeplace.runtime.exporters.{name}" for name in ("export", "sglang", "trtllm")}
 
 
+@pytest.mark.slow
+def test_tests_that_need_torch_say_so() -> None:
+    """Where it is not installed, as on the other Pythons of `make matrix`, they are skipped and end nothing."""
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'safetensors'):\n    sys.modules[name] = None\n"
+        "import pytest\nsys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', 'tests']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_what_the_core_lacks_is_named() -> None:
     hint = "which is not installed: pip install 'moeplace[solve]'"
     solve = bare("import moeplace as mp\nmp.solve")

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
 from small_models import RouterWitness, olmoe, tokens
 
 import moeplace as mp
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from moeplace.profiler.profile import profile  # noqa: E402
-from moeplace.profiler.trace_files import read_trace  # noqa: E402
+from moeplace.profiler.profile import profile
+from moeplace.profiler.trace_files import read_trace
 
 torch.set_num_threads(1)
 

@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("safetensors")
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

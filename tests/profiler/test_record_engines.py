@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
 from cli_runs import run
 from engine_endpoints import EXPERTS, LAYERS, TOP_K, VLLM, Other, SGLang, routed, serving
 

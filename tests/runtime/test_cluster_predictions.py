@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 import moeplace as mp
 from moeplace.placement.evaluate import evaluate_on
 

@@ -6,9 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import model_ranks
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+
+import model_ranks
 import torch
 from model_ranks import EXPERTS, LAYERS, WIDTH, Values, experts_by_row, marked, megatron, plan
 

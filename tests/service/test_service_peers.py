@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
+pytest.importorskip("torch", reason="SGLang's dumps are torch files")
+
 import engine_endpoints
 from service_runs import MODEL, PATIENCE, TOPOLOGY, prepared, receiving, serving, skewed
 from standardwebhooks import Webhook
