@@ -23,6 +23,22 @@ EXTRAS = {
 }
 
 
+def missing_libraries() -> dict[str, list[str]]:
+    """Of each extra, its libraries that are not installed."""
+    from importlib.util import find_spec
+
+    missing: dict[str, list[str]] = {extra: [] for extra in EXTRAS.values()}
+    for library, extra in EXTRAS.items():
+        if find_spec(library) is None:
+            missing[extra].append(library)
+    return missing
+
+
+def extra_in_words(extra: str, missing: list[str]) -> str:
+    """Whether it is installed, else what to install."""
+    return f"{', '.join(missing)} not installed: pip install 'moeplace[{extra}]'" if missing else "installed"
+
+
 def missing_extra(error: ImportError) -> str | None:
     """What to install, in a sentence, where `error` is of a library that an extra brings; else None."""
     library = (error.name or "").partition(".")[0]

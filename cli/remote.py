@@ -59,7 +59,6 @@ def read_plan(
     Raises:
         InputError: none of them has it; both are named. FileFormatError: no plan's file.
     """
-    from ..db import Store
     from ..runtime.exporters import read_plan_file
 
     if Path(reference).is_file() or reference.endswith(PLAN_FILES):
@@ -68,6 +67,8 @@ def read_plan(
         if server is not None:
             with service(server) as client:
                 return client.plan(reference)
+        from ..db import Store
+
         with Store.open(db) as store:
             return store.plan(reference).plan
     except MoeplaceError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from .._extras import missing_extra
 from ..placement.errors import MoeplaceError, StoreError
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ def attempted(keep: Callable[[], Kept]) -> tuple[Kept | None, str | None]:
         return keep(), None
     except (MoeplaceError, OSError) as error:
         return None, str(error)
+    except ImportError as error:
+        # An engine's own environment has no database's libraries.
+        reason = missing_extra(error)
+        if reason is None:
+            raise
+        return None, f"{reason}, or leave storing out with --no-store"
 
 
 def end_unkept(failure: str | None, file: Path | str | None) -> None:

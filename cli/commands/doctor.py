@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..._extras import EXTRAS
+from ..._extras import extra_in_words, missing_extra, missing_libraries
 from ..._vllm_plugin import PLAN_VARIABLE
 from ...placement.errors import MoeplaceError
 from .. import completion
@@ -80,7 +80,6 @@ def doctor_command(
 
 def _installed() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
-    from importlib.util import find_spec
 
     from ...placement.memory import free_memory
     from ...placement.version import __version__
@@ -91,14 +90,10 @@ def _installed() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    missing: dict[str, list[str]] = {}
-    for library, extra in EXTRAS.items():
-        if find_spec(library) is None:
-            missing.setdefault(extra, []).append(library)
     return {
         "version": __version__,
         "python": sys.version.split()[0],
-        "extras": {extra: missing.get(extra, []) for extra in dict.fromkeys(EXTRAS.values())},
+        "extras": missing_libraries(),
         "engines": {name: found for name in ENGINES if (found := release(name)) is not None},
         "free_memory": free_memory(),
     }
@@ -115,13 +110,19 @@ def _gpus() -> list[str]:
 
 
 def _store(db: str | None) -> dict[str, Any]:
-    from ...db import Store
-
     try:
+        from ...db import Store
+
         with Store.open(db, lock_seconds=2.0) as store:
             return {"store": store.url, "store_error": None}
     except (MoeplaceError, OSError) as error:
         return {"store": None, "store_error": str(error)}
+    except ImportError as error:
+        # An engine's own environment has the core.
+        reason = missing_extra(error)
+        if reason is None:
+            raise
+        return {"store": None, "store_error": f"none: {reason}"}
 
 
 def _wrong_with(file: Path, meant: Plan | None) -> list[str]:
@@ -150,12 +151,7 @@ def _wrong_with(file: Path, meant: Plan | None) -> list[str]:
 
 
 def _tables(data: dict[str, Any], plan: str | None) -> list[Table]:
-    extras = {
-        f"extra {extra}": "installed"
-        if not missing
-        else f"{', '.join(missing)} not installed: pip install 'moeplace[{extra}]'"
-        for extra, missing in data["extras"].items()
-    }
+    extras = {f"extra {extra}": extra_in_words(extra, missing) for extra, missing in data["extras"].items()}
     shown = {
         "moeplace": f"{data['version']}, Python {data['python']}",
         **extras,

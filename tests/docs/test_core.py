@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 from cli_runs import CLUSTER, run, toy_model, toy_trace_folder
 
+import moeplace as mp
 from moeplace._extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,19 +26,13 @@ NAMES = {
 }
 """Libraries that are imported under another name than they are installed under."""
 
-BARE = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
-"""
+BARE = "import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
+"""Libraries that cannot be imported, and are not there for who looks."""
 
 
-def bare(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs code where only the core is installed."""
-    start = BARE.format(absent=set(EXTRAS))
+def bare(code: str, *arguments: object, beside: Collection[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs code where only the core is installed, and what else is named."""
+    start = BARE.format(absent=set(EXTRAS) - set(beside))
     return subprocess.run(
         [sys.executable, "-c", start + code, *map(str, arguments)],
         capture_output=True,
@@ -126,3 +122,33 @@ def test_what_the_core_lacks_is_named() -> None:
     program = bare("from moeplace.__main__ import main\nmain()", "--help")
     assert program.returncode == 1
     assert program.stderr == f"error: this needs typer, {hint}\n"
+
+
+PROGRAM = "from moeplace.__main__ import main\nmain()"
+
+
+def test_the_core_tells_its_version_and_what_is_missing() -> None:
+    assert bare(PROGRAM, "--version").stdout == f"moeplace {mp.__version__}\n"
+    told = bare(PROGRAM, "doctor")
+    assert told.returncode == 0, told.stderr
+    assert "not installed: pip install 'moeplace[service]'" in told.stdout
+
+
+def test_an_engines_environment_exports_and_checks_plans(plan: Path, tmp_path: Path) -> None:
+    """Engines bring what the command line needs (typer and rich), and no database."""
+
+    def run_there(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return bare(PROGRAM, *arguments, beside={"typer", "rich"})
+
+    location = tmp_path / "location.json"
+    unstored = run_there("export", plan, "--for", "sglang", "-o", location)
+    assert unstored.returncode == 1
+    assert f"not stored, it is in {location}: this needs sqlalchemy" in unstored.stderr
+    assert location.is_file()
+    for arguments in (
+        ("export", plan, "--for", "vllm", "--no-store", "-o", tmp_path / "map.json"),
+        ("doctor", "--file", location, "--plan", plan),
+        ("check", plan, "--running", location),
+    ):
+        done = run_there(*arguments)
+        assert done.returncode == 0, done.stderr
