@@ -254,7 +254,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, report: Report) -> None:
     counted = dict.fromkeys(("inputs", "read", "refused", "failed"), ",")
     formats = counted | {"most ms": ".1f", "most MB": ".2f", "most memory over size": ".1f", "inputs a second": ",.0f"}
-    # What json, zipfile and torch.load import on odd input only, which an audit hook sees as code that runs.
+    # What readers, json, zipfile and torch.load import on odd input only, which an audit hook sees as code that runs.
     for encoding in (
         "utf-16",
         "utf-16-le",
@@ -270,6 +270,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
     ):
         codecs.lookup(encoding)
     for module in (
+        "ijson",
         "torch.utils.serialization.config",
         "torch.nested._internal.ops",
         "torch.nested._internal.nested_tensor",

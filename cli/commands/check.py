@@ -113,7 +113,9 @@ def check_command(
         for dump in dumps[1:]
         if maps.read_running(dump, model) != rows
     ]
-    findings += maps.check_map(rows, model.experts, topology.num_devices)
+    slots = () if expected is None else expected.slots_per_device.sum(axis=0)
+    lost = [rank for rank, count in enumerate(slots) if not count]
+    findings += maps.check_map(rows, model.experts, topology.num_devices, lost)
     findings += [] if expected is None else maps.compare_map(rows, expected)
     notes: list[str] = []
     compared: list[int] = []

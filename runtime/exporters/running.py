@@ -12,7 +12,7 @@ Dumps read (plain data, of any file that `load_content` takes):
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.model import MOST_EXPERTS, MOST_LAYERS, ModelSpec
 from ...placement.plan import Plan
 from .base import FILE_LIMIT, load_content
-from .sglang import KEY
+from .sglang import KEY, with_lost_ranks
 from .trtllm import ASSIGNMENTS, assigned_layers
 from .vllm import RECORD, map_rows
 
@@ -70,9 +70,11 @@ def read_running(path: str | Path, model: ModelSpec) -> dict[int, list[int]]:
     return {layer: _whole(rows[layer], f"{source}: layer {layer}") for layer in model.moe_layers}
 
 
-def check_map(rows: Mapping[int, Sequence[int]], experts: int, devices: int) -> list[Finding]:
+def check_map(
+    rows: Mapping[int, Sequence[int]], experts: int, devices: int, lost: Collection[int] = ()
+) -> list[Finding]:
     """What is wrong with a map whatever was meant: an expert missing, unknown or twice on a rank, slots that do not
-    divide over ranks, layers of different length."""
+    divide over ranks, layers of different length. lost: ranks whose slots nothing runs in."""
     findings = []
     widths = {len(row) for row in rows.values()}
     if len(widths) > 1:
@@ -92,7 +94,7 @@ def check_map(rows: Mapping[int, Sequence[int]], experts: int, devices: int) -> 
             continue
         for rank, ids in enumerate(table.reshape(devices, -1)):
             values, counts = np.unique(ids, return_counts=True)
-            if (counts > 1).any():
+            if (counts > 1).any() and rank not in lost:
                 text = f"layer {layer}: rank {rank} holds expert {some(values[counts > 1].tolist())} more than once"
                 findings.append(Finding("twice", layer, text))
     return findings
@@ -102,7 +104,9 @@ def compare_map(rows: Mapping[int, Sequence[int]], plan: Plan) -> list[Finding]:
     """Where a running map is not the plan's: rows of another layer, or experts on other devices. Slots exchanged inside
     a device change nothing, and are no finding."""
     devices = plan.topology.num_devices
-    planned = dict(zip(plan.moe_layers, plan.physical_to_logical, strict=True))
+    slots = plan.slots_per_device[0]
+    masked = len(set(slots[slots > 0].tolist())) == 1 and not slots.all()
+    planned = dict(zip(plan.moe_layers, with_lost_ranks(plan) if masked else plan.physical_to_logical, strict=True))
     findings, offsets = [], []
     for layer, expected in planned.items():
         row = np.asarray(rows[layer])

@@ -17,6 +17,7 @@ against those of the same expert's other replicas; the map must be exactly the o
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ class SGLang:
         """hidden_layers: `num_hidden_layers` of the model; wanted when dense layers follow the last MoE layer."""
         if suffix not in SUFFIXES:
             raise InputError(f"SGLang tells formats by the file's name: it ends in .json or .pt, not {suffix!r}")
-        table = model_rows(plan, _with_lost_ranks(plan), hidden_layers)
+        table = model_rows(plan, with_lost_ranks(plan), hidden_layers)
         return tensor_file("a .pt file", **{KEY: table}) if suffix == ".pt" else json.dumps({KEY: table.tolist()})
 
     def recognises(self, content: Any) -> bool:
         return isinstance(content, dict) and KEY in content and MASS not in content
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
-        """Reads the rows of the model's MoE layers.
+        """Reads the rows of the model's MoE layers; ranks with nothing but expert 0 are lost ones, which is warned of.
 
         Raises:
             FileFormatError: no such key, another key beside it, too few rows, a row of the wrong length, an id out of
@@ -64,7 +65,17 @@ class SGLang:
             raise FileFormatError(
                 f"{path}: expected one key {KEY!r} holding a list, found {fields}; SGLang takes no other key"
             )
-        return plan_of_rows(_moe_rows(data[KEY], path, model), str(path), model, topology)
+        plan = plan_of_rows(_moe_rows(data[KEY], path, model), str(path), model, topology)
+        ranks = lost_ranks(plan.physical_to_logical, topology.num_devices)
+        if not len(ranks):
+            return plan
+        warnings.warn(
+            f"{path}: ranks {', '.join(map(str, ranks))} hold expert 0 alone: taken for lost ranks, without slots",
+            stacklevel=2,
+        )
+        left = ~np.isin(plan.slot_device, ranks)
+        table = plan.physical_to_logical[:, left]
+        return Plan(model=model, topology=topology, physical_to_logical=table, slot_device=plan.slot_device[left])
 
     def usage(self, plan: Plan, path: Path, model_path: str = "MODEL") -> str:
         return Usage(
@@ -143,10 +154,19 @@ def sglang_commands(plan: Plan, model_path: str, options: str) -> list[str]:
 
 def _redundant(plan: Plan) -> int:
     """Slots beyond one an expert, those of lost ranks among them."""
-    return int(_with_lost_ranks(plan).shape[1]) - plan.model.experts
+    return int(with_lost_ranks(plan).shape[1]) - plan.model.experts
 
 
-def _with_lost_ranks(plan: Plan) -> IntArray:
+def lost_ranks(table: IntArray, devices: int) -> IntArray:
+    """Ranks of a slot table [L, P] that are lost: several slots with expert 0 alone in every layer, while others have
+    it too."""
+    ranks = table.reshape(len(table), devices, -1)
+    empty = (ranks == 0).all(axis=(0, 2))
+    rest = (ranks[:, ~empty] == 0).any(axis=(1, 2)).all()
+    return np.flatnonzero(empty) if ranks.shape[2] > 1 and rest else np.empty(0, np.int64)
+
+
+def with_lost_ranks(plan: Plan) -> IntArray:
     """[L, P] the slot table with as many slots on every device, expert 0 in those of devices that have none."""
     counts = np.bincount(plan.slot_device, minlength=plan.topology.num_devices)
     rows = np.zeros((plan.model.layers, len(counts), int(counts.max())), dtype=np.int64)

@@ -70,7 +70,7 @@ class VLLM:
         return json.dumps(record) + "\n"
 
     def read(self, path: Path, model: ModelSpec, topology: Topology) -> Plan:
-        """Reads a row a MoE layer, or one row for all, in any of the forms.
+        """Reads a row a MoE layer, or one row for all, in any of the forms; rows of draft layers behind them are left.
 
         Raises:
             FileFormatError: not a list of lists or such a record, rows other than the model's MoE layers, rows of
@@ -80,6 +80,9 @@ class VLLM:
         if isinstance(data, list) and data and not isinstance(data[0], list):
             data = [data] * model.layers
         data = map_rows(data, path)
+        if model.moe_layers == tuple(range(model.layers)):
+            # Rows of draft layers, which form 53022 puts behind, lie as they would without a plan.
+            data = data[: model.layers] + [row for row in data[model.layers :] if not is_default(row, model)]
         if len(data) != model.layers:
             raise FileFormatError(
                 f"{path}: {len(data)} rows, the model has {model.layers} MoE layers; vLLM does not count dense layers"
@@ -123,6 +126,11 @@ def vllm_commands(plan: Plan, model_path: str, options: str) -> list[str]:
         lines.append(f"{line} --headless --data-parallel-start-rank {start}" if start else line)
         start += size
     return lines
+
+
+def is_default(row: Any, model: ModelSpec) -> bool:
+    """Whether slot i holds expert i modulo their number."""
+    return isinstance(row, list) and row == [slot % model.experts for slot in range(len(row))]
 
 
 def map_rows(content: Any, path: Path) -> list[list[int]]:
