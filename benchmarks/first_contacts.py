@@ -161,8 +161,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, report: Report) -> None:
     table = report.table(
         "first contacts",
-        ("I run", "page", "commands", "minutes to a verdict", "minutes to a loaded plan", "loaded by"),
-        {"minutes to a verdict": ".1f", "minutes to a loaded plan": ".1f"},
+        ("I run", "page", "commands", "install", "to a verdict", "to a loaded plan", "all", "loaded by"),
+        {"install": ".1f", "to a verdict": ".1f", "to a loaded plan": ".1f", "all": ".1f"},
     )
     each = report.table("commands", ("page", "command", "s"), {"s": ".1f"})
     with tempfile.TemporaryDirectory() as scratch:
@@ -175,7 +175,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
             folder.mkdir()
             count, told, loaded, steps = first_contact(way, programs, folder)
             page = f"[{way.page}](../how-to/{way.page}.md)"
-            minutes = ((installing + told) / 60, (installing + loaded) / 60)
+            minutes = [each / 60 for each in (installing, told, loaded, installing + loaded)]
             table.row(way.name, page, count + 1, *minutes, way.by)
             for line, seconds in steps:
                 each.row(way.page, f"`{line}`", seconds)

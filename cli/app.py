@@ -39,7 +39,7 @@ from .commands.topology import topology_app
 from .commands.whatif import whatif_command
 from .former_names import Command
 from .options import grouped
-from .output import INTERRUPTION, WRITTEN, interrupted, note
+from .output import INTERRUPTION, WRITTEN, interrupted, note, os_reason
 
 REFUSED = 1
 
@@ -96,6 +96,8 @@ def _reason(error: BaseException) -> str | None:
     """What to tell the user; None for a fault of this program."""
     if isinstance(error, MemoryError):
         return "memory ran out; ask for fewer or smaller steps (--steps, --decode, --prefill), or for fewer slots"
+    if isinstance(error, OSError):
+        return os_reason(error)
     return missing_extra(error) if isinstance(error, ImportError) else str(error)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from ..placement.files import FULL
 from ..placement.progress import COMPILE_TIME
 
 if TYPE_CHECKING:
@@ -230,6 +231,17 @@ def note(message: str) -> None:
     typer.echo(message, err=True)
 
 
+def os_reason(error: OSError) -> str:
+    """What the system says of a file, without its number."""
+    if error.strerror is None:
+        return str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if error.errno in FULL:
+        return "no space is left where this output, or a temporary file, goes; free some, then repeat"
+    return error.strerror
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: arrays unpacked, NaN and infinities as null, moments as ISO 8601 has them."""
     if isinstance(value, Mapping):
@@ -342,7 +354,8 @@ def _print(table: Table) -> None:
     if table.title:
         # On a table a title is as narrow as that.
         typer.echo(_wrapped(table.title, width))
-    if table.columns:
+    # Columns of nothing are left out where a line says what that means.
+    if table.columns and (table.rows or not table.footnotes):
         parts = [_laid_out(part) for part in _parts(table, console)]
         least = max(console.measure(part, options=console.options.update(width=10_000)).minimum for part in parts)
         if least > width and not table.whole and table.rows:

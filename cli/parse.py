@@ -118,7 +118,10 @@ def read_topology(options: TopologyOptions) -> Topology:
         if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", share):
             raise InputError(f"--memory-reserve {reserve!r} is not a size like 30GB, nor a percentage from 0% to 99%")
         return topology.reserving(float(share) / 100, share=True)
-    return topology.reserving(read_size("--memory-reserve", reserve))
+    size = read_size("--memory-reserve", reserve)
+    if size >= (least := float(topology.memory.min())):
+        raise InputError(f"--memory-reserve {reserve!r} leaves experts no memory: a device has {least / 1e9:g} GB")
+    return topology.reserving(size)
 
 
 def _read_topology(options: TopologyOptions) -> Topology:

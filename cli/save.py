@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from .._extras import missing_extra
 from ..placement.errors import MoeplaceError, StoreError
+from .output import os_reason
 
 if TYPE_CHECKING:
     from ..db import Store
@@ -49,8 +50,10 @@ def attempted(keep: Callable[[], Kept]) -> tuple[Kept | None, str | None]:
     """What `keep` returns; or why nothing could be kept, for the end, when results are shown."""
     try:
         return keep(), None
-    except (MoeplaceError, OSError) as error:
+    except MoeplaceError as error:
         return None, str(error)
+    except OSError as error:
+        return None, os_reason(error)
     except ImportError as error:
         # An engine's own environment has no database's libraries.
         reason = missing_extra(error)
@@ -68,6 +71,17 @@ def end_unkept(failure: str | None, file: Path | str | None) -> None:
     if failure is not None:
         where = f"it is in {file}" if file is not None else "it is only shown"
         raise StoreError(f"the result was not stored, {where}: {failure}")
+
+
+def end_unwritten(failure: str | None, stored: str | None = None) -> None:
+    """Ends a command whose results are shown, but could not be written. stored: id of the plan in the database.
+
+    Raises:
+        StoreError: there is a failure.
+    """
+    if failure is not None:
+        where = f"it is stored as {stored}" if stored is not None else "it is only shown"
+        raise StoreError(f"the result was not written, {where}: {failure}")
 
 
 def keep_plan(plan: Plan, statistics: RoutingStatistics, db: str | None, name: str | None = None) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import FileFormatError, InputError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or a user's part of it, that has no space left."""
 
 
 @contextlib.contextmanager
@@ -19,7 +23,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     folders are made.
 
     Raises:
-        InputError: `path` is a folder, or something else that is no file.
+        InputError: `path` is a folder, or something else that is no file. OSError: it cannot be written; of a full
+            disk it says what to do.
     """
     target = Path(path)
     _check_replaceable(target)
@@ -30,6 +35,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with scratch.open("rb") as handle:
             os.fsync(handle.fileno())
         scratch.replace(target)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        told = "the disk is full; free some space, or name a place on another. Nothing was written there"
+        raise OSError(error.errno, told, str(target)) from error
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -122,6 +132,11 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def no_file(path: str | Path) -> InputError:
+    """What is there where a file to read is wanted: nothing, or a folder."""
+    return InputError(f"{path} is a folder; name a file" if Path(path).is_dir() else f"{path}: no such file")
+
+
 def read_text(path: str | Path, limit_bytes: int = 1 << 30) -> str:
     """Reads a text file after checking that it exists and is not larger than `limit_bytes`.
 
@@ -131,7 +146,7 @@ def read_text(path: str | Path, limit_bytes: int = 1 << 30) -> str:
     """
     source = Path(path)
     if not source.is_file():
-        raise InputError(f"{source}: no such file")
+        raise no_file(source)
     size = source.stat().st_size
     if size > limit_bytes:
         raise FileFormatError(f"{source}: {size:,} bytes, more than the {limit_bytes:,} this kind of file may have")

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 
 from .._http import Answer, Connections, UnansweredError, check_address
 from ..placement.errors import EngineError, InputError
+from ..placement.files import no_file
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
 from .readers.sglang import read_sglang_files
@@ -315,7 +316,7 @@ def read_requests(path: Path) -> Iterator[Request]:
         InputError: no such file, a line that is neither, or longer than 16 MB; the line is named.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise no_file(path)
     with path.open(encoding="utf-8", errors="replace") as handle:
         number = 0
         while line := handle.readline(REQUEST_LIMIT):

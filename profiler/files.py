@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..placement.errors import FileFormatError, InputError
-from ..placement.files import replacing
+from ..placement.errors import FileFormatError
+from ..placement.files import no_file, replacing
 
 Source = str | os.PathLike[str] | BinaryIO
 """What readers and writers take: a path, or a binary file object, which is used from its beginning and left open."""
@@ -46,7 +46,7 @@ def reading(source: Path | BinaryIO) -> Iterator[BinaryIO]:
     """
     if isinstance(source, Path):
         if not source.is_file():
-            raise InputError(f"{source}: no such file")
+            raise no_file(source)
         with source.open("rb") as handle:
             yield handle
     else:

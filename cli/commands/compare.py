@@ -14,6 +14,7 @@ from ..output import emit, wrote
 from ..paths import output_folder
 from ..plots import comparison_drawings, show
 from ..run_comparison import Comparison, Entry, run_comparison
+from ..save import attempted, end_unwritten
 from ..tables import comparison_rows, comparison_tables
 
 if TYPE_CHECKING:
@@ -53,9 +54,12 @@ def compare_command(
 
     other = None if options.other_ms is None else read_other_ms(options.other_ms)
     comparisons = run_comparison(routing, options)
+    unwritten = None
     for comparison in comparisons:
         if output is not None:
-            save_plans(comparison.entries, output / comparison.pool if comparison.pool else output)
+            folder = output / comparison.pool if comparison.pool else output
+            _, failed = attempted(partial(save_plans, comparison.entries, folder))
+            unwritten = unwritten or failed
     show_comparisons(comparisons, other, as_json, options.restart_seconds)
     if plot or plot_file:
         drawings = [
@@ -64,6 +68,7 @@ def compare_command(
             for drawing in comparison_drawings(comparison, comparison.sides, comparison.pool)
         ]
         show(drawings, plot_file, plot and not as_json)
+    end_unwritten(unwritten)
 
 
 def show_comparisons(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +47,7 @@ from ..routing_split import (
     study_routing,
 )
 from ..run_comparison import warn_of_idle_devices
-from ..save import attempted, check_store, end_unkept, keep_judged_plans
+from ..save import attempted, check_store, end_unkept, end_unwritten, keep_judged_plans
 from ..tables import pareto_table
 
 if TYPE_CHECKING:
@@ -222,7 +223,9 @@ def pareto_command(
             progress=lambda news: update(f"{news.message} ({news.done + 1} of {news.total})", news.fraction),
         )
         update("keeping the plans", None)
-        files = [] if output is None else save_front(front, problem, kinds_of_steps, held_out, output)
+        written, unwritten = None, None
+        if output is not None:
+            written, unwritten = attempted(partial(save_front, front, problem, kinds_of_steps, held_out, output))
         judged = [(point.plan, point.evaluation.by_batch()) for point in front.points]
         stored, failure = [], None
         if stores:
@@ -232,11 +235,12 @@ def pareto_command(
             stored = kept or []
     if front.interrupted:
         interrupted("interrupted: these are the points finished by then")
-    data = front.to_dict(files, stored) | {"steps": kinds_of_steps, "held_out": held_out}
+    data = front.to_dict(written or [], stored) | {"steps": kinds_of_steps, "held_out": held_out}
     described = described_steps(replayed, split, data["prediction"])
     emit(data, pareto_table(data, described), as_json=as_json, mix=step_mix(problem))
     if plot or plot_file:
         show(front_drawings(data), plot_file, plot and not as_json)
+    end_unwritten(unwritten)
     end_unkept(failure, output)
     if not front.points and not front.interrupted:
         raise SolveError("none of the points asked for has a plan; their reasons are above")

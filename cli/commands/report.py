@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from ..options import AsJson, ComparisonOptions, RoutingPath
 from ..output import wrote
 from ..paths import output_file
 from ..run_comparison import Comparison, run_comparison
+from ..save import attempted, end_unwritten
 from .compare import routing_tokens, show_comparisons
 
 
@@ -67,9 +69,11 @@ def report_command(
         raise InputError("a report is of one --pool; `moeplace compare` sets both in one output")
     [comparison] = comparisons
     page = build_report(comparison, before, after, provenance(comparison, routing), comparison.verdict(other))
-    write_page(page, output)
-    wrote(output)
+    _, unwritten = attempted(partial(write_page, page, output))
+    if unwritten is None:
+        wrote(output)
     show_comparisons(comparisons, other, as_json)
+    end_unwritten(unwritten)
 
 
 def provenance(comparison: Comparison, routing: Path) -> list[tuple[str, str]]:

@@ -62,7 +62,7 @@ from ..plots import Drawing, comparison_drawings, show, slot_front_drawings
 from ..remote import read_plan, solve_remotely
 from ..routing_split import TrainingRouting, count_row, count_table, training_routing
 from ..run_comparison import BASELINE, PEER, Comparison, Entry, judge, solve_entry, warn_of_idle_devices
-from ..save import attempted, check_store, end_unkept, keep_plan
+from ..save import attempted, check_store, end_unkept, end_unwritten, keep_plan
 from ..tables import binding_rows, binding_table, slot_table
 
 if TYPE_CHECKING:
@@ -228,6 +228,8 @@ def solve_command(
         raise typer.BadParameter("--memory-budget and --cache-token-bytes go with --slots auto")
     if chosen and (remote.server is not None or solving.redundant is not None or device_slots is not None):
         raise typer.BadParameter("--slots auto goes without --server, --redundant and --device-slots")
+    if max_moved is not None and current is None:
+        raise typer.BadParameter("--max-moved counts from a plan: give it as --current")
     stores = storage.store and remote.server is None
     if stores:
         check_store(storage.db, name)
@@ -250,7 +252,9 @@ def solve_command(
         )
         warn_of_idle_devices(problem)
         pools = pool_problems(problem, batch)
-        answers, failure = [], None
+        answers: list[Answer] = []
+        failure: str | None = None
+        unwritten: str | None = None
         for pool, asked in pools.items():
             kept = None if name is None or len(pools) == 1 else f"{name}-{pool}"
             stored: str | None = None
@@ -284,8 +288,11 @@ def solve_command(
                 )
             file = output if output is None or len(pools) == 1 else output.with_stem(f"{output.stem}-{pool}")
             if file is not None:
-                plan.save(file)
-                wrote(file, told=False)
+                _, failed = attempted(partial(plan.save, file))
+                if failed is None:
+                    wrote(file, told=False)
+                else:
+                    file, unwritten = None, failed
             if stores:
                 keep = partial(keep_plan, plan, routed.train, storage.db, kept or name)
                 stored, failed = attempted(keep)
@@ -315,6 +322,7 @@ def solve_command(
         )
     if plot or plot_file:
         show([drawing for answer in answers for drawing in answer.drawings()], plot_file, plot and not as_json)
+    end_unwritten(unwritten, answers[-1].stored)
     end_unkept(failure, output)
 
 

@@ -12,6 +12,7 @@ from ..output import Column, Table, count, emit, number, pairs, percent, working
 from ..paths import output_file
 from ..plots import record_drawings, show
 from ..routing_split import counted, open_recording
+from ..save import attempted, end_unwritten
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics
@@ -51,13 +52,16 @@ def stats_command(
 
     with working("counting") as update:
         statistics = counted(open_recording(routing), update, sample_tokens)
+    unwritten = None
     if output is not None:
-        write_statistics(statistics, output)
-        wrote(output)
+        _, unwritten = attempted(lambda: write_statistics(statistics, output))
+        if unwritten is None:
+            wrote(output)
     data = describe(statistics)
     emit(data, _summary(data), *_tables(data), as_json=as_json)
     if plot or plot_file:
         show(record_drawings(statistics), plot_file, plot and not as_json)
+    end_unwritten(unwritten)
 
 
 def describe(statistics: RoutingStatistics) -> dict[str, Any]:

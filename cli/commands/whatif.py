@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +45,7 @@ from ..routing_split import (
     steps_in_words,
     study_routing,
 )
+from ..save import attempted, end_unwritten
 from ..tables import what_if_table
 
 if TYPE_CHECKING:
@@ -245,7 +246,10 @@ def whatif_command(
         )
     if result.interrupted:
         interrupted(f"interrupted: {len(result.outcomes)} of {len(changes)} changes looked at")
-    written = {} if output is None else save_plans(result, output)
+    saved, unwritten = None, None
+    if output is not None:
+        saved, unwritten = attempted(partial(save_plans, result, output))
+    written = saved or {}
 
     def about(outcome: Outcome, kind_of_plan: str, _: Plan) -> dict[str, str | None]:
         file = written.get(outcome.change.name, {}).get(kind_of_plan)
@@ -260,6 +264,7 @@ def whatif_command(
         as_json=as_json,
         mix=step_mix(problem),
     )
+    end_unwritten(unwritten)
 
 
 def asked_changes(

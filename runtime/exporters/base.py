@@ -16,7 +16,7 @@ from ..._types import IntArray
 from ...placement.documents import parse_json, parse_yaml
 from ...placement.engines import EngineProfile
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
-from ...placement.files import read_text
+from ...placement.files import no_file, read_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
@@ -41,7 +41,7 @@ def load_content(path: Path) -> Any:
             nested too deep.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise no_file(path)
     with path.open("rb") as handle:
         start = handle.read(64)
     if start.startswith(b"PK"):

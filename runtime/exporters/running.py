@@ -22,7 +22,8 @@ import numpy as np
 from ..._tensor_files import array_of
 from ..._types import IntArray
 from ...placement.engines import engine_profile
-from ...placement.errors import FileFormatError, InputError
+from ...placement.errors import FileFormatError
+from ...placement.files import no_file
 from ...placement.model import MOST_EXPERTS, MOST_LAYERS, ModelSpec
 from ...placement.plan import Plan
 from .base import FILE_LIMIT, load_content
@@ -194,7 +195,7 @@ def _ascend_rows(content: dict[str, Any], path: Path) -> list[Any]:
 def _last_line(path: Path) -> Any:
     """The last record of a file with a JSON object a line that has a map."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise no_file(path)
     last = None
     with path.open("rb") as handle:
         while line := handle.readline(FILE_LIMIT + 1):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -329,6 +330,78 @@ def test_what_could_not_be_stored_is_still_shown(
     done = ended(inputs, tmp_path, "evaluate", "PLAN", "TRACE", "--steps", 4)
     assert done.code == 1
     assert "step ms" in done.out
+
+
+ON_A_FULL_DISK = {
+    "solve": (*SOLVE[:-4], "-s", "eplb", "-o", "DIR/new.json"),
+    "compare": (*COMPARE, "--solvers", "eplb", "-o", "DIR/plans"),
+    "report": ("report", *COMPARE[1:], "--solvers", "eplb", "-o", "DIR/report.html"),
+    "stats": ("stats", "TRACE", "-o", "DIR/counts.npz"),
+    "pareto": (*PARETO, "-o", "DIR/front"),
+    "whatif": (*WHATIF[:-1], "--lose", "device:1", "-o", "DIR/plans"),
+}
+
+
+@pytest.mark.parametrize("command", ON_A_FULL_DISK)
+def test_what_a_full_disk_does_not_take_is_still_shown(
+    command: str, inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = ended(inputs, tmp_path, *ON_A_FULL_DISK[command])
+    assert done.code == 1
+    assert len(done.out.splitlines()) > 4
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: the result was not written, it is only shown: "), done.err
+    assert "the disk is full; free some space" in last
+    assert str(tmp_path) in last
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "store.db"]
+
+
+def test_a_plan_that_a_full_disk_does_not_take_is_in_the_database(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = ended(inputs, tmp_path, *(word for word in ON_A_FULL_DISK["solve"] if word != "--no-store"))
+    [stored] = run("plans", "list", "--json").data["rows"]
+    assert f"error: the result was not written, it is stored as {stored['id']}: " in done.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_standard_output_that_takes_nothing_is_told_in_words() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "moeplace.cli", "topology", "list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: no space is left where this output, or a temporary file, goes; free some, then repeat\n"
+    )
+
+
+def test_a_folder_where_a_file_is_read_is_called_one(inputs: dict[str, str], tmp_path: Path) -> None:
+    for command in (("check", "PLAN", "--running", "DIR"), ("topology", "show", "DIR/t.yaml")):
+        (tmp_path / "t.yaml").mkdir(exist_ok=True)
+        assert "is a folder; name a file" in refused(inputs, tmp_path, *command)
+
+
+def test_refusals_name_the_options_that_are_wrong(inputs: dict[str, str], tmp_path: Path) -> None:
+    assert "--max-moved counts from a plan: give it as --current" in refused(
+        inputs, tmp_path, *SOLVE, "-s", "eplb", "--max-moved", "5GB"
+    )
+    assert "--memory-reserve '200GB' leaves experts no memory: a device has 80 GB" in refused(
+        inputs, tmp_path, *SOLVE, "-s", "eplb", "--memory-reserve", "200GB"
+    )
+
+
+def test_a_check_that_finds_nothing_shows_no_table(inputs: dict[str, str], tmp_path: Path) -> None:
+    assert ended(inputs, tmp_path, "export", "PLAN", "--for", "sglang", "--no-store", "-o", "DIR/e.json").code == 0
+    done = ended(inputs, tmp_path, "check", "PLAN", "--running", "DIR/e.json")
+    assert " ".join(done.out.split()) == f"{tmp_path / 'e.json'}: what runs is the plan."
 
 
 def test_devices_without_experts_are_warned_of(inputs: dict[str, str], tmp_path: Path) -> None:
