@@ -644,6 +644,27 @@ def search_counts(
     evaluator = Evaluator(problem, scenario)
     if proposals is None:
         proposals = PROPOSALS // DIVIDED if divided else PROPOSALS
+    best, stop = balance_windows(problem, budget, evaluator, moves, tables, current, proposals, homes)
+    best = best._replace(certificate=evaluator.certificate(best.table, best.shares))
+    certificate = with_noise(problem, best, budget.seed)
+    if homes is not None:
+        limited = f"{certificate.objective}, at most {homes.most:g} of a layer's load off its groups' home nodes"
+        certificate = replace(certificate, objective=limited)
+    return Solution(best.table, certificate, shares=best.shares, stop=stop, separable=True)
+
+
+def balance_windows(
+    problem: Problem,
+    budget: Budget,
+    evaluator: Evaluator,
+    moves: Sequence[MoveRules],
+    tables: Sequence[IntArray],
+    current: tuple[list[IntArray], list[FloatArray]] | None,
+    proposals: int,
+    homes: GroupHomes | None,
+) -> tuple[Answer, Stop]:
+    """The best placement for the evaluator's windows, and why there was an end; arguments as of `search_counts`."""
+    scenario = evaluator.scenario
     windows = WindowWeights(problem, scenario)
     balance = _Balance(problem, scenario, evaluator.window_bounds, moves, budget.seed, homes, current)
     stop: Stop = "finished"
@@ -677,12 +698,7 @@ def search_counts(
             stop = "interrupted"
     finally:
         balance.close()
-    best = best._replace(certificate=evaluator.certificate(best.table, best.shares))
-    certificate = with_noise(problem, best, budget.seed)
-    if homes is not None:
-        limited = f"{certificate.objective}, at most {homes.most:g} of a layer's load off its groups' home nodes"
-        certificate = replace(certificate, objective=limited)
-    return Solution(best.table, certificate, shares=best.shares, stop=stop, separable=True)
+    return best, stop
 
 
 MOST_PACKED, EXCHANGES = 128, 500

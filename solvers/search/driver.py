@@ -18,7 +18,7 @@ from ..certify.step_time import risk_bound
 from ..chain import Chain, fastest_step
 from ..shares import layer_shares, towards
 from .annealer import CALIBRATION, Annealer
-from .count_search import search_counts, tables_by_steps
+from .count_search import balance_windows, search_counts, tables_by_steps
 from .evaluator import Answer, Evaluator, better
 from .kernel_types import MoveRules, RiskWeights
 from .move_budget import MoveBudget
@@ -44,6 +44,8 @@ PROPOSALS = 20_000
 """A layer, when neither they nor seconds are given."""
 COOLINGS = 4
 """Coolings where moves are limited, so that what one learns of layers' worth serves the next."""
+BALANCED_PART, BALANCED_PROPOSALS = 0.2, 4
+"""Of the time, and proposals for each one that counts traffic, for a start that balances loads alone."""
 ROUNDS = 12
 """Rounds one cooling is cut into; between rounds the clock, the keyboard and the risk weights are looked at."""
 
@@ -121,6 +123,12 @@ def _search(
     best = evaluator.answer(*start)
     budget.report(best.value, best.bound, "first placement")
     try:
+        if not coherent and not limited and problem.objective.replica_choice != "balanced":
+            balanced, interrupted = _balanced_start(problem, scenario, allowed, budget, proposals, start)
+            starts.append(balanced)
+            if interrupted:
+                best = better(best, evaluator.answer(*balanced))
+                raise KeyboardInterrupt
         # Layers of one placement cannot be mixed with another's where neighbours matter.
         if coherent and scenario.steps is not None:
             start, price = _coherent_start(problem, scenario, allowed, budget, proposals, starts)
@@ -178,6 +186,24 @@ def _rules(problem: Problem, allowed: BoolArray) -> list[MoveRules]:
     # Where each step is divided anew shares count for nothing.
     free = problem.objective.split == "free" and problem.objective.replica_choice != "balanced"
     return [MoveRules(mask, free, failures) for mask in allowed]
+
+
+def _balanced_start(
+    problem: Problem, scenario: Scenario, allowed: BoolArray, budget: Budget, proposals: int, start: Start
+) -> tuple[Start, bool]:
+    """The steps' loads alone balanced, from what packs them all, and whether Ctrl-C ended that. A proposal costs
+    a tenth of one that counts traffic, and a soft maximum leads across plateaus of step times, where no exchange of two
+    experts changes any."""
+    # What a workload loses is measured against plans that nobody has yet.
+    risk = "mean" if problem.objective.risk == "regret" else problem.objective.risk
+    even = replace(problem, objective=problem.objective.replace(risk=risk))
+    evaluator = Evaluator(even, scenario.windows)
+    brief = Budget(None if budget.left is None else BALANCED_PART * budget.left, budget.seed)
+    tables = tables_by_steps(even, evaluator.scenario, allowed) or start[0]
+    rules = _rules(problem, allowed)
+    best, stop = balance_windows(even, brief, evaluator, rules, tables, None, BALANCED_PROPOSALS * proposals, None)
+    own = [row[slots] for row, slots in zip(best.table, problem.own_slots, strict=True)]
+    return (own, even_shares(problem, own)), stop == "interrupted"
 
 
 def _coherent_start(

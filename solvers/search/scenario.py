@@ -97,6 +97,14 @@ class Scenario:
         return len(self.loads)
 
     @property
+    def windows(self) -> Scenario:
+        """The steps' loads alone, as windows that count by their tokens and by what their steps count."""
+        tokens = self.loads.sum(axis=2)
+        weight = self.step_weight[:, None] * tokens
+        rows = self.loads / np.maximum(tokens, 1e-300)[:, :, None]
+        return Scenario(None, rows, self.workload, self.workloads, weight=weight / weight.sum())
+
+    @property
     def beginning(self) -> Scenario:
         """The first of its steps of each batch, no more than hold the tokens that proposals are priced on; at least
         one."""

@@ -4,6 +4,7 @@ layer."""
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,3 +154,23 @@ def test_the_answer_is_never_worse_than_the_plan_in_force(
     assert answer.certificate is not None
     assert answer.certificate.objective == current.certificate.objective
     assert answer.certificate.value <= current.certificate.value * (1 + 1e-12)
+
+
+def test_where_only_balance_counts_search_on_tokens_is_as_good_as_on_loads_alone() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "data" / "olmoe_small"
+    train, held = mp.read_trace(folder).split("sequence", 0.25, 0)
+    topology = mp.Topology.preset("h100-hgx", nodes=1, devices_per_node=8)
+    # Experts as wide as a released model's, so that step times are those of work.
+    model = mp.ModelSpec(layers=8, experts=32, top_k=2, hidden_size=2048, ffn_size=4096)
+
+    def problem(statistics: mp.RoutingStatistics) -> mp.Problem:
+        return mp.Problem(model, topology, statistics, slots=40, batches=[mp.Batch("prefill", tokens=4096)])
+
+    tokens = problem(mp.RoutingStatistics.from_trace(train))
+    loads = mp.problem_steps(train, tokens, seed=0).loads()
+    on_loads = mp.solve(problem(mp.RoutingStatistics.from_counts(loads)), "search", proposals=20_000, seed=0)
+    steps = mp.problem_steps(held, tokens, seed=1)
+    enough = 1.005 * mp.evaluate(on_loads, steps, tokens).mean_seconds
+    for proposals in (100, 4000):
+        on_tokens = mp.solve(tokens, "search", proposals=proposals, seed=0)
+        assert mp.evaluate(on_tokens, steps, tokens).mean_seconds <= enough
