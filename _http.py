@@ -62,8 +62,8 @@ METADATA = tuple(
     )
 )
 """Link-local addresses, and others at which clouds tell a machine its credentials."""
-EMBEDDED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")))
-"""IPv6 addresses that carry an IPv4 one in their last 32 bits (RFC 6052, 8215, 4291)."""
+EMBEDDED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96")))
+"""IPv6 addresses that carry an IPv4 one in their last 32 bits (RFC 6052, 8215, 4291, 7915)."""
 NOWHERE = tuple(map(ipaddress.ip_network, ("0.0.0.0/8", "255.255.255.255/32")))
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

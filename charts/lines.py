@@ -203,7 +203,8 @@ def scatter(
     )
     names = {mark.name: mark.symbol for mark in marks}
     named, tall = legend([Key(_kind(symbol), name, "mark", symbol) for name, symbol in names.items()], width)
-    plot = Plot(x_axis, y_axis, LEFT, width - RIGHT, TOP + tall + 18, height + tall - BOTTOM - 18)
+    # Room beside the axis: a mark on it would hide what the axis says.
+    plot = Plot(x_axis, y_axis, LEFT, width - RIGHT, TOP + tall + 18, height + tall - BOTTOM - 18, room=0.02)
     stairs = " ".join(f"{plot.across(x):.1f},{plot.down(y):.1f}" for x, y in _stairs(marks, more_is_better))
     parts = [*plot.axes(), *named, f'<polyline class="stairs" points="{stairs}"/>']
     # What is in force is not hidden by others at its place.

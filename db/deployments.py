@@ -14,7 +14,7 @@ from ..placement.errors import ConflictError, InputError, NotFoundError, Unsuppo
 from ..placement.plan import plan_from_dict
 from ..placement.topology import Topology
 from . import audit
-from .content import ID_DIGITS, plain
+from .content import ID_DIGITS, plain, storable
 from .database import Sessions, changed_rows
 from .records import Actor, Cause, CheckRecord, DeploymentOverview, DeploymentRecord, PublicationRecord
 from .references import check_name, deployment_row, find, id_of
@@ -309,6 +309,7 @@ def publish(
     decision: DecisionRow | None = None,
 ) -> PublicationRow:
     """Puts a plan in force in the transaction at hand, tells webhooks, and closes what waits for approval."""
+    storable("comment", comment)
     if plan.model_key != row.model_key or not _is_same_cluster(session, plan.topology_key, row.topology_key):
         raise InputError(f"plan {plan.fingerprint[:ID_DIGITS]} is for another model or topology than {row.name!r}")
     if row.policy.get("engine"):

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from ..db.database import ForbiddenError
+from ..db.database import ForbiddenError, RefusedDataError
 from ..db.jobs import QuotaError
 from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError, StoreError
 from .fields import FieldsError, fields_of
@@ -31,6 +32,8 @@ SAFE_HEADERS = {
 log = logging.getLogger("moeplace.service")
 
 CONTENT_TYPE = "application/problem+json"
+GONE = 499
+"""Noted for who left before all of a request came."""
 TITLES = {
     400: "malformed request",
     401: "no valid token",
@@ -52,6 +55,7 @@ STATUS: tuple[tuple[type[MoeplaceError], int], ...] = (
     (ConflictError, 409),
     (ForbiddenError, 403),
     (QuotaError, 429),
+    (RefusedDataError, 422),
     (StoreError, 503),
     (InputError, 422),
     (MoeplaceError, 422),
@@ -117,6 +121,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
         return problem(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def of_nobody(request: Request, error: ClientDisconnect) -> Response:
+        # No failure of this server's, and nobody is left to read why.
+        return Response(status_code=GONE)
 
     @app.exception_handler(Exception)
     async def of_us(request: Request, error: Exception) -> JSONResponse:

@@ -30,6 +30,7 @@ from service_runs import MODEL, PATIENCE, TOPOLOGY, Server, counts, prepared, se
 import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow
+from moeplace.db.schema import TopologyRow
 from moeplace.placement.errors import InputError
 from moeplace.profiler.statistics_file import write_statistics
 from moeplace.service.counts import ARROW, to_arrow
@@ -326,6 +327,37 @@ def test_pages_of_a_thousand_devices_are_small_and_known_ones_are_not_sent_again
         again = connection.getresponse()
         assert (again.status, again.read()) == (304, b"")
     connection.close()
+
+
+def test_windows_of_large_models_are_read_and_shown_a_few_at_a_time(server: Server) -> None:
+    """64 of them took an answer of one GET, and a page as many as its policy compares: gigabytes."""
+    model = mp.ModelSpec(layers=1024, experts=1024, top_k=4, hidden_size=64, ffn_size=64, name="huge")
+    load = np.zeros((1024, 1024), np.int64)
+    load[0] = 1
+    with server.client() as client:
+        client.add_deployment("huge", client.add_model(model).id, "box", {"solver": "eplb"})
+        for half in range(2):
+            moments = [NOON.replace(hour=half, minute=minute) for minute in range(12)]
+            client.push_windows("huge", [CountWindow(moment, load) for moment in moments])
+        with Watch(server) as watch:
+            page = json.loads(send(server, "GET", "/v1/deployments/huge/windows?limit=64")[1])
+            following = json.loads(send(server, "GET", f"/v1/deployments/huge/windows?before={page['next']}")[1])
+            assert send(server, "GET", "/deployments/huge")[0] == 200
+    assert [len(each["items"]) for each in (page, following)] == [1, 1]
+    assert page["items"][0]["key"] > following["items"][0]["key"]
+    assert watch.grown < 400 << 20
+
+
+def test_lists_ask_the_database_for_one_page_of_rows(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.db") as store:
+        ids = [store.add_topology(TOPOLOGY.model_copy(update={"inter_latency": 1e-6 * n})).id for n in range(1, 8)]
+        rows: list[object] = []
+        listen(TopologyRow, "load", lambda row, _: rows.append(row))
+        newest = store.topology_summaries(limit=3)
+        assert [entry.id for entry in newest] == ids[::-1][:3]
+        assert len(rows) == 3
+        assert [entry.id for entry in store.topologies(limit=3, before=newest[-1].id)] == ids[::-1][3:6]
+        assert (newest[0].devices, newest[0].nodes, newest[0].label) == (4, 2, "h100-hgx")
 
 
 def test_the_start_page_shows_all_deployments_a_page_at_a_time(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -19,19 +20,23 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
 from cli_runs import run
+from fastapi import HTTPException, Request
 from service_runs import Server, prepared, serving
 from sqlalchemy import update
+from sqlalchemy.event import listen
 
 import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import Actor
 from moeplace.db.schema import TokenRow
 from moeplace.placement.errors import ConflictError, InputError
+from moeplace.service.access import Gate
 from moeplace.service.settings import Settings
 
 pytestmark = pytest.mark.slow
 
 ROLES = ("read", "submit", "approve")
+SHORT = timedelta(seconds=2)
 OPEN = {("GET", "/health"), ("GET", "/ready")}
 NEEDS = {
     "read": {"GET"},
@@ -136,6 +141,7 @@ def test_every_route_asks_for_the_role_it_needs(server: Server, tokens: dict[str
 
 def test_a_revoked_token_ends_and_who_did_what_is_kept(server: Server, tokens: dict[str, str]) -> None:
     made = run("tokens", "add", "gone", "--role", "read", "--db", tokens["db"]).out.strip()
+    assert [status(server, "GET", "/v1/models", made) for _ in range(2)] == [200, 200]
     assert run("tokens", "revoke", "gone", "--db", tokens["db"]).code == 0
     assert status(server, "GET", "/v1/models", made) in (401, 429)
     listed = run("tokens", "list", "--db", tokens["db"], "--json").data["rows"]
@@ -352,3 +358,58 @@ def test_behind_a_named_proxy_clients_are_told_apart_and_links_lead_back(tmp_pat
         for number in range(11):
             asked(server.url, "/v1/models", f"mp_{number}", **{"X-Forwarded-For": f"10.0.0.{number}"})
         assert asked(server.url, "/v1/models", "mp_x", **{"X-Forwarded-For": "10.0.9.9"})[0] == 429, "not believed"
+
+
+def test_a_revoked_token_is_known_no_longer_and_one_that_is_over_neither(url: str) -> None:
+    """Without a look at the database at every request, and without waiting until it is looked up again."""
+
+    async def run() -> None:
+        request = Request({"type": "http", "method": "GET", "path": "/", "headers": [], "client": ("127.0.0.1", 1)})
+        asked: list[object] = []
+        listen(server._sessions._own_engine(), "before_cursor_execute", lambda *a: asked.append(a[2]))
+        by = Actor("ann", "approve")
+        token, short = (other.tokens.add("ci", "read", by), other.tokens.add("s", "read", by, lifetime=SHORT))
+        listener = server.listen(gate.told)
+        while listener is not None and not listener.hears:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(gate.look)
+        for _ in range(2):
+            # The first time it is noted that they were used, which changes a file.
+            assert (await gate.actor(request, token)).name == "ci"
+            assert (await gate.actor(request, short)).name == "s"
+        asked.clear()
+        assert gate.remembered(request, token) is not None
+        assert asked == []
+        other.tokens.revoke("ci", by)
+        if listener is not None:
+            await asyncio.to_thread(gate.look)
+        assert gate.remembered(request, token) is None
+        with pytest.raises(HTTPException, match="send a token"):
+            await gate.actor(request, token)
+        await asyncio.sleep(SHORT.total_seconds())
+        assert gate.remembered(request, short) is None
+        if listener is not None:
+            listener.close()
+
+    with Store.open(url) as server, Store.open(url) as other:
+        gate = Gate(server, Settings())
+        asyncio.run(run())
+
+
+def test_a_stream_ends_when_its_token_is_revoked(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.db")
+    with serving(path, "--auth", "--workers", "0") as server:
+        whole, gone = (
+            run("tokens", "add", name, "--role", "approve", "--db", path).out.strip() for name in ("ann", "gone")
+        )
+        client = server.client(whole)
+        prepared(client)
+        client.push("chat", np.ones((3, 16), int))
+        job = client.solve("chat", solver="eplb").key
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=100)
+        connection.request("GET", f"/v1/jobs/{job}/events", headers={"Authorization": f"Bearer {gone}"})
+        stream = connection.getresponse()
+        assert stream.readline().startswith(b"event: job")
+        assert run("tokens", "revoke", "gone", "--db", path).code == 0
+        client.cancel(job)
+        assert b"cancelled" not in stream.read()

@@ -8,6 +8,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,32 @@ def test_entity_tags_spare_transfers_and_guard_changes(server: Server) -> None:
     assert (status, changed["policy"]["horizon_steps"]) == (200, 5e6)
     assert raw(server, "PUT", path, POLICY, If_Match=etag)[0] == 412
     assert raw(server, "GET", "/v1/deployments/chat", If_None_Match=etag)[0] == 200
+
+
+def test_of_those_who_change_the_same_at_once_one_does(server: Server, client: mp.Client) -> None:
+    client.add_deployment("raced", "toy", "box", POLICY)
+    statistics = mp.RoutingStatistics.from_counts(skewed(1), top_k=2)
+    plans = [client.add_plan(mp.solve(mp.Problem(MODEL, TOPOLOGY, statistics), "random", seed=s)).id for s in range(4)]
+    changes: list[Any] = [("policy", {**POLICY, "horizon_steps": 1e6 + number}) for number in range(12)]
+    changes += [("plan", {"plan": plan}) for plan in plans * 3]
+    for kind in ("policy", "plan"):
+        etag = raw(server, "GET", "/v1/deployments/raced")[1]["etag"]
+        bodies = [body for of, body in changes if of == kind]
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            path = f"/v1/deployments/raced/{kind}"
+            statuses = list(pool.map(lambda body: raw(server, "PUT", path, body, If_Match=etag)[0], bodies))  # noqa: B023
+        assert sorted(statuses) == [200] + [412] * (len(bodies) - 1), kind
+
+
+def test_who_leaves_before_all_of_a_body_came_is_no_failure_of_the_server(server: Server) -> None:
+    address = urlsplit(server.url)
+    with socket.create_connection((str(address.hostname), address.port), timeout=60) as connection:
+        head = "POST /v1/deployments/chat/windows HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+        # Once it is being read.
+        raw(server, "GET", "/v1/deployments")
+    server.wait_for("request", status=499)
+    assert not [entry for entry in server.log if entry.get("level") == "error"]
 
 
 def test_a_plan_comes_back_in_every_format_an_engine_reads(server: Server, client: mp.Client) -> None:

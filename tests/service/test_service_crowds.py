@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
+from moeplace.db.jobs import QuotaError
 from moeplace.placement.errors import StoreError
 from moeplace.service.changes import Topic
-from moeplace.service.crowds import TOGETHER, Kept, Reads, Turns
+from moeplace.service.crowds import MOST_OF_CLIENT, OF_CLIENT, TOGETHER, Kept, Line, Reads, Turns
 
 
 def test_who_asks_together_shares_a_reading_and_who_asks_later_gets_a_newer_one() -> None:
@@ -114,7 +115,7 @@ def test_of_those_that_wait_a_few_are_worked_on_at_a_time_and_nobody_else_waits_
         served += 1
 
     def waiting(turns: Turns, send: Any) -> asyncio.Task[None]:
-        scope = {"type": "http", "path": "/v1/deployments/chat/plan", "query_string": b"wait=60"}
+        scope = {"type": "http", "method": "GET", "path": "/v1/deployments/chat/plan", "query_string": b"wait=60"}
         return asyncio.create_task(turns(scope, None, send))  # type: ignore[arg-type]
 
     async def run() -> None:
@@ -128,7 +129,8 @@ def test_of_those_that_wait_a_few_are_worked_on_at_a_time_and_nobody_else_waits_
 
         crowd = [waiting(turns, slow) for _ in range(10 * TOGETHER)]
         await asyncio.sleep(0)
-        await turns({"type": "http", "path": "/health", "query_string": b""}, None, quick)  # type: ignore[arg-type]
+        health = {"type": "http", "method": "GET", "path": "/health", "query_string": b""}
+        await turns(health, None, quick)  # type: ignore[arg-type]
         assert most <= TOGETHER
         async with asyncio.timeout(30):
             while len(topic._waiting) < len(crowd):
@@ -144,3 +146,85 @@ def test_of_those_that_wait_a_few_are_worked_on_at_a_time_and_nobody_else_waits_
         assert served == len(crowd) + 1
 
     asyncio.run(run())
+
+
+def test_what_one_client_reads_at_once_leaves_place_to_others_and_bodies_take_none() -> None:
+    at_work: dict[str, int] = {}
+    go_on = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        client = scope["client"][0]
+        at_work[client] = at_work.get(client, 0) + 1
+        await go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def run() -> None:
+        turns = Turns(app)
+        statuses: list[int] = []
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        def asked(client: str, method: str = "GET", path: str = "/v1/jobs") -> asyncio.Task[None]:
+            scope = {"type": "http", "method": method, "path": path, "query_string": b"wait=1", "client": (client, 1)}
+            return asyncio.create_task(turns({**scope, "headers": []}, None, send))  # type: ignore[arg-type]
+
+        crowd = [asked("10.0.0.1") for _ in range(OF_CLIENT + MOST_OF_CLIENT + 5)]
+        other = [asked("10.0.0.2"), asked("2001:db8::1"), asked("2001:db8::2")]
+        # Whoever sends a body slowly keeps nobody from waiting for a plan.
+        bodies = [asked("10.0.0.3", "POST", "/v1/deployments/chat/plan") for _ in range(10 * TOGETHER)]
+        holder = asked("10.0.0.4", path="/v1/deployments/chat/plan")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert at_work == {
+            "10.0.0.1": OF_CLIENT,
+            "10.0.0.2": 1,
+            "2001:db8::1": 1,
+            "2001:db8::2": 1,
+            "10.0.0.3": len(bodies),
+            "10.0.0.4": 1,
+        }
+        assert statuses == [429] * 5
+        go_on.set()
+        await asyncio.gather(*crowd, *other, *bodies, holder)
+        assert statuses.count(200) == len(crowd) - 5 + len(other) + len(bodies) + 1
+        assert not turns._clients
+
+    asyncio.run(run())
+
+
+def test_of_those_in_a_line_each_caller_has_a_turn() -> None:
+    served: list[str] = []
+
+    async def run() -> None:
+        line, go_on = Line(most=20, most_of_caller=10), asyncio.Event()
+
+        async def ask(caller: str) -> None:
+            async with line.turn(caller):
+                await go_on.wait()
+                served.append(caller)
+
+        many = [asyncio.create_task(ask("many")) for _ in range(11)]
+        await asyncio.sleep(0)
+        with pytest.raises(QuotaError, match="'many'"):
+            await ask("many")
+        few = [asyncio.create_task(ask(caller)) for caller in ("a", "b", "a", "b")]
+        await asyncio.sleep(0)
+        # Who has left is not waited for.
+        gone = many.pop(1)
+        gone.cancel()
+        others = [asyncio.create_task(ask(f"c{number}")) for number in range(6)]
+        await asyncio.sleep(0)
+        with pytest.raises(StoreError, match="too much waits"):
+            await ask("late")
+        go_on.set()
+        await asyncio.gather(*many, *few, *others)
+        assert line.empty
+        async with line.turn("again"):
+            assert not line.empty
+
+    asyncio.run(run())
+    assert served[:9] == ["many", "a", "b", "c0", "c1", "c2", "c3", "c4", "c5"]
+    assert sorted(served[9:]) == ["a", "b"] + ["many"] * 9

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from collections.abc import Iterator
 from typing import get_args
+from urllib.parse import urlencode
 
 import pytest
 
@@ -15,6 +18,7 @@ from service_runs import MODEL, TOPOLOGY, Server, prepared, send, serving, skewe
 import moeplace as mp
 from moeplace.db.records import Actor
 from moeplace.db.store import Store
+from moeplace.service.policy import Policy
 from moeplace.service.routes.plans import Engine
 
 pytestmark = pytest.mark.slow
@@ -64,7 +68,7 @@ def test_every_link_of_every_page_leads_somewhere(server: tuple[Server, dict[str
         status, text = seen(running, tokens["whole"], path)
         assert status == 200 or ("export?format" in path and status == 422), (path, text)
         waiting |= {link.replace("&amp;", "&") for link in re.findall(r'href="(/[^"]*)"', text)} - visited
-    sections = {"/decisions", "/plans", "/jobs", "/engines", "/webhooks", "/audit"}
+    sections = {"/decisions", "/plans", "/jobs", "/policies", "/engines", "/webhooks", "/audit"}
     assert sections <= visited
     assert {f"/plans/{plan}", "/deployments/chat%20%3Cb%3E", "/deployments/other"} <= visited
 
@@ -111,6 +115,35 @@ def test_visitors_see_what_their_tokens_are_for(server: tuple[Server, dict[str, 
         for path in ("/webhooks", "/audit"):
             assert (f'href="{path}"' in text) == ((token, path) not in refused), (token, path)
     assert send(running, "GET", "/plans", Accept=HTML)[0] == 303
+
+
+def test_a_policy_is_read_and_changed_on_its_page_where_nothing_changed_meanwhile(
+    server: tuple[Server, dict[str, str], str],
+) -> None:
+    running, tokens, _ = server
+    path = "/deployments/other/policy"
+    _, text = seen(running, tokens["reader"], path)
+    for field in Policy.model_fields:
+        assert f'<th scope="row">{field}</th>' in text, field
+    assert "<strong>eplb</strong>" in text
+    assert "<textarea" not in text
+
+    def save(token: str, policy: str, tag: str) -> int:
+        form, kind = urlencode({"policy": policy, "tag": tag}).encode(), "application/x-www-form-urlencoded"
+        return send(running, "POST", path, form, kind, Cookie=f"moeplace_token={tokens[token]}", Accept=HTML)[0]
+
+    _, text = seen(running, tokens["whole"], path)
+    tag = html.unescape(re.findall(r'name="tag" value="([^"]*)"', text)[0])
+    shown = json.loads(html.unescape(re.findall(r"<textarea[^>]*>(.*?)</textarea>", text, re.DOTALL)[0]))
+    assert shown["solver"] == "eplb"
+    changed = json.dumps({**shown, "min_regret": 0.05})
+    wrong = [("reader", changed, tag), ("whole", "{", tag), ("whole", '{"solver": "serach"}', tag), ("whole", "{}", "")]
+    assert [save(*each) for each in wrong] == [403, 422, 422, 412]
+    assert save("whole", changed, tag) == 303
+    assert save("whole", changed, tag) == 412
+    with running.client(tokens["whole"]) as client:
+        assert client.deployment("other").policy["min_regret"] == 0.05
+    assert "5.00%" in seen(running, tokens["reader"], "/policies")[1]
 
 
 def test_a_plan_is_published_from_its_page_where_nothing_changed_meanwhile(

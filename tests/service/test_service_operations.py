@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,14 +12,16 @@ import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
-from service_runs import MODEL, counts, prepared, serving, skewed
+from service_runs import MODEL, TOPOLOGY, counts, prepared, serving, skewed
 
 import moeplace as mp
 from moeplace.db import Store
-from moeplace.db.records import CountWindow
+from moeplace.db.records import Actor, CountWindow
+from moeplace.service import middleware
 
 pytestmark = pytest.mark.slow
 
@@ -164,6 +167,16 @@ def test_what_the_manifests_name_fits_together() -> None:
     assert manifests[3]["spec"]["tls"][0]["hosts"] == [rule["host"]]
 
 
+def test_prometheus_is_told_of_all_deployments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "AT_ONCE", 2)
+    with Store.open(tmp_path / "x.db") as store:
+        ids = store.add_model(MODEL).id, store.add_topology(TOPOLOGY).id
+        for number in range(5):
+            store.deployments.add(f"chat {number}", *ids, {}, Actor("ann", "approve"))
+        told = middleware.Metrics(store).text().decode()
+    assert set(re.findall(r'moeplace_plan_version\{deployment="([^"]*)"', told)) == {f"chat {n}" for n in range(5)}
+
+
 def test_prometheus_needs_no_token_on_a_port_of_its_own(tmp_path: Path) -> None:
     import socket
     import urllib.error
@@ -177,4 +190,18 @@ def test_prometheus_needs_no_token_on_a_port_of_its_own(tmp_path: Path) -> None:
             assert b"moeplace_jobs" in answer.read()
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(server.url + "/metrics")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/deployments")
+        # Whoever reaches this port takes neither its place nor the service's.
+        half_open = []
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                opened = socket.create_connection(("127.0.0.1", port), timeout=60, source_address=("127.0.0.9", 0))
+                half_open.append(opened)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+            assert b"moeplace_jobs" in answer.read()
+        assert urllib.request.urlopen(server.url + "/health", timeout=60).status == 200
+        assert len(psutil.Process(server.process.pid).net_connections()) < 100
+        for opened in half_open:
+            opened.close()
         assert server.stop() == 0

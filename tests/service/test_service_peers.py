@@ -25,7 +25,8 @@ import moeplace as mp
 from moeplace._http import Connections, Peers, UnansweredError
 from moeplace.db import Store
 from moeplace.db.records import Actor
-from moeplace.placement.errors import StoreError
+from moeplace.db.webhooks import OF_DEPLOYMENT
+from moeplace.placement.errors import ConflictError, StoreError
 from moeplace.profiler.engine_servers import EngineServer
 from moeplace.service.polling import ANSWER_BYTES
 from moeplace.service.webhooks import WebhookSender
@@ -42,6 +43,7 @@ REFUSED = [
     "169.254.43518",
     "169.254.169.254.",
     "[::169.254.169.254]",
+    "[::ffff:0:169.254.169.254]",
     "[64:ff9b:1::a9fe:a9fe]",
     "192.0.0.192",
     "255.255.255.255",
@@ -269,3 +271,28 @@ def test_secrets_are_encrypted_under_the_operators_key(
         monkeypatch.setenv("MOEPLACE_SECRET_KEY", "short")
         with pytest.raises(StoreError, match="make one"):
             store.webhooks.add("chat", "http://127.0.0.1:1/", ANN)
+
+
+def test_webhooks_of_one_deployment_keep_no_other_from_its_events(url: str) -> None:
+    with Store.open(url) as store:
+        model, topology = store.add_model(MODEL), store.add_topology(TOPOLOGY)
+        for name in ("many", "one"):
+            store.deployments.add(name, model.id, topology.id, {}, ANN)
+        hooks = [store.webhooks.add("many", f"http://127.0.0.1:{port}/", ANN)[0].key for port in range(1, 33)]
+        with pytest.raises(ConflictError, match="32 webhooks"):
+            store.webhooks.add("many", "http://127.0.0.1:99/", ANN)
+        for key in hooks:
+            for _ in range(3):
+                store.webhooks.test("many", key, ANN)
+        own = store.webhooks.add("one", "http://127.0.0.1:1/", ANN)[0].key
+        store.webhooks.test("one", own, ANN)
+        first = store.webhooks.take(32)
+        assert [item.webhook for item in first].count(own) == 1
+        assert len(first) == 1 + OF_DEPLOYMENT
+        assert own in {item.webhook for item in first[:2]}
+        assert store.webhooks.take(32, busy_deployments=[first[0].deployment]) == []
+        assert len(store.webhooks.take(32)) == OF_DEPLOYMENT
+        for _ in range(97):
+            store.webhooks.test("many", hooks[0], ANN)
+        with pytest.raises(ConflictError, match="100 events are on their way"):
+            store.webhooks.test("many", hooks[0], ANN)

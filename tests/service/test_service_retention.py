@@ -92,6 +92,17 @@ def test_a_removed_deployment_leaves_its_plans_and_the_audit_log(store: Store) -
     assert store.plans() == []
 
 
+def test_old_drift_checks_are_dropped_but_the_newest(store: Store) -> None:
+    for number in range(4):
+        store.jobs.submit("watch", {}, ANN, deployment="chat")
+        job = store.jobs.claim("w")
+        assert job is not None
+        assert store.jobs.finish(job, JobOutcome({}, finding=Finding(number, False, {})))
+    assert store.deployments.drop_checks(NOON) == 0
+    apply_retention(store, -1.0)
+    assert [check.last_window for check in store.deployments.checks("chat", limit=9)] == [3]
+
+
 def test_windows_and_jobs_are_removed_as_asked(store: Store) -> None:
     lived(store)
     assert store.windows.totals("chat")[0] == 20

@@ -24,6 +24,7 @@ import moeplace as mp
 from moeplace.db import Store
 from moeplace.db.records import Actor, CountWindow
 from moeplace.db.windows import narrow, pack, unpack
+from moeplace.placement.errors import InputError, NotFoundError
 from moeplace.service.counts import from_arrow, from_json, to_arrow
 from moeplace.service.window_batcher import WindowBatcher
 
@@ -227,3 +228,21 @@ def test_what_one_sender_brings_about_is_that_senders_alone(store: Store) -> Non
     assert [future.result(60) for future in (first, *good)] == [1, 1, 1]
     assert all(future.exception(60) is not None for future in bad)
     batcher.close()
+
+
+def test_a_deployment_made_anew_by_another_server_takes_windows_of_its_new_shape(url: str) -> None:
+    by, other = Actor("ann", "approve"), MODEL.model_copy(update={"experts": 8})
+    with Store.open(url) as here, Store.open(url) as there:
+        topology = here.add_topology(TOPOLOGY).id
+        here.deployments.add("chat", here.add_model(MODEL).id, topology, {}, by)
+        assert here.windows.add({"chat": [CountWindow(NOON, counts(1, skewed(1)))]}) == {"chat": 1}
+        there.deployments.remove("chat", by)
+        with pytest.raises(NotFoundError, match="no deployment 'chat'"):
+            here.windows.add({"chat": [CountWindow(NOON, counts(1, skewed(1)))]})
+        there.deployments.add("chat", there.add_model(MODEL).id, topology, {}, by)
+        assert here.windows.add({"chat": [CountWindow(NOON, counts(1, skewed(1)))]}) == {"chat": 1}
+        there.deployments.remove("chat", by)
+        there.deployments.add("chat", there.add_model(other).id, topology, {}, by)
+        assert here.windows.add({"chat": [CountWindow(NOON, np.ones((3, 8), np.int64))]}) == {"chat": 1}
+        with pytest.raises(InputError, match="shape"):
+            here.windows.add({"chat": [CountWindow(NOON, counts(1, skewed(1)))]})
