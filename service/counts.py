@@ -209,7 +209,9 @@ def _rectangular(load: list[list[int]], index: int) -> Any:
 def _column(table: Any, name: str) -> Any:
     if name not in table.column_names:
         raise InputError(f"column {name!r} is missing; ended and load are needed")
-    column = table.column(name).combine_chunks()
+    column = table.column(name)
+    # A window alone is most of what comes, and its columns are in one piece.
+    column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if column.null_count:
         raise InputError(f"column {name!r} holds nulls")
     return column
@@ -222,8 +224,8 @@ def _times(table: Any) -> list[datetime]:
     if not pa.types.is_timestamp(column.type):
         raise InputError(f"column 'ended' is {column.type}, expected a timestamp")
     try:
-        micro = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False).to_pylist()
-        aware = [value if value.tzinfo else value.replace(tzinfo=UTC) for value in micro]
+        micro = column if column.type.unit == "us" else column.cast(pa.timestamp("us", tz=column.type.tz), safe=False)
+        aware = [value if value.tzinfo else value.replace(tzinfo=UTC) for value in micro.to_pylist()]
         return [check_ended(value).astimezone(UTC) for value in aware]
     except (pa.ArrowException, ValueError, OverflowError) as error:
         raise InputError(f"column 'ended' holds a time out of range ({error})") from None
@@ -257,6 +259,8 @@ def _texts(table: Any, name: str) -> list[str]:
     if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
         raise InputError(f"column {name!r} is {column.type}, expected text")
     # Before one text of a dictionary becomes that of each row.
-    if len(texts) and (pc.max(pc.utf8_length(texts)).as_py() or 0) > TEXT_LENGTH:
+    spread = texts is not column and len(texts) and (pc.max(pc.utf8_length(texts)).as_py() or 0) > TEXT_LENGTH
+    values = [] if spread else [str(value) for value in column.to_pylist()]
+    if spread or max(map(len, values), default=0) > TEXT_LENGTH:
         raise InputError(f"column {name!r} holds texts of more than {TEXT_LENGTH} characters")
-    return [str(value) for value in column.to_pylist()]
+    return values
