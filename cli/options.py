@@ -730,6 +730,21 @@ def grouped(function: Callable[..., None], first: Sequence[str] = ()) -> Callabl
     return command
 
 
+def as_arguments(options: Any, *groups: type[Any]) -> list[str]:
+    """What was said of the options of these groups, as words of a command line: those that differ from the default."""
+    words = []
+    for group in groups:
+        hints = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            value = getattr(options, field.name)
+            if value != field.default:
+                # Of an annotation, typer holds the first name as its default.
+                name = get_args(hints[field.name])[1].default
+                for each in value if isinstance(value, list) else [value]:
+                    words += [name, f"{each:g}" if isinstance(each, float) else str(each)]
+    return words
+
+
 def _shown_first(parameters: list[inspect.Parameter], name: str) -> inspect.Parameter:
     (parameter,) = (parameter for parameter in parameters if parameter.name == name)
     kind, option = get_args(parameter.annotation)

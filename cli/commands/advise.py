@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ...placement.errors import InputError
-from ..options import AsJson, ComparisonOptions, RoutingPath
+from ..options import (
+    AsJson,
+    BatchOptions,
+    ComparisonOptions,
+    HeldOutOptions,
+    ModelOptions,
+    ObjectiveOptions,
+    RoutingPath,
+    SolveOptions,
+    TopologyOptions,
+    as_arguments,
+)
 from ..output import Table, emit
-from ..run_comparison import BASELINE, run_comparison
+from ..run_comparison import BASELINE, Entry, run_comparison
 from ..tables import comparison_rows, comparison_tables
 from .compare import comparison_data
 
@@ -38,7 +49,7 @@ def advise_command(routing: RoutingPath, options: ComparisonOptions, as_json: As
     [comparison] = run_comparison(routing, asked)
     rows = comparison_rows(comparison)
     data = comparison_data(comparison, rows)
-    verdict, following = _of_steps(rows), _next(routing, options)
+    verdict, following = _of_steps(rows), _next(routing, options, comparison.best)
     mix = step_mix(comparison.problem)
     first = Table((), (), footnotes=[*verdict, *comparison.verdict(), "", mix.text, ""])
     last = Table((), (), footnotes=["Next:", *(f"  {line}" for line in following)], whole=True)
@@ -70,22 +81,22 @@ def _of_steps(rows: list[dict[str, Any]]) -> list[str]:
     return verdict
 
 
-def _next(routing: Path, options: ComparisonOptions) -> list[str]:
-    engine = options.engine or "sglang"
-    cluster = ["--topology", options.topology]
-    for name, value in (("--nodes", options.nodes), ("--devices-per-node", options.devices_per_node)):
-        cluster += [] if value is None else [name, str(value)]
-    for name, slots in (("--slots", options.slots), ("--redundant", options.redundant)):
-        cluster += [] if slots is None else [name, str(slots)]
-    steps: list[str] = []
-    for name, tokens in (("--decode", options.decode), ("--prefill", options.prefill)):
-        steps += [] if tokens is None else [name, str(tokens)]
-    # A plan is solved for one kind of steps, or for both at their usual sizes.
-    cluster += steps[:2]
-    solve = ["moeplace", "solve", str(routing), *cluster, "--for", engine, "-o", "plan.json"]
+def _next(routing: Path, options: ComparisonOptions, best: Entry) -> list[str]:
+    """Commands that make, judge and hand over the best plan."""
+    steps, held_out = as_arguments(options, BatchOptions), as_arguments(options, HeldOutOptions)
+    asked = as_arguments(options, ModelOptions, TopologyOptions, SolveOptions)
+    asked += [*steps, *as_arguments(options, ObjectiveOptions), *held_out]
+    asked += [] if options.engine is None else ["--for", options.engine]
+    asked += [] if best.was_given or best.name == BASELINE else ["--solver", best.name]
+    lines = [
+        shlex.join(["moeplace", "solve", str(routing), *asked, "-o", "plan.json"]),
+        shlex.join(["moeplace", "evaluate", "plan.json", str(routing), *steps, *held_out]),
+    ]
+    if options.engine == "permute":
+        return [*lines, "moeplace permute CHECKPOINT --plan plan.json -o FOLDER --verify"]
+    file = "placement.yaml" if options.engine == "trtllm" else "placement.json"
     return [
-        shlex.join(solve),
-        shlex.join(["moeplace", "evaluate", "plan.json", str(routing), *steps]),
-        f"moeplace export plan.json --for {engine} -o placement.json",
+        *lines,
+        f"moeplace export plan.json --for {options.engine or 'ENGINE'} -o {file}",
         "moeplace check plan.json --running URL",
     ]

@@ -139,6 +139,19 @@ def test_advice_begins_with_the_verdict_and_ends_with_what_to_run(tmp_path: Path
     assert done.out.startswith("WORTH IT for prefill 2048: the best plan (")
     assert "less time than index order" in " ".join(done.out.split())
     assert f"moeplace solve {OLMOE} --topology a100-pcie --nodes 2 --devices-per-node 4 --slots 40" in done.out
+    # Of an engine that was not named nothing is guessed.
+    assert "moeplace export plan.json --for ENGINE -o placement.json" in done.out
+
+
+def test_what_to_run_next_says_again_what_was_asked(trace: Path) -> None:
+    asked = ("--slots", 12, "--batch", "decode:8@0.9", "--batch", "prefill:32@0.1", "--replica-choice", "nearest")
+    done = run("advise", trace, *CLUSTER, *asked, "--for", "sglang", "--seconds", 0.5, "--steps", 4, "--json")
+    solve, evaluate, export, _ = done.data["next"]
+    for word in map(str, (*CLUSTER, *asked, "--for", "sglang", "--seconds", 0.5)):
+        assert f" {'--topology' if word == '-t' else word} " in f"{solve} "
+    assert f"--solver {done.data['best']} -o plan.json" in solve
+    assert "--batch decode:8@0.9 --batch prefill:32@0.1" in evaluate
+    assert export == "moeplace export plan.json --for sglang -o placement.json"
 
 
 def test_advice_on_counts_says_what_counts_do_not_tell(tmp_path: Path) -> None:

@@ -70,6 +70,14 @@ def test_its_verdict_is_what_the_command_says(workplace: Path) -> None:
         assert f"{1e3 * times[name]:.3f}" == shown[1 if name == "contiguous" else 2]
 
 
+def test_what_it_runs_next_is_what_the_command_advises(workplace: Path) -> None:
+    (line,) = [line for line in commands() if line.startswith("moeplace advise ")]
+    told = json.loads(run([sys.executable, "-m", "moeplace.cli", *line.split()[1:], "--json"], workplace))
+    solve, _, export, _ = told["next"]
+    position = commands().index(line)
+    assert commands()[position + 1 : position + 3] == [solve, export]
+
+
 def test_its_python_runs(workplace: Path) -> None:
     programs = [block for block in code(README, "python") if "import moeplace" in block]
     assert programs
