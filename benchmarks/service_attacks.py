@@ -3,9 +3,9 @@
     python -m benchmarks service_attacks --write
 
 One `moeplace serve` on a file; each kind of abuse in turn, several at once of those that come in bodies, while another
-client asks for `/health`. A row a kind: what was answered, the server's memory at most until then (its own, and that
-of the processes that read for it), and the longest that the other client waited. After all of it the server must still
-answer, and take windows.
+client asks for a deployment from another address. A row a kind: what was answered, the server's memory at most until
+then (its own, and that of the processes that read for it), and the longest that the other client waited. After all of
+it the server must still answer, and take windows.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from moeplace.profiler.statistics_file import write_statistics
 from moeplace.service.counts import ARROW
 
 AT_ONCE = 3
+OTHER = "127.0.0.2"
+"""The address of a client that does nothing wrong."""
 WINDOWS = "/v1/deployments/chat/windows"
 JSON = {"Content-Type": "application/json"}
 STEPS = {"options": {"step_tokens": 10**8}, "solver": "search"}
@@ -78,9 +80,16 @@ class Attacked:
         for look in (self._memory, self._others):
             threading.Thread(target=look, daemon=True).start()
 
-    def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> int:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        source: str = "127.0.0.1",
+    ) -> int:
         """The status of one answer; 0 where the connection ended without one."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=180)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=180, source_address=(source, 0))
         try:
             connection.request(method, path, body, headers or {})
             answer = connection.getresponse()
@@ -103,7 +112,7 @@ class Attacked:
     def _others(self) -> None:
         while not self._stop.is_set():
             began = time.perf_counter()
-            self.ask("GET", "/health")
+            self.ask("GET", "/v1/deployments/chat", source=OTHER)
             self.slowest = max(self.slowest, time.perf_counter() - began)
             time.sleep(0.02)
 
@@ -176,6 +185,9 @@ def attacks(options: argparse.Namespace) -> dict[str, Callable[[Attacked], list[
         "half-open requests": lambda server: half_open(server, options.connections),
         "who waits for plans and jobs": lambda server: waiting(server, options.waiting),
         "pages of 1,024 devices": pages,
+        "windows of a million experts, read 64 at a time": large_windows,
+        "120 pages of 1,024 devices, asked for at once": many_pages,
+        "a body of 24 MB on a connection to be closed": closed,
         "headers without end": headers,
         "addresses of 60 kB, and methods nobody knows": odd_requests,
         "wrong tokens": lambda server: [
@@ -190,6 +202,28 @@ def attacks(options: argparse.Namespace) -> dict[str, Callable[[Attacked], list[
             )
         ],
     }
+
+
+def large_windows(server: Attacked) -> list[int]:
+    model = mp.ModelSpec(layers=1024, experts=1024, top_k=4, hidden_size=64, ffn_size=64, name="huge")
+    ids = server.client.add_model(model).id, server.client.add_topology(TOPOLOGY).id
+    server.client.add_deployment("huge", *ids, {"solver": "eplb"})
+    load = np.random.default_rng(0).integers(0, 200, (1024, 1024))
+    for part in range(16):
+        moments = [datetime(2026, 1, 1, part, minute, tzinfo=UTC) for minute in range(4)]
+        server.client.push_windows("huge", [CountWindow(moment, load) for moment in moments])
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        paths = ["/v1/deployments/huge/windows?limit=64", "/deployments/huge"] * AT_ONCE
+        return list(pool.map(lambda path: server.ask("GET", path), paths))
+
+
+def many_pages(server: Attacked) -> list[int]:
+    with ThreadPoolExecutor(120) as pool:
+        return list(pool.map(lambda _: server.ask("GET", "/deployments/wide"), range(120)))
+
+
+def closed(server: Attacked) -> list[int]:
+    return [server.ask("POST", "/v1/models", bytes(24 << 20), {**JSON, "Connection": "close"}) for _ in range(AT_ONCE)]
 
 
 def window(count: int) -> dict[str, Any]:

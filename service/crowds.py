@@ -26,8 +26,9 @@ T = TypeVar("T")
 
 TOGETHER = 8
 """Requests of those that wait, which are being worked on at a time."""
-OF_CLIENT, MOST_OF_CLIENT = 8, 400
-"""Requests of one client that are worked on at a time (a server has 40 threads), and that wait for it."""
+OF_CLIENT, PAGES_OF_CLIENT, MOST_OF_CLIENT = 8, 3, 400
+"""Requests of one client to the API that are worked on at a time (a server has 40 threads), pages, which take a hundred
+times as much, and requests that wait for it."""
 KEPT_BYTES = 16 << 20
 """Of plans' files kept in memory."""
 
@@ -78,7 +79,7 @@ class Turns:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app, self._waiting = app, Places(TOGETHER)
-        self._clients: WeakValueDictionary[str, Places] = WeakValueDictionary()
+        self._clients: WeakValueDictionary[tuple[str, int], Places] = WeakValueDictionary()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "GET" or route_path(scope) in UNLIMITED:
@@ -87,8 +88,9 @@ class Turns:
         if _waits(scope):
             places = self._waiting
         else:
-            client = network_of(client_address(scope))
-            places = self._clients.get(client) or self._clients.setdefault(client, Places(OF_CLIENT))
+            count = OF_CLIENT if route_path(scope).startswith("/v1/") else PAGES_OF_CLIENT
+            client = network_of(client_address(scope)), count
+            places = self._clients.get(client) or self._clients.setdefault(client, Places(count))
             if places.waiting >= MOST_OF_CLIENT:
                 refusal = problem(429, f"{places.waiting} requests wait already", headers={"Retry-After": "2"})
                 await refusal(scope, receive, send)
