@@ -132,7 +132,7 @@ class PlanFileOptions:
             "--plan-model",
             metavar="PATH",
             help="For a plan in an engine's own file: the model's config.json, or its folder. Default: the routing's "
-            "model.",
+            "or the checkpoint's model.",
             show_default=False,
             rich_help_panel=MODEL,
         ),

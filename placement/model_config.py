@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -592,6 +593,8 @@ def _config_fields(config: Any) -> tuple[Mapping[str, Any], str, Path | None]:
         return config, "config", None
     if hasattr(config, "to_dict"):
         return config.to_dict(), type(config).__name__, None
+    if not isinstance(config, str | os.PathLike):
+        raise InputError(f"a config is a path, a dict or a PretrainedConfig, not a {type(config).__name__}")
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     return _json_object(path), str(path), path.parent

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..options import AsJson, KeepOptions
+from ..options import AsJson, KeepOptions, PlanFileOptions
 from ..output import emit, pairs, working
 from ..paths import new_folder
-from ..remote import read_plan
+from ..remote import plan_context, read_plan
 from ..save import attempted, check_store, end_unkept, keep_export
 
 
@@ -23,7 +24,13 @@ def permute_command(
     ],
     plan: Annotated[
         str,
-        typer.Option("--plan", metavar="PLAN", help="A plan file, or a stored plan's name or id.", show_default=False),
+        typer.Option(
+            "--plan",
+            metavar="PLAN",
+            help="A plan file, an engine's own file of a placement (with --plan-topology), or a stored plan's name or "
+            "id.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Path,
@@ -37,6 +44,7 @@ def permute_command(
         ),
     ],
     storage: KeepOptions,
+    files: PlanFileOptions,
     invert: Annotated[
         bool, typer.Option("--invert", help="Undo: CHECKPOINT was permuted by this plan, DIR becomes the original.")
     ] = False,
@@ -62,7 +70,9 @@ def permute_command(
     """
     from ...runtime.permute.checkpoint import permute_checkpoint
 
-    placed = read_plan(plan, storage.db)
+    if files.plan_model is None and (checkpoint / "config.json").is_file():
+        files = replace(files, plan_model=checkpoint)
+    placed = read_plan(plan, storage.db, **plan_context(files))
     if storage.store:
         check_store(storage.db)
     with working(f"writing {output}") as update:

@@ -146,7 +146,10 @@ def read_plan_file(
         return Plan.load(source)
     if model is None or topology is None:
         missing = " and ".join(name for name, value in (("model", model), ("topology", topology)) if value is None)
-        raise InputError(f"{source} is {exporter.name}'s own file, which does not say its {missing}; give that too")
+        raise InputError(
+            f"{source} is {exporter.name}'s own file, which does not say its {missing}; give that too "
+            "(--plan-model, --plan-topology; in Python model=, topology=)"
+        )
     plan = exporter.read(source, model, topology)
     return replace(plan, provenance=replace(plan.provenance, engine=exporter.name))
 

@@ -264,6 +264,8 @@ _PACKED = re.compile(
     r"(?:^|[._])(?:qweight|qzeros|weight_packed|zero_point|W_q|zero|absmax|nested_absmax|quant_state|SCB)(?:[._]|$)"
 )
 """Several values of a quantised matrix in one, or blocks that know no rows."""
+_OF_PACKAGES = re.compile(r"(?:^|[._])(?:weight|g_idx|shape|deq_scale|quant_bias|trellis|codes|tokens_per_expert)$")
+"""Whole numbers that packages for quantisation write of a matrix, and how many tokens an expert got."""
 _NORM = re.compile(r"norm\.(?:weight|bias)$")
 _METADATA = re.compile(r"\.quant_state\.bitsandbytes__\w+$")
 """bitsandbytes' text about a matrix, numbers as text included: of as many bytes as that takes."""
@@ -310,6 +312,7 @@ def tensor_roles(
             speaks of experts elsewhere, and is not known. Leaving it alone could part an expert from its own tensors.
     """
     blocks: dict[int, set[str]] = defaultdict(set)
+    stems: dict[int, str] = {}
     places: dict[str, tuple[int, str, str]] = {}
     for tensor in tensors:
         match = None if BESIDE.search(tensor.name) else _LAYER.fullmatch(tensor.name)
@@ -335,6 +338,11 @@ def tensor_roles(
             else _EXPERT.fullmatch(rest) or _FUSED.fullmatch(rest)
         )
         if found is not None:
+            if (other := stems.setdefault(layer, match["stem"])) != match["stem"]:
+                raise UnsupportedError(
+                    f"experts of layer {layer} stand under {other} and {match['stem']} ({tensor.name}), as of two "
+                    "models in one checkpoint; which of them the plan is of is not known"
+                )
             blocks[layer].add(match["stem"] + found["block"])
     if extra := sorted(blocks.keys() - set(spec.moe_layers)):
         raise UnsupportedError(
@@ -348,6 +356,13 @@ def tensor_roles(
                 roles[tensor.name] = _role(tensor, layer, stem, rest, blocks[layer], spec, reading)
     _check_single_routers([tensor for tensor in tensors if len(tensor.shape) == 2], roles)
     return roles
+
+
+def _may_be_ids(tensor: StoredTensor, rest: str) -> bool:
+    """Whether a tensor beside the experts may have experts' numbers as values: several whole numbers too wide for
+    quantised weights, of no package's names. Counts of tokens are none."""
+    several = math.prod(tensor.shape) > 1 and tensor.dtype in _WHOLE_NUMBERS and tensor.dtype not in ("U8", "I8")
+    return several and not (_PACKED.search(rest) or _OF_PACKAGES.search(rest))
 
 
 def _check_single_routers(matrices: Sequence[StoredTensor], roles: Mapping[str, Role | None]) -> None:
@@ -396,6 +411,8 @@ def _role(
         if tensor.dtype not in _WHOLE_NUMBERS:
             raise unclear(f"its expert ids are {tensor.dtype}")
         return Role("ids", layer)
+    if _may_be_ids(tensor, rest):
+        raise unclear("holds whole numbers, which may be experts'")
     sized = bool(routed.intersection(tensor.shape))
     if not any(f"{stem}{rest}".startswith(block) for block in blocks):
         if not sized or not _SUSPECT.search(rest):

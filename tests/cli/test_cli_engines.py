@@ -224,6 +224,17 @@ def test_a_permuted_checkpoint_gives_the_same_logits_and_comes_back(tmp_path: Pa
     ended = run("permute", original, "--plan", tmp_path / "plan.json", "-o", tmp_path / "placed")
     assert ended.code == 1
     assert "is there already" in ended.err
+    # An engine's own file says the same, for the checkpoint's model.
+    file, cluster = tmp_path / "map.json", ("--plan-topology", f"h100-hgx:1x{plan.topology.num_devices}")
+    assert run("export", tmp_path / "plan.json", "--for", "vllm", "-o", file).code == 0
+    assert run("permute", original, "--plan", file, *cluster, "-o", tmp_path / "same").code == 0
+    for placed in (tmp_path / "placed").glob("*.safetensors"):
+        assert (tmp_path / "same" / placed.name).read_bytes() == placed.read_bytes()
+    ended = run("permute", original, "--plan", file, "-o", tmp_path / "none")
+    assert (ended.code, "does not say its topology; give that too (--plan-model, --plan-topology" in ended.err) == (
+        1,
+        True,
+    )
 
 
 # import

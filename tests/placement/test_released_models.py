@@ -335,3 +335,8 @@ def test_fields_that_say_what_is_quantised_are_named_where_they_are_not_read() -
     assert read_config({**BASE, "quantization_config": fp8}).notes == ("not read: quantization_config.experts_to_skip",)
     mlx = {"group_size": 64, "bits": 4, "model.layers.1.mlp.gate": {"group_size": 64, "bits": 8}}
     assert read_config({**BASE, "quantization": mlx}).notes == ()
+
+
+def test_what_is_no_config_is_refused_by_its_type() -> None:
+    with pytest.raises(mp.InputError, match="a config is a path, a dict or a PretrainedConfig, not a list"):
+        mp.ModelSpec.from_config([1, 2])  # type: ignore[arg-type]

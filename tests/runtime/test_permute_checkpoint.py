@@ -327,6 +327,26 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         mp.FileFormatError,
         "no experts of layer 2",
     ),
+    "experts under two names": (
+        lambda t: t.update({f"eagle.layers.0.mlp.experts.{e}.up_proj.weight": torch.zeros(16, 32) for e in range(8)}),
+        mp.UnsupportedError,
+        "experts of layer 0 stand under (?:eagle.layers.0. and model|model.layers.0. and eagle).* two models",
+    ),
+    "whole numbers of a router": (
+        lambda t: t.update({"model.layers.1.mlp.gate.token_table": torch.zeros(64, 2, dtype=torch.int64)}),
+        mp.UnsupportedError,
+        "holds whole numbers, which may be experts'",
+    ),
+    "whole numbers of a layer": (
+        lambda t: t.update({"model.layers.1.hash.table": torch.zeros(64, dtype=torch.int32)}),
+        mp.UnsupportedError,
+        "holds whole numbers, which may be experts'",
+    ),
+    "an order of experts": (
+        lambda t: t.update({"model.layers.1.mlp.gate.order": torch.arange(8)}),
+        mp.UnsupportedError,
+        "holds whole numbers, which may be experts'",
+    ),
     "experts of different shape": (
         lambda t: t.update({"model.layers.1.mlp.experts.5.up_proj.weight": torch.zeros(8, 32)}),
         mp.UnsupportedError,
