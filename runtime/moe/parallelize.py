@@ -38,6 +38,10 @@ WHOLE_BLOCKS = ("DeepseekV3MoE",)
 SCORED_BLOCKS = ("Llama4TextMoe",)
 """Blocks that hand every token to every expert, scaled by its score: replaced whole, so that only the chosen travel."""
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+COMPUTED = {"torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+"""Types of weights that experts are computed with; others are those of quantised ones."""
+
 
 @dataclass(frozen=True)
 class _Experts:
@@ -211,6 +215,12 @@ def _kind(name: str, module: nn.Module, block: nn.Module) -> Fused:
             "(moeplace/runtime/moe/expert_mlps.py) and use ExpertParallelMoE"
         )
 
+    whole = type(block).__name__ in (*WHOLE_BLOCKS, *SCORED_BLOCKS)
+    for part, called in ((module, "it"), (block, "its block"))[: 1 + whole]:
+        if "forward" in vars(part):
+            raise refused(f"{called} has another forward than its class, as accelerate's device_map gives it")
+        if hooks := [kind for kind in HOOKS if getattr(part, kind)]:
+            raise refused(f"{called} has {hooks[0].strip('_').replace('_', ' ')}, which would be lost")
     own = dict(module.named_parameters(recurse=False))
     flags = {flag: value for flag, value in vars(module).items() if re.match("(has|is)_", flag)}
     if strange := sorted(flags.keys() - Fused.FLAGS):
@@ -226,6 +236,8 @@ def _kind(name: str, module: nn.Module, block: nn.Module) -> Fused:
     if own.keys() != needed:
         raise refused(f"its weights are {', '.join(sorted(own))}, expected {', '.join(sorted(needed))}")
     up, down = own[first], own["down_proj"]
+    if other := sorted({str(value.dtype) for value in own.values()} - COMPUTED):
+        raise refused(f"its weights are {other[0]}; quantised ones are to be written in bfloat16 first")
     if up.ndim != 3 or down.ndim != 3 or len(up) not in (len(down), len(down) + (_zero_experts(module))):
         raise refused(
             f"{first} has shape {list(up.shape)}, down_proj {list(down.shape)}, expected an expert a row each"

@@ -68,6 +68,19 @@ def test_experts_that_only_look_like_what_their_flags_declare_are_refused(famili
         assert "computes something else" in said
 
 
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("forward", "it has another forward than its class"),
+        ("hook", "it has forward hooks, which would be lost"),
+        ("quantised", "its weights are torch.int8"),
+    ],
+)
+def test_what_would_be_lost_with_the_module_is_refused(families: list[Any], case: str, words: str) -> None:
+    for found in families:
+        assert words in found["refused"][case]
+
+
 def test_every_flag_of_transformers_experts_is_declared() -> None:
     import inspect
 

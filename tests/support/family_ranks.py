@@ -97,6 +97,7 @@ def refused(mesh: Any) -> dict[str, str]:
         mp.parallelize(model, random_plan(rng, 2, 2, spec), mesh)
     except mp.UnsupportedError as refusal:
         said["function"] = str(refusal)
+    said |= {name: changed(mesh, change) for name, change in CHANGES.items()}
     for name in ("layout", "one_rank_only"):
         # On one rank alone the module computes something else than its class says.
         other = olmoe()
@@ -119,6 +120,32 @@ def refused(mesh: Any) -> dict[str, str]:
     except mp.UnsupportedError as refusal:
         said["meta"] = str(refusal)
     return said
+
+
+def changed(mesh: Any, change: Any) -> str:
+    """What is said of a model whose first experts were changed."""
+    model = olmoe()
+    change(model.model.layers[0].mlp.experts)
+    try:
+        mp.parallelize(model, random_plan(np.random.default_rng(0), 2, 2, spec_of(model, (0, 1))), mesh)
+    except mp.UnsupportedError as refusal:
+        return str(refusal)
+    return "nothing was refused"
+
+
+def _replace_forward(experts: Any) -> None:
+    experts.forward = lambda *arguments: 2 * type(experts).forward(experts, *arguments)
+
+
+def _quantise(experts: Any) -> None:
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.int8), requires_grad=False)
+
+
+CHANGES = {
+    "forward": _replace_forward,
+    "hook": lambda experts: experts.register_forward_hook(lambda module, arguments, output: 2 * output),
+    "quantised": _quantise,
+}
 
 
 class Halved(OlmoeExperts):
