@@ -204,6 +204,21 @@ def test_a_policy_may_publish_without_asking(file: str) -> None:
         assert client.plan_in_force("chat", "sglang") is not None
 
 
+def test_a_loss_that_does_not_matter_moves_nothing_when_a_plan_is_looked_at_again(file: str) -> None:
+    """A plan made from few windows is, when there are twice as many; 0.04 % was published then."""
+    with serving(file, "--check-windows", "8") as server, server.client() as client:
+        prepared(client, publish="automatic", min_regret=10.0, horizon_steps=5e6)
+        fill(client, "chat", 0, 0, 8)
+        wait_for_checks(client, 1)
+        assert client.deployment("chat").version == 1, "any plan is better than none"
+        fill(client, "chat", 0, 100, 8)
+        wait_for_checks(client, 2)
+        check = next(iter(client.checks("chat")))
+        assert check.figures["status"].endswith("the plan still holds")
+        assert 0.0 <= abs(check.figures["regret"]) < 10.0
+        assert client.deployment("chat").version == 1
+
+
 def test_a_decision_asked_for_is_judged_on_newer_windows(file: str) -> None:
     with serving(file, "--check-windows", "1000") as server, server.client() as client:
         prepared(client, horizon_steps=5e6)
