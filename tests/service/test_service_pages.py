@@ -207,6 +207,7 @@ def test_no_page_is_wider_than_a_phone(server: tuple[Server, str], browser: Any)
     deployment = next(path for path in paths if "/deployments/" in path)
     paths += [
         f"{deployment}/diff",
+        f"{deployment}/policy",
         f"{running.url}/decisions/{waiting.key}",
         f"{running.url}/plans/{waiting.candidate_id}",
     ]
@@ -233,7 +234,7 @@ def paths_of_all_pages(running: Server, token: str) -> list[str]:
         deployment = f"/deployments/{quote(waiting.deployment, safe='')}"
     lists = ("/", "/decisions", "/plans", "/jobs", "/engines", "/webhooks", "/audit")
     shown = (deployment, f"{deployment}/diff", f"/decisions/{waiting.key}", f"/plans/{waiting.candidate_id}")
-    return [*lists, *shown, *(f"/jobs/{key}" for key in jobs)]
+    return [*lists, *shown, *(f"/jobs/{key}" for key in jobs), "/policies", f"{deployment}/policy"]
 
 
 def resize(browser: Any, width: int, height: int) -> None:
