@@ -128,7 +128,8 @@ def _responses(path: Path | BinaryIO, layers: int | None, top_k: int | None) -> 
         raise FileFormatError(f"{source}: {shapeless[0][0].field} has no shape, {pieces[0].field} has; of two engines")
     if shapeless and (layers is None or top_k is None):
         layers, top_k = _shape(source, shapeless)
-    for piece, _ in shapeless:
+    others: list[str] = []
+    for piece, tokens in shapeless:
         assert layers is not None
         assert top_k is not None
         if layers < 1 or top_k < 1 or len(piece.ids) % (layers * top_k):
@@ -137,6 +138,13 @@ def _responses(path: Path | BinaryIO, layers: int | None, top_k: int | None) -> 
                 "experts"
             )
         pieces.append(Piece(piece.field, piece.ids.reshape(-1, layers, top_k), piece.sequence))
+        if tokens is not None and len(pieces[-1].ids) != tokens:
+            others.append(f"{piece.field} has {len(pieces[-1].ids):,} tokens, its meta_info speaks of {tokens:,}")
+    if others:
+        remark(
+            f"{source}: {others[0]} ({len(others)} of {len(shapeless)} are such): are {layers} layers x {top_k} "
+            "experts the model's?"
+        )
     return pieces
 
 

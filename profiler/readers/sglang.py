@@ -195,6 +195,11 @@ class PassCounts:
     def load(self, source: Path) -> list[Rows]:
         """[L, E] of each pass that every rank recorded, in order."""
         everyone: set[int] = set().union(*self._ranks.values())
+        if len(everyone) == 1:
+            remark(
+                f"{source}: forward passes of rank {min(everyone)} alone, and each rank counts its own tokens; of a "
+                "run on several ranks bring the files of all into one folder"
+            )
         whole = sorted(step for step, seen in self._ranks.items() if len(seen) == len(everyone))
         if not whole:
             raise FileFormatError(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.profiler.read import read_any, reader_of
+from moeplace.profiler.read import open_routing, read_any, reader_of
 from moeplace.profiler.readers.routed_experts import is_routed_experts, read_routed_experts
 
 LAYERS, EXPERTS, TOP_K = 4, 16, 3
@@ -144,6 +144,15 @@ def test_sglang_values_take_their_shape_from_whom_they_are_given(tmp_path: Path)
         read_any(path)
     with pytest.raises(mp.FileFormatError, match="108 ids, not a multiple of 5 layers x 3"):
         read(path, layers=5, top_k=3)
+
+
+def test_sglang_values_of_other_tokens_than_their_response_are_told(tmp_path: Path) -> None:
+    right, other = sglang(with_dense(drawn(9))), sglang(with_dense(drawn(9)))
+    other["meta_info"]["completion_tokens"] += 1
+    for responses, told in (([right], 0), ([right, other], 1)):
+        recording = open_routing(write(tmp_path / "a", responses), layers=LAYERS, top_k=TOP_K)
+        assert len(recording.notes) == told
+    assert "has 9 tokens, its meta_info speaks of 10 (1 of 2 are such): are 4 layers x 3 experts" in recording.notes[0]
 
 
 def test_sglang_values_take_their_shape_from_many_tokens(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 import torch
 
 import moeplace as mp
-from moeplace.profiler.read import read_any, reader_of
+from moeplace.profiler.read import open_routing, read_any, reader_of
 from moeplace.profiler.readers.sglang import is_sglang, read_sglang
 
 torch.set_num_threads(1)
@@ -158,6 +158,13 @@ def test_per_pass_maps_slots_to_experts_and_sums_the_ranks(tmp_path: Path) -> No
     read = statistics(tmp_path)
     np.testing.assert_array_equal(read.load, expected[:, DENSE:])
     assert read.moe_layers == (1, 2, 3)
+
+
+def test_passes_of_one_rank_alone_are_told(tmp_path: Path) -> None:
+    detail(tmp_path / "a_0.pt", [forward_pass(1, 0, counts(1, width=SLOTS)[0])])
+    assert "forward passes of rank 0 alone" in open_routing(tmp_path).notes[0]
+    detail(tmp_path / "a_1.pt", [forward_pass(1, 1, counts(2, width=SLOTS)[0])])
+    assert not open_routing(tmp_path).notes
 
 
 def test_passes_that_a_rank_missed_are_left_out(tmp_path: Path) -> None:
