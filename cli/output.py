@@ -54,22 +54,22 @@ def working(description: str) -> Iterator[Update]:
             pulse.join()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+    from rich.text import Text
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[time]}"),
-    )
+    class Time(ProgressColumn):
+        """As it passes, between news too."""
+
+        def render(self, _: object) -> Text:
+            return Text(state.time)
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), Time())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=None, time="")
+        task = progress.add_task(description, total=None)
 
         def update(message: str, share: float | None) -> None:
             state.update(message, share)
-            progress.update(
-                task, description=message, total=None if share is None else 1.0, completed=share or 0.0, time=state.time
-            )
+            progress.update(task, description=message, total=None if share is None else 1.0, completed=share or 0.0)
 
         yield update
 

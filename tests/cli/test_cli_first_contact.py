@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -181,6 +182,25 @@ def test_the_time_left_counts_down_from_the_last_news_and_leaves_compiling_out(m
         assert work.time == "20%, compiling, which is once an installation"
     finally:
         COMPILE_TIME.end()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_at_a_terminal_time_goes_on_between_two_news() -> None:
+    import pty
+
+    terminal, side = pty.openpty()
+    code = "import time; from moeplace.cli.output import working\nwith working('counting'):\n    time.sleep(2.5)"
+    shown = ""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=side) as process:
+        os.close(side)
+        # Where nobody writes any more, reading ends in nothing or in an error.
+        with contextlib.suppress(OSError):
+            while part := os.read(terminal, 4096):
+                shown += part.decode(errors="replace")
+    os.close(terminal)
+    assert process.returncode == 0
+    assert "0 s so far" in shown
+    assert "2 s so far" in shown
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60])

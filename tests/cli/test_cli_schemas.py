@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cli_runs import CLUSTER, JUDGED, check_output, run, skewed_counts, toy_model, toy_trace_folder
-from pydantic import ValidationError
+from pydantic import VERSION, ValidationError
 
 from moeplace.cli.document import commands
 from moeplace.cli.output import SCHEMA
@@ -31,6 +31,8 @@ def test_every_command_that_prints_json_has_a_schema_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", output_types())
 def test_the_committed_schema_is_current(name: str) -> None:
+    if tuple(map(int, VERSION.split(".")[:2])) < (2, 14):
+        pytest.skip("older releases of pydantic word the same schemas otherwise")
     file = FILES / f"{name}.{SCHEMA}.json"
     written = json.loads(file.read_text(encoding="utf-8"))
     assert written == output_schema(name), "run: python -m moeplace.cli schema -o docs/schemas"
