@@ -176,6 +176,8 @@ def with_lost_ranks(plan: Plan) -> IntArray:
 
 def _moe_rows(table: Any, path: Path, model: ModelSpec) -> list[list[int]]:
     """Checked rows of the model's MoE layers, out of rows of all layers."""
+    if isinstance(table, str | int | float | dict | None):
+        raise FileFormatError(f"{path}: {KEY} is {str(table)[:40]!r}, expected a row of expert ids for each layer")
     if not isinstance(table, list):
         table = array_of(path, KEY, table, 2).tolist()
     last = model.moe_layers[-1]
