@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import time
+from collections import Counter as Counts
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -144,6 +145,9 @@ while nobody else is answered, are small."""
 BODIES_TOGETHER = 1 << 28
 """Bytes of all bodies under way in one server."""
 
+BODIES_OF_CLIENT = BODIES_TOGETHER // 4
+"""Of one client's: who sends slowly would keep everybody else's out."""
+
 LARGE = re.compile(r"/v1/(plans|plans/file|topologies|deployments/[^/]+/windows|uploads/[^/]+)")
 """Whose bodies may be large: they are read by a process of bounded memory, or kept as they are."""
 
@@ -164,7 +168,8 @@ class BodyLimit:
     are taken. And bodies that are too large all together, or compressed."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most, self._under_way = app, most, 0
+        self._app, self._most = app, most
+        self._under_way: Counts[str] = Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -181,26 +186,31 @@ class BodyLimit:
         if not announced.isascii() or not announced.isdigit() or len(announced) > 18 or int(announced) > most:
             await _too_large(most)(scope, receive, send)
             return
-        received = 0
+        received, client = 0, network_of(client_address(scope))
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             size = len(message.get("body", b""))
             received += size
-            self._under_way += size
+            self._under_way[client] += size
             if received > most:
                 raise HTTPException(413, TOO_LARGE.format(most))
-            if self._under_way > BODIES_TOGETHER:
+            if self._under_way[client] > BODIES_OF_CLIENT or self._under_way.total() > BODIES_TOGETHER:
+                whose = " of one client" if self._under_way[client] > BODIES_OF_CLIENT else ""
                 raise HTTPException(
-                    503, "too many large bodies are under way; send it again later", headers={"Retry-After": "2"}
+                    503,
+                    f"too many large bodies{whose} are under way; send it again later",
+                    headers={"Retry-After": "2"},
                 )
             return message
 
         try:
             await self._app(scope, counted, send)
         finally:
-            self._under_way -= received
+            self._under_way[client] -= received
+            if not self._under_way[client]:
+                del self._under_way[client]
 
 
 def _coded(headers: Headers) -> ASGIApp | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import http.client
 import io
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -26,6 +28,7 @@ from sqlalchemy.event import listen
 
 pytest.importorskip("fastapi", reason="the service is an extra")
 from service_runs import MODEL, PATIENCE, TOPOLOGY, Server, counts, prepared, send, serving, skewed
+from starlette.exceptions import HTTPException
 
 import moeplace as mp
 from moeplace.db import Store
@@ -34,6 +37,7 @@ from moeplace.db.schema import TopologyRow
 from moeplace.placement.errors import InputError
 from moeplace.profiler.statistics_file import write_statistics
 from moeplace.service.counts import ARROW, to_arrow
+from moeplace.service.middleware import BodyLimit
 from moeplace.service.reader import Operations
 from moeplace.service.readers import REQUEST_BYTES, UPLOAD_BYTES
 
@@ -270,6 +274,47 @@ def test_who_sends_all_of_a_body_before_reading_is_told_why_it_was_refused(serve
         if connection == "close":
             while opened.recv(1 << 16):
                 pass
+
+
+def test_bodies_that_one_client_sends_slowly_keep_no_others_out() -> None:
+    piece, statuses = 4 << 20, []
+    go_on = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            while (await receive())["more_body"]:
+                pass
+            statuses.append((scope["client"][0], 200))
+        except HTTPException as error:
+            statuses.append((scope["client"][0], error.status_code))
+
+    async def run() -> None:
+        limit = BodyLimit(app, 32 << 20)
+
+        def asked(client: str) -> asyncio.Task[None]:
+            pieces = iter([piece] * 4)
+
+            async def receive() -> dict[str, Any]:
+                size = next(pieces, 0)
+                if not size:
+                    await go_on.wait()
+                return {"type": "http.request", "body": bytes(size), "more_body": bool(size)}
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/plans", "client": (client, 1), "headers": []}
+            return asyncio.create_task(limit(scope, receive, None))  # type: ignore[arg-type]
+
+        slow = [asked("10.0.0.1") for _ in range(8)]
+        while len(statuses) < 4:
+            await asyncio.sleep(0)
+        other = asked("10.0.0.2")
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(*slow, other)
+        assert not limit._under_way
+
+    asyncio.run(run())
+    assert statuses[:4] == [("10.0.0.1", 503)] * 4
+    assert sorted(statuses[4:]) == [("10.0.0.1", 200)] * 4 + [("10.0.0.2", 200)]
 
 
 def test_uploads_that_unpack_to_much_are_read_elsewhere(server: Server) -> None:
