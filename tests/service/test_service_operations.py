@@ -7,7 +7,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import time
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,6 +129,68 @@ def test_the_deployment_files_run_what_exists(tmp_path: Path) -> None:
     assert "/health" in dockerfile
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_the_steps_that_build_the_image_make_a_service_that_is_healthy(tmp_path: Path) -> None:
+    """Run in an environment instead of a container, without torch, as its comment says it may be."""
+    root = DOCS.parents[1]
+    dockerfile = (root / "deploy" / "Dockerfile").read_text()
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout: what is copied into the image is not told from what is not")
+    source = tmp_path / "source"
+    for name in filter(None, tracked.stdout.split("\0")):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, source / name)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    places = {"/wheels": str(tmp_path / "wheels"), "/opt/numba": str(tmp_path / "numba")}
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MOEPLACE"))},
+        "PATH": f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}",
+        "EXTRAS": "service,postgres,traces",
+        "MOEPLACE_DB": str(tmp_path / "x.db"),
+        "NUMBA_CACHE_DIR": places["/opt/numba"],
+    }
+
+    def placed(text: str) -> str:
+        for inside, outside in places.items():
+            text = text.replace(inside, outside)
+        # Which torch alone comes from.
+        return re.sub(r"--extra-index-url \S+ ", "", text)
+
+    steps = re.findall(r"^RUN (.+)$", dockerfile, re.MULTILINE)
+    assert len(steps) == 4
+    for step in steps:
+        for command in step.split(" && "):
+            # Users are the container's.
+            if not command.startswith(("useradd", "chown")):
+                subprocess.run(["sh", "-ec", placed(command)], cwd=source, env=environment, check=True)
+    ports = {"8311": str(free_port()), "9311": str(free_port())}
+    [entry], [command] = (re.findall(rf"^{word} (\[.+\])$", dockerfile, re.MULTILINE) for word in ("ENTRYPOINT", "CMD"))
+    words = [ports.get(word, word) for word in [*json.loads(entry), *json.loads(command)]]
+    [health] = re.findall(r"^HEALTHCHECK .* CMD (\[.+\])$", dockerfile, re.MULTILINE)
+    look = [word.replace("8311", ports["8311"]) for word in json.loads(health)]
+    with subprocess.Popen([*words, "--port", ports["8311"]], env=environment, cwd=tmp_path) as service:
+        try:
+            for _ in range(600):
+                if subprocess.run(look, env=environment, capture_output=True, check=False).returncode == 0:
+                    break
+                assert service.poll() is None
+                time.sleep(0.2)
+            subprocess.run(look, env=environment, check=True)
+            figures = look[-1].replace(ports["8311"] + "/health", ports["9311"] + "/metrics")
+            subprocess.run([*look[:-1], figures], env=environment, check=True)
+        finally:
+            service.terminate()
+        assert service.wait(100) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def test_the_deployment_files_are_what_compose_and_kubernetes_take() -> None:
     """By their schemas: fields that they do not know are refused."""
     import yaml
@@ -178,13 +243,10 @@ def test_prometheus_is_told_of_all_deployments(tmp_path: Path, monkeypatch: pyte
 
 
 def test_prometheus_needs_no_token_on_a_port_of_its_own(tmp_path: Path) -> None:
-    import socket
     import urllib.error
     import urllib.request
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with serving(str(tmp_path / "x.db"), "--auth", "--workers", "0", "--metrics-port", str(port)) as server:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             assert b"moeplace_jobs" in answer.read()
