@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import math
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,8 @@ def add_command(
 
     from ...db import Store
 
+    if days is not None and math.isnan(days):
+        raise typer.BadParameter("--days nan is no number of days; give one above 0, or leave it out")
     with Store.open(storage.db) as store:
         token = store.tokens.add(
             name,
