@@ -146,6 +146,8 @@ def measure(report: Report, url: str, given: argparse.Namespace, server: psutil.
         table.row("seconds until each holder had the plan published meanwhile", round(sent.heard, 1))
     table.row("memory of the server at most, MB", round(peak_memory(server.pid) / 1e6))
     table.row("deployments whose counts differ from those sent", len(lost))
+    for what, count in sorted(Counter(sent.failures).items()):
+        print(f"error: {what}, {count} times", file=sys.stderr)
     for what, count in sorted(sent.broken.items()):
         print(f"broken off: {what}, {count} times", file=sys.stderr)
 

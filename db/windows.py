@@ -60,11 +60,12 @@ class Windows:
 
     def add_each(self, batches: Sequence[tuple[str, Sequence[CountWindow]]]) -> list[int]:
         """The same for batches of which several may be one deployment's."""
+        before = {name: self._shapes.get(name) for name, _ in batches}
         try:
             return self._add_each(batches)
         except (InputError, NotFoundError):
             # Another process may have removed a deployment, and made one of another model under its name.
-            if len(batches) != 1 or not self.renewed(batches[0][0]):
+            if len(batches) != 1 or any(self._asked(name) == known for name, known in before.items()):
                 raise
             return self._add_each(batches)
 
@@ -118,15 +119,21 @@ class Windows:
 
     def known_shape(self, deployment: str) -> tuple[int, int] | None:
         """The same without asking the database; None where that must be asked."""
-        return self._shapes[deployment][1] if deployment in self._shapes else None
+        known = self._shapes.get(deployment)
+        return None if known is None else known[1]
 
     def _known(self, deployment: str) -> tuple[int, tuple[int, int]]:
         """(key, shape) of a deployment: neither ever changes."""
-        if deployment not in self._shapes:
-            with self._sessions.reading() as session:
-                row = deployment_row(session, deployment)
-                self._shapes[deployment] = (row.key, _shape(session, row))
-        return self._shapes[deployment]
+        # Another thread may have it forgotten meanwhile.
+        known = self._shapes.get(deployment)
+        return self._asked(deployment) if known is None else known
+
+    def _asked(self, deployment: str) -> tuple[int, tuple[int, int]]:
+        with self._sessions.reading() as session:
+            row = deployment_row(session, deployment)
+            known = row.key, _shape(session, row)
+        self._shapes[deployment] = known
+        return known
 
     def totals(self, deployment: str) -> tuple[int, int]:
         """(windows received, token-expert pairs in them)."""
@@ -157,11 +164,11 @@ class Windows:
         """Asks the database anew for a deployment's shape, as after it was removed."""
         self._shapes.pop(deployment, None)
 
-    def renewed(self, deployment: str) -> bool:
-        """Asks the database anew for a deployment's shape; whether what was known of it is no longer so. Raises
-        NotFoundError where it is gone."""
-        before = self._shapes.pop(deployment, None)
-        return self._known(deployment) != before
+    def renewed(self, deployment: str, shape: tuple[int, int]) -> bool:
+        """Asks the database anew for a deployment's shape; whether it is another than this one. Raises NotFoundError
+        where the deployment is gone."""
+        self.forget(deployment)
+        return self.shape(deployment) != shape
 
     def unchecked(self) -> dict[str, tuple[int, int]]:
         """For deployments with windows that no drift check has seen: how many, and the last window that one has."""

@@ -154,7 +154,7 @@ async def add_windows(name: NamePath, request: Request, actor: Submitter) -> Tak
         windows = await _read(request, kind, body, name, shape, actor)
     except InputError:
         # Another server may have removed the deployment, and made one of another model under its name.
-        if not await run_in_threadpool(store.windows.renewed, name):
+        if not await run_in_threadpool(store.windows.renewed, name, shape):
             raise
         windows = await _read(request, kind, body, name, store.windows.shape(name), actor)
     new = await asyncio.wrap_future(request.app.state.batcher.put(name, windows))

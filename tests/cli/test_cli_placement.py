@@ -91,7 +91,7 @@ def test_solve_takes_slots_of_each_device_and_keeps_memory_from_experts(trace: P
     kept = run("solve", trace, "-t", "h100-hgx", *devices, "-s", "eplb", "--memory-reserve", "25%", "-o", path)
     assert "20 GB reserved" in " ".join(kept.out.split())
     assert mp.Plan.load(path).topology.reserve.tolist() == [20e9, 20e9]
-    for wrong, message in (("80GB", "must be below memory"), ("lots", "not a size"), ("140%", "not a size")):
+    for wrong, message in (("80GB", "leaves experts no memory"), ("lots", "not a size"), ("140%", "not a size")):
         assert message in run("solve", trace, "-t", "h100-hgx", "-s", "eplb", "--memory-reserve", wrong).err
 
 

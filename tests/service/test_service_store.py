@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -73,6 +74,18 @@ def test_windows_of_another_shape_are_refused_whole(store: Store) -> None:
     assert store.windows.totals("chat") == (0, 0)
     with pytest.raises(NotFoundError, match="did you mean 'chat'"):
         store.windows.add({"chart": [window(1)]})
+
+
+def test_a_shape_is_told_while_others_have_it_asked_anew(store: Store) -> None:
+    """As when windows of several senders are refused at once."""
+
+    def look(_: int) -> set[object]:
+        windows = store.windows
+        return {(windows.renewed("chat", (2, 8)), windows.shape("chat")) for _ in range(300)}
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set().union(*pool.map(look, range(8))) == {(False, (2, 8))}
+    assert store.windows.renewed("chat", (2, 9))
 
 
 def test_large_counts_come_back_exactly(store: Store) -> None:

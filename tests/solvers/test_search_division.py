@@ -10,6 +10,7 @@ from traces import make_trace
 import moeplace as mp
 from moeplace.placement.bounds import window_balance
 from moeplace.placement.division import set_tokens
+from moeplace.placement.jit import kernel
 from moeplace.solvers.search import step_division
 from moeplace.solvers.search.kernel_types import MoveRules, Placement
 from moeplace.solvers.search.moves import carry_out, propose, slot_tables
@@ -23,6 +24,12 @@ def exact(counts: np.ndarray, hosts: np.ndarray) -> np.ndarray:
     """[S] the least possible largest load, fractions of tokens allowed."""
     size = np.array([bin(i).count("1") for i in range(1, 1 << hosts.shape[1])])
     return (set_tokens(counts, hosts)[:, 1:] / size).max(axis=1)
+
+
+@kernel
+def seed_draws(seed: int) -> None:
+    """Of proposals: compiled code has a generator of its own, else seeded anew in each process."""
+    np.random.seed(seed)
 
 
 @pytest.mark.parametrize("devices", [4, 10])
@@ -41,6 +48,7 @@ def test_loads_of_proposals_are_those_of_the_placement_divided_anew(devices: int
     rules = MoveRules(np.ones((experts, devices), dtype=bool), False)
     load, new = np.empty((5, devices)), np.zeros((2, devices))
     kept = 0
+    seed_draws(devices)
     for _ in range(400):
         change = propose(placement, rules, new)
         if change.kind == 0:
