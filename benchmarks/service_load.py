@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,9 +84,16 @@ def start(db: str) -> tuple[subprocess.Popen[str], str]:
     for line in process.stderr:
         entry = json.loads(line) if line.startswith("{") else {}
         if entry.get("message") == "serving":
-            threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
+            threading.Thread(target=pass_on, args=(process.stderr,), daemon=True).start()
             return process, str(entry["url"])
     raise SystemExit("the server did not start")
+
+
+def pass_on(lines: Iterable[str]) -> None:
+    """What the server warns of, such as connections that it ended."""
+    for line in lines:
+        if not line.startswith("{") or json.loads(line).get("level") in ("warning", "error"):
+            sys.stderr.write(line)
 
 
 @dataclass
