@@ -72,8 +72,10 @@ class Windows:
     def _add_each(self, batches: Sequence[tuple[str, Sequence[CountWindow]]]) -> list[int]:
         by_identity: dict[tuple[int, str], dict[str, object]] = {}
         first: list[list[tuple[int, str]]] = []
+        keyed: list[tuple[str, int]] = []
         for name, windows in batches:
             key, shape = self._known(name)
+            keyed.append((name, key))
             entries = {(key, str(entry["digest"])): entry for entry in (_values(name, key, w, shape) for w in windows)}
             first.append([identity for identity in entries if identity not in by_identity])
             by_identity.update((identity, entries[identity]) for identity in first[-1])
@@ -89,8 +91,8 @@ class Windows:
         )
         with self._sessions.writing() as session:
             here = set(session.scalars(select(DeploymentRow.key).where(DeploymentRow.key.in_(keys))))
-            for name, _ in batches:
-                if self._known(name)[0] not in here:
+            for name, key in keyed:
+                if key not in here:
                     raise NotFoundError(f"no deployment {name!r}: it was removed")
             stored = {(key, digest) for key, digest in session.execute(known)}
             stored |= {(key, digest.hex()) for key, digest in session.execute(joined)}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .._types import IntArray
+from .._types import BoolArray, IntArray
 from .errors import InputError
 from .jit import kernel
 from .objective import SLACK
@@ -308,10 +308,7 @@ def _fill_slots(
     ranks = len(load)
     stuck = np.zeros(ranks, dtype=np.bool_)
     while True:
-        giver = -1
-        for rank in range(ranks):
-            if load[rank] > target and not stuck[rank] and (giver < 0 or load[rank] > load[giver]):
-                giver = rank
+        giver = _most_above(load, target, stuck)
         if giver < 0:
             return number
         excess = load[giver] - target
@@ -338,12 +335,38 @@ def _fill_slots(
         if expert < 0:
             stuck[giver] = True
             continue
-        load[giver] -= amount
-        load[taker] += amount
-        left[expert] -= amount
-        free[taker] -= 1
-        moves[number, 0], moves[number, 1], moves[number, 2] = expert, taker, amount
+        _send_copy(load, free, left, moves, number, giver, taker, expert, amount)
         number += 1
+
+
+@kernel
+def _most_above(load: IntArray, target: np.int64, stuck: BoolArray) -> int:
+    """The rank with most above the target of those that are not stuck, -1 where none is above it."""
+    giver = -1
+    for rank in range(len(load)):
+        if load[rank] > target and not stuck[rank] and (giver < 0 or load[rank] > load[giver]):
+            giver = rank
+    return giver
+
+
+@kernel
+def _send_copy(
+    load: IntArray,
+    free: IntArray,
+    left: IntArray,
+    moves: IntArray,
+    number: int,
+    giver: int,
+    taker: int,
+    expert: int,
+    amount: np.int64,
+) -> None:
+    """Notes a copy of an expert into a free slot of another rank, with so many of its tokens."""
+    load[giver] -= amount
+    load[taker] += amount
+    left[expert] -= amount
+    free[taker] -= 1
+    moves[number, 0], moves[number, 1], moves[number, 2] = expert, taker, amount
 
 
 @kernel
@@ -380,10 +403,7 @@ def _pass_on(
         e, rank, _ = moves[move]
         beyond[home[e]] += min(left[e], max(0, target - load[rank]))
     while True:
-        giver = -1
-        for rank in range(ranks):
-            if load[rank] > target and not stuck[rank] and (giver < 0 or load[rank] > load[giver]):
-                giver = rank
+        giver = _most_above(load, target, stuck)
         if giver < 0:
             return number
         taker, most = -1, np.int64(0)
@@ -402,11 +422,7 @@ def _pass_on(
         if expert < 0:
             stuck[giver] = True
             continue
-        load[giver] -= amount
-        load[taker] += amount
-        left[expert] -= amount
-        free[taker] -= 1
-        moves[number, 0], moves[number, 1], moves[number, 2] = expert, taker, amount
+        _send_copy(load, free, left, moves, number, giver, taker, expert, amount)
         for move in range(number):
             e, rank, _ = moves[move]
             if home[e] == taker and load[taker] > target:

@@ -93,12 +93,12 @@ def _part(load: FloatArray, table: IntArray, devices: int) -> None:
     width = slots // devices
     for p in range(slots):
         g, e = p // width, table[p]
-        if not _stands(table, e, g * width, p):
+        if not stands(table, e, g * width, p):
             continue
         least, best_slot, best_expert = np.inf, -1, -1
         for q in range(slots):
             h, f = q // width, table[q]
-            if h == g or _stands(table, e, h * width, (h + 1) * width) or _stands(table, f, g * width, (g + 1) * width):
+            if h == g or stands(table, e, h * width, (h + 1) * width) or stands(table, f, g * width, (g + 1) * width):
                 continue
             table[p], table[q] = f, e
             value = _value(load, table, devices)
@@ -106,7 +106,7 @@ def _part(load: FloatArray, table: IntArray, devices: int) -> None:
             if value < least:
                 least, best_slot = value, q
         for f in range(experts):
-            if _stands(table, f, g * width, (g + 1) * width):
+            if stands(table, f, g * width, (g + 1) * width):
                 continue
             table[p] = f
             value = _value(load, table, devices)
@@ -209,7 +209,7 @@ def _pack(load: FloatArray, replicas: IntArray, devices: int, as_published: bool
                 break
             for g in range(devices):
                 apart = not twice and not as_published
-                if filled[g] == width or (apart and _stands(table, e, g * width, g * width + filled[g])):
+                if filled[g] == width or (apart and stands(table, e, g * width, g * width + filled[g])):
                     continue
                 value, total = 0.0, 0.0
                 for s in range(steps):
@@ -248,9 +248,9 @@ def _make_room(
             other, there = table[slot], slot // width
             if there == g or filled[there] < width or other == expert:
                 continue
-            if _stands(table, expert, there * width, (there + 1) * width):
+            if stands(table, expert, there * width, (there + 1) * width):
                 continue
-            if _stands(table, other, g * width, g * width + filled[g]):
+            if stands(table, other, g * width, g * width + filled[g]):
                 continue
             table[slot], table[g * width + filled[g]] = expert, other
             filled[g] += 1
@@ -262,7 +262,8 @@ def _make_room(
 
 
 @kernel
-def _stands(table: IntArray, expert: int, first: int, last: int) -> bool:
+def stands(table: IntArray, expert: int, first: int, last: int) -> bool:
+    """Whether an expert is in one of the slots from `first` to before `last`."""
     for slot in range(first, last):  # noqa: SIM110 (numba compiles no generators here)
         if table[slot] == expert:
             return True
@@ -309,7 +310,7 @@ def _exchange(load: FloatArray, table: IntArray, devices: int, proposals: int, s
         moved = replicas and counts[f] > 1 and np.random.random() < REPLICA_MOVES
         if moved:
             # The expert of the loaded device takes over a slot of one that has several.
-            if _stands(table, e, b * width, (b + 1) * width):
+            if stands(table, e, b * width, (b + 1) * width):
                 continue
             more = load[f] / (counts[f] - 1) - load[f] / counts[f]
             less = load[e] / counts[e] - load[e] / (counts[e] + 1)
@@ -324,7 +325,7 @@ def _exchange(load: FloatArray, table: IntArray, devices: int, proposals: int, s
                     new[g] += more
             new[b] += load[e] / (counts[e] + 1) - load[f] / (counts[f] - 1)
         else:
-            if a == b or _stands(table, e, b * width, (b + 1) * width) or _stands(table, f, a * width, (a + 1) * width):
+            if a == b or stands(table, e, b * width, (b + 1) * width) or stands(table, f, a * width, (a + 1) * width):
                 continue
             shift = load[f] / counts[f] - load[e] / counts[e]
             new[a], new[b] = carried[a] + shift, carried[b] - shift

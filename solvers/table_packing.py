@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .._types import FloatArray, IntArray
 from ..placement.jit import kernel
 from ..placement.packing import LEAST_GAIN
+from .step_packing import stands
 
 ENOUGH = 3e-4
 """Above the mean load: nearer to it no exchange is worth its time."""
@@ -115,8 +116,8 @@ def _lighten(
                     largest = max(peak - shift, carried[g] + shift)
                     if (
                         largest < best
-                        and not _stands(table, table[p], g * width, (g + 1) * width)
-                        and not _stands(table, table[q], heavy * width, (heavy + 1) * width)
+                        and not stands(table, table[p], g * width, (g + 1) * width)
+                        and not stands(table, table[q], heavy * width, (heavy + 1) * width)
                     ):
                         best, out, back = largest, p, q
         if out >= 0:
@@ -132,7 +133,7 @@ def _lighten(
         rise = load[f] / (counts[f] - 1) - part[q]
         for p in range(heavy * width, (heavy + 1) * width):
             e = table[p]
-            if e == f or _stands(table, e, g * width, (g + 1) * width):
+            if e == f or stands(table, e, g * width, (g + 1) * width):
                 continue
             new = load[e] / (counts[e] + 1)
             largest = _with_change(table, carried, e, f, part[p] - new, rise, g, new - part[q] - rise, best)
@@ -169,9 +170,9 @@ def _exchange_pairs(
                             continue
                         free = True
                         for slot in (p, p2):
-                            free = free and not _stands(table, table[slot], g * width, (g + 1) * width)
+                            free = free and not stands(table, table[slot], g * width, (g + 1) * width)
                         for slot in (q, q2):
-                            free = free and not _stands(table, table[slot], heavy * width, (heavy + 1) * width)
+                            free = free and not stands(table, table[slot], heavy * width, (heavy + 1) * width)
                         if free:
                             best = max(peak - shift, carried[g] + shift)
                             outs[0], outs[1], backs[0], backs[1] = p, p2, q, q2
@@ -219,11 +220,3 @@ def _with_change(
         if largest >= limit:
             break
     return float(largest)
-
-
-@kernel
-def _stands(table: IntArray, expert: int, first: int, last: int) -> bool:
-    for slot in range(first, last):  # noqa: SIM110 (numba compiles no generators here)
-        if table[slot] == expert:
-            return True
-    return False

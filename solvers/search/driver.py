@@ -70,10 +70,8 @@ def run_search(
         plain = replace(problem, objective=problem.objective.replace(online=0))
         brief = Budget(None if budget.left is None else budget.left / 2, budget.seed)
         solution = run_search(plain, brief, batch, step_tokens, steps, proposals, 0.0, off_home)
-        plain_homes: list[IntArray] = [
-            row[own] for row, own in zip(solution.physical_to_logical, problem.own_slots, strict=True)
-        ]
-        starts = [(plain_homes, even_shares(problem, plain_homes)), *first_placements(problem, allowed, budget)]
+        plain_start = _even_start(problem, solution.physical_to_logical)
+        starts = [plain_start, *first_placements(problem, allowed, budget)]
         return search_homes(problem, budget, scenario, allowed, starts, proposals or PROPOSALS)
     if scenario.steps is None and problem.max_moves is None:
         homes = None if off_home is None else homes_of(problem, scenario.loads, rules, off_home)
@@ -202,8 +200,13 @@ def _balanced_start(
     tables = tables_by_steps(even, evaluator.scenario, allowed) or start[0]
     rules = _rules(problem, allowed)
     best, stop = balance_windows(even, brief, evaluator, rules, tables, None, BALANCED_PROPOSALS * proposals, None)
-    own = [row[slots] for row, slots in zip(best.table, problem.own_slots, strict=True)]
-    return (own, even_shares(problem, own)), stop == "interrupted"
+    return _even_start(problem, best.table), stop == "interrupted"
+
+
+def _even_start(problem: Problem, table: IntArray) -> Start:
+    """A slot table [L, P] with equal shares, to begin from."""
+    own = [row[slots] for row, slots in zip(table, problem.own_slots, strict=True)]
+    return own, even_shares(problem, own)
 
 
 def _coherent_start(
