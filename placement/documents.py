@@ -16,14 +16,15 @@ MOST_ALIASED = 1 << 20
 """Values that all aliases of a file may stand for: 400 layers of 2,500 slots."""
 
 
-def parse_json(text: str, origin: str) -> Any:
+def parse_json(text: str | bytes, origin: str) -> Any:
     """The value of a JSON text.
 
     Args:
         text: to parse. origin: of the text, for errors.
 
     Raises:
-        FileFormatError: not JSON, truncated, nested too deep, or a name twice in an object.
+        FileFormatError: not JSON, truncated, nested too deep, a whole number of thousands of digits, or a name twice in
+            an object.
     """
 
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

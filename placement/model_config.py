@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import model_families as table
+from .documents import parse_json
 from .errors import InputError
 from .expert_storage import Storage, expert_storage
 from .files import read_text
@@ -601,10 +601,7 @@ def _config_fields(config: Any) -> tuple[Mapping[str, Any], str, Path | None]:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(read_text(path, limit_bytes=CONFIG_BYTES))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+    fields = parse_json(read_text(path, limit_bytes=CONFIG_BYTES), str(path))
     if not isinstance(fields, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
     return fields

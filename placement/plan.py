@@ -17,6 +17,7 @@ import numpy as np
 from .._arguments import wrong_type
 from .._display import Displayed, data_size
 from .._types import BoolArray, FloatArray, IntArray
+from .documents import parse_json
 from .errors import FileFormatError, InputError
 from .files import read_text, write_text
 from .model import ModelSpec
@@ -526,11 +527,7 @@ def write_plan(plan: Plan, path: str | Path) -> None:
 
 def read_plan(path: str | Path) -> Plan:
     """Reads a plan file; see `plan_from_dict` for what is refused."""
-    try:
-        data = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FileFormatError(f"{path}: not JSON, or truncated ({error})") from None
-    return plan_from_dict(data, origin=str(path))
+    return plan_from_dict(parse_json(read_text(path), str(path)), origin=str(path))
 
 
 def _mapping(data: Mapping[str, Any], name: str) -> dict[str, Any]:

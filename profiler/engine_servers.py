@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from .._http import Answer, Connections, UnansweredError, check_address
+from ..placement.documents import parse_json
 from ..placement.errors import EngineError, InputError
 from ..placement.files import no_file
 from ..placement.statistics import RoutingStatistics
@@ -328,10 +329,7 @@ def read_requests(path: Path) -> Iterator[Request]:
             if not line.lstrip().startswith("{"):
                 yield {"prompt": line.rstrip("\n")}
                 continue
-            try:
-                request = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}: line {number} begins like JSON and is none ({error})") from None
+            request = parse_json(line, f"{path}: line {number}, which begins like JSON")
             if ("prompt" in request) == ("messages" in request):
                 raise InputError(f"{path}: line {number} must have prompt or messages, one of them")
             yield request

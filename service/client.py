@@ -143,7 +143,7 @@ class Transport:
 def _error(status: int, body: bytes) -> MoeplaceError:
     try:
         detail = str(json.loads(body)["detail"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         detail = f"the service answered {status}"
     return ERRORS.get(status, MoeplaceError)(detail)
 

@@ -142,7 +142,7 @@ def _output(path: Path) -> Mapping[str, Any] | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) and str(data.get("schema", "")).startswith("moeplace/") else None
 

@@ -15,7 +15,6 @@ and rank, with what each expert of the rank has counted until then.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ..._types import IntArray
+from ...placement.documents import parse_json
 from ...placement.errors import FileFormatError, InputError
 from ...placement.files import read_text
 from ...placement.statistics import RoutingStatistics
@@ -146,10 +146,7 @@ def _mindie_config(folder: Path, num_experts: int | None) -> tuple[int | None, i
     path = folder / MINDIE_CONFIG
     if not path.is_file():
         return None, num_experts, None
-    try:
-        content = json.loads(read_text(path, limit_bytes=1 << 20))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FileFormatError(f"{path}: not JSON ({error})") from None
+    content = parse_json(read_text(path, limit_bytes=1 << 20), str(path))
     if not isinstance(content, dict):
         raise FileFormatError(f"{path}: expected a JSON object")
     layers = whole_number(path, "num_moe_layers", content.get("num_moe_layers"), 1, 4096)

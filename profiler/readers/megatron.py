@@ -14,7 +14,6 @@ benchmarks/moe/token_imbalance/trace.py.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy.typing as npt
 
 from ..._tensor_files import array_of, load_plain, tensor_array
 from ..._types import IntArray
+from ...placement.documents import parse_json
 from ...placement.errors import FileFormatError, InputError
 from ...placement.trace import RoutingTrace, id_dtype
 from ..notes import remark
@@ -113,10 +113,7 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise FileFormatError(f"{file}: line {number} is damaged or cut off ({error})") from None
+            record = parse_json(line, f"{file}: line {number}")
             if not isinstance(record, dict):
                 raise FileFormatError(f"{file}: line {number} is a JSON {type(record).__name__}, expected an object")
             yield f"line {number}:", record
@@ -291,10 +288,7 @@ def _is_manifest(file: Path) -> bool:
 
 def _read(folder: Path) -> LayerTrace:
     manifest = folder / MANIFEST
-    try:
-        fields = json.loads(manifest.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{manifest}: damaged JSON ({error})") from None
+    fields = parse_json(manifest.read_bytes(), str(manifest))
     if not isinstance(fields, dict) or fields.get("schema_version") != SCHEMA_VERSION:
         raise FileFormatError(f"{manifest}: not a manifest of schema_version {SCHEMA_VERSION}")
 

@@ -6,7 +6,6 @@ Written with EXPERT_STATISTIC_ITER_RANGE set; each rank counts its own tokens, a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..._types import IntArray
+from ...placement.documents import parse_json
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from .engine_counts import MOST_EXPERTS, statistics_of, whole_number
@@ -117,10 +117,7 @@ def _add_rank(path: Path, experts: int, totals: dict[tuple[int, int], Counts]) -
 
 
 def _parsed(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: damaged JSON ({error})") from None
+    content = parse_json(text, str(path))
     if not isinstance(content, dict):
         raise FileFormatError(f"{path}: a JSON {type(content).__name__}, expected an object")
     return content

@@ -8,13 +8,13 @@ As its tools/generate_static_mapping.py reads them: loads of one interval each, 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..._types import FloatArray
+from ...placement.documents import parse_json
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from ..notes import remark
@@ -80,10 +80,7 @@ def _record(source: Path, number: int, line: bytes) -> dict[str, Any] | None:
     """The line's statistics; None for another line of the format."""
     if not line.strip():
         return None
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{source}: line {number} is damaged or cut off ({error})") from None
+    record = parse_json(line, f"{source}: line {number}")
     kind = record.get("record_type") if isinstance(record, dict) else None
     if kind not in (STATS, META):
         raise FileFormatError(f"{source}: line {number} is no {META} or {STATS}")

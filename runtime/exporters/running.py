@@ -11,7 +11,6 @@ Dumps read (plain data, of any file that `load_content` takes):
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from ..._tensor_files import array_of
 from ..._types import IntArray
+from ...placement.documents import parse_json
 from ...placement.engines import engine_profile
 from ...placement.errors import FileFormatError
 from ...placement.files import no_file
@@ -205,10 +205,7 @@ def _last_line(path: Path) -> Any:
                 last = line
     if last is None:
         raise FileFormatError(f"{path}: no line has p2l_map, as vLLM's load statistics have")
-    try:
-        return json.loads(last)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: not JSON, or truncated ({error})") from None
+    return parse_json(last, str(path))
 
 
 def _whole(row: Any, origin: str) -> list[int]:

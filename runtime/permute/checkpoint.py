@@ -21,6 +21,7 @@ import numpy as np
 
 from ..._arguments import check_types
 from ..._types import IntArray
+from ...placement.documents import parse_json
 from ...placement.engines import engine_profile, order_in_groups, violations
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.files import read_text, write_text
@@ -692,12 +693,7 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
 
 def json_object(path: Path) -> dict[str, Any]:
     """Parses a JSON file that must hold an object, and raises FileFormatError when it does not."""
-    try:
-        data = json.loads(read_text(path, limit_bytes=1 << 28))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise FileFormatError(f"{path}: not JSON, or truncated ({error})") from None
+    data = parse_json(read_text(path, limit_bytes=1 << 28), str(path))
     if not isinstance(data, dict):
         raise FileFormatError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
@@ -773,10 +769,7 @@ def read_header(file: Path) -> Header:
                 f"{file}: not a safetensors file, or truncated ({size:,} bytes, header said to take {length:,})"
             )
         text = handle.read(length)
-    try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_without_twins)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{file}: the safetensors header is not valid JSON ({error})") from None
+    entries = parse_json(text, f"{file}: the safetensors header")
     if not isinstance(entries, dict):
         raise FileFormatError(f"{file}: the safetensors header is not a JSON object")
     entries.pop("__metadata__", None)
@@ -853,13 +846,6 @@ def _joined(ranges: Iterable[ByteRange | Content]) -> Iterator[ByteRange | Conte
         yield part
     if current is not None:
         yield current
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
 
 
 def _stored(file: Path, base: int, name: str, entry: Any) -> StoredTensor:

@@ -112,7 +112,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a missing rank": (lambda folder: (folder / "rank0.safetensors").unlink(), "rank0.safetensors is missing"),
     "no experts": (written("meta_info.json", b'{"num_experts_per_token": 2}'), "num_experts is None"),
     "too many a token": (written("meta_info.json", b'{"num_experts": 6, "num_experts_per_token": 7}'), "from 1 to 6"),
-    "meta of text": (written("meta_info.json", b"{"), "meta_info.json: damaged JSON"),
+    "meta of text": (written("meta_info.json", b"{"), "meta_info.json: not JSON, or truncated"),
     "a meta list": (written("meta_info.json", b"[]"), "a JSON list"),
     "another number of experts": (tensors(**{"1_3": torch.ones(7, dtype=torch.int64)}), r"1_3 is not I64 \[6\]"),
     "floats": (tensors(**{"1_3": torch.ones(6)}), r"1_3 is not I64 \[6\]"),

@@ -73,7 +73,7 @@ def test_what_is_wrong_with_a_line_is_said(lines: list[Any], message: str, tmp_p
 def test_a_line_cut_off_is_named_and_a_missing_file_too(tmp_path: Path) -> None:
     path = write(tmp_path / "stats.jsonl", META, stats(1, [[1, 2]], [[0, 1]]))
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(mp.FileFormatError, match="line 2 is damaged or cut off"):
+    with pytest.raises(mp.FileFormatError, match="line 2: not JSON, or truncated"):
         read_vllm_loads(path)
     with pytest.raises(mp.InputError, match="no such file"):
         read_vllm_loads(tmp_path / "none.jsonl")

@@ -319,7 +319,7 @@ def test_requests_go_out_together_and_stop_when_the_time_is_over(tmp_path: Path)
     ("content", "message"),
     [
         ("", "the file of requests is empty"),
-        ('{"prompt": 1', "line 1 begins like JSON and is none"),
+        ('{"prompt": 1', "line 1, which begins like JSON: not JSON"),
         ('a\n{"text": "x"}', "line 2 must have prompt or messages"),
     ],
 )
