@@ -34,6 +34,9 @@ BODIES = {b"content-length", b"transfer-encoding"}
 """Headers of requests that have one."""
 PROGRESS_SECONDS, PROGRESS_BYTES = 15.0, 1 << 14
 """A body that is sent, and an answer that is read, go on by so many bytes in so long, or to their end."""
+IDLE_SECONDS = 75
+"""A connection may be asked again for so long. Proxies and pools of clients keep theirs for 60 seconds: they end first,
+and no request is on its way to a connection that ends here."""
 HALF_OPEN = 128
 """Connections of one client whose request has not come in full."""
 RESERVED_FILES = 256
@@ -78,6 +81,7 @@ class Limits:
         self._most, self._proxies = most, tuple(map(ipaddress.ip_network, proxies))
         self.open: Counter[str] = Counter()
         self._waiting: dict[str, dict[TimedProtocol, int]] = {}
+        self._idle: dict[str, dict[TimedProtocol, int]] = {}
         self.rounds = 0
         self._told: dict[str, float] = {}
         self._watched: dict[TimedProtocol, None] = {}
@@ -85,22 +89,33 @@ class Limits:
 
     def refusal(self, client: str) -> str | None:
         """Why one more connection of this client is not taken. Where there are as many as can be, or too many of the
-        client itself, the one that has waited longest for its request makes place."""
+        client itself, the one that has been idle longest, or else has waited longest for its request, makes place."""
         own = self._waiting.get(client, {})
         trusted = self._is_proxy(client)
-        if not trusted and self.open[client] >= max(1, self._most // 2):
+        if (
+            not trusted
+            and self.open[client] >= max(1, self._most // 2)
+            and not self._make_place(self._idle.get(client))
+        ):
             return "too many connections of one client"
         if not trusted and len(own) >= HALF_OPEN:
             oldest, round_ = next(iter(own.items()))
             # Many that come together are given the time to send, and this server the time to read what they sent.
             if self.rounds - round_ >= ROUNDS:
                 oldest.end("too many requests of one client that do not come")
-        if self.open.total() >= self._most:
+        if self.open.total() >= self._most and not self._make_place(max(self._idle.values(), key=len, default=None)):
             crowd = max(self._waiting.values(), key=len, default=None)
             if crowd is None:
                 return "too many connections"
             next(iter(crowd)).end("made place for another client")
         return None
+
+    def _make_place(self, idle: dict[TimedProtocol, int] | None) -> bool:
+        """Ends the first of them, if there is one."""
+        if not idle:
+            return False
+        next(iter(idle)).end("made place while it was idle")
+        return True
 
     def _is_proxy(self, client: str) -> bool:
         if not self._proxies:
@@ -150,10 +165,15 @@ class Limits:
 
     def came(self, connection: TimedProtocol, client: str) -> None:
         """Notes that it came, or will not."""
-        of_client = self._waiting.get(client, {})
-        of_client.pop(connection, None)
-        if not of_client:
-            self._waiting.pop(client, None)
+        _remove(self._waiting, connection, client)
+
+    def rests(self, connection: TimedProtocol, client: str) -> None:
+        """Notes that all that was asked is answered."""
+        self._idle.setdefault(client, {})[connection] = self.rounds
+
+    def goes_on(self, connection: TimedProtocol, client: str) -> None:
+        """Notes that it is idle no more, or over."""
+        _remove(self._idle, connection, client)
 
     def tell(self, why: str, client: str) -> None:
         """A line in the log, at most one a second of each kind."""
@@ -161,6 +181,13 @@ class Limits:
         if now - self._told.get(why, -1.0) >= 1.0:
             self._told[why] = now
             log.warning("connection ended", extra={"why": why, "client": client, "connections": self.open.total()})
+
+
+def _remove(of_clients: dict[str, dict[TimedProtocol, int]], connection: TimedProtocol, client: str) -> None:
+    of_client = of_clients.get(client, {})
+    of_client.pop(connection, None)
+    if not of_client:
+        of_clients.pop(client, None)
 
 
 class TimedProtocol(HttpToolsProtocol):
@@ -178,6 +205,7 @@ class TimedProtocol(HttpToolsProtocol):
         self._mark: tuple[float, int] | None = None
         self._unread: tuple[float, int] | None = None
         self._last: Any = None
+        self._idle_round: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -194,6 +222,7 @@ class TimedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.limits.unwatch(self)
         self.limits.came(self, self._host)
+        self.limits.goes_on(self, self._host)
         if self._counted:
             self._counted = False
             self.limits.open[self._host] -= 1
@@ -202,6 +231,8 @@ class TimedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._idle_round = None
+        self.limits.goes_on(self, self._host)
         if self.cycle is not None and self.cycle.response_complete and not self.limits.waits(self, self._host):
             self._await_request()
         self._raw_bytes += len(data)
@@ -242,11 +273,18 @@ class TimedProtocol(HttpToolsProtocol):
             else:
                 self.transport.close()
         super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self.limits.rests(self, self._host)
+
+    def timeout_keep_alive_handler(self) -> None:
+        # Timers come before what was sent meanwhile: a server that is behind would end connections in use.
+        self._idle_round = self.limits.rounds
 
     def end(self, why: str) -> None:
         """Ends the connection, whatever it is waiting for."""
         self.limits.tell(why, self._host)
         self.limits.came(self, self._host)
+        self.limits.goes_on(self, self._host)
         self.transport.abort()
 
     def _refuse_headers(self) -> None:
@@ -261,6 +299,9 @@ class TimedProtocol(HttpToolsProtocol):
 
     def look(self) -> None:
         """Ends it where it does not go on. Also one that is closing: what it still has to send waits for its reader."""
+        if self._idle_round is not None and self.limits.rounds - self._idle_round >= ROUNDS:
+            self._idle_round = None
+            self.transport.close()
         why = self._overdue(time.monotonic())
         if why is not None:
             self.end(why)

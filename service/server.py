@@ -35,7 +35,7 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from .app import create_app
-    from .connections import Limits, most_connections, protocol_within
+    from .connections import IDLE_SECONDS, Limits, most_connections, protocol_within
     from .routes.operations import figures_alone
 
     configure()
@@ -87,6 +87,7 @@ def serve(settings: Settings) -> None:
             port=settings.port,
             log_config=None,
             timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_keep_alive=IDLE_SECONDS,
             server_header=False,
         )
         server = Server(config)

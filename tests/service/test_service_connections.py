@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import resource
@@ -9,11 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the service is an extra")
+import uvicorn
+import uvloop
 from service_runs import MODEL, PATIENCE, TOPOLOGY, Server, prepared, serving, skewed
 
 import moeplace as mp
@@ -116,6 +120,68 @@ def test_one_client_gets_half_of_the_connections_and_makes_place(monkeypatch: py
     limits.rounds += connections.ROUNDS
     assert limits.refusal("a") is None
     assert whys[1] == "too many requests of one client that do not come"
+
+
+def test_an_idle_connection_makes_place_before_one_that_waits() -> None:
+    class Connection:
+        def end(self, why: str) -> None:
+            limits.goes_on(self, "a")  # type: ignore[arg-type]
+            ends.append(self)
+
+    ends: list[Connection] = []
+    limits = connections.Limits(8)
+    first, second, waiting = Connection(), Connection(), Connection()
+    limits.wait_for(waiting, "a")  # type: ignore[arg-type]
+    for each in (first, second):
+        limits.rests(each, "a")  # type: ignore[arg-type]
+    limits.open["a"] = 4
+    assert limits.refusal("a") is None, "of its own"
+    assert ends == [first]
+    limits.open["b"] = 4
+    assert limits.refusal("c") is None
+    assert ends == [first, second]
+
+
+def test_what_came_before_an_idle_connection_ends_is_answered() -> None:
+    """A loop that is behind runs the timer first: one request in thousands was reset on its way."""
+
+    async def ask_late() -> bytes:
+        loop = asyncio.get_running_loop()
+        config = uvicorn.Config(answer, http=connections.protocol_within(limits), timeout_keep_alive=1, lifespan="off")
+        config.load()
+        state = uvicorn.server.ServerState()
+        listener = await loop.create_server(
+            lambda: config.http_protocol_class(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        )
+        request = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
+        async with listener:
+            client = socket.create_connection(listener.sockets[0].getsockname())
+            theirs, ours = socket.socketpair()
+            with client, client.makefile("rb") as answers, theirs, ours:
+                client.sendall(request)
+                assert await loop.run_in_executor(None, whole, answers) == b"ok"
+                # Behind by more than the time-out in what it reads, with a request that comes meanwhile.
+                loop.add_reader(ours, read_slowly, loop, ours)
+                theirs.sendall(b".")
+                threading.Timer(0.5, client.sendall, [request]).start()
+                return await loop.run_in_executor(None, whole, answers)
+
+    def whole(answers: BinaryIO) -> bytes:
+        lines = iter(answers.readline, b"\r\n")
+        assert next(lines).startswith(b"HTTP/1.1 200")
+        assert b"content-length: 2\r\n" in set(lines)
+        return answers.read(2)
+
+    def read_slowly(loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
+        loop.remove_reader(connection)
+        time.sleep(1.5)
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    limits = connections.Limits(8)
+    assert uvloop.run(ask_late()) == b"ok"
 
 
 def test_hundreds_that_wait_for_plans_and_jobs_slow_no_one_and_hear_at_once(server: Server) -> None:
