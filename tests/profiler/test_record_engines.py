@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -206,17 +205,17 @@ def test_a_server_that_is_not_there_or_is_none_is_said(folder: Path, tmp_path: P
 
 
 def test_a_server_that_does_not_answer_is_given_up_on(folder: Path) -> None:
-    release = threading.Event()
+    release, waited_out = threading.Event(), []
 
     def stuck() -> tuple[int, bytes]:
-        release.wait(10)
+        if not release.wait(60):
+            waited_out.append(True)
         return 200, b"{}"
 
     with serving(Other(stuck)) as url:
-        begin = time.monotonic()
         with pytest.raises(mp.EngineError, match=r"no answer in 0\.3 s"):
             record_sglang(EngineServer(url, timeout=0.3), 0, folder)
-        assert time.monotonic() - begin < 5
+        assert not waited_out
         release.set()
 
 

@@ -153,18 +153,14 @@ def test_peers_that_answer_a_byte_at_a_time_keep_nobody_waiting(tmp_path: Path) 
     ):
         prepared(client)
         client.set_engine("chat", f"http://127.0.0.1:{port}", recorder="a", every=1, span=0.1)
-        for _ in range(3):
-            client.add_webhook("chat", f"http://127.0.0.1:{port}/")
+        slow = [client.add_webhook("chat", f"http://127.0.0.1:{port}/").key for _ in range(3)]
         hook = client.add_webhook("chat", url)
         for _ in range(2):
             client.publish("chat", client.add_plan(plan).id)
-        began = time.monotonic()
         until(lambda: len(got) >= 2)
-        assert time.monotonic() - began < 8, "before the slow ones are given up"
+        assert not any(entry.attempts for key in slow for entry in client.deliveries("chat", key)), "none given up yet"
         until(lambda: [entry.state for entry in client.deliveries("chat", hook.key)] == ["sent", "sent"])
-        began = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began < 15
 
 
 def test_an_engine_that_answers_too_much_is_not_read(tmp_path: Path) -> None:
