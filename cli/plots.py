@@ -38,7 +38,7 @@ def show(drawings: Sequence[Drawing], file: Path | None, in_terminal: bool) -> N
 
 
 def _write(drawings: Sequence[Drawing], file: Path) -> None:
-    from ..charts.files import png, stacked
+    from ..charts.svg import png, stacked
     from ..placement.files import write_bytes, write_text
 
     suffix = file.suffix.lower()
@@ -56,7 +56,7 @@ def _write(drawings: Sequence[Drawing], file: Path) -> None:
 def _shown_as_images(drawings: Sequence[Drawing]) -> bool:
     from .._extras import missing_extra
     from ..charts import terminal
-    from ..charts.files import png, stacked
+    from ..charts.svg import png, stacked
 
     how = terminal.protocol(sys.stdout)
     if how is None or not drawings:
@@ -168,8 +168,7 @@ def _by_layer(
     title: str, what: str, caption: str, rows: Mapping[str, Any], layers: Sequence[int], kinds: Mapping[str, str]
 ) -> Drawing:
     """A curve a name over MoE layers, from 1.0 on. kinds: class of each curve."""
-    from ..charts.lines import Curve, curves
-    from ..charts.svg import number_axis
+    from ..charts.svg import Curve, curves, number_axis
     from ..charts.terminal import text_lines
     from .report.figures import Panel, single
     from .report.sections import WIDE
@@ -193,7 +192,7 @@ AT_THE_RIGHT = "At the right the largest of the layers."
 
 def _loads(evaluations: Mapping[str, Evaluation], layers: Sequence[int], topology: Any, kind: str) -> Drawing:
     """Load maps of plans on one scale."""
-    from ..charts.heat_maps import load_map, load_shades
+    from ..charts.svg import load_map, load_shades
     from ..charts.terminal import text_map
     from .report.figures import Panel, single
     from .report.sections import relative_load
@@ -223,7 +222,7 @@ def record_drawings(statistics: RoutingStatistics) -> list[Drawing]:
     """Load of experts by layer, and how uneven layers are, by workload where there are several."""
     import numpy as np
 
-    from ..charts.heat_maps import Shades, Side, heat_map
+    from ..charts.svg import Shades, Side, heat_map
     from ..charts.terminal import text_map
     from .report.figures import Panel, single
     from .report.sections import line_kinds
@@ -271,7 +270,7 @@ def plan_drawings(plan: Plan, name: str) -> list[Drawing]:
     """
     import numpy as np
 
-    from ..charts.heat_maps import Shades, Side, heat_map
+    from ..charts.svg import Shades, Side, heat_map
     from ..charts.terminal import text_map
     from .report.figures import Panel, single
 
@@ -324,7 +323,7 @@ def front_drawings(data: Mapping[str, Any]) -> list[Drawing]:
 
 
 def _front(points: Sequence[Mapping[str, Any]], key: str, title: str, x_title: str, at: Sequence[float]) -> Drawing:
-    from ..charts.lines import POINT_KINDS, Mark, scatter
+    from ..charts.svg import POINT_KINDS, Mark, scatter
     from ..charts.terminal import text_points
     from .report.figures import Panel, single
     from .report.sections import WIDE
@@ -348,7 +347,7 @@ def _front(points: Sequence[Mapping[str, Any]], key: str, title: str, x_title: s
 
 def slot_front_drawings(front: Mapping[str, Any]) -> list[Drawing]:
     """Step time over the memory of redundant experts, of `solve --slots auto --json`."""
-    from ..charts.lines import Mark, scatter
+    from ..charts.svg import Mark, scatter
     from ..charts.terminal import text_points
     from .report.figures import Panel, single
     from .report.sections import WIDE
@@ -373,7 +372,7 @@ def slot_front_drawings(front: Mapping[str, Any]) -> list[Drawing]:
 
 def judged_drawings(rows: Sequence[Mapping[str, Any]]) -> list[Drawing]:
     """What steps of each kind are spent on, a bar a plan, of `compare --json`, `evaluate --json` or `report --json`."""
-    from ..charts.lines import stacked_bars
+    from ..charts.svg import stacked_bars
     from .report.figures import Panel, single
     from .report.sections import WIDE
 

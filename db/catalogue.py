@@ -17,16 +17,6 @@ from ..placement.objective import Objective
 from ..placement.plan import Certificate, Plan, Provenance, plan_from_dict, plan_to_dict
 from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
-from .content import (
-    ID_DIGITS,
-    fingerprint,
-    plain,
-    plan_fingerprint,
-    sha256_digits,
-    statistics_about,
-    statistics_fingerprint,
-    storable,
-)
 from .database import revision
 from .records import (
     EvaluationRecord,
@@ -39,7 +29,20 @@ from .records import (
     TopologyRecord,
     TopologySummary,
 )
-from .references import ROWS, Kind, claim_name, find
+from .references import (
+    ID_DIGITS,
+    ROWS,
+    Kind,
+    claim_name,
+    find,
+    fingerprint,
+    plain,
+    plan_fingerprint,
+    sha256_digits,
+    statistics_about,
+    statistics_fingerprint,
+    storable,
+)
 from .schema import (
     Base,
     DecisionRow,

@@ -1,10 +1,12 @@
-"""Deployments: a model on a topology, its policy, and the plans put in force one after the other."""
+"""Deployments: a model on a topology, its policy, and the plans put in force one after the other. Decisions about them,
+and what people make of those that wait. The engine that is asked for a deployment's routing, by one server at a time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
@@ -14,10 +16,19 @@ from ..placement.errors import ConflictError, InputError, NotFoundError, Unsuppo
 from ..placement.plan import plan_from_dict
 from ..placement.topology import Topology
 from . import audit
-from .content import ID_DIGITS, plain, storable
 from .database import Sessions, changed_rows
-from .records import Actor, Cause, CheckRecord, DeploymentOverview, DeploymentRecord, PublicationRecord
-from .references import check_name, deployment_row, find, id_of
+from .records import (
+    Actor,
+    Cause,
+    CheckRecord,
+    DecisionRecord,
+    DeploymentOverview,
+    DeploymentRecord,
+    EngineHold,
+    EngineRecord,
+    PublicationRecord,
+)
+from .references import ID_DIGITS, check_name, deployment_row, find, id_of, plain, storable
 from .schema import (
     CheckRow,
     DecisionRow,
@@ -36,6 +47,7 @@ from .schema import (
     WebhookRow,
     WindowRow,
 )
+from .secrets import is_sealed, seal
 from .webhooks import announce
 
 MOST_REFUSED = 50
@@ -430,3 +442,186 @@ def _publication(session: Session, row: PublicationRow) -> PublicationRecord:
         comment=row.comment,
         created=row.created,
     )
+
+
+class Decisions:
+    """Threads and processes: as `Store`."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def get(self, key: int) -> DecisionRecord:
+        """Raises NotFoundError where there is no such decision."""
+        with self._sessions.reading() as session:
+            return _decision_record(session, _decision_row(session, key))
+
+    def page(
+        self,
+        deployment: str | None = None,
+        *,
+        limit: int,
+        before: int | None = None,
+        state: str | None = None,
+        among: Sequence[str] | None = None,
+    ) -> list[DecisionRecord]:
+        """Newest first, of one deployment or of all; of those of these names only, where they are given."""
+        query = select(DecisionRow).order_by(DecisionRow.key.desc()).limit(limit)
+        with self._sessions.reading() as session:
+            if among is not None:
+                named = select(DeploymentRow.key).where(DeploymentRow.name.in_(among))
+                query = query.where(DecisionRow.deployment_key.in_(named))
+            if deployment is not None:
+                query = query.where(DecisionRow.deployment_key == deployment_row(session, deployment).key)
+            if before is not None:
+                query = query.where(DecisionRow.key < before)
+            if state is not None:
+                query = query.where(DecisionRow.state == state)
+            return [_decision_record(session, row) for row in session.scalars(query)]
+
+    def close(self, key: int, verdict: Literal["approve", "reject"], by: Actor, comment: str = "") -> DecisionRecord:
+        """Approves or rejects a waiting decision; approving publishes its plan. The same verdict again changes nothing.
+
+        Raises:
+            NotFoundError: no such decision. ConflictError: it does not wait any more.
+        """
+        storable("comment", comment, 2000)
+        outcome = "published" if verdict == "approve" else "rejected"
+        with self._sessions.writing() as session:
+            row = _decision_row(session, key)
+            if row.state == outcome and row.closed_by == by.name:
+                return _decision_record(session, row)
+            if row.state != "waiting":
+                raise ConflictError(f"decision {key} is {row.state}; only a waiting one can be approved or rejected")
+            row.state, row.closed, row.closed_by, row.comment = outcome, datetime.now(UTC), by.name, comment
+            deployment = session.get_one(DeploymentRow, row.deployment_key)
+            detail = {"decision": key, "comment": comment}
+            audit.note(session, by, f"decision.{verdict}", deployment.name, detail)
+            if verdict == "approve":
+                plan = session.get_one(PlanRow, row.candidate_key)
+                publish(session, deployment, plan, by, "approved", comment, row)
+            else:
+                deployment.alarm = None
+                announce(session, deployment, "decision.rejected", {"decision": key})
+            return _decision_record(session, row)
+
+
+def _decision_row(session: Session, key: int) -> DecisionRow:
+    row = session.get(DecisionRow, key) if 0 <= key < 1 << 31 else None
+    if row is None:
+        raise NotFoundError(f"no decision {key}")
+    return row
+
+
+def _decision_record(session: Session, row: DecisionRow) -> DecisionRecord:
+    names = ("key", "created", "action", "state", "reason", "figures", "closed", "closed_by", "comment")
+    return DecisionRecord(
+        **{name: getattr(row, name) for name in names},
+        deployment=session.get_one(DeploymentRow, row.deployment_key).name,
+        job=row.job_key,
+        current_id=id_of(session, PlanRow, row.current_key),
+        candidate_id=id_of(session, PlanRow, row.candidate_key) or "",
+    )
+
+
+class Engines:
+    """Threads and processes: as `Store`."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def set(
+        self, deployment: str, by: Actor, *, url: str, recorder: str, every: float, span: float, secret: str | None
+    ) -> EngineRecord:
+        """The engine of a deployment, in place of any other. secret: its key."""
+        settings: Mapping[str, Any] = {
+            "url": url,
+            "recorder": storable("recorder", recorder, 100),
+            "every": every,
+            "span": span,
+        }
+        with self._sessions.writing() as session:
+            owner = deployment_row(session, deployment)
+            row = session.scalar(select(EngineRow).where(EngineRow.deployment_key == owner.key))
+            if row is None:
+                row = EngineRow(deployment_key=owner.key, holder="", beat=0, windows=0)
+                session.add(row)
+            for name, value in settings.items():
+                setattr(row, name, value)
+            row.secret, row.created = None if secret is None else seal(secret), datetime.now(UTC)
+            # Whoever asks the old one learns at its next beat.
+            row.holder, row.failures, row.failed, row.error, row.polled = "", 0, None, None, None
+            audit.note(session, by, "engine.set", deployment, {**settings, "key": secret is not None})
+            session.flush()
+            return _engine_record(row, deployment)
+
+    def get(self, deployment: str) -> EngineRecord:
+        """Raises NotFoundError where the deployment has none."""
+        with self._sessions.reading() as session:
+            return _engine_record(_engine_row(session, deployment), deployment)
+
+    def page(self, *, limit: int, after: str = "", among: Sequence[str] | None = None) -> list[EngineRecord]:
+        """In order of their deployments' names, those behind `after`; of these names only, where they are given."""
+        query = select(EngineRow, DeploymentRow.name).join(DeploymentRow, EngineRow.deployment_key == DeploymentRow.key)
+        query = query.where(DeploymentRow.name > after).order_by(DeploymentRow.name).limit(limit)
+        if among is not None:
+            query = query.where(DeploymentRow.name.in_(among))
+        with self._sessions.reading() as session:
+            return [_engine_record(row, name) for row, name in session.execute(query)]
+
+    def remove(self, deployment: str, by: Actor) -> None:
+        """Raises NotFoundError where the deployment has none."""
+        with self._sessions.writing() as session:
+            row = _engine_row(session, deployment)
+            session.execute(delete(EngineRow).where(EngineRow.key == row.key))
+            audit.note(session, by, "engine.remove", deployment, {"url": row.url})
+
+    def all(self) -> list[EngineHold]:
+        """Every engine, and who asks it."""
+        query = select(EngineRow, DeploymentRow.name).join(DeploymentRow, EngineRow.deployment_key == DeploymentRow.key)
+        with self._sessions.reading() as session:
+            return [_hold(row, name) for row, name in session.execute(query)]
+
+    def take(self, seen: EngineHold, holder: str) -> EngineHold | None:
+        """Makes `holder` the one who asks, or shows that it still does; None when another came first since `seen`."""
+        with self._sessions.writing() as session:
+            row = session.get(EngineRow, seen.key)
+            if row is None or (row.holder, row.beat) != (seen.holder, seen.beat):
+                return None
+            row.holder, row.beat = holder, row.beat + 1
+            return _hold(row, seen.engine.deployment)
+
+    def seal_all(self) -> None:
+        """Encrypts keys that were stored before there was a key for them. See `secrets.seal`."""
+        with self._sessions.writing() as session:
+            for row in session.scalars(select(EngineRow).where(EngineRow.secret.is_not(None))):
+                if row.secret is not None and not is_sealed(row.secret):
+                    row.secret = seal(row.secret)
+
+    def told(self, hold: EngineHold, windows: int, error: str | None) -> None:
+        """Notes what came of asking; nothing when somebody else asks now."""
+        with self._sessions.writing() as session:
+            row = session.get(EngineRow, hold.key)
+            if row is None or row.holder != hold.holder or row.url != hold.engine.url:
+                return
+            if error is None:
+                row.polled, row.windows = datetime.now(UTC), row.windows + windows
+                row.failures, row.failed, row.error = 0, None, None
+            else:
+                row.failures, row.failed, row.error = row.failures + 1, datetime.now(UTC), error[:2000]
+
+
+def _engine_row(session: Session, deployment: str) -> EngineRow:
+    owner = deployment_row(session, deployment)
+    row = session.scalar(select(EngineRow).where(EngineRow.deployment_key == owner.key))
+    if row is None:
+        raise NotFoundError(f"no engine is asked for the routing of {deployment!r}")
+    return row
+
+
+def _engine_record(row: EngineRow, deployment: str) -> EngineRecord:
+    columns = {name: getattr(row, name) for name in EngineRecord.model_fields if name != "deployment"}
+    return EngineRecord(**columns, deployment=deployment)
+
+
+def _hold(row: EngineRow, deployment: str) -> EngineHold:
+    return EngineHold(_engine_record(row, deployment), row.key, row.holder, row.beat, row.secret)

@@ -19,11 +19,10 @@ from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoun
 from ..placement.plan import Plan
 from . import audit
 from .catalogue import keep_plan, keep_statistics
-from .content import ID_DIGITS, plain
 from .database import ForbiddenError, Sessions, changed_rows
 from .deployments import publish, supersede
 from .records import Actor, ClaimedJob, Heartbeat, JobOutcome, JobRecord, Judgement
-from .references import deployment_row
+from .references import ID_DIGITS, deployment_row, plain
 from .schema import CheckRow, DecisionRow, DeploymentRow, JobRow, PlanRow, StatisticsRow
 from .webhooks import announce
 

@@ -19,13 +19,9 @@ from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
 from . import audit, catalogue
 from .audit import Audit
-from .content import ID_DIGITS, storable
-from .database import Sessions, resolve, shown
-from .decisions import Decisions
-from .deployments import Deployments
-from .engines import Engines
+from .database import Listener, Sessions, resolve, shown
+from .deployments import Decisions, Deployments, Engines
 from .jobs import Jobs
-from .listening import Listener
 from .records import (
     Actor,
     EvaluationRecord,
@@ -38,7 +34,7 @@ from .records import (
     TopologyRecord,
     TopologySummary,
 )
-from .references import Kind, check_free, find, kind_of, matches, set_name
+from .references import ID_DIGITS, Kind, check_free, find, kind_of, matches, set_name, storable
 from .schema import (
     AuditRow,
     CheckRow,

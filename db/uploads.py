@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 from ..placement.errors import ConflictError, InputError, NotFoundError
 from . import audit
-from .content import sha256_digits, storable
 from .database import Sessions
 from .records import Actor, UploadRecord
+from .references import sha256_digits, storable
 from .schema import UploadPartRow, UploadRow
 
 UPLOAD_LIMIT = 1 << 28

@@ -14,10 +14,9 @@ from sqlalchemy.orm import Session, undefer
 
 from ..placement.errors import InputError, NotFoundError, StoreError
 from . import audit
-from .content import storable
 from .database import Sessions, changed_rows
 from .records import Actor, CountWindow, LoadArray, WindowRecord
-from .references import deployment_row
+from .references import deployment_row, storable
 from .schema import DeploymentRow, JoinedRow, ModelRow, WindowRow
 
 TEXT_LENGTH = 100

@@ -15,7 +15,7 @@ from typing import Literal
 from fastapi import HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
-from ..db.listening import Listener
+from ..db.database import Listener
 from ..db.store import Store
 from ..placement.errors import MoeplaceError
 from .crowds import TURN

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from pydantic import ValidationError
 
-from ..db.content import ID_DIGITS, statistics_fingerprint
 from ..db.records import Actor, CountWindow
+from ..db.references import ID_DIGITS, statistics_fingerprint
 from ..db.store import Store
 from ..db.windows import TEXT_LENGTH, check_shape
 from ..placement.errors import FileFormatError, InputError, MoeplaceError

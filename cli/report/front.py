@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..._display import plural
-from ...charts.lines import POINT_KINDS, Mark, scatter
+from ...charts.svg import POINT_KINDS, Mark, scatter
 from ...placement.files import write_text
 from ..output import milliseconds, quantity
 from ..tables import pareto_columns, pareto_notes

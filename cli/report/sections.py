@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..._types import FloatArray, IntArray
-from ...charts.heat_maps import Shades, Side, device_map, heat_map, load_map, load_shades
-from ...charts.lines import Curve, curves, stacked_bars
-from ...charts.svg import Axis, axis_form, number_axis
+from ...charts.svg import (
+    Axis,
+    Curve,
+    Shades,
+    Side,
+    axis_form,
+    curves,
+    device_map,
+    heat_map,
+    load_map,
+    load_shades,
+    number_axis,
+    stacked_bars,
+)
 from ..output import quantity
 from .figures import Choice, Figure, Panel, single
 

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from markupsafe import Markup
 
-from ...charts.lines import Series, time_chart
+from ...charts.svg import Series, time_chart
 from ...db.records import CheckRecord
 from ...placement.errors import InputError
 

@@ -12,8 +12,7 @@ from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
 
 from ..._types import FloatArray
-from ...charts.heat_maps import Shades, device_map, load_map, load_shades
-from ...charts.lines import POINT_KINDS, Mark, Series, line_chart, scatter
+from ...charts.svg import POINT_KINDS, Mark, Series, Shades, device_map, line_chart, load_map, load_shades, scatter
 from ...charts.svg import STATIC as CHARTS
 from ...db.jobs import ENDED
 from ...db.records import DecisionRecord, DeploymentRecord, EngineRecord, JobRecord

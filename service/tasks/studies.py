@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...db.content import id_of_plan
 from ...db.records import ClaimedJob, JobOutcome
+from ...db.references import id_of_plan
 from ...db.store import Store
 from ...placement.batches import Batch
 from ...placement.errors import InputError, UnsupportedError
