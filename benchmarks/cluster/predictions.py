@@ -12,7 +12,7 @@ from timeline import Timeline, demands
 import moeplace as mp
 from moeplace.placement.cost import dispatch_bytes
 from moeplace.placement.evaluate import evaluate_on
-from moeplace.runtime.calibration.result import DispatchTiming
+from moeplace.runtime.calibration import DispatchTiming
 
 
 class Predictions:

@@ -17,7 +17,7 @@ from ..paths import topology_file
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec
-    from ...runtime.calibration.result import Calibration
+    from ...runtime.calibration import Calibration
 
 LINKS = {"intra": "inside nodes", "inter": "between nodes", "all": "all ranks to all"}
 
@@ -137,7 +137,7 @@ def _join() -> None:
     import torch
     import torch.distributed as dist
 
-    from ...runtime.calibration.calibrate import own_device
+    from ...runtime.calibration import own_device
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     own_device()

@@ -146,23 +146,23 @@ def _weights(
     folder: Path, reference: Path | None, chosen: str | None, rows: dict[int, list[int]], model: ModelSpec
 ) -> tuple[list[Finding], list[str], list[int]]:
     """What is wrong with the weights in slots, what could not be compared, and the layers that were."""
-    from ...runtime.exporters import running_weights
+    from ...runtime.exporters.running import check_weights, fits, read_weights, reference_weights
 
     chosen_layers = whole_numbers("--layers", chosen)
     layers = [layer for layer in rows if chosen_layers is None or layer in chosen_layers]
     if not layers:
         raise InputError(f"--layers {chosen}: none of them is a MoE layer; those are {', '.join(map(str, rows))}")
     with working(f"reading {folder}") as update:
-        running, _ = running_weights.read_weights(folder, layers)
+        running, _ = read_weights(folder, layers)
         experts = None
         if reference is not None:
             for asked in (list(running), list(model.moe_layers)):
-                experts = running_weights.reference_weights(
+                experts = reference_weights(
                     reference, model, asked, lambda done, total: update(f"reading {reference}", done / total)
                 )
-                if len(asked) == model.layers or running_weights.fits(rows, running, experts):
+                if len(asked) == model.layers or fits(rows, running, experts):
                     break  # Whose weights a slot has instead, other layers may say.
-    findings, notes = running_weights.check_weights(rows, running, experts, model.experts)
+    findings, notes = check_weights(rows, running, experts, model.experts)
     return findings, notes, list(running)
 
 

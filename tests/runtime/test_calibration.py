@@ -23,7 +23,7 @@ pytest.importorskip("torch")
 from ranks import launch
 
 from moeplace.cli.app import app
-from moeplace.runtime.calibration.calibrate import alike, line, nodes_of, places_of, roofline
+from moeplace.runtime.calibration import alike, line, nodes_of, places_of, roofline
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

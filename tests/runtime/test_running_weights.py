@@ -12,7 +12,7 @@ import pytest
 from cli_runs import run
 
 import moeplace as mp
-from moeplace.runtime.exporters.running_weights import (
+from moeplace.runtime.exporters.running import (
     VllmWorkerExtension,
     check_weights,
     read_weights,

@@ -1,1 +1,0 @@
-"""Measures the cluster that ranks run on."""
