@@ -1,4 +1,3 @@
-from .placement.batches import Batch as Batch
 from .placement.bounds import device_load_certificate as device_load_certificate
 from .placement.bounds import device_loads as device_loads
 from .placement.bounds import least_device_load as least_device_load
@@ -41,6 +40,7 @@ from .placement.statistics import RoutingStatistics as RoutingStatistics
 from .placement.step_mix import StepMix as StepMix
 from .placement.step_mix import problem_steps as problem_steps
 from .placement.step_mix import step_mix as step_mix
+from .placement.steps import Batch as Batch
 from .placement.steps import Steps as Steps
 from .placement.synthetic import sample_steps as sample_steps
 from .placement.synthetic import sample_tokens as sample_tokens

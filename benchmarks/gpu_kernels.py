@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.benchmark import Timer
 
 import moeplace as mp
-from moeplace.placement.kernel_tables import FORM, Rows, fitted, predicted
+from moeplace.placement.kernels import FORM, Rows, fitted, predicted
 from moeplace.runtime import LSHCompression
 from moeplace.runtime.moe.dispatcher import flat, gathered_sum, unpermute
 from moeplace.runtime.moe.expert_mlps import Groups, SwiGLU

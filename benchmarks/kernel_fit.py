@@ -5,7 +5,7 @@
 
 A row of a table is one GPU's time for the experts of a layer, or one phase of an all-to-all. Every third token count is
 left out of the fits and predicted: "error" is the median of |predicted / measured - 1| over these. What rows are of is
-said in `placement/kernel_tables.py`, which reads and fits them.
+said in `placement/kernels.py`, which reads and fits them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from runner import HERE, Report
 
-from moeplace.placement.kernel_tables import FORM, Rows, errors, expert_rows, fitted, installed_root, predicted, tables
+from moeplace.placement.kernels import FORM, Rows, errors, expert_rows, fitted, installed_root, predicted, tables
 from moeplace.placement.topology import PRESETS
 
 FILE = HERE.parent / "placement" / "kernels.json"

@@ -22,10 +22,10 @@ from kernel_fit import compact, root_argument, tables_root
 from runner import HERE, Report
 from scipy.optimize import nnls
 
-from moeplace.placement.batches import PHASES
-from moeplace.placement.kernel_tables import GPUS
+from moeplace.placement.kernels import GPUS
 from moeplace.placement.model import DTYPE_BYTES
 from moeplace.placement.serving import TERMS, Architecture, Load, step_terms
+from moeplace.placement.steps import PHASES
 from moeplace.placement.topology import PRESETS
 
 FILE = HERE.parent / "placement" / "serving.json"

@@ -18,12 +18,12 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..placement.batches import Batch
     from ..placement.failures import Kind
     from ..placement.model import ModelSpec
     from ..placement.objective import Objective
     from ..placement.plan import Plan
     from ..placement.problem import Problem
+    from ..placement.steps import Batch
     from ..placement.topology import Topology
     from ..profiler.read import Recording
 
@@ -331,7 +331,7 @@ def read_batches(options: BatchOptions) -> tuple[Batch, ...]:
     Raises:
         InputError: text that names no batch, the same kind twice, or two ways of naming batches at once.
     """
-    from ..placement.batches import Batch, as_batches
+    from ..placement.steps import Batch, as_batches
 
     short = {"--decode": options.decode, "--prefill": options.prefill, "--tokens-per-gpu": options.tokens_per_gpu}
     short_names = [name for name, value in short.items() if value is not None]
@@ -384,7 +384,7 @@ def one_pool(problem: Problem, options: BatchOptions) -> Problem:
 
 def solved_batches(plan: Plan) -> tuple[Batch, ...]:
     """The batches that a plan was solved for, where they were named."""
-    from ..placement.batches import Batch
+    from ..placement.steps import Batch
 
     return tuple(Batch.parse(text) for text in plan.provenance.batches)
 

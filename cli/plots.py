@@ -151,7 +151,7 @@ def _balance(
     """Tokens of the busiest device over the mean device's, layer by layer."""
     import numpy as np
 
-    from ..placement.risk import weighted_mean
+    from ..placement.objective import weighted_mean
 
     busiest = {}
     for name, evaluation in evaluations.items():

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..placement.batches import USUAL_BATCHES, Batch
 from ..placement.errors import InputError, MoeplaceError, SolveError, UnsupportedError
+from ..placement.steps import USUAL_BATCHES, Batch
 from .options import ComparisonOptions
 from .output import Update, interrupted, note, solve_listener, working
 from .parse import (
@@ -107,7 +107,7 @@ class Comparison:
         assert evaluation is not None
         if self.problem.objective.risk != "regret":
             return evaluation.risk()
-        from ..placement.risk import best_by_workload
+        from ..placement.objective import best_by_workload
 
         every = [other.step_seconds for other in judged.values() if other is not None]
         best = best_by_workload(every, evaluation.step_workload, len(evaluation.workloads), evaluation.weight)

@@ -13,19 +13,18 @@ from .._arguments import check_types
 from .._deprecated import old_listener, renamed_argument
 from .._display import Displayed, data_size
 from .._types import FloatArray, IntArray
-from .batches import Batch
 from .bounds import step_seconds_bound, with_room
 from .engines import check_plan
 from .errors import InputError, UnsupportedError
 from .evaluate import Evaluation, evaluate
 from .migration import Migration, migration
+from .objective import best_by_workload, risk_value
 from .plan import Plan
 from .problem import Problem
 from .progress import Listener, Progress
-from .risk import best_by_workload, risk_value
 from .statistics import RoutingStatistics, window_weights, with_tokens
 from .step_mix import mixed_window_bound, mixed_window_times, problem_steps
-from .steps import Steps
+from .steps import Batch, Steps
 from .trace import RoutingTrace
 from .validation import generator
 

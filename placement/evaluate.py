@@ -23,11 +23,10 @@ from .cost import (
 from .degraded import on_survivors
 from .errors import InputError
 from .model import ModelSpec
-from .objective import Objective
+from .objective import Objective, percentiles, risk_value, weighted_mean, weighted_means
 from .plan import Plan
 from .problem import Problem
 from .replay import Demand, replay
-from .risk import percentiles, risk_value, weighted_mean, weighted_means
 from .statistics import RoutingStatistics
 from .step_mix import problem_steps
 from .steps import Steps

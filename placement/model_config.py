@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import model_families as table
-from .documents import parse_json
 from .errors import InputError
 from .expert_storage import Storage, expert_storage
-from .files import read_text
+from .files import parse_json, read_text
 from .model_families import FAMILIES, UNKNOWN, Family, Names
 
 MOST_LAYERS, MOST_EXPERTS, MOST_WIDTH = 4096, 65_536, 1 << 24

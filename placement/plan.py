@@ -17,9 +17,8 @@ import numpy as np
 from .._arguments import wrong_type
 from .._display import Displayed, data_size
 from .._types import BoolArray, FloatArray, IntArray
-from .documents import parse_json
 from .errors import FileFormatError, InputError
-from .files import read_text, write_text
+from .files import parse_json, read_text, write_text
 from .model import ModelSpec
 from .topology import Topology
 from .validation import describe

@@ -12,7 +12,6 @@ import numpy as np
 from .._arguments import wrong_type
 from .._display import Displayed, plural
 from .._types import BoolArray, FloatArray, IntArray
-from .batches import Batch, as_batches
 from .engines import Constraint, EngineProfile, check_problem, engine_objective, engine_profile, group_rows
 from .errors import InputError
 from .failures import Failure, failure_mask
@@ -21,6 +20,7 @@ from .model import ModelSpec
 from .objective import Objective
 from .plan import Plan, memory_in_words
 from .statistics import RoutingStatistics
+from .steps import Batch, as_batches
 from .topology import Topology
 from .trace import RoutingTrace
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._types import FloatArray
-from .batches import Batch, Phase
 from .kernels import MEASURED_AS
 from .model import DTYPE_BYTES, ModelSpec
+from .steps import Batch, Phase
 from .topology import PRESETS, Box, Topology
 
 CONTEXT = 4096

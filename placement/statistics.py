@@ -14,9 +14,9 @@ import numpy.typing as npt
 from .._arguments import check_types
 from .._display import Displayed, names, plural, span
 from .._types import BoolArray, FloatArray, IntArray
-from .batches import Batch
 from .errors import InputError, UnsupportedError
 from .model import ModelSpec
+from .steps import Batch
 from .trace import ForwardCalls, RoutingTrace, apart, layer_index
 from .validation import generator
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 
 from .._types import FloatArray
-from .batches import USUAL_BATCHES, Batch, Phase
 from .bounds import window_seconds_bound
 from .cost import WindowTimes, window_seconds, window_times
 from .errors import UnsupportedError
@@ -17,7 +16,7 @@ from .model import ModelSpec
 from .plan import Plan
 from .problem import Problem
 from .statistics import RoutingStatistics, with_tokens
-from .steps import Steps
+from .steps import USUAL_BATCHES, Batch, Phase, Steps
 from .synthetic import sample_steps
 from .trace import RoutingTrace
 

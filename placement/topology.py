@@ -13,9 +13,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, ValidationInfo, field_vali
 
 from .._display import Displayed, plural
 from .._types import FloatArray, IntArray
-from .documents import parse_yaml
 from .errors import InputError, nearest
-from .files import read_text, write_text
+from .files import parse_yaml, read_text, write_text
 from .validation import Record
 
 # Common boxes, named by their GPU as engines and measured kernels name it. Achievable figures: datasheet times what

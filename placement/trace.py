@@ -13,11 +13,10 @@ import numpy.typing as npt
 
 from .._display import Displayed, names, plural, span
 from .._types import IntArray
-from .batches import Batch, batches_of_steps
 from .errors import InputError
 from .memory import check_memory, free_memory
 from .model import ModelSpec
-from .steps import Steps
+from .steps import Batch, Steps, batches_of_steps
 from .validation import generator
 
 IdArray = npt.NDArray[np.unsignedinteger[Any]]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from .._types import BoolArray, FloatArray
-from .kernel_tables import installed_root, read, tables
+from .kernels import installed_root, read, tables
 from .model import DTYPE_BYTES
 from .objective import DispatchKind
 

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .batches import PHASES
 from .bounds import step_seconds_bound
 from .decide import WORTH_IT
 from .engines import EngineProfile
 from .errors import InputError
 from .evaluate import Evaluation
+from .objective import weighted_mean
 from .problem import Problem
-from .risk import weighted_mean
-from .steps import Steps
+from .steps import PHASES, Steps
 
 LEVEL, DEVIATIONS = 0.95, 1.96
 """Of intervals, and the standard deviations of a normal distribution they reach to either side."""

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from .._http import Answer, Connections, UnansweredError, check_address
-from ..placement.documents import parse_json
 from ..placement.errors import EngineError, InputError
-from ..placement.files import no_file
+from ..placement.files import no_file, parse_json
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace
 from .readers.sglang import read_sglang_files

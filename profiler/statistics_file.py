@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from .._arguments import check_types
 from .._tensor_files import checked_members
-from ..placement.batches import Batch, as_batches
 from ..placement.errors import FileFormatError, InputError
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
+from ..placement.steps import Batch, as_batches
 from ..placement.trace import RoutingTrace, id_dtype
 from .files import Source, name_of, npy_shape, path_or_file, reading, size_of, writing
 

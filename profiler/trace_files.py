@@ -24,11 +24,11 @@ import numpy.typing as npt
 
 from .._arguments import check_types
 from .._types import IntArray
-from ..placement.batches import Batch, as_batches
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import replacing
 from ..placement.model import ModelSpec
 from ..placement.statistics import Stream
+from ..placement.steps import Batch, as_batches
 from ..placement.trace import RoutingTrace, id_dtype
 from .files import Source, name_of, path_or_file, reading, size_of
 

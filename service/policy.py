@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 
-from ..placement.batches import Batch, as_batches
 from ..placement.engines import engine_profile
 from ..placement.objective import Objective
+from ..placement.steps import Batch, as_batches
 from ..placement.validation import Record
 
 MOST_CHARACTERS = 20_000

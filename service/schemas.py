@@ -22,12 +22,12 @@ from ..db.records import (
     WindowRecord,
 )
 from ..db.uploads import UPLOAD_LIMIT
-from ..placement.batches import Batch
 from ..placement.errors import InputError
 from ..placement.failures import Kind
 from ..placement.model import ModelSpec
 from ..placement.plan import plan_to_dict
 from ..placement.step_mix import named_batch
+from ..placement.steps import Batch
 from ..placement.topology import Topology
 from ..profiler.engine_servers import EngineServer
 from .policy import AskedBatches, AskedObjective, EngineName, PlainObject, Policy, SlotCounts, check_plain

@@ -10,13 +10,12 @@ from typing import Literal, Protocol
 import numpy as np
 
 from .._types import BoolArray, FloatArray, IntArray
-from ..placement.batches import PHASES, Phase
 from ..placement.errors import InputError, SolveError, UnsupportedError, nearest
 from ..placement.evaluate import evaluate_on
 from ..placement.plan import Certificate, Plan
 from ..placement.problem import Problem
 from ..placement.step_mix import StepMix, batch_steps, mixed_steps, named_batch, step_mix
-from ..placement.steps import Steps
+from ..placement.steps import PHASES, Phase, Steps
 from .base import Budget, Feature, Needs, Solution, fill_slots
 from .step_costs import PlacementSpace, StepCosts, device_sets
 

@@ -41,7 +41,7 @@ from .certify.sdp import (
 )
 from .chain import TRANSITIONS_OBJECTIVE
 from .mip import Program, ProgramBuilder, Result, check_backend, solve_program
-from .symmetry import forbidden_names, renaming
+from .mip.program import forbidden_names, renaming
 
 SCALE = 1e6
 """Objective of a program whose every transition crosses: tolerances of 1e-6 then are a part in 1e12."""

@@ -22,7 +22,7 @@ from ..placement.topology import Topology
 from .base import Budget, Feature, Needs, Solution, fill_slots
 from .chain import cheapest_path
 from .mip import Program, ProgramBuilder, check_backend, solve_program
-from .symmetry import forbidden_names, renaming
+from .mip.program import forbidden_names, renaming
 
 SCALE = 1e6
 """Size of both programs' objectives, so that solver tolerances are small beside them: a layer's load in the first,

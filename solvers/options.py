@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ..placement.batches import Phase
+from ..placement.steps import Phase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from ..._types import IntArray
-from ...placement.documents import parse_json
 from ...placement.errors import FileFormatError, InputError
-from ...placement.files import read_text
+from ...placement.files import parse_json, read_text
 from ...placement.statistics import RoutingStatistics
 from ..notes import remark
 from .engine_counts import MOST_EXPERTS, statistics_of, whole_number

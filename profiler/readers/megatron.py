@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from ..._tensor_files import array_of, load_plain, tensor_array
 from ..._types import IntArray
-from ...placement.documents import parse_json
 from ...placement.errors import FileFormatError, InputError
+from ...placement.files import parse_json
 from ...placement.trace import RoutingTrace, id_dtype
 from ..notes import remark
 from .engine_counts import MOST_EXPERTS, left_out, whole_number

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..._types import IntArray
-from ...placement.documents import parse_json
 from ...placement.errors import FileFormatError, InputError
+from ...placement.files import parse_json
 from ...placement.statistics import RoutingStatistics
 from .engine_counts import MOST_EXPERTS, statistics_of, whole_number
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..._types import FloatArray
-from ...placement.documents import parse_json
 from ...placement.errors import FileFormatError, InputError
+from ...placement.files import parse_json
 from ...placement.statistics import RoutingStatistics
 from ..notes import remark
 from .engine_counts import statistics_of

@@ -13,10 +13,9 @@ import numpy as np
 
 from ..._tensor_files import load_plain
 from ..._types import IntArray
-from ...placement.documents import parse_json, parse_yaml
 from ...placement.engines import EngineProfile
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
-from ...placement.files import no_file, read_text
+from ...placement.files import no_file, parse_json, parse_yaml, read_text
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology

@@ -38,10 +38,9 @@ import numpy.typing as npt
 
 from ..._tensor_files import array_of
 from ..._types import IntArray
-from ...placement.documents import parse_json
 from ...placement.engines import engine_profile
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
-from ...placement.files import no_file, write_text
+from ...placement.files import no_file, parse_json, write_text
 from ...placement.model import MOST_EXPERTS, MOST_LAYERS, ModelSpec
 from ...placement.plan import Plan
 from ..permute.checkpoint import (

@@ -21,10 +21,9 @@ import numpy as np
 
 from ..._arguments import check_types
 from ..._types import IntArray
-from ...placement.documents import parse_json
 from ...placement.engines import engine_profile, order_in_groups, violations
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
-from ...placement.files import read_text, write_text
+from ...placement.files import parse_json, read_text, write_text
 from ...placement.memory import free_memory
 from ...placement.model import ModelSpec
 from ...placement.model_config import ConfigReading, read_config

@@ -8,8 +8,8 @@ from fastapi import APIRouter, HTTPException, Request
 
 from ...db.records import DeploymentRecord, JobRecord, PlanRecord
 from ...db.store import Store
-from ...placement.batches import USUAL_BATCHES
 from ...placement.step_mix import FEWEST_STEPS, JUDGED_TOKENS
+from ...placement.steps import USUAL_BATCHES
 from ...solvers.solve import check_options, solver_named
 from ..access import Submitter, check_scope
 from ..policy import Policy

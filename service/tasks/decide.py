@@ -11,7 +11,6 @@ import numpy as np
 
 from ...db.records import ClaimedJob, JobOutcome, Judgement
 from ...db.store import Store
-from ...placement.batches import Batch
 from ...placement.bounds import device_load_certificate
 from ...placement.decide import Decision, count_block, decide, decide_on_counts
 from ...placement.errors import InputError
@@ -20,6 +19,7 @@ from ...placement.objective import Objective
 from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ...placement.statistics import RoutingStatistics
+from ...placement.steps import Batch
 from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy

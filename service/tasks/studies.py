@@ -9,14 +9,13 @@ from typing import Any
 from ...db.records import ClaimedJob, JobOutcome
 from ...db.references import id_of_plan
 from ...db.store import Store
-from ...placement.batches import Batch
 from ...placement.errors import InputError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ...placement.statistics import RoutingStatistics
 from ...placement.step_mix import problem_steps, step_mix
-from ...placement.steps import Steps
+from ...placement.steps import Batch, Steps
 from ...placement.topology import Topology
 from ...placement.trace import RoutingTrace
 from ...solvers.pareto import pareto

@@ -26,9 +26,9 @@ from ...placement.decide import LEAST_BLOCKS
 from ...placement.drift import can_tell, drift
 from ...placement.errors import InputError
 from ...placement.model import ModelSpec
+from ...placement.objective import weighted_mean
 from ...placement.plan import Plan
 from ...placement.problem import Problem
-from ...placement.risk import weighted_mean
 from ...placement.statistics import RoutingStatistics, window_weights, with_tokens
 from ...placement.step_mix import mixed_window_seconds
 from ...placement.topology import Topology

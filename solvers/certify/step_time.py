@@ -14,8 +14,8 @@ import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound, layer_seconds_bound
+from ...placement.objective import risk_weights
 from ...placement.problem import Problem
-from ...placement.risk import risk_weights
 from ...placement.steps import Steps
 from ..base import working_seconds
 from .device_sets import DeviceSets, sets_fit

@@ -18,8 +18,7 @@ from ortools.sat.python import cp_model
 
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.errors import SolveError, UnsupportedError
-from .interrupts import Listener, run_beside
-from .program import FEASIBLE, Feature, Program, Request, Result, Stop
+from .program import FEASIBLE, Feature, Listener, Program, Request, Result, Stop, run_beside
 
 WORKERS = 8
 """Fixed, so that the same strategies run whatever cores there are. Taking turns in a fixed order (`interleave_search`)

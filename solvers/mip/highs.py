@@ -10,8 +10,7 @@ import highspy
 import numpy as np
 
 from ...placement.errors import SolveError
-from .interrupts import Listener, run_beside
-from .program import Feature, Program, Request, Result, Stop
+from .program import Feature, Listener, Program, Request, Result, Stop, run_beside
 
 _CALLBACK = highspy.cb.HighsCallbackType
 _STATUS = highspy.HighsModelStatus

@@ -5,17 +5,23 @@
 
 A is held in compressed sparse rows, which HiGHS takes as they are. Programs of half a million variables are built in
 half a second; an object a variable and row, as in PuLP, takes thirty times as long and three times the memory.
+
+Names that can be exchanged without changing anything (equal devices, equal clusters) are taken in order of first use
+along a fixed order of items. Every solution has exactly one renaming that does so, so a program may forbid names that
+it cannot have.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -351,3 +357,87 @@ class Backend(Protocol):
             SolveError: it failed.
         """
         ...
+
+
+# Names that can be exchanged.
+
+
+def renaming(names: IntArray, kinds: Sequence[Hashable]) -> IntArray:
+    """[G] new name of each name, given the [n] names items take in order and the kind of each of the G names."""
+    new = np.arange(len(kinds))
+    for alike in _alike(kinds):
+        used = [name for name in dict.fromkeys(names.tolist()) if name in alike]
+        new[used + [name for name in alike if name not in used]] = alike
+    return new
+
+
+def forbidden_names(items: int, kinds: Sequence[Hashable]) -> Iterator[tuple[int, int]]:
+    """(rank, name) for each name that the item of that rank may not take: the r-th may open at most the r-th name."""
+    for alike in _alike(kinds):
+        for rank in range(min(items, len(alike))):
+            for name in alike[rank + 1 :]:
+                yield rank, name
+
+
+def _alike(kinds: Sequence[Hashable]) -> list[list[int]]:
+    return [[name for name, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
+
+
+# Ctrl-C and failing listeners while a solver written in C++ runs.
+
+Answer = TypeVar("Answer")
+
+PATIENCE = 0.05
+"""Seconds between two looks for Ctrl-C."""
+
+
+class Listener:
+    """Keeps exceptions from travelling through C++: what a listener raises is kept, and the solver asked to stop.
+
+    `interrupted` says that it was Ctrl-C; anything else is raised by `settle` once the solver has returned.
+    """
+
+    def __init__(self, stop: Callable[[], None] = lambda: None) -> None:
+        self.interrupted = False
+        self._error: Exception | None = None
+        self._stop = stop
+
+    @property
+    def stopping(self) -> bool:
+        return self.interrupted or self._error is not None
+
+    def tell(self, report: Callable[[], None]) -> None:
+        """Calls `report`."""
+        if self.stopping:
+            return
+        try:
+            report()
+        except KeyboardInterrupt:
+            self.interrupt()
+        except Exception as error:  # noqa: BLE001 - raised again by settle
+            self._error = error
+            self._stop()
+
+    def interrupt(self) -> None:
+        """Asks the solver to stop."""
+        self.interrupted = True
+        self._stop()
+
+    def settle(self) -> None:
+        """Raises what a listener raised."""
+        if self._error is not None:
+            raise self._error
+
+
+def run_beside(call: Callable[[], Answer], listener: Listener) -> Answer:
+    """Runs `call` in a thread of its own, so that this one hears Ctrl-C, and returns what it returns."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(call)
+        while True:
+            try:
+                return running.result(timeout=PATIENCE)
+            except StillRunning:
+                if running.done():
+                    return running.result()
+            except KeyboardInterrupt:
+                listener.interrupt()

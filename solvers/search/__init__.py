@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...placement.batches import Phase
 from ...placement.errors import InputError
 from ...placement.problem import Problem
+from ...placement.steps import Phase
 from ..base import Budget, Feature, Needs, Solution
 
 

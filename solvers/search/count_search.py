@@ -13,15 +13,15 @@ import numpy as np
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.division import window_shares
 from ...placement.jit import kernel
+from ...placement.objective import tail_weight, weighted_mean
 from ...placement.plan import Stop
 from ...placement.problem import Problem
-from ...placement.risk import tail_weight, weighted_mean
 from ..base import Budget, Solution
 from ..step_packing import pack_steps
+from .annealer import CoolingSchedule
 from .evaluator import Answer, Evaluator, better, with_noise
 from .kernel_types import Change, MoveRules, Placement
 from .moves import accepted, carry_out, copy, copy_all, propose, slot_tables, survives
-from .multistart import CoolingSchedule
 from .scenario import Scenario, with_drawn_windows
 from .starts import GroupHomes, balanced_layer, even_layer_share, even_shares
 from .step_division import begin_division, divide_steps, keep_division

@@ -7,22 +7,21 @@ from dataclasses import replace
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
-from ...placement.batches import Phase
 from ...placement.errors import SolveError, UnsupportedError
 from ...placement.failures import failure_mask
+from ...placement.objective import tail_weight, weighted_mean
 from ...placement.plan import Stop
 from ...placement.problem import Problem
-from ...placement.risk import tail_weight, weighted_mean
+from ...placement.steps import Phase
 from ..base import Budget, Solution
 from ..certify.step_time import risk_bound
 from ..chain import Chain, fastest_step
 from ..shares import layer_shares, towards
-from .annealer import CALIBRATION, Annealer
+from .annealer import CALIBRATION, Annealer, CoolingSchedule, Start, multistart
 from .count_search import balance_windows, search_counts, tables_by_steps
 from .evaluator import Answer, Evaluator, better
 from .kernel_types import MoveRules, RiskWeights
 from .move_budget import MoveBudget
-from .multistart import CoolingSchedule, Start, multistart
 from .online_homes import check_online, search_homes
 from .scenario import Scenario, mean_risks, rates_for, scenario_from, weighted_risks, with_sources, worst_risks
 from .starts import (

@@ -13,9 +13,9 @@ from ..._types import FloatArray, IntArray
 from ...placement.bounds import chance_windows, device_loads, least_layer_load, step_seconds_bound
 from ...placement.cost import slot_shares
 from ...placement.evaluate import evaluate_on
+from ...placement.objective import risk_value
 from ...placement.plan import Certificate, Plan
 from ...placement.problem import Problem
-from ...placement.risk import risk_value
 from ..base import working_seconds
 from .scenario import Scenario, scenario_from
 

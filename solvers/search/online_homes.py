@@ -15,8 +15,8 @@ from ...placement.errors import UnsupportedError
 from ...placement.jit import kernel
 from ...placement.problem import Problem
 from ..base import Budget, Solution
+from .annealer import Start
 from .evaluator import Evaluator, better
-from .multistart import Start
 from .scenario import Scenario
 from .starts import even_shares
 

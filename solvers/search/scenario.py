@@ -8,13 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..._types import FloatArray, IntArray
-from ...placement.batches import Batch, Phase
 from ...placement.cost import ExpertCost, Transfers
 from ...placement.memory import check_memory
 from ...placement.problem import Problem
 from ...placement.statistics import window_weights, with_tokens
 from ...placement.step_mix import batch_steps, mixed_steps, named_batch, step_mix
-from ...placement.steps import Steps
+from ...placement.steps import Batch, Phase, Steps
 from ...placement.synthetic import sample_tokens
 from ...placement.validation import generator
 from .kernel_types import LayerTokens, Rates, RiskWeights, SourceTokens

@@ -18,8 +18,8 @@ from ..base import Budget, fill_slots
 from ..exflow import assignment_sweeps
 from ..mip import Program, ProgramBuilder, solve_program
 from ..moetuner import pair_cost
+from .annealer import Start
 from .kernel_types import MoveRules
-from .multistart import Start
 from .scenario import Scenario
 
 

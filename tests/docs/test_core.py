@@ -96,7 +96,7 @@ def test_the_plug_in_starts_without_what_only_solving_and_other_engines_need() -
     done = bare("import moeplace.runtime.exporters.vllm_policy\nprint(*(m for m in sys.modules if 'moeplace' in m))")
     modules = set(done.stdout.split())
     assert "moeplace.placement.plan" in modules, done.stderr
-    heavy = ("kernel_tables", "kernels", "transfers", "model_config", "model_families")
+    heavy = ("kernels", "transfers", "model_config", "model_families")
     assert not modules & {f"moeplace.placement.{name}" for name in (*heavy, "expert_storage")}
     assert not modules & {f"moeplace.runtime.exporters.{name}" for name in ("export", "sglang", "trtllm")}
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.placement.batches import USUAL_BATCHES
-from moeplace.placement.risk import percentiles, risk_value, risk_weights
+from moeplace.placement.objective import percentiles, risk_value, risk_weights
+from moeplace.placement.steps import USUAL_BATCHES
 from moeplace.solvers.chain import Chain
 from tests.support.traces import make_trace
 

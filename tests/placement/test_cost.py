@@ -150,7 +150,7 @@ def test_contiguous_placement_of_gpt_oss_has_the_published_imbalance(gpt_oss: mp
 
 
 def test_regret_needs_the_best_of_each_workload_and_measures_against_it() -> None:
-    from moeplace.placement.risk import risk_value
+    from moeplace.placement.objective import risk_value
 
     seconds, workload = np.array([1.0, 3.0, 2.0, 2.0]), np.array([0, 0, 1, 1])
     objective = mp.Objective(risk="regret")

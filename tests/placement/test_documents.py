@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import moeplace as mp
-from moeplace.placement.documents import parse_json
+from moeplace.placement.files import parse_json
 
 WRONG = {
     "cut off": '{"a": [1, 2',

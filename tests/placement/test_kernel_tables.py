@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import moeplace as mp
-from moeplace.placement import kernel_tables, kernels, transfers
-from moeplace.placement.kernel_tables import balanced, expert_fit, expert_rows, installed_root, read
+from moeplace.placement import kernels, transfers
+from moeplace.placement.kernels import balanced, expert_fit, expert_rows, installed_root, read
 
 MODEL = mp.ModelSpec(layers=1, experts=64, top_k=8, hidden_size=1024, ffn_size=512)
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
@@ -20,7 +20,7 @@ TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 
 def write_table(root: Path, seconds_factor: float = 1.0) -> Path:
     """A table of one shape, of 8 ranks and of 16 that take twice as long."""
-    rows: dict[str, list[Any]] = {name: [] for name in kernel_tables.COLUMNS}
+    rows: dict[str, list[Any]] = {name: [] for name in kernels.COLUMNS}
     for ranks in (2, 4, 8, 16):
         for tokens in TOKENS:
             counts = balanced(tokens, 64, 8, ranks, False)
@@ -29,7 +29,7 @@ def write_table(root: Path, seconds_factor: float = 1.0) -> Path:
             arithmetic = (pairs + 16 * hit) * 6 * 1024 * 512 / 4e14
             seconds = (3e-5 + max(read_seconds, arithmetic)) * (2 if ranks == 16 else 1) * seconds_factor
             values = (1024, 512, 8, 64, ranks, tokens, 1e3 * seconds, "bfloat16", "plain", "balanced", 1)
-            for name, value in zip(kernel_tables.COLUMNS, values, strict=True):
+            for name, value in zip(kernels.COLUMNS, values, strict=True):
                 rows[name].append(value)
     path = root / "h100_sxm" / "moe" / "vllm" / "9.9.9" / "moe_perf.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def test_shapes_that_no_table_has_are_predicted_as_shipped(own_tables: Path) -> 
 
 
 def test_tables_too_large_or_of_another_form_are_refused(own_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_tables, "MOST_ROWS", 10)
+    monkeypatch.setattr(kernels, "MOST_ROWS", 10)
     with pytest.raises(mp.FileFormatError, match="at most 10"):
         read(own_tables)
     monkeypatch.undo()

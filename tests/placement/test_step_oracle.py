@@ -17,7 +17,7 @@ from naive_cost import Links, divided_serving, serving
 
 import moeplace as mp
 from moeplace.placement.bounds import step_seconds_bound
-from moeplace.placement.kernel_tables import installed_root
+from moeplace.placement.kernels import installed_root
 from moeplace.placement.topology import PRESETS
 
 FILES = Path(mp.__file__).parent / "placement"

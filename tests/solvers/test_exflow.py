@@ -34,7 +34,7 @@ from moeplace.solvers.exflow import (
     together_program,
 )
 from moeplace.solvers.mip import BACKENDS, solve_program
-from moeplace.solvers.symmetry import forbidden_names, renaming
+from moeplace.solvers.mip.program import forbidden_names, renaming
 
 pytestmark = pytest.mark.slow
 

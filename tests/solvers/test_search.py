@@ -17,8 +17,7 @@ import moeplace as mp
 from moeplace.placement.bounds import step_seconds_bound
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.solvers.base import Budget
-from moeplace.solvers.search.annealer import Annealer
-from moeplace.solvers.search.multistart import CoolingSchedule
+from moeplace.solvers.search.annealer import Annealer, CoolingSchedule
 from moeplace.solvers.search.scenario import rates_for, scenario_from
 
 pytestmark = pytest.mark.slow
