@@ -34,7 +34,7 @@ from moeplace.placement.drift import can_tell, drift
 from moeplace.placement.migration import migration
 from moeplace.service.policy import Policy
 from moeplace.service.settings import Settings
-from moeplace.service.tasks import task_of
+from moeplace.service.worker import task_of
 
 WHO = Actor("benchmark", "approve")
 DEFAULT = Policy()

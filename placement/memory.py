@@ -1,4 +1,4 @@
-"""How much memory is free, asked before much of it is taken."""
+"""How much memory is free, asked before much of it is taken, and a bound for what a process takes."""
 
 from __future__ import annotations
 
@@ -43,3 +43,12 @@ def _number(path: Path) -> int | None:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+def bound_memory(most: int) -> None:
+    """What this process allocates beyond fails at once, should whoever watches it come too late."""
+    try:
+        import resource
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -27,11 +27,11 @@ from ..db.references import ID_DIGITS, statistics_fingerprint
 from ..db.store import Store
 from ..db.windows import TEXT_LENGTH, check_shape
 from ..placement.errors import FileFormatError, InputError, MoeplaceError
+from ..placement.memory import bound_memory
 from ..placement.plan import Plan, plan_from_dict
 from ..placement.topology import Topology
 from .counts import JSON, MOST_WINDOWS, read_windows
 from .fields import fields_of
-from .processes import bound_memory
 from .schemas import MOST_DEVICES, PlanIn, PlanView, TopologyFull, TopologyIn
 from .settings import configure
 from .shards import Shards

@@ -22,17 +22,34 @@ from typing import Any
 from ..db.jobs import Lane
 from ..db.records import ClaimedJob, JobOutcome
 from ..db.store import Store
-from ..placement.errors import MoeplaceError, StoreError
+from ..placement.errors import InputError, MoeplaceError, StoreError, nearest
+from ..placement.memory import bound_memory
 from ..solvers.base import Progress
-from .processes import bound_memory
 from .settings import configure
-from .tasks import task_of
+from .tasks import Task
+from .tasks.decide import DecideTask
+from .tasks.solve import SolveTask
+from .tasks.studies import ParetoTask, WhatIfTask
+from .tasks.watch import WatchTask
 
 log = logging.getLogger("moeplace.service.worker")
 
 HISTORY = 200
 STORE_PATIENCE = 600.0
 """Seconds a finished job waits for a database that is down."""
+TASKS: tuple[Task, ...] = (SolveTask(), DecideTask(), WatchTask(), WhatIfTask(), ParetoTask())
+
+
+def task_of(kind: str) -> Task:
+    """The task of that kind.
+
+    Raises:
+        InputError: a kind this release does not know.
+    """
+    for task in TASKS:
+        if task.kind == kind:
+            return task
+    raise InputError(f"job kind {kind!r} is unknown; {nearest(kind, [task.kind for task in TASKS])}")
 
 
 class Pulse:

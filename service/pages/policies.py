@@ -16,10 +16,9 @@ from ..middleware import SMALL_BODY
 from ..policy import Policy
 from ..routes.common import NamePath, Stored
 from ..routes.deployments import set_policy, tag_of
-from .forms import form_of
 from .lists import SHOWN, Behind, Cell, listing
 from .templating import page, words
-from .visitors import Visitor, at
+from .visitors import Visitor, at, form_of
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 

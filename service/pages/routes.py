@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 from urllib.parse import quote
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
 
@@ -15,21 +18,24 @@ from ..._types import FloatArray
 from ...charts.svg import POINT_KINDS, Mark, Series, Shades, device_map, line_chart, load_map, load_shades, scatter
 from ...charts.svg import STATIC as CHARTS
 from ...db.jobs import ENDED
-from ...db.records import DecisionRecord, DeploymentRecord, EngineRecord, JobRecord
+from ...db.records import Actor, DecisionRecord, DeploymentRecord, EngineRecord, JobRecord
 from ...db.store import Store
-from ...placement.errors import NotFoundError
+from ...placement.errors import MoeplaceError, NotFoundError
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from ..access import COOKIE, Gate, check_role, check_scope
-from ..routes.common import KeyPath, NamePath, Stored
-from ..routes.studies import submit_pareto, submit_what_if
+from ...runtime.exporters import check_export
+from ...runtime.exporters.export import engine_usage
+from ..access import COOKIE, Gate, check_role, check_scope, still_may
+from ..changes import Changes, Kind
+from ..routes.common import KeyPath, NamePath, RefPath, Stored
+from ..routes.jobs import submit_pareto, submit_what_if
+from ..routes.plans import Engine, file_name
 from ..schemas import ParetoRequest, WhatIfRequest
 from ..tasks.decide import default_plan
 from . import figures
-from .deployment_charts import charts_over_time, span_of
-from .forms import form_of, whole_number
+from .figures import charts_over_time, span_of
 from .templating import page
-from .visitors import Visitor, at
+from .visitors import Visitor, at, form_of, whole_number
 
 
 def maps_of(comparison: figures.LoadComparison) -> dict[str, Any]:
@@ -400,3 +406,102 @@ def _current(store: Store, decision: DecisionRecord, candidate: Plan) -> Plan:
     if decision.current_id is not None:
         return store.plan(decision.current_id).plan
     return default_plan(candidate.model, candidate.topology)
+
+
+# The page of one plan.
+
+MOST_DEPLOYMENTS = 200
+"""That a plan fits, which its page names."""
+
+
+@router.get("/plans/{ref}")
+def plan_page(ref: RefPath, store: Stored, actor: Visitor) -> HTMLResponse:
+    """What the plan is of, how it was made, and its files for engines."""
+    record = store.plan(ref)
+    files = [_file(record.plan, record.id, engine) for engine in get_args(Engine)]
+    fitting = store.deployments.page(
+        limit=MOST_DEPLOYMENTS + 1, among=actor.deployments, model=record.model_id, topology=record.topology_id
+    )
+    more = len(fitting) > MOST_DEPLOYMENTS
+    fitting = fitting[:MOST_DEPLOYMENTS]
+    return page("plan.html", actor, section="plans", record=record, files=files, fitting=fitting, more=more)
+
+
+@router.post("/deployments/{name}/publish")
+async def publish(name: NamePath, request: Request, actor: Visitor) -> Response:
+    """The button Publish: of what was seen, so that nobody else's plan is replaced unseen."""
+    form = await form_of(request)
+    check_role(actor, "approve")
+    version = whole_number(form, "version")
+    store: Store = request.app.state.store
+    await run_in_threadpool(
+        store.deployments.publish, name, form.get("plan", ""), actor, cause="manual", expected=version
+    )
+    return RedirectResponse(at(request, f"/deployments/{quote(name)}"), 303)
+
+
+def _file(plan: Plan, plan_id: str, engine: Engine) -> dict[str, str]:
+    """A format's name, and how to use its file, or why there is none."""
+    try:
+        check_export(plan, engine)
+        return {"engine": engine, "usage": engine_usage(plan, engine, file_name(plan_id, engine))}
+    except MoeplaceError as error:
+        return {"engine": engine, "refusal": str(error)}
+
+
+# Tells pages that what they show has changed, as server-sent events; they ask for themselves again.
+
+LONGEST_SECONDS = 600.0
+"""Of a stream; a browser comes back, and its token is looked at again."""
+
+
+async def _deployment(name: NamePath, request: Request, actor: Visitor) -> str:
+    # Before the stream begins: what is not there is a 404, not a stream that breaks off.
+    record: DeploymentRecord = await request.app.state.deployment(name)
+    return record.name
+
+
+async def _job(key: KeyPath, request: Request, actor: Visitor) -> int:
+    job: JobRecord = await request.app.state.job(key)
+    check_scope(actor, job.deployment)
+    return job.key
+
+
+@router.get("/live", response_class=EventSourceResponse)
+async def live(request: Request, actor: Visitor) -> AsyncIterator[ServerSentEvent]:
+    """Whenever anything has changed."""
+    async for event in _changes(request, actor, "page", ""):
+        yield event
+
+
+@router.get("/deployments/{name}/live", response_class=EventSourceResponse)
+async def live_deployment(
+    name: Annotated[str, Depends(_deployment)], request: Request, actor: Visitor
+) -> AsyncIterator[ServerSentEvent]:
+    """Whenever a deployment has changed, what was looked at, decided or asked of it."""
+    async for event in _changes(request, actor, "page", name):
+        yield event
+
+
+@router.get("/jobs/{key}/live", response_class=EventSourceResponse)
+async def live_job(
+    key: Annotated[int, Depends(_job)], request: Request, actor: Visitor
+) -> AsyncIterator[ServerSentEvent]:
+    """Whenever a job has gone on."""
+    async for event in _changes(request, actor, "job", key):
+        yield event
+
+
+async def _changes(request: Request, actor: Actor, kind: Kind, key: str | int) -> AsyncIterator[ServerSentEvent]:
+    changes: Changes = request.app.state.changes
+    end = time.monotonic() + LONGEST_SECONDS
+    async with changes.watch(kind, key, actor.name) as topic:
+        # What changed since the page was drawn is not missed: it looks again once.
+        changed = True
+        while not changes.stopping and time.monotonic() < end:
+            seen = topic.version
+            if not await still_may(request):
+                return
+            if changed:
+                yield ServerSentEvent(event="changed", data="")
+            changed = await topic.wait(end - time.monotonic(), seen)

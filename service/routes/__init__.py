@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from . import catalogue, deployments, jobs, operations, plans, studies, uploads
+from . import catalogue, deployments, jobs, operations, plans, uploads
 
 ROUTERS: tuple[APIRouter, ...] = (
     operations.router,
@@ -13,5 +13,4 @@ ROUTERS: tuple[APIRouter, ...] = (
     deployments.router,
     uploads.router,
     jobs.router,
-    studies.router,
 )

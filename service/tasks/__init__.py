@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from ...placement.errors import InputError, nearest
-from .base import Report, Task
-from .decide import DecideTask
-from .solve import SolveTask
-from .studies import ParetoTask, WhatIfTask
-from .watch import WatchTask
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
 
-__all__ = ["TASKS", "Report", "Task", "task_of"]
+from ...db.records import ClaimedJob, JobOutcome
+from ...db.store import Store
+from ...solvers.base import Progress
 
-TASKS: tuple[Task, ...] = (SolveTask(), DecideTask(), WatchTask(), WhatIfTask(), ParetoTask())
+Report = Callable[[Progress], None]
 
 
-def task_of(kind: str) -> Task:
-    """The task of that kind.
+def steps_of(report: Report) -> Report:
+    """A listener for work in parts, that reports which of them is under way."""
+    return lambda news: report(replace(news, message=f"{news.message} ({news.done + 1} of {news.total})"))
 
-    Raises:
-        InputError: a kind this release does not know.
-    """
-    for task in TASKS:
-        if task.kind == kind:
-            return task
-    raise InputError(f"job kind {kind!r} is unknown; {nearest(kind, [task.kind for task in TASKS])}")
+
+class Task(Protocol):
+    """Instances are stateless. `run` reads from the store and writes nothing: the outcome is stored when the job ends,
+    so that a job that is begun twice leaves one trace. It raises MoeplaceError for what cannot be done."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome: ...

@@ -25,7 +25,7 @@ from ...solvers import solve
 from ..policy import Policy
 from ..routing import from_windows, judging_trace, judging_windows
 from ..schemas import DecideRequest
-from .base import Report
+from . import Report
 
 # Decisions and plans as plain figures.
 

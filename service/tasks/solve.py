@@ -12,7 +12,7 @@ from ...solvers import solve
 from ..policy import Policy
 from ..routing import from_windows, solving_traces, solving_windows, stored_statistics, to_bytes
 from ..schemas import SolveJob
-from .base import Report
+from . import Report
 
 
 class SolveTask:

@@ -32,7 +32,7 @@ from ..routing import (
     to_bytes,
 )
 from ..schemas import ChangesRequest, ParetoJob, StudyJob, WhatIfJob
-from .base import Report, steps_of
+from . import Report, steps_of
 from .decide import default_plan
 
 

@@ -35,7 +35,7 @@ from ...placement.topology import Topology
 from ...solvers import solve
 from ..policy import Policy
 from ..routing import from_windows, stored_statistics, to_bytes
-from .base import Report
+from . import Report
 from .decide import balance, decision_figures, default_plan, on_counts
 
 

@@ -25,7 +25,7 @@ from moeplace.db.records import Actor, CountWindow, Finding, JobOutcome, Judgeme
 from moeplace.placement.errors import ConflictError, NotFoundError
 from moeplace.placement.plan import plan_to_dict
 from moeplace.profiler.statistics_file import write_statistics
-from moeplace.service.background import apply_retention
+from moeplace.service.app import apply_retention
 from moeplace.service.client import Transport
 from moeplace.service.reader import Operations
 from moeplace.service.window_batcher import WindowBatcher

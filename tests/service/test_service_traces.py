@@ -21,7 +21,7 @@ from moeplace.db import Store
 from moeplace.placement.errors import InputError, StoreError, UnsupportedError
 from moeplace.profiler.aggregate import aggregate
 from moeplace.profiler.trace_files import write_trace
-from moeplace.service.background import apply_retention
+from moeplace.service.app import apply_retention
 from moeplace.service.shards import Shards, read, remove
 
 pytestmark = pytest.mark.slow
