@@ -109,7 +109,7 @@ BUSIEST = "Tokens of the busiest expert over the mean expert's of the layer."
 def comparison_drawings(comparison: Comparison, mapped: Sequence[str], pool: str = "") -> list[Drawing]:
     """For each kind of steps: step times of all plans, balance of their layers, and load maps of those named, the first
     of which stands out against the second. pool: goes before the names of its steps."""
-    from .report.sections import distribution_figure, line_kinds
+    from .report.figures import distribution_figure, line_kinds
 
     first, *rest = mapped
     drawings = []
@@ -134,7 +134,7 @@ def _times(evaluations: Mapping[str, Evaluation], kind: str) -> list[str]:
 
     from ..charts.svg import axis_form
     from ..charts.terminal import text_histograms
-    from .report.sections import span_in_words
+    from .report.figures import span_in_words
 
     every = np.concatenate([evaluation.step_seconds for evaluation in evaluations.values()]) * 1e3
     low, high = float(every.min()), float(every.max())
@@ -170,8 +170,7 @@ def _by_layer(
     """A curve a name over MoE layers, from 1.0 on. kinds: class of each curve."""
     from ..charts.svg import Curve, curves, number_axis
     from ..charts.terminal import text_lines
-    from .report.figures import Panel, single
-    from .report.sections import WIDE
+    from .report.figures import WIDE, Panel, single
 
     high = max(1.0 + 1e-3, *(float(values.max()) for values in rows.values()))
     drawn = [
@@ -194,8 +193,7 @@ def _loads(evaluations: Mapping[str, Evaluation], layers: Sequence[int], topolog
     """Load maps of plans on one scale."""
     from ..charts.svg import load_map, load_shades
     from ..charts.terminal import text_map
-    from .report.figures import Panel, single
-    from .report.sections import relative_load
+    from .report.figures import Panel, relative_load, single
 
     loads = {name: relative_load(evaluation) for name, evaluation in evaluations.items()}
     shades = load_shades(list(loads.values()))
@@ -224,8 +222,7 @@ def record_drawings(statistics: RoutingStatistics) -> list[Drawing]:
 
     from ..charts.svg import Shades, Side, heat_map
     from ..charts.terminal import text_map
-    from .report.figures import Panel, single
-    from .report.sections import line_kinds
+    from .report.figures import Panel, line_kinds, single
 
     def relative(load: Any) -> Any:
         mean = load.mean(axis=1, keepdims=True)
@@ -325,8 +322,7 @@ def front_drawings(data: Mapping[str, Any]) -> list[Drawing]:
 def _front(points: Sequence[Mapping[str, Any]], key: str, title: str, x_title: str, at: Sequence[float]) -> Drawing:
     from ..charts.svg import POINT_KINDS, Mark, scatter
     from ..charts.terminal import text_points
-    from .report.figures import Panel, single
-    from .report.sections import WIDE
+    from .report.figures import WIDE, Panel, single
 
     marks, drawn = [], []
     for point, x in zip(points, at, strict=True):
@@ -349,8 +345,7 @@ def slot_front_drawings(front: Mapping[str, Any]) -> list[Drawing]:
     """Step time over the memory of redundant experts, of `solve --slots auto --json`."""
     from ..charts.svg import Mark, scatter
     from ..charts.terminal import text_points
-    from .report.figures import Panel, single
-    from .report.sections import WIDE
+    from .report.figures import WIDE, Panel, single
 
     best = tuple(front["recommended"]["slots"])
     shown = {tuple(point["slots"]): point for point in (*front["even"], *front["points"])}
@@ -373,8 +368,7 @@ def slot_front_drawings(front: Mapping[str, Any]) -> list[Drawing]:
 def judged_drawings(rows: Sequence[Mapping[str, Any]]) -> list[Drawing]:
     """What steps of each kind are spent on, a bar a plan, of `compare --json`, `evaluate --json` or `report --json`."""
     from ..charts.svg import stacked_bars
-    from .report.figures import Panel, single
-    from .report.sections import WIDE
+    from .report.figures import WIDE, Panel, single
 
     drawings = []
     for kind in dict.fromkeys(row["steps"] for row in rows):

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..._display import plural
-from ..options import MODEL, AsJson
+from ..options import MODEL, AsJson, topology_file
 from ..output import Column, Table, emit, figure, milliseconds, note, pairs, percent, quantity, wrote
 from ..parse import read_spec
-from ..paths import topology_file
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ..options import AsJson, ComparisonOptions, Plot, PlotFile, RoutingPath
+from ..options import AsJson, ComparisonOptions, Plot, PlotFile, RoutingPath, output_folder
 from ..output import emit, wrote
-from ..paths import output_folder
 from ..plots import comparison_drawings, show
 from ..run_comparison import Comparison, Entry, run_comparison
 from ..save import attempted, end_unwritten

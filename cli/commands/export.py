@@ -10,10 +10,9 @@ import typer
 
 from ...placement.errors import UnsupportedError
 from .. import completion
-from ..options import AsJson, KeepOptions, PlanFileOptions, PlanReference, ServerOptions
+from ..options import AsJson, KeepOptions, PlanFileOptions, PlanReference, ServerOptions, output_file
 from ..output import emit, pairs
 from ..parse import whole_numbers
-from ..paths import output_file
 from ..remote import plan_context, read_plan, service
 from ..save import attempted, end_unkept, keep_export
 

@@ -21,6 +21,7 @@ from ..options import (
     RoutingPath,
     StudyOptions,
     TopologyOptions,
+    output_folder,
 )
 from ..output import emit, interrupted, working, wrote
 from ..parse import (
@@ -34,7 +35,6 @@ from ..parse import (
     split_list,
     study_solver,
 )
-from ..paths import output_folder
 from ..plots import front_drawings, show
 from ..remote import Study, read_plan, service, sweep_remotely
 from ..routing_split import (

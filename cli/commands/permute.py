@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import AsJson, KeepOptions, PlanFileOptions
+from ..options import AsJson, KeepOptions, PlanFileOptions, new_folder
 from ..output import emit, pairs, working
-from ..paths import new_folder
 from ..remote import plan_context, read_plan
 from ..save import attempted, check_store, end_unkept, keep_export
 

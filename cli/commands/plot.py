@@ -21,9 +21,9 @@ from ..options import (
     PlanSeed,
     StepOptions,
     StoreOptions,
+    plot_file,
 )
 from ..output import working
-from ..paths import plot_file
 from ..plots import (
     Drawing,
     comparison_drawings,

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..options import recording_path
 from ..output import note
-from ..paths import recording_path
 
 
 class Mode(StrEnum):

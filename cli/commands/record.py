@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...placement.errors import InputError
-from ..options import AsJson, EngineKey, RecorderFolder
+from ..options import AsJson, EngineKey, RecorderFolder, recording_path
 from ..output import count, emit, note, pairs, working
 from ..parse import read_spec, reader_defaults
-from ..paths import recording_path
 from ..save import save_recording
 
 if TYPE_CHECKING:

@@ -13,9 +13,8 @@ from typing import Annotated
 import typer
 
 from ...placement.errors import InputError
-from ..options import AsJson, ComparisonOptions, RoutingPath
+from ..options import AsJson, ComparisonOptions, RoutingPath, output_file
 from ..output import wrote
-from ..paths import output_file
 from ..run_comparison import Comparison, run_comparison
 from ..save import attempted, end_unwritten
 from .compare import routing_tokens, show_comparisons
@@ -60,8 +59,7 @@ def report_command(
       moeplace report trace --topology h100-hgx --nodes 2 --devices-per-node 4 -o report.html
     """
     from ...placement.verdict import read_other_ms
-    from ..report.build import build_report
-    from ..report.page import write_page
+    from ..report.page import build_report, write_page
 
     other = None if options.other_ms is None else read_other_ms(options.other_ms)
     comparisons = run_comparison(routing, options)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ...placement.errors import InputError, nearest
+from ..options import output_folder
 from ..output import SCHEMA, note, wrote
-from ..paths import output_folder
 
 
 def schema_command(

@@ -29,6 +29,7 @@ from ..options import (
     ServerOptions,
     SolveOptions,
     TopologyOptions,
+    output_file,
 )
 from ..output import (
     Table,
@@ -57,7 +58,6 @@ from ..parse import (
     read_size,
     read_topology,
 )
-from ..paths import output_file
 from ..plots import Drawing, comparison_drawings, show, slot_front_drawings
 from ..remote import read_plan, solve_remotely
 from ..routing_split import TrainingRouting, count_row, count_table, training_routing

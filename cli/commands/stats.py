@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import AsJson, Plot, PlotFile, RoutingPath
+from ..options import AsJson, Plot, PlotFile, RoutingPath, output_file
 from ..output import Column, Table, count, emit, number, pairs, percent, working, wrote
-from ..paths import output_file
 from ..plots import record_drawings, show
 from ..routing_split import counted, open_recording
 from ..save import attempted, end_unwritten

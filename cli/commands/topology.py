@@ -11,10 +11,9 @@ import typer
 from ..._display import plural
 from ...placement.errors import InputError, nearest
 from ..former_names import Command
-from ..options import AsJson, TopologyOptions, grouped
+from ..options import AsJson, TopologyOptions, grouped, topology_file
 from ..output import Column, Table, emit, quantity, wrote
 from ..parse import read_topology
-from ..paths import topology_file
 
 if TYPE_CHECKING:
     from ...placement.topology import Topology

@@ -21,6 +21,7 @@ from ..options import (
     StoreOptions,
     StudyOptions,
     TopologyOptions,
+    output_folder,
 )
 from ..output import emit, interrupted, working, wrote
 from ..parse import (
@@ -34,7 +35,6 @@ from ..parse import (
     solved_batches,
     study_solver,
 )
-from ..paths import output_folder
 from ..remote import Study, is_engines_own, plan_context, read_plan, service, what_if_remotely
 from ..routing_split import (
     RoutingSplit,

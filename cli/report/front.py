@@ -12,9 +12,8 @@ from ...charts.svg import POINT_KINDS, Mark, scatter
 from ...placement.files import write_text
 from ..output import milliseconds, quantity
 from ..tables import pareto_columns, pareto_notes
-from .build import Line
 from .figures import Figure, Panel, single
-from .page import render
+from .page import Line, render
 
 if TYPE_CHECKING:
     from ...placement.problem import Problem
