@@ -25,8 +25,8 @@ from runner import Report
 from torch import Tensor
 
 from moeplace.runtime import LSHCompression, PlacedExperts, QuantizedRows
+from moeplace.runtime.moe.compression import WireDtype
 from moeplace.runtime.moe.data_parallel import expert_layers
-from moeplace.runtime.moe.row_format import WireDtype
 
 Row = tuple[str, float, float, float]
 """Compressor, rows over plain, bytes over bfloat16, error."""

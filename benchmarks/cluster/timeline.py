@@ -17,8 +17,7 @@ import torch
 import moeplace as mp
 from moeplace.placement.cost import all_to_all_latency, compute_seconds
 from moeplace.runtime.moe.experts import ReplicaChoice
-from moeplace.runtime.moe.layer_placement import LayerPlacement
-from moeplace.runtime.moe.replica_division import BalancedReplicas
+from moeplace.runtime.moe.layer_placement import BalancedReplicas, LayerPlacement
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]

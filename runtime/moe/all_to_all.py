@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from .compression import RowFormat, bytes_as
 from .coordination import naming_unresponsive_ranks
-from .row_format import RowFormat, bytes_as
 
 
 class MessageForm(NamedTuple):

@@ -29,16 +29,14 @@ from ...placement.objective import SLACK
 from ...placement.plan import Plan
 from .compression import Compression, LSHCompression, QuantizedRows, quantized_rows
 from .coordination import check_consistent, gather, naming_unresponsive_ranks
-from .dispatcher import AllToAllDispatcher, Dispatcher, flat, node_aware
+from .dispatcher import AllToAllDispatcher, Dispatcher, PaddedDispatcher, expert_capacity, flat, node_aware
 from .expert_mlps import ExpertMLP, SwiGLU
 from .expert_shards import ExpertShards, JoinedWeights
-from .layer_placement import LayerPlacement
+from .layer_placement import BalancedReplicas, LayerPlacement, in_queues
 from .lsh import CompressedDispatcher
 from .managers import ExpertParameter, ExpertRows, OptimizerSteps
 from .mesh import ExpertMesh
 from .online import OnlineCopies, check_homes
-from .padded import PaddedDispatcher, expert_capacity
-from .replica_division import BalancedReplicas, in_queues
 
 Gradients = Literal["mean", "sum"]
 Replicas = Literal["share", "balanced"]

@@ -17,7 +17,7 @@ from ranks import launch
 
 from moeplace.placement.cost import combine_bytes, dispatch_bytes
 from moeplace.runtime import LSHCompression, QuantizedRows
-from moeplace.runtime.moe.row_format import LARGEST, RowFormat, WireDtype
+from moeplace.runtime.moe.compression import LARGEST, RowFormat, WireDtype
 from moeplace.training.rebalancer import row_dtypes
 
 DTYPES: tuple[WireDtype, ...] = ("int8", "int4", "fp8")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from moeplace.placement.division import divide, least_largest_load, source_division  # noqa: E402
-from moeplace.runtime.moe.replica_division import DeviceDivision  # noqa: E402
+from moeplace.runtime.moe.layer_placement import DeviceDivision  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import moeplace as mp
 from moeplace.runtime import LSHCompression, QuantizedRows
+from moeplace.runtime.moe.compression import RowFormat
 from moeplace.runtime.moe.expert_mlps import SwiGLU
 from moeplace.runtime.moe.experts import PlacedExperts, ReplicaChoice
-from moeplace.runtime.moe.row_format import RowFormat
 
 CASES = {
     "int8": QuantizedRows.of("int8", 8),
