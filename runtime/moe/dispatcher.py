@@ -348,10 +348,10 @@ def node_aware(mesh: ExpertMesh) -> AllToAllDispatcher:
 
 
 # Dispatch whose messages have the same size in every batch: each slot gets so many rows from each rank, empty ones
-# among them. Ranks then need not tell each other how many rows come, and the host never waits for the device. The price is
-# rows of zeros that travel and are computed on, a row for each of a token's experts (the plain way sends one a rank),
-# and tokens beyond an expert's capacity that are dropped. E experts, c rows that a slot gets from each rank, N = T * K
-# pairs of tokens and experts, B = P * c rows sent.
+# among them. Ranks then need not tell each other how many rows come, and the host never waits for the device. The
+# price is rows of zeros that travel and are computed on, a row for each of a token's experts (the plain way sends one
+# a rank), and tokens beyond an expert's capacity that are dropped. E experts, c rows that a slot gets from each rank,
+# N = T * K pairs of tokens and experts, B = P * c rows sent.
 
 
 def expert_capacity(tokens: int, top_k: int, experts: int, factor: float) -> int:
