@@ -58,11 +58,11 @@ def old_listener(
     """
     if listener is None or not _takes(listener, len(fields)):
         return listener
-    told = listener
+    old = listener
     warn_deprecated(
         f"progress({', '.join(fields)}) of {function}", "progress(news), a Progress with these attributes", stacklevel=4
     )
-    return lambda news: told(*(getattr(news, field) for field in fields))
+    return lambda news: old(*(getattr(news, field) for field in fields))
 
 
 def _takes(listener: Callable[..., None], count: int) -> bool:

@@ -34,10 +34,10 @@ def audit(*arguments: str, seconds: float) -> dict[str, Any] | None:
 def findings(answer: dict[str, Any]) -> list[str]:
     """A line for each known vulnerability."""
     return [
-        f"{entry['name']} {entry['version']}: {found['id']}, mended in "
-        f"{', '.join(found['fix_versions']) or 'no release yet'}"
+        f"{entry['name']} {entry['version']}: {vulnerability['id']}, mended in "
+        f"{', '.join(vulnerability['fix_versions']) or 'no release yet'}"
         for entry in answer["dependencies"]
-        for found in entry.get("vulns", [])
+        for vulnerability in entry.get("vulns", [])
     ]
 
 
@@ -53,13 +53,13 @@ def main() -> int:
     if answer is None:
         print("NOT AUDITED: PyPI's advisories stopped answering")
         return 0
-    found = findings(answer)
+    vulnerabilities = findings(answer)
     skipped = [entry["name"] for entry in answer["dependencies"] if "skip_reason" in entry]
-    print("\n".join(found))
-    print(f"{len(answer['dependencies']) - len(skipped)} dependencies audited, {len(found)} vulnerabilities")
+    print("\n".join(vulnerabilities))
+    print(f"{len(answer['dependencies']) - len(skipped)} dependencies audited, {len(vulnerabilities)} vulnerabilities")
     if skipped:
         print(f"not on PyPI, not audited: {', '.join(skipped)}")
-    return 1 if found else 0
+    return 1 if vulnerabilities else 0
 
 
 if __name__ == "__main__":

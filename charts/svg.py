@@ -198,9 +198,9 @@ SHAPES = {
 }
 
 
-def shape(name: str, kind: str, x: float, y: float, size: float, told: str = "") -> str:
+def shape(name: str, kind: str, x: float, y: float, size: float, hint: str = "") -> str:
     """One of `SHAPES`. told: what it says when pointed at."""
-    title = f"<title>{escape(told)}</title>" if told else ""
+    title = f"<title>{escape(hint)}</title>" if hint else ""
     place = f"translate({x:.1f},{y:.1f}) scale({size:g})"
     return f'<path class="{kind}" d="{SHAPES[name]}" transform="{place}">{title}</path>'
 
@@ -365,9 +365,9 @@ def curves(
         within = [(x, y) for x, y in curve.points if x_axis.low <= x <= x_axis.high]
         points = " ".join(f"{plot.across(x):.1f},{plot.down(y):.1f}" for x, y in within)
         parts.append(f'<polyline class="{curve.kind}" points="{points}"/>')
-        for x, y, told in curve.dots:
+        for x, y, hint in curve.dots:
             if x_axis.low <= x <= x_axis.high:
-                parts.append(shape("circle", f"mark {curve.kind}", plot.across(x), plot.down(y), 4.0, told))
+                parts.append(shape("circle", f"mark {curve.kind}", plot.across(x), plot.down(y), 4.0, hint))
         hover += [[round(plot.across(x), 1), round(plot.down(y), 1), f"{curve.name}: {form(x)}"] for x, y in within]
     return svg(title, width, height, parts, {"points": hover})
 
@@ -380,7 +380,7 @@ class Mark:
     y: float
     symbol: str
     name: str
-    told: str
+    hint: str
     large: bool
 
 
@@ -420,7 +420,7 @@ def scatter(
     for mark in sorted(marks, key=lambda mark: (mark.symbol == "cross", mark.large)):
         kind = f"mark {_kind(mark.symbol)}{'' if mark.large else ' faint'}"
         size = 6.0 if mark.large else 3.5
-        parts.append(shape(mark.symbol, kind, plot.across(mark.x), plot.down(mark.y), size, mark.told))
+        parts.append(shape(mark.symbol, kind, plot.across(mark.x), plot.down(mark.y), size, mark.hint))
     return svg(title, width, height + tall, parts)
 
 
@@ -461,10 +461,10 @@ def stacked_bars(
         drawn.append(label(left - 8, y + 12, name, "end", "name"))
         for number, (part, values) in enumerate(parts_of):
             x, end = plot.across(begin), plot.across(begin + values[row])
-            told = escape(f"{name}: {form(values[row])} {part}")
+            hint = escape(f"{name}: {form(values[row])} {part}")
             drawn.append(
                 f'<rect class="part-{number}" x="{x:.1f}" y="{y}" width="{max(end - x, 0.0):.1f}" height="{thick}">'
-                f"<title>{told}</title></rect>"
+                f"<title>{hint}</title></rect>"
             )
             begin += values[row]
     return svg(title, width, height, drawn)
@@ -698,9 +698,9 @@ def _fonts(folder: Path, pattern: str) -> bool:
 
 
 def _size(chart: str) -> tuple[float, float]:
-    found = re.search(r'width="([\d.]+)" height="([\d.]+)"', chart)
-    assert found is not None
-    return float(found[1]), float(found[2])
+    size = re.search(r'width="([\d.]+)" height="([\d.]+)"', chart)
+    assert size is not None
+    return float(size[1]), float(size[2])
 
 
 def _style() -> str:
@@ -711,7 +711,7 @@ def _style() -> str:
     # The first block names the light colours, the second those for the dark; what is shown over a page follows.
     rest = rest[rest.index("\n}\n") + 3 :]
     rules = [line for line in rest.splitlines() if not line.startswith(("#tip", ".chart[data-chart"))]
-    style = re.sub(r"var\((--[\w-]+)\)", lambda found: colours[found[1]], "\n".join(rules))
+    style = re.sub(r"var\((--[\w-]+)\)", lambda name: colours[name[1]], "\n".join(rules))
     return (
         style.replace("system-ui, -apple-system, ", "")
         + f".paper {{ fill: {colours['--paper']}; }} .caption {{ fill: {colours['--muted']}; }} "

@@ -354,10 +354,10 @@ def slot_front_drawings(front: Mapping[str, Any]) -> list[Drawing]:
     for slots, point in shown.items():
         x, ms = point["memory_bytes"] / 1e9, point["step_seconds"] * 1e3
         symbol, name = ("circle", "same in every layer") if point["even"] else ("diamond", "by layer")
-        told = f"{min(slots)} to {max(slots)} slots a layer: {ms:.6g} ms; {point['cache_lost']:.1%} of the cache"
+        hint = f"{min(slots)} to {max(slots)} slots a layer: {ms:.6g} ms; {point['cache_lost']:.1%} of the cache"
         if slots == best:
             symbol, name = "cross", "recommended"
-        marks.append(Mark(x, ms, symbol, name, told, slots == best))
+        marks.append(Mark(x, ms, symbol, name, hint, slots == best))
         drawn.append((x, ms, slots == best))
     chart = scatter(title, x_title, "predicted step time (ms), MoE layers", marks, width=WIDE, height=HEIGHT)
     caption = "Lower is faster, further left leaves more KV cache. The axes do not start at zero."

@@ -126,9 +126,9 @@ class Comparison:
         """What the best is measured against: the first plan given, else the engines' own policy, else the first; of
         the others where that is the best itself."""
         others = [entry for entry in self.entries if entry.evaluation is not None and entry is not self.best]
-        given = [entry for entry in others if entry.was_given]
+        own = [entry for entry in others if entry.was_given]
         peers = [entry for entry in others if entry.name == PEER]
-        return next(iter(given or peers or others), self.best)
+        return next(iter(own or peers or others), self.best)
 
     @property
     def sides(self) -> list[str]:

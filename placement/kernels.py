@@ -355,9 +355,9 @@ def _fit(
     root, measured_as = installed_root(), MEASURED_AS.get(dtype, dtype)
     shape = f"{hidden_size}x{ffn_size}"
     if root is not None and engine in ENGINES:
-        found = expert_fit(root, gpu, engine, measured_as, hidden_size, ffn_size, experts, ranks)
-        if found is not None:
-            return KernelFit(*found[:6], gpu=gpu, engine=engine, version=found.version, dtype=dtype, shape=shape)
+        fit = expert_fit(root, gpu, engine, measured_as, hidden_size, ffn_size, experts, ranks)
+        if fit is not None:
+            return KernelFit(*fit[:6], gpu=gpu, engine=engine, version=fit.version, dtype=dtype, shape=shape)
     of_engine = kernel_data()["experts"].get(gpu, {}).get(engine, {})
     shapes = of_engine.get("dtypes", {}).get(measured_as, {})
     shape = shape if shape in shapes else "any"

@@ -258,10 +258,10 @@ class _Reader:
             "mixture-of-experts model?"
         )
 
-    def not_understood(self, name: str, wanted: str) -> InputError:
+    def not_understood(self, name: str, expected: str) -> InputError:
         text = str(self.value(name))
         return InputError(
-            f"{self.origin}: {self.path}{name} is {text if len(text) <= 60 else f'{text[:60]}...'}, expected {wanted}"
+            f"{self.origin}: {self.path}{name} is {text if len(text) <= 60 else f'{text[:60]}...'}, expected {expected}"
         )
 
     def storage_fields(self, folder: Path | None) -> dict[str, Any]:
@@ -487,9 +487,9 @@ def _flags(reader: _Reader, total: int) -> tuple[str, set[int]] | None:
         if isinstance(value, list | tuple):
             if name == "zaya_layers":
                 value = [0 if entry == "a" else entry if type(entry) is not int else min(entry, 1) for entry in value]
-            wanted = f"a step, or a list of {total} numbers, 1 for a layer with experts and 0 for one without"
+            expected = f"a step, or a list of {total} numbers, 1 for a layer with experts and 0 for one without"
             if not all(type(flag) in (int, bool) and flag in (0, 1) for flag in value) or len(value) < total:
-                raise reader.not_understood(name, wanted)
+                raise reader.not_understood(name, expected)
             value = _trimmed(reader, name, value, total)
             return name, {i for i, flag in enumerate(value) if flag}
     return None

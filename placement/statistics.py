@@ -451,9 +451,9 @@ class RoutingStatistics(Displayed):
             batches=first.batches if len({part.batches for part in parts.values()}) == 1 else (),
         )
 
-    def _counts_only(self, wanted: str) -> str:
+    def _counts_only(self, what: str) -> str:
         return (
-            f"these statistics hold expert loads only, {wanted} is needed; record routing in token mode, "
+            f"these statistics hold expert loads only, {what} is needed; record routing in token mode, "
             "or use a solver that needs loads alone (eplb, moetuner without traffic)"
         )
 

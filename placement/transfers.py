@@ -181,9 +181,9 @@ def fitted(rows: TransferRows, names: Sequence[str]) -> tuple[dict[str, float], 
     """Coefficients by term, none below 0, and the relative errors of rows left out."""
     from scipy.optimize import least_squares
 
-    terms, held = rows.terms(names), rows.held_out
+    terms, test = rows.terms(names), rows.held_out
     unit = terms.max(axis=0)
-    scaled, logs = terms[~held] / unit, np.log(rows.seconds[~held])
+    scaled, logs = terms[~test] / unit, np.log(rows.seconds[~test])
 
     def residual(of: FloatArray) -> FloatArray:
         return np.asarray(np.log(scaled @ np.exp(of)) - logs)
@@ -194,7 +194,7 @@ def fitted(rows: TransferRows, names: Sequence[str]) -> tuple[dict[str, float], 
         fit = least_squares(residual, start, loss="soft_l1", f_scale=0.1, bounds=(-40.0, 5.0))
         best = fit if best is None or fit.cost < best.cost else best
     coefficients = np.exp(best.x) / unit
-    error = np.abs(terms @ coefficients / rows.seconds - 1)[held]
+    error = np.abs(terms @ coefficients / rows.seconds - 1)[test]
     return dict(zip(names, coefficients.tolist(), strict=True)), error
 
 

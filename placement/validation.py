@@ -63,8 +63,8 @@ def describe(owner: str, error: ValidationError) -> str:
     for finding in error.errors():
         path = ".".join(str(part) for part in finding["loc"])
         message = finding["msg"].removeprefix("Value error, ")
-        given = "" if finding["type"] in ("missing", "value_error") else f" (given: {finding['input']!r})"
-        lines.append(f"{owner}{'.' + path if path else ''}: {message}{given}")
+        value = "" if finding["type"] in ("missing", "value_error") else f" (given: {finding['input']!r})"
+        lines.append(f"{owner}{'.' + path if path else ''}: {message}{value}")
     return "; ".join(lines)
 
 

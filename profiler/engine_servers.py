@@ -269,7 +269,7 @@ def _wait(seconds: float, progress: Callable[[float], None] | None) -> None:
         time.sleep(min(left, 0.5))
 
 
-def _new_files(folder: Path, before: set[Path], wanted: int, patience: float) -> list[Path]:
+def _new_files(folder: Path, before: set[Path], number: int, patience: float) -> list[Path]:
     """The files that came, all of them complete, once there are as many as wanted and no more come."""
     end = time.monotonic() + patience
     seen: list[Path] = []
@@ -280,12 +280,12 @@ def _new_files(folder: Path, before: set[Path], wanted: int, patience: float) ->
             seen, since = files, time.monotonic()
         # The directory of a zip archive is written last.
         whole = [file for file in files if zipfile.is_zipfile(file)]
-        if len(files) >= wanted and len(whole) == len(files) and time.monotonic() - since >= SETTLED:
+        if len(files) >= number and len(whole) == len(files) and time.monotonic() - since >= SETTLED:
             return files
         if time.monotonic() > end:
             break
         time.sleep(0.05)
-    count = f"{len(whole)} whole files of {wanted}" if files else "no file"
+    count = f"{len(whole)} whole files of {number}" if files else "no file"
     raise EngineError(
         f"{folder}: {count} came in {patience:g} s after the dump; set the server's {FOLDER_VARIABLE} to a folder that "
         "all of its nodes and this machine share, and name it"

@@ -109,8 +109,10 @@ class Exflow:
             table = np.tile(np.arange(problem.model.experts), (problem.model.layers, 1))
             return Solution(table, Certificate(TRANSITIONS_OBJECTIVE, 0.0, 0.0))
         check_size(transitions, stage.group_slots(slots))
-        kept = min(local_weight_bound(transitions, slots, budget), _semidefinite_bound(transitions, slots, budget))
-        floor = max(0.0, 1.0 - kept / total)
+        most_local = min(
+            local_weight_bound(transitions, slots, budget), _semidefinite_bound(transitions, slots, budget)
+        )
+        floor = max(0.0, 1.0 - most_local / total)
         run = _Run(slots, floor, backend, warm_start, budget, stage.total_effort(slots))
         device_of = run.place(transitions, stage, first=True)
         current = _current_devices(problem) if warm_start else None
@@ -353,13 +355,13 @@ def exflow_program(transitions: FloatArray, slots: IntArray) -> ExflowProgram:
         many = np.bincount(key, minlength=holder.shape[0] * experts)[:, None] > used
         row = np.cumsum(many.ravel()).reshape(many.shape) - 1
         which, device = np.nonzero(many[key])
-        held = holder.reshape(-1, len(used))[many]
+        holders = holder.reshape(-1, len(used))[many]
         slots_of = np.broadcast_to(used, many.shape)[many].astype(np.float64)
-        rows = len(held)
+        rows = len(holders)
         builder.add_sparse_rows(
             rows,
             np.concatenate([row[key[which], device], np.arange(rows)]),
-            np.concatenate([z[which, device], held]),
+            np.concatenate([z[which, device], holders]),
             np.concatenate([np.ones(len(which)), -slots_of]),
             upper=0.0,
         )
@@ -597,7 +599,7 @@ def kept_at_most(
     slots: IntArray,
     seconds: float,
     iterations: int = MAX_ITERATIONS,
-    report: Callable[[float], None] = lambda kept: None,
+    report: Callable[[float], None] = lambda _: None,
 ) -> float:
     """Upper bound of the weight of transitions that any placement keeps on a device.
 

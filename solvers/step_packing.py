@@ -79,9 +79,9 @@ def _reach_published(load: FloatArray, table: IntArray, devices: int, proposals:
         tried = other.copy() if turn % 2 == 0 else table.copy()
         if turn:
             _exchange(load, tried, devices, min(MOST, proposals << (2 * turn)), seed + turn)
-        found = _value(load, tried, devices)
-        if found < value:
-            value = found
+        new_value = _value(load, tried, devices)
+        if new_value < value:
+            value = new_value
             table[:] = tried
 
 

@@ -133,11 +133,11 @@ def check_command(
         "sound": not findings,
         "weights": None if weights is None else {"layers": compared, "notes": notes},
     }
-    told = [f"{dumps[0]}: {verdict}."]
+    footnotes = [f"{dumps[0]}: {verdict}."]
     if compared:
-        told.append(f"{weights}: weights of {len(compared)} layers were compared.")
-    told += [f"{note}." for note in notes]
-    emit({**data, "findings": table}, Table(COLUMNS, table, footnotes=tuple(told)), as_json=as_json)
+        footnotes.append(f"{weights}: weights of {len(compared)} layers were compared.")
+    footnotes += [f"{note}." for note in notes]
+    emit({**data, "findings": table}, Table(COLUMNS, table, footnotes=tuple(footnotes)), as_json=as_json)
     if findings:
         raise typer.Exit(1)
 

@@ -94,7 +94,7 @@ def _installed() -> dict[str, Any]:
         "version": __version__,
         "python": sys.version.split()[0],
         "extras": missing_libraries(),
-        "engines": {name: found for name in ENGINES if (found := release(name)) is not None},
+        "engines": {name: number for name in ENGINES if (number := release(name)) is not None},
         "free_memory": free_memory(),
     }
 
@@ -103,10 +103,10 @@ def _gpus() -> list[str]:
     if shutil.which(GPU_QUERY[0]) is None:
         return []
     try:
-        told = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=False)
+        query = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return told.stdout.splitlines() if told.returncode == 0 else []
+    return query.stdout.splitlines() if query.returncode == 0 else []
 
 
 def _store(db: str | None) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _tables(data: dict[str, Any], plan: str | None) -> list[Table]:
     shown = {
         "moeplace": f"{data['version']}, Python {data['python']}",
         **extras,
-        "engines": ", ".join(f"{name} {found}" for name, found in data["engines"].items()) or "none here",
+        "engines": ", ".join(f"{name} {version}" for name, version in data["engines"].items()) or "none here",
         "GPUs": "; ".join(data["gpus"]) or "none that nvidia-smi tells of",
         "free memory": quantity("B")(data["free_memory"]),
         "store": data["store"] or data["store_error"],

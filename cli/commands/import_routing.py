@@ -248,8 +248,10 @@ def import_command(
             numbers = whole_numbers("--moe-layers", moe_layers)
             if keep_layers is not None and spec is not None and numbers is None:
                 # Part of the model, as of a pipeline's stage: the plan is for these layers alone.
-                kept = recording.header.moe_layers
-                numbers = [own[layer] for layer in kept] if set(kept) <= set(own) and len(kept) < spec.layers else None
+                layers = recording.header.moe_layers
+                numbers = (
+                    [own[layer] for layer in layers] if set(layers) <= set(own) and len(layers) < spec.layers else None
+                )
             if numbers is not None and spec is not None and (others := set(numbers) - set(spec.moe_layers)):
                 note(f"note: {source}: {span(tuple(sorted(others)))} are no MoE layers of {model}")
             opened.append(recording.of_model(spec or recording.model, numbers))

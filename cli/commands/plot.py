@@ -84,18 +84,18 @@ def plot_command(
       moeplace plot trace
       moeplace plot plan.json other.json trace --decode 128 -o plans.svg
     """
-    told = [_told(each) for each in things]
-    records = [thing.path for thing in told if thing.kind == "record"]
-    plans = [thing.name for thing in told if thing.kind == "plan"]
+    subjects = [_told(each) for each in things]
+    records = [thing.path for thing in subjects if thing.kind == "record"]
+    plans = [thing.name for thing in subjects if thing.kind == "plan"]
     if len(records) > 1:
         raise BadParameter(f"{records[0]} and {records[1]} are both records; name one")
     drawings: list[Drawing] = []
-    for thing in told:
+    for thing in subjects:
         drawings += _of_output(thing.name, thing.data) if thing.data is not None else []
     if records and plans:
         judged = judge_plans(plans, records[0], objective, held_out, steps, storage.db, files, engine, seed)
-        given = [entry.name for entry in judged.comparison.entries if entry.was_given]
-        drawings += comparison_drawings(judged.comparison, given if len(given) > 1 else [*given, "contiguous"])
+        own = [entry.name for entry in judged.comparison.entries if entry.was_given]
+        drawings += comparison_drawings(judged.comparison, own if len(own) > 1 else [*own, "contiguous"])
     elif records:
         with working("counting") as update:
             drawings += record_drawings(counted(open_recording(records[0]), update))

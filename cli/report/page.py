@@ -123,7 +123,7 @@ def _headlines(comparison: Comparison, old: Entry, new: Entry) -> list[Headline]
     assert old.evaluation is not None
     assert new.evaluation is not None
     first, second = old.evaluation.summary(), new.evaluation.summary()
-    wanted: list[tuple[str, str, float, str]] = [
+    lines: list[tuple[str, str, float, str]] = [
         ("Step time, mean", "step_seconds_mean", 1e3, "{:.3f} ms"),
         ("Step time, p99", "step_seconds_p99", 1e3, "{:.3f} ms"),
         ("Of the force-balanced ideal", "ideal_share", 100.0, "{:.1f}%"),
@@ -138,7 +138,7 @@ def _headlines(comparison: Comparison, old: Entry, new: Entry) -> list[Headline]
             form.format(second[key] * scale),
             _points(first[key], second[key]) if "%" in form else _change(first[key], second[key]),
         )
-        for label, key, scale, form in wanted
+        for label, key, scale, form in lines
     ]
 
 

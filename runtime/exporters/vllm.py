@@ -157,6 +157,6 @@ def map_rows(content: Any, path: Path) -> list[list[int]]:
                 )
         content = [entries[str(index)] for index in range(len(entries))]
     if not isinstance(content, list) or not content:
-        found = "an empty list" if content == [] else type(content).__name__
-        raise FileFormatError(f"{path}: expected a list with a row a MoE layer, found {found}")
+        kind = "an empty list" if content == [] else type(content).__name__
+        raise FileFormatError(f"{path}: expected a list with a row a MoE layer, found {kind}")
     return content

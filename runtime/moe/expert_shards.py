@@ -115,10 +115,10 @@ class JoinedWeights:
         name = self._name_at.get(value.untyped_storage().data_ptr()) if value.numel() else None
         return value if name is None else (name, value.shape, value.stride(), value.storage_offset())
 
-    def _unpack(self, kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        name, shape, stride, offset = kept
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        name, shape, stride, offset = packed
         return self._again[name].as_strided(shape, stride, offset)
 
 

@@ -84,10 +84,10 @@ class GatherSum(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_RD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        place_N, *kept = ctx.saved_tensors
-        if not kept:
+        place_N, *saved = ctx.saved_tensors
+        if not saved:
             return out_RD.index_select(0, place_N), None, None, None
-        y_ND, weight_N = kept
+        y_ND, weight_N = saved
         out_RD = out_RD.contiguous()
         y_grad_ND, weight_grad_N = torch.empty_like(y_ND), torch.empty_like(weight_N)
         if y_ND.numel():

@@ -650,16 +650,16 @@ def weight_index(folder: Path) -> Path | None:
         InputError: neither is there, or both, or several indexes and none is the model's.
     """
     single, model = (folder / SINGLE).is_file(), folder / f"model{INDEX}"
-    found = [model] if model.is_file() else sorted(folder.glob(f"*{INDEX}"))
+    files = [model] if model.is_file() else sorted(folder.glob(f"*{INDEX}"))
     if single and model.is_file():
         raise InputError(f"{folder}: there is both {SINGLE} and {model.name}; remove the stale one")
-    if not single and len(found) != 1:
-        listed = ", ".join(path.name for path in found)
+    if not single and len(files) != 1:
+        listed = ", ".join(path.name for path in files)
         raise InputError(
             f"{folder}: there is neither {SINGLE} nor {model.name}"
-            + (f", but {listed}; remove the stale ones" if found else "; save the model with save_pretrained first")
+            + (f", but {listed}; remove the stale ones" if files else "; save the model with save_pretrained first")
         )
-    return None if single else found[0]
+    return None if single else files[0]
 
 
 def other_files(folder: Path, weights: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
