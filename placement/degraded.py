@@ -64,13 +64,18 @@ def degraded(plan: Plan, failure: Failure) -> Plan:
         physical_to_logical=table,
         slot_device=np.searchsorted(left, plan.slot_device[remains]),
         shares=np.where(has_ratio, shares / np.where(remaining > 0, remaining, 1.0), equal),
-        provenance=Provenance(
-            solver="degraded",
-            version=__version__,
-            options={"lost": failure.name, "plan": plan.fingerprint},
-            stop="given",
-            trace_fingerprint=plan.provenance.trace_fingerprint,
-        ),
+        provenance=_after(failure, plan, "degraded"),
+    )
+
+
+def _after(failure: Failure, plan: Plan, solver: str) -> Provenance:
+    """How a plan was made of another one that a failure hit."""
+    return Provenance(
+        solver=solver,
+        version=__version__,
+        options={"lost": failure.name, "plan": plan.fingerprint},
+        stop="given",
+        trace_fingerprint=plan.provenance.trace_fingerprint,
     )
 
 
@@ -161,13 +166,7 @@ def repaired(plan: Plan, failure: Failure, device_slots: IntArray, load: FloatAr
         topology=plan.topology.without(failure.devices),
         physical_to_logical=in_table(rows, own_slots(layer_slots)),
         slot_device=np.repeat(np.arange(len(left)), layer_slots.max(axis=0)),
-        provenance=Provenance(
-            solver="repaired",
-            version=__version__,
-            options={"lost": failure.name, "plan": plan.fingerprint},
-            stop="given",
-            trace_fingerprint=plan.provenance.trace_fingerprint,
-        ),
+        provenance=_after(failure, plan, "repaired"),
     )
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
+from ...placement.trace import RoutingTrace
 from ..notes import remark
 from .arrays import MOST_EXPERTS as MOST_EXPERTS
 
@@ -187,6 +188,25 @@ def _is_disjoint(parts: Sequence[RankCounts]) -> bool:
         return False
     counted = np.stack([part.counts.any(axis=0) for part in parts])
     return bool(counted.any(axis=(1, 2)).all() and (counted.sum(axis=0) <= 1).all())
+
+
+def trace_of(
+    source: str | Path, columns: dict[str, Any], experts: int, layers: Iterable[int], through: str = ""
+) -> RoutingTrace:
+    """A trace of columns, "ids" [T, L, k] and others as `RoutingTrace.from_arrays` takes them.
+
+    layers: absolute indices of the L layers. through: what else may be wrong than the ids, for the error.
+
+    Raises:
+        FileFormatError: they do not fit together.
+    """
+    ids = columns.pop("ids")
+    try:
+        return RoutingTrace.from_arrays(
+            ids, num_experts=experts, moe_layers=[int(layer) for layer in layers], **columns
+        )
+    except InputError as error:
+        raise FileFormatError(f"{source}: {error}{through}") from None
 
 
 def left_out(partial: int, total: int) -> str:

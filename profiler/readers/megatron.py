@@ -29,7 +29,7 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.files import parse_json
 from ...placement.trace import RoutingTrace, id_dtype
 from ..notes import remark
-from .engine_counts import MOST_EXPERTS, left_out, whole_number
+from .engine_counts import MOST_EXPERTS, left_out, trace_of, whole_number
 
 START = 4096
 BLOCKS = ("decoder", "mtp")
@@ -192,12 +192,7 @@ def _trace(source: Path, ranks: dict[int, Batches], layers: list[int], num_exper
             "and are left out"
         )
     named: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
-    try:
-        return RoutingTrace.from_arrays(
-            joined, num_experts=num_experts or int(joined.max()) + 1, moe_layers=layers, **named
-        )
-    except InputError as error:
-        raise FileFormatError(f"{source}: {error}") from None
+    return trace_of(source, {"ids": joined, **named}, num_experts or int(joined.max()) + 1, layers)
 
 
 MANIFEST = "manifest.json"
@@ -267,10 +262,7 @@ def read_token_imbalance(path: str | Path) -> RoutingTrace:
         columns["step"].append(np.full(tokens, key[1]))
         columns["sequence"].append(np.full(tokens, number))
     joined: dict[str, Any] = {name: np.concatenate(values) for name, values in columns.items()}
-    try:
-        return RoutingTrace.from_arrays(joined.pop("ids"), num_experts=shapes.pop()[0], moe_layers=layers, **joined)
-    except InputError as error:
-        raise FileFormatError(f"{source}: {error}") from None
+    return trace_of(source, joined, shapes.pop()[0], layers)
 
 
 def _folders(path: Path) -> list[Path]:

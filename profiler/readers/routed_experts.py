@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ...placement.errors import FileFormatError, InputError
+from ...placement.errors import FileFormatError
 from ...placement.trace import RoutingTrace, id_dtype
 from ..files import NPY_MAGIC, Source, json_items, name_of, path_or_file, reading
 from ..notes import remark
 from .arrays import ROUTED, Ids, check_axes, fused_shared, holds_arrays, is_filled, npy_array, npy_file, npz_arrays
-from .engine_counts import MOST_EXPERTS, left_out, set_apart, without_shared
+from .engine_counts import MOST_EXPERTS, left_out, set_apart, trace_of, without_shared
 
 PROMPT = f"prompt_{ROUTED}"
 ROLLOUT = f"rollout_{ROUTED}"
@@ -277,9 +277,4 @@ def _trace(source: str, pieces: list[Piece], num_experts: int | None) -> Routing
         raise FileFormatError(
             f"{source}: no token with an expert in each layer; all were cached, or nothing was captured"
         )
-    try:
-        return RoutingTrace.from_arrays(
-            joined.pop("ids"), num_experts=experts, moe_layers=[int(layer) for layer in used], **joined
-        )
-    except InputError as error:
-        raise FileFormatError(f"{source}: {error}") from None
+    return trace_of(source, joined, experts, used)

@@ -22,7 +22,16 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from ...placement.trace import RoutingTrace, id_dtype
 from ..notes import remark
-from .engine_counts import MOST_EXPERTS, RankCounts, left_out, set_apart, statistics_of, sum_ranks, whole_number
+from .engine_counts import (
+    MOST_EXPERTS,
+    RankCounts,
+    left_out,
+    set_apart,
+    statistics_of,
+    sum_ranks,
+    trace_of,
+    whole_number,
+)
 
 START = 8192
 RANKS_FIRST = "rank_layer_expert"
@@ -329,12 +338,7 @@ class TokenPasses:
             raise FileFormatError(
                 f"{source}: no token chose {top_k} experts in every one of the {len(names)} MoE layers"
             )
-        try:
-            return RoutingTrace.from_arrays(
-                joined.pop("ids"), num_experts=experts, moe_layers=[int(layer) for layer in names], **joined
-            )
-        except InputError as error:
-            raise FileFormatError(f"{source}: {error} (through last_physical_to_logical_map)") from None
+        return trace_of(source, joined, experts, names, " (through last_physical_to_logical_map)")
 
 
 class _Lanes:
