@@ -144,8 +144,8 @@ def _description(path: Path) -> str:
     text = start.decode("utf-8-sig", "replace").lstrip()
     if text[:1] in ("{", "["):
         return _json_text(text)
-    line = text.splitlines()[0][:60]
-    if line.replace("\t", " ").isprintable():
+    line = (text.splitlines() or [""])[0][:60]
+    if line and line.replace("\t", " ").isprintable():
         return f"text that begins {line!r} (tables are read from .csv, with commas)"
     return f"bytes that begin {start[:8].hex(' ')}"
 

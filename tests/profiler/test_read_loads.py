@@ -383,6 +383,8 @@ def test_arrays_of_one_file_that_are_taken_for_windows_are_so_aloud(tmp_path: Pa
         ("a.json", "[[1, 2]]".encode("utf-16"), "text in UTF-16"),
         ("a.tsv", b"1\t2\n3\t4\n", "text that begins .*tables are read from .csv"),
         ("a.bin", bytes(range(1, 30)), "bytes that begin 01 02 03"),
+        ("a.bin", b"\xef\xbb\xbf \n", "bytes that begin ef bb bf"),
+        ("a.txt", b"\x1d\n\x0b", "bytes that begin 1d"),
         ("a.xlsx", b"PK\x03\x04rest", "a damaged zip archive"),
     ],
 )
