@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    from ._extras import missing_extra
+    from ._lazy import missing_extra
 
     try:
         from .cli.app import main as run
@@ -38,7 +38,7 @@ def _run() -> None:
 
 def _of_the_core(arguments: list[str]) -> str | None:
     """Which version is here, and of the doctor what is missing; None where the command line's libraries are needed."""
-    from ._extras import extra_in_words, missing_libraries
+    from ._lazy import extra_in_words, missing_libraries
     from .placement.version import __version__
 
     if arguments not in (["--version"], ["doctor"]):

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import _interrupts
-from .._extras import missing_extra
+from .._lazy import missing_extra
 from ..placement.errors import MoeplaceError
 from .commands import operate
 from .commands.advise import advise_command
@@ -27,8 +27,7 @@ from .commands.pareto import pareto_command
 from .commands.permute import permute_command
 from .commands.plans import plans_app
 from .commands.plot import plot_command
-from .commands.profile import profile_command
-from .commands.record import record_command
+from .commands.record import profile_command, record_command
 from .commands.report import report_command
 from .commands.schema import schema_command
 from .commands.serve import serve_command

@@ -54,7 +54,7 @@ def _write(drawings: Sequence[Drawing], file: Path) -> None:
 
 
 def _shown_as_images(drawings: Sequence[Drawing]) -> bool:
-    from .._extras import missing_extra
+    from .._lazy import missing_extra
     from ..charts import terminal
     from ..charts.svg import png, stacked
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from .._extras import missing_extra
+from .._lazy import missing_extra
 from ..placement.errors import MoeplaceError, StoreError
 from .output import os_reason
 

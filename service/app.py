@@ -27,7 +27,6 @@ from .counts import WindowsIn
 from .crowds import Kept, Reads, Turns
 from .middleware import BodyLimit, Metrics, Observe, PagesCompressed, RateLimit, Unchanged
 from .pages import lists
-from .pages import policies as policy_pages
 from .pages.routes import router as pages
 from .pages.templating import pages as templates
 from .policy import Policy
@@ -186,7 +185,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     app.state.alive, app.state.figures = Reads(lambda _: store.jobs.waiting()), Reads(lambda _: metrics.text())
     app.state.plan_file = Kept(partial(plan_file, store))
     problems.install(app)
-    for router in (*ROUTERS, pages, lists.router, policy_pages.router):
+    for router in (*ROUTERS, pages, lists.router):
         app.include_router(router)
 
     _complete_description(app)

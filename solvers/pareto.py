@@ -29,8 +29,7 @@ from ..placement.statistics import RoutingStatistics
 from ..placement.step_mix import problem_steps
 from ..placement.steps import Steps
 from ..placement.trace import RoutingTrace
-from .base import Solver
-from .options import SolverOptions
+from .base import Solver, SolverOptions
 from .solve import check_seconds, solve
 
 

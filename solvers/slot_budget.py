@@ -31,8 +31,7 @@ from ..placement.problem import Problem
 from ..placement.progress import Listener, Progress
 from ..placement.serving import cache_token_bytes, other_work
 from ..placement.step_mix import problem_steps, step_mix
-from .base import Feature, Solver
-from .options import SolverOptions
+from .base import Feature, Solver, SolverOptions
 from .search.move_budget import cheapest_mix
 from .solve import check_seconds, solve, solver_named
 

@@ -24,14 +24,13 @@ from ..placement.problem import Problem
 from ..placement.progress import Listener
 from ..placement.validation import check_seed
 from ..placement.version import __version__
-from .base import Budget, Feature, Needs, Solver
+from .base import Budget, Feature, Needs, Solver, SolverOptions
 from .baselines import Contiguous, RandomPlacement, RoundRobin
 from .chain import Chain
 from .device_names import level_devices
 from .eplb import Eplb
 from .exflow import Exflow
 from .moetuner import MoeTuner
-from .options import SolverOptions
 from .search import Search
 from .search.scenario import priced_on_windows
 

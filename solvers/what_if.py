@@ -36,8 +36,7 @@ from ..placement.step_mix import problem_steps
 from ..placement.steps import Steps
 from ..placement.topology import Topology
 from ..placement.trace import RoutingTrace
-from .base import Solver
-from .options import SolverOptions
+from .base import Solver, SolverOptions
 from .solve import check_seconds, solve
 
 Survival = dict[str, dict[str, int]]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..._extras import extra_in_words, missing_extra, missing_libraries
+from ..._lazy import extra_in_words, missing_extra, missing_libraries
 from ..._vllm_plugin import PLAN_VARIABLE
 from ...placement.errors import MoeplaceError
 from .. import completion

@@ -13,7 +13,7 @@ import pytest
 from cli_runs import CLUSTER, run, toy_model, toy_trace_folder
 
 import moeplace as mp
-from moeplace._extras import EXTRAS
+from moeplace._lazy import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = {"numpy", "pydantic"}

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.solvers.base import Feature, Needs, Progress, Solver
-from moeplace.solvers.options import SolverOptions
+from moeplace.solvers.base import Feature, Needs, Progress, Solver, SolverOptions
 from moeplace.solvers.solve import SOLVERS, read_options, required_features, solver_named
 
 EXPERTS, LAYERS = 6, 3
