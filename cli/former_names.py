@@ -1,4 +1,4 @@
-"""Options under the names of the release before: they work, and say what they are called now."""
+"""Commands: former names of options work and say what they are called now, and wrong values are told."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
+from ..placement.errors import FileFormatError, InputError, UnsupportedError
 from .output import RUNNING, note
+from .values import check_values, in_options
 
 FORMER = {"--out": "--output", "--save": "--output", "--engine": "--for", "--model": "--model-name"}
 """Names of the release before, which go with the next, and what they are called now in commands that have that."""
 
 
 class Command(TyperCommand):
-    """A command that understands the former names of its options."""
+    """A command that understands the former names of its options, and says of a wrong value what is expected."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(self._renamed(args)))
+        words = list(self._renamed(args))
+        if words and not ctx.resilient_parsing:
+            check_values(self, ctx, words)
+        try:
+            return super().parse_args(ctx, words)
+        except typer.BadParameter as error:
+            # Of what is missing typer tells the name alone.
+            error.message = error.message or getattr(error.param, "help", None) or ""
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         names, group = [], ctx
@@ -26,7 +37,14 @@ class Command(TyperCommand):
             names.append(group.info_name)
             group = group.parent
         RUNNING[-1] = "-".join(reversed(names))
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except FileFormatError:
+            # What it names is a file's.
+            raise
+        except (InputError, UnsupportedError) as error:
+            error.args = (in_options(self, ctx, str(error)),)
+            raise
 
     def _renamed(self, args: list[str]) -> Iterator[str]:
         known = {name for param in self.params for name in param.opts}

@@ -331,7 +331,7 @@ def read_batches(options: BatchOptions) -> tuple[Batch, ...]:
     Raises:
         InputError: text that names no batch, the same kind twice, or two ways of naming batches at once.
     """
-    from ..placement.steps import Batch, as_batches
+    from ..placement.steps import as_batches
 
     short = {"--decode": options.decode, "--prefill": options.prefill, "--tokens-per-gpu": options.tokens_per_gpu}
     short_names = [name for name, value in short.items() if value is not None]
@@ -339,14 +339,24 @@ def read_batches(options: BatchOptions) -> tuple[Batch, ...]:
         raise InputError(f"--batch and {short_names[0]} both name steps; say all of it with --batch")
     if options.tokens_per_gpu is not None and len(short_names) > 1:
         raise InputError(f"--tokens-per-gpu and {short_names[0]} both name steps; give one of them")
-    pools = list(dict.fromkeys(options.pool or []))
     if options.tokens_per_gpu is not None:
-        phases = [pool.value for pool in pools] or ["decode"]
-        return as_batches([Batch.parse(f"{phase}:{options.tokens_per_gpu}") for phase in phases])
-    if options.batch:
-        return as_batches([Batch.parse(text) for text in options.batch])
-    steps = {"decode": options.decode, "prefill": options.prefill}
-    return as_batches([Batch.parse(f"{phase}:{size}/step") for phase, size in steps.items() if size is not None])
+        phases = [pool.value for pool in dict.fromkeys(options.pool or [])] or ["decode"]
+        named = [("--tokens-per-gpu", f"{phase}:{options.tokens_per_gpu}") for phase in phases]
+    elif options.batch:
+        named = [("--batch", text) for text in options.batch]
+    else:
+        steps = {"decode": options.decode, "prefill": options.prefill}
+        named = [(f"--{phase}", f"{phase}:{size}/step") for phase, size in steps.items() if size is not None]
+    return as_batches([_batch(option, text) for option, text in named])
+
+
+def _batch(option: str, text: str) -> Batch:
+    from ..placement.steps import Batch
+
+    try:
+        return Batch.parse(text)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
 
 
 def pool_problems(problem: Problem, options: BatchOptions) -> dict[str, Problem]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it over `path` when the block ends without an error.
 
     A reader never sees a half-written file: a crash, a full disk or a kill leaves the old file, or none. Missing
-    folders are made.
+    folders are made, and taken away again when the block fails.
 
     Raises:
         InputError: `path` is a folder, or something else that is no file. OSError: it cannot be written; of a full
@@ -33,20 +34,56 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     _check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(target)
+    with full_disk_told(target), folder_made(target.parent):
+        try:
+            yield scratch
+            with scratch.open("rb") as handle:
+                os.fsync(handle.fileno())
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk_told(target: Path) -> Iterator[None]:
+    """Says of a disk that is full what was to be written there, and what to do.
+
+    Raises:
+        OSError: the block's.
+    """
     try:
-        yield scratch
-        with scratch.open("rb") as handle:
-            os.fsync(handle.fileno())
-        scratch.replace(target)
+        yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         told = "the disk is full; free some space, or name a place on another. Nothing was written there"
         raise OSError(error.errno, told, str(target)) from error
-    finally:
-        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_made(folder: Path) -> Iterator[None]:
+    """A folder, made with those above it where they are not there; what was made goes again, as far as it is empty,
+    when the block fails."""
+    missing = missing_folders(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        remove_empty(missing)
+        raise
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there, the deepest first."""
+    return list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the deepest first, until one is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def check_output_file(path: str | Path) -> Path:

@@ -415,7 +415,7 @@ def open_routing(
             check_loads(source, experts)
     for name in options:
         if name not in reader.options:
-            known = ", ".join(sorted(reader.options)) or "none"
+            known = ", ".join(sorted(reader.options - {"limit"})) or "none"
             raise InputError(
                 f"{path} is a {reader.name}: {name} says nothing about it; options of this format: {known}"
             )

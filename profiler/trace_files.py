@@ -25,7 +25,7 @@ import numpy.typing as npt
 from .._arguments import check_types
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError
-from ..placement.files import replacing
+from ..placement.files import full_disk_told, missing_folders, remove_empty, replacing
 from ..placement.model import ModelSpec
 from ..placement.statistics import Stream
 from ..placement.steps import Batch, as_batches
@@ -260,7 +260,7 @@ def write_trace(trace: RoutingTrace, target: Source, *, model: ModelSpec | None 
         model: the recorded model, kept in every shard; default the trace's own.
 
     Raises:
-        InputError: the folder already holds a trace.
+        InputError: the folder already holds a trace. OSError: it cannot be written; nothing of it stays behind.
     """
     header = TraceHeader(trace.num_experts, trace.top_k, trace.moe_layers, model or trace.model, trace.whole_batches)
     schema = trace_schema(
@@ -271,9 +271,15 @@ def write_trace(trace: RoutingTrace, target: Source, *, model: ModelSpec | None 
     )
     opened = path_or_file(target)
     if isinstance(opened, Path):
-        shards = _ShardSequence(opened, schema, header, 0, ROWS_PER_SHARD)
-        shards.add(trace, trace.workloads, trace.sequence)
-        shards.close()
+        with full_disk_told(opened):
+            shards = _ShardSequence(opened, schema, header, 0, ROWS_PER_SHARD)
+            try:
+                shards.add(trace, trace.workloads, trace.sequence)
+                shards.close()
+            except BaseException as error:
+                # Some shards of a whole trace would be read as all of it.
+                shards.discard(error)
+                raise
         return
     position = _narrow("position", trace.position)
     rows = _rows_per_group(header)
@@ -298,7 +304,12 @@ class _ShardSequence:
         self._parquet: Any = None
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; a trace is written into a folder")
-        self._claim = _claim(folder, rank)
+        self._made = missing_folders(folder)
+        try:
+            self._claim = _claim(folder, rank)
+        except OSError:
+            remove_empty(self._made)
+            raise
         taken = sorted(folder.glob(f"rank{rank:05d}-*.parquet")) if folder.is_dir() else []
         if taken:
             self._claim.close()
@@ -334,6 +345,18 @@ class _ShardSequence:
             self._finish_shard()
         self._claim.close()
 
+    def discard(self, error: BaseException) -> None:
+        """Ends the writer, and removes every shard written so far."""
+        try:
+            self._end(error)
+        finally:
+            for shard in range(self._shard):
+                self._path(shard).unlink(missing_ok=True)
+            remove_empty(self._made)
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / f"rank{self._rank:05d}-{shard:05d}.parquet"
+
     def _flush(self) -> None:
         if not self._waiting:
             return
@@ -347,17 +370,16 @@ class _ShardSequence:
             self._parquet.write_table(rows, row_group_size=len(rows))
 
     def _start_shard(self) -> None:
-        path = self._folder / f"rank{self._rank:05d}-{self._shard:05d}.parquet"
         self._open = contextlib.ExitStack()
         with self._dropping_on_error():
-            scratch = self._open.enter_context(replacing(path))
+            scratch = self._open.enter_context(replacing(self._path(self._shard)))
             self._parquet = _parquet_writer(scratch, self._schema)
 
     def _finish_shard(self) -> None:
-        assert self._open is not None
         with self._dropping_on_error():
+            assert self._open is not None
             self._parquet.close()
-        self._open.close()
+            self._open.close()
         self._open = self._parquet = None
         self._shard_rows = 0
         self._shard += 1
@@ -368,11 +390,19 @@ class _ShardSequence:
         try:
             yield
         except BaseException as error:
-            self._closed, self._parquet = True, None
-            if self._open is not None:
-                self._open.__exit__(type(error), error, error.__traceback__)
-            self._claim.close()
+            self._end(error)
             raise
+
+    def _end(self, error: BaseException) -> None:
+        """Ends the writer without its torn shard, and without a folder where that would be empty."""
+        opened, self._open = self._open, None
+        self._closed, self._parquet = True, None
+        try:
+            if opened is not None:
+                opened.__exit__(type(error), error, error.__traceback__)
+        finally:
+            self._claim.close()
+            remove_empty(self._made)
 
 
 def _claim(folder: Path, rank: int) -> contextlib.ExitStack:

@@ -44,16 +44,16 @@ def schema_command(
       moeplace schema solve
       moeplace schema -o schemas
     """
+    from ...placement.files import write_text
     from ..schemas import output_schema, output_types
 
     known = sorted(output_types())
     if name is not None and name not in known:
         raise InputError(f"no command {name!r} prints JSON; {nearest(name, known)}")
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         for each in known if name is None else [name]:
             file = output / f"{each}.{SCHEMA}.json"
-            file.write_text(json.dumps(output_schema(each), indent=1) + "\n", encoding="utf-8")
+            write_text(file, json.dumps(output_schema(each), indent=1) + "\n")
         wrote(output)
     elif name is None:
         typer.echo("\n".join(known))

@@ -185,8 +185,13 @@ def engine_usage(plan: Plan, engine: str, path: str | Path, model_path: str = "M
 
 
 def _check_options(exporter: Exporter, options: dict[str, Any]) -> None:
-    known = set(inspect.signature(exporter.content).parameters) - {"plan", "suffix"}
+    known = _options(exporter)
     for name in options:
         if name not in known:
-            listed = nearest(name, known) if known else "it takes none"
-            raise InputError(f"export to {exporter.name!r} has no option {name!r}; {listed}")
+            takers = [engine for engine in engine_names() if name in _options(exporter_named(engine))]
+            told = f"it is for {', '.join(takers)}; leave it out" if takers else nearest(name, known or {"none"})
+            raise InputError(f"export to {exporter.name!r} has no option {name!r}; {told}")
+
+
+def _options(exporter: Exporter) -> set[str]:
+    return set(inspect.signature(exporter.content).parameters) - {"plan", "suffix"}

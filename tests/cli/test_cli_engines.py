@@ -259,7 +259,7 @@ def test_options_a_format_has_no_use_for_are_refused_but_a_models_are_not(tmp_pa
     ended = run(*common, "--top-k", 2)
     assert ended.code == 1
     assert "ExFlow" in ended.err
-    assert "top_k says nothing about it; options of this format: num_experts" in ended.err
+    assert "--top-k says nothing about it; options of this format: num_experts" in ended.err
     config = {"model_type": "mixtral", "num_hidden_layers": 3, "num_local_experts": 8, "num_experts_per_tok": 1}
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 8, "intermediate_size": 8}))
     assert run(*common, "--model", tmp_path / "config.json").code == 0

@@ -117,7 +117,7 @@ def test_seeds_are_checked_in_python_too(inputs: dict[str, str]) -> None:
         ("eplb:hierarchical", "write eplb:OPTION=VALUE,OPTION=VALUE"),
         ("eplb:", "is not OPTION=VALUE"),
         ("eplb,search", "solver 'eplb,search' is unknown"),
-        ("", "solver '' is unknown"),
+        ("", "'' is empty, a value is expected; give one, or leave --solver out"),
     ],
 )
 def test_options_of_every_solver_are_checked(solver: str, message: str, inputs: dict[str, str], tmp_path: Path) -> None:
@@ -357,7 +357,85 @@ def test_what_a_full_disk_does_not_take_is_still_shown(
     assert last.startswith("error: the result was not written, it is only shown: "), done.err
     assert "the disk is full; free some space" in last
     assert str(tmp_path) in last
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "store.db"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "store.db"] == []
+
+
+NOTHING_LEFT = {
+    "trace": ("import", "TRACE", "--no-store", "-o", "DIR/a/b/trace"),
+    "counts": ("import", "COUNTS", "--no-store", "-o", "DIR/new.npz"),
+    "export": ("export", "PLAN", "--for", "sglang", "--no-store", "-o", "DIR/e.json"),
+    "topology": ("topology", "write", "h100-sxm", "-o", "DIR/t.yaml"),
+    "schema": ("schema", "-o", "DIR/a/schemas"),
+    "plot": ("plot", "PLAN", "TRACE", "-o", "DIR/p.svg"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "call"),
+    [
+        *((command, call) for command in NOTHING_LEFT for call in ("fsync", "replace")),
+        *((command, "mkdir") for command in ("trace", "schema")),
+    ],
+)
+def test_a_full_disk_leaves_nothing_half_written(
+    command: str, call: str, inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: object, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path if isinstance(path, str) else None)
+
+    monkeypatch.setattr(os, call, full)
+    said = refused(inputs, tmp_path, *NOTHING_LEFT[command])
+    assert "the disk is full; free some space" in said
+
+
+def test_a_trace_of_several_shards_is_there_whole_or_not_at_all(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, fsync = iter([True, True]), os.fsync
+
+    def filling_up(handle: int) -> None:
+        if next(left, False):
+            return fsync(handle)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moeplace.profiler.trace_files.ROWS_PER_SHARD", 100)
+    monkeypatch.setattr(os, "fsync", filling_up)
+    (tmp_path / "there").mkdir()
+    for folder in ("new/trace", "there"):
+        left = iter([True, True])
+        assert "the disk is full" in refused(inputs, tmp_path, "import", "TRACE", "--no-store", "-o", f"DIR/{folder}")
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert ended(inputs, tmp_path, "import", "TRACE", "--no-store", "-o", "DIR/there").code == 0
+    assert len(list((tmp_path / "there").iterdir())) > 2
+
+
+def test_refusals_of_an_engines_options_name_them_as_they_were_given(inputs: dict[str, str], tmp_path: Path) -> None:
+    for engine, option, value, told in (
+        ("trtllm", "--extra-layers", "0", "--extra-layers: layer 0 is in the plan"),
+        ("trtllm", "--extra-layers", "99999", "--extra-layers: layer (99999) must be at most 65536"),
+        ("sglang", "--extra-layers", "61", "has no option --extra-layers; it is for trtllm; leave it out"),
+        ("trtllm", "--hidden-layers", "61", "has no option --hidden-layers; it is for sglang, sglang-lp, vllm"),
+        ("sglang", "--hidden-layers", "2", "--hidden-layers (2) must exceed the last MoE layer"),
+        ("vllm", "--hidden-layers", "9", "--hidden-layers goes with form 53022"),
+        ("vllm", "--form", "1", "--form '1' is none of"),
+        ("sglang", "--form", "49572", "has no option --form; it is for vllm"),
+        ("sglang-lp", "--part", "all", "--part 'all' is neither"),
+    ):
+        export = ("export", "PLAN", "--for", engine, "--no-store", "-o", "DIR/e.json")
+        assert told in refused(inputs, tmp_path, *export, option, value)
+
+
+def test_refusals_of_sizes_name_the_options_that_gave_them(inputs: dict[str, str], tmp_path: Path) -> None:
+    for option, value, told in (
+        ("--top-k", HUGE, f"--top-k ({HUGE}) must not exceed"),
+        ("--groups", 3, "by --groups (3)"),
+        ("--expert-dtype", "fp7", "--expert-dtype ('fp7') must be one of"),
+        ("--risk", "luck", "--risk ('luck') must be"),
+        ("--tokens-per-gpu", HUGE, "--tokens-per-gpu: "),
+        ("--batch", "decode:0", "--batch: "),
+        ("--devices-per-node", 99, "--devices-per-node (99) must be between 1 and 8"),
+    ):
+        assert told in refused(inputs, tmp_path, *SOLVE, "-s", "eplb", option, value)
 
 
 def test_a_plan_that_a_full_disk_does_not_take_is_in_the_database(

@@ -4,17 +4,12 @@ folder."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-import venv
 import zipfile
-from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
+from clean_environment import CleanEnvironment, build_wheel
 from traces import make_trace
 
 import moeplace as mp
@@ -26,10 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, timeout=280)
-    return next(folder.glob("moeplace-*.whl"))
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_every_package_and_nothing_else_of_the_tree(wheel: Path) -> None:
@@ -57,43 +49,20 @@ def test_the_wheel_holds_every_package_and_nothing_else_of_the_tree(wheel: Path)
     assert stubs <= set(names)
 
 
-def link_required(requirements: Iterable[str], extras: Iterable[str], into: Path) -> None:
-    """Puts what meets these requirements here, and what that requires, into another folder of packages."""
-    for requirement in map(Requirement, requirements):
-        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-            continue
-        found = metadata.distribution(requirement.name)
-        assert requirement.specifier.contains(found.version, prereleases=True), f"{requirement} is not {found.version}"
-        tops = {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
-        new = [top for top in tops if not (into / top).exists()]
-        for top in new:
-            (into / top).symlink_to(found.locate_file(top))
-        if new or requirement.extras:
-            link_required(found.requires or (), requirement.extras, into)
-
-
 def test_the_wheel_runs_the_main_job_with_what_it_requires_and_nothing_else(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
-    (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-index", "--no-deps"]
-    subprocess.run([*pip, str(wheel)], check=True, timeout=250)
-    (installed,) = metadata.distributions(name="moeplace", path=[str(packages)])
-    link_required(installed.requires or (), ["solve"], packages)
-    assert (packages / "scipy").exists()
-    assert not (packages / "torch").exists()
+    environment = CleanEnvironment.made(tmp_path / "env", wheel, ["solve"])
+    assert (environment.packages / "scipy").exists()
+    assert not (environment.packages / "torch").exists()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     mp.write_trace(make_trace(seed=0), elsewhere / "trace")
-    command = tmp_path / "env" / "bin" / "moeplace"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MOEPLACE"))}
-    environment["MOEPLACE_DB"] = f"sqlite:///{elsewhere / 'plans.db'}"
+    variables = environment.variables(tmp_path) | {"MOEPLACE_DB": f"sqlite:///{elsewhere / 'plans.db'}"}
 
     def moeplace(*arguments: str) -> str:
         done = subprocess.run(
-            [command, *arguments],
+            [environment.bin / "moeplace", *arguments],
             cwd=elsewhere,
-            env=environment,
+            env=variables,
             capture_output=True,
             text=True,
             timeout=200,

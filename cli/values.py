@@ -1,0 +1,109 @@
+"""What options are given, looked at before typer reads it: a refusal repeats the value, and says what is expected and
+what to do, whichever release of typer is installed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+import typer
+
+from ..placement.errors import nearest
+
+
+def check_values(command: Any, ctx: Any, words: list[str]) -> None:
+    """Refuses numbers out of range, words that are none of an option's, and empty paths and names.
+
+    Raises:
+        typer.BadParameter: the first that is wrong, in the order of the command line.
+    """
+    given, _, order = command.make_parser(ctx).parse_args(args=list(words))
+    params = command.get_params(ctx)
+    if any(param.is_eager and param.name in given for param in params):
+        return
+    signature = inspect.signature(command.callback).parameters
+    for param in dict.fromkeys([*order, *params]):
+        value = given.get(param.name)
+        if value is None:
+            value = param.value_from_envvar(ctx)
+        if value is None or param.name not in signature:
+            continue
+        if param.param_type_name == "argument" and not ctx.allow_interspersed_args:
+            # A script's name, and what is the script's.
+            continue
+        kind, declared = _declared(signature[param.name].annotation)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            # Flags are True.
+            if isinstance(each, str):
+                reason = _refusal(each, kind, declared, _instead(param))
+                if reason is not None:
+                    raise typer.BadParameter(reason, ctx=ctx, param=param)
+
+
+def _declared(annotation: Any) -> tuple[Any, Any]:
+    """The type of each value (X of `list[X] | None`), and what was declared of it."""
+    kind, declared = get_args(annotation)[:2]
+    while inner := [each for each in get_args(kind) if each is not NoneType]:
+        kind = inner[0]
+    return kind, declared
+
+
+def _instead(param: Any) -> str:
+    """What to do in place of the value given."""
+    if param.param_type_name == "argument" or param.required:
+        return "give one"
+    default = getattr(param.default, "value", param.default)
+    usual = f" for {default:g}" if isinstance(default, float) else f" for {default}"
+    if default is None or isinstance(default, list | tuple) or callable(default):
+        usual = ""
+    return f"give one, or leave {param.opts[0]} out{usual}"
+
+
+def _refusal(text: str, kind: Any, declared: Any, instead: str) -> str | None:
+    """Why the text is no value; None where it is one, as far as its type goes."""
+    if kind is int or kind is float:
+        if _in_range(text, kind, declared.min, declared.max):
+            return None
+        return f"{_shown(text)} is not {_range(kind, declared.min, declared.max)}; {instead}"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        names = [str(each.value) for each in kind]
+        return None if text in names else f"{_shown(text)} is not one of its values; {nearest(text, names)}; {instead}"
+    if not text:
+        return f"'' is empty, {'a path' if kind is Path else 'a value'} is expected; {instead}"
+    return None
+
+
+def in_options(command: Any, ctx: Any, text: str) -> str:
+    """A refusal that names arguments as Python has them, with the options that were given in their place."""
+    for param in command.params:
+        if param.param_type_name == "option" and ctx.params.get(param.name) not in (param.default, None):
+            # Words of the language are arguments only where a value stands behind them.
+            behind = r"\b" if "_" in param.name else r"(?= \(| '| says nothing)"
+            text = re.sub(rf"(?<![\w.'-]){param.name}{behind}", param.opts[0], text)
+            text = text.replace(f"no option '{param.name}'", f"no option {param.opts[0]}")
+    return text
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."
+
+
+def _in_range(text: str, kind: type[int] | type[float], low: float | None, high: float | None) -> bool:
+    try:
+        number = kind(text)
+    except (ValueError, OverflowError):
+        return False
+    return math.isfinite(number) and (low is None or number >= low) and (high is None or number <= high)
+
+
+def _range(kind: type[int] | type[float], low: float | None, high: float | None) -> str:
+    noun = "a whole number" if kind is int else "a number"
+    least, most = ("" if bound is None else f"{bound:,}".removesuffix(".0") for bound in (low, high))
+    if least and most:
+        return f"{noun} from {least} to {most}"
+    return f"{noun} of at least {least}" if least else f"{noun} of at most {most}" if most else noun
