@@ -53,7 +53,7 @@ from moeplace.runtime.moe.dispatcher import AllToAllDispatcher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from train_expert_parallel import index_order
-from train_moe import BUILT_IN, Domain, batches, build_model, load_domains
+from train_moe import BUILT_IN, VOCABULARY, Domain, batches, build_model, load_domains
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, default=16, help="a layer")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=128, help="a multiple of 32")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens of the tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="of runs that do not say theirs")
 
 
@@ -204,7 +205,7 @@ def trained_model(options: argparse.Namespace) -> tuple[Any, list[torch.Tensor]]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    domains, tokenizer = load_domains(options)
+    domains, tokenizer = load_domains(options, options.vocabulary)
     model = spread_model(options, tokenizer, init_device_mesh("cpu", (1,)), None)
     load_checkpoint(options.checkpoint, model)
     sequences = []
@@ -326,7 +327,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         sys.exit(f"--devices {options.devices} is what one process stands for; there are {ranks}")
     columns = ("run", "seed", "dispatch", "step", "training loss", "held-out loss", "seconds a step", *SEEN)
     table = None if dist.get_rank() else report.table("Loss", columns, {"seconds a step": ".3f"})
-    domains, tokenizer = load_domains(options)
+    domains, tokenizer = load_domains(options, options.vocabulary)
     mesh = init_device_mesh("cpu", (ranks,) if options.nodes == 1 else (options.nodes, ranks // options.nodes))
     for _ in range(options.rounds):
         for text in options.runs:

@@ -7,9 +7,10 @@ any weight from the one process's, over the largest distance that a weight has m
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,33 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
-def reference(ranks: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """(before, after) in one process, on the tokens of so many ranks."""
+Prepare = Callable[[nn.Sequential], Any]
+Trained = tuple[nn.Sequential, nn.Sequential]
+"""(before, after) in one process."""
+
+
+def reference(
+    ranks: int = RANKS,
+    make: Callable[[nn.Sequential], torch.optim.Optimizer] | None = None,
+    prepare: Prepare = lambda model: None,
+    loss: Callable[[Any, Tensor], Tensor] | None = None,
+    clip: float | None = 0.1,
+    batches: Callable[[int, int], Tensor] | None = None,
+) -> Trained:
+    """One process on the tokens of so many ranks.
+
+    make: the optimizer. prepare: what is done with the model before. loss: of the model and a rank's batch. clip: the
+    largest norm, None for any. batches: by step and rank.
+    """
     model, before = (nn.Sequential(Whole(0), Whole(1)) for _ in range(2))
-    optimizer = sgd(model.parameters())
+    prepare(model)
+    optimizer = sgd(model.parameters()) if make is None else make(model)
     for step in range(STEPS):
-        for rank in range(ranks):
-            (loss_of(model, batch(step, rank)) / ranks).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        given = [(batches or batch)(step, rank) for rank in range(ranks)]
+        for x in (x for x in given if len(x)):
+            ((loss or loss_of)(model, x) / ranks).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
     return before, model
@@ -110,12 +130,16 @@ def spread_block(mesh: Any, plan: mp.Plan, layer: int, cut: bool = False) -> Blo
 
 @dataclass
 class Run:
-    """A recipe under way. cut: experts over copies. calls: the model as it is called."""
+    """A recipe under way. cut: experts over copies. calls: the model as it is called. loss, clip, batches: as for
+    `reference`."""
 
     rank: int
     mesh: Any
     plan: mp.Plan
     cut: bool = False
+    loss: Callable[[Any, Tensor], Tensor] = loss_of
+    clip: float | None = 0.1
+    batches: Callable[[int, int], Tensor] = batch
 
     def __post_init__(self) -> None:
         self.model = spread(self.mesh, self.plan, self.cut)
@@ -128,11 +152,12 @@ class Run:
         self.calls = DistributedDataParallel(self.model)
         return self
 
-    def step(self, step: int, backward: Callable[[Tensor], None] = torch.Tensor.backward) -> None:
+    def step(self, step: int, backward: Callable[[Tensor], Any] = torch.Tensor.backward) -> None:
         if self.optimizer is None:
             self.optimizer = sgd(self.model.parameters())
-        backward(loss_of(self.calls, batch(step, self.rank)))
-        mp.clip_grad_norm_(self.model, 0.1)
+        backward(self.loss(self.calls, self.batches(step, self.rank)))
+        if self.clip is not None:
+            mp.clip_grad_norm_(self.model, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -141,13 +166,13 @@ class Run:
             self.step(step)
         return self
 
-    def error(self) -> float:
-        return error_of(self.model)
+    def error(self, trained: Trained | None = None) -> float:
+        return error_of(self.model, trained or reference())
 
 
-def error_of(blocks: Sequence[Block] | nn.Sequential, ranks: int = RANKS) -> float:
-    """Of blocks whose tokens were those of so many ranks."""
-    before, after = reference(ranks)
+def error_of(blocks: Any, trained: Trained) -> float:
+    """Of blocks, against those of one process."""
+    before, after = trained
     worst = moved = 0.0
     for block in blocks:
         layer = block.experts
@@ -278,13 +303,48 @@ def _(rank: int, folder: Path) -> float:
     return run.steps().error()
 
 
+def as_torchrun(rank: int) -> None:
+    """What accelerate reads."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "true"}
+
+
+def accelerated(rank: int, clips: bool) -> float:
+    from accelerate import Accelerator
+
+    as_torchrun(rank)
+    accelerator, run = Accelerator(cpu=True, gradient_accumulation_steps=2), run_of(rank)
+    mp.exclude_from_ddp(run.model)
+    run.calls, run.optimizer = accelerator.prepare(run.model, sgd(run.model.parameters()))
+    for step in range(STEPS):
+        for half in torch.split(batch(step, rank), TOKENS // 2):
+            with accelerator.accumulate(run.calls):
+                accelerator.backward(loss_of(run.calls, half))
+                if accelerator.sync_gradients and clips:
+                    accelerator.clip_grad_norm_(run.model.parameters(), 0.1)
+                elif accelerator.sync_gradients:
+                    mp.clip_grad_norm_(run.model, 0.1)
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+    return run.error()
+
+
+@recipe("accelerate with DistributedDataParallel, accumulate")
+def _(rank: int, folder: Path) -> float:
+    return accelerated(rank, clips=False)
+
+
+@recipe("accelerate's own clip_grad_norm_")
+def _(rank: int, folder: Path) -> float:
+    return accelerated(rank, clips=True)
+
+
 @recipe("accelerate with FSDP 2")
 def _(rank: int, folder: Path) -> float:
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "true"}
+    as_torchrun(rank)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     # Accelerate takes its plugin on GPUs alone; what it then does with the model is the same on CPUs.
@@ -338,7 +398,7 @@ def _(rank: int, folder: Path) -> float:
         mp.clip_grad_norm_(block, 0.1)
         optimizer.step()
         optimizer.zero_grad()
-    return error_of([block], ranks=2)
+    return error_of([block], reference(ranks=2))
 
 
 @recipe("torch.compile around the model")
@@ -408,7 +468,7 @@ def _(rank: int, folder: Path) -> float:
         average.update_parameters(run.model)
     mp.apply(run.model, plan_of(RANKS, 1), run.optimizer)  # of the model alone: the average stays where it is
     assert torch.allclose(average(batch(9, rank)), run.model(batch(9, rank)), atol=1e-5)
-    return error_of(average.module)
+    return error_of(average.module, reference())
 
 
 @recipe("change of plan between steps")
@@ -428,6 +488,558 @@ def _(rank: int, folder: Path) -> float:
     later.optimizer = sgd(later.model.parameters())
     mp.load_checkpoint(folder / "saved", later.model, later.optimizer)
     return later.steps(1).error()
+
+
+# Ways of stepping.
+
+
+@recipe("micro-batches, summed one by one")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+
+    def halves(model: Any, x: Tensor) -> Tensor:
+        (loss_of(model, x[: TOKENS // 2]) / 2).backward()
+        return loss_of(model, x[TOKENS // 2 :]) / 2
+
+    run.loss = halves
+    return run.steps().error()
+
+
+@recipe("optimizer.step(closure)")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.optimizer = sgd(run.model.parameters())
+    for step in range(STEPS):
+
+        def closure(step: int = step) -> Tensor:
+            run.optimizer.zero_grad()
+            loss = loss_of(run.calls, batch(step, rank))
+            loss.backward()
+            mp.clip_grad_norm_(run.model, 0.1)
+            return loss
+
+        run.optimizer.step(closure)
+    return run.error()
+
+
+@recipe("optimizers of experts stepping in backward, by hooks")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.clip, run.optimizer = None, sgd([block.gate.weight for block in run.model])
+    for value in mp.expert_parameters(run.model):
+        alone = sgd([value])
+
+        def take(value: Tensor, alone: torch.optim.Optimizer = alone) -> None:
+            alone.step()
+            alone.zero_grad()
+
+        value.register_post_accumulate_grad_hook(take)
+    return run.steps().error(reference(clip=None))
+
+
+@recipe("hooks that change gradients of weights")
+def _(rank: int, folder: Path) -> float:
+    def bounded(model: nn.Sequential) -> None:
+        for block in model:
+            for value in block.experts.parameters():
+                value.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+
+    run = run_of(rank).ddp()
+    bounded(run.model)
+    # One backward in one process too: the hook sees the gradient of all tokens.
+    together = reference(1, prepare=bounded, batches=lambda step, _: torch.cat([batch(step, r) for r in range(RANKS)]))
+    return run.steps().error(together)
+
+
+@recipe("hooks on the experts' backward")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    for block in run.model:
+        block.experts.register_full_backward_hook(lambda module, into, out: None)
+    return run.steps().error()
+
+
+@recipe("backward twice, with retain_graph")
+def _(rank: int, folder: Path) -> float:
+    def twice(loss: Tensor) -> None:
+        (loss / 2).backward(retain_graph=True)
+        (loss / 2).backward()
+
+    run = run_of(rank)
+    for step in range(STEPS):
+        run.step(step, lambda loss: (twice(loss), [averaged(block.gate.weight.grad) for block in run.model]))
+    return run.error()
+
+
+@recipe("torch.autograd.grad in place of backward")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+
+    def into(loss: Tensor) -> None:
+        values = list(run.model.parameters())
+        for value, grad in zip(values, torch.autograd.grad(loss, values), strict=True):
+            value.grad = grad
+        for block in run.model:
+            averaged(block.gate.weight.grad)
+
+    for step in range(STEPS):
+        run.step(step, into)
+    return run.error()
+
+
+@recipe("backward under set_detect_anomaly")
+def _(rank: int, folder: Path) -> float:
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        return run_of(rank).ddp().steps().error()
+
+
+@recipe("activations kept on the CPU, save_on_cpu")
+def _(rank: int, folder: Path) -> float:
+    with torch.autograd.graph.save_on_cpu():
+        return run_of(rank).ddp().steps().error()
+
+
+@recipe("gradient of a gradient (penalty)")
+def _(rank: int, folder: Path) -> float:
+    def penalty(model: Any, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss_of(model, x), x, create_graph=True)
+        return loss_of(model, x) + slope.square().sum()
+
+    run = run_of(rank)
+    run.loss = penalty
+    for step in range(STEPS):
+        run.step(step, lambda loss: (loss.backward(), [averaged(block.gate.weight.grad) for block in run.model]))
+    return run.error(reference(loss=penalty))
+
+
+@recipe("torch.func.functional_call")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+
+    def call(model: Any, x: Tensor) -> Tensor:
+        values = dict(run.model.named_parameters())
+        return loss_of(lambda x: torch.func.functional_call(run.model, values, (x,)), x)
+
+    run.loss = call
+    for step in range(STEPS):
+        run.step(step, lambda loss: (loss.backward(), [averaged(block.gate.weight.grad) for block in run.model]))
+    return run.error()
+
+
+@recipe("torch.func.grad")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+
+    def call(values: Any, x: Tensor) -> Tensor:
+        return loss_of(lambda x: torch.func.functional_call(run.model, values, (x,)), x)
+
+    def into(loss: Tensor) -> None:
+        grads = torch.func.grad(call)(dict(run.model.named_parameters()), batch(run.taken, rank))  # type: ignore[attr-defined]
+        for name, value in run.model.named_parameters():
+            value.grad = grads[name]
+
+    for step in range(STEPS):
+        run.taken = step  # type: ignore[attr-defined]
+        run.step(step, into)
+    return run.error()
+
+
+# Tokens.
+
+
+def some(step: int, rank: int) -> Tensor:
+    return batch(step, rank)[: (8, 0, 3, 1)[rank]]
+
+
+def of_all(model: Any, x: Tensor) -> Tensor:
+    return (model(x) - x.roll(1, dims=1)).square().sum() / TOKENS
+
+
+@recipe("ranks with different numbers of tokens, one with none")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.loss, run.batches = of_all, some
+    return run.steps().error(reference(loss=of_all, batches=some))
+
+
+@recipe("tokens that are not contiguous")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.batches = lambda step, rank: batch(step, rank).repeat(1, 2).t().contiguous()[: SPEC.hidden_size].t()
+    assert not run.batches(0, 0).is_contiguous()
+    return run.steps().error()
+
+
+@recipe("evaluation mode, no_grad and inference_mode")
+def _(rank: int, folder: Path) -> float:
+    run, whole = run_of(rank).ddp().steps(), reference()[1]
+    x, worst = batch(9, rank), 0.0
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            worst = max(worst, apart(run.calls.eval()(x), whole(x)))
+    return worst
+
+
+# What is trained.
+
+
+def frozen(choose: Callable[[str], bool]) -> Recipe:
+    def freeze(model: nn.Sequential) -> None:
+        for name, value in model.named_parameters():
+            value.requires_grad_(not choose(name))
+
+    def train(rank: int, folder: Path) -> float:
+        run = run_of(rank)
+        freeze(run.model)
+        run.ddp() if any(value.requires_grad for block in run.model for value in block.gate.parameters()) else None
+        run.optimizer = sgd([value for value in run.model.parameters() if value.requires_grad])
+
+        def make(model: nn.Sequential) -> torch.optim.Optimizer:
+            return sgd([value for value in model.parameters() if value.requires_grad])
+
+        return run.steps().error(reference(prepare=freeze, make=make))
+
+    return train
+
+
+RECIPES |= {
+    "frozen experts": (frozen(lambda name: "experts" in name), torch.float32),
+    "frozen routers": (frozen(lambda name: "gate.weight" in name), torch.float32),
+    "frozen: one of the experts' matrices": (frozen(lambda name: name.endswith("down_proj")), torch.float32),
+}
+
+
+@recipe("copy.deepcopy of the model, trained in its place")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    run.model = copy.deepcopy(run.model)
+    return run.ddp().steps().error()
+
+
+@recipe("model.to(float64)")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    run.model.to(torch.float64)
+    run.batches = lambda step, rank: batch(step, rank).double()
+    return run.ddp().steps().error()
+
+
+@recipe("one block used twice (tied weights)")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    calls = run.calls
+    run.calls = lambda x: calls(calls(x))
+    return run.steps().error(reference(loss=lambda model, x: loss_of(lambda x: model(model(x)), x)))
+
+
+@recipe("weights reparametrised (torch.nn.utils.parametrizations)")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    nn.utils.parametrizations.weight_norm(run.model[0].experts, "down_proj")
+    return run.ddp().steps().error()
+
+
+@recipe("weights pruned (torch.nn.utils.prune)")
+def _(rank: int, folder: Path) -> float:
+    from torch.nn.utils import prune
+
+    run = run_of(rank)
+    prune.random_unstructured(run.model[0].experts, "down_proj", 0.5)
+    return run.ddp().steps().error()
+
+
+# Optimizers that treat each element for itself, against the same in one process. eps keeps steps from turning with the
+# sign of rounding.
+
+ELEMENTWISE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW, amsgrad, foreach": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-3, amsgrad=True, foreach=True),
+    "Adam, fused": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3, fused=True),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01, eps=1e-3),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01, eps=1e-3),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01, eps=1e-3),
+    "RMSprop, centered": lambda p: torch.optim.RMSprop(p, lr=0.01, eps=1e-3, centered=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, eps=1e-3),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, eps=1e-3),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.05),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "SGD, nesterov, weight decay": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+}
+
+
+def beside_one_process(make: Callable[[Any], torch.optim.Optimizer]) -> Recipe:
+    def train(rank: int, folder: Path) -> float:
+        run = run_of(rank).ddp()
+        run.optimizer = make(run.model.parameters())
+        return run.steps().error(reference(make=lambda model: make(model.parameters())))
+
+    return train
+
+
+RECIPES |= {name: (beside_one_process(make), torch.float32) for name, make in ELEMENTWISE.items()}
+
+
+def by_groups(model: Any) -> torch.optim.Optimizer:
+    experts = [value for block in model for value in block.experts.parameters()]
+    return torch.optim.SGD(
+        [{"params": experts, "lr": 0.02, "weight_decay": 0.1}, {"params": [block.gate.weight for block in model]}],
+        lr=0.05, momentum=0.9,
+    )  # fmt: skip
+
+
+@recipe("groups of parameters with rates of their own")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.optimizer = by_groups(run.model)
+    return run.steps().error(reference(make=by_groups))
+
+
+@recipe("an optimizer made before the plan is applied, not told of it")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.step(0)
+    mp.apply(run.model, plan_of(RANKS, 1))
+    return run.steps(1).error()
+
+
+@recipe("PostLocalSGDOptimizer")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    run = run_of(rank).ddp()
+    averager = PeriodicModelAverager(period=1, warmup_steps=0)
+    run.optimizer = PostLocalSGDOptimizer(sgd(run.model.parameters()), averager)
+    return run.steps().error()
+
+
+@recipe("torch.nn.utils.clip_grad_norm_")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.clip = None
+    for step in range(STEPS):
+        run.step(step, lambda loss: (loss.backward(), nn.utils.clip_grad_norm_(run.model.parameters(), 0.1)))
+    return run.error()
+
+
+# DistributedDataParallel's own settings.
+
+
+def ddp_with(**settings: Any) -> Recipe:
+    def train(rank: int, folder: Path) -> float:
+        run = run_of(rank)
+        mp.exclude_from_ddp(run.model)
+        run.calls = DistributedDataParallel(run.model, **settings)
+        return run.steps().error()
+
+    return train
+
+
+RECIPES |= {
+    "DistributedDataParallel, static_graph": (ddp_with(static_graph=True), torch.float32),
+    "DistributedDataParallel, find_unused_parameters": (ddp_with(find_unused_parameters=True), torch.float32),
+}
+
+
+@recipe("DistributedDataParallel.join for uneven inputs")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.optimizer = sgd(run.model.parameters())
+    with run.calls.join():
+        for step in range(STEPS - (rank == 1)):
+            loss_of(run.calls, batch(step, rank)).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    return run.error()
+
+
+# States in memory and files.
+
+
+@recipe("state_dict and load_state_dict, strict")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.step(0)
+    later = run_of(rank).ddp()
+    later.optimizer = sgd(later.model.parameters())
+    later.model.load_state_dict(run.model.state_dict(), strict=True)
+    later.optimizer.load_state_dict(run.optimizer.state_dict())
+    return later.steps(1).error()
+
+
+@recipe("load_state_dict of a state from under another plan")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.step(0)
+    kept = {name: value.clone() for name, value in run.model.state_dict().items()}
+    mp.apply(run.model, plan_of(RANKS, 1), run.optimizer)
+    run.model.load_state_dict(kept)
+    return run.steps(1).error()
+
+
+@recipe("an optimizer's state_dict from under another plan")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.step(0)
+    kept = copy.deepcopy(run.optimizer.state_dict())
+    mp.apply(run.model, plan_of(RANKS, 1), run.optimizer)
+    run.optimizer.load_state_dict(kept)
+    return run.steps(1).error()
+
+
+@recipe("torch.save of the model")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp().steps()
+    torch.save(run.model, folder / f"{rank}.pt")
+    return run.error()
+
+
+@recipe("torch.save of the optimizer's state_dict")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.step(0)
+    torch.save(run.optimizer.state_dict(), folder / f"{rank}.pt")
+    run.optimizer.load_state_dict(torch.load(folder / f"{rank}.pt"))
+    return run.steps(1).error()
+
+
+@recipe("exponential averages of weights")
+def _(rank: int, folder: Path) -> float:
+    from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+    def averaging(model: nn.Sequential) -> AveragedModel:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+
+    run, kept = run_of(rank).ddp(), []
+    average = averaging(run.model)
+    for step in range(STEPS):
+        run.step(step)
+        average.update_parameters(run.model)
+
+    def watched(model: nn.Sequential) -> torch.optim.Optimizer:
+        kept.append(averaging(model))
+        optimizer = sgd(model.parameters())
+        optimizer.register_step_post_hook(lambda *_: kept[0].update_parameters(model))
+        return optimizer
+
+    before, _ = reference(make=watched)
+    return error_of(average.module, (before, kept[0].module))
+
+
+def averaged_over_a_change(rank: int, moved: bool) -> float:
+    run, kept = run_of(rank).ddp(), []
+    average = AveragedModel(run.model)
+    for step in range(STEPS):
+        if step == 1:
+            mp.apply(run.model, plan_of(RANKS, 1), run.optimizer)
+            if moved:
+                mp.apply(average, plan_of(RANKS, 1))
+        run.step(step)
+        average.update_parameters(run.model)
+
+    def watched(model: nn.Sequential) -> torch.optim.Optimizer:
+        kept.append(AveragedModel(model))
+        optimizer = sgd(model.parameters())
+        optimizer.register_step_post_hook(lambda *_: kept[0].update_parameters(model))
+        return optimizer
+
+    before, _ = reference(make=watched)
+    return error_of(average.module, (before, kept[0].module))
+
+
+@recipe("averages of weights, moved with a change of plan")
+def _(rank: int, folder: Path) -> float:
+    return averaged_over_a_change(rank, moved=True)
+
+
+@recipe("averages of weights, left where they were at a change of plan")
+def _(rank: int, folder: Path) -> float:
+    return averaged_over_a_change(rank, moved=False)
+
+
+@recipe("averages of state_dicts over a change of plan")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.step(0)
+    average = {name: value.clone() for name, value in run.model.state_dict().items()}
+    mp.apply(run.model, plan_of(RANKS, 1), run.optimizer)
+    run.steps(1)
+    for name, value in run.model.state_dict().items():
+        average[name].mul_(0.5).add_(0.5 * value)
+    run.model.load_state_dict(average)
+    return run.error()
+
+
+# Models of Transformers.
+
+
+def language_model() -> Any:
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_experts=8,
+        num_experts_per_tok=2, use_cache=False, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return OlmoeForCausalLM(config)
+
+
+def words(step: int, rank: int) -> Tensor:
+    return torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def parallelized(model: Any) -> Any:
+    spec = mp.ModelSpec.from_config(model.config)
+    topology = mp.Topology.preset("h100-sxm", devices_per_node=RANKS)
+    table = np.stack([np.random.default_rng(layer).permutation(8) for layer in range(2)])
+    return mp.parallelize(model, mp.Plan(spec, topology, table, np.arange(8) // 2), flat())
+
+
+def trained_adapters(model: Any, calls: Any, ranks: list[int]) -> dict[str, Tensor]:
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=1.0)
+    for step in range(STEPS):
+        for rank in ranks:
+            tokens = words(step, rank)
+            (calls(input_ids=tokens, labels=tokens).loss / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def with_adapters(rank: int, **settings: Any) -> float:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(1)
+        return get_peft_model(model, LoraConfig(r=4, init_lora_weights="gaussian", **settings))
+
+    model = adapted(parallelized(language_model()))
+    mp.exclude_from_ddp(model)
+    found = trained_adapters(model, DistributedDataParallel(model), [rank])
+    whole = adapted(language_model())
+    before = {name: value.detach().clone() for name, value in whole.named_parameters()}
+    goal = trained_adapters(whole, whole, list(range(RANKS)))
+    return max(apart(found[name], goal[name]) for name in goal) / max(apart(before[name], goal[name]) for name in goal)
+
+
+@recipe("LoRA (peft) on attention, experts frozen")
+def _(rank: int, folder: Path) -> float:
+    return with_adapters(rank, target_modules=["q_proj", "v_proj"])
+
+
+@recipe("LoRA (peft) on experts")
+def _(rank: int, folder: Path) -> float:
+    return with_adapters(rank, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+
+
+@recipe("an optimizer made before parallelize")
+def _(rank: int, folder: Path) -> float:
+    model = language_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    parallelized(model)
+    model(input_ids=words(0, rank), labels=words(0, rank)).loss.backward()
+    optimizer.step()
+    return float("inf")
 
 
 @recipe("a mesh of some ranks, on its own")

@@ -96,15 +96,15 @@ def source_part(path: Path, docstrings: bool) -> str:
     return "\n\n".join(texts) if docstrings else "\n".join(line for line in lines if line.strip())
 
 
-def train_tokenizer(texts: dict[str, str], cache: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of VOCABULARY tokens, kept in `cache` under the fingerprint of the text it was trained on."""
+def train_tokenizer(texts: dict[str, str], cache: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, kept in `cache` under its size and the fingerprint of the text it was trained on."""
     fingerprint = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache / f"tokenizer-{fingerprint}.json"
+    path = cache / f"tokenizer-{vocabulary}-{fingerprint}.json"
     if not path.is_file():
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<|endoftext|>"], show_progress=False)
         trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
         tokenizer.train_from_iterator(texts.values(), trainer)
         unfinished = path.with_suffix(".tmp")
@@ -113,7 +113,9 @@ def train_tokenizer(texts: dict[str, str], cache: Path) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|endoftext|>")  # type: ignore[no-untyped-call]
 
 
-def load_domains(args: argparse.Namespace) -> tuple[list[Domain], PreTrainedTokenizerFast]:
+def load_domains(
+    args: argparse.Namespace, vocabulary: int = VOCABULARY
+) -> tuple[list[Domain], PreTrainedTokenizerFast]:
     """Every domain as token ids, with the tokenizer of the checkpoint or one trained on the training part."""
     texts = dict(read_text(source) for source in args.text)
     if len(texts) < len(args.text):
@@ -122,7 +124,7 @@ def load_domains(args: argparse.Namespace) -> tuple[list[Domain], PreTrainedToke
     if args.load is not None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.load)
     else:
-        tokenizer = train_tokenizer({name: text[: cuts[name]] for name, text in texts.items()}, args.out)
+        tokenizer = train_tokenizer({name: text[: cuts[name]] for name, text in texts.items()}, args.out, vocabulary)
 
     def ids(text: str) -> torch.Tensor:
         return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)

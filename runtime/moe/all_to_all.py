@@ -6,13 +6,16 @@ bits. C rows sent, R rows received, D hidden size, K experts a token, W columns 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
+from ...placement.errors import UnsupportedError
 from .compression import RowFormat, bytes_as
 from .coordination import naming_unresponsive_ranks
 
@@ -92,6 +95,21 @@ class AsyncAllToAll:
         return buffer
 
 
+def first_order(backward: Callable[..., Any]) -> Any:
+    """A backward that refuses to be differentiated itself, before anything wrong comes of it."""
+    once: Any = once_differentiable(backward)
+
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "gradients of gradients (create_graph=True: gradient penalties, Hessians) do not go through messages "
+                "between ranks; leave out create_graph, or take the penalty on parts of the model without experts"
+            )
+        return once(ctx, *grads)
+
+    return checked
+
+
 class _Start(Function):
     @staticmethod
     def forward(
@@ -102,6 +120,7 @@ class _Start(Function):
         return row_CD.new_zeros(())
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, started: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
         row_CD, weight_CK, _ = _unpack(ctx.exchange._land(), ctx.form)
         return None, row_CD, weight_CK if weight_CK.shape[1] else None, None
@@ -115,6 +134,7 @@ class _Wait(Function):
         return row_RD, weight_RK
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, row_RD: Tensor, weight_RK: Tensor) -> tuple[None, Tensor, None]:
         weights = weight_RK if weight_RK.shape[1] else None
         message = _pack(row_RD, weights, None, ctx.exchange.gradients)

@@ -182,6 +182,9 @@ class LSHCompression:
         "scaled", y = E(c) + s (x - c), s by least squares over the batch's centroids.
     error_bound: members of a cluster with a larger relative error, |x - c| over |x| by the root of mean squares weighed
         as the mean is, by squared gate weights, travel alone, as in plain dispatch; that adds to `rate`.
+    error_target: the rate of each layer then follows the error of all its pairs in scope, those alone having none: from
+        optimizer step to optimizer step it rises while |x - c| over |x| is above this and falls while it is below,
+        between `rate`, where it begins, and 1. Where a run goes on from a checkpoint, it begins anew.
     scope: which tokens are compressed: "all", with expert work shrinking too; "off_device", only those that leave
         their rank; "off_node", only those that leave their node.
     warm_up: optimizer steps without compression at first. rotation_steps: optimizer steps that a random rotation is
@@ -199,6 +202,7 @@ class LSHCompression:
     lloyd_steps: int = 2
     residual: Residual = "scaled"
     error_bound: float | None = None
+    error_target: float | None = None
     scope: Scope = "all"
     warm_up: int = 0
     rotation_steps: int | None = None
@@ -216,6 +220,8 @@ class LSHCompression:
             raise InputError(f"rotation_steps ({self.rotation_steps}) must be at least 1, or None to keep the rotation")
         if self.error_bound is not None and not self.error_bound >= 0.0:
             raise InputError(f"error_bound ({self.error_bound}) must be at least 0, or None for no bound")
+        if self.error_target is not None and not 0.0 < self.error_target < 1.0:
+            raise InputError(f"error_target ({self.error_target}) must be between 0 and 1, or None for a fixed rate")
         for name, choices in (("residual", Residual), ("scope", Scope)):
             if getattr(self, name) not in get_args(choices):
                 raise InputError(

@@ -134,7 +134,8 @@ def _expert_norms(layers: list[PlacedExperts], power: float) -> Iterator[Tensor]
         part_S = torch.from_numpy(module.placement.replicas[module.row_expert] ** (-1.0 / power)).to(module.mesh.device)
         for value in module.parameters(recurse=False):
             if value.grad is not None and len(value):
-                row_S = torch.linalg.vector_norm(value.grad.flatten(1), power, dim=1, dtype=torch.float32)
+                dtype = torch.promote_types(value.grad.dtype, torch.float32)
+                row_S = torch.linalg.vector_norm(value.grad.flatten(1), power, dim=1, dtype=dtype)
                 yield torch.linalg.vector_norm(row_S.double() * part_S, power)
 
 

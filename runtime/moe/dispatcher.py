@@ -23,9 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from .all_to_all import AsyncAllToAll
+from .all_to_all import AsyncAllToAll, first_order
 from .compression import QuantizedRows, TrafficStatistics
 from .coordination import naming_unresponsive_ranks
 from .layer_placement import LayerPlacement, in_queues
@@ -133,7 +132,7 @@ class WeightedSum(Function):
         return weighted_ND.new_zeros(rows, y_ND.shape[1]).index_add_(0, token_N, weighted_ND)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, total_RD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_ND, weight_N, token_N = ctx.saved_tensors
         grad_ND = total_RD.index_select(0, token_N)
@@ -151,7 +150,7 @@ class RowSum(Function):
         return y_TD.index_add_(0, row_C, y_CD.float()).to(y_CD.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, y_TD: Tensor) -> tuple[Tensor, None, None]:
         (row_C,) = ctx.saved_tensors
         return y_TD.index_select(0, row_C), None, None

@@ -75,7 +75,7 @@ class JoinedWeights:
 
     def __init__(self, shards: ExpertShards, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._shards, self._dtype = shards, dtype
-        self._parts = {name: part.detach() for name, part in parts.items()}
+        self._parts = {name: part.detach().as_subclass(Tensor) for name, part in parts.items()}
         self._again: dict[str, Tensor] = {}
         self._name_at: dict[int, str] = {}
 

@@ -10,6 +10,8 @@ replicas, n parameters of one expert.
 from __future__ import annotations
 
 import copy
+import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
@@ -34,7 +36,7 @@ from .expert_mlps import ExpertMLP, SwiGLU
 from .expert_shards import ExpertShards, JoinedWeights
 from .layer_placement import BalancedReplicas, LayerPlacement, in_queues
 from .lsh import CompressedDispatcher
-from .managers import ExpertParameter, ExpertRows, OptimizerSteps
+from .managers import ExpertParameter, ExpertRows, OptimizerSteps, RowsOf, check_join, refuse_parametrisation
 from .mesh import ExpertMesh
 from .online import OnlineCopies, check_homes
 
@@ -248,6 +250,9 @@ class PlacedExperts(nn.Module):
     def put_in_force(self, plan: Plan, placement: LayerPlacement) -> None:
         """Routes by `placement` from now on. `row_expert` and the parameters' rows must already be its own."""
         self.plan, self.placement = plan, placement
+        where = np.stack([placement.expert, placement.device]).astype(np.int64)
+        experts = tuple(self.row_expert.tolist())
+        self.rows = RowsOf(self.layer, hashlib.sha256(where.tobytes()).hexdigest()[:16], experts)
         self._mark()
         self.row_of_slot = rows_of_slots(placement, self.mesh.rank, self.row_expert)
         self.replica_choice = (
@@ -289,22 +294,28 @@ class PlacedExperts(nn.Module):
         for value in self.parameters(recurse=False):
             if isinstance(value, ExpertParameter):
                 value.once, value.in_order, value.cut = once, self._in_order, self.shards is not None
+                value.rows = self.rows
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars and not self._in_order:
             for name in self._parameters:
-                destination[prefix + name] = ExpertRows.of(destination[prefix + name])
+                destination[prefix + name] = ExpertRows.of(destination[prefix + name], self.rows)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
+        for name in self._parameters:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, ExpertRows):
+                # The dictionary is a copy of what was given.
+                state_dict[prefix + name] = value.in_order_of(self.rows)
         if local_metadata.get("assign_to_params_buffers"):
-            # Torch makes plain parameters of them; the dictionary is a copy of what was given.
+            # Torch makes plain parameters of them.
             for name in self._parameters:
                 value = state_dict.get(prefix + name)
-                if value is not None and type(value) in (Tensor, ExpertRows):
-                    state_dict[prefix + name] = ExpertParameter(value.as_subclass(Tensor))
+                if type(value) is Tensor:
+                    state_dict[prefix + name] = ExpertParameter(value)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         self._mark()
 
@@ -317,6 +328,8 @@ class PlacedExperts(nn.Module):
     def __delattr__(self, name: str) -> None:
         # FullyShardedDataParallel deletes parameters, then puts views of its own in their place.
         if name in self._parameters:
+            if sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.parametrize":
+                refuse_parametrisation()
             raise self._managed(name, "FullyShardedDataParallel or another wrapper that deletes parameters")
         super().__delattr__(name)
 
@@ -406,7 +419,19 @@ class PlacedExperts(nn.Module):
             )
 
     def _check_managers(self) -> None:
-        """Raises UnsupportedError if something treats these parameters as the same on every rank."""
+        """Raises UnsupportedError if something treats these parameters as the same on every rank, or replaced them."""
+        if self._parameters.keys() != self.shapes.keys():
+            raise UnsupportedError(
+                f"layer {self.layer}: its parameters are {sorted(self._parameters)}, expected {sorted(self.shapes)}: "
+                "pruning, weight_norm and the like put their own in an expert's place, which is unknown here; leave "
+                "the experts out"
+            )
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedError(
+                f"layer {self.layer}: torch.func's transforms (grad, vmap, jvp) do not go through messages between "
+                "ranks; use backward() or torch.autograd.grad"
+            )
+        check_join()
         for name, value in self.named_parameters(recurse=False):
             if isinstance(value, DTensor):
                 raise self._managed(name, "a tensor-parallel plan")
@@ -455,7 +480,8 @@ class PlacedExperts(nn.Module):
     def joined(self, value: Tensor) -> Tensor:
         """Whole rows of experts from rows [S, ...] of this rank; where `shard_experts` cuts them, every rank that has a
         part of them calls it with its part."""
-        return value.detach() if self.shards is None else self.shards.join(value.detach())
+        rows = value.detach().as_subclass(Tensor)
+        return rows if self.shards is None else self.shards.join(rows)
 
     @torch.no_grad()
     def fill(self, name: str, row: int, expert: Tensor) -> None:

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from .all_to_all import first_order
 
 WIDEST = 2048
 """Columns that one program adds up at a time."""
@@ -82,7 +83,7 @@ class GatherSum(Function):
         return out_RD
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, out_RD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         place_N, *saved = ctx.saved_tensors
         if not saved:

@@ -165,6 +165,19 @@ def _nearest_means(id_N: Tensor, rows: int, p_NX: Tensor, slot_N: Tensor, weight
     # Places without pairs are of no slot, nor are pairs out of scope: they stay where they are.
     slot_R = torch.where(begin_R[1:] > begin_R[:-1], slot_N[by_id_N[begin_R[:-1].clamp(max=len(id_N) - 1)]], -1)
     square_R = mean_RX.square().sum(dim=1)
+    if not p_NX.is_cuda:
+        # Nothing waits there for the numbers of pairs: only a slot's own means are compared.
+        square_R = torch.where(slot_R < 0, torch.inf, square_R)
+        ids, begin = id_N.clone(), 0
+        for count in torch.bincount(slot_N, minlength=slots + 1)[:slots].tolist():
+            if count:
+                place = slice(begin, begin + count)
+                low, high = (int(edge) for edge in id_N[place].aminmax())
+                own = slice(low, high + 1)
+                distance_nR = torch.addmm(square_R[own], p_NX[place], mean_RX[own].T, alpha=-2.0)
+                ids[place] = distance_nR.argmin(dim=1) + low
+            begin += count
+        return ids
     nearest, part = [], max(1, MOST_DISTANCES // rows)
     for p_nX, slot_n in zip(torch.split(p_NX, part), torch.split(slot_N, part), strict=True):
         distance_nR = torch.addmm(square_R, p_nX, mean_RX.T, alpha=-2.0)
@@ -257,6 +270,10 @@ class Members:
         return sums[: self._most]
 
 
+RATE_STEP = 0.95, 1.05
+"""The most that a rate which follows its error changes in an optimizer step: a batch's error is but a sample."""
+
+
 class CompressedDispatcher:
     """plain: carries rows with several slots each, -1 for none. layer: gives each layer its own rotations.
     steps: optimizer steps done, None where nothing is to be compressed.
@@ -280,7 +297,10 @@ class CompressedDispatcher:
         self._plain, self._mesh, self.settings, self._layer, self._steps = plain, mesh, settings, layer, steps
         self._rotation: tuple[int, Tensor] | None = None
         self._latest: tuple[Tensor, Tensor, int, int] | None = None
-        """Counts, errors, and bytes of a row there and back, plain and as sent."""
+        """Counts, errors, and bytes of a row there and back, plain and as sent. Errors: |x - c|^2 and |x|^2 of pairs in
+        clusters, the residual's scale, |x|^2 of all pairs in scope."""
+        self._following: tuple[int, Tensor] | None = None
+        """With error_target: the rate in force, and since how many optimizer steps."""
         self.counts = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -295,7 +315,7 @@ class CompressedDispatcher:
             return None
         count, error, plain_bytes, sent_bytes = self._latest
         plain, sent, pairs, clusters, clustered, refused, digits = count.tolist()
-        square, whole, scale = error.tolist()
+        square, whole, scale, _ = error.tolist()
         return CompressionStatistics(
             plain,
             sent,
@@ -338,7 +358,8 @@ class CompressedDispatcher:
         """See `Dispatcher.dispatch`; plain where nothing is to be compressed."""
         steps = self._steps()
         settings = self.settings
-        if steps is None or steps < settings.warm_up or settings.rate == 1.0 or slot_TK.numel() < 2:
+        rate = None if steps is None or steps < settings.warm_up else self._rate_at(steps, x_TD.device)
+        if steps is None or rate is None or settings.rate == 1.0 or slot_TK.numel() < 2:
             self._latest = None
             self.counts = self._counted(slot_TK)
             return self._plain.dispatch(x_TD, slot_TK, weight_TK)
@@ -349,9 +370,10 @@ class CompressedDispatcher:
             scope_TK = self._scope_P[slot_TK] & square_T.isfinite()[:, None] & weight_TK.isfinite()
             mean_weight_TK = weight_TK.detach().square().nan_to_num(1.0).clamp(*MEAN_WEIGHTS)
             unit_TK = self._unit_P[slot_TK]
-            target = (settings.rate * _distinct(unit_TK, scope_TK).double()).long()
+            target = (rate * _distinct(unit_TK, scope_TK).double()).long()
             projected_TX = x_TD_float @ self._rotations(x_TD.shape[1], steps, x_TD.device)
-            largest = int(settings.rate * len(x_TD) * min(slot_TK.shape[1], self._units))
+            largest_rate = settings.rate if settings.error_target is None else 1.0
+            largest = int(largest_rate * len(x_TD) * min(slot_TK.shape[1], self._units))
             clusters = cluster(
                 projected_TX,
                 slot_TK,
@@ -370,7 +392,8 @@ class CompressedDispatcher:
             row_TK = torch.cat([torch.where(slot_M < 0, most, _range(slot_M)), slot_M.new_tensor([most])])[
                 clusters.row_TK
             ]
-            self._note(x_TD, slot_TK, unit_TK, scope_TK, clusters, slot_M, row_TK, square_M, error_M)
+            in_scope = torch.where(scope_TK, square_T[:, None], 0.0).sum()
+            self._note(x_TD, slot_TK, unit_TK, scope_TK, clusters, slot_M, row_TK, square_M, error_M, in_scope)
         centroid_MD = mean_MD.to(x_TD.dtype)
         alone_TK = row_TK == most
         top_k = slot_TK.shape[1]
@@ -412,6 +435,24 @@ class CompressedDispatcher:
             self._latest[1][2] = scale
         return y_MD - scale * metadata.centroid_MD, scale
 
+    def _rate_at(self, steps: int, where: torch.device) -> float | Tensor:
+        """What rows may be of those of plain dispatch; with error_target a number on the device, which the host does
+        not wait for. It changes with optimizer steps alone, so that a second forward pass of a step keeps it."""
+        least, goal = self.settings.rate, self.settings.error_target
+        if goal is None:
+            return least
+        if self._following is None:
+            self._following = steps, torch.full((), least, dtype=torch.float64, device=where)
+        since, rate = self._following
+        if since != steps:
+            if self._latest is not None:
+                square, _, _, whole = self._latest[1].double().unbind()
+                # An empty batch, or one without clusters, has error 0.
+                error = (square / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+                rate = (rate * (error / goal).clamp(*RATE_STEP)).clamp(least, 1.0)
+            self._following = steps, rate
+        return self._following[1]
+
     def _rotations(self, hidden_size: int, steps: int, where: torch.device) -> Tensor:
         settings = self.settings
         age = 0 if settings.rotation_steps is None else steps // settings.rotation_steps
@@ -441,6 +482,7 @@ class CompressedDispatcher:
         row_TK: Tensor,
         square_M: Tensor,
         error_M: Tensor,
+        in_scope: Tensor,
     ) -> None:
         used_M = slot_M >= 0
         alone_TK = row_TK == len(slot_M)
@@ -457,7 +499,7 @@ class CompressedDispatcher:
                 clusters.levels,
             ]
         )
-        error = torch.stack([(error_M * used_M).sum(), (square_M * used_M).sum(), error_M.new_zeros(())])
+        error = torch.stack([(error_M * used_M).sum(), (square_M * used_M).sum(), error_M.new_zeros(()), in_scope])
         width, side = x_TD.shape[1], 8 * slot_TK.shape[1]
         whole, quantized = width * x_TD.element_size(), self.settings.rows
         formats = (None, None) if quantized is None else (quantized.dispatch, quantized.combine)

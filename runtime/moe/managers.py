@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
-from typing import Any, NoReturn, Protocol
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,21 @@ COPIES = {
     torch.detach, torch.clone, torch.empty_like,
 }  # fmt: skip
 """Functions of torch by which weights are made ready to be written; what they give is marked as what they take."""
+
+ARITHMETIC = {
+    Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.lerp, Tensor.__add__, Tensor.__radd__, Tensor.__sub__,
+    Tensor.__rsub__, Tensor.__mul__, Tensor.__rmul__, Tensor.__truediv__, torch.add, torch.sub, torch.mul, torch.div,
+    torch.lerp,
+}  # fmt: skip
+"""Functions by which averages of weights are made: they are of the same experts, and stay marked."""
+
+
+class RowsOf(NamedTuple):
+    """Whose rows a tensor [S, ...] holds. placement: a digest of where the layer's slots stand. experts: [S]."""
+
+    layer: int
+    placement: str
+    experts: tuple[int, ...]
 
 
 class _Unwritten:
@@ -76,25 +92,72 @@ def _refuse_writing(by: str) -> NoReturn:
     )
 
 
+def refuse_parametrisation() -> NoReturn:
+    """Raises UnsupportedError: something else would stand in the place of an expert parameter."""
+    raise UnsupportedError(
+        "an expert parameter would become a plain one, that looks the same on every rank: parametrisations "
+        "(weight_norm, spectral_norm) and adapters of experts (LoRA) that put their own parameters in an expert's "
+        "place are unknown here; leave the experts out"
+    )
+
+
 class ExpertRows(_Unwritten, Tensor):
-    """Rows of experts that other ranks do not have, as a state_dict has them; so are copies of it."""
+    """Rows of experts that other ranks do not have, as a state_dict has them; so are copies of it.
+
+    rows: whose. Rows of several plans do not go together: averages of weights would mix experts.
+    """
+
+    rows: RowsOf
 
     @classmethod
-    def of(cls, value: Tensor) -> ExpertRows:
+    def of(cls, value: Tensor, rows: RowsOf) -> ExpertRows:
         """The same memory, marked."""
-        return value.as_subclass(cls)
+        result = value.as_subclass(cls)
+        result.rows = rows
+        return result
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        lists = [part for part in args if isinstance(part, list | tuple)]
+        marked: list[RowsOf] = []
+        for together in (args, *zip(*lists, strict=False)) if len(lists) > 1 else (args,):
+            rows = [part.rows for part in together if isinstance(part, ExpertRows)]
+            _check_same(rows)
+            marked = marked or rows
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
-        return cls.of(result) if function in COPIES and type(result) is Tensor else result
+        marking = type(result) is Tensor and (function in COPIES or function in ARITHMETIC)
+        return cls.of(result, marked[0]) if marking and marked else result
+
+    def in_order_of(self, rows: RowsOf) -> Tensor:
+        """As an ordinary tensor, in the order of `rows`, of the same placement.
+
+        Raises:
+            InputError: these are of another placement.
+        """
+        value = self.as_subclass(Tensor)
+        _check_same([self.rows._replace(experts=()), rows._replace(experts=())])
+        if self.rows.experts == rows.experts:
+            return value
+        if Counter(self.rows.experts) != Counter(rows.experts):
+            _check_same([self.rows, rows])
+        # Replicas of an expert are equal: any of them will do.
+        return value[[self.rows.experts.index(expert) for expert in rows.experts]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertRows:
         if id(self) not in memo:
             memo[id(self)] = self.detach().clone()
         result: ExpertRows = memo[id(self)]
         return result
+
+
+def _check_same(rows: list[RowsOf]) -> None:
+    if len(set(rows)) > 1:
+        raise InputError(
+            f"layer {rows[0].layer}: rows of experts as one plan has them would be mixed with those of another plan or "
+            "layer. Put one plan in force for both (an average of weights moves with apply(average, plan)), or keep "
+            "states with save_checkpoint and load_checkpoint, which go by expert"
+        )
 
 
 class ExpertParameter(_Unwritten, nn.Parameter):
@@ -109,9 +172,19 @@ class ExpertParameter(_Unwritten, nn.Parameter):
     cut = False
     """Whether it has a part of each expert, and other ranks have the others."""
 
+    rows: RowsOf | None = None
+    """Whose rows it has; None until a plan is in force."""
+
+    def detach(self) -> Tensor:
+        """Marked as a state is: averages of weights are taken of what this gives."""
+        if sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+            refuse_parametrisation()
+        value = super().detach()
+        return value if self.in_order or self.rows is None else ExpertRows.of(value, self.rows)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParameter:
         result: ExpertParameter = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
-        result.once, result.in_order, result.cut = self.once, self.in_order, self.cut
+        result.once, result.in_order, result.cut, result.rows = self.once, self.in_order, self.cut, self.rows
         return result
 
     @property
@@ -192,6 +265,7 @@ class Layer(Protocol):
     layer: int
     mesh: ExpertMesh
     gradients_wait: bool
+    rows: RowsOf
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
@@ -220,7 +294,32 @@ class OptimizerSteps:
 
 
 _counts: weakref.WeakSet[OptimizerSteps] = weakref.WeakSet()
+_wrappers: weakref.WeakSet[nn.parallel.DistributedDataParallel] = weakref.WeakSet()
+"""Around layers of experts."""
+_replaced: dict[int, weakref.ref[nn.Parameter]] = {}
+"""By id, parameters of modules that layers of placed experts stand in for now."""
+_followed: weakref.WeakKeyDictionary[Optimizer, dict[int, str]] = weakref.WeakKeyDictionary()
+"""Of optimizers that have taken a step: by layer, the placement that their state is of."""
 _hooked = False
+
+
+def note_replaced(parameters: Iterable[nn.Parameter]) -> None:
+    """Says that these are no part of the model any more: an optimizer that steps them was made before."""
+    for value in parameters:
+        _replaced[id(value)] = weakref.ref(value)
+    for number in [number for number, earlier in _replaced.items() if earlier() is None]:
+        del _replaced[number]
+
+
+def check_join() -> None:
+    """Raises UnsupportedError inside DistributedDataParallel.join: ranks that have no more batches call no layer."""
+    for wrapper in _wrappers:
+        if wrapper._join_config.enable:
+            raise UnsupportedError(
+                "DistributedDataParallel.join lets ranks without batches leave, but their experts are needed by all "
+                "others' tokens. Give every rank equally many batches, the last ones with no tokens where there are "
+                "none, and leave out join"
+            )
 
 
 def _watch() -> None:
@@ -237,7 +336,10 @@ def _check_wrapper(wrapper: nn.Module, name: str, module: nn.Module | None) -> N
     if not isinstance(wrapper, nn.parallel.DistributedDataParallel) or module is None or dist.get_world_size() < 2:
         return
     for path, value in module.named_parameters():
-        if isinstance(value, ExpertParameter) and path not in wrapper.parameters_to_ignore:
+        if not isinstance(value, ExpertParameter):
+            continue
+        _wrappers.add(wrapper)
+        if path not in wrapper.parameters_to_ignore:
             raise UnsupportedError(
                 f"DistributedDataParallel would take {path} for the same on every rank and send the first rank's "
                 "experts to all others; call exclude_from_ddp(model) before, on the very module that it wraps"
@@ -252,11 +354,93 @@ def _among(optimizer: Optimizer) -> Iterator[tuple[OptimizerSteps, Layer]]:
             yield count, module
 
 
+def follow(optimizer: Optimizer, modules: Iterable[Layer]) -> None:
+    """Says that the optimizer's state is of the rows that these layers have now."""
+    # Accelerate's wrapper has the optimizer that steps inside.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if optimizer in _followed:
+        _followed[optimizer] |= {module.layer: module.rows.placement for module in modules}
+
+
+def _check_state(optimizer: Optimizer, modules: list[Layer]) -> None:
+    """Raises InputError if the optimizer's state is of other rows than the layers' parameters have now."""
+    known = _followed.get(optimizer)
+    if known is None:
+        known = _followed[optimizer] = {}
+        optimizer.register_state_dict_post_hook(_mark_state)
+        optimizer.register_load_state_dict_pre_hook(_unmark_state)
+        optimizer.register_load_state_dict_post_hook(_follow_loaded)
+    for module in modules:
+        entries = [state for value in module.parameters(recurse=False) if (state := optimizer.state.get(value))]
+        moved = known.get(module.layer, module.rows.placement) != module.rows.placement
+        if moved and any(isinstance(part, Tensor) and part.ndim for state in entries for part in state.values()):
+            raise InputError(
+                f"layer {module.layer}: another plan was put in force without this {type(optimizer).__name__}, whose "
+                "state is still that of the experts which were here before. Give it to apply(model, plan, optimizer), "
+                "or make a new one"
+            )
+        known[module.layer] = module.rows.placement
+        # Loaded before the first step, when nobody watched.
+        for state in entries:
+            for key, part in state.items():
+                if isinstance(part, ExpertRows):
+                    state[key] = part.in_order_of(module.rows)
+
+
+def _expert_entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[int, RowsOf, int]]:
+    """(its number in the state_dict, whose rows, how many) of each expert parameter that others have others of."""
+    for group, written in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for value, number in zip(group["params"], written["params"], strict=True):
+            if isinstance(value, ExpertParameter) and value.rows is not None and not value.in_order:
+                yield number, value.rows, len(value)
+
+
+def _mark_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer keeps for rows of experts is theirs: it is not written for all, nor loaded under another plan.
+    Inner dictionaries are the optimizer's own, and stay."""
+    state = dict(state_dict["state"])
+    for number, rows, count in _expert_entries(optimizer, state_dict):
+        if number in state:
+            state[number] = {
+                key: ExpertRows.of(part, rows)
+                if isinstance(part, Tensor) and part.ndim and len(part) == count
+                else part
+                for key, part in state[number].items()
+            }
+    return {**state_dict, "state": state}
+
+
+def _unmark_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """Raises InputError before anything is loaded, if it is of other rows."""
+    if len(optimizer.param_groups) != len(state_dict["param_groups"]):
+        return None  # torch says what is wrong
+    state = dict(state_dict["state"])
+    for number, rows, _ in _expert_entries(optimizer, state_dict):
+        state[number] = {
+            key: part.in_order_of(rows) if isinstance(part, ExpertRows) else part
+            for key, part in state.get(number, {}).items()
+        }
+    return {**state_dict, "state": {number: entries for number, entries in state.items() if entries}}
+
+
+def _follow_loaded(optimizer: Optimizer) -> None:
+    follow(optimizer, [module for _, module in _among(optimizer)])
+
+
 def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for value in group["params"]:
+            earlier = _replaced.get(id(value))
+            if earlier is not None and earlier() is value:
+                raise InputError(
+                    f"this {type(optimizer).__name__} was made before parallelize: it holds experts that are no part "
+                    "of the model any more, and none of those that are. Make optimizers afterwards"
+                )
     modules = [module for _, module in _among(optimizer)]
     if not modules:
         return
     check_optimizer(optimizer)
+    _check_state(optimizer, modules)
     for module in modules:
         if module.gradients_wait:
             raise InputError(
@@ -269,6 +453,11 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, torch.amp.GradScaler) and owner.is_enabled():
             _check_scaler(owner, modules)
+        if type(owner).__name__ == "PostLocalSGDOptimizer":
+            raise UnsupportedError(
+                "PostLocalSGDOptimizer averages every parameter over ranks, but every rank has its own experts. Give "
+                "it the other parameters only, and the experts (expert_parameters(model)) to an optimizer of their own"
+            )
         if frame.f_back is None:
             return
         frame = frame.f_back

@@ -28,6 +28,7 @@ from .coordination import TwoPhaseCommit, check_consistent, unresponsive_ranks
 from .data_parallel import expert_layers
 from .experts import PlacedExperts, check_plan
 from .layer_placement import LayerPlacement
+from .managers import follow
 from .mesh import ExpertMesh
 from .online import check_homes
 
@@ -257,7 +258,7 @@ class _Change:
         rank: int,
         moves: list[_Move] | None = None,
     ) -> None:
-        self._module, self._plan = module, plan
+        self._module, self._optimizer, self._plan = module, optimizer, plan
         self._placement = LayerPlacement.of(plan, module.layer)
         if moves:
             self._placement = module.placement.with_slots(
@@ -290,6 +291,8 @@ class _Change:
             tensor.replace(value)
         self._module.row_expert = self._row_expert
         self._module.put_in_force(self._plan, self._placement)
+        if self._optimizer is not None:
+            follow(self._optimizer, [self._module])
 
 
 def assign_rows(placement: LayerPlacement, rank: int, row_expert: IntArray) -> tuple[IntArray, dict[int, int]]:
@@ -365,7 +368,7 @@ def slot_tensors(module: PlacedExperts, optimizer: torch.optim.Optimizer | None)
                 f"layer {module.layer}: {name} has a gradient; change the plan between optimizer.zero_grad() and the "
                 "next backward"
             )
-        result.append(SlotTensor(name, parameter.detach(), _replace_data(parameter)))
+        result.append(SlotTensor(name, parameter.detach().as_subclass(Tensor), _replace_data(parameter)))
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for key in sorted(state, key=str):
             value = state[key]

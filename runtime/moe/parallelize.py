@@ -25,6 +25,7 @@ from .data_parallel import exclude_from_ddp
 from .expert_mlps import Fused
 from .experts import Gradients, MakeDispatcher, PlacedExperts, Replicas, check_plan
 from .layer import ExpertParallelMoE
+from .managers import note_replaced
 from .mesh import ExpertMesh
 from .weights import load_weights, materialise
 
@@ -150,6 +151,8 @@ def parallelize(
             placed.add_module("post_expert_norm", module.get_submodule("post_expert_norm"))
         for name in experts.names:
             _replace(model, name, placed)
+        for module in experts.modules:
+            note_replaced(module.parameters(recurse=False))
     if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
         materialise(model, mesh.device)
     if weights is not None:

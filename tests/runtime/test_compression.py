@@ -94,6 +94,16 @@ def test_the_warm_up_counts_optimizer_steps(behaviours: list[Any]) -> None:
         assert found["schedule"] == [False] * 4 + [True] * 4
 
 
+def test_a_rate_follows_the_error_between_optimizer_steps(behaviours: list[Any]) -> None:
+    for found in behaviours:
+        left, error = found["following"]["left"], found["following"]["error"]
+        assert found["following"]["again"] == left
+        assert left[0] < 0.1
+        assert error[0] > 0.7
+        assert all(abs(late - 0.6) < 0.06 for late in error[-10:])
+        assert left[-1] > 3 * left[0]
+
+
 def test_a_compressed_layer_learns_under_ddp_and_its_replicas_stay_equal(behaviours: list[Any]) -> None:
     for found in behaviours:
         assert found["ddp"]["last"] < 0.5 * found["ddp"]["first"]
@@ -132,6 +142,7 @@ def test_a_hidden_size_below_the_projection_and_other_dispatchers_are_refused(be
         ({"warm_up": -1}, "warm_up \\(-1\\)"),
         ({"rotation_steps": 0}, "rotation_steps \\(0\\)"),
         ({"error_bound": float("nan")}, "error_bound \\(nan\\)"),
+        ({"error_target": 1.0}, "error_target \\(1.0\\) must be between 0 and 1"),
         ({"residual": "scale"}, "did you mean 'scaled'"),
         ({"scope": "off_nodes"}, "did you mean 'off_node'"),
         ({"hashes": 16, "dimension": 64}, "take fewer hashes"),

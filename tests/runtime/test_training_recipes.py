@@ -130,8 +130,49 @@ def test_deepspeed_is_refused_before_it_sends_anything(recipes: list[Any]) -> No
 
 
 def test_recipes_of_the_matrix_are_equal_or_refused() -> None:
-    command = [sys.executable, "-m", "benchmarks", "training_recipes", "--only", "averages", "GPipe", "Adafactor"]
+    command = [sys.executable, "-m", "benchmarks", "training_recipes", "--only", "AveragedModel", "GPipe", "Adafactor"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     assert sorted(results) == ["equal", "equal", "refused"]
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "into one that is new", "average", "by hand", "together"])
+def test_states_and_averages_from_under_another_plan_are_refused(recipes: list[Any], name: str) -> None:
+    assert all("would be mixed with those of another plan" in found["plans"][name] for found in recipes)
+
+
+def test_states_from_under_the_same_plan_are_loaded_row_by_expert(recipes: list[Any]) -> None:
+    for found in recipes:
+        assert found["plans"]["back"] == ""
+        assert found["plans"]["rows"]
+        assert found["plans"]["plain"] == ["Tensor"]
+
+
+def test_an_average_that_moves_with_the_plan_goes_on(recipes: list[Any]) -> None:
+    assert all(found["plans"]["average moved"] == "" for found in recipes)
+
+
+def test_an_optimizers_state_of_this_ranks_experts_is_not_written_for_all(recipes: list[Any]) -> None:
+    assert all("moeplace.save_checkpoint(path, model, optimizer)" in found["plans"]["saved"] for found in recipes)
+
+
+def test_an_optimizer_that_was_not_told_of_a_plan_is_refused(recipes: list[Any]) -> None:
+    for found in recipes:
+        assert "Give it to apply(model, plan, optimizer)" in found["plans"]["not told"]
+        assert found["plans"]["told"] == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("twice", "leave out create_graph"),
+        ("func", "use backward() or torch.autograd.grad"),
+        ("join", "leave out join"),
+        ("averaging", "averages every parameter over ranks"),
+        ("parametrised", "leave the experts out"),
+        ("pruned", "'down_proj_orig'"),
+    ],
+)
+def test_what_goes_past_an_expert_layer_is_refused(recipes: list[Any], name: str, words: str) -> None:
+    assert all(words in found["unknown"][name] for found in recipes)

@@ -135,7 +135,18 @@ def behaviours(rank: int, world: int, folder: Path) -> dict[str, Any]:
     join_group(rank, world, folder)
     flat, deep = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (2, world // 2))
     found: dict[str, Any] = {}
-    for check in (nothing_left_out, rows, odd_inputs, half_precision, recomputed, schedule, ddp, counts, refusals):
+    for check in (
+        nothing_left_out,
+        rows,
+        odd_inputs,
+        half_precision,
+        recomputed,
+        schedule,
+        following,
+        ddp,
+        counts,
+        refusals,
+    ):
         found[check.__name__] = check(rank, world, flat, deep)
     dist.destroy_process_group()
     return found
@@ -244,6 +255,25 @@ def odd_inputs(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
     out, *_ = passed(built(flat, world, rate=0.1), same, ids[:1].expand(len(x), -1), gate)
     exact, *_ = passed(built(flat, world), same, ids[:1].expand(len(x), -1), gate)
     result["same"] = error(out, exact)
+    return result
+
+
+def following(rank: int, world: int, flat: Any, deep: Any) -> dict[str, list[float]]:
+    """By optimizer step: pairs left over pairs, of two passes each, and |x - c| over |x| of all pairs."""
+    experts = built(flat, world, rate=0.05, error_target=0.6)
+    optimizer = torch.optim.SGD(experts.parameters(), lr=1e-6)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(200, SPEC.hidden_size, generator=generator)
+    ids = torch.rand(200, SPEC.experts, generator=generator).topk(SPEC.top_k).indices
+    given = x, ids, torch.full(ids.shape, 1 / SPEC.top_k)
+    result: dict[str, list[float]] = {"left": [], "again": [], "error": []}
+    for _ in range(60):
+        for name in ("left", "again"):
+            passed(experts, *given)
+            seen = experts.dispatcher.statistics
+            result[name].append((seen.clusters + seen.pairs - seen.clustered) / seen.pairs)
+        result["error"].append(seen.error * (seen.clustered / seen.pairs) ** 0.5)
+        optimizer.step()
     return result
 
 

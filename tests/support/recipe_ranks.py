@@ -62,6 +62,8 @@ def recipes(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "norms": norms(rank, world, mesh),
         "files": files(rank, world, mesh, folder),
         "in memory": in_memory(rank, world, mesh),
+        "plans": under_plans(rank, world, mesh),
+        "unknown": unknown(rank, world, mesh),
         "deepspeed": said(lambda: next(layer_of(mesh, world).experts.parameters()).group_name),
     }
     dist.destroy_process_group()
@@ -227,6 +229,89 @@ def in_memory(rank: int, world: int, mesh: Any) -> dict[str, Any]:
         "difference": abs(losses_of(layer, rank)[0] - loss),
         "average": type(averaged.module.experts.down_proj).__name__,
     }
+
+
+def under_plans(rank: int, world: int, mesh: Any) -> dict[str, Any]:
+    """States and averages go by the plan that they were taken under; optimizers by the plans that they were told of."""
+    result: dict[str, Any] = {}
+
+    def stepped(told: bool) -> tuple[ExpertParallelMoE, torch.optim.Optimizer, dict[str, Any]]:
+        layer = layer_of(mesh, world)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+        losses_of(layer, rank)
+        optimizer.step()
+        optimizer.zero_grad()
+        kept = {"model": copy.deepcopy(layer.state_dict()), "optimizer": copy.deepcopy(optimizer.state_dict())}
+        kept["average"] = torch.optim.swa_utils.AveragedModel(layer, avg_fn=lambda old, new, _: 0.5 * old + 0.5 * new)
+        kept["average"].update_parameters(layer)
+        mp.apply(layer, plan_of(1, world), optimizer if told else None)
+        return layer, optimizer, kept
+
+    layer, optimizer, kept = stepped(told=True)
+    result["model"] = said(lambda: layer.load_state_dict(kept["model"]))
+    result["optimizer"] = said(lambda: optimizer.load_state_dict(kept["optimizer"]))
+    result["into one that is new"] = said(
+        lambda: (fresh := torch.optim.AdamW(layer.parameters())).load_state_dict(kept["optimizer"]) or fresh.step()
+    )
+    result["average"] = said(lambda: kept["average"].update_parameters(layer))
+    with torch.no_grad():
+        result["by hand"] = said(
+            lambda: 0.5 * kept["model"]["experts.down_proj"] + layer.state_dict()["experts.down_proj"]
+        )
+        several = [list(state.values())[-2:] for state in (kept["model"], layer.state_dict())]
+        result["together"] = said(lambda: torch._foreach_add_(*several))
+    result["saved"] = said(lambda: torch.save(optimizer.state_dict(), "/dev/null"))
+    mp.apply(kept["average"], plan_of(1, world))
+    result["average moved"] = said(lambda: kept["average"].update_parameters(layer))
+    mp.apply(layer, plan_of(0, world), optimizer)
+    layer.load_state_dict(kept["model"])
+    optimizer.load_state_dict(kept["optimizer"])
+    result["plain"] = sorted({type(part).__name__ for state in optimizer.state.values() for part in state.values()})
+    state = optimizer.state[layer.experts.down_proj]["exp_avg"]
+    number = [id(value) for value in layer.parameters()].index(id(layer.experts.down_proj))
+    old = kept["optimizer"]["state"][number]["exp_avg"]
+    order = layer.experts.rows.experts
+    result["rows"] = all(
+        torch.equal(state[row], old.as_subclass(torch.Tensor)[old.rows.experts.index(expert)])
+        for row, expert in enumerate(order)
+    )
+    result["back"] = said(optimizer.step)
+    layer, optimizer, _ = stepped(told=False)
+    losses_of(layer, rank)
+    result["not told"] = said(optimizer.step)
+    layer, optimizer, _ = stepped(told=True)
+    losses_of(layer, rank)
+    result["told"] = said(optimizer.step)
+    return result
+
+
+def unknown(rank: int, world: int, mesh: Any) -> dict[str, str]:
+    """What goes round a layer in ways that it knows nothing of."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+    from torch.nn.utils import parametrizations, prune
+
+    layer, x = layer_of(mesh, world), inputs(rank).requires_grad_()
+    result = {"twice": said(lambda: torch.autograd.grad(layer(x).square().sum(), x, create_graph=True))}
+    result["func"] = said(lambda: torch.func.grad(lambda x: layer(x).sum())(inputs(rank)))
+    exclude_from_ddp(layer)
+    wrapped = nn.parallel.DistributedDataParallel(layer)
+
+    def joined() -> None:
+        with wrapped.join():
+            wrapped(inputs(rank))
+
+    result["join"] = said(joined)
+    with wrapped.join(enable=False):
+        losses_of(wrapped, rank)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    averaging = PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(period=1, warmup_steps=0))
+    result["averaging"] = said(averaging.step)
+    result["parametrised"] = said(lambda: parametrizations.weight_norm(layer.experts, "down_proj"))
+    pruned = layer_of(mesh, world)
+    prune.random_unstructured(pruned.experts, "down_proj", 0.5)
+    result["pruned"] = said(lambda: pruned(inputs(rank)))
+    return result
 
 
 def in_one_process(rank: int, world: int, folder: Path) -> dict[str, str]:
