@@ -1,13 +1,17 @@
 """Policies of placement and planners of copies, each run on the same inputs as ours, in one run.
 
-    python -m benchmarks peers --eplb eplb.py --vllm default.py --deepinfer policy.py --flashlb policy_flashlb.py \
-        --moonep planning_reference.py --llep gpt_oss_llep.py --write
+    python -m benchmarks peers --eplb eplb.py --vllm default.py --sglang deepseek_vec.py --deepinfer policy.py \
+        --tensorrt moeLoadBalancer.cpp --flashlb policy_flashlb.py --swift policy_swift_balancer.py \
+        --levi result_snapshot.json --moonep planning_reference.py --llep gpt_oss_llep.py --write
 
 Peers are files of their repositories, fetched by whoever runs this: github.com/deepseek-ai/EPLB; vllm (the wheel's
-vllm/distributed/eplb/policy/default.py); deepinfer (its sdist's deepinfer/model_executor/eplb/policy.py);
-vllm-project/vllm-ascend (vllm_ascend/eplb/core/policy/policy_flashlb.py); MoonEP (tests/planning_reference.py);
-SalesforceAIResearch/LeastLoadedEP (llep/gpt_oss_llep.py). Those that are not named are left out. Times are medians of
-turns taken one after the other, on one thread, kernels compiled before: ratios within a run count.
+vllm/distributed/eplb/policy/default.py); sglang (the wheel's sglang/srt/eplb/eplb_algorithms/deepseek_vec.py);
+deepinfer (its sdist's deepinfer/model_executor/eplb/policy.py); NVIDIA/TensorRT-LLM
+(cpp/tensorrt_llm/runtime/moeLoadBalancer/moeLoadBalancer.cpp; needs g++); vllm-project/vllm-ascend
+(vllm_ascend/eplb/core/policy/policy_flashlb.py and policy_swift_balancer.py); ttanv/levi
+(examples/ADRS/eplb/result_snapshot.json); MoonEP (tests/planning_reference.py); SalesforceAIResearch/LeastLoadedEP
+(llep/gpt_oss_llep.py). Those that are not named are left out. Times are seconds of the processor, the least of turns
+taken one after the other, on one thread, kernels compiled before: ratios within a run count.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,7 @@ from runner import Report, data_argument
 
 import moeplace as mp
 from moeplace.compat.eplb import rebalance_experts
-from moeplace.compat.windows import PROPOSALS
+from moeplace.compat.windows import PROPOSALS, rebalance_experts_global
 from moeplace.placement.online import plan_online
 from moeplace.solvers.eplb import rebalance
 from moeplace.solvers.step_packing import largest_loads, pack_steps
@@ -43,14 +48,14 @@ STEPS, STEP_PAIRS = 100, 32_768
 """Steps of a window, and token-expert pairs of a step and layer."""
 CLUSTERS = ((288, 32), (320, 64))
 DEVICES, SPARE = 8, 2
-PARTS = ("tables", "windows", "copies")
+PARTS = ("tables", "windows", "workloads", "copies")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     data_argument(parser)
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to run (default: all)")
     parser.add_argument("--turns", type=int, default=3, help="of each measurement")
-    for name in ("eplb", "vllm", "deepinfer", "flashlb", "moonep", "llep"):
+    for name in ("eplb", "vllm", "sglang", "deepinfer", "tensorrt", "flashlb", "swift", "levi", "moonep", "llep"):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help="a peer's file")
 
 
@@ -63,6 +68,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
         tables(report, options)
     if "windows" in parts:
         windows(report, options)
+    if "workloads" in parts:
+        workloads(report, options)
     if "copies" in parts:
         copies(report, options)
 
@@ -88,18 +95,32 @@ def tables(report: Report, options: argparse.Namespace) -> None:
         policies["DeepSeek EPLB"] = lambda load, slots, devices: published(load, slots, 1, 1, devices)
     if options.vllm:
         policies["vLLM"] = window_policies.vllm(options.vllm)
+    if options.sglang:
+        by_steps = window_policies.sglang(options.sglang)
+        policies["SGLang, deepseek_vec"] = lambda load, slots, devices: by_steps(load[None], slots, devices)
+    if options.tensorrt:
+        policies["TensorRT-LLM"] = window_policies.tensorrt(options.tensorrt)
+    if options.deepinfer:
+        one_step = window_policies.deepinfer(options.deepinfer)
+        policies["DeepInfer"] = lambda load, slots, devices: one_step(load[None], slots, devices)
+    if options.flashlb:
+        tree = window_policies.flashlb(options.flashlb)
+        policies["FlashLB"] = lambda load, slots, devices: tree(load[None], slots, devices)
+    if options.swift:
+        policies["SwiftBalancer"] = window_policies.swift(options.swift)
+    if options.levi:
+        policies["LEVI's program"] = window_policies.levi(options.levi)
     policies["ours, improve=False"] = lambda load, slots, devices: rebalance_experts(
         load, slots, 1, 1, devices, improve=False
     )[0]
     policies["ours"] = lambda load, slots, devices: rebalance_experts(load, slots, 1, 1, devices)[0]
-    columns = ["layers x experts, slots, devices", *(f"{name}{what}" for name in policies for what in (", ms", ""))]
-    formats = {name: ".1f" if name.endswith(", ms") else ".4f" for name in columns[1:]}
-    table = report.table("One load table", columns, formats)
-    for load, slots, devices in cases:
-        row: list[Any] = [f"{load.shape[0]}x{load.shape[1]}, {slots}, {devices}"]
-        for milliseconds, made in measured(policies, (load, slots, devices), options.turns):
-            row += [milliseconds, balance(load[None], made, devices)]
-        table.row(*row)
+    shapes = [f"{load.shape[0]}x{load.shape[1]}, {slots} on {devices}" for load, slots, devices in cases]
+    spent = report.table("One load table: ms", ("policy", *shapes), dict.fromkeys(shapes, ".1f"))
+    level = report.table("One load table: load max/mean", ("policy", *shapes), dict.fromkeys(shapes, ".4f"))
+    found = [measured(policies, case, options.turns) for case in cases]
+    for name, of_policy in zip(policies, zip(*found, strict=True), strict=True):
+        spent.row(name, *(milliseconds for milliseconds, _ in of_policy))
+        level.row(name, *(balance(c[0][None], made, c[2]) for c, (_, made) in zip(cases, of_policy, strict=True)))
 
 
 # Windows of steps.
@@ -140,6 +161,45 @@ def window_cases(data: Path) -> list[tuple[str, Array, Array, int, int]]:
     cases.append(("gpt-oss-20b, prefill 4,096", prefill[0], prefill[1], 40, DEVICES))
     cases.append(("gpt-oss-20b, decode 128", decode[0], decode[1], 40, DEVICES))
     return cases
+
+
+# One plan for five workloads, one left out.
+
+
+def workloads(report: Report, options: argparse.Namespace) -> None:
+    counts = np.load(options.data / "deepseek_v3_counts.npz")
+    data = {name: counts[name].astype(np.float64) for name in counts.files}
+    busy = np.all([load.sum(axis=1) > 0 for load in data.values()], axis=0)
+    scaled = {name: load[busy] / load[busy].sum(axis=1, keepdims=True) * 1e6 for name, load in data.items()}
+    policies: dict[str, Policy] = {"EPLB on the mean": lambda load, s, d: rebalance(load.mean(axis=0), s, 1, 1, d)}
+    if options.deepinfer:
+        policies["DeepInfer"] = window_policies.deepinfer(options.deepinfer)
+    if options.flashlb:
+        policies["FlashLB"] = window_policies.flashlb(options.flashlb)
+    policies["ours, steps"] = lambda load, s, d: for_windows(load, s, d)
+    policies["ours, workloads=True"] = lambda load, s, d: for_windows(load, s, d, workloads=True)
+    columns = ("slots, devices", "policy", "ms", "mean of left out", "worst of left out", "worst of the four")
+    table = report.table("One plan for five workloads, one left out", columns, dict.fromkeys(columns[3:], ".4f"))
+    table.formats["ms"] = ".0f"
+    for slots, devices in CLUSTERS:
+        times, unseen, seen = defaultdict(list), defaultdict(list), defaultdict(list)
+        for out, load in scaled.items():
+            rest = np.stack([other for name, other in scaled.items() if name != out])
+            for name, (milliseconds, made) in zip(policies, measured(policies, (rest, slots, devices), 1), strict=True):
+                times[name].append(milliseconds)
+                unseen[name].append(balance(load[None], made, devices))
+                seen[name].append(max(balance(other[None], made, devices) for other in rest))
+        for name in policies:
+            figures = np.mean(unseen[name]), np.max(unseen[name]), np.max(seen[name])
+            table.row(f"{slots}, {devices}", name, min(times[name]), *map(float, figures))
+
+
+def for_windows(load: Array, slots: int, devices: int, workloads: bool = False) -> IntArray:
+    import torch
+
+    tokens = torch.from_numpy(load)
+    made = rebalance_experts_global(tokens, slots, slots // devices, workloads=workloads)
+    return np.asarray(made[0].numpy(), dtype=np.int64)
 
 
 # Copies for one microbatch.
@@ -222,16 +282,16 @@ def by_source(steps: Any) -> IntArray:
 
 
 def measured(policies: dict[str, Policy], arguments: tuple[Any, ...], turns: int) -> list[tuple[float, IntArray]]:
-    """(median milliseconds, table) of each policy."""
+    """(least milliseconds of the processor, table) of each policy."""
     times: dict[str, list[float]] = {name: [] for name in policies}
     made: dict[str, IntArray] = {}
     for turn in range(turns + 1):
         for name, policy in policies.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             made[name] = policy(*arguments)
             if turn:
-                times[name].append(1e3 * (time.perf_counter() - begin))
-    return [(statistics.median(times[name]), made[name]) for name in policies]
+                times[name].append(1e3 * (time.process_time() - begin))
+    return [(min(times[name]), made[name]) for name in policies]
 
 
 def balance(load: Array, table: IntArray, devices: int) -> float:

@@ -18,18 +18,22 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from .._types import FloatArray, IntArray
+from .._types import BoolArray, FloatArray, IntArray
 from ..placement.errors import InputError
 from ..placement.packing import Weights, steepest_swap
 from ..placement.plan import replica_counts
 from ..solvers.device_names import renamed_tables
 from ..solvers.eplb import rebalance
-from ..solvers.table_packing import level_tables, packed_tables
+from ..solvers.step_packing import EQUAL
+from ..solvers.table_packing import level_tables, packed_tables, part_tables
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["published_placement", "rebalance_experts"]
+
+PROPOSALS = 1000
+"""Exchanges tried first where a plan without an expert twice on a device is heavier than the published one."""
 
 SingleArray = npt.NDArray[np.float32]
 
@@ -58,7 +62,8 @@ def rebalance_experts(
     """Places `num_replicas` replicas of the experts on devices, so that the heaviest device of each layer is light.
 
     Where num_groups divide over num_nodes all replicas of a group's experts stand on one node, each node having as many
-    groups; elsewhere groups and nodes play no part. As in theirs, two replicas of an expert may share a GPU.
+    groups; elsewhere groups and nodes play no part. Two replicas of an expert share a GPU only
+    where theirs do and no plan that is as light was found in which they do not.
 
     Args:
         weight: [L, E] load of each logical expert, a torch tensor (of any device) or a NumPy array.
@@ -77,11 +82,7 @@ def rebalance_experts(
         InputError: weights that are no [L, E] table of finite loads of at least 0, or numbers that do not divide.
     """
     instance = _read_instance(weight, num_replicas, num_groups, num_nodes, num_gpus)
-    table = (
-        renamed_tables(instance.load, _improved(instance), instance.nodes, instance.devices)
-        if improve
-        else _published(instance)
-    )
+    table = _improved(instance) if improve else _published(instance)
     counts = replica_counts(table, instance.load.shape[1])
     maps = (table, _positions(table, counts), counts)
     if isinstance(weight, np.ndarray):
@@ -89,6 +90,12 @@ def rebalance_experts(
     import torch
 
     return tuple(torch.from_numpy(each) for each in maps)
+
+
+def table_apart(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> IntArray:
+    """[L, num_replicas] as `rebalance_experts`, no expert twice on a GPU even where that is heavier than the published
+    plan; where there are more slots than experts times GPUs it cannot be helped. Arguments and errors are the same."""
+    return _improved(_read_instance(weight, num_replicas, num_groups, num_nodes, num_gpus), heavier=True)
 
 
 def published_placement(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> IntArray:
@@ -119,13 +126,16 @@ def _published(instance: _Instance) -> IntArray:
     return _balance_nodes(instance, instance.single, instance.groups_by_node)
 
 
-def _improved(instance: _Instance) -> IntArray:
-    """[L, P] the published plan lightened; where swapping groups between nodes evens them, the better of two plans."""
+def _improved(instance: _Instance, heavier: bool = False) -> IntArray:
+    """[L, P] the published plan lightened; where swapping groups between nodes evens them, the better of two plans.
+    heavier: rather above the published load than with an expert twice on a device."""
     load, nodes, devices = instance.load, instance.nodes, instance.devices
     order = instance.groups_by_node
     # Double precision, and experts in their own order, break ties otherwise, at times to the better.
     in_double = rebalance(load, instance.slots, order.shape[1], nodes, devices)
-    table = lighten(load, _better(load, _published(instance), in_double, devices), nodes, devices)
+    published = _published(instance)
+    start = _better(load, published, in_double, devices)
+    table = lighten(load, start, nodes, devices)
 
     group_load = load.reshape(*order.shape, -1).sum(axis=2)
     swaps = steepest_swap(np.take_along_axis(group_load, order, axis=1), nodes)
@@ -134,7 +144,16 @@ def _improved(instance: _Instance) -> IntArray:
         part, evened = load[changed], np.take_along_axis(order[changed], swaps[changed], axis=1)
         second = lighten(part, _balance_nodes(instance, part, evened), nodes, devices)
         table[changed] = _better(part, table[changed], second, devices)
-    return table
+    doubled = stacked(table, devices)
+    if doubled.any() and instance.slots * nodes <= load.shape[1] * devices:
+        part, goal = load[doubled], largest_load(load, start, devices)[doubled]
+        apart = table[doubled]
+        part_tables(part, apart, goal, nodes, devices, PROPOSALS)
+        plain = lighten(part, published[doubled], nodes, devices)
+        apart = np.where(stacked(plain, devices)[:, None], apart, _better(part, apart, plain, devices))
+        kept = heavier | (largest_load(part, apart, devices) <= goal * (1.0 + EQUAL))
+        table[doubled] = np.where(np.asarray(kept)[..., None], apart, table[doubled])
+    return renamed_tables(load, table, nodes, devices)
 
 
 def _balance_nodes(instance: _Instance, load: Weights, groups_by_node: IntArray) -> IntArray:
@@ -162,6 +181,12 @@ def largest_load(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
 def _slot_load(load: FloatArray, table: IntArray) -> FloatArray:
     """[L, P]"""
     return np.take_along_axis(load / replica_counts(table, load.shape[1]), table, axis=1)
+
+
+def stacked(table: IntArray, devices: int) -> BoolArray:
+    """[L] whether a device has an expert twice, in a table [L, P]."""
+    runs = np.sort(table.reshape(len(table), devices, -1), axis=2)
+    return np.asarray((runs[:, :, 1:] == runs[:, :, :-1]).any(axis=(1, 2)))
 
 
 def lighten(load: FloatArray, table: IntArray, nodes: int, devices: int) -> IntArray:

@@ -1,8 +1,11 @@
 """Policies that look at a window of steps, by the signatures of three engines: DeepInfer, vLLM and vLLM-Ascend.
 
 Each step has its own largest device load, and what is lowered is their sum. Replicas share an expert's load equally,
-and no device has an expert twice, where slots are no more than experts times devices. Ranks are named so that fewest
-experts are sent where a map is in force, and so that their loads summed over layers are level.
+and no device has an expert twice, where slots are no more than experts times devices (of a node, where groups stay on
+nodes). That comes first: an expert twice on a device takes a slot and the copying of its weights and brings nothing
+that a rule other than equal shares could use. Theirs stack experts, and where they do the sum of a layer may be
+lower than that of any table without; elsewhere ours is never the higher one. Ranks are named so that fewest experts are
+sent where a map is in force, and so that their loads summed over layers are level.
 
 Sources of the signatures: DeepInfer 0.1.0 (`deepinfer/model_executor/eplb/policy.py`), vLLM 0.33.0
 (`vllm/distributed/eplb/policy`), vLLM-Ascend (`vllm_ascend/eplb/core/policy`).
@@ -19,7 +22,7 @@ import numpy as np
 from .._types import FloatArray, IntArray
 from ..placement.errors import InputError
 from ..solvers.device_names import renamed_tables
-from ..solvers.step_packing import largest_loads, pack_steps
+from ..solvers.step_packing import extrapolated, largest_loads, pack_steps
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +32,10 @@ __all__ = ["AscendPolicy", "VllmPolicy", "rebalance_experts_global"]
 PROPOSALS, SMALL = 1000, 1_000_000
 """Exchanges tried a layer: together with the greedy table, half of what DeepInfer's policy takes. Of small windows as
 many more as keep exchanges x steps x slots at that."""
+
+
+FOR_WORKLOADS = 20_000
+"""Exchanges tried a layer for a table of several workloads."""
 
 
 def _packed(load: FloatArray, slots: int, devices: int) -> IntArray:
@@ -41,7 +48,11 @@ def _packed(load: FloatArray, slots: int, devices: int) -> IntArray:
 
 
 def rebalance_experts_global(
-    tokens_per_expert: torch.Tensor, num_physical_experts: int, num_local_physical_experts: int
+    tokens_per_expert: torch.Tensor,
+    num_physical_experts: int,
+    num_local_physical_experts: int,
+    *,
+    workloads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """DeepInfer's: where experts and their replicas stand, from the tokens of a window of steps.
 
@@ -49,6 +60,8 @@ def rebalance_experts_global(
         tokens_per_expert: [S, L, E] of each step.
         num_physical_experts: P, a multiple of the next.
         num_local_physical_experts: slots of a rank.
+        workloads: ours alone: rows are the totals of different workloads, whose sizes do not count, and the one table
+            is for others like them, too: mixes that lie further out are levelled with them.
 
     Returns:
         physical_to_logical_map [L, P], logical_to_physical_map [L, E, P - E + 1] padded with -1, and logical_count [L,
@@ -71,7 +84,8 @@ def rebalance_experts_global(
             f"for each of {experts} experts"
         )
     ranks = slots // width
-    table = renamed_tables(load.sum(axis=0), _packed(load, slots, ranks), 1, ranks)
+    new = pack_steps(extrapolated(load), slots, ranks, FOR_WORKLOADS) if workloads else _packed(load, slots, ranks)
+    table = renamed_tables(load.sum(axis=0), new, 1, ranks)
     counts = np.stack([np.bincount(row, minlength=experts) for row in table])
     maps = table, _positions(table, counts, slots - experts + 1), counts
     where = tokens_per_expert.device
@@ -95,7 +109,10 @@ class VllmPolicy:
         num_ranks: int,
         old_global_expert_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Where experts stand, from one load table; as `compat.eplb.rebalance_experts`, and never worse than theirs.
+        """Where experts stand, from one load table; as `compat.eplb.rebalance_experts`, but no expert twice on a rank.
+
+        No layer is worse than theirs, except where theirs has an expert twice on a rank and nothing as light was found
+        that has not.
 
         Args:
             weight: [L, E] load.
@@ -111,9 +128,9 @@ class VllmPolicy:
         """
         import torch
 
-        from .eplb import rebalance_experts
+        from .eplb import table_apart
 
-        new = rebalance_experts(weight.detach().cpu(), num_replicas, num_groups, num_nodes, num_ranks)[0].numpy()
+        new = table_apart(weight.detach().cpu(), num_replicas, num_groups, num_nodes, num_ranks)
         if old_global_expert_indices is not None:
             old = np.asarray(old_global_expert_indices.detach().cpu().numpy())
             if old.shape != new.shape:
@@ -141,7 +158,8 @@ class AscendPolicy:
 
         Returns:
             (whether some layer changes, [layers] those that do, most gained first, [L, G, slots] the new table: of
-            other layers the one in force).
+            other layers the one in force). A layer that gains nothing changes where it is as light without an expert
+            twice on a rank.
 
         Raises:
             InputError: arrays that do not fit.
@@ -166,13 +184,17 @@ class AscendPolicy:
         load = np.zeros((len(workload), layers, experts))
         for step, of_slots in zip(load, workload.reshape(*load.shape[:2], -1), strict=True):
             np.add.at(step, (np.arange(layers)[:, None], table), of_slots)
+        from .eplb import stacked
+
         new = _packed(load, table.shape[1], ranks)
         before, after = (largest_loads(load, each, ranks).sum(axis=0) for each in (table, new))
         gain = np.where(before > 0, 1 - after / np.where(before > 0, before, 1.0), 0.0)
         order = np.argsort(-gain, kind="stable")
-        changed = order[gain[order] > 0]
-        named = renamed_tables(load.sum(axis=0)[changed], new[changed], 1, ranks, table[changed])
-        table[changed] = _in_old_slots(table[changed], named, ranks)
+        doubled = stacked(table, ranks) & ~stacked(new, ranks)
+        changed = order[(gain[order] > 0) | ((after <= before) & doubled)[order]]
+        if len(changed):
+            named = renamed_tables(load.sum(axis=0)[changed], new[changed], 1, ranks, table[changed])
+            table[changed] = _in_old_slots(table[changed], named, ranks)
         return bool(len(changed)), changed, table.reshape(layers, ranks, width).astype(current.dtype)
 
 

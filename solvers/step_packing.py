@@ -17,8 +17,12 @@ HOT, COLD = 0.03, 0.001
 """Temperatures, in what the start has above the mean."""
 APART = 1e-4
 """Tokens that DeepInfer's rule takes neighbours to differ by."""
+EQUAL = 1e-12
+"""Within which values are the same."""
 TURNS, MOST = 5, 200_000
 """Tries, each with four times the exchanges of the last and at most so many, to end where a published rule does."""
+MIXES, FURTHER, LEAST = 28, 4.0, 0.02
+"""Mixes of workloads, how many times further from the mean than drawn, and what of its mean load an expert keeps."""
 REPLICA_MOVES = 0.25
 """Of the proposals, that give a slot to another expert, where experts have several."""
 
@@ -40,6 +44,26 @@ def pack_steps(
     return _greedy_and_exchanges(by_layer, slots, devices, proposals, seed, as_published)
 
 
+def extrapolated(load: FloatArray, seed: int = 0) -> FloatArray:
+    """[W + MIXES, L, E] workloads of one size, and mixes of them drawn at random and taken further from their mean.
+
+    A table that is level for those is level for what changes as the workloads do, only more so.
+
+    Args:
+        load: [W, L, E] tokens of each workload.
+        seed: of the mixes.
+    """
+    workloads, _, experts = load.shape
+    total = load.sum(axis=2, keepdims=True)
+    scaled = load / np.where(total > 0, total, 1.0) * experts
+    mean = scaled.mean(axis=0)
+    if workloads == 1:
+        return np.asarray(scaled)
+    weights = np.random.default_rng(seed).dirichlet(np.ones(workloads), size=MIXES) - 1.0 / workloads
+    beyond = mean + FURTHER * np.tensordot(weights, scaled, axes=1)
+    return np.concatenate([scaled, np.maximum(beyond, LEAST * mean)])
+
+
 def largest_loads(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
     """[S, L] largest device load of each step and layer, from loads [S, L, E] and a table [L, P]."""
     return np.asarray(_largest(np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64), table, devices).T)
@@ -52,8 +76,8 @@ def _greedy_and_exchanges(
     """`pack_steps` of loads [L, E, S]."""
     table = np.empty((load.shape[0], slots), dtype=np.int64)
     for layer in range(load.shape[0]):
-        table[layer] = _pack(load[layer], _replicate(load[layer], slots, devices, 0.0), devices, False)
-        _exchange(load[layer], table[layer], devices, proposals, seed + layer)
+        table[layer] = pack_layer(load[layer], replicate_layer(load[layer], slots, devices, 0.0), devices, False)
+        exchange_layer(load[layer], table[layer], devices, proposals, seed + layer)
         if as_published:
             _reach_published(load[layer], table[layer], devices, proposals, seed + layer)
     return table
@@ -67,26 +91,36 @@ def _reach_published(load: FloatArray, table: IntArray, devices: int, proposals:
     That rule may put an expert twice on a device, and then end where no table without does.
     """
     slots = len(table)
-    other = _pack(load, _replicate(load, slots, slots, APART), devices, True)
-    goal, value = _value(load, other, devices), _value(load, table, devices)
-    if value <= goal * (1.0 + 1e-12):
+    other = pack_layer(load, replicate_layer(load, slots, slots, APART), devices, True)
+    goal = layer_value(load, other, devices)
+    if layer_value(load, table, devices) <= goal * (1.0 + EQUAL):
         return
     if slots <= load.shape[0] * devices:
-        _part(load, other, devices)
+        part_layer(load, other, devices)
+    reach(load, table, other, goal, devices, proposals, seed)
+
+
+@kernel
+def reach(
+    load: FloatArray, table: IntArray, other: IntArray, goal: float, devices: int, proposals: int, seed: int
+) -> None:
+    """Lowers a layer's table [P], in place, to a goal, if that can be found: to another table, then by exchanges that
+    begin from either, more each time. load: [E, S]."""
+    value = layer_value(load, table, devices)
     for turn in range(TURNS):
-        if value <= goal * (1.0 + 1e-12):
+        if value <= goal * (1.0 + EQUAL):
             break
         tried = other.copy() if turn % 2 == 0 else table.copy()
         if turn:
-            _exchange(load, tried, devices, min(MOST, proposals << (2 * turn)), seed + turn)
-        new_value = _value(load, tried, devices)
+            exchange_layer(load, tried, devices, min(MOST, proposals << (2 * turn)), seed + turn)
+        new_value = layer_value(load, tried, devices)
         if new_value < value:
             value = new_value
             table[:] = tried
 
 
 @kernel
-def _part(load: FloatArray, table: IntArray, devices: int) -> None:
+def part_layer(load: FloatArray, table: IntArray, devices: int) -> None:
     """Takes experts that stand twice on a device from there, in place: a slot is exchanged with another's, or given to
     another expert, whichever is lowest then."""
     slots, experts = len(table), load.shape[0]
@@ -101,7 +135,7 @@ def _part(load: FloatArray, table: IntArray, devices: int) -> None:
             if h == g or stands(table, e, h * width, (h + 1) * width) or stands(table, f, g * width, (g + 1) * width):
                 continue
             table[p], table[q] = f, e
-            value = _value(load, table, devices)
+            value = layer_value(load, table, devices)
             table[p], table[q] = e, f
             if value < least:
                 least, best_slot = value, q
@@ -109,7 +143,7 @@ def _part(load: FloatArray, table: IntArray, devices: int) -> None:
             if stands(table, f, g * width, (g + 1) * width):
                 continue
             table[p] = f
-            value = _value(load, table, devices)
+            value = layer_value(load, table, devices)
             table[p] = e
             if value < least:
                 least, best_slot, best_expert = value, -1, f
@@ -120,7 +154,7 @@ def _part(load: FloatArray, table: IntArray, devices: int) -> None:
 
 
 @kernel
-def _value(load: FloatArray, table: IntArray, devices: int) -> float:
+def layer_value(load: FloatArray, table: IntArray, devices: int) -> float:
     """The largest device load, summed over steps, of a layer's loads [E, S] in a table [P]."""
     return float(_peak(load, table, devices).sum())
 
@@ -149,7 +183,7 @@ def _largest(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
 
 
 @kernel
-def _replicate(load: FloatArray, slots: int, most: int, apart: float) -> IntArray:
+def replicate_layer(load: FloatArray, slots: int, most: int, apart: float) -> IntArray:
     """[P] experts once each, then those that get a spare slot, no more than `most` where others may have more: who
     lowers the sum over steps of the largest load a replica most, of equals the one with most load a replica. load: [E,
     S]. apart: what loads of neighbours are taken to differ by, so that few are equal."""
@@ -159,18 +193,25 @@ def _replicate(load: FloatArray, slots: int, most: int, apart: float) -> IntArra
     taken = load.copy()
     for e in range(experts):
         taken[e] += apart * e
-    each = taken.copy()
+    each = taken.T.copy()
+    total = np.empty(experts)
+    for e in range(experts):
+        total[e] = taken[e].sum()
+    first, second = np.full(steps, -1), np.full(steps, -1)
     for spare in range(experts, slots):
         gain = np.zeros(experts)
         for s in range(steps):
-            first, second = 0, -1
-            for e in range(1, experts):
-                if each[e, s] > each[first, s]:
-                    first, second = e, first
-                elif second < 0 or each[e, s] > each[second, s]:
-                    second = e
-            lower = load[first, s] / (counts[first] + 1)
-            gain[first] += each[first, s] - max(lower, each[second, s] if second >= 0 else lower)
+            # The two largest of a step stay what they are until one of them gets a replica.
+            if first[s] < 0:
+                first[s], second[s] = 0, -1
+                for e in range(1, experts):
+                    if each[s, e] > each[s, first[s]]:
+                        first[s], second[s] = e, first[s]
+                    elif second[s] < 0 or each[s, e] > each[s, second[s]]:
+                        second[s] = e
+            e = first[s]
+            lower = load[e, s] / (counts[e] + 1)
+            gain[e] += each[s, e] - max(lower, each[s, second[s]] if second[s] >= 0 else lower)
         for e in range(experts):
             if counts[e] >= most:
                 gain[e] = -1.0
@@ -178,16 +219,21 @@ def _replicate(load: FloatArray, slots: int, most: int, apart: float) -> IntArra
         if apart == 0.0:
             for e in range(experts):
                 near = gain[e] >= 0.0 and gain[e] >= gain[best] * (1.0 - 1e-12)
-                if near and each[e].sum() > each[best].sum() * (1.0 + 1e-12):
+                if near and total[e] > total[best] * (1.0 + 1e-12):
                     best = e
         counts[best] += 1
-        each[best] = taken[best] / counts[best]
+        lowered = taken[best] / counts[best]
+        total[best] = lowered.sum()
+        for s in range(steps):
+            each[s, best] = lowered[s]
+            if first[s] == best or second[s] == best:
+                first[s] = -1
         result[spare] = best
     return result
 
 
 @kernel
-def _pack(load: FloatArray, replicas: IntArray, devices: int, as_published: bool) -> IntArray:
+def pack_layer(load: FloatArray, replicas: IntArray, devices: int, as_published: bool) -> IntArray:
     """[P] replicas from the heaviest on, each where the sum over steps of the largest load is lowest then.
     as_published: as DeepInfer's rule has it, on the first of equal devices, wherever else the expert stands."""
     experts, steps = load.shape
@@ -204,6 +250,7 @@ def _pack(load: FloatArray, replicas: IntArray, devices: int, as_published: bool
         e = replicas[slot]
         part = load[e] / counts[e]
         best, least, least_load = -1, np.inf, np.inf
+        ahead = peak.sum() - np.cumsum(peak)
         for twice in range(2):
             if twice and _make_room(table, carried, load, counts, filled, e):
                 break
@@ -214,6 +261,13 @@ def _pack(load: FloatArray, replicas: IntArray, devices: int, as_published: bool
                 value, total = 0.0, 0.0
                 for s in range(steps):
                     value += max(peak[s], carried[g, s] + part[s])
+                    # What is left adds its largest loads so far at least.
+                    if value + ahead[s] > least * (1.0 + 1e-9):
+                        value = np.inf
+                        break
+                if value == np.inf:
+                    continue
+                for s in range(steps):
                     total += carried[g, s]
                 if as_published:
                     total = least_load
@@ -271,7 +325,7 @@ def stands(table: IntArray, expert: int, first: int, last: int) -> bool:
 
 
 @kernel
-def _exchange(load: FloatArray, table: IntArray, devices: int, proposals: int, seed: int) -> None:
+def exchange_layer(load: FloatArray, table: IntArray, devices: int, proposals: int, seed: int) -> None:
     """Annealing of one layer's table [P], in place: slots of devices that are some step's most loaded change places
     with others, or give their expert one more replica. Ends with the best table seen."""
     np.random.seed(seed)
@@ -281,13 +335,17 @@ def _exchange(load: FloatArray, table: IntArray, devices: int, proposals: int, s
     counts = np.zeros(experts, dtype=np.int64)
     for slot in range(slots):
         counts[table[slot]] += 1
-    carried = np.zeros((devices, steps))
+    part = np.empty((experts, steps))
+    for e in range(experts):
+        part[e] = load[e] / max(1, counts[e])
+    carried = np.zeros((steps, devices))
     for slot in range(slots):
-        carried[slot // width] += load[table[slot]] / counts[table[slot]]
+        for s in range(steps):
+            carried[s, slot // width] += part[table[slot], s]
     peak, at = np.zeros(steps), np.zeros(steps, dtype=np.int64)
     for s in range(steps):
-        at[s] = np.argmax(carried[:, s])
-        peak[s] = carried[at[s], s]
+        at[s] = np.argmax(carried[s])
+        peak[s] = carried[s, at[s]]
     mean = load.sum() / devices
     value = peak.sum()
     least, best = value, table.copy()
@@ -296,8 +354,9 @@ def _exchange(load: FloatArray, table: IntArray, devices: int, proposals: int, s
         return
     cooling = (COLD / HOT) ** (1.0 / max(1, proposals))
     replicas = slots > experts
+    # Loads after the exchange of the devices that it touches, which have a place each.
     new, fresh = np.empty((devices, steps)), np.empty(steps)
-    touched = np.zeros(devices, dtype=np.bool_)
+    touched, place, number = np.empty(devices, dtype=np.int64), np.full(devices, -1), 0
     for _ in range(proposals):
         temperature *= cooling
         a = at[np.random.randint(steps)]
@@ -306,40 +365,45 @@ def _exchange(load: FloatArray, table: IntArray, devices: int, proposals: int, s
         e, f = table[p], table[q]
         if e == f:
             continue
-        touched[:] = False
+        for i in range(number):
+            place[touched[i]] = -1
+        number = 0
         moved = replicas and counts[f] > 1 and np.random.random() < REPLICA_MOVES
         if moved:
             # The expert of the loaded device takes over a slot of one that has several.
             if stands(table, e, b * width, (b + 1) * width):
                 continue
-            more = load[f] / (counts[f] - 1) - load[f] / counts[f]
-            less = load[e] / counts[e] - load[e] / (counts[e] + 1)
+            more, less = load[f] / (counts[f] - 1) - part[f], part[e] - load[e] / (counts[e] + 1)
             for slot in range(slots):
+                if table[slot] != e and table[slot] != f:
+                    continue
                 g = slot // width
-                if (table[slot] == e or table[slot] == f) and not touched[g]:
-                    new[g] = carried[g]
-                    touched[g] = True
+                if place[g] < 0:
+                    place[g], touched[number] = number, g
+                    for s in range(steps):
+                        new[number, s] = carried[s, g]
+                    number += 1
                 if table[slot] == e:
-                    new[g] -= less
-                elif table[slot] == f:
-                    new[g] += more
-            new[b] += load[e] / (counts[e] + 1) - load[f] / (counts[f] - 1)
+                    new[place[g]] -= less
+                else:
+                    new[place[g]] += more
+            new[place[b]] += load[e] / (counts[e] + 1) - load[f] / (counts[f] - 1)
         else:
             if a == b or stands(table, e, b * width, (b + 1) * width) or stands(table, f, a * width, (a + 1) * width):
                 continue
-            shift = load[f] / counts[f] - load[e] / counts[e]
-            new[a], new[b] = carried[a] + shift, carried[b] - shift
-            touched[a] = touched[b] = True
+            for s in range(steps):
+                shift = part[f, s] - part[e, s]
+                new[0, s], new[1, s] = carried[s, a] + shift, carried[s, b] - shift
+            place[a], place[b], touched[0], touched[1], number = 0, 1, a, b, 2
         change = 0.0
         for s in range(steps):
-            largest = 0.0 if touched[at[s]] else peak[s]
-            for g in range(devices):
-                if touched[g]:
-                    largest = max(largest, new[g, s])
-            if touched[at[s]] and largest < peak[s]:
+            largest = peak[s] if place[at[s]] < 0 else 0.0
+            for i in range(number):
+                largest = max(largest, new[i, s])
+            if largest < peak[s]:
                 for g in range(devices):
-                    if not touched[g]:
-                        largest = max(largest, carried[g, s])
+                    if place[g] < 0:
+                        largest = max(largest, carried[s, g])
             fresh[s] = largest
             change += largest - peak[s]
         if change > 0.0 and (temperature <= 0.0 or np.random.random() >= np.exp(-change / temperature)):
@@ -347,15 +411,15 @@ def _exchange(load: FloatArray, table: IntArray, devices: int, proposals: int, s
         if moved:
             counts[e] += 1
             counts[f] -= 1
+            part[e], part[f] = load[e] / counts[e], load[f] / counts[f]
             table[q] = e
         else:
             table[p], table[q] = f, e
-        for g in range(devices):
-            if touched[g]:
-                carried[g] = new[g]
         for s in range(steps):
-            if touched[at[s]] or fresh[s] > peak[s]:
-                at[s] = np.argmax(carried[:, s])
+            for i in range(number):
+                carried[s, touched[i]] = new[i, s]
+            if place[at[s]] >= 0 or fresh[s] > peak[s]:
+                at[s] = np.argmax(carried[s])
         peak[:] = fresh
         value += change
         if value < least * (1.0 - 1e-12):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .._types import FloatArray, IntArray
 from ..placement.jit import kernel
 from ..placement.packing import LEAST_GAIN
-from .step_packing import stands
+from .step_packing import layer_value, pack_layer, part_layer, reach, replicate_layer, stands
 
 ENOUGH = 3e-4
 """Above the mean load: nearer to it no exchange is worth its time."""
@@ -83,6 +83,50 @@ def level_tables(load: FloatArray, table: IntArray, nodes: int, devices: int) ->
                 carried[slot // width] += part[slot]
             if not _lighten(load[layer], table[layer], counts, part, carried, enough, per_node):
                 break
+
+
+@kernel
+def part_tables(load: FloatArray, table: IntArray, goal: FloatArray, nodes: int, devices: int, proposals: int) -> None:
+    """Makes layers anew, in place, that have an expert twice on a device: without one, and with a largest load of at
+    most `goal`, if that can be found.
+
+    Slots of a node must be no more than its experts times its devices. Groups stay on their nodes.
+
+    Args:
+        load: [L, E]. table: [L, P]. goal: [L]. nodes: of as many devices. devices: G.
+        proposals: exchanges tried first where a node is above its goal; later more.
+    """
+    slots, per_node = table.shape[1], devices // nodes
+    width, in_node = slots // devices, slots // nodes
+    for layer in range(len(load)):
+        if not _stacked(table[layer], width):
+            continue
+        for node in range(nodes):
+            held = table[layer, node * in_node : (node + 1) * in_node]
+            if not _stacked(held, width):
+                continue
+            experts = np.unique(held)
+            apart = load[layer][experts].reshape(-1, 1)
+            own = apart.reshape(1, -1)
+            parted = np.searchsorted(experts, held).reshape(1, -1)
+            made = np.empty_like(parted)
+            part_layer(apart, parted[0], per_node)
+            made[0] = pack_layer(apart, replicate_layer(apart, in_node, per_node, 0.0), per_node, False)
+            level_tables(own, parted, 1, per_node)
+            level_tables(own, made, 1, per_node)
+            if layer_value(apart, parted[0], per_node) < layer_value(apart, made[0], per_node):
+                parted, made = made, parted
+            reach(apart, made[0], parted[0], goal[layer], per_node, proposals, layer)
+            held[:] = experts[made[0]]
+
+
+@kernel
+def _stacked(table: IntArray, width: int) -> bool:
+    """Whether a device has an expert twice; table [P]."""
+    for slot in range(len(table)):  # noqa: SIM110 (numba compiles no generators here)
+        if stands(table, table[slot], slot // width * width, slot):
+            return True
+    return False
 
 
 @kernel

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -144,6 +146,51 @@ def test_vllms_map_is_no_worse_than_the_published_one_and_leaves_replicas_in_the
         VllmPolicy.rebalance_experts(weight, 32, 1, 1, 8, table[:, :30])
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_vllms_map_has_no_expert_twice_and_is_worse_only_where_theirs_has(seed: int) -> None:
+    window, slots, devices = random_window(seed)
+    load = window.sum(axis=0)
+    able = devices % 2 == 0 and load.shape[1] % 2 == 0 and 2 * slots <= load.shape[1] * devices
+    for nodes in (1, 2) if able else (1,):
+        made = VllmPolicy.rebalance_experts(torch.from_numpy(load), slots, nodes, nodes, devices).numpy()
+        theirs = published_placement(load, slots, nodes, nodes, devices)
+        assert twice(made, devices) == 0
+        assert set(made[0].tolist()) == set(range(load.shape[1]))
+        if nodes == 2:
+            halves = made[0].reshape(2, -1) * 2 // load.shape[1]
+            assert all(len(set(half.tolist())) == 1 for half in halves)
+        if not twice(theirs, devices):
+            assert largest_load(load, made, devices) <= largest_load(load, theirs, devices) * (1 + 1e-9)
+        drop_in = rebalance_experts(load, slots, nodes, nodes, devices)[0]
+        assert largest_load(load, drop_in, devices) <= largest_load(load, theirs, devices) * (1 + 1e-9)
+        if largest_load(load, made, devices) <= largest_load(load, theirs, devices) * (1 + 1e-12):
+            assert twice(drop_in, devices) == 0
+
+
+def test_vllms_map_is_as_light_as_the_best_without_an_expert_twice() -> None:
+    load = np.array([[10.0, 6.0, 4.0]])
+    assert largest_load(load, published_placement(load, 4, 1, 1, 2), 2) == 10.0
+    made = VllmPolicy.rebalance_experts(torch.from_numpy(load), 4, 1, 1, 2).numpy()
+    plans = [np.array([plan]) for plan in itertools.product(range(3), repeat=4) if len(set(plan)) == 3]
+    lightest = min(float(largest_load(load, plan, 2)[0]) for plan in plans if not twice(plan, 2))
+    assert lightest == 11.0
+    assert largest_load(load, made, 2) == lightest
+    assert largest_load(load, rebalance_experts(load, 4, 1, 1, 2)[0], 2) == 10.0
+
+
+def test_ascends_table_parts_an_expert_that_stands_twice_on_a_rank_where_that_costs_nothing() -> None:
+    load = np.full((1, 1, 4), 6.0)
+    current = np.array([[[0, 0, 1], [1, 2, 3]]])
+    workload = np.array([[[[3.0, 3.0, 3.0], [3.0, 6.0, 6.0]]]])
+    changed, layers, table = AscendPolicy().rebalance_experts(current, workload)
+    assert changed
+    assert layers.tolist() == [0]
+    assert twice(table.reshape(1, 6), 2) == 0
+    idle = AscendPolicy().rebalance_experts(current, np.zeros_like(workload))
+    assert twice(idle[2].reshape(1, 6), 2) == 0
+    assert load.sum() == workload.sum()
+
+
 def test_ascends_table_changes_only_layers_that_gain() -> None:
     load = window(3)
     level = pack_steps(load.astype(float), 32, 8, 20_000)
@@ -162,6 +209,11 @@ def test_ascends_table_changes_only_layers_that_gain() -> None:
     assert twice(table.reshape(2, 32), 8) == 0
     one_step = AscendPolicy().rebalance_experts(current.reshape(2, 8, 4), workload.sum(axis=0).reshape(2, 8, 4))
     assert one_step[0]
+    # Asked again, nothing is left to gain.
+    settled = AscendPolicy().rebalance_experts(current[:1].reshape(1, 8, 4), workload[:, :1].reshape(12, 1, 8, 4))
+    assert not settled[0]
+    assert len(settled[1]) == 0
+    np.testing.assert_array_equal(settled[2], current[:1].reshape(1, 8, 4))
     with pytest.raises(InputError, match="expert_workload"):
         AscendPolicy().rebalance_experts(current.reshape(2, 8, 4), workload[:, :1].reshape(12, 1, 8, 4))
     with pytest.raises(InputError, match="has not all"):
