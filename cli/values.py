@@ -82,9 +82,14 @@ def in_options(command: Any, ctx: Any, text: str) -> str:
     """A refusal that names arguments as Python has them, with the options that were given in their place."""
     for param in command.params:
         if param.param_type_name == "option" and ctx.params.get(param.name) not in (param.default, None):
-            # Words of the language are arguments only where a value stands behind them.
-            behind = r"\b" if "_" in param.name else r"(?= \(| '| says nothing)"
-            text = re.sub(rf"(?<![\w.'-]){param.name}{behind}", param.opts[0], text)
+            text = re.sub(rf"(?<![\w.'-]){param.name}='([^']*)'", rf"{param.opts[0]} \1", text)
+            if "_" in param.name:
+                text = re.sub(rf"(?<![\w.'-]){param.name}\b", param.opts[0], text)
+            else:
+                # Words of the language are arguments only where the value follows, or where a refusal begins with them.
+                value = re.escape(str(getattr(ctx.params[param.name], "value", ctx.params[param.name])))
+                text = re.sub(rf"(?<![\w.'-]){param.name}(?= \('?{value}'?\))", param.opts[0], text)
+                text = re.sub(rf"(^|: ){param.name}(?= \(| '| says nothing)", rf"\1{param.opts[0]}", text)
             text = text.replace(f"no option '{param.name}'", f"no option {param.opts[0]}")
     return text
 

@@ -190,7 +190,7 @@ def test_layers_an_engine_counts_beside_the_plans_can_be_named(trace: Path, tmp_
     assert list(yaml.safe_load((tmp_path / "t.yaml").read_text())["initial_global_assignments"]) == [0, 1, 2, 3, 5, 6]
     ended = run("export", plan, "--for", "vllm", "--hidden-layers", 6, "-o", tmp_path / "v.json")
     assert ended.code == 1
-    assert "hidden_layers goes with form 53022" in ended.err
+    assert "--hidden-layers goes with form 53022" in ended.err
     ended = run("export", plan, "--for", "trtllm", "--extra-layers", "three", "-o", tmp_path / "t.yaml")
     assert "'three' is not a number or a range" in ended.err
 
@@ -355,5 +355,5 @@ def test_what_an_engine_does_not_do_is_refused_before_the_routing_is_read(
     asked = (command[0], tmp_path / "absent", *CLUSTER, *command[1:])
     assert "engine 'vlm' is unknown; did you mean 'vllm'" in run(*asked, "--for", "vlm").err
     refused = run(*asked, "--for", "vllm", "--replica-choice", "nearest")
-    assert "it does not do replica_choice='nearest'; use 'share'" in refused.err
-    assert "split='free'; use equal" in run(*asked, "--for", "trtllm", "--split", "free").err
+    assert "it does not do --replica-choice nearest; use 'share'" in refused.err
+    assert "--split free; use equal" in run(*asked, "--for", "trtllm", "--split", "free").err

@@ -308,7 +308,7 @@ def test_a_database_that_is_none_and_a_name_that_is_taken_are_told_before_the_wo
     assert ended(inputs, tmp_path, *solve, "--name", "mine").code == 0
     (tmp_path / "new.json").unlink()
     assert "the name 'mine' is taken" in refused(inputs, tmp_path, *solve, "--seed", 3, "--name", "mine")
-    assert "must be printable" in refused(inputs, tmp_path, *solve, "--name", "")
+    assert "'' is empty, a value is expected" in refused(inputs, tmp_path, *solve, "--name", "")
 
 
 def test_what_could_not_be_stored_is_still_shown(
