@@ -24,7 +24,6 @@ from ..placement.packing import Weights, steepest_swap
 from ..placement.plan import replica_counts
 from ..solvers.device_names import renamed_tables
 from ..solvers.eplb import rebalance
-from ..solvers.step_packing import EQUAL
 from ..solvers.table_packing import level_tables, packed_tables, part_tables
 
 if TYPE_CHECKING:
@@ -62,8 +61,8 @@ def rebalance_experts(
     """Places `num_replicas` replicas of the experts on devices, so that the heaviest device of each layer is light.
 
     Where num_groups divide over num_nodes all replicas of a group's experts stand on one node, each node having as many
-    groups; elsewhere groups and nodes play no part. Two replicas of an expert share a GPU only
-    where theirs do and no plan that is as light was found in which they do not.
+    groups; elsewhere groups and nodes play no part. As in theirs, two replicas of an expert may
+    share a GPU.
 
     Args:
         weight: [L, E] load of each logical expert, a torch tensor (of any device) or a NumPy array.
@@ -95,7 +94,7 @@ def rebalance_experts(
 def table_apart(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> IntArray:
     """[L, num_replicas] as `rebalance_experts`, no expert twice on a GPU even where that is heavier than the published
     plan; where there are more slots than experts times GPUs it cannot be helped. Arguments and errors are the same."""
-    return _improved(_read_instance(weight, num_replicas, num_groups, num_nodes, num_gpus), heavier=True)
+    return _improved(_read_instance(weight, num_replicas, num_groups, num_nodes, num_gpus), apart=True)
 
 
 def published_placement(weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> IntArray:
@@ -126,9 +125,9 @@ def _published(instance: _Instance) -> IntArray:
     return _balance_nodes(instance, instance.single, instance.groups_by_node)
 
 
-def _improved(instance: _Instance, heavier: bool = False) -> IntArray:
+def _improved(instance: _Instance, apart: bool = False) -> IntArray:
     """[L, P] the published plan lightened; where swapping groups between nodes evens them, the better of two plans.
-    heavier: rather above the published load than with an expert twice on a device."""
+    apart: rather above the published load than with an expert twice on a device."""
     load, nodes, devices = instance.load, instance.nodes, instance.devices
     order = instance.groups_by_node
     # Double precision, and experts in their own order, break ties otherwise, at times to the better.
@@ -145,14 +144,12 @@ def _improved(instance: _Instance, heavier: bool = False) -> IntArray:
         second = lighten(part, _balance_nodes(instance, part, evened), nodes, devices)
         table[changed] = _better(part, table[changed], second, devices)
     doubled = stacked(table, devices)
-    if doubled.any() and instance.slots * nodes <= load.shape[1] * devices:
+    if apart and doubled.any() and instance.slots * nodes <= load.shape[1] * devices:
         part, goal = load[doubled], largest_load(load, start, devices)[doubled]
-        apart = table[doubled]
-        part_tables(part, apart, goal, nodes, devices, PROPOSALS)
+        parted = table[doubled]
+        part_tables(part, parted, goal, nodes, devices, PROPOSALS)
         plain = lighten(part, published[doubled], nodes, devices)
-        apart = np.where(stacked(plain, devices)[:, None], apart, _better(part, apart, plain, devices))
-        kept = heavier | (largest_load(part, apart, devices) <= goal * (1.0 + EQUAL))
-        table[doubled] = np.where(np.asarray(kept)[..., None], apart, table[doubled])
+        table[doubled] = np.where(stacked(plain, devices)[:, None], parted, _better(part, parted, plain, devices))
     return renamed_tables(load, table, nodes, devices)
 
 

@@ -163,8 +163,6 @@ def test_vllms_map_has_no_expert_twice_and_is_worse_only_where_theirs_has(seed: 
             assert largest_load(load, made, devices) <= largest_load(load, theirs, devices) * (1 + 1e-9)
         drop_in = rebalance_experts(load, slots, nodes, nodes, devices)[0]
         assert largest_load(load, drop_in, devices) <= largest_load(load, theirs, devices) * (1 + 1e-9)
-        if largest_load(load, made, devices) <= largest_load(load, theirs, devices) * (1 + 1e-12):
-            assert twice(drop_in, devices) == 0
 
 
 def test_vllms_map_is_as_light_as_the_best_without_an_expert_twice() -> None:
