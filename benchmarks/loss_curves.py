@@ -61,7 +61,7 @@ def size_of(text: str, entries: list[list[Any]], hidden: int) -> tuple[float, fl
     return size * mean("sent_rows", "plain_rows"), computed
 
 
-def draw(curves: dict[str, dict[int, list[list[Any]]]]) -> None:
+def draw(by_step: dict[str, dict[int, dict[int, float]]]) -> None:
     """Each run's loss less the mean of plain's over the seeds: a thin line a seed, a thick one for their mean."""
     import matplotlib
 
@@ -69,10 +69,6 @@ def draw(curves: dict[str, dict[int, list[list[Any]]]]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "moeplace"
     from matplotlib import pyplot as plt
 
-    by_step = {
-        name: {seed: {entry[STEP]: entry[LOSS] for entry in curve} for seed, curve in seeds.items()}
-        for name, seeds in curves.items()
-    }
     plain = next(iter(by_step.values()))
     base = {
         step: statistics.fmean(losses[step] for losses in plain.values())
@@ -99,6 +95,10 @@ def run(options: argparse.Namespace, report: Report) -> None:
         }
         for text in options.runs
     }
+    by_step = {
+        name: {seed: {entry[STEP]: entry[LOSS] for entry in curve} for seed, curve in seeds.items()}
+        for name, seeds in curves.items()
+    }
     percent = {"bytes": ".0%", "rows computed": ".0%"}
     at = [f"{step:,}" for step in options.steps]
     table = report.table("Loss of three seeds", ("run", *percent, *at, "mean", "spread", "less plain"), percent)
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
     last = options.steps[-1]
     for text in options.runs:
         name = run_of(text)[0]
-        losses = {seed: {entry[STEP]: entry[LOSS] for entry in curve} for seed, curve in curves[name].items()}
+        losses = by_step[name]
         size = size_of(text, [entry for curve in curves[name].values() for entry in curve], options.hidden)
         cells = [
             ", ".join(f"{part[step]:.3f}" if step in part else "-" for part in losses.values())
@@ -122,4 +122,4 @@ def run(options: argparse.Namespace, report: Report) -> None:
             ", ".join(f"{difference:+.3f}" for difference in paired) or "-",
         )  # fmt: skip
     if options.figure:
-        draw(curves)
+        draw(by_step)

@@ -126,12 +126,18 @@ def tables(report: Report, options: argparse.Namespace) -> None:
 # Windows of steps.
 
 
-def windows(report: Report, options: argparse.Namespace) -> None:
+def policies_of_windows(options: argparse.Namespace) -> dict[str, Policy]:
+    """Of loads [S, L, E], by name: EPLB, and those whose files are named."""
     policies: dict[str, Policy] = {"EPLB on the mean": lambda load, s, d: rebalance(load.mean(axis=0), s, 1, 1, d)}
     if options.deepinfer:
         policies["DeepInfer"] = window_policies.deepinfer(options.deepinfer)
     if options.flashlb:
         policies["FlashLB"] = window_policies.flashlb(options.flashlb)
+    return policies
+
+
+def windows(report: Report, options: argparse.Namespace) -> None:
+    policies = policies_of_windows(options)
     policies |= {
         f"ours, {name}": lambda load, s, d, proposals=proposals: pack_steps(load, s, d, proposals)
         for name, proposals in (("greedy", 0), ("compat", PROPOSALS), ("longer", 3 * PROPOSALS))
@@ -171,11 +177,7 @@ def workloads(report: Report, options: argparse.Namespace) -> None:
     data = {name: counts[name].astype(np.float64) for name in counts.files}
     busy = np.all([load.sum(axis=1) > 0 for load in data.values()], axis=0)
     scaled = {name: load[busy] / load[busy].sum(axis=1, keepdims=True) * 1e6 for name, load in data.items()}
-    policies: dict[str, Policy] = {"EPLB on the mean": lambda load, s, d: rebalance(load.mean(axis=0), s, 1, 1, d)}
-    if options.deepinfer:
-        policies["DeepInfer"] = window_policies.deepinfer(options.deepinfer)
-    if options.flashlb:
-        policies["FlashLB"] = window_policies.flashlb(options.flashlb)
+    policies = policies_of_windows(options)
     policies["ours, steps"] = lambda load, s, d: for_windows(load, s, d)
     policies["ours, workloads=True"] = lambda load, s, d: for_windows(load, s, d, workloads=True)
     columns = ("slots, devices", "policy", "ms", "mean of left out", "worst of left out", "worst of the four")

@@ -910,24 +910,31 @@ def _(rank: int, folder: Path) -> float:
     def averaging(model: nn.Sequential) -> AveragedModel:
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
 
-    run, kept = run_of(rank).ddp(), []
+    run = run_of(rank).ddp()
     average = averaging(run.model)
     for step in range(STEPS):
         run.step(step)
         average.update_parameters(run.model)
 
+    return error_of_average(average, averaging)
+
+
+def error_of_average(average: AveragedModel, averaging: Callable[[nn.Sequential], AveragedModel]) -> float:
+    """Against the same average over the steps of one process."""
+    averages = []
+
     def watched(model: nn.Sequential) -> torch.optim.Optimizer:
-        kept.append(averaging(model))
+        averages.append(averaging(model))
         optimizer = sgd(model.parameters())
-        optimizer.register_step_post_hook(lambda *_: kept[0].update_parameters(model))
+        optimizer.register_step_post_hook(lambda *_: averages[0].update_parameters(model))
         return optimizer
 
     before, _ = reference(make=watched)
-    return error_of(average.module, (before, kept[0].module))
+    return error_of(average.module, (before, averages[0].module))
 
 
 def averaged_over_a_change(rank: int, moved: bool) -> float:
-    run, kept = run_of(rank).ddp(), []
+    run = run_of(rank).ddp()
     average = AveragedModel(run.model)
     for step in range(STEPS):
         if step == 1:
@@ -937,14 +944,7 @@ def averaged_over_a_change(rank: int, moved: bool) -> float:
         run.step(step)
         average.update_parameters(run.model)
 
-    def watched(model: nn.Sequential) -> torch.optim.Optimizer:
-        kept.append(AveragedModel(model))
-        optimizer = sgd(model.parameters())
-        optimizer.register_step_post_hook(lambda *_: kept[0].update_parameters(model))
-        return optimizer
-
-    before, _ = reference(make=watched)
-    return error_of(average.module, (before, kept[0].module))
+    return error_of_average(average, AveragedModel)
 
 
 @recipe("averages of weights, moved with a change of plan")

@@ -61,8 +61,7 @@ def rebalance_experts(
     """Places `num_replicas` replicas of the experts on devices, so that the heaviest device of each layer is light.
 
     Where num_groups divide over num_nodes all replicas of a group's experts stand on one node, each node having as many
-    groups; elsewhere groups and nodes play no part. As in theirs, two replicas of an expert may
-    share a GPU.
+    groups; elsewhere groups and nodes play no part. As in theirs, two replicas of an expert may share a GPU.
 
     Args:
         weight: [L, E] load of each logical expert, a torch tensor (of any device) or a NumPy array.
@@ -143,8 +142,8 @@ def _improved(instance: _Instance, apart: bool = False) -> IntArray:
         part, evened = load[changed], np.take_along_axis(order[changed], swaps[changed], axis=1)
         second = lighten(part, _balance_nodes(instance, part, evened), nodes, devices)
         table[changed] = _better(part, table[changed], second, devices)
-    doubled = stacked(table, devices)
-    if apart and doubled.any() and instance.slots * nodes <= load.shape[1] * devices:
+    able = instance.slots * nodes <= load.shape[1] * devices
+    if apart and able and (doubled := stacked(table, devices)).any():
         part, goal = load[doubled], largest_load(load, start, devices)[doubled]
         parted = table[doubled]
         part_tables(part, parted, goal, nodes, devices, PROPOSALS)

@@ -23,6 +23,7 @@ from .._types import FloatArray, IntArray
 from ..placement.errors import InputError
 from ..solvers.device_names import renamed_tables
 from ..solvers.step_packing import extrapolated, largest_loads, pack_steps
+from .eplb import stacked, table_apart
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,6 @@ __all__ = ["AscendPolicy", "VllmPolicy", "rebalance_experts_global"]
 PROPOSALS, SMALL = 1000, 1_000_000
 """Exchanges tried a layer: together with the greedy table, half of what DeepInfer's policy takes. Of small windows as
 many more as keep exchanges x steps x slots at that."""
-
-
 FOR_WORKLOADS = 20_000
 """Exchanges tried a layer for a table of several workloads."""
 
@@ -128,8 +127,6 @@ class VllmPolicy:
         """
         import torch
 
-        from .eplb import table_apart
-
         new = table_apart(weight.detach().cpu(), num_replicas, num_groups, num_nodes, num_ranks)
         if old_global_expert_indices is not None:
             old = np.asarray(old_global_expert_indices.detach().cpu().numpy())
@@ -184,8 +181,6 @@ class AscendPolicy:
         load = np.zeros((len(workload), layers, experts))
         for step, of_slots in zip(load, workload.reshape(*load.shape[:2], -1), strict=True):
             np.add.at(step, (np.arange(layers)[:, None], table), of_slots)
-        from .eplb import stacked
-
         new = _packed(load, table.shape[1], ranks)
         before, after = (largest_loads(load, each, ranks).sum(axis=0) for each in (table, new))
         gain = np.where(before > 0, 1 - after / np.where(before > 0, before, 1.0), 0.0)

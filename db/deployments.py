@@ -28,7 +28,7 @@ from .records import (
     EngineRecord,
     PublicationRecord,
 )
-from .references import ID_DIGITS, check_name, deployment_row, find, id_of, plain, storable
+from .references import ID_DIGITS, check_name, deployment_row, find, id_of, numbered_row, plain, storable
 from .schema import (
     CheckRow,
     DecisionRow,
@@ -453,7 +453,7 @@ class Decisions:
     def get(self, key: int) -> DecisionRecord:
         """Raises NotFoundError where there is no such decision."""
         with self._sessions.reading() as session:
-            return _decision_record(session, _decision_row(session, key))
+            return _decision_record(session, numbered_row(session, DecisionRow, "decision", key))
 
     def page(
         self,
@@ -487,7 +487,7 @@ class Decisions:
         storable("comment", comment, 2000)
         outcome = "published" if verdict == "approve" else "rejected"
         with self._sessions.writing() as session:
-            row = _decision_row(session, key)
+            row = numbered_row(session, DecisionRow, "decision", key)
             if row.state == outcome and row.closed_by == by.name:
                 return _decision_record(session, row)
             if row.state != "waiting":
@@ -503,13 +503,6 @@ class Decisions:
                 deployment.alarm = None
                 announce(session, deployment, "decision.rejected", {"decision": key})
             return _decision_record(session, row)
-
-
-def _decision_row(session: Session, key: int) -> DecisionRow:
-    row = session.get(DecisionRow, key) if 0 <= key < 1 << 31 else None
-    if row is None:
-        raise NotFoundError(f"no decision {key}")
-    return row
 
 
 def _decision_record(session: Session, row: DecisionRow) -> DecisionRecord:

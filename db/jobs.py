@@ -15,14 +15,14 @@ from typing import Any, Literal
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError
+from ..placement.errors import ConflictError, InputError, MoeplaceError
 from ..placement.plan import Plan
 from . import audit
 from .catalogue import keep_plan, keep_statistics
 from .database import ForbiddenError, Sessions, changed_rows
 from .deployments import publish, supersede
 from .records import Actor, ClaimedJob, Heartbeat, JobOutcome, JobRecord, Judgement
-from .references import ID_DIGITS, deployment_row, plain
+from .references import ID_DIGITS, deployment_row, numbered_row, plain
 from .schema import CheckRow, DecisionRow, DeploymentRow, JobRow, PlanRow, StatisticsRow
 from .webhooks import announce
 
@@ -112,7 +112,7 @@ class Jobs:
     def get(self, key: int) -> JobRecord:
         """Raises NotFoundError where there is no such job."""
         with self._sessions.reading() as session:
-            return _record(session, _row(session, key))
+            return _record(session, numbered_row(session, JobRow, "job", key))
 
     def page(
         self,
@@ -148,7 +148,7 @@ class Jobs:
                 the role does not allow that.
         """
         with self._sessions.writing() as session:
-            row = _row(session, key)
+            row = numbered_row(session, JobRow, "job", key)
             if by.role != "approve" and row.actor != by.name:
                 raise ForbiddenError(f"job {key} was asked for by {row.actor!r}; cancelling it needs role 'approve'")
             if row.state in ("done", "failed"):
@@ -165,7 +165,7 @@ class Jobs:
             NotFoundError: no such job. ConflictError: it has not ended, or a decision tells of it.
         """
         with self._sessions.writing() as session:
-            row = _row(session, key)
+            row = numbered_row(session, JobRow, "job", key)
             if row.state not in ENDED:
                 raise ConflictError(f"job {key} is {row.state}; cancel it first")
             if session.scalar(select(DecisionRow.key).where(DecisionRow.job_key == key)) is not None:
@@ -305,13 +305,6 @@ def _refuse_excess(session: Session, by: Actor, seconds: float) -> None:
 def _held(session: Session, job: ClaimedJob) -> JobRow | None:
     row = session.get(JobRow, job.key)
     return row if row is not None and row.state == "running" and row.claim == job.claim else None
-
-
-def _row(session: Session, key: int) -> JobRow:
-    row = session.get(JobRow, key) if 0 <= key < 1 << 31 else None
-    if row is None:
-        raise NotFoundError(f"no job {key}")
-    return row
 
 
 def _deployment(session: Session, row: JobRow) -> str | None:

@@ -19,7 +19,17 @@ from sqlalchemy.orm import Session
 from ..placement.errors import InputError, NotFoundError, nearest
 from ..placement.plan import Plan, plan_to_dict
 from ..placement.statistics import RoutingStatistics
-from .schema import DeploymentRow, ModelRow, Named, PlanRow, StatisticsRow, TopologyRow
+from .schema import (
+    DecisionRow,
+    DeploymentRow,
+    JobRow,
+    ModelRow,
+    Named,
+    PlanRow,
+    StatisticsRow,
+    TopologyRow,
+    UploadRow,
+)
 
 ID_DIGITS = 12
 
@@ -123,6 +133,7 @@ _READS_AS_ID = re.compile(r"[0-9a-f]{8,64}")
 _SHOWN = 8
 
 R = TypeVar("R", ModelRow, TopologyRow, StatisticsRow, PlanRow)
+Numbered = TypeVar("Numbered", DecisionRow, JobRow, UploadRow)
 
 
 def find(session: Session, row: type[R], ref: str) -> R:
@@ -160,6 +171,18 @@ def matches(session: Session, row: type[R], ref: str) -> Sequence[R]:
         if candidates:
             return candidates
     raise NotFoundError(_missing(session, row, ref))
+
+
+def numbered_row(session: Session, kind: type[Numbered], what: str, key: int) -> Numbered:
+    """The row of that key. what: it is called in errors.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    row = session.get(kind, key) if 0 <= key < 1 << 31 else None
+    if row is None:
+        raise NotFoundError(f"no {what} {key}")
+    return row
 
 
 def deployment_row(session: Session, name: str) -> DeploymentRow:

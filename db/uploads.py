@@ -10,11 +10,11 @@ from typing import Any
 from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
-from ..placement.errors import ConflictError, InputError, NotFoundError
+from ..placement.errors import ConflictError, InputError
 from . import audit
 from .database import Sessions
 from .records import Actor, UploadRecord
-from .references import sha256_digits, storable
+from .references import numbered_row, sha256_digits, storable
 from .schema import UploadPartRow, UploadRow
 
 UPLOAD_LIMIT = 1 << 28
@@ -72,7 +72,7 @@ class Uploads:
 
     def get(self, key: int) -> UploadRecord:
         with self._sessions.reading() as session:
-            return UploadRecord.model_validate(_row(session, key))
+            return UploadRecord.model_validate(numbered_row(session, UploadRow, "upload", key))
 
     def append(self, key: int, start: int, piece: bytes) -> UploadRecord:
         """Adds the next piece. start: how many bytes came before it.
@@ -83,7 +83,7 @@ class Uploads:
         if not 0 < len(piece) <= PIECE_LIMIT:
             raise InputError(f"a piece of {len(piece):,} bytes; send 1 to {PIECE_LIMIT:,} at once")
         with self._sessions.writing() as session:
-            row = _row(session, key)
+            row = numbered_row(session, UploadRow, "upload", key)
             if row.state != "open" or start != row.received_bytes:
                 raise ConflictError(f"upload {key} is {row.state} with {row.received_bytes} bytes; go on from there")
             if start + len(piece) > row.total_bytes:
@@ -107,7 +107,7 @@ class Uploads:
                 upload is refused then and its bytes are dropped.
         """
         with self._sessions.reading() as session:
-            row = _row(session, key)
+            row = numbered_row(session, UploadRow, "upload", key)
             if row.state == "complete":
                 return UploadRecord.model_validate(row)
             if row.state != "open" or row.received_bytes != row.total_bytes:
@@ -134,7 +134,7 @@ class Uploads:
             ConflictError: it is not complete, or kept elsewhere.
         """
         with self._sessions.reading() as session:
-            row = _row(session, key)
+            row = numbered_row(session, UploadRow, "upload", key)
             if row.state != "complete":
                 raise ConflictError(f"upload {key} is {row.state}, not complete")
             if row.place is not None:
@@ -144,7 +144,7 @@ class Uploads:
     def place(self, key: int) -> str | None:
         """Where a complete upload is kept, None when here."""
         with self._sessions.reading() as session:
-            return _row(session, key).place
+            return numbered_row(session, UploadRow, "upload", key).place
 
     def complete(self, kind: str, owner: str, *, limit: int) -> list[UploadRecord]:
         """The newest complete ones, newest first."""
@@ -185,7 +185,7 @@ class Uploads:
         by: Actor | None = None,
     ) -> UploadRecord:
         with self._sessions.writing() as session:
-            row = _row(session, key)
+            row = numbered_row(session, UploadRow, "upload", key)
             if row.state == "open":
                 row.state, row.about, row.place = state, about, place
                 if by is not None:
@@ -194,13 +194,6 @@ class Uploads:
                 if state == "refused" or place is not None:
                     session.execute(delete(UploadPartRow).where(UploadPartRow.upload_key == key))
             return UploadRecord.model_validate(row)
-
-
-def _row(session: Session, key: int) -> UploadRow:
-    row = session.get(UploadRow, key) if 0 <= key < 1 << 31 else None
-    if row is None:
-        raise NotFoundError(f"no upload {key}")
-    return row
 
 
 def _content(session: Session, key: int) -> bytes:

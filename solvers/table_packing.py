@@ -99,8 +99,6 @@ def part_tables(load: FloatArray, table: IntArray, goal: FloatArray, nodes: int,
     slots, per_node = table.shape[1], devices // nodes
     width, in_node = slots // devices, slots // nodes
     for layer in range(len(load)):
-        if not _stacked(table[layer], width):
-            continue
         for node in range(nodes):
             held = table[layer, node * in_node : (node + 1) * in_node]
             if not _stacked(held, width):

@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grad
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 from torch.optim.asgd import ASGD
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ...placement.errors import InputError, UnsupportedError
 from .mesh import ExpertMesh
@@ -296,8 +297,8 @@ class OptimizerSteps:
 _counts: weakref.WeakSet[OptimizerSteps] = weakref.WeakSet()
 _wrappers: weakref.WeakSet[nn.parallel.DistributedDataParallel] = weakref.WeakSet()
 """Around layers of experts."""
-_replaced: dict[int, weakref.ref[nn.Parameter]] = {}
-"""By id, parameters of modules that layers of placed experts stand in for now."""
+_replaced = WeakIdKeyDictionary()
+"""Parameters of modules that layers of placed experts stand in for now."""
 _followed: weakref.WeakKeyDictionary[Optimizer, dict[int, str]] = weakref.WeakKeyDictionary()
 """Of optimizers that have taken a step: by layer, the placement that their state is of."""
 _hooked = False
@@ -305,10 +306,7 @@ _hooked = False
 
 def note_replaced(parameters: Iterable[nn.Parameter]) -> None:
     """Says that these are no part of the model any more: an optimizer that steps them was made before."""
-    for value in parameters:
-        _replaced[id(value)] = weakref.ref(value)
-    for number in [number for number, earlier in _replaced.items() if earlier() is None]:
-        del _replaced[number]
+    _replaced.update(dict.fromkeys(parameters))
 
 
 def check_join() -> None:
@@ -428,10 +426,10 @@ def _follow_loaded(optimizer: Optimizer) -> None:
 
 
 def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for group in optimizer.param_groups:
+    # Mostly nobody holds them any more.
+    for group in optimizer.param_groups if _replaced else ():
         for value in group["params"]:
-            earlier = _replaced.get(id(value))
-            if earlier is not None and earlier() is value:
+            if value in _replaced:
                 raise InputError(
                     f"this {type(optimizer).__name__} was made before parallelize: it holds experts that are no part "
                     "of the model any more, and none of those that are. Make optimizers afterwards"
