@@ -7,6 +7,9 @@ from .placement.cost import prediction_basis as prediction_basis
 from .placement.decide import Decision as Decision
 from .placement.decide import Verdict as Verdict
 from .placement.decide import decide as decide
+from .placement.degraded import Failure as Failure
+from .placement.degraded import single_failures as single_failures
+from .placement.degraded import survives as survives
 from .placement.engines import EngineProfile as EngineProfile
 from .placement.engines import engine_profile as engine_profile
 from .placement.errors import ArgumentTypeError as ArgumentTypeError
@@ -22,9 +25,6 @@ from .placement.evaluate import BottleneckTerms as BottleneckTerms
 from .placement.evaluate import Evaluation as Evaluation
 from .placement.evaluate import bottleneck_terms as bottleneck_terms
 from .placement.evaluate import evaluate as evaluate
-from .placement.failures import Failure as Failure
-from .placement.failures import single_failures as single_failures
-from .placement.failures import survives as survives
 from .placement.model import ModelSpec as ModelSpec
 from .placement.model_config import ConfigReading as ConfigReading
 from .placement.model_config import read_config as read_config

@@ -18,7 +18,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..placement.failures import Kind
+    from ..placement.degraded import Kind
     from ..placement.model import ModelSpec
     from ..placement.objective import Objective
     from ..placement.plan import Plan
@@ -436,7 +436,7 @@ def read_failure_kinds(text: str) -> list[Kind]:
     Raises:
         InputError: something else.
     """
-    from ..placement.failures import KINDS
+    from ..placement.degraded import KINDS
 
     kinds = [kind for entry in split_list(text) for kind in KINDS if kind == entry]
     if not kinds or len(kinds) < len(split_list(text)):

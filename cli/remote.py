@@ -19,7 +19,7 @@ from .routing_split import RoutingSplit
 
 if TYPE_CHECKING:
     from ..db.records import CountWindow, JobRecord
-    from ..placement.failures import Kind
+    from ..placement.degraded import Kind
     from ..placement.model import ModelSpec
     from ..placement.plan import Plan
     from ..placement.problem import Problem

@@ -48,7 +48,7 @@ from .schema import (
     StatisticsRow,
     TopologyRow,
 )
-from .tokens import Tokens
+from .secrets import Tokens
 from .uploads import Uploads
 from .webhooks import Webhooks
 from .windows import Windows

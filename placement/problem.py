@@ -12,9 +12,9 @@ import numpy as np
 from .._arguments import wrong_type
 from .._display import Displayed, plural
 from .._types import BoolArray, FloatArray, IntArray
+from .degraded import Failure, failure_mask
 from .engines import Constraint, EngineProfile, check_problem, engine_objective, engine_profile, group_rows
 from .errors import InputError
-from .failures import Failure, failure_mask
 from .layer_slots import DeviceSlots, Slots, in_table, own_slots, slots_by_layer, spanned
 from .model import ModelSpec
 from .objective import Objective

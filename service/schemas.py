@@ -22,8 +22,8 @@ from ..db.records import (
     WindowRecord,
 )
 from ..db.uploads import UPLOAD_LIMIT
+from ..placement.degraded import Kind
 from ..placement.errors import InputError
-from ..placement.failures import Kind
 from ..placement.model import ModelSpec
 from ..placement.plan import plan_to_dict
 from ..placement.step_mix import named_batch

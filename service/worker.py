@@ -28,8 +28,7 @@ from ..solvers.base import Progress
 from .settings import configure
 from .tasks import Task
 from .tasks.decide import DecideTask
-from .tasks.solve import SolveTask
-from .tasks.studies import ParetoTask, WhatIfTask
+from .tasks.studies import ParetoTask, SolveTask, WhatIfTask
 from .tasks.watch import WatchTask
 
 log = logging.getLogger("moeplace.service.worker")

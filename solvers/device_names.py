@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from .._types import BoolArray, FloatArray, IntArray
 from ..placement.bounds import device_loads
 from ..placement.cost import slot_shares
-from ..placement.failures import failure_mask
+from ..placement.degraded import failure_mask
 from ..placement.plan import EMPTY, Plan, equal_shares
 from ..placement.problem import Problem
 from .base import Solution

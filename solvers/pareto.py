@@ -15,11 +15,10 @@ from .._arguments import check_types
 from .._deprecated import old_listener, renamed_argument
 from .._types import BoolArray, IntArray
 from ..placement.cost import prediction_basis
-from ..placement.degraded import with_standbys
+from ..placement.degraded import KINDS, Failure, Kind, single_failures, survives, with_standbys
 from ..placement.engines import Constraint
 from ..placement.errors import InputError, SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate
-from ..placement.failures import KINDS, Failure, Kind, single_failures, survives
 from ..placement.layer_slots import even_slots, grown_slots, slot_capacity
 from ..placement.migration import Migration, migration
 from ..placement.plan import Plan

@@ -15,17 +15,21 @@ from .._deprecated import old_listener, renamed_argument
 from .._display import plural
 from .._types import BoolArray, IntArray
 from ..placement.degraded import (
+    KINDS,
+    Failure,
     degraded,
+    failure_mask,
     on_survivors,
     remap_source_ranks,
     renumbered,
     repaired,
+    single_failures,
+    survives,
     survivors,
 )
 from ..placement.engines import violations
 from ..placement.errors import SolveError, UnsupportedError
 from ..placement.evaluate import Evaluation, evaluate, evaluate_on
-from ..placement.failures import KINDS, Failure, failure_mask, single_failures, survives
 from ..placement.layer_slots import Slots, grown_layer_slots, slot_capacity, slots_by_layer, spanned
 from ..placement.migration import Migration, migration_from
 from ..placement.plan import Plan

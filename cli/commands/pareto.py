@@ -51,7 +51,7 @@ from ..save import attempted, check_store, end_unkept, end_unwritten, keep_judge
 from ..tables import pareto_table
 
 if TYPE_CHECKING:
-    from ...placement.failures import Kind
+    from ...placement.degraded import Kind
     from ...placement.problem import Problem
     from ...solvers.pareto import Front
 

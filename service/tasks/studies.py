@@ -1,4 +1,6 @@
-"""Studies: what failures or another cluster would do to a plan, and the front of step time against its price."""
+"""Jobs that solve: a plan for a deployment's routing or for stored statistics, and studies: what failures or another
+cluster would do to a plan, and the front of step time against its price.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from ...placement.step_mix import problem_steps, step_mix
 from ...placement.steps import Batch, Steps
 from ...placement.topology import Topology
 from ...placement.trace import RoutingTrace
+from ...solvers import solve
 from ...solvers.pareto import pareto
 from ...solvers.what_if import Change, parse_changes, what_if
 from ...solvers.what_if import Outcome as Changed
@@ -31,9 +34,57 @@ from ..routing import (
     stored_statistics,
     to_bytes,
 )
-from ..schemas import ChangesRequest, ParetoJob, StudyJob, WhatIfJob
+from ..schemas import ChangesRequest, ParetoJob, SolveJob, StudyJob, WhatIfJob
 from . import Report, steps_of
 from .decide import default_plan
+
+
+class SolveTask:
+    """Request: a `SolveJob`."""
+
+    kind = "solve"
+
+    def run(self, job: ClaimedJob, store: Store, report: Report) -> JobOutcome:
+        request = SolveJob.of(job)
+        model, topology = store.model(request.model).spec, store.topology(request.topology).topology
+        statistics = _routing(request, store, model)
+        plan = solve(
+            Problem(
+                model,
+                topology,
+                statistics,
+                request.objective,
+                slots=request.slots,
+                engine=request.engine,
+                batches=request.batches,
+            ),
+            request.solver,
+            seconds=request.seconds,
+            seed=request.seed,
+            progress=report,
+            **request.options,
+        )
+        certificate = plan.certificate
+        result = {
+            "value": certificate.value if certificate else None,
+            "bound": plan.bound,
+            "gap": plan.gap,
+            "objective": certificate.objective if certificate else None,
+            "seconds": plan.provenance.seconds,
+            "stop": plan.provenance.stop,
+        }
+        return JobOutcome(result, plan=plan, statistics=statistics, content=to_bytes(statistics))
+
+
+def _routing(request: SolveJob, store: Store, model: ModelSpec) -> RoutingStatistics:
+    if request.statistics is not None:
+        return stored_statistics(store, request.statistics)
+    if request.deployment is None:
+        raise InputError("a solve needs a deployment or statistics")
+    policy = Policy(**store.deployments.get(request.deployment).policy)
+    if request.routing == "tokens":
+        return solving_traces(store, request.deployment, policy)
+    return from_windows(solving_windows(store, request.deployment, policy, request.windows), model)
 
 
 @dataclass(frozen=True, eq=False)

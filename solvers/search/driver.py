@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
+from ...placement.degraded import failure_mask
 from ...placement.errors import SolveError, UnsupportedError
-from ...placement.failures import failure_mask
 from ...placement.objective import tail_weight, weighted_mean
 from ...placement.plan import Stop
 from ...placement.problem import Problem

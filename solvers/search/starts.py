@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
+from ...placement.degraded import failure_mask
 from ...placement.errors import InputError, SolveError, UnsupportedError
-from ...placement.failures import failure_mask
 from ...placement.packing import deal, pack, replicate
 from ...placement.plan import Plan
 from ...placement.problem import Problem

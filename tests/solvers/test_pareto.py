@@ -12,8 +12,7 @@ from hypothesis.extra import numpy as hnp
 from traces import make_trace
 
 import moeplace as mp
-from moeplace.placement.degraded import with_standbys
-from moeplace.placement.failures import failure_mask, single_failures
+from moeplace.placement.degraded import failure_mask, single_failures, with_standbys
 from moeplace.solvers.pareto import ParetoConfig, non_dominated, problem_for, redundancy_steps, tolerable
 from moeplace.solvers.search.starts import tolerant_layer
 

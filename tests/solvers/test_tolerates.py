@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from traces import make_trace
 
 import moeplace as mp
-from moeplace.placement.failures import failure_mask, lost_experts
+from moeplace.placement.degraded import failure_mask, lost_experts
 from moeplace.solvers.search import starts
 from moeplace.solvers.search.starts import tolerant_layer
 

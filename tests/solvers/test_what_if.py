@@ -16,10 +16,12 @@ from traces import make_trace
 import moeplace as mp
 from moeplace.placement.degraded import (
     degraded,
+    lost_experts,
     remap_source_ranks,
     repaired,
+    single_failures,
+    survives,
 )
-from moeplace.placement.failures import lost_experts, single_failures, survives
 from moeplace.placement.layer_slots import grown_layer_slots, grown_slots, slot_capacity
 from moeplace.placement.migration import migration_from
 from moeplace.solvers.what_if import Change
