@@ -11,6 +11,7 @@ left out.
 
 compare: contiguous, eplb, exflow, moetuner and search, also with slots for replicas, forward and forward with backward.
 predict: these and plans that nobody would choose, each with flat and node-aware dispatch, against `mp.evaluate`.
+chunks: contiguous and search, with batches whole and cut in two and four, in both dispatches.
 decode: steps of one token of each of many sequences, in both modes and dispatches; context-coherent rows end with every
 rank being told where tokens are, and have rows with the keys and values that all ranks must be sent in every layer.
 """
@@ -63,9 +64,10 @@ class Work:
         dispatch: str = "node_aware",
         passes: str = "forward",
         coherent: dict[str, int] | None = None,
+        chunks: dict[str, int] | None = None,
     ) -> None:
         """coherent: plans that run in context-coherent execution, and the values of context that a token has in a
-        layer."""
+        layer. chunks: what those that cut batches cut them into."""
         coherent = coherent or {}
         number, files = len(self.runs), {}
         self._save(f"routing{number}.npz", steps)
@@ -78,7 +80,7 @@ class Work:
             self.predicted[name][label] = self.predictions.of(plan, steps, dispatch, execution, choice)
         run = {"name": name, "dispatch": dispatch, "pass": passes, "plans": files, "routing": f"routing{number}.npz"}
         balanced = [label for label in named if label.startswith(plans.BALANCED)]
-        self.runs.append(run | {"coherent": coherent, "balanced": balanced})
+        self.runs.append(run | {"coherent": coherent, "balanced": balanced, "chunks": chunks or {}})
 
     def _save(self, file: str, steps: mp.Steps) -> None:
         tokens = int(steps.tokens[0])
@@ -142,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="a step, over all ranks")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of each solve")
-    parser.add_argument("--show", default="compare,predict", help="of compare, predict, decode")
+    parser.add_argument("--show", default="compare,predict", help="of compare, predict, chunks, decode")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -167,6 +169,14 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             wide = every | dict(plans.spread(plans.problem_for(topology, train), every["search"]))
             for dispatch in ("node_aware", "flat"):
                 work.add(f"predict, {dispatch}", wide, steps.select(range(max(1, arguments.steps // 2))), dispatch)
+        if "chunks" in arguments.show:
+            whole = {label: every[label] for label in ("contiguous", "search")}
+            cut = {f"{label}, {number} chunks": (plan, number) for label, plan in whole.items() for number in (2, 4)}
+            named = whole | {label: plan for label, (plan, _) in cut.items()}
+            chunks = {label: number for label, (_, number) in cut.items()}
+            for dispatch in ("flat", "node_aware"):
+                for passes in ("forward", "forward and backward"):
+                    work.add(f"chunks, {dispatch}, {passes}", named, steps, dispatch, passes, chunks=chunks)
         if "decode" in arguments.show:
             decode = plans.decode_steps(held, tokens, arguments.steps, devices)
             named, coherent = plans.decoding(topology, train, tokens, seconds)

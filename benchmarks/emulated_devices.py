@@ -3,6 +3,7 @@ process; and compression of parts of it, for ablations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -46,8 +47,8 @@ class EmulatedDispatcher(AllToAllDispatcher):
         self._emulated = EmulatedStage(devices)
         self.stages = [self._emulated]
 
-    def _traffic(self, metadata: DispatchMetadata) -> TrafficStatistics:
-        (copies,), away = metadata.copies, sum(self._emulated.sent[1:])
+    def _traffic(self, batches: Sequence[DispatchMetadata]) -> TrafficStatistics:
+        ((copies,),), away = [batch.copies for batch in batches], sum(self._emulated.sent[1:])
         there, back = copies.exchange, copies.back
         assert back is not None
         plain = away * (there.whole_row_bytes + there.side_bytes + back.whole_row_bytes)

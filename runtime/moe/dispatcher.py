@@ -14,9 +14,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -173,7 +174,7 @@ class DispatchMetadata:
     """One batch between dispatch and combine.
 
     batch: (rows, gate weights, slots) while nothing has been sent. copies: of each stage begun. rows: R, after the
-    last. token_N, weight_N: see `permute`.
+    last. token_N, weight_N: see `permute`. result: of one device alone.
     """
 
     batch: tuple[Tensor, Tensor, Tensor] | None = None
@@ -181,6 +182,7 @@ class DispatchMetadata:
     rows: int = 0
     token_N: Tensor = field(default_factory=lambda: torch.empty(0))
     weight_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    result: Tensor | None = None
 
 
 class AllToAllStage:
@@ -223,12 +225,21 @@ class AllToAllStage:
         )
         return SentCopies(exchange, row_C, len(x_TD), pairs)
 
-    def combine(self, y_RD: Tensor, copies: SentCopies) -> Tensor:
-        """[T, D] sum over each row's copies of what was made of them, y_RD: [R, D]."""
+    def start_combine(self, y_RD: Tensor, copies: SentCopies) -> None:
+        """Starts returning what was made of each copy, y_RD: [R, D]."""
         formats = (None, None) if self.rows is None else (self.rows.combine, self.rows.gradients)
-        copies.back = AsyncAllToAll(self.group, copies.exchange.received, copies.exchange.sent, *formats)
-        y_CD, _, _ = copies.back.start(y_RD).wait()
+        copies.back = AsyncAllToAll(self.group, copies.exchange.received, copies.exchange.sent, *formats).start(y_RD)
+
+    def finish_combine(self, copies: SentCopies) -> Tensor:
+        """[T, D] sum over each row's copies of what was made of them."""
+        assert copies.back is not None
+        y_CD, _, _ = copies.back.wait()
         return gathered_sum(y_CD, copies.row_C, copies.rows)
+
+    def combine(self, y_RD: Tensor, copies: SentCopies) -> Tensor:
+        """Both at once."""
+        self.start_combine(y_RD, copies)
+        return self.finish_combine(copies)
 
     def _sizes(self, key_N: Tensor, peer_TK: Tensor) -> tuple[list[int], list[int], int]:
         """(rows to each peer, rows from each peer, token-expert pairs from all peers)."""
@@ -275,7 +286,8 @@ class AllToAllDispatcher(StagedDispatcher):
 
     two_stage: first one copy a token and node, to the rank of equal place there, which hands it on inside the node.
     Sums are taken on the way back as well, so that one row a token and node returns (as DeepEP does).
-    copies: of the latest dispatch, copies sent to each rank, stage by stage; a rank's own are among them.
+    copies: of the latest dispatch, copies sent to each rank, stage by stage; a rank's own are among them. Of a batch in
+    chunks it is the last one's.
     quantized: how rows are written between ranks; None: as they are.
     A slot of -1 is no slot: its row goes nowhere for it.
     """
@@ -317,16 +329,33 @@ class AllToAllDispatcher(StagedDispatcher):
 
     def combine(self, y_ND: Tensor, metadata: DispatchMetadata) -> Tensor:
         """See `Dispatcher.combine`."""
-        result = gathered_sum(y_ND, metadata.token_N, metadata.rows, metadata.weight_N)
-        for stage, copies in zip(reversed(self.stages), reversed(metadata.copies), strict=True):
-            result = stage.combine(result, copies)
-        if self.quantized is not None:
-            self.statistics = self._traffic(metadata)
-        return result
+        self.start_combine(y_ND, metadata)
+        return self.finish_combine([metadata])
 
-    def _traffic(self, metadata: DispatchMetadata) -> TrafficStatistics:
+    def start_combine(self, y_ND: Tensor, metadata: DispatchMetadata) -> None:
+        """The first half of `combine`: sums inside the node, and starts sending results to where their tokens live, so
+        that another batch may be computed meanwhile."""
+        result = gathered_sum(y_ND, metadata.token_N, metadata.rows, metadata.weight_N)
+        for stage, copies in zip(reversed(self.stages[1:]), reversed(metadata.copies[1:]), strict=True):
+            result = stage.combine(result, copies)
+        if self.stages:
+            self.stages[0].start_combine(result, metadata.copies[0])
+        else:
+            metadata.result = result
+
+    def finish_combine(self, batches: Sequence[DispatchMetadata]) -> Tensor:
+        """The second half, of one batch or of the chunks that make up one: [T, D], one behind another."""
+        results = [
+            self.stages[0].finish_combine(metadata.copies[0]) if self.stages else cast(Tensor, metadata.result)
+            for metadata in batches
+        ]
+        if self.quantized is not None:
+            self.statistics = self._traffic(batches)
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _traffic(self, batches: Sequence[DispatchMetadata]) -> TrafficStatistics:
         rows = plain = sent = 0
-        for stage, copies in zip(self.stages, metadata.copies, strict=True):
+        for stage, copies in ((s, c) for batch in batches for s, c in zip(self.stages, batch.copies, strict=True)):
             there, back = copies.exchange, copies.back
             assert back is not None
             away = sum(there.sent) - there.sent[stage.own]

@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -84,6 +85,9 @@ class PlacedExperts(nn.Module):
         shard_experts: where ranks beside each other would hold the same experts (a mesh sliced from one with more
             dimensions), each keeps an equal part of every expert, of its gradient and of its optimizer state, as
             fully_shard has it: parts are joined for a layer's forward pass and again for its backward.
+        chunks: a batch goes through in so many parts, one behind another: while one is computed, rows of the next are
+            on their way to experts and those of the one before on their way back; in backward likewise. Every part has
+            an exchange of its own, so it pays where links are slow and batches large.
         seed: weights are drawn from (seed, layer, expert), the same under every plan; None leaves them to
             `load_logical`.
 
@@ -113,6 +117,7 @@ class PlacedExperts(nn.Module):
         capacity_factor: float | None = None,
         padded_tokens: int | None = None,
         shard_experts: bool = False,
+        chunks: int = 1,
         seed: int | None = 0,
     ) -> None:
         super().__init__()
@@ -122,6 +127,7 @@ class PlacedExperts(nn.Module):
         self.gradients, self.compression, self.replicas = gradients, compression, replica_choice
         self.online_slots, self.online_slack = online_slots, online_slack
         self.capacity_factor, self.padded_tokens = capacity_factor, padded_tokens
+        self.chunks = chunks
         self.shapes = self.kind.shapes(spec)
         """Of one expert's whole tensors, by name."""
         self.shards = ExpertShards(self.mesh) if shard_experts and self.mesh.copies > 1 else None
@@ -178,14 +184,18 @@ class PlacedExperts(nn.Module):
                 if self.online_slots:
                     raise UnsupportedError("shard_experts and online_slots do not go together; leave one out")
             check_homes(LayerPlacement.of(plan, self.layer), self.online_slots)
+            if isinstance(self.chunks, bool) or not isinstance(self.chunks, int) or self.chunks < 1:
+                raise InputError(f"chunks is {self.chunks!r}; expected a whole number of at least 1")
             if self.padded_tokens is None:
                 dispatcher = self._compressed(_make(dispatch, self.mesh))
             else:
                 dispatcher = PaddedDispatcher(self.mesh, self._capacity(self.padded_tokens, self.spec.top_k))
+            if self.chunks > 1:
+                self._check_chunks(dispatcher)
         except MoeplaceError as error:
             failure = error
         settings = f"{self.kind!r} {self.gradients} {self.replicas} {type(dispatcher).__name__}"
-        settings += f" {self.capacity_factor} {self.padded_tokens}"
+        settings += f" {self.capacity_factor} {self.padded_tokens} {self.chunks}"
         settings += " shards" if self.shards is not None else ""
         settings += f" {self.online_slots} {self.online_slack}" if self.online_slots else ""
         settings += f" {quantized_rows(self.compression)}"
@@ -207,6 +217,18 @@ class PlacedExperts(nn.Module):
         if self.online_slots or self.compression is not None:
             other = "online_slots" if self.online_slots else "compression"
             raise UnsupportedError(f"padded_tokens and {other} do not go together; leave one out")
+
+    def _check_chunks(self, dispatcher: Dispatcher) -> None:
+        if not isinstance(dispatcher, AllToAllDispatcher):
+            what = "LSHCompression" if isinstance(dispatcher, CompressedDispatcher) else type(dispatcher).__name__
+            raise UnsupportedError(
+                f"chunks ({self.chunks}) are sent by flat and node_aware dispatch, not with {what}; give chunks=1"
+            )
+        if self.shards is not None:
+            raise UnsupportedError(
+                f"shard_experts and chunks ({self.chunks}) do not go together: every chunk would join the experts' "
+                "parts anew; leave one out"
+            )
 
     def _capacity(self, tokens: int, top_k: int) -> int:
         assert self.capacity_factor is not None
@@ -393,20 +415,44 @@ class PlacedExperts(nn.Module):
         else:
             slot_TK = self.replica_choice.slots(expert_TK.long().masked_fill(absent_TK, 0))
             slot_TK = slot_TK.masked_fill(absent_TK, -1)
-        metadata = self.dispatcher.dispatch(x_TD, slot_TK, weight_TK)
+        first, others = (x_TD, slot_TK, weight_TK), []
+        if self.chunks > 1:
+            edges = [len(x_TD) * i // self.chunks for i in range(self.chunks + 1)]
+            sizes = [after - before for before, after in pairwise(edges)]
+            first, *others = zip(*(torch.split(rows, sizes) for rows in first), strict=True)
+        metadata = self.dispatcher.dispatch(*first)
         if meanwhile is not None:
             meanwhile()
         if self.copies is not None and prefetch is not None:
             weights = self.copies.finish(prefetch, weights)
-        row_ND, count_S = self.dispatcher.receive(metadata)
-        if self.shards is None:
-            y_ND = self.kind.forward(row_ND, count_S, weights)
+        if others:
+            out_TD = self._in_chunks(metadata, others, weights)
         else:
-            y_ND = JoinedWeights.run(self.shards, weights, x_TD.dtype, partial(self.kind.forward, row_ND, count_S))
-        out_TD = self.dispatcher.combine(y_ND, metadata)
+            row_ND, count_S = self.dispatcher.receive(metadata)
+            if self.shards is None:
+                y_ND = self.kind.forward(row_ND, count_S, weights)
+            else:
+                y_ND = JoinedWeights.run(self.shards, weights, x_TD.dtype, partial(self.kind.forward, row_ND, count_S))
+            out_TD = self.dispatcher.combine(y_ND, metadata)
         if identity_TK is not None:
             out_TD = out_TD + x_TD * (weight_TK * identity_TK).sum(dim=-1, keepdim=True).to(x_TD.dtype)
         return out_TD.view(hidden_states.shape)
+
+    def _in_chunks(
+        self, first: Any, others: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """[T, D] of the chunk that is on its way and those behind it. Autograd goes through this order backwards, where
+        results and tokens change places: gradients travel behind experts' backward as rows do behind their forward."""
+        dispatcher = self.dispatcher
+        assert isinstance(dispatcher, AllToAllDispatcher)
+        batches = [first]
+        for following in (*others, None):
+            current = batches[-1]
+            if following is not None:
+                batches.append(dispatcher.dispatch(*following))
+            row_ND, count_S = dispatcher.receive(current)
+            dispatcher.start_combine(self.kind.forward(row_ND, count_S, weights), current)
+        return dispatcher.finish_combine(batches)
 
     def _check_dtype(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
         """Raises InputError unless `value` is of the tokens' type, or of a wider one that is used in theirs, as

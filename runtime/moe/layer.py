@@ -35,7 +35,7 @@ class ExpertParallelMoE(nn.Module):
 
     Args:
         spec, plan, mesh, layer, kind, dispatch, compression, replica_choice, gradients, dtype, online_slots,
-            online_slack, capacity_factor, padded_tokens, shard_experts, seed: as for `PlacedExperts`.
+            online_slack, capacity_factor, padded_tokens, shard_experts, chunks, seed: as for `PlacedExperts`.
         router: "softmax", "sigmoid", or a module that gives (anything, weights [T, K], ids [T, K]) for [T, D].
         shared_experts: a module [..., D] -> [..., D] that every token goes through, computed while tokens travel.
 
@@ -64,6 +64,7 @@ class ExpertParallelMoE(nn.Module):
         capacity_factor: float | None = None,
         padded_tokens: int | None = None,
         shard_experts: bool = False,
+        chunks: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -83,6 +84,7 @@ class ExpertParallelMoE(nn.Module):
             capacity_factor=capacity_factor,
             padded_tokens=padded_tokens,
             shard_experts=shard_experts,
+            chunks=chunks,
             seed=seed,
         )
         if isinstance(router, str):

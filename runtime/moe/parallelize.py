@@ -66,6 +66,7 @@ def parallelize(
     padded_tokens: int | None = None,
     gradients: Gradients = "mean",
     shard_experts: bool = False,
+    chunks: int = 1,
     weights: str | Path | None = None,
 ) -> nn.Module:
     """Spreads the experts of `model` over the mesh as `plan` says, in place.
@@ -86,7 +87,7 @@ def parallelize(
             the same weights on every rank.
         plan: which experts stand where.
         mesh: all ranks; device g of the plan is its g-th.
-        dispatch, compression, replica_choice, capacity_factor, padded_tokens, gradients, shard_experts: as for
+        dispatch, compression, replica_choice, capacity_factor, padded_tokens, gradients, shard_experts, chunks: as for
             `PlacedExperts`.
         weights: a folder of safetensors to read them from, each rank its own experts' alone; they need not be in the
             model, which may be on the meta device (`with torch.device("meta"): AutoModelForCausalLM.from_config(...)`).
@@ -138,6 +139,7 @@ def parallelize(
             padded_tokens=padded_tokens,
             gradients=gradients,
             shard_experts=shard_experts,
+            chunks=chunks,
             dtype=example.dtype,
             seed=None,
         )

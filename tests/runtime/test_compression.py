@@ -124,10 +124,11 @@ def test_placement_is_solved_on_the_rows_that_experts_get(behaviours: list[Any])
     assert [sum(layer) for layer in windows[-1]] == [sum(f["counts"]["mine"][n] for f in behaviours) for n in range(2)]
 
 
-def test_a_hidden_size_below_the_projection_and_other_dispatchers_are_refused(behaviours: list[Any]) -> None:
+def test_a_hidden_size_below_the_projection_other_dispatchers_and_chunks_are_refused(behaviours: list[Any]) -> None:
     for rank, found in enumerate(behaviours):
         assert "hidden size 16 is too small for a projection to 17 dimensions" in found["refusals"]["hidden"]
         assert "on top of flat and node_aware dispatch, not of Other" in found["refusals"]["dispatch"]
+        assert "flat and node_aware dispatch, not with LSHCompression; give chunks=1" in found["refusals"]["chunks"]
         assert ("rank 2 refused it" in found["refusals"]["one"]) == (rank != 2)
 
 

@@ -66,6 +66,7 @@ def test_what_needs_whole_experts_is_refused_where_they_are_cut(cut: list[Any]) 
         said = found["said"]
         assert "Muon makes whole matrices orthogonal" in said["muon"]
         assert "shard_experts and online_slots do not go together" in said["online"]
+        assert "shard_experts and chunks (2) do not go together" in said["chunks"]
         assert "down_proj is [15, 24], whose first dimension 2 copies cannot share evenly" in said["uneven"]
         assert "moeplace.save_checkpoint" in said["torch.save"]
 

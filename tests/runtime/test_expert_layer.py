@@ -84,6 +84,14 @@ def test_shared_experts_run_while_tokens_travel(behaviours: list[Any]) -> None:
         assert found["shared"]["error"] < ROUNDING
 
 
+def test_a_chunk_travels_while_another_is_computed_forward_and_backward(behaviours: list[Any]) -> None:
+    there = ["dispatch", "dispatch", "receive", "experts", "start_combine"]
+    forward = [*there, "receive", "experts", "start_combine", "finish_combine"]
+    back = ["start", "start", "wait", "experts", "start", "wait", "experts", "start", "wait", "wait"]
+    for found in behaviours:
+        assert found["chunked"] == [*forward, "backward", *back]
+
+
 def test_ddp_averages_the_router_and_leaves_experts_alone(behaviours: list[Any]) -> None:
     for found in behaviours:
         assert found["ddp"]["router"] < ROUNDING
@@ -131,6 +139,8 @@ def test_the_gradient_norm_counts_every_expert_once(behaviours: list[Any]) -> No
         ("gradients", "known: mean, sum"),
         ("replica_choice", "replica_choice 'nearest' is unknown; did you mean 'share'"),
         ("one_balances", "has another one than rank"),
+        ("chunks", "chunks is 0; expected a whole number of at least 1"),
+        ("one_cuts", "has another one than rank"),
         ("router", "did you mean 'softmax'"),
         ("names", "no weights 'gate_up_proj'"),
         ("shapes", "expected \\(6, 48, 16\\)"),

@@ -398,6 +398,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
     cases = {
         "hidden": lambda: PlacedExperts(SPEC, plan, flat, 4, compression=LSHCompression(dimension=17)),
         "dispatch": lambda: PlacedExperts(SPEC, plan, flat, 4, dispatch=Other, compression=LSHCompression()),
+        "chunks": lambda: PlacedExperts(SPEC, plan, flat, 4, chunks=2, compression=LSHCompression()),
         "one": lambda: PlacedExperts(
             SPEC, plan, flat, 4, compression=LSHCompression(dimension=17 if rank == 2 else 4, hashes=2)
         ),
@@ -406,6 +407,6 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
     for name, build in cases.items():
         try:
             build()
-        except mp.InputError as refusal:
+        except (mp.InputError, mp.UnsupportedError) as refusal:
             said[name] = str(refusal)
     return said

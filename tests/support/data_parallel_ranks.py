@@ -221,6 +221,7 @@ def cut(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for name, make in {
         "muon": lambda: Muon([value for _, layer in expert_layers(model) for value in layer.parameters()]),
         "online": lambda: Block(SPEC, plan_of(0, world // 2), mesh, 1, shard_experts=True, online_slots=1),
+        "chunks": lambda: Block(SPEC, plan_of(0, world // 2), mesh, 1, shard_experts=True, chunks=2),
         "uneven": lambda: Block(odd, odd_plan, mesh, 1, shard_experts=True),
         "torch.save": lambda: torch.save(model.state_dict(), folder / f"{rank}.pt"),
     }.items():

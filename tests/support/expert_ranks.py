@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import moeplace as mp
 from moeplace.placement.division import least_largest_load
+from moeplace.runtime.moe.all_to_all import AsyncAllToAll
 from moeplace.runtime.moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters
 from moeplace.runtime.moe.expert_mlps import GELU, GptOss, SwiGLU
 from moeplace.runtime.moe.experts import PlacedExperts
@@ -57,6 +58,7 @@ def compare_plans(rank: int, world: int, plans: int, seed: int = 0) -> dict[str,
             dispatch=dispatch,
             gradients=gradients,
             replica_choice=("share", "balanced")[number // 2 % 2],
+            chunks=1 + number // 4 % 3,
         )
         weights = logical_weights(number, kind.shapes(SPEC), SPEC.experts)
         experts.load_logical(weights)
@@ -161,6 +163,7 @@ def behaviours(rank: int, world: int, folder: Path) -> dict[str, Any]:
         odd_inputs,
         checkpointing,
         shared,
+        chunked,
         ddp,
         sharded,
         compiled,
@@ -301,6 +304,42 @@ def shared(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
     return {"order": seen[:3], "error": error(both - alone, layer(inputs(rank)))}
 
 
+def chunked(rank: int, world: int, flat: Any, deep: Any) -> list[str]:
+    """What a batch in two chunks does one after the other: forward, then backward by the messages that it starts and
+    waits for."""
+    layer = layer_of(flat, world, chunks=2)
+    seen: list[str] = []
+
+    def noted(word: str, function: Any) -> Any:
+        return lambda *given: (seen.append(word), function(*given))[1]
+
+    dispatcher, kind = layer.experts.dispatcher, SwiGLU()
+    for method in ("dispatch", "receive", "start_combine", "finish_combine"):
+        setattr(dispatcher, method, noted(method, getattr(dispatcher, method)))
+    layer.experts.kind = Noted(kind, seen)
+    loss = layer(inputs(rank).requires_grad_()).square().mean()
+    seen.append("backward")
+    launch, land = AsyncAllToAll._launch, AsyncAllToAll._land
+    AsyncAllToAll._launch, AsyncAllToAll._land = noted("start", launch), noted("wait", land)
+    loss.backward()
+    AsyncAllToAll._launch, AsyncAllToAll._land = launch, land
+    return seen
+
+
+class Noted:
+    """Experts that say when they are computed, and when their gradients are."""
+
+    def __init__(self, kind: Any, seen: list[str]) -> None:
+        self._kind, self._seen = kind, seen
+
+    def forward(self, row_ND: torch.Tensor, *given: Any) -> torch.Tensor:
+        self._seen.append("experts")
+        y_ND = self._kind.forward(row_ND, *given)
+        if y_ND.requires_grad:
+            y_ND.register_hook(lambda grad: self._seen.append("experts"))
+        return y_ND
+
+
 def ddp(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
     """Router gradients are averaged by DDP, expert gradients by the layer: all equal the mean loss of all ranks."""
     layer = layer_of(flat, world)
@@ -397,6 +436,8 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
         "replica_choice": lambda: PlacedExperts(SPEC, good, flat, 4, replica_choice="nearest"),
         "one_balances": lambda: PlacedExperts(SPEC, good, flat, 4, replica_choice="balanced" if rank == 1 else "share"),
         "one_mistypes": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="flatt" if rank == 0 else "flat"),
+        "chunks": lambda: PlacedExperts(SPEC, good, flat, 4, chunks=0),
+        "one_cuts": lambda: PlacedExperts(SPEC, good, flat, 4, chunks=2 if rank == 1 else 1),
         "router": lambda: ExpertParallelMoE(SPEC, good, flat, 4, router="softmaxx"),
         "names": lambda: PlacedExperts(SPEC, good, flat, 4).load_logical({}),
         "shapes": lambda: PlacedExperts(SPEC, good, flat, 4).load_logical(
