@@ -11,7 +11,7 @@ left out.
 
 compare: contiguous, eplb, exflow, moetuner and search, also with slots for replicas, forward and forward with backward.
 predict: these and plans that nobody would choose, each with flat and node-aware dispatch, against `mp.evaluate`.
-chunks: contiguous and search, with batches whole and cut in two and four, in both dispatches.
+chunks: contiguous and search, with batches whole and cut in two, in both dispatches.
 decode: steps of one token of each of many sequences, in both modes and dispatches; context-coherent rows end with every
 rank being told where tokens are, and have rows with the keys and values that all ranks must be sent in every layer.
 """
@@ -171,12 +171,17 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                 work.add(f"predict, {dispatch}", wide, steps.select(range(max(1, arguments.steps // 2))), dispatch)
         if "chunks" in arguments.show:
             whole = {label: every[label] for label in ("contiguous", "search")}
-            cut = {f"{label}, {number} chunks": (plan, number) for label, plan in whole.items() for number in (2, 4)}
-            named = whole | {label: plan for label, (plan, _) in cut.items()}
-            chunks = {label: number for label, (_, number) in cut.items()}
+            cut = {f"{label}, 2 chunks": plan for label, plan in whole.items()}
             for dispatch in ("flat", "node_aware"):
                 for passes in ("forward", "forward and backward"):
-                    work.add(f"chunks, {dispatch}, {passes}", named, steps, dispatch, passes, chunks=chunks)
+                    work.add(
+                        f"chunks, {dispatch}, {passes}",
+                        whole | cut,
+                        steps,
+                        dispatch,
+                        passes,
+                        chunks=dict.fromkeys(cut, 2),
+                    )
         if "decode" in arguments.show:
             decode = plans.decode_steps(held, tokens, arguments.steps, devices)
             named, coherent = plans.decoding(topology, train, tokens, seconds)
