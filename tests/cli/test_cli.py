@@ -48,6 +48,7 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert "--topology" in ended.stderr
 
 
+@pytest.mark.slow
 def test_nothing_but_data_on_stdout_in_a_pipe(trace: Path) -> None:
     ended = program("compare", trace, *CLUSTER, *JUDGED, "--solvers", "contiguous,eplb", "--json")
     assert ended.returncode == 0, ended.stderr
@@ -69,6 +70,7 @@ def test_help_needs_neither_heavy_libraries_nor_a_database() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_traceback(trace: Path) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -249,6 +251,7 @@ def test_a_narrow_terminal_gets_every_figure(
     assert max(map(len, shown.splitlines())) <= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from cli_runs import CLUSTER, run, skewed_counts, toy_model, toy_trace_folder
 
 import moeplace as mp
@@ -12,6 +13,7 @@ from moeplace.profiler.statistics_file import read_statistics
 JUDGED = ("--decode", "8", "--resamples", "40")
 
 
+@pytest.mark.slow
 def test_decide_prints_a_verdict_for_each_candidate(tmp_path: Path) -> None:
     model = toy_model(hidden_size=4096, ffn_size=4096)
     trace = toy_trace_folder(tmp_path / "trace", model)

@@ -132,6 +132,7 @@ def test_the_doctor_compares_the_file_on_this_node_with_the_plan(
     assert run("doctor", "--plan", "mine").code == 0
 
 
+@pytest.mark.slow
 def test_advice_begins_with_the_verdict_and_ends_with_what_to_run(tmp_path: Path) -> None:
     cluster = ("-t", "a100-pcie", "--nodes", 2, "--devices-per-node", 4)
     asked = ("advise", OLMOE, *cluster, "--slots", 40, "--prefill", 2048, "--steps", 4, "--seconds", 1)
@@ -144,6 +145,7 @@ def test_advice_begins_with_the_verdict_and_ends_with_what_to_run(tmp_path: Path
     assert "moeplace export plan.json --for ENGINE -o placement.json" in done.out
 
 
+@pytest.mark.slow
 def test_what_to_run_next_says_again_what_was_asked(trace: Path) -> None:
     asked = ("--slots", 12, "--batch", "decode:8@0.9", "--batch", "prefill:32@0.1", "--replica-choice", "nearest")
     done = run("advise", trace, *CLUSTER, *asked, "--for", "sglang", "--seconds", 0.5, "--steps", 4, "--json")

@@ -30,6 +30,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     return folder, pareto(*sweep, "-o", folder / "out", *db, "--json")
 
 
+@pytest.mark.slow
 def test_every_point_is_a_plan_on_disk_and_in_the_store(swept: tuple[Path, Run]) -> None:
     folder, done = swept
     assert done.code == 0, done.err

@@ -225,6 +225,7 @@ FILES = {
 ENDINGS = {"topology": "t.yaml", "calibrate": "t.yaml", "import": "c.npz", "profile": "c.npz"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", FILES)
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     command: str, inputs: dict[str, str], tmp_path: Path
@@ -281,6 +282,7 @@ def test_a_recording_is_never_written_over(inputs: dict[str, str], tmp_path: Pat
     assert "is there already" in said
 
 
+@pytest.mark.slow
 def test_home_is_understood_wherever_a_path_is(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -609,6 +611,7 @@ def test_advice_on_two_pools_is_refused_before_any_work(tmp_path: Path, monkeypa
     assert "advice is on one --pool" in refused.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_end_no_command_in_a_traceback(closed: str, tmp_path: Path) -> None:
     script = f'"$0" -m moeplace.cli topology show h100-sxm {closed}; echo "ended with $?" > {tmp_path}/ended'

@@ -58,6 +58,7 @@ def test_every_single_failure_is_looked_at_and_its_plans_are_written(
     assert done.data["survives"] == {"device": {"survived": 0, "of": 4}, "node": {"survived": 0, "of": 2}}
 
 
+@pytest.mark.slow
 def test_the_changes_asked_for_are_made_each_on_its_own(solved: tuple[Path, tuple[Any, ...]]) -> None:
     done = whatif(solved, "--lose", "device:1+device:3", "--lose", "node:1", "--devices", "6", "--nodes", "3")
     assert [row["change"] for row in done.data["changes"]] == ["3 nodes", "6 devices", "device:1+device:3", "node:1"]

@@ -181,6 +181,7 @@ def test_affinity_rows_are_shares_in_the_plans_order(page: Path) -> None:
     assert np.sort(cells(after, "%"), axis=None) == pytest.approx(np.sort(share, axis=None), abs=0.051)
 
 
+@pytest.mark.slow
 def test_gaps_of_different_objectives_stand_apart(trace: Path, folder: Path) -> None:
     path = folder / "two_objectives.html"
     asked = ("--decode", "8", "--steps", "6", "--solvers", "eplb,exflow", "--execution", "context_coherent")

@@ -134,6 +134,7 @@ def test_the_core_tells_its_version_and_what_is_missing() -> None:
     assert "not installed: pip install 'moeplace[service]'" in told.stdout
 
 
+@pytest.mark.slow
 def test_an_engines_environment_exports_and_checks_plans(plan: Path, tmp_path: Path) -> None:
     """Engines bring what the command line needs (typer and rich), and no database."""
 

@@ -28,6 +28,8 @@ from moeplace.solvers.solve import CHAIN_SECONDS, SOLVERS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+SOLVING = ("bounds", "python", "solvers")
+"""Pages whose blocks solve for seconds."""
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
 READERS = ("polars", "duckdb")
 """Tools that recording.md shows a trace to; their blocks run where they are installed."""
@@ -60,7 +62,14 @@ def run_block(page: Path, index: int, names: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if ("python") in dict(blocks(p))], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in SOLVING else [])
+        for page in PAGES
+        if "python" in dict(blocks(page))
+    ],
+)
 def test_python_blocks_run_and_print_the_text_below_them(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ def test_the_sample_holds_whole_sequences_in_order(gpt_oss: mp.RoutingTrace) -> 
     np.testing.assert_array_equal(order, np.arange(sample.num_tokens))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2)), min_size=2, max_size=20), st.integers(4, 60))
 def test_merged_samples_are_the_sample_of_the_whole(units: list[tuple[int, int]], limit: int) -> None:
@@ -316,6 +317,7 @@ def test_a_window_of_an_unknown_workload_is_refused() -> None:
         mp.RoutingStatistics(experts=2, moe_layers=(0,), load=np.ones((1, 1, 2)), window_workload=np.array([1]))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_many_chunks_and_wide_ids_are_exact(seed: int) -> None:

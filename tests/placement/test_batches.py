@@ -161,6 +161,7 @@ def test_solvers_price_the_problems_batches_by_their_weights() -> None:
         assert plan.certificate.value == pytest.approx(mixed, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", ["dispatch_combine", "context_coherent"])
 def test_chain_proves_the_least_weighted_mean_of_all_placements(execution: str) -> None:
     trace = make_trace(seed=0, experts=4)

@@ -52,6 +52,7 @@ def instances(draw: st.DrawFn) -> tuple[np.ndarray, list[int]]:
     return np.array(load, dtype=np.float64), slots
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(instances())
 def test_no_placement_with_any_shares_is_below_the_bound(instance: tuple[np.ndarray, list[int]]) -> None:

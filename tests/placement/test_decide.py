@@ -127,6 +127,7 @@ def test_the_same_plan_is_kept() -> None:
     assert decision.verdicts[0].gain == 0.0
 
 
+@pytest.mark.slow
 def test_noise_is_rarely_taken_for_a_gain() -> None:
     """Experts are exchangeable here, so every plan is as good as any other: of 200 independent recordings, a test at
     5 % applies the candidate for about 10; 18 or more would happen by chance once in a hundred times."""

@@ -141,6 +141,7 @@ def test_all_that_is_known_is_sane() -> None:
         assert min(fit[:6]) > 0, fit
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000),
@@ -177,6 +178,7 @@ def _problem(model: mp.ModelSpec, topology: mp.Topology, slots: IntArray) -> mp.
     return mp.Problem(trace, topology, model=model, device_slots=tuple(slots.tolist()))
 
 
+@pytest.mark.slow
 def test_search_prices_its_moves_as_plans_are_judged() -> None:
     trace = make_trace(seed=3)
     model = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=4096, ffn_size=14336)

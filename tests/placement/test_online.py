@@ -92,6 +92,7 @@ def test_against_every_choice_of_copies(case: tuple[IntArray, IntArray, int, Int
     assert plan.copies[0] >= min(number for target, number in fewest.items() if target <= largest)
 
 
+@pytest.mark.slow
 def test_most_small_cases_are_solved_to_the_best() -> None:
     rng = np.random.default_rng(0)
     ratios, extra = [], []
@@ -130,6 +131,7 @@ def test_two_spare_slots_level_a_batch_of_layers() -> None:
     assert (fewer.loads.max(axis=1) <= 1.2 * fewer.loads.mean(axis=1)).all()
 
 
+@pytest.mark.slow
 def test_copies_stay_inside_a_domain() -> None:
     counts, homes = skewed_counts(2, 16, 64, 512), np.arange(64) // 4
     domain = np.arange(16) // 4

@@ -82,6 +82,7 @@ def grouped_case() -> tuple[mp.Problem, mp.RoutingStatistics]:
     return mp.Problem(DEEPSEEK_LIKE, cluster, statistics, batches=[mp.Batch("prefill", tokens=4096)]), statistics
 
 
+@pytest.mark.slow
 def test_counts_of_a_model_that_limits_groups_have_two_answers_which_differ_where_groups_stay_together() -> None:
     problem, statistics = grouped_case()
     whole, parted = mp.solve(problem, "contiguous"), mp.solve(problem, "round_robin")

@@ -76,6 +76,7 @@ def test_experts_of_no_load_are_not_drawn_and_what_is_missing_is_said() -> None:
         sample_tokens(from_transitions(transitions), 5, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("risk", ["mean", "worst_workload", "regret"])
 def test_context_coherent_search_keeps_recorded_transitions_local_without_tokens(risk: str) -> None:
     """Experts that follow each other in blocks: the plan that gathers blocks sends nothing."""

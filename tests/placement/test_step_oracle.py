@@ -185,6 +185,7 @@ def _spread(rng: np.random.Generator, experts: int, slots: int, slot_device: np.
             return row
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(installed_root() is not None, reason="installed tables take the place of the files read here")
 @settings(max_examples=120, deadline=None)
 @given(cases())

@@ -71,6 +71,7 @@ def test_counts_of_groups_widen_the_interval_and_show_the_other_answer() -> None
     )
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_other_recordings_give() -> None:
     """Recordings of 12 sequences: 95 % intervals of most of them hold the saving on 600 sequences of the same kind."""
     given = mp.Problem(make_trace(seed=0), TOPOLOGY, model=MODEL, batches=[mp.Batch("decode", tokens=48)])

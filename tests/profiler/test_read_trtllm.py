@@ -150,6 +150,7 @@ with tempfile.TemporaryDirectory() as made:
     FILES = {file.name: file.read_bytes() for file in record(Path(made)).iterdir()}
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     st.sampled_from(sorted(FILES)),

@@ -331,6 +331,7 @@ def test_a_wrong_file_of_requests_is_said(tmp_path: Path, content: str, message:
     assert message in ended.err
 
 
+@pytest.mark.slow
 def test_options_that_make_no_sense_together_are_a_wrong_call(tmp_path: Path) -> None:
     out = ("-o", tmp_path / "x")
     url = "http://localhost:1"

@@ -32,7 +32,10 @@ from moeplace.db.records import CountWindow
 from moeplace.placement.migration import migration
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium and chromedriver are not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium and chromedriver are not installed"),
+]
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SHOTS = os.environ.get("MOEPLACE_TEST_SCREENSHOTS")
 """A folder for screenshots of every page, to be looked at."""

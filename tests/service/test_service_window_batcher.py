@@ -158,6 +158,7 @@ def test_compressed_arrow_is_refused_before_anything_is_decoded(compression: str
         from_arrow(stream(as_table(workload=texts), compression), *SHAPE)
 
 
+@pytest.mark.slow
 def test_rows_and_texts_of_arrow_are_bounded_before_they_are_spread_out() -> None:
     import pyarrow as pa
 

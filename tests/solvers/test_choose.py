@@ -40,6 +40,7 @@ def test_few_placements_a_layer_are_proven_optimal_on_the_step_time(execution: s
     assert plan.certificate.value <= seconds * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -62,6 +63,7 @@ def test_counts_alone_go_to_search() -> None:
     assert "counts alone" in plan.provenance.choice
 
 
+@pytest.mark.slow
 def test_work_that_does_not_fit_the_time_goes_to_search(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of(experts=12, objective=mp.Objective(execution="context_coherent"))
     assert mp.solve(problem, seconds=0.05, steps=8).provenance.solver == "search"

@@ -60,6 +60,7 @@ def instances(draw: st.DrawFn, most_experts: int = 24) -> tuple[np.ndarray, tupl
     return load, (devices * width, groups, nodes, devices)
 
 
+@pytest.mark.slow
 def test_the_published_example_is_reproduced_and_no_worse() -> None:
     published = published_placement(README_LOAD, *README_ARGUMENTS)
     ours = rebalance_experts(README_LOAD, *README_ARGUMENTS)[0]
@@ -220,6 +221,7 @@ def test_a_slot_changes_hands_where_swaps_do_not_help() -> None:
     assert largest_load(load, table, 3)[0] <= 8
 
 
+@pytest.mark.slow
 def test_groups_change_nodes_where_that_evens_them() -> None:
     # Heaviest first makes 9 + 6 + 5 and 8 + 7 + 1.
     load = np.array([[9.0, 8, 7, 6, 5, 1]])
@@ -269,6 +271,7 @@ def test_groups_that_do_not_divide_over_nodes_are_balanced_globally() -> None:
     np.testing.assert_array_equal(table, globally)
 
 
+@pytest.mark.slow
 def test_arrays_are_served_without_torch() -> None:
     script = (
         "import sys, numpy as np; from moeplace.compat.eplb import rebalance_experts\n"

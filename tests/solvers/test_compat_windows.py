@@ -146,6 +146,7 @@ def test_vllms_map_is_no_worse_than_the_published_one_and_leaves_replicas_in_the
         VllmPolicy.rebalance_experts(weight, 32, 1, 1, 8, table[:, :30])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
 def test_vllms_map_has_no_expert_twice_and_is_worse_only_where_theirs_has(seed: int) -> None:
     window, slots, devices = random_window(seed)

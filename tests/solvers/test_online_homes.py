@@ -79,6 +79,7 @@ def test_bounds_hold_whatever_is_copied(trace: mp.RoutingTrace, problem: mp.Prob
             assert (mp.evaluate(plan, steps, asked).step_seconds >= step_seconds_bound(steps, asked) * (1 - 1e-9)).all()
 
 
+@pytest.mark.slow
 def test_search_finds_homes_that_need_fewer_copies(trace: mp.RoutingTrace, problem: mp.Problem) -> None:
     # A step is one sequence: hot experts of one time stand apart, which total loads do not tell.
     steps = skewed_trace(1).prefill_steps(256, 20, seed=1)

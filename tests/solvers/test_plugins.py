@@ -101,6 +101,7 @@ def test_an_installed_solver_is_known_by_name_with_its_options(tmp_path: Path) -
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "said"),
     [

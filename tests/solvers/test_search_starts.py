@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces import make_trace
@@ -127,6 +128,7 @@ def test_renamed_devices_bring_tokens_nearer_and_leave_what_stands_together() ->
     assert not can_align(pinned, allowed_devices(pinned))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 1000),
@@ -155,6 +157,7 @@ def test_the_answer_is_never_worse_than_the_plan_in_force(
     assert answer.certificate.value <= current.certificate.value * (1 + 1e-12)
 
 
+@pytest.mark.slow
 def test_where_only_balance_counts_search_on_tokens_is_as_good_as_on_loads_alone() -> None:
     folder = Path(__file__).parents[2] / "examples" / "data" / "olmoe_small"
     train, held = mp.read_trace(folder).split("sequence", 0.25, 0)

@@ -33,6 +33,7 @@ def slowest(loads: np.ndarray, table: np.ndarray, shares: np.ndarray, problem: m
     return (carried * MODEL.flops_per_token / problem.topology.compute).max(axis=1)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
 def test_no_shares_beat_the_program_and_its_prices_prove_it(seed: int) -> None:

@@ -297,6 +297,7 @@ def test_a_value_of_another_type_is_refused(given: dict[str, Any]) -> None:
     mp.solve(problem_of(), "search", proposals=np.int64(12), certify=0, steps=4)
 
 
+@pytest.mark.slow
 def test_exflow_in_stages_is_no_worse_than_the_plan_in_force() -> None:
     problem = problem_of(routing(8, 3), topology_of(2, 2))
     current = mp.solve(problem, "exflow")

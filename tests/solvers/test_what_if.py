@@ -133,6 +133,7 @@ def test_survivors_that_had_no_share_split_the_tokens_equally() -> None:
     assert (after.shares == 0.5).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", ["dispatch_combine", "context_coherent"])
 @pytest.mark.parametrize("homes", [False, True])
 @pytest.mark.parametrize("name", ["node:0", "device:5+node:0"])
@@ -236,6 +237,7 @@ def test_a_cluster_that_survivors_do_not_fit_on_says_so() -> None:
         assert outcome.reason == "does not fit: 8 slots a layer are needed, 2 devices hold 6"
 
 
+@pytest.mark.slow
 def test_ready_plans_use_survivors_slots_and_count_what_moves_and_what_is_loaded() -> None:
     topology = mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=2)
     problem = problem_of(topology, slots=8)
@@ -340,6 +342,7 @@ def test_an_interrupt_keeps_what_is_finished() -> None:
     assert seen == ["device:0", "device:1", "device:2"]
 
 
+@pytest.mark.slow
 def test_ready_plans_move_no_more_than_allowed_beside_what_is_loaded() -> None:
     topology = mp.Topology.preset("a100-pcie", nodes=2, devices_per_node=2)
     problem = problem_of(topology)
