@@ -27,7 +27,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pages import code
-from ranks import join_group
+from ranks import join_group, wait_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -379,10 +379,3 @@ def page(rank: int, world: int, folder: Path) -> Any:
     exec(train, names)  # noqa: S102
     dist.destroy_process_group()
     return {"curve": curve, "slots": names["placed"].plan.num_slots}
-
-
-def wait_for(path: Path, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.05)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
@@ -92,3 +93,10 @@ def _main(target: str, world: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     _main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
