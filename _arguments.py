@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from ._lazy import names_extra
 from .placement.errors import ArgumentTypeError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,6 +47,7 @@ def check_types(function: F) -> F:
     """
     signature = inspect.signature(function)
     name = function.__name__
+    function = names_extra(function)
 
     @functools.cache
     def checks() -> dict[str, tuple[Any, ...]]:

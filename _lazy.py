@@ -5,12 +5,15 @@ package brings a library that is not installed.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 EXTRAS = {
     **dict.fromkeys(("scipy", "pyarrow", "pulp", "highspy", "ortools", "ijson", "joblib", "numba"), "solve"),
@@ -54,6 +57,20 @@ def missing_extra(error: ImportError) -> str | None:
     library = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(library)
     return None if extra is None else f"this needs {library}, which is not installed: pip install 'moeplace[{extra}]'"
+
+
+def names_extra(function: F) -> F:
+    """Has the error of a library that an extra brings, and that is not installed, say so."""
+
+    @functools.wraps(function)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            error.msg = missing_extra(error) or error.msg
+            raise
+
+    return cast(F, told)
 
 
 class _Package(ModuleType):

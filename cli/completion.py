@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 def presets(incomplete: str) -> list[str]:
@@ -23,20 +23,26 @@ def solvers(incomplete: str) -> list[str]:
     """Solvers, the last of several with commas between."""
     from ..solvers import solver_names
 
-    before, comma, last = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in _beginning(last, solver_names())]
+    return _last_of(incomplete, lambda last: _beginning(last, solver_names()))
 
 
 def plans(incomplete: str) -> list[str]:
-    """Names of the plans in the store; none where it cannot be read. Files are the shell's own business."""
+    """Names of the plans in the store, the last of several with commas between; none where it cannot be read. Files are
+    the shell's own business."""
     from ..db import Store
     from ..placement.errors import MoeplaceError
 
     try:
         with Store.open(lock_seconds=1.0) as store:
-            return _beginning(incomplete, (plan.name or plan.id for plan in store.plans(limit=50)))
+            names = [plan.name or plan.id for plan in store.plans(limit=50)]
     except (MoeplaceError, OSError, ImportError):
         return []
+    return _last_of(incomplete, lambda last: _beginning(last, names))
+
+
+def _last_of(incomplete: str, complete: Callable[[str], list[str]]) -> list[str]:
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in complete(last)]
 
 
 def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from ..placement.errors import FileFormatError, InputError, UnsupportedError
 from .output import RUNNING, note
-from .values import check_values, in_options
+from .values import GIVEN, check_values, in_options, note_given, refuse_idle
 
 FORMER = {"--out": "--output", "--save": "--output", "--engine": "--for", "--model": "--model-name"}
 """Names of the release before, which go with the next, and what they are called now in commands that have that."""
@@ -37,6 +37,9 @@ class Command(TyperCommand):
             names.append(group.info_name)
             group = group.parent
         RUNNING[-1] = "-".join(reversed(names))
+        note_given(self, ctx)
+        if "as_json" in GIVEN:
+            refuse_idle("with --json, as it draws in the terminal: --plot-file draws into a file", "plot")
         try:
             return super().invoke(ctx)
         except FileFormatError:

@@ -218,6 +218,7 @@ class PlanFileOptions:
         Option(
             "--plan-topology",
             metavar="NAME[:NxM]|FILE",
+            autocompletion=completion.presets,
             help="For a plan in an engine's own file: the cluster it is for, a preset with N nodes of M devices "
             "(h100-hgx:2x8), or a file.",
             show_default=False,
@@ -741,6 +742,7 @@ class ComparisonOptions(
         str | None,
         Option(
             "--plans",
+            autocompletion=completion.plans,
             help="Comma-separated plan files, engines' own files or stored plans to judge beside them, such as the one "
             "in force.",
             show_default=False,

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 PULSE = 5.0
 """Seconds between two lines where nobody watches: short work stays quiet."""
+LONGEST_PULSE = 20.0
+"""While kernels are compiled."""
 
 Update = Callable[[str, float | None], None]
 """Tells what is being done, and which share of it is done (0 to 1) where that is known."""
@@ -100,14 +102,17 @@ class _Working:
         now, share = _clock(), self._share
         done = f"{now - self._began:.0f} s so far" if share is None else f"{share:.0%}"
         if COMPILE_TIME.is_running:
-            return f"{done}, compiling, which is once an installation"
+            return f"{done}, compiling for {COMPILE_TIME.seconds:.0f} s, which is once an installation"
         if share is None or self._ends is None or now > self._ends:
             return done
         return f"{done}, about {self._ends - now:.0f} s left"
 
     def tell_until(self, ended: threading.Event) -> None:
-        while not ended.wait(PULSE):
+        pause = PULSE
+        while not ended.wait(pause):
             note(f"{self._message}: {self.time}")
+            # Compiling tells nothing but that it goes on.
+            pause = min(2 * pause, LONGEST_PULSE) if COMPILE_TIME.is_running else PULSE
 
 
 def _clock() -> float:
@@ -351,24 +356,24 @@ def _print(table: Table) -> None:
 
     width = _width()
     console = Console(file=sys.stdout, width=width, highlight=False)
-    if table.title:
-        # On a table a title is as narrow as that.
-        typer.echo(_wrapped(table.title, width))
+    # On a table a title is as narrow as that.
+    blocks = [_wrapped(table.title, width)] if table.title else []
     # Columns of nothing are left out where a line says what that means.
     if table.columns and (table.rows or not table.footnotes):
         parts = [_laid_out(part) for part in _parts(table, console)]
         least = max(console.measure(part, options=console.options.update(width=10_000)).minimum for part in parts)
         if least > width and not table.whole and table.rows:
-            typer.echo("\n".join(_listed(table, width)))
+            blocks.append("\n".join(_listed(table, width)))
             parts = []
         console.width = 10_000 if table.whole else max(width, least)
         for part in parts:
             with console.capture() as printed:
                 console.print(part)
-            # What pads the last column is of no use to anyone.
-            typer.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
-    for line in table.footnotes:
-        typer.echo(line if table.whole else _wrapped(line, width))
+            # What pads the last column is of no use to anyone, nor are the lines of a frame that is not drawn.
+            blocks.append("\n".join(line.rstrip() for line in printed.get().splitlines()).strip("\n"))
+    if table.footnotes:
+        blocks.append("\n".join(line if table.whole else _wrapped(line, width) for line in table.footnotes))
+    typer.echo("\n\n".join(blocks))
 
 
 def _parts(table: Table, console: Console) -> list[Table]:

@@ -16,6 +16,7 @@ from .options import (
     StudyOptions,
     TopologyOptions,
 )
+from .values import refuse_idle
 
 if TYPE_CHECKING:
     from ..placement.degraded import Kind
@@ -397,6 +398,19 @@ def solved_batches(plan: Plan) -> tuple[Batch, ...]:
     from ..placement.steps import Batch
 
     return tuple(Batch.parse(text) for text in plan.provenance.batches)
+
+
+def check_restart(engine: str | None) -> None:
+    """Refuses --restart-seconds where no engine restarts to take a plan.
+
+    Raises:
+        typer.BadParameter: it was given.
+    """
+    from ..placement.engines import engine_profile
+
+    if engine is None or not engine_profile(engine).restart:
+        told = "without --for of an engine" if engine is None else f"for {engine}, which is no engine"
+        refuse_idle(f"{told} that restarts to take a plan", "restart_seconds")
 
 
 def split_list(text: str | None) -> list[str]:

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from .options import PlanFileOptions, StudyOptions
 from .output import Update
 from .parse import SolverChoice, plan_topology
 from .routing_split import RoutingSplit
+from .values import refuse_idle
 
 if TYPE_CHECKING:
     from ..db.records import CountWindow, JobRecord
@@ -61,7 +62,7 @@ def read_plan(
     """
     from ..runtime.exporters import read_plan_file
 
-    if Path(reference).is_file() or reference.endswith(PLAN_FILES):
+    if is_file(reference):
         return read_plan_file(reference, model, topology)
     try:
         if server is not None:
@@ -75,6 +76,11 @@ def read_plan(
         raise InputError(f"{reference!r} is not a file, and not a stored plan either: {error}") from None
 
 
+def is_file(reference: str) -> bool:
+    """Whether a file is named, not a stored plan."""
+    return Path(reference).is_file() or reference.endswith(PLAN_FILES)
+
+
 def is_engines_own(reference: str) -> bool:
     """Whether the reference is an engine's own file, which does not say its model and cluster.
 
@@ -84,6 +90,23 @@ def is_engines_own(reference: str) -> bool:
     from ..runtime.exporters.export import recognised
 
     return Path(reference).is_file() and recognised(Path(reference)).name != "moeplace"
+
+
+def check_plan_options(references: Sequence[str], server: str | None = None) -> None:
+    """Refuses options that say nothing about these plans.
+
+    server: that is asked for plans that are no files.
+
+    Raises:
+        typer.BadParameter: some were given. FileFormatError: a file that holds no plan.
+    """
+    if not any(is_engines_own(each) for each in references):
+        refuse_idle("where plans say their own model and cluster: it is for engines' own files", *PLAN_FILE_OPTIONS)
+    if server is not None:
+        refuse_idle(f"with the service {server}, which has its own", "db")
+
+
+PLAN_FILE_OPTIONS = tuple(field.name for field in fields(PlanFileOptions))
 
 
 def plan_context(options: PlanFileOptions, opened: Callable[[], Recording] | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..placement.errors import InputError, UnsupportedError
 from .options import HeldOutBy, HeldOutOptions, ModelOptions, StudyOptions
 from .output import Column, Table, Update, note, number
 from .parse import reader_defaults
+from .values import refuse_idle
 
 if TYPE_CHECKING:
     from ..placement.objective import Objective
@@ -42,6 +43,7 @@ def split_routing(recording: Recording, options: HeldOutOptions, seed: int) -> R
     """
     trace = recording.trace
     if options.held_out == 0.0:
+        refuse_idle("where nothing is held out", "held_out_by")
         return RoutingSplit(trace, trace, "Nothing held out: judged on the routing that was solved on")
     by = options.held_out_by
     try:
@@ -83,6 +85,7 @@ def split_counts(recording: Recording, options: HeldOutOptions, seed: int) -> Co
     """Splits count windows as asked; a record of one window is used for both."""
     statistics = recording.statistics()
     if options.held_out == 0.0:
+        refuse_idle("where nothing is held out", "held_out_by")
         return CountSplit(statistics, statistics, "Nothing held out: judged on the windows that were solved on")
     try:
         train, judged = statistics.split(options.held_out_by.value, options.held_out, seed)
@@ -153,6 +156,10 @@ def training_routing(
         whole = counts.train is counts.judged
         return TrainingRouting(recording, counts.train, counts.judged, counts.description, not whole, counts)
     if not recording.is_trace or held_out.held_out == 0.0:
+        if held_out.held_out == 0.0:
+            refuse_idle("where nothing is held out", "held_out_by")
+        else:
+            refuse_idle(f"with {path}: statistics that keep a token sample are used whole", "held_out", "held_out_by")
         statistics = recording.statistics() if not recording.is_trace else counted(recording, update)
         used = f"solved on all of {path}" + ("" if recording.is_trace else ": statistics are used whole")
         return TrainingRouting(recording, statistics, statistics, used, False)

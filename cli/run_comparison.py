@@ -16,6 +16,7 @@ from .output import Update, interrupted, note, solve_listener, working
 from .parse import (
     SolverChoice,
     asked_slots,
+    check_restart,
     pool_problems,
     read_batches,
     read_device_slots,
@@ -50,6 +51,8 @@ OTHER_BATCHES = (*USUAL_BATCHES, Batch("decode", tokens_per_device=512))
 """Looked at beside a single batch that was asked for."""
 ELSEWHERE_TOKENS = 8_192
 """Of the steps of each of these."""
+NO_BALANCER = ("permute", "moeplace")
+"""What --for takes that balances nothing by itself."""
 PEER = "eplb"
 """What engines do by themselves, by its solver's name."""
 
@@ -168,24 +171,35 @@ class Comparison:
     def verdict(self, other_ms: Mapping[str, float] | None = None, restart_seconds: float | None = None) -> list[str]:
         """Sentences on the best plan; other_ms: time of all else of a step, by phase. Without it that is estimated,
         where the model is known. restart_seconds: of an engine that restarts to take a plan."""
+        data = self.verdict_data(other_ms, restart_seconds)
+        if data is None or self.saved is None:
+            return []
+        prefix = "" if self.saved.nothing_pays else f"{self.best.name}: "
+        further = [data[name] for name in ("whole_step", "applied") if data[name] is not None]
+        return [prefix + data["text"], *further, *self.elsewhere]
+
+    def verdict_data(
+        self, other_ms: Mapping[str, float] | None = None, restart_seconds: float | None = None
+    ) -> dict[str, Any] | None:
+        """What the best plan saves, as JSON has it; None of a plan alone. The arguments are those of `verdict`."""
         from ..placement.serving import other_work
         from ..placement.step_mix import step_mix
         from ..placement.verdict import applied_text, whole_step_text
 
         if self.saved is None:
-            return []
-        prefix = "" if self.saved.nothing_pays else f"{self.best.name}: "
-        lines = [prefix + self.saved.text(self.called(self.reference), self.where)]
+            return None
         problem, source = self.problem, "the other work of a step"
         if other_ms is None:
             estimated = other_work(problem.model, problem.topology, step_mix(problem).batches)
             other_ms, source = ({}, source) if estimated is None else (estimated.ms, estimated.text)
+        whole_step = None
         if any(name.partition(" ")[0] in other_ms for name in self.saved.times):
             assert self.best.evaluation is not None
-            lines.append(whole_step_text(self.saved, other_ms, self.best.evaluation.basis.error, source))
+            whole_step = whole_step_text(self.saved, other_ms, self.best.evaluation.basis.error, source)
         profile = self.problem.profile
         applied = None if profile is None else applied_text(self.saved, profile, restart_seconds)
-        return [*lines, *([] if applied is None else [applied]), *self.elsewhere]
+        saved = self.saved.to_dict(self.called(self.reference), self.where)
+        return {**saved, "whole_step": whole_step, "applied": applied}
 
     @cached_property
     def elsewhere(self) -> list[str]:
@@ -211,7 +225,7 @@ class Comparison:
     def called(self, entry: Entry) -> str:
         """What a plan is called in a sentence."""
         engine = self.problem.engine
-        return f"{engine}'s EPLB" if entry.name == PEER and engine is not None else entry.name
+        return f"{engine}'s EPLB" if entry.name == PEER and engine not in (None, *NO_BALANCER) else entry.name
 
 
 def solve_entry(choice: SolverChoice, problem: Problem, seconds: float, seed: int, update: Update) -> Entry:
@@ -312,6 +326,7 @@ def run_comparison(routing: Path, options: ComparisonOptions) -> list[Comparison
     cluster, goal, seed = read_topology(options), read_objective(options, options.engine), options.seed
     named = ",".join(solver_names()) if options.solvers is None else options.solvers
     choices, batches = SolverChoice.parse_list("--solvers", named), read_batches(options)
+    check_restart(options.engine)
     with working("reading the routing") as update:
         recording = open_recording(routing, options.model)
         spec = read_model(options, recording)

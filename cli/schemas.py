@@ -102,7 +102,8 @@ class Figures(Output):
 class Saving(Output):
     """What one plan saves against another. than: the other. saves, low, high: a fraction of the other's step time, and
     its interval at `confidence`. grouped: of counts, saved with a token's experts grouped as the model limits them.
-    most: that no plan can save more than, where it is proven."""
+    most: that no plan can save more than, where it is proven. whole_step: what whole steps gain, where the time of all
+    else is known. applied: what it takes to put the plan in force, where the engine restarts for it."""
 
     than: str
     saves: float
@@ -112,6 +113,8 @@ class Saving(Output):
     confidence: float
     most: float | None
     text: str
+    whole_step: str | None
+    applied: str | None
 
 
 class Terms(Output):

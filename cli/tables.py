@@ -217,7 +217,8 @@ def binding_table(rows: list[dict[str, Any]], title: str) -> Table:
     notes = [
         f"Shares of the step time by what it waits for; the {len(slowest)} slowest of {len(rows)} layers below all."
     ]
-    columns = [column for column in BINDING_COLUMNS if column.key != "inter" or any(row.get("inter") for row in shown)]
+    said = {key for row in shown for key in ("inter", "busiest") if row.get(key)}
+    columns = [column for column in BINDING_COLUMNS if column.key not in {"inter", "busiest"} - said]
     return Table(columns, shown, title, notes)
 
 

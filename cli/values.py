@@ -78,6 +78,35 @@ def _refusal(text: str, kind: Any, declared: Any, instead: str) -> str | None:
     return None
 
 
+GIVEN: dict[str, str] = {}
+"""Options that the line of the running command names, by their parameters; what variables hold is for many commands."""
+
+
+def note_given(command: Any, ctx: Any) -> None:
+    """Holds what `refuse_idle` asks for, before the command runs."""
+    GIVEN.clear()
+    for param in command.params:
+        source = ctx.get_parameter_source(param.name)
+        if param.param_type_name == "option" and source is not None and source.name == "COMMANDLINE":
+            turned_off = ctx.params.get(param.name) is False and param.secondary_opts
+            GIVEN[param.name] = (param.secondary_opts if turned_off else param.opts)[0]
+
+
+def refuse_idle(why: str, *names: str) -> None:
+    """Refuses options that were given and would be passed over.
+
+    why: ends the sentence that begins with their names. names: their parameters.
+
+    Raises:
+        typer.BadParameter: some of them were given.
+    """
+    idle = [option for name, option in GIVEN.items() if name in names]
+    if idle:
+        verb, them = ("does", "it") if len(idle) == 1 else ("do", "them")
+        names_told = " and ".join([", ".join(idle[:-1]), idle[-1]] if len(idle) > 1 else idle)
+        raise typer.BadParameter(f"{names_told} {verb} nothing {why}; leave {them} out")
+
+
 def in_options(command: Any, ctx: Any, text: str) -> str:
     """A refusal that names arguments as Python has them, with the options that were given in their place."""
     for param in command.params:

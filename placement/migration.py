@@ -51,7 +51,10 @@ class Migration:
         if not self.moves or not self.restart:
             return f"moving {self.bytes_moved / 1e9:.2f} GB takes {self.seconds:.3g} s"
         if self.restart_seconds is None:
-            return f"it is applied by a restart with {self.restart}, of unknown time: give restart_seconds"
+            return (
+                f"it is applied by a restart with {self.restart}, of unknown time: give restart_seconds "
+                "(--restart-seconds)"
+            )
         return f"a restart with {self.restart} takes {self.restart_seconds:.3g} s"
 
     def applied_by(self, restart: str, seconds: float | None) -> Migration:

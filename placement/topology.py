@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
 
 from .._display import Displayed, plural
+from .._lazy import names_extra
 from .._types import FloatArray, IntArray
 from .errors import InputError, nearest
 from .files import parse_yaml, read_text, write_text
@@ -427,11 +428,13 @@ class Topology(Displayed, Record):
             raise InputError(f"{origin}: {error}") from None
 
     @classmethod
+    @names_extra
     def load(cls, path: str | Path) -> Topology:
         """Reads a YAML or JSON file in the form of `from_dict`."""
         data = parse_yaml(read_text(path, limit_bytes=1 << 24), str(path), DEEPEST)
         return cls.from_dict(_with_numbers(data), origin=str(path))
 
+    @names_extra
     def save(self, path: str | Path) -> None:
         """Writes JSON, or YAML when `path` ends so."""
         data = self.model_dump(mode="json")

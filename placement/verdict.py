@@ -139,10 +139,11 @@ def _percent(part: float) -> str:
 
 def applied_text(saved: Saving, profile: EngineProfile, restart_seconds: float | None) -> str | None:
     """What it takes to put the plan in force and when that is paid back, where the engine restarts for it; None where
-    it does not, or where nothing is saved."""
-    if not profile.restart or saved.low <= 0:
+    it does not, or where too little is saved."""
+    if not profile.restart or saved.low <= 0 or saved.relative < WORTH_IT or saved.nothing_pays:
         return None
-    applied = f"{profile.name} takes a plan by a restart with {profile.restart}"
+    engine = "the engine" if profile.name == "permute" else profile.name
+    applied = f"{engine} takes a plan by a restart with {profile.restart}"
     if restart_seconds is None:
         return (
             f"{applied}, of unknown time: give --restart-seconds; {1.0 / saved.seconds:,.0f} steps pay back a second."

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from .._lazy import names_extra
 from ..placement.errors import InputError, MoeplaceError
 from ..placement.statistics import RoutingStatistics, StatisticsAccumulator, Stream
 from .files import Source
@@ -23,6 +24,7 @@ Unit = tuple[TraceShard, int]
 """A row group: its shard and number."""
 
 
+@names_extra
 def aggregate(
     path: Source | Sequence[Source],
     *,

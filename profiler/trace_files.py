@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._arguments import check_types
+from .._lazy import names_extra
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import full_disk_told, missing_folders, remove_empty, replacing
@@ -494,6 +495,7 @@ def _narrow(name: str, values: IntArray) -> npt.NDArray[np.int32]:
 # Reading: shards are opened and row groups decoded, and nothing in them is trusted.
 
 
+@names_extra
 def read_trace(path: Source) -> RoutingTrace:
     """The whole trace of a folder of shards, or of one shard, in memory.
 

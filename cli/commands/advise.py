@@ -42,16 +42,18 @@ def advise_command(routing: RoutingPath, options: ComparisonOptions, as_json: As
       moeplace advise trace --topology h100-hgx --nodes 2 --for sglang --redundant 32
     """
     from ...placement.step_mix import step_mix
+    from ...placement.verdict import read_other_ms
 
+    other = None if options.other_ms is None else read_other_ms(options.other_ms)
     asked = options if options.solvers is not None else replace(options, solvers=ASKED)
     if len(set(options.pool or ())) > 1:
         raise InputError("advice is on one --pool; ask for each")
     [comparison] = run_comparison(routing, asked)
     rows = comparison_rows(comparison)
-    data = comparison_data(comparison, rows)
+    data = comparison_data(comparison, rows, other, options.restart_seconds)
     verdict, following = _of_steps(rows), _next(routing, options, comparison.best)
     mix = step_mix(comparison.problem)
-    first = Table((), (), footnotes=[*verdict, *comparison.verdict(), "", mix.text, ""])
+    first = Table((), (), footnotes=[*verdict, *comparison.verdict(other, options.restart_seconds), "", mix.text, ""])
     last = Table((), (), footnotes=["Next:", *(f"  {line}" for line in following)], whole=True)
     emit(
         {"batches": mix.to_dict(), **data, "advice": verdict, "next": following},
@@ -95,8 +97,7 @@ def _next(routing: Path, options: ComparisonOptions, best: Entry) -> list[str]:
     if options.engine == "permute":
         return [*lines, "moeplace permute CHECKPOINT --plan plan.json -o FOLDER --verify"]
     file = "placement.yaml" if options.engine == "trtllm" else "placement.json"
-    return [
-        *lines,
-        f"moeplace export plan.json --for {options.engine or 'ENGINE'} -o {file}",
-        "moeplace check plan.json --running URL",
-    ]
+    lines.append(f"moeplace export plan.json --for {options.engine or 'ENGINE'} -o {file}")
+    if options.engine in ("sglang", "sglang-lp"):
+        return [*lines, "moeplace check plan.json --running URL"]
+    return [*lines, f"moeplace doctor --file {file} --plan plan.json"]

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...placement.errors import EngineError, InputError
+from .. import completion
 from ..options import AsJson, EngineKey, PlanFileOptions, RecorderFolder, ServerOptions, StoreOptions
 from ..output import Column, Table, emit, working
 from ..parse import whole_numbers
-from ..remote import plan_context, read_plan
+from ..remote import check_plan_options, is_file, plan_context, read_plan
+from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec
@@ -40,6 +42,7 @@ def check_command(
         str | None,
         typer.Argument(
             metavar="PLAN",
+            autocompletion=completion.plans,
             help="The plan that should run, as for `moeplace evaluate`. Without it the map is checked by itself, for "
             "--plan-model on --plan-topology.",
             show_default=False,
@@ -99,12 +102,19 @@ def check_command(
 
     if weights is None and (reference is not None or layers is not None):
         raise InputError("--reference and --layers are for --weights: give a dump of the ranks' weights")
+    from_server = running.startswith(("http://", "https://"))
+    if not from_server:
+        refuse_idle(f"with {running}, which is a file: it goes with the URL of a server", "folder", "key", "timeout")
+    if plan is not None:
+        check_plan_options([plan], remote.server)
+    if plan is None or is_file(plan):
+        refuse_idle("without a PLAN that the service has", "server")
     context = plan_context(files)
     expected = None if plan is None else read_plan(plan, storage.db, remote.server, **context)
     model, topology = _shape(expected, context)
     findings: list[Finding] = []
     dumps = [Path(running)]
-    if running.startswith(("http://", "https://")):
+    if from_server:
         with working(f"asking {running}"):
             dumps, findings = _recorded(running, key, timeout, folder, expected)
     rows = maps.read_running(dumps[0], model)
@@ -125,7 +135,7 @@ def check_command(
     table = [{"kind": finding.kind, "layer": finding.layer, "text": finding.text} for finding in findings]
     verdict = "nothing is wrong" if not findings else f"{len(findings)} findings"
     if expected is not None and not findings:
-        verdict = "what runs is the plan"
+        verdict = "what runs is the plan" if from_server else "its map is the plan's"
     data: dict[str, Any] = {
         "running": running,
         "read": [str(dump) for dump in dumps],

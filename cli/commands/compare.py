@@ -79,7 +79,10 @@ def show_comparisons(
     """Prints comparisons, of several pools one after the other."""
     from ...placement.step_mix import step_mix
 
-    data = [comparison_data(comparison, comparison_rows(comparison)) for comparison in comparisons]
+    data = [
+        comparison_data(comparison, comparison_rows(comparison), other_ms, restart_seconds)
+        for comparison in comparisons
+    ]
     if as_json and len(comparisons) > 1:
         pools = {
             comparison.pool: {"batches": step_mix(comparison.problem).to_dict(), **each}
@@ -97,11 +100,16 @@ def show_comparisons(
         )
 
 
-def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The comparison as JSON has it."""
+def comparison_data(
+    comparison: Comparison,
+    rows: list[dict[str, Any]],
+    other_ms: Mapping[str, float] | None = None,
+    restart_seconds: float | None = None,
+) -> dict[str, Any]:
+    """The comparison as JSON has it. other_ms, restart_seconds: as `Comparison.verdict` takes them."""
     from ...placement.cost import prediction_basis
 
-    problem, split, saved = comparison.problem, comparison.split, comparison.saved
+    problem, split = comparison.problem, comparison.split
     return {
         "model": problem.model.model_dump(mode="json"),
         "topology": {
@@ -122,7 +130,7 @@ def comparison_data(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[
         "windows": comparison.windows,
         "rows": rows,
         "best": comparison.best.name,
-        "verdict": None if saved is None else saved.to_dict(comparison.called(comparison.reference), comparison.where),
+        "verdict": comparison.verdict_data(other_ms, restart_seconds),
     }
 
 

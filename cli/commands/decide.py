@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import completion
 from ..options import (
     JUDGING,
     MAX_SEED,
@@ -26,10 +27,11 @@ from ..options import (
     StoreOptions,
 )
 from ..output import Column, Table, emit, figure, milliseconds, percent, quantity, seconds, working
-from ..parse import one_pool, read_batches, read_objective, solved_batches, split_list
-from ..remote import is_engines_own, plan_context, read_plan, service
+from ..parse import check_restart, one_pool, read_batches, read_objective, solved_batches, split_list
+from ..remote import PLAN_FILE_OPTIONS, check_plan_options, is_engines_own, is_file, plan_context, read_plan, service
 from ..routing_split import holds_counts_only, open_recording, solving_statistics, split_counts, split_routing
 from ..run_comparison import BASELINE, plan_name
+from ..values import GIVEN, refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.decide import Decision
@@ -68,7 +70,12 @@ def decide_command(
     batch: BatchOptions,
     candidates: Annotated[
         str,
-        typer.Option("--candidates", metavar="PLAN,...", help="Plan files or stored plans that might be applied."),
+        typer.Option(
+            "--candidates",
+            metavar="PLAN,...",
+            autocompletion=completion.plans,
+            help="Plan files or stored plans that might be applied.",
+        ),
     ],
     routing: Annotated[
         Path | None,
@@ -100,7 +107,10 @@ def decide_command(
     current: Annotated[
         str,
         typer.Option(
-            "--current", metavar="PLAN", help="The plan in force; contiguous is what engines do without a plan."
+            "--current",
+            metavar="PLAN",
+            autocompletion=completion.plans,
+            help="The plan in force; contiguous is what engines do without a plan.",
         ),
     ] = BASELINE,
     engine: Engine = None,
@@ -162,12 +172,17 @@ def decide_command(
     names = split_list(candidates)
     if not names:
         raise typer.BadParameter("--candidates names no plan; give files or stored plans with commas between")
+    references = [*names, *([] if current == BASELINE else [current])]
     if routing is None:
+        refuse_idle("with --deployment: the service judges by its policy", *(GIVEN.keys() - JUDGED_BY_SERVICE))
         plans = [read_plan(name, storage.db, remote.server, **plan_context(files)) for name in names]
         _asked_of_service(remote.server, str(deployment), plans, names, record, as_json)
         return
+    refuse_idle("without --deployment", "record")
+    check_plan_options(references, remote.server)
+    if all(map(is_file, references)):
+        refuse_idle("without --deployment, and with plans' files", "server")
     with working("reading the routing") as update:
-        references = [*names, *([] if current == BASELINE else [current])]
         opened = cache(lambda: open_recording(routing))
         read = _plans(references, storage.db, remote.server, files, opened)
         plans, in_force = read[: len(names)], read[len(names)] if len(read) > len(names) else None
@@ -190,6 +205,7 @@ def decide_command(
             ),
             batch,
         )
+        check_restart(problem.engine)
         in_force = solve(problem, BASELINE) if in_force is None else in_force
         decision = decide(
             in_force,
@@ -213,6 +229,10 @@ def decide_command(
         mix=step_mix(replace(problem, current=in_force)),
         closing=lambda: [_verdict(decision, names)],
     )
+
+
+JUDGED_BY_SERVICE = {"candidates", "deployment", "record", "server", "db", "as_json", *PLAN_FILE_OPTIONS}
+"""Options that are of use with --deployment."""
 
 
 def _plans(

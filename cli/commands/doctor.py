@@ -17,7 +17,8 @@ from ...placement.errors import MoeplaceError
 from .. import completion
 from ..options import AsJson, ServerOptions, StoreOptions
 from ..output import Table, emit, pairs, quantity
-from ..remote import read_plan
+from ..remote import is_engines_own, is_file, read_plan
+from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
@@ -64,6 +65,10 @@ def doctor_command(
     served = file or (Path(os.environ[PLAN_VARIABLE]) if os.environ.get(PLAN_VARIABLE) else None)
     if plan is not None and served is None:
         raise typer.BadParameter(f"--plan is compared with a file: give --file, or set {PLAN_VARIABLE}")
+    if plan is None or is_file(plan):
+        refuse_idle("without a --plan that the service has", "server")
+    if plan is not None and is_engines_own(plan):
+        raise typer.BadParameter(f"{plan} is an engine's own file, as --file is: give the plan it was exported from")
     data: dict[str, Any] = {
         **_installed(),
         "gpus": _gpus(),

@@ -20,14 +20,15 @@ from ..options import (
     PlanSeed,
     Plot,
     PlotFile,
+    RestartSeconds,
     RoutingPath,
     ServerOptions,
     StepOptions,
 )
 from ..output import emit, note, working
-from ..parse import SolverChoice, one_pool, read_batches, read_objective, solved_batches
+from ..parse import SolverChoice, check_restart, one_pool, read_batches, read_objective, solved_batches
 from ..plots import comparison_drawings, show
-from ..remote import is_engines_own, plan_context, read_plan
+from ..remote import check_plan_options, is_engines_own, is_file, plan_context, read_plan
 from ..routing_split import (
     CountSplit,
     RoutingSplit,
@@ -41,6 +42,7 @@ from ..routing_split import (
 from ..run_comparison import PEER, Comparison, compare, plan_name
 from ..save import attempted, check_store, end_unkept, keep_evaluations
 from ..tables import binding_rows, binding_table, comparison_rows, comparison_tables
+from ..values import refuse_idle
 from .compare import comparison_data
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def evaluate_command(
     files: PlanFileOptions,
     engine: Engine = None,
     other_ms: OtherMs = None,
+    restart_seconds: RestartSeconds = None,
     seed: PlanSeed = None,
     plot: Plot = False,
     plot_file: PlotFile = None,
@@ -80,6 +83,9 @@ def evaluate_command(
 
     other = None if other_ms is None else read_other_ms(other_ms)
     stores = storage.store and remote.server is None
+    check_plan_options([plan], remote.server)
+    if is_file(plan):
+        refuse_idle("with a plan's file, which is judged here", "server")
     if stores:
         check_store(storage.db)
     judged = judge_plans([plan], routing, objective, held_out, steps, storage.db, files, engine, seed, remote.server)
@@ -95,12 +101,12 @@ def evaluate_command(
     waits = {kind: binding_rows(each, judged_plan.moe_layers) for kind, each in entry.evaluations.items()}
     tables = [binding_table(entries, f"{kind}: what layers of {name} wait for") for kind, entries in waits.items()]
     emit(
-        {**comparison_data(comparison, rows), "binding": waits},
+        {**comparison_data(comparison, rows, other, restart_seconds), "binding": waits},
         *comparison_tables(comparison, rows),
         *tables,
         as_json=as_json,
         mix=step_mix(problem),
-        closing=partial(comparison.verdict, other),
+        closing=partial(comparison.verdict, other, restart_seconds),
     )
     if plot or plot_file:
         show(comparison_drawings(comparison, [name, comparison.baseline.name]), plot_file, plot and not as_json)
@@ -139,6 +145,7 @@ def judge_plans(
             for each in references
         ]
         first = plans[0]
+        check_restart(engine or first.provenance.engine or None)
         used_seed = first.provenance.seed if seed is None else seed
         recording = opened()
         counts = holds_counts_only(recording)

@@ -13,8 +13,9 @@ from .. import completion
 from ..options import AsJson, KeepOptions, PlanFileOptions, PlanReference, ServerOptions, output_file
 from ..output import emit, pairs
 from ..parse import whole_numbers
-from ..remote import plan_context, read_plan, service
+from ..remote import check_plan_options, plan_context, read_plan, service
 from ..save import attempted, end_unkept, keep_export
+from ..values import refuse_idle
 
 
 def export_command(
@@ -108,6 +109,8 @@ def export_command(
         raise UnsupportedError(
             f"a permuted checkpoint is written from the checkpoint: moeplace permute CHECKPOINT --plan {plan} -o FOLDER"
         )
+    if engine == "moeplace":
+        refuse_idle("for moeplace's own file, which no engine is started with", "model_path")
     engine_options = {
         "hidden_layers": hidden_layers,
         "extra_layers": whole_numbers("--extra-layers", extra_layers),
@@ -116,8 +119,10 @@ def export_command(
     }
     options = {option: value for option, value in engine_options.items() if value is not None}
     if remote.server is None:
+        check_plan_options([plan])
         exported = read_plan(plan, storage.db, **plan_context(files))
     else:
+        refuse_idle("with --server, whose plans say their own model and cluster", "plan_model", "plan_topology")
         with service(remote.server) as client:
             exported = client.plan(plan)
     written = export_plan(exported, engine, output, **options)

@@ -16,6 +16,7 @@ from ..parse import read_spec, whole_numbers
 from ..remote import send_record
 from ..routing_split import open_recording
 from ..save import attempted, check_store, end_unkept, keep_statistics, save_recording
+from ..values import refuse_idle
 
 
 class Kind(StrEnum):
@@ -221,6 +222,10 @@ def import_command(
         raise typer.BadParameter("the record would go nowhere: give --output, or --server")
     if deployment is not None and remote.server is None:
         raise typer.BadParameter("--deployment is of the service of --server")
+    if remote.server is not None:
+        refuse_idle("with a service, which keeps what it is sent", "name", "db", "store")
+    elif not storage.store:
+        refuse_idle("with --no-store", "name")
     spec = None if model is None else read_spec(model)
     sent = stored = None
     names = list(workloads or [source.stem for source in sources] if len(sources) > 1 else workloads or [])
@@ -281,14 +286,13 @@ def import_command(
 
 
 def _table(data: dict[str, Any]) -> Table:
-    return pairs(
-        {
-            "wrote": f"{data['kind']} {data['file']}" if data["file"] else None,
-            "sent": data["sent"],
-            "tokens": count(data["tokens"]) if data["tokens"] else None,
-            "layers": f"{len(data['moe_layers'])} of {data['experts']} experts",
-            "workloads": ", ".join(name or "(untagged)" for name in data["workloads"]),
-            "fingerprint": data["fingerprint"][:12],
-            "stored as": data["stored_as"],
-        }
-    )
+    shown = {
+        "wrote": f"{data['kind']} {data['file']}" if data["file"] else None,
+        "sent": data["sent"],
+        "tokens": count(data["tokens"]) if data["tokens"] else None,
+        "layers": f"{len(data['moe_layers'])} of {data['experts']} experts",
+        "workloads": ", ".join(name or "(untagged)" for name in data["workloads"]),
+        "fingerprint": data["fingerprint"][:12],
+        "stored as": data["stored_as"],
+    }
+    return pairs({name: value for name, value in shown.items() if value is not None})

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .. import completion
 from ..former_names import Command
 from ..options import STORE, AsJson, ModelOptions, TopologyOptions, grouped
 from ..output import Column, Format, Table, emit, figure, note, pairs, to_the_minute
@@ -206,7 +207,14 @@ def deploy_command(
     shape: ModelOptions,
     cluster: TopologyOptions,
     engine: Annotated[
-        str | None, typer.Option("--for", metavar="ENGINE", help="What its plans are for.", show_default=False)
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            autocompletion=completion.engines,
+            help="What its plans are for.",
+            show_default=False,
+        ),
     ] = None,
     publish: Annotated[
         bool, typer.Option("--automatic", help="Put in force what pays; otherwise a person approves.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...placement.errors import SolveError
+from .. import completion
 from ..options import (
     SOLVING,
     AsJson,
@@ -49,6 +50,7 @@ from ..routing_split import (
 from ..run_comparison import warn_of_idle_devices
 from ..save import attempted, check_store, end_unkept, end_unwritten, keep_judged_plans
 from ..tables import pareto_table
+from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.degraded import Kind
@@ -101,6 +103,7 @@ def pareto_command(
         typer.Option(
             "--current",
             metavar="PLAN",
+            autocompletion=completion.plans,
             help="The plan in force: bytes moved are counted from it.",
             show_default=False,
             rich_help_panel=SOLVING,
@@ -162,6 +165,8 @@ def pareto_command(
     kinds = _kinds(tolerate)
     cluster, goal = read_topology(topology), read_objective(objective, study.engine)
     stores = storage.store and server is None
+    if server is not None:
+        refuse_idle("with a service, which keeps its plans", "db", "store")
     if stores:
         check_store(storage.db)
     with working("reading the routing") as update:

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..._display import plural
+from .. import completion
 from ..options import AsJson, KeepOptions, PlanFileOptions, new_folder
 from ..output import emit, pairs, working
-from ..remote import plan_context, read_plan
+from ..remote import check_plan_options, plan_context, read_plan
 from ..save import attempted, check_store, end_unkept, keep_export
 
 
@@ -26,6 +28,7 @@ def permute_command(
         typer.Option(
             "--plan",
             metavar="PLAN",
+            autocompletion=completion.plans,
             help="A plan file, an engine's own file of a placement (with --plan-topology), or a stored plan's name or "
             "id.",
             show_default=False,
@@ -69,6 +72,7 @@ def permute_command(
     """
     from ...runtime.permute.checkpoint import permute_checkpoint
 
+    check_plan_options([plan])
     if files.plan_model is None and (checkpoint / "config.json").is_file():
         files = replace(files, plan_model=checkpoint)
     placed = read_plan(plan, storage.db, **plan_context(files))
@@ -81,7 +85,11 @@ def permute_command(
             output,
             invert=invert,
             verify=verify,
-            progress=lambda done, total: update(f"writing {output}", done / max(total, 1)),
+            progress=lambda done, total: (
+                update(f"comparing {output} with {checkpoint}", None)
+                if verify and done >= total
+                else update(f"writing {output}", done / max(total, 1))
+            ),
         )
     failure = None
     if storage.store and not invert:
@@ -96,7 +104,8 @@ def permute_command(
         "verified": written.verified or None,
     }
     shown = {
-        "wrote": f"{written.bytes_written:,} bytes of weights in {len(written.weight_files)} files in {written.folder}",
+        "wrote": f"{written.bytes_written:,} bytes of weights in {plural(len(written.weight_files), 'file')} in "
+        f"{written.folder}",
         "copied": ", ".join(written.copied) or None,
         "left out": ", ".join(written.left_out) or None,
         "verified": written.verified or None,

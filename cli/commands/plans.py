@@ -12,6 +12,7 @@ from ..former_names import Command
 from ..options import AsJson, ServerOptions, StoreOptions, grouped
 from ..output import Column, Table, emit, figure, milliseconds, note, number, percent, to_the_second
 from ..remote import service
+from ..values import refuse_idle
 from .solve import plan_summary, summary_table
 
 if TYPE_CHECKING:
@@ -72,7 +73,13 @@ def list_command(
         ),
     ] = None,
     solver: Annotated[
-        str | None, typer.Option("--solver", help="Only plans this solver made.", show_default=False)
+        str | None,
+        typer.Option(
+            "--solver",
+            autocompletion=completion.solvers,
+            help="Only plans this solver made.",
+            show_default=False,
+        ),
     ] = None,
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=1, max=MOST_PLANS, help="At most so many, newest first.")
@@ -86,6 +93,7 @@ def list_command(
       moeplace plans list --solver search
     """
     if remote.server is not None:
+        refuse_idle(f"with the service {remote.server}, which has its own", "db")
         with service(remote.server) as client:
             views = itertools.islice(client.plans(model=model, solver=solver), limit)
             rows = [_remote_row(view) for view in views]

@@ -34,9 +34,10 @@ from ..plots import (
     show,
     slot_front_drawings,
 )
-from ..remote import is_engines_own, plan_context, read_plan
+from ..remote import PLAN_FILE_OPTIONS, check_plan_options, is_engines_own, plan_context, read_plan
 from ..routing_split import counted, open_recording
 from ..run_comparison import plan_name
+from ..values import GIVEN, refuse_idle
 from .evaluate import judge_plans
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ def plot_command(
     plans = [thing.name for thing in subjects if thing.kind == "plan"]
     if len(records) > 1:
         raise BadParameter(f"{records[0]} and {records[1]} are both records; name one")
+    if not (records and plans):
+        refuse_idle("unless plans are judged on a record: name both", *(GIVEN.keys() - PLANS_ALONE))
+    check_plan_options(plans)
     drawings: list[Drawing] = []
     for thing in subjects:
         drawings += _of_output(thing.name, thing.data) if thing.data is not None else []
@@ -105,6 +109,10 @@ def plot_command(
     if not drawings:
         raise InputError(f"{', '.join(things)}: nothing in it to draw")
     show(drawings, output, in_terminal=output is None)
+
+
+PLANS_ALONE = {"output", "db", *PLAN_FILE_OPTIONS}
+"""Options that are of use without a record."""
 
 
 @dataclass(frozen=True)

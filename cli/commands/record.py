@@ -14,6 +14,7 @@ from ..options import AsJson, EngineKey, RecorderFolder, recording_path
 from ..output import count, emit, note, pairs, working
 from ..parse import read_spec, reader_defaults
 from ..save import save_recording
+from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics
@@ -168,8 +169,10 @@ def record_command(
         raise typer.BadParameter("say how long to record: --seconds N")
     if prompts is None and vllm is not None:
         raise typer.BadParameter("vLLM returns routing with answers only: give --prompts FILE")
-    if mode is not None and (prompts is not None or vllm is not None):
-        raise typer.BadParameter("--mode is for SGLang's recorder, without --prompts")
+    if prompts is None:
+        refuse_idle("without --prompts, of which requests are made", "max_tokens", "concurrency")
+    else:
+        refuse_idle("with --prompts, whose answers bring the routing: it is for SGLang's recorder", "mode", "folder")
     server = EngineServer(sglang or vllm or "", key, timeout)
     if prompts is None:
         assert seconds is not None

@@ -62,15 +62,16 @@ def report_command(
     from ..report.page import build_report, write_page
 
     other = None if options.other_ms is None else read_other_ms(options.other_ms)
+    restart = options.restart_seconds
     comparisons = run_comparison(routing, options)
     if len(comparisons) > 1:
         raise InputError("a report is of one --pool; `moeplace compare` sets both in one output")
     [comparison] = comparisons
-    page = build_report(comparison, before, after, provenance(comparison, routing), comparison.verdict(other))
+    page = build_report(comparison, before, after, provenance(comparison, routing), comparison.verdict(other, restart))
     _, unwritten = attempted(partial(write_page, page, output))
     if unwritten is None:
         wrote(output)
-    show_comparisons(comparisons, other, as_json)
+    show_comparisons(comparisons, other, as_json, restart)
     end_unwritten(unwritten)
 
 

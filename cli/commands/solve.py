@@ -24,6 +24,7 @@ from ..options import (
     OtherMs,
     Plot,
     PlotFile,
+    RestartSeconds,
     RoutingPath,
     Seed,
     ServerOptions,
@@ -49,6 +50,7 @@ from ..parse import (
     AUTO,
     SolverChoice,
     asked_slots,
+    check_restart,
     pool_problems,
     read_batches,
     read_device_slots,
@@ -64,6 +66,7 @@ from ..routing_split import TrainingRouting, count_row, count_table, training_ro
 from ..run_comparison import BASELINE, PEER, Comparison, Entry, judge, solve_entry, warn_of_idle_devices
 from ..save import attempted, check_store, end_unkept, end_unwritten, keep_plan
 from ..tables import binding_rows, binding_table, slot_table
+from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
@@ -132,6 +135,7 @@ def solve_command(
     ] = None,
     engine: Engine = None,
     other_ms: OtherMs = None,
+    restart_seconds: RestartSeconds = None,
     current: Annotated[
         str | None,
         typer.Option(
@@ -230,7 +234,12 @@ def solve_command(
         raise typer.BadParameter("--slots auto goes without --server, --redundant and --device-slots")
     if max_moved is not None and current is None:
         raise typer.BadParameter("--max-moved counts from a plan: give it as --current")
+    check_restart(engine)
     stores = storage.store and remote.server is None
+    if remote.server is not None:
+        refuse_idle("with a service, which keeps its plans", "db", "store")
+    elif not stores:
+        refuse_idle("with --no-store", "name")
     if stores:
         check_store(storage.db, name)
     with working("counting the routing") as update:
@@ -297,7 +306,8 @@ def solve_command(
                 keep = partial(keep_plan, plan, routed.train, storage.db, kept or name)
                 stored, failed = attempted(keep)
                 failure = failure or failed
-            answers.append(Answer(plan, file, stored, _compared(plan, asked, routed, seed, pool, update), front))
+            compared = _compared(plan, asked, routed, seed, pool, update)
+            answers.append(Answer(plan, file, stored, compared, compared.verdict_data(other, restart_seconds), front))
     note(routed.description)
     if routed.counts is not None and batches and answers[0].plan.provenance.solver == "search":
         note("of counts search minimises the load of windows, not step times; the steps named are what it is judged on")
@@ -318,7 +328,7 @@ def solve_command(
             *answer.tables(data),
             as_json=as_json,
             mix=step_mix(answer.comparison.problem),
-            closing=partial(answer.comparison.verdict, other),
+            closing=partial(answer.comparison.verdict, other, restart_seconds),
         )
     if plot or plot_file:
         show([drawing for answer in answers for drawing in answer.drawings()], plot_file, plot and not as_json)
@@ -328,12 +338,13 @@ def solve_command(
 
 @dataclass(frozen=True)
 class Answer:
-    """A plan that was solved for, where it went, and what it costs beside others."""
+    """A plan that was solved for, where it went, what it costs beside others, and what it saves."""
 
     plan: Plan
     file: Path | None
     stored: str | None
     comparison: Comparison
+    verdict: dict[str, Any] | None
     front: SlotFront | None = None
 
     @property
@@ -350,7 +361,7 @@ class Answer:
         comparison, counts = self.comparison, None
         if isinstance(comparison.split, TrainingRouting):
             counts = comparison.split.counts
-        evaluation, saved = comparison.best.evaluation, comparison.saved
+        evaluation = comparison.best.evaluation
         assert evaluation is not None
         return {
             **plan_summary(self.plan),
@@ -368,9 +379,7 @@ class Answer:
                 self.plan.provenance.solver, self.plan, counts, comparison.problem.objective, comparison.seed
             ),
             "slot_front": None if self.front is None else self.front.to_dict(),
-            "verdict": None
-            if saved is None
-            else saved.to_dict(comparison.called(comparison.reference), comparison.where),
+            "verdict": self.verdict,
         }
 
     def tables(self, data: dict[str, Any]) -> list[Table]:

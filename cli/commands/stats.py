@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..._display import plural
 from ..options import AsJson, Plot, PlotFile, RoutingPath, output_file
 from ..output import Column, Table, count, emit, number, pairs, percent, working, wrote
 from ..plots import record_drawings, show
 from ..routing_split import counted, open_recording
 from ..save import attempted, end_unwritten
+from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics
@@ -50,7 +52,10 @@ def stats_command(
     from ...profiler.statistics_file import write_statistics
 
     with working("counting") as update:
-        statistics = counted(open_recording(routing), update, sample_tokens)
+        recording = open_recording(routing)
+        if not recording.is_trace:
+            refuse_idle(f"with {routing}, which holds counts and no tokens to keep", "sample_tokens")
+        statistics = counted(recording, update, sample_tokens)
     unwritten = None
     if output is not None:
         _, unwritten = attempted(lambda: write_statistics(statistics, output))
@@ -146,7 +151,7 @@ def _summary(data: dict[str, Any]) -> Table:
     }
     return pairs(
         {
-            "record": f"{counted}{data['windows']:,} windows, {len(data['workloads'])} workloads",
+            "record": f"{counted}{plural(data['windows'], 'window')}, {plural(len(data['workloads']), 'workload')}",
             "model": _model(data),
             "busiest expert": f"{sum(measured) / max(1, len(measured)):.2f} times the mean load over layers, "
             f"{uneven['load_max_mean']:.2f} in layer {uneven['layer']}",
@@ -162,15 +167,16 @@ def _model(data: dict[str, Any]) -> str:
 
 
 def _tables(data: dict[str, Any]) -> list[Table]:
+    columns = [
+        Column("layer", "layer"),
+        Column("tokens", "tokens", count) if data["top_k"] else Column("choices", "tokens x k", count),
+        Column("load_max_mean", "expert load\nmax/mean", number(2)),
+        Column("busiest_expert", "busiest\nexpert"),
+        Column("idle_experts", "idle\nexperts"),
+        Column("top_successors", f"share of the {TOP_SUCCESSORS}\nlikeliest successors", percent),
+    ]
     layers = Table(
-        (
-            Column("layer", "layer"),
-            Column("tokens", "tokens", count) if data["top_k"] else Column("choices", "tokens x k", count),
-            Column("load_max_mean", "expert load\nmax/mean", number(2)),
-            Column("busiest_expert", "busiest\nexpert"),
-            Column("idle_experts", "idle\nexperts"),
-            Column("top_successors", f"share of the {TOP_SUCCESSORS}\nlikeliest successors", percent),
-        ),
+        columns if data["has_transitions"] else columns[:-1],
         data["layers"],
         title=_model(data) + ("" if not data["tokens"] else f", {data['tokens']:,} tokens"),
     )

@@ -10,6 +10,7 @@ import typer
 
 from ..._display import plural
 from ...placement.errors import InputError, nearest
+from .. import completion
 from ..former_names import Command
 from ..options import AsJson, TopologyOptions, grouped, topology_file
 from ..output import Column, Table, emit, quantity, wrote
@@ -23,7 +24,13 @@ topology_app = typer.Typer(
 )
 
 NameOrFile = Annotated[
-    str, typer.Argument(metavar="NAME|FILE", help="A preset's name, or a YAML or JSON file.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="NAME|FILE",
+        autocompletion=completion.presets,
+        help="A preset's name, or a YAML or JSON file.",
+        show_default=False,
+    ),
 ]
 Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes of the preset. Default: 1.")]
 DevicesPerNode = Annotated[
@@ -64,7 +71,14 @@ def list_command(as_json: AsJson = False) -> None:
 def kernels_command(
     gpu: Annotated[str | None, typer.Option("--gpu", help="Of this GPU alone.", show_default=False)] = None,
     engine: Annotated[
-        str | None, typer.Option("--for", metavar="ENGINE", help="Of this engine alone.", show_default=False)
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            autocompletion=completion.engines,
+            help="Of this engine alone.",
+            show_default=False,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +86,7 @@ def kernels_command(
 
     Example:
 
-      moeplace topology kernels --gpu h100-sxm --engine vllm
+      moeplace topology kernels --gpu h100-sxm --for vllm
     """
     from ...placement.kernels import kernel_data, known_kernels
 

@@ -35,7 +35,7 @@ from ..parse import (
     solved_batches,
     study_solver,
 )
-from ..remote import Study, is_engines_own, plan_context, read_plan, service, what_if_remotely
+from ..remote import Study, check_plan_options, is_engines_own, plan_context, read_plan, service, what_if_remotely
 from ..routing_split import (
     RoutingSplit,
     described_steps,
@@ -47,6 +47,7 @@ from ..routing_split import (
 )
 from ..save import attempted, end_unwritten
 from ..tables import what_if_table
+from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan
@@ -193,6 +194,9 @@ def whatif_command(
     choice, server, seed = study_solver(study), study.server, study.seed
     asked = asked_changes(lose or [], n_1, devices, nodes, topology, devices_per_node, read_slots(slots))
     most_moved = None if max_moved is None else read_size("--max-moved", max_moved)
+    check_plan_options([plan], server)
+    if not ready:
+        refuse_idle("with --no-ready, which solves for nothing", *READY, *([] if server is not None else ["solver"]))
     with working("reading the routing") as update:
         opened = cache(lambda: open_recording(routing))
         context = plan_context(files, opened) if is_engines_own(plan) else {}
@@ -200,6 +204,8 @@ def whatif_command(
         asked["slots"] = asked_slots(slots, redundant, current.model.experts)
         recording = opened()
         changes = parse_changes(current.topology, **asked)
+        if not any(change.stays for change in changes):
+            refuse_idle("without a failure (--lose, --n-1)", "max_moved", "keep_ranks")
         goal = read_objective(objective)
         statistics, split = study_routing(recording, study, goal, seed)
         problem = one_pool(
@@ -265,6 +271,10 @@ def whatif_command(
         mix=step_mix(problem),
     )
     end_unwritten(unwritten)
+
+
+READY = ("slots", "redundant", "max_moved", "keep_ranks", "seconds", "output")
+"""Options of ready plans."""
 
 
 def asked_changes(

@@ -187,7 +187,9 @@ def every_node(path: Path, plan: Plan) -> str:
     return f"{quoted(path)} must be readable under this path on {where}."
 
 
-CHECK = "`moeplace check PLAN --running URL|DUMP` compares what runs with the plan."
+def checked(running: str) -> str:
+    """How to see that the plan runs. running: what `moeplace check` takes."""
+    return f"`moeplace check PLAN --running {running}` compares what runs with the plan."
 
 
 class Exporter(Protocol):

@@ -30,7 +30,7 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan, equal_shares
 from ...placement.topology import Topology
-from .base import CHECK, Usage, every_node, expert_row, load_content, model_rows, plan_of_rows, quoted, tensor_file
+from .base import Usage, checked, every_node, expert_row, load_content, model_rows, plan_of_rows, quoted, tensor_file
 
 KEY, MASS = "physical_to_logical_map", "physical_mass"
 SUFFIXES = (".json", ".pt")
@@ -82,7 +82,7 @@ class SGLang:
             sglang_commands(plan, model_path, f"--init-expert-location {quoted(path)}"),
             files=every_node(path, plan),
             applied="each rank logs 'init_expert_location from init_by_mapping' at start; with the environment's "
-            f"SGLANG_LOG_EXPERT_LOCATION_METADATA=1 also the map. {CHECK}",
+            f"SGLANG_LOG_EXPERT_LOCATION_METADATA=1 also the map. {checked('URL|DUMP')}",
             back="restart without --init-expert-location and --ep-num-redundant-experts.",
             notes=(
                 "Leave --enable-eplb out: it would move experts away from the plan.",
@@ -133,7 +133,7 @@ class SGLangShares:
             [f"SGLANG_EXPERIMENTAL_LPLB_STATIC_PROBS={quoted(path)} {line}" for line in served],
             files=f"{every_node(path, plan)} So must {quoted(table)}: `moeplace export PLAN --for sglang-lp --part map "
             f"-o {quoted(table)}` writes it.",
-            applied=f"the server ends at start where map and shares do not fit each other. {CHECK}",
+            applied=f"the server ends at start where map and shares do not fit each other. {checked('URL|DUMP')}",
             back="restart without the variable and --ep-dispatch-algorithm lp: replicas then take equal shares.",
             notes=("HYGON-AI's sglang-das, on HIP; other SGLangs solve an LP a batch and read no shares.",),
         ).text()

@@ -23,7 +23,7 @@ from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import CHECK, Usage, every_node, expert_row, load_content, model_rows, plan_of_rows, quoted
+from .base import Usage, every_node, expert_row, load_content, model_rows, plan_of_rows, quoted
 
 FIELDS: dict[str, str] = {
     "49572": "initial_expert_map_path",
@@ -100,11 +100,13 @@ class VLLM:
         forms = "; ".join(f'#{number} "{field}" (export --form {number})' for number, field in FIELDS.items())
         return Usage(
             [f"MOEPLACE_VLLM_PLAN={quoted(path)} {line}" for line in served],
-            needs="`pip install moeplace` beside vLLM on every node: its plug-in serves the map in EPLB's place.",
+            needs="moeplace in vLLM's environment on every node (`pip install` of its checkout or wheel, which brings "
+            "numpy and pydantic): its plug-in serves the map in EPLB's place.",
             files=every_node(path, plan),
             applied="each worker logs 'moeplace serves the map' when the plug-in is installed; the map is in force "
             "after the first rebalance, step_interval - step_interval // 4 steps on (750 by default; a smaller "
-            f"step_interval in --eplb-config brings it forward). {CHECK}",
+            "step_interval in --eplb-config brings it forward). vLLM gives its map to nobody; on each node, "
+            "`moeplace doctor --file FILE --plan PLAN` says whether the file is the plan.",
             back="restart without MOEPLACE_VLLM_PLAN (vLLM then balances by itself) or without --enable-eplb.",
             notes=(
                 "vLLM up to 0.33 reads no map from a file, and its --eplb-config refuses fields it does not know. "

@@ -20,7 +20,7 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
-from .base import CHECK, Usage, every_node, expert_row, load_content, plan_of_rows, quoted
+from .base import Usage, checked, every_node, expert_row, load_content, plan_of_rows, quoted
 from .vllm import vllm_commands
 
 
@@ -95,7 +95,8 @@ class VLLMAscend:
         return Usage(
             vllm_commands(plan, model_path, f"--additional-config {quoted(config)}"),
             files=every_node(path, plan),
-            applied=f"each worker logs 'The expert_map is' with the path at start. {CHECK}",
+            applied="each worker logs 'The expert_map is' with the path at start; it writes what runs to the file that "
+            f"expert_map_record_path names. {checked('FILE')}",
             back="restart without expert_map_path.",
             notes=(
                 "From 0.24.0rc1 on vLLM-Ascend loads weights in the default order whatever the map says, and means to "

@@ -90,7 +90,7 @@ def test_without_what_makes_pictures_its_extra_is_named_before_the_work(
 
 def test_a_front_is_drawn_from_what_the_command_printed(trace: Path, tmp_path: Path) -> None:
     front = ("pareto", trace, *CLUSTER, *JUDGED, "-s", "eplb", "--redundant", "0,8", "--tolerate", "nothing", "--json")
-    printed = run(*front, "--plot")
+    printed = run(*front)
     (tmp_path / "front.json").write_text(printed.out, encoding="utf-8")
     drawn = run("plot", tmp_path / "front.json").out
     assert "redundant slots a layer" in drawn

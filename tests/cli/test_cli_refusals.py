@@ -21,7 +21,7 @@ import moeplace as mp
 SOLVE = ("solve", "TRACE", *CLUSTER, "--no-store", "-o", "DIR/new.json", "--seconds", "1")
 COMPARE = ("compare", "TRACE", *CLUSTER, *JUDGED)
 PARETO = ("pareto", "TRACE", *CLUSTER, *JUDGED, "--no-store", "-s", "eplb", "--redundant", "0")
-WHATIF = ("whatif", "PLAN", "TRACE", *JUDGED, "-s", "eplb", "--no-ready")
+WHATIF = ("whatif", "PLAN", "TRACE", *JUDGED, "--no-ready")
 HUGE = 10**21
 
 
@@ -251,7 +251,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 FOLDERS = {
     "compare": (*COMPARE, "--solvers", "eplb", "-o"),
     "pareto": (*PARETO, "-o"),
-    "whatif": (*WHATIF, "-o"),
+    "whatif": (*WHATIF[:-1], "-o"),
     "import": ("import", "TRACE", "--no-store", "-o"),
     "permute": ("permute", "DIR", "--plan", "PLAN", "--no-store", "-o"),
     "record": ("record", "--sglang", "http://127.0.0.1:1", "--seconds", "1", "-o"),
@@ -340,7 +340,7 @@ ON_A_FULL_DISK = {
     "report": ("report", *COMPARE[1:], "--solvers", "eplb", "-o", "DIR/report.html"),
     "stats": ("stats", "TRACE", "-o", "DIR/counts.npz"),
     "pareto": (*PARETO, "-o", "DIR/front"),
-    "whatif": (*WHATIF[:-1], "--lose", "device:1", "-o", "DIR/plans"),
+    "whatif": (*WHATIF[:-1], "-s", "eplb", "--lose", "device:1", "-o", "DIR/plans"),
 }
 
 
@@ -481,7 +481,7 @@ def test_refusals_name_the_options_that_are_wrong(inputs: dict[str, str], tmp_pa
 def test_a_check_that_finds_nothing_shows_no_table(inputs: dict[str, str], tmp_path: Path) -> None:
     assert ended(inputs, tmp_path, "export", "PLAN", "--for", "sglang", "--no-store", "-o", "DIR/e.json").code == 0
     done = ended(inputs, tmp_path, "check", "PLAN", "--running", "DIR/e.json")
-    assert " ".join(done.out.split()) == f"{tmp_path / 'e.json'}: what runs is the plan."
+    assert " ".join(done.out.split()) == f"{tmp_path / 'e.json'}: its map is the plan's."
 
 
 def test_devices_without_experts_are_warned_of(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -618,3 +618,93 @@ def test_closed_streams_end_no_command_in_a_traceback(closed: str, tmp_path: Pat
     done = subprocess.run(["sh", "-c", script, sys.executable], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
     assert (tmp_path / "ended").read_text() == "ended with 0\n"
+
+
+SOLVED = ("solve", "TRACE", *CLUSTER, "-s", "eplb", "-o", "DIR/new.json")
+SERVED = ("--server", "http://127.0.0.1:9")
+IDLE = {
+    "the model of a plan that says it": (
+        ("export", "PLAN", "--for", "sglang", "-o", "DIR/a.json"),
+        "--plan-model PLAN",
+    ),
+    "the cluster of a plan that says it": (("evaluate", "PLAN", "TRACE"), "--plan-topology h100-hgx"),
+    "what no engine is started with": (("export", "PLAN", "--for", "moeplace", "-o", "DIR/a.json"), "--model-path M"),
+    "a folder of a dump": (("check", "PLAN", "--running", "PLAN"), "--folder DIR"),
+    "a key of a dump": (("check", "PLAN", "--running", "PLAN"), "--api-key K"),
+    "a name that nothing is kept under": ((*SOLVED, "--no-store"), "--name new"),
+    "a database that a service has": ((*SOLVED, *SERVED), "--db DIR/other.db"),
+    "what a service keeps": (("import", "COUNTS", *SERVED), "--no-store"),
+    "a service of a file": (("evaluate", "PLAN", "TRACE"), " ".join(SERVED)),
+    "a service of files": (("decide", "TRACE", "--candidates", "PLAN"), " ".join(SERVED)),
+    "a database of a service's plan": (("check", "stored", "--running", "PLAN", *SERVED), "--db DIR/other.db"),
+    "a service without a plan": (("doctor",), " ".join(SERVED)),
+    "what the recorder's requests would be": (
+        ("record", "--sglang", "http://127.0.0.1:9", "--seconds", "1", "-o", "DIR/new.npz"),
+        "--max-tokens 5",
+    ),
+    "the recorder's folder beside requests": (
+        ("record", "--vllm", "http://127.0.0.1:9", "--prompts", "PLAN", "-o", "DIR/new"),
+        "--folder DIR",
+    ),
+    "a sample of counts": (("stats", "COUNTS"), "--sample-tokens 5"),
+    "pictures beside JSON": (("stats", "TRACE", "--json"), "--plot"),
+    "how nothing is held out": ((*COMPARE, "--held-out", "0"), "--held-out-by step"),
+    "a restart of no engine": (COMPARE, "--restart-seconds 60"),
+    "a restart where experts move while it runs": ((*COMPARE, "--for", "moeplace"), "--restart-seconds 60"),
+    "what the service's policy says": (
+        ("decide", "--deployment", "chat", *SERVED, "--candidates", "PLAN"),
+        "--horizon 50",
+    ),
+    "a record of no decision": (("decide", "TRACE", "--candidates", "PLAN"), "--record"),
+    "who solves for nothing": (("whatif", "PLAN", "TRACE", *JUDGED, "--no-ready"), "--solver eplb"),
+    "where nothing is solved for": (("whatif", "PLAN", "TRACE", *JUDGED, "--no-ready"), "--output DIR/new"),
+    "what moves without a failure": (
+        ("whatif", "PLAN", "TRACE", *JUDGED, "-s", "eplb", "--devices", "8"),
+        "--max-moved 1GB",
+    ),
+    "steps of a record alone": (("plot", "TRACE"), "--decode 8"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_an_option_that_would_do_nothing_is_refused_by_name(case: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    line, option = IDLE[case]
+    told = refused(inputs, tmp_path, *line, *option.split())
+    assert f"{option.split()[0]} does nothing " in told
+    assert "leave it out" in told
+
+
+def test_what_variables_name_for_many_commands_is_refused_by_none(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR", str(tmp_path))
+    monkeypatch.setenv("MOEPLACE_ENGINE_KEY", "key")
+    exported = tmp_path / "location.json"
+    assert ended(inputs, tmp_path, "export", "PLAN", "--for", "sglang", "-o", exported).code == 0
+    assert ended(inputs, tmp_path, "check", "PLAN", "--running", exported).code == 0
+
+
+@pytest.mark.parametrize("command", ["solve", "compare", "evaluate", "report", "advise"])
+def test_the_time_of_restarts_and_of_all_else_is_heeded_wherever_it_is_taken(
+    command: str, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    """By advise and report it was passed over, and outputs of solve asked for an option that it did not have."""
+    engine = ("--for", "sglang", "--other-ms", "12", "--restart-seconds", "90")
+    plan = tmp_path / "plan.json"
+    skewed = (*CLUSTER, "--slots", "12", "--hidden-size", "4096", "--ffn-size", "4096", "--top-k", "2")
+    solved = ended(
+        inputs, tmp_path, "solve", "COUNTS", *skewed, "-s", "eplb", "--for", "sglang", "--no-store", "-o", plan
+    )
+    assert solved.code == 0
+    line: tuple[object, ...] = {
+        "solve": ("solve", "COUNTS", *skewed, "-s", "eplb", "-o", tmp_path / "other.json"),
+        "evaluate": ("evaluate", plan, "COUNTS"),
+        "report": ("report", "COUNTS", *skewed, "--solvers", "eplb", "-o", tmp_path / "report.html"),
+    }.get(command, (command, "COUNTS", *skewed, "--solvers", "eplb"))
+    verdict = ended(inputs, tmp_path, *line, *engine, "--json").data["verdict"]
+    assert "With the other work of a step" in verdict["whole_step"]
+    printed = " ".join(ended(inputs, tmp_path, *line, *engine).out.split())
+    assert "With the other work of a step" in printed
+    if command != "evaluate":  # Its plan is the engine's own, which saves nothing against that.
+        assert "its 90 s are paid back in" in verdict["applied"]
+        assert "its 90 s are paid back in" in printed

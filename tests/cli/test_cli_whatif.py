@@ -28,7 +28,8 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Any, .
 
 
 def whatif(solved: tuple[Path, tuple[Any, ...]], *more: Any, plan: str | None = None) -> Run:
-    return run("whatif", plan or solved[0], OLMOE, *JUDGED, "-s", "eplb", "--json", *solved[1], *more)
+    solver = () if "--no-ready" in more else ("-s", "eplb")
+    return run("whatif", plan or solved[0], OLMOE, *JUDGED, *solver, "--json", *solved[1], *more)
 
 
 def test_every_single_failure_is_looked_at_and_its_plans_are_written(
@@ -119,7 +120,7 @@ def test_the_example_of_the_page_prints_what_the_page_shows(tmp_path: Path, monk
 def test_counts_are_replayed_on_steps_drawn_from_held_out_windows(tmp_path: Path) -> None:
     counts, plan, db = skewed_counts(tmp_path / "counts.npz"), tmp_path / "plan.json", ("--db", tmp_path / "plans.db")
     run("solve", counts, *CLUSTER, *SIZES, "--slots", "16", "-s", "eplb", "-o", plan, *db)
-    asked = ("whatif", plan, counts, "--lose", "device:1", "-s", "eplb", *JUDGED, *db)
+    asked = ("whatif", plan, counts, "--lose", "device:1", "-s", "eplb", *JUDGED)
     answer = run(*asked, "--json").data
     assert answer["steps"] == "decode 8: 12 steps drawn from counts"
     assert "10 of 40 windows" in answer["held_out"]

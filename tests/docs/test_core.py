@@ -114,11 +114,17 @@ def test_tests_that_need_torch_say_so() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_what_the_core_lacks_is_named() -> None:
+def test_what_the_core_lacks_is_named(tmp_path: Path) -> None:
     hint = "which is not installed: pip install 'moeplace[solve]'"
     solve = bare("import moeplace as mp\nmp.solve")
     assert "moeplace.solve: this needs" in solve.stderr
     assert hint in solve.stderr
+    (tmp_path / "cluster.yaml").write_text("nodes: 1")
+    for call in ("mp.read_trace(sys.argv[2])", "mp.Topology.load(sys.argv[1])"):
+        done = bare(
+            f"import moeplace as mp\n{call}", tmp_path / "cluster.yaml", ROOT / "examples" / "data" / "olmoe_small"
+        )
+        assert hint in done.stderr, call
     program = bare("from moeplace.__main__ import main\nmain()", "--help")
     assert program.returncode == 1
     assert program.stderr == f"error: this needs typer, {hint}\n"

@@ -410,7 +410,6 @@ def test_pages_of_other_sites_are_refused(server: Server) -> None:
 
 def test_commands_ask_a_service_instead(server: Server, tmp_path: Path) -> None:
     trace = toy_trace_folder(tmp_path / "trace", toy_model())
-    mine = ("--db", tmp_path / "mine.db")
     solved = run(
         "solve",
         trace,
@@ -422,7 +421,6 @@ def test_commands_ask_a_service_instead(server: Server, tmp_path: Path) -> None:
         "-o",
         tmp_path / "plan.json",
         "--json",
-        *mine,
     )
     assert solved.code == 0, solved.err
     here = run("solve", trace, *CLUSTER, "--solver", "eplb", "--no-store", "-o", tmp_path / "here.json", "--json")

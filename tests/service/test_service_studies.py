@@ -70,7 +70,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_front_asked_of_a_service_is_the_one_made_here(server: Server, trace: Path, tmp_path: Path) -> None:
-    asked = ("pareto", trace, *CLUSTER, *JUDGED, "--redundant", "0,8", *SEND, "--db", tmp_path / "mine.db")
+    asked = ("pareto", trace, *CLUSTER, *JUDGED, "--redundant", "0,8", *SEND)
     here = run(*asked, "--no-store", "-o", tmp_path / "here")
     there = run(*asked, "--server", server.url, "-o", tmp_path / "there")
     assert (here.code, there.code) == (0, 0), there.err
