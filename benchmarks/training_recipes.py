@@ -408,6 +408,25 @@ def _(rank: int, folder: Path) -> float:
     return run.steps().error()
 
 
+@recipe("torch.compile with inductor around the model")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.calls = torch.compile(run.calls)
+    return run.steps().error()
+
+
+@recipe("the whole model in bfloat16", torch.bfloat16)
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    run.model.bfloat16()
+    run.batches = lambda step, rank: batch(step, rank).bfloat16()
+    # Steps of the size of weights, beside which their own rounding is small.
+    run.clip = None
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.3)
+    trained = reference(make=lambda model: torch.optim.SGD(model.parameters(), lr=0.3), clip=None)
+    return run.ddp().steps().error(trained)
+
+
 @recipe("GradScaler")
 def _(rank: int, folder: Path) -> float:
     return scaled(run_of(rank), torch.amp.GradScaler("cpu", init_scale=1024.0))
