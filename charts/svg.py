@@ -64,14 +64,22 @@ class Axis:
 
 
 def number_axis(
-    low: float, high: float, title: str = "", form: Callable[[float], str] | None = None, *, enclosing: bool = True
+    low: float,
+    high: float,
+    title: str = "",
+    form: Callable[[float], str] | None = None,
+    *,
+    enclosing: bool = True,
+    whole: bool = False,
 ) -> Axis:
     """Round ticks, written with the digits in which they differ. enclosing: it begins and ends with one. form: writes
-    ticks otherwise."""
-    values = ticks(low, high)
-    write = form or axis_form(values, values[1] - values[0])
+    ticks otherwise. whole: of things that are counted, which have no halves."""
+    values = [value for value in ticks(low, high) if not whole or value == round(value)]
+    write = form or axis_form(values, values[1] - values[0] if len(values) > 1 else 1.0)
     if enclosing:
-        return Axis(values[0], values[-1], [(value, write(value)) for value in values], title)
+        # Between two whole numbers it ends where the data do.
+        ends = (min(values[0], low), max(values[-1], high)) if whole and values else (values[0], values[-1])
+        return Axis(*ends, [(value, write(value)) for value in values], title)
     return Axis(low, high, [(value, write(value)) for value in values if low <= value <= high], title)
 
 
@@ -406,10 +414,9 @@ def scatter(
     """Points, and the staircase that no point lies below. more_is_better: of x; less of it is better otherwise."""
     if not marks:
         return ""
-    x_axis, y_axis = (
-        number_axis(*padded([getattr(mark, axis) for mark in marks]), name)
-        for axis, name in (("x", x_title), ("y", y_title))
-    )
+    along, up = [mark.x for mark in marks], [mark.y for mark in marks]
+    x_axis = number_axis(*padded(along), x_title, whole=all(value == round(value) for value in along))
+    y_axis = number_axis(*padded(up), y_title)
     names = {mark.name: mark.symbol for mark in marks}
     named, tall = legend([Key(_kind(symbol), name, "mark", symbol) for name, symbol in names.items()], width)
     # Room beside the axis: a mark on it would hide what the axis says.

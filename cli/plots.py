@@ -178,7 +178,7 @@ def _by_layer(
         for name, values in rows.items()
     ]
     first, last = float(layers[0]), float(layers[-1])
-    x_axis = number_axis(first, last if last > first else first + 1.0, "MoE layer", enclosing=False)
+    x_axis = number_axis(first, last if last > first else first + 1.0, "MoE layer", enclosing=False, whole=True)
     chart = curves(
         title, x_axis, number_axis(1.0, high, what), drawn, width=WIDE, height=HEIGHT, form="layer {:.0f}".format
     )

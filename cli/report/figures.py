@@ -239,13 +239,15 @@ def distribution_figure(evaluations: dict[str, dict[str, Evaluation]], before: s
         low, high = (float(end(end(each) for each in times.values())) for end in (min, max))
         middle, narrow = (low + high) / 2.0, high - low < SPAN * high
         panels = []
+        # Side by side, letters keep their size.
+        width = WIDE // 2 if narrow and high > low else WIDE
         if high > low:
             heading = f"Fitted to the data: the axis is {span_in_words(low, high)}" if narrow else ""
-            panels.append(Panel(heading, _distribution(times, kinds, kind, low, high)))
+            panels.append(Panel(heading, _distribution(times, kinds, kind, low, high, width)))
         if narrow:
             half = SPAN / 2.0 * middle
             heading = f"The axis is {SPAN:.0%} of a step"
-            panels.append(Panel(heading, _distribution(times, kinds, kind, middle - half, middle + half)))
+            panels.append(Panel(heading, _distribution(times, kinds, kind, middle - half, middle + half, width)))
         choices.append(Choice(kind, tuple(panels)))
     return Figure(
         "times",
@@ -257,7 +259,9 @@ def distribution_figure(evaluations: dict[str, dict[str, Evaluation]], before: s
     )
 
 
-def _distribution(times: dict[str, FloatArray], kinds: dict[str, str], kind: str, low: float, high: float) -> str:
+def _distribution(
+    times: dict[str, FloatArray], kinds: dict[str, str], kind: str, low: float, high: float, width: int
+) -> str:
     """The curves on an axis from low to high. times: of each plan, in ms."""
     x_axis = number_axis(low, high, "predicted step time (ms)", enclosing=False)
     write = axis_form([low, high], (high - low) / 100.0)
@@ -273,7 +277,7 @@ def _distribution(times: dict[str, FloatArray], kinds: dict[str, str], kind: str
         x_axis,
         Axis(0.0, 1.02, SHARES, "share of steps at most so long"),
         drawn,
-        width=WIDE,
+        width=width,
         height=400,
         form=lambda value: f"{write(value)} ms",
     )

@@ -152,6 +152,25 @@ def test_ticks_differ_in_what_is_written(low: float, span: float) -> None:
     assert len(set(texts)) == len(texts) >= 3
 
 
+def test_axes_of_what_is_counted_have_whole_ticks() -> None:
+    assert [text for _, text in number_axis(0.0, 2.0, whole=True, enclosing=False).ticks] == ["0", "1", "2"]
+    failures = number_axis(0.0, 2.16, whole=True)
+    assert [text for _, text in failures.ticks] == ["0", "1", "2"]
+    assert (failures.low, failures.high) == (0.0, 2.16)
+
+
+def test_charts_side_by_side_are_drawn_in_the_size_they_are_shown_in() -> None:
+    """Drawn in full width they were shown in half, with letters of half the size."""
+
+    def widths(**evaluations: Judged) -> list[float]:
+        figure = distribution_figure({"decode 8": evaluations}, "a", "b")  # type: ignore[dict-item]
+        return [float(re.findall(r'viewBox="0 0 ([\d.]+)', panel.chart)[0]) for panel in figure.choices[0].panels]
+
+    [whole] = widths(a=Judged(1.0, 2.0), b=Judged(1.5, 3.0))
+    fitted, beside = widths(a=Judged(1.0, 1.001), b=Judged(1.0005, 1.001))
+    assert fitted == beside == whole // 2
+
+
 ASKS = "import sys; from moeplace.charts.terminal import protocol; print('is', protocol(sys.stdout))"
 
 
