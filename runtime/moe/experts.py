@@ -32,6 +32,7 @@ from ...placement.objective import SLACK
 from ...placement.plan import Plan
 from .compression import Compression, LSHCompression, QuantizedRows, quantized_rows
 from .coordination import check_consistent, gather, naming_unresponsive_ranks
+from .deep_ep import DeepEPDispatcher
 from .dispatcher import AllToAllDispatcher, Dispatcher, PaddedDispatcher, expert_capacity, flat, node_aware
 from .expert_mlps import ExpertMLP, SwiGLU
 from .expert_shards import ExpertShards, JoinedWeights
@@ -45,7 +46,7 @@ Gradients = Literal["mean", "sum"]
 Replicas = Literal["share", "balanced"]
 MakeDispatcher = Callable[[ExpertMesh], Dispatcher]
 
-DISPATCHERS: dict[str, MakeDispatcher] = {"flat": flat, "node_aware": node_aware}
+DISPATCHERS: dict[str, MakeDispatcher] = {"flat": flat, "node_aware": node_aware, "deep_ep": DeepEPDispatcher}
 
 
 class PlacedExperts(nn.Module):
@@ -64,7 +65,8 @@ class PlacedExperts(nn.Module):
             them) or, named "pp", pipeline stages.
         layer: the model's absolute index of the layer.
         kind: what an expert computes; SwiGLU by default.
-        dispatch: "flat", "node_aware" (the default on a mesh of two dimensions), or a function of the mesh.
+        dispatch: "flat", "node_aware" (the default on a mesh of two dimensions), "deep_ep" (DeepEP's kernels; never run
+            on a GPU yet), or a function of the mesh.
         compression: on top of flat or node-aware dispatch, one row for tokens that look alike (`LSHCompression`), few
             bits a row (`QuantizedRows`), or both; None sends every token as it is.
         replica_choice: "share" divides an expert's tokens among its replicas by the plan's shares, near ones first,
