@@ -24,7 +24,7 @@ from ..placement.packing import Weights, steepest_swap
 from ..placement.plan import replica_counts
 from ..solvers.device_names import renamed_tables
 from ..solvers.eplb import rebalance
-from ..solvers.table_packing import level_tables, packed_tables, part_tables
+from ..solvers.table_packing import ENOUGH, level_tables, packed_tables, part_tables
 
 if TYPE_CHECKING:
     import torch
@@ -130,25 +130,34 @@ def _improved(instance: _Instance, apart: bool = False) -> IntArray:
     load, nodes, devices = instance.load, instance.nodes, instance.devices
     order = instance.groups_by_node
     # Double precision, and experts in their own order, break ties otherwise, at times to the better.
-    in_double = rebalance(load, instance.slots, order.shape[1], nodes, devices)
+    in_double = (
+        packed_tables(load, instance.slots, devices)
+        if nodes == 1
+        else rebalance(load, instance.slots, order.shape[1], nodes, devices)
+    )
     published = _published(instance)
     start = _better(load, published, in_double, devices)
     table = lighten(load, start, nodes, devices)
 
-    group_load = load.reshape(*order.shape, -1).sum(axis=2)
-    swaps = steepest_swap(np.take_along_axis(group_load, order, axis=1), nodes)
-    changed = np.flatnonzero((swaps != np.arange(order.shape[1])).any(axis=1))
-    if len(changed):
-        part, evened = load[changed], np.take_along_axis(order[changed], swaps[changed], axis=1)
-        second = lighten(part, _balance_nodes(instance, part, evened), nodes, devices)
-        table[changed] = _better(part, table[changed], second, devices)
+    if order.shape[1] > nodes:
+        group_load = load.reshape(*order.shape, -1).sum(axis=2)
+        swaps = steepest_swap(np.take_along_axis(group_load, order, axis=1), nodes)
+        changed = np.flatnonzero((swaps != np.arange(order.shape[1])).any(axis=1))
+        if len(changed):
+            part, evened = load[changed], np.take_along_axis(order[changed], swaps[changed], axis=1)
+            second = lighten(part, _balance_nodes(instance, part, evened), nodes, devices)
+            table[changed] = _better(part, table[changed], second, devices)
     able = instance.slots * nodes <= load.shape[1] * devices
     if apart and able and (doubled := stacked(table, devices)).any():
         part, goal = load[doubled], largest_load(load, start, devices)[doubled]
         parted = table[doubled]
         part_tables(part, parted, goal, nodes, devices, PROPOSALS)
-        plain = lighten(part, published[doubled], nodes, devices)
-        table[doubled] = np.where(stacked(plain, devices)[:, None], parted, _better(part, parted, plain, devices))
+        above = largest_load(part, parted, devices) > part.sum(axis=1) / devices * (1.0 + ENOUGH)
+        if above.any():
+            plain = lighten(part[above], published[doubled][above], nodes, devices)
+            better = _better(part[above], parted[above], plain, devices)
+            parted[above] = np.where(stacked(plain, devices)[:, None], parted[above], better)
+        table[doubled] = parted
     return renamed_tables(load, table, nodes, devices)
 
 

@@ -123,34 +123,76 @@ def reach(
 def part_layer(load: FloatArray, table: IntArray, devices: int) -> None:
     """Takes experts that stand twice on a device from there, in place: a slot is exchanged with another's, or given to
     another expert, whichever is lowest then."""
-    slots, experts = len(table), load.shape[0]
+    experts, steps = load.shape
+    slots = len(table)
     width = slots // devices
+    counts = np.bincount(table, minlength=experts)
+    carried = np.zeros((devices, steps))
+    for slot in range(slots):
+        carried[slot // width] += load[table[slot]] / counts[table[slot]]
+    without, tried = np.empty_like(carried), np.empty_like(carried)
+    first, second, at = np.empty(steps), np.empty(steps), np.empty(steps, dtype=np.int64)
+    head, following = np.empty(experts, dtype=np.int64), np.empty(slots, dtype=np.int64)
     for p in range(slots):
         g, e = p // width, table[p]
         if not stands(table, e, g * width, p):
             continue
+        # Of the other devices, the two most loaded of each step.
+        first[:], second[:], at[:] = 0.0, 0.0, -1
+        for h in range(devices):
+            for s in range(steps):
+                if h != g and carried[h, s] > first[s]:
+                    first[s], second[s], at[s] = carried[h, s], first[s], h
+                elif h != g and carried[h, s] > second[s]:
+                    second[s] = carried[h, s]
         least, best_slot, best_expert = np.inf, -1, -1
         for q in range(slots):
             h, f = q // width, table[q]
             if h == g or stands(table, e, h * width, (h + 1) * width) or stands(table, f, g * width, (g + 1) * width):
                 continue
-            table[p], table[q] = f, e
-            value = layer_value(load, table, devices)
-            table[p], table[q] = e, f
+            value = 0.0
+            for s in range(steps):
+                shift = load[f, s] / counts[f] - load[e, s] / counts[e]
+                largest = max(carried[g, s] + shift, carried[h, s] - shift)
+                value += max(largest, second[s] if at[s] == h else first[s])
             if value < least:
                 least, best_slot = value, q
+        # The slots of each expert, and loads with one replica of e fewer.
+        head[:] = -1
+        without[:] = carried
+        rise = load[e] / (counts[e] - 1) - load[e] / counts[e]
+        for slot in range(slots):
+            following[slot] = head[table[slot]]
+            head[table[slot]] = slot
+            if table[slot] == e:
+                without[slot // width] += rise
+        without[g] -= load[e] / (counts[e] - 1)
         for f in range(experts):
             if stands(table, f, g * width, (g + 1) * width):
                 continue
-            table[p] = f
-            value = layer_value(load, table, devices)
-            table[p] = e
+            tried[:] = without
+            slot = head[f]
+            while slot >= 0:
+                for s in range(steps):
+                    tried[slot // width, s] += load[f, s] / (counts[f] + 1) - load[f, s] / counts[f]
+                slot = following[slot]
+            value = 0.0
+            for s in range(steps):
+                largest = tried[g, s] + load[f, s] / (counts[f] + 1)
+                for h in range(devices):
+                    largest = max(largest, tried[h, s])
+                value += largest
             if value < least:
                 least, best_slot, best_expert = value, -1, f
         if best_slot >= 0:
             table[p], table[best_slot] = table[best_slot], e
         elif best_expert >= 0:
             table[p] = best_expert
+            counts[e] -= 1
+            counts[best_expert] += 1
+        carried[:] = 0.0
+        for slot in range(slots):
+            carried[slot // width] += load[table[slot]] / counts[table[slot]]
 
 
 @kernel

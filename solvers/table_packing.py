@@ -21,6 +21,12 @@ ENOUGH = 3e-4
 """Above the mean load: nearer to it no exchange is worth its time."""
 MOST_EXCHANGES = 40
 """Of a layer, a slot."""
+DIVIDED = (3, 4, 5)
+"""Slots of a device for which all ways to divide three devices' are looked through."""
+IN_COMMON = 1
+"""Experts that the three may have in common."""
+DIVISIONS = 6
+"""Pairs of devices tried beside the heaviest."""
 
 
 @kernel
@@ -59,8 +65,8 @@ def packed_tables(load: npt.NDArray[np.floating[Any]], slots: int, devices: int)
 def level_tables(load: FloatArray, table: IntArray, nodes: int, devices: int) -> None:
     """Lightens each layer's heaviest device, in place, for as long as that goes.
 
-    By the best exchange of one of its slots with one of its node, of two with two, else by giving an expert of it the
-    slot of another that has several.
+    By the best exchange of one of its slots with one of its node, of two with two, else by dividing its slots and those
+    of two more devices anew, else by giving an expert of it the slot of another that has several.
 
     No largest load rises, and no expert comes to stand twice on a device where it does not.
 
@@ -107,10 +113,13 @@ def part_tables(load: FloatArray, table: IntArray, goal: FloatArray, nodes: int,
             apart = load[layer][experts].reshape(-1, 1)
             own = apart.reshape(1, -1)
             parted = np.searchsorted(experts, held).reshape(1, -1)
-            made = np.empty_like(parted)
             part_layer(apart, parted[0], per_node)
-            made[0] = pack_layer(apart, replicate_layer(apart, in_node, per_node, 0.0), per_node, False)
             level_tables(own, parted, 1, per_node)
+            if layer_value(apart, parted[0], per_node) <= own.sum() / per_node * (1.0 + ENOUGH):
+                held[:] = experts[parted[0]]
+                continue
+            made = np.empty_like(parted)
+            made[0] = pack_layer(apart, replicate_layer(apart, in_node, per_node, 0.0), per_node, False)
             level_tables(own, made, 1, per_node)
             if layer_value(apart, parted[0], per_node) < layer_value(apart, made[0], per_node):
                 parted, made = made, parted
@@ -137,7 +146,8 @@ def _lighten(
     enough: float,
     per_node: int,
 ) -> bool:
-    """Exchanges until none helps, then one change of replicas: whether there was one. All is counted anew then."""
+    """Exchanges until none helps, then three devices divided anew or one change of replicas: whether there was one.
+    All is counted anew then."""
     slots, devices = len(table), len(carried)
     width = slots // devices
     while True:
@@ -166,6 +176,8 @@ def _lighten(
             _swap(table, part, carried, out, back)
         elif not _exchange_pairs(table, part, carried, heavy, first, per_node, enough):
             break
+    if _divide_anew(table, part, carried, heavy, first, per_node, enough):
+        return True
     best, taker, giver = peak * (1.0 - LEAST_GAIN), -1, -1
     for q in range(first * width, (first + per_node) * width):
         f = table[q]
@@ -223,6 +235,120 @@ def _exchange_pairs(
     _swap(table, part, carried, outs[0], backs[0])
     _swap(table, part, carried, outs[1], backs[1])
     return True
+
+
+@kernel
+def _divide_anew(
+    table: IntArray, part: FloatArray, carried: FloatArray, heavy: int, first: int, per_node: int, enough: float
+) -> bool:
+    """Divides the slots of the heaviest device and of two others among the three anew, so that the heaviest of them is
+    lightest or light enough; whether that helps. For devices of few slots, where exchanges soon end."""
+    width = len(table) // len(carried)
+    if width not in DIVIDED or per_node < 3:
+        return False
+    by_load = first + np.argsort(carried[first : first + per_node])
+    slots = np.empty(3 * width, dtype=np.int64)
+    tries = 0
+    for upper in range(1, per_node):
+        for lower in range(upper):
+            a, b = by_load[lower], by_load[upper]
+            if a == heavy or b == heavy:
+                continue
+            for i in range(width):
+                slots[i], slots[width + i], slots[2 * width + i] = heavy * width + i, a * width + i, b * width + i
+            again = 0
+            for i in range(width, 3 * width):
+                again += stands(table, table[slots[i]], heavy * width, (heavy + 1) * width)
+                again += i < 2 * width and stands(table, table[slots[i]], b * width, (b + 1) * width)
+            # What they have in common leaves few ways to divide them.
+            if again > IN_COMMON:
+                continue
+            if tries == DIVISIONS:
+                return False
+            tries += 1
+            ordered = slots[np.argsort(-part[slots])]
+            division = _division(part[ordered], table[ordered], carried[heavy] * (1.0 - LEAST_GAIN), enough)
+            if division[0] >= 0:
+                table[slots] = table[ordered[division]]
+                return True
+    return False
+
+
+@kernel
+def _division(load: FloatArray, expert: IntArray, limit: float, enough: float) -> IntArray:
+    """[3 width] an order of what is loaded on three devices, given from the heaviest on, of whose three equal runs the
+    heaviest is below the limit, and lightest or light enough; beginning with -1 where there is none."""
+    many = len(load)
+    width = many // 3
+    total, best = load.sum(), limit
+    result, order, rest = np.full(many, -1), np.empty(many, dtype=np.int64), np.empty(many - width, dtype=np.int64)
+    for third in _subsets(load, width, total - 2.0 * limit, limit):
+        one = load[third].sum()
+        if one >= best or total - one >= 2.0 * best:
+            continue
+        order[:width] = third
+        _others(third, rest)
+        for half in _subsets(load[rest], width, total - one - best, best):
+            order[width : 2 * width] = rest[half]
+            _others(half, order[2 * width :])
+            order[2 * width :] = rest[order[2 * width :]]
+            largest = max(one, load[order[width : 2 * width]].sum(), load[order[2 * width :]].sum())
+            if largest < best and not _stacked(expert[order], width):
+                best = largest
+                result[:] = order
+                if best <= enough:
+                    return result
+    return result
+
+
+@kernel
+def _subsets(load: FloatArray, width: int, least: float, limit: float) -> IntArray:
+    """[subsets, width] all choices of the first and others of a descending load that add up to between the two."""
+    many = len(load)
+    result = np.empty((16, width), dtype=np.int64)
+    number = 0
+    chosen = np.arange(width)
+    few = width - 2
+    while True:
+        begun = 0.0
+        for i in range(few):
+            begun += load[chosen[i]]
+        # The last two: as the one gets lighter, the lightest that the other may be comes nearer.
+        begin, end = chosen[few - 1] + 1, many
+        if begun + load[many - 2] + load[many - 1] >= limit or begun + load[begin] + load[begin + 1] < least:
+            begin = many
+        for i in range(begin, many - 1):
+            while end > i + 1 and begun + load[i] + load[end - 1] < least:
+                end -= 1
+            j = end - 1
+            while j > i and begun + load[i] + load[j] < limit:
+                if number == len(result):
+                    result = np.concatenate((result, np.empty_like(result)))
+                chosen[few], chosen[few + 1] = i, j
+                result[number] = chosen
+                number += 1
+                j -= 1
+        # The next choice of those before.
+        i = few - 1
+        while i > 0 and chosen[i] == many - width + i:
+            i -= 1
+        if i <= 0:
+            return result[:number]
+        chosen[i] += 1
+        for j in range(i + 1, few):
+            chosen[j] = chosen[j - 1] + 1
+
+
+@kernel
+def _others(chosen: IntArray, result: IntArray) -> None:
+    """The numbers below as many as both that are not chosen, in order; those chosen are in order, too."""
+    number, at = 0, 0
+    for i in range(len(chosen) + len(result)):
+        if at < len(chosen) and chosen[at] == i:
+            at += 1
+        else:
+            result[number] = i
+            number += 1
 
 
 @kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from moeplace.compat.eplb import largest_load, lighten, published_placement, rebalance_experts
 from moeplace.placement.errors import InputError
 from moeplace.solvers.eplb import rebalance
+from moeplace.solvers.table_packing import ENOUGH
 
 README_LOAD = np.array(
     [
@@ -219,6 +220,27 @@ def test_a_slot_changes_hands_where_swaps_do_not_help() -> None:
     assert largest_load(load, start, 3)[0] == 14
     assert np.bincount(table[0]).tolist() != [1, 1, 1, 3]
     assert largest_load(load, table, 3)[0] <= 8
+
+
+def test_three_devices_are_divided_anew_where_exchanges_help_no_more() -> None:
+    load = np.random.default_rng(3).integers(1, 200, (40, 9)).astype(np.float64)
+    ours = largest_load(load, rebalance_experts(load, 9, 1, 1, 3)[0], 3)
+    halves = [
+        (third, half)
+        for third in combinations(range(9), 3)
+        for half in combinations(sorted(set(range(9)) - set(third)), 3)
+    ]
+    sums = np.array([(load[:, list(a)].sum(axis=1), load[:, list(b)].sum(axis=1)) for a, b in halves])
+    rest = load.sum(axis=1) - sums.sum(axis=1)
+    optimum = np.maximum(sums.max(axis=1), rest).min(axis=0)
+    enough = load.sum(axis=1) / 3 * (1 + ENOUGH)
+    assert (ours <= np.maximum(optimum, enough) * (1 + 1e-6)).all()
+
+
+def test_a_few_small_devices_are_as_level_as_many_large_ones() -> None:
+    load = np.random.default_rng(5).gamma(1.0, 1000.0, (24, 32))
+    table = rebalance_experts(load, 40, 1, 1, 8)[0]
+    assert (largest_load(load, table, 8) / (load.sum(axis=1) / 8)).mean() < 1.0006
 
 
 @pytest.mark.slow

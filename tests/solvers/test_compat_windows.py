@@ -10,7 +10,7 @@ import pytest
 from moeplace.compat.eplb import largest_load, published_placement, rebalance_experts
 from moeplace.compat.windows import AscendPolicy, VllmPolicy, rebalance_experts_global
 from moeplace.placement.errors import InputError
-from moeplace.solvers.step_packing import largest_loads, pack_steps
+from moeplace.solvers.step_packing import largest_loads, layer_value, pack_steps, part_layer
 from moeplace.solvers.table_packing import packed_tables
 
 torch = pytest.importorskip("torch")
@@ -164,6 +164,25 @@ def test_vllms_map_has_no_expert_twice_and_is_worse_only_where_theirs_has(seed: 
             assert largest_load(load, made, devices) <= largest_load(load, theirs, devices) * (1 + 1e-9)
         drop_in = rebalance_experts(load, slots, nodes, nodes, devices)[0]
         assert largest_load(load, drop_in, devices) <= largest_load(load, theirs, devices) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_expert_twice_on_a_device_is_parted_by_the_change_that_is_lowest(seed: int) -> None:
+    load = np.random.default_rng(seed).gamma(0.7, 100.0, (6, 3))
+    start = np.array([0, 0, 1, 2, 1, 3, 4, 5, 0])
+    table = start.copy()
+    part_layer(load, table, 3)
+
+    def swapped(slot: int) -> np.ndarray:
+        other = start.copy()
+        other[[1, slot]] = other[[slot, 1]]
+        return other
+
+    changes = [swapped(slot) for slot in range(3, 9)]
+    changes += [np.concatenate((start[:1], [expert], start[2:])) for expert in range(6)]
+    values = [layer_value(load, change, 3) for change in changes if not twice(change[None], 3)]
+    assert not twice(table[None], 3)
+    assert layer_value(load, table, 3) == pytest.approx(min(values))
 
 
 def test_vllms_map_is_as_light_as_the_best_without_an_expert_twice() -> None:
