@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from ._lazy import names_extra
+from ._lazy import missing_extra
 from .placement.errors import ArgumentTypeError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,7 +47,6 @@ def check_types(function: F) -> F:
     """
     signature = inspect.signature(function)
     name = function.__name__
-    function = names_extra(function)
 
     @functools.cache
     def checks() -> dict[str, tuple[Any, ...]]:
@@ -60,11 +59,15 @@ def check_types(function: F) -> F:
             bound = signature.bind(*args, **kwargs).arguments
         except TypeError:
             # Python's own words for a missing or unknown argument are good.
-            return function(*args, **kwargs)
+            bound = {}
         for argument, kinds in checks().items():
             if argument in bound and not any(_is_of(bound[argument], kind) for kind in kinds):
                 raise _wrong(name, argument, bound[argument], *_expected(kinds))
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            error.msg = missing_extra(error) or error.msg
+            raise
 
     return cast(F, checked)
 
