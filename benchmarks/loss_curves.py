@@ -22,7 +22,6 @@ from runner import PAGES, Report
 from moeplace.runtime.moe.compression import quantized_rows
 
 PAGE = "lsh"
-FIGURE = PAGES / "lsh.svg"
 LOSS = STEP + 2
 SENT = STEP + 4
 
@@ -33,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hidden", type=int, default=128, help="as of compressed_training")
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 600, 900, 1200, 1500], help="to show")
-    parser.add_argument("--figure", action="store_true", help=f"draw {FIGURE.name}; needs matplotlib")
+    parser.add_argument("--title", default="Loss of three seeds", help="of the table")
+    parser.add_argument("--figure", metavar="NAME", help="draw NAME.svg beside the page; needs matplotlib")
 
 
 def curve_of(out: Path, name: str, seed: int) -> list[list[Any]]:
@@ -45,11 +45,16 @@ def curve_of(out: Path, name: str, seed: int) -> list[list[Any]]:
 def size_of(text: str, entries: list[list[Any]], hidden: int) -> tuple[float, float]:
     """(bytes of values over bfloat16's, rows computed over pairs), means of a run."""
 
-    def mean(above: str, below: str) -> float:
-        places = [SENT + SEEN.index(key) for key in (above, below)]
-        return statistics.fmean(entry[places[0]] / entry[places[1]] for entry in entries)
-
     _, fields = run_of(text)
+    # Later entries tell of the last pass that compressed.
+    until = fields.get("until", entries[-1][STEP] if entries else 0)
+
+    def mean(above: str, below: str, uncompressed: float = 1.0) -> float:
+        places = [SENT + SEEN.index(key) for key in (above, below)]
+        return statistics.fmean(
+            entry[places[0]] / entry[places[1]] if entry[STEP] <= until else uncompressed for entry in entries
+        )
+
     kept = {key: value for key, value in fields.items() if key not in ("after", "until")}
     settings = compression_from(kept, 0)
     if settings is None or not entries:
@@ -58,10 +63,10 @@ def size_of(text: str, entries: list[list[Any]], hidden: int) -> tuple[float, fl
     formats = (None, None) if rows is None else (rows.dispatch, rows.combine)
     size = sum(2 * hidden if form is None else form.row_bytes(hidden) for form in formats) / (4 * hidden)
     computed = 1.0 if settings is rows else mean("rows_computed", "pairs")
-    return size * mean("sent_rows", "plain_rows"), computed
+    return size * mean("sent_rows", "plain_rows", 1.0 / size), computed
 
 
-def draw(by_step: dict[str, dict[int, dict[int, float]]]) -> None:
+def draw(by_step: dict[str, dict[int, dict[int, float]]], figure: Path) -> None:
     """Each run's loss less the mean of plain's over the seeds: a thin line a seed, a thick one for their mean."""
     import matplotlib
 
@@ -85,7 +90,7 @@ def draw(by_step: dict[str, dict[int, dict[int, float]]]) -> None:
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("held-out loss less plain's mean, nats a token")
     axes.legend(fontsize=8)
-    drawing.savefig(FIGURE, format="svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight")
+    drawing.savefig(figure, format="svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight")
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
@@ -101,7 +106,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
     }
     percent = {"bytes": ".0%", "rows computed": ".0%"}
     at = [f"{step:,}" for step in options.steps]
-    table = report.table("Loss of three seeds", ("run", *percent, *at, "mean", "spread", "less plain"), percent)
+    table = report.table(options.title, ("run", *percent, *at, "mean", "spread", "less plain"), percent)
     plain: dict[int, float] = {}
     last = options.steps[-1]
     for text in options.runs:
@@ -122,4 +127,4 @@ def run(options: argparse.Namespace, report: Report) -> None:
             ", ".join(f"{difference:+.3f}" for difference in paired) or "-",
         )  # fmt: skip
     if options.figure:
-        draw(by_step)
+        draw(by_step, PAGES / f"{options.figure}.svg")

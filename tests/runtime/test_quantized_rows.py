@@ -168,6 +168,14 @@ def test_hops_inside_a_node_lose_little_more_than_one_exchange(layers: list[Any]
 
 
 @pytest.mark.slow
+def test_a_batch_in_chunks_sends_and_gives_the_same(layers: list[Any]) -> None:
+    for found in layers:
+        assert found["chunks"]["error"] < 1e-6
+        whole, cut = found["chunks"]["told"]
+        assert cut == whole
+
+
+@pytest.mark.slow
 def test_clusters_travel_in_few_bits_too(layers: list[Any]) -> None:
     for found in layers:
         seen = found["composed"]

@@ -48,6 +48,7 @@ def equality(rank: int, world: int, folder: Path, plans: int = 16) -> dict[str, 
             gradients=gradients,
             online_slots=1 + number % 3,
             online_slack=0.0,
+            chunks=1 + number // 2 % 2,
         )
         weights = logical_weights(number, kind.shapes(SPEC), SPEC.experts)
         experts.load_logical(weights)

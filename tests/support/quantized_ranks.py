@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def layers(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "equality": {name: equality(rank, world, flat, n, rows) for n, (name, rows) in enumerate(CASES.items())},
         "bytes": {name: bytes_of(rank, world, flat, rows) for name, rows in CASES.items()},
         "hops": hops(rank, world, flat, deep),
+        "chunks": chunks(rank, world, deep),
         "composed": composed(rank, world, flat),
         "refused": refused(rank, world, flat),
     }
@@ -64,9 +66,11 @@ def read_back(row: Tensor, form: RowFormat | None) -> Tensor:
     return row.clone() if form is None else form.decode(form.encode(row), row.shape[1], row.dtype)
 
 
-def experts_of(mesh: Any, world: int, number: int, compression: Any, dtype: Any = None) -> PlacedExperts:
+def experts_of(
+    mesh: Any, world: int, number: int, compression: Any, dtype: Any = None, chunks: int = 1
+) -> PlacedExperts:
     plan = random_plan(np.random.default_rng([17, number]), 2, world // 2)
-    experts = PlacedExperts(SPEC, plan, mesh, 4, gradients="sum", compression=compression, dtype=dtype)
+    experts = PlacedExperts(SPEC, plan, mesh, 4, gradients="sum", compression=compression, dtype=dtype, chunks=chunks)
     weights = logical_weights(number, SwiGLU().shapes(SPEC), SPEC.experts)
     experts.load_logical(weights if dtype is None else {name: value.to(dtype) for name, value in weights.items()})
     return experts
@@ -190,6 +194,16 @@ def hops(rank: int, world: int, flat: Any, deep: Any) -> list[float]:
         exact = experts_of(mesh, world, 3, None)(*given)
         found.append(error(experts_of(mesh, world, 3, QuantizedRows.of("int8", 8))(*given), exact))
     return found
+
+
+def chunks(rank: int, world: int, deep: Any) -> dict[str, Any]:
+    """A batch whole and in three chunks: the difference of outputs, and what is told of the traffic."""
+    out, told = [], []
+    for number in (1, 3):
+        experts = experts_of(deep, world, 3, QuantizedRows.of("int4", 8), chunks=number)
+        out.append(experts(*batch_of(rank)))
+        told.append(list(astuple(experts.dispatcher.statistics)))
+    return {"error": error(out[1], out[0]), "told": told}
 
 
 def composed(rank: int, world: int, mesh: Any) -> dict[str, Any]:
