@@ -44,6 +44,21 @@ def pack_steps(
     return _greedy_and_exchanges(by_layer, slots, devices, proposals, seed, as_published)
 
 
+def lower_to(
+    load: FloatArray, table: IntArray, published: IntArray, devices: int, proposals: int, seed: int = 0
+) -> None:
+    """Lowers layers of a table, in place, to where another ends that is lower: from that one with no expert twice on a
+    device, and from their own, with more exchanges each time.
+
+    Args:
+        load: [S, L, E]. table, published: [L, P]. devices: G.
+        proposals: exchanges tried a layer at first.
+        seed: of the exchanges.
+    """
+    by_layer = np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64)
+    _lower_to(by_layer, table, published, devices, proposals, seed)
+
+
 def extrapolated(load: FloatArray, seed: int = 0) -> FloatArray:
     """[W + MIXES, L, E] workloads of one size, and mixes of them drawn at random and taken further from their mean.
 
@@ -79,23 +94,31 @@ def _greedy_and_exchanges(
         table[layer] = pack_layer(load[layer], replicate_layer(load[layer], slots, devices, 0.0), devices, False)
         exchange_layer(load[layer], table[layer], devices, proposals, seed + layer)
         if as_published:
-            _reach_published(load[layer], table[layer], devices, proposals, seed + layer)
+            rule = pack_layer(load[layer], replicate_layer(load[layer], slots, slots, APART), devices, True)
+            _reach_published(load[layer], table[layer], rule, devices, proposals, seed + layer)
     return table
 
 
 @kernel
-def _reach_published(load: FloatArray, table: IntArray, devices: int, proposals: int, seed: int) -> None:
-    """Lowers a layer's table, in place, to where DeepInfer's rule ends, if that is lower: from that rule's table with
-    no expert twice on a device, and from its own, with more exchanges each time.
+def _lower_to(load: FloatArray, table: IntArray, published: IntArray, devices: int, proposals: int, seed: int) -> None:
+    """`lower_to` of loads [L, E, S]."""
+    for layer in range(len(table)):
+        _reach_published(load[layer], table[layer], published[layer].copy(), devices, proposals, seed + layer)
 
-    That rule may put an expert twice on a device, and then end where no table without does.
+
+@kernel
+def _reach_published(
+    load: FloatArray, table: IntArray, other: IntArray, devices: int, proposals: int, seed: int
+) -> None:
+    """Lowers a layer's table [P], in place, to where a published rule's table ends, if that is lower: from that table
+    with no expert twice on a device, and from its own, with more exchanges each time. load: [E, S].
+
+    The rule may put an expert twice on a device, and then end where no table without does.
     """
-    slots = len(table)
-    other = pack_layer(load, replicate_layer(load, slots, slots, APART), devices, True)
     goal = layer_value(load, other, devices)
     if layer_value(load, table, devices) <= goal * (1.0 + EQUAL):
         return
-    if slots <= load.shape[0] * devices:
+    if len(table) <= load.shape[0] * devices:
         part_layer(load, other, devices)
     reach(load, table, other, goal, devices, proposals, seed)
 
