@@ -29,7 +29,7 @@ def moonep(file: Path) -> Planner:
         ranks, experts = counts.shape
         # Every rank may take as much as every other sends, so ranks that send more are cut to the mean.
         capacity = -(-int(counts.sum()) // ranks)
-        context = {"rank": 0, "R": ranks, "E": experts, "S": capacity, "K": 1, "NvS_capacity": capacity}
+        context = {"rank": 0, "R": ranks, "E": experts, "S": capacity, "K": 1, "NvS_capacity": capacity, "B": experts}
         tokens = torch.from_numpy(counts.astype(np.int32))
         given = plan(context, torch.zeros(capacity, dtype=torch.int32), tokens, return_alloc=True)
         return np.asarray(given.numpy().reshape(ranks, experts).T, dtype=np.int64)
