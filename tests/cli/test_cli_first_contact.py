@@ -222,8 +222,7 @@ def test_at_a_terminal_time_goes_on_between_two_news() -> None:
                 shown += part.decode(errors="replace")
     os.close(terminal)
     assert process.returncode == 0
-    assert "0 s so far" in shown
-    assert "2 s so far" in shown
+    assert len(set(re.findall(r"(\d+) s so far", shown))) > 1
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60])
