@@ -277,7 +277,7 @@ def worst_of(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def checkpointing(rank: int, world: int, flat: Any, deep: Any) -> float:
     """Activation checkpointing changes no gradient."""
-    layer = layer_of(flat, world, shared_experts=torch.nn.Linear(SPEC.hidden_size, SPEC.hidden_size))
+    layer = layer_of(flat, world, shared_experts=torch.nn.Linear(SPEC.hidden_size, SPEC.hidden_size), chunks=2)
     _, plain = losses_of(layer, rank)
     layer.zero_grad()
     torch.utils.checkpoint.checkpoint(layer, inputs(rank), use_reentrant=False).square().mean().backward()
