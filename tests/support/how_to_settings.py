@@ -238,6 +238,7 @@ SETTINGS = {
     "training": training,
     "torchtitan": recorded_run,
     "megatron": recorded_run,
+    "deepspeed": recorded_run,
     "workloads": workloads,
     "losing-a-node": losing_a_node,
     "service": service,
