@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from ._lazy import missing_extra
+from ._lazy import names_extra
 from .placement.errors import ArgumentTypeError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,7 +46,7 @@ def check_types(function: F) -> F:
     Other annotations are left to the function, which knows what it can make of a number or a path.
     """
     signature = inspect.signature(function)
-    name = function.__name__
+    name, call = function.__name__, names_extra(function)
 
     @functools.cache
     def checks() -> dict[str, tuple[Any, ...]]:
@@ -63,11 +63,7 @@ def check_types(function: F) -> F:
         for argument, kinds in checks().items():
             if argument in bound and not any(_is_of(bound[argument], kind) for kind in kinds):
                 raise _wrong(name, argument, bound[argument], *_expected(kinds))
-        try:
-            return function(*args, **kwargs)
-        except ModuleNotFoundError as error:
-            error.msg = missing_extra(error) or error.msg
-            raise
+        return call(*args, **kwargs)
 
     return cast(F, checked)
 
