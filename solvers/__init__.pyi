@@ -9,6 +9,7 @@ from .base import SearchOptions as SearchOptions
 from .base import Solution as Solution
 from .base import Solver as Solver
 from .base import SolverOptions as SolverOptions
+from .chain import PlacementSpace as PlacementSpace
 from .exflow import kept_at_most as kept_at_most
 from .exflow import spectral_kept as spectral_kept
 from .pareto import Front as Front
@@ -21,7 +22,6 @@ from .slot_budget import slot_front as slot_front
 from .solve import solve as solve
 from .solve import solver_named as solver_named
 from .solve import solver_names as solver_names
-from .step_costs import PlacementSpace as PlacementSpace
 from .what_if import Change as Change
 from .what_if import WhatIf as WhatIf
 from .what_if import what_if as what_if

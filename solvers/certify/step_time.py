@@ -1,27 +1,43 @@
 """The proven lower bound of a plan's step time, made better with the time given.
 
-It begins as the bound of single terms. Time goes first into the sets of experts that a device can hold (`device_sets`,
-`partition`), where there are few enough, then into semidefinite relaxations of single layers or neighbouring ones
-(`relaxations`, `sdp`), until the clock says stop.
+It begins as the bound of single terms. Time goes first into the sets of experts that a device can hold (`device_sets`),
+where there are few enough, then into semidefinite relaxations of single layers or neighbouring ones (below, solved in
+`sdp`), until the clock says stop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ...placement.bounds import compute_bound, layer_seconds_bound
+from ...placement.cost import ExpertCost, TransferCost, Transfers, chance_reached
 from ...placement.objective import risk_weights
 from ...placement.problem import Problem
 from ...placement.steps import Steps
+from ...placement.topology import Topology
 from ..base import working_seconds
-from .device_sets import DeviceSets, sets_fit
-from .partition import least_over_partitions
-from .relaxations import Level, Relaxation, Relaxations, levels
-from .sdp import CHUNK, MAX_ITERATIONS, THREADS
+from .device_sets import DeviceSets, least_over_partitions, link_floors, sets_fit
+from .sdp import (
+    CHUNK,
+    MAX_ITERATIONS,
+    THREADS,
+    TRIANGLE_HOLDERS,
+    TRIANGLE_ITEMS,
+    Entries,
+    GramSpace,
+    HoldersNeeded,
+    PrimalDual,
+    RowSums,
+    SlowestDevice,
+    Term,
+    Triangles,
+    split_between_two,
+)
 
 QUICK_ITERATIONS = 50
 """Iterations that bring most of what there is to gain."""
@@ -194,3 +210,242 @@ def _quick_iterations(problem: Problem, steps: Steps) -> int:
     layers = problem.model.layers
     setting_up, iteration = layers * pairs * 4e-8, layers * (4e-9 * items**3 + 3e-9 * pairs)
     return int(min(QUICK_ITERATIONS, max(0.0, QUICK_SECONDS - setting_up) / iteration))
+
+
+# A step's predicted time as relaxed problems of one layer, or of two neighbours, that bound it when added up.
+#
+# The busiest link carries at least the average one, so copies may be summed: a token that needs d devices sends d
+# copies (d - 1 where it already stands on one). Where copies between nodes decide, holders are nodes, and a node's
+# devices together work no faster than their rates together.
+
+Transfer = tuple[list[Term], float]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Whose copies are counted: those between nodes, or those between devices.
+
+    slots: [L, H] of each holder. copy: seconds of dispatch that a holder which a token needs costs on all links
+    together; evenly: the same where source ranks are spread evenly, and a token's every holder counts. leaving: seconds
+    on the link of the one holder that sends, the fastest; 0 where not all it sends takes that link. work: what expert
+    work costs a holder.
+    """
+
+    slots: IntArray
+    copy: float
+    evenly: float
+    leaving: float
+    work: ExpertCost
+
+    @property
+    def holders(self) -> int:
+        return int(self.slots.shape[1])
+
+
+def levels(problem: Problem, steps: Steps) -> list[Level]:
+    """The level whose links are the slower for tokens routed at random first, then the other, if it has links.
+
+    steps: those looked at.
+    """
+    topology = problem.topology
+    smallest, away = float(topology.node_size.min()), 1.0 - float(topology.node_size.max()) / topology.num_devices
+    slots, work = problem.layer_slots, ExpertCost.of(problem.model, topology)
+    transfers = Transfers.of(problem.model, topology, problem.objective)
+    kinds = [_link_seconds(transfer, topology, smallest, away) for transfer, _ in transfers.of_steps(steps)]
+    # No step's copies cost less.
+    inside, between = np.min(kinds, axis=0)
+    node_slots = np.add.reduceat(slots, topology.node_start, axis=1)
+    both = [
+        Level(slots, float(inside[0]), float(inside[1]), float(inside[2]), work),
+        Level(node_slots, float(between[0]), float(between[1]), float(between[2]), work.pooled(topology.node_start)),
+    ]
+    with_links = [level for level in both if level.evenly > 0.0]
+    return sorted(with_links, key=lambda level: -level.evenly * _holders_at_random(level, problem.model.top_k))
+
+
+def _link_seconds(transfer: TransferCost, topology: Topology, smallest: float, away: float) -> FloatArray:
+    """[2, 3] copy, evenly and leaving of the level of devices, and of the level of nodes."""
+    nodes, dedup = topology.num_nodes, transfer.dedup
+    # Inside nodes: a copy from another node is fanned out from a device chosen evenly, and so passes (size - 1) / size
+    # links.
+    within = (smallest - 1.0) / smallest if dedup or nodes == 1 else 0.0
+    link, trunk = transfer.all_links
+    evenly = (within if dedup else (smallest - 1.0) / topology.num_devices) * link
+    if not dedup and nodes > 1:
+        # Every copy crosses by itself: devices, not nodes, tell how many.
+        evenly = max(evenly, away * trunk)
+    return np.array(
+        [
+            [(1.0 if nodes == 1 else within) * link, evenly, float(transfer.per_copy.min()) if nodes == 1 else 0.0],
+            [trunk if nodes > 1 else 0.0, away * trunk, float(transfer.per_node_copy.min()) if nodes > 1 else 0.0],
+        ]
+    )
+
+
+def _holders_at_random(level: Level, experts: int) -> float:
+    """Holders a token needs on average when its experts stand anywhere."""
+    return level.holders * float(chance_reached(1.0 / level.holders, experts))
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """Some layers' terms, relaxed, and the seconds that they take whatever the placement."""
+
+    constant: float
+    solver: PrimalDual
+
+    @property
+    def bound(self) -> float:
+        """Of its part of the weighted step time."""
+        return self.constant + self.solver.bound
+
+
+class Relaxations:
+    """Makes the relaxations of a problem on steps whose times count by `weight` [S] (summing to one).
+
+    work: [L] weighted seconds of compute below which no placement is, to take the place of what holders tell of it.
+    """
+
+    def __init__(
+        self, problem: Problem, steps: Steps, weight: FloatArray, level: Level, work: FloatArray | None = None
+    ) -> None:
+        self._problem, self._steps, self._weight, self._level = problem, steps, weight, level
+        self._loads = steps.loads().astype(np.float64)
+        self._floor = compute_bound(self._loads, problem)
+        self._work = work
+        self._link_floors = link_floors(problem, steps, self._loads)
+        transfers = Transfers.of(problem.model, problem.topology, problem.objective)
+        self._wait_out, self._wait_back = transfers.waits(steps)
+        # What a returning copy costs beside one going out.
+        self._back = min(transfer.back for transfer, _ in transfers.of_steps(steps))
+
+    @property
+    def coherent(self) -> bool:
+        return self._problem.objective.execution == "context_coherent"
+
+    def spans(self) -> list[tuple[int, ...]]:
+        """Layers of each relaxation: one each, or neighbours where the dispatch between them couples them."""
+        layers = self._problem.model.layers
+        if self.coherent and layers > 1:
+            return [(layer, layer + 1) for layer in range(layers - 1)]
+        return [(layer,) for layer in range(layers)]
+
+    def make(self, span: tuple[int, ...]) -> Relaxation:
+        """The relaxation of those layers."""
+        experts, slots = self._problem.model.experts, self._level.slots[list(span)]
+        space = GramSpace.of(slots, experts)
+        terms: list[Term] = [Entries.of(space, slots)]
+        if space.holders <= TRIANGLE_HOLDERS and space.items <= TRIANGLE_ITEMS:
+            terms.append(Triangles(space.items, space.holders))
+        if not space.even:
+            terms.append(RowSums.of(space, slots))
+        constant = 0.0
+        for place, layer in enumerate(span):
+            share = self._share(layer)
+            if self._work is None:
+                slowest, base = self._compute(layer, place, space, share)
+                terms.append(slowest)
+                constant += base
+            else:
+                constant += share * float(self._work[layer])
+            for term, offset in self._transfers(layer, place, span, share):
+                terms.extend(term)
+                constant += offset
+        return Relaxation(constant, PrimalDual(space, terms))
+
+    def known(self, span: tuple[int, ...]) -> float:
+        """Seconds that the relaxation of those layers has at least, without looking into it."""
+        work = self._weight @ self._floor if self._work is None else self._work
+        out, back = float(self._weight @ self._wait_out), float(self._weight @ self._wait_back)
+        waits = out + back if not self.coherent else back if self._problem.model.top_k > 1 else 0.0
+        own = sum(self._share(layer) * (float(work[layer]) + waits) for layer in span)
+        arriving = (0 in span) + len(span) - 1 if self.coherent else 0
+        return own + arriving * out
+
+    def _share(self, layer: int) -> float:
+        """Of a layer's own terms that a relaxation takes: neighbouring ones half each."""
+        return 0.5 if self.coherent and 0 < layer < self._problem.model.layers - 1 else 1.0
+
+    def _compute(self, layer: int, place: int, space: GramSpace, share: float) -> tuple[Term, float]:
+        """The slowest holder's work, and the seconds that every holder takes whatever it is given."""
+        fastest, loads = self._level.work.fastest(), self._loads[:, layer]
+        work = np.zeros((len(loads), 2, space.items))
+        own = slice(place * space.experts, (place + 1) * space.experts)
+        hit = (loads > 0).astype(np.float64)
+        work[:, :, own] = fastest.lines(loads[..., None], hit[..., None])[..., 0].transpose(1, 0, 2)
+        base = fastest.base(loads.sum(axis=1))[:, 0]
+        weight = share * self._weight
+        return SlowestDevice(work, weight, self._floor[:, layer] - base), float(weight @ base)
+
+    def _transfers(
+        self, layer: int, place: int, span: tuple[int, ...], share: float
+    ) -> Iterator[tuple[list[Term], float]]:
+        """(copies as a term, seconds whatever the placement) of the all-to-alls of a layer."""
+        here = self._steps.expert_ids[:, layer].astype(np.int64) + place * self._problem.model.experts
+        experts, with_source = self._problem.model.experts, self._steps.source is not None
+        dispatch, combine = (floor[:, layer] for floor in self._link_floors)
+        top = here[:, :1]
+        if not self.coherent:
+            # Out and back alike.
+            waits = self._wait_out + self._wait_back
+            yield self._copies(here, span, 1.0 + self._back, waits, with_source, None, dispatch, 1.0)
+            return
+        if layer == 0:
+            yield self._copies(here, span, 1.0, self._wait_out, with_source, None, dispatch, 1.0)
+        elif place > 0:
+            owner = self._steps.expert_ids[:, layer - 1, :1].astype(np.int64) + (place - 1) * experts
+            both = np.hstack([owner, here])
+            yield self._copies(both, span, 1.0, self._wait_out, True, owner[:, 0], dispatch, 1.0)
+        if here.shape[1] > 1:
+            yield self._copies(here, span, self._back, self._wait_back, True, top[:, 0], combine, share)
+
+    def _copies(
+        self,
+        ids: IntArray,
+        span: tuple[int, ...],
+        times: float,
+        waits: FloatArray,
+        from_holder: bool,
+        owner: IntArray | None,
+        floor: FloatArray,
+        part: float,
+    ) -> Transfer:
+        """One all-to-all of tokens that need the holders of `ids` [T, j].
+
+        times: what a copy costs beside one going out. waits: [S] seconds that no plan changes. from_holder: a token
+        comes from a holder that may be among those, which spares a copy. owner: [T] the item on whose holder it is.
+
+        Each step is counted on all links together, or on that of one owner where this promises
+        more; or is not counted but taken as `floor` [S] has it, seconds of copies going out.
+        """
+        level = self._level
+        random = _holders_at_random(level, ids.shape[1]) - from_holder
+        rate = np.full(len(ids), level.copy if from_holder else level.evenly)
+        if owner is not None and level.leaving > 0.0 and not self._problem.has_replicas:
+            rate = self._rates(owner)
+        rate = rate * times
+        per_step = np.bincount(self._steps.step_of, weights=rate)
+        known = floor * times > per_step * random
+        weight = part * self._weight
+        constant = float(weight @ (waits + np.where(known, floor * times, -per_step * from_holder)))
+        counted = np.where(known, 0.0, weight)[self._steps.step_of] * rate
+        if not counted.any():
+            return [], constant
+        items = len(span) * self._problem.model.experts
+        chosen = ids[counted > 0]
+        if level.holders == 2:
+            return [split_between_two(chosen, counted[counted > 0], items)], constant
+        return [HoldersNeeded(chosen, counted[counted > 0], items)], constant
+
+    def _rates(self, owner: IntArray) -> FloatArray:
+        """[T] seconds of each token's copies.
+
+        Evenly over all links, or, in steps where one expert leads so many tokens that its holder's link alone is the
+        busier, those tokens on that link and the others for nothing.
+        """
+        level, step_of, tokens = self._level, self._steps.step_of, self._steps.tokens
+        width = int(owner.max()) + 1
+        led = np.bincount(step_of * width + owner, minlength=len(tokens) * width).reshape(-1, width)
+        alone = led.max(axis=1) * level.leaving > tokens * level.copy
+        leads_most = led.argmax(axis=1)[step_of] == owner
+        return np.asarray(np.where(alone[step_of], leads_most * level.leaving, level.copy))

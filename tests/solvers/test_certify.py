@@ -16,8 +16,7 @@ from moeplace.placement.bounds import step_seconds_bound
 from moeplace.placement.cost import combine_bytes, dispatch_bytes
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.objective import risk_value, risk_weights
-from moeplace.solvers.certify.device_sets import DeviceSets, link_floors, sets_fit
-from moeplace.solvers.certify.partition import least_over_partitions
+from moeplace.solvers.certify.device_sets import DeviceSets, least_over_partitions, link_floors, sets_fit
 from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
 from moeplace.solvers.certify.step_time import StepCertificate
 from moeplace.solvers.exflow import kept_at_most, spectral_kept

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import moeplace as mp
 from moeplace.placement.plan import RELATIVE_TOLERANCE
 from moeplace.solvers.base import fill_slots
-from moeplace.solvers.chain import cheapest_path
-from moeplace.solvers.step_costs import PlacementSpace
+from moeplace.solvers.chain import PlacementSpace, cheapest_path
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import moeplace as mp
 from moeplace.runtime.moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_layers, no_sync
 from moeplace.runtime.moe.expert_mlps import SwiGLU
-from moeplace.runtime.moe.expert_shards import ExpertShards
+from moeplace.runtime.moe.experts import ExpertShards
 from moeplace.runtime.moe.layer import ExpertParallelMoE, SoftmaxRouter, reference_experts
 from moeplace.runtime.moe.muon import Muon
 
