@@ -39,11 +39,11 @@ from .placement.progress import Progress as Progress
 from .placement.statistics import RoutingStatistics as RoutingStatistics
 from .placement.step_mix import StepMix as StepMix
 from .placement.step_mix import problem_steps as problem_steps
+from .placement.step_mix import sample_steps as sample_steps
+from .placement.step_mix import sample_tokens as sample_tokens
 from .placement.step_mix import step_mix as step_mix
 from .placement.steps import Batch as Batch
 from .placement.steps import Steps as Steps
-from .placement.synthetic import sample_steps as sample_steps
-from .placement.synthetic import sample_tokens as sample_tokens
 from .placement.topology import Device as Device
 from .placement.topology import Node as Node
 from .placement.topology import Topology as Topology

@@ -10,7 +10,7 @@ import recordings
 from mixtral_ilp import recorded_transitions, transitions_of_a_whole_model
 
 import moeplace as mp
-from moeplace.placement.synthetic import sample_tokens
+from moeplace.placement.step_mix import sample_tokens
 
 MIXTRAL = mp.ModelSpec(name="mixtral-8x7b", layers=32, experts=8, top_k=2, hidden_size=4096, ffn_size=14336)
 OLMOE = mp.ModelSpec(name="olmoe-1b-7b", layers=16, experts=64, top_k=8, hidden_size=2048, ffn_size=1024)

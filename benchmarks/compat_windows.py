@@ -26,7 +26,7 @@ from published import window_policies
 from runner import Report
 
 from moeplace.compat.windows import AscendPolicy, VllmPolicy, rebalance_experts_global
-from moeplace.solvers.step_packing import largest_loads
+from moeplace.solvers.table_packing import largest_loads
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

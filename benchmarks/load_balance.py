@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 import moeplace as mp
 from moeplace.placement.bounds import device_loads
-from moeplace.placement.synthetic import sample_tokens
+from moeplace.placement.step_mix import sample_tokens
 from moeplace.solvers.eplb import rebalance
 
 Array = npt.NDArray[np.float64]

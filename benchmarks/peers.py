@@ -36,7 +36,7 @@ from moeplace.compat.eplb import rebalance_experts
 from moeplace.compat.windows import PROPOSALS, rebalance_experts_global
 from moeplace.placement.online import plan_online
 from moeplace.solvers.eplb import rebalance
-from moeplace.solvers.step_packing import largest_loads, pack_steps
+from moeplace.solvers.table_packing import largest_loads, pack_steps
 
 Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

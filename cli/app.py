@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from .. import _interrupts
 from .._lazy import missing_extra
 from ..placement.errors import MoeplaceError
+from .command_line import Command
 from .commands import operate
 from .commands.advise import advise_command
 from .commands.calibrate import calibrate_command
@@ -36,7 +37,6 @@ from .commands.stats import stats_command
 from .commands.tokens import tokens_app
 from .commands.topology import topology_app
 from .commands.whatif import whatif_command
-from .former_names import Command
 from .options import grouped
 from .output import INTERRUPTION, WRITTEN, interrupted, note, os_reason
 

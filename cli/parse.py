@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, nearest
+from .command_line import refuse_idle
 from .options import (
     BatchOptions,
     Execution,
@@ -16,7 +17,6 @@ from .options import (
     StudyOptions,
     TopologyOptions,
 )
-from .values import refuse_idle
 
 if TYPE_CHECKING:
     from ..placement.degraded import Kind

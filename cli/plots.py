@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..placement.evaluate import Evaluation
     from ..placement.plan import Plan
     from ..placement.statistics import RoutingStatistics
-    from .report.figures import Figure
+    from .report import Figure
     from .run_comparison import Comparison
 
 HEIGHT = 320
@@ -43,7 +43,7 @@ def _write(drawings: Sequence[Drawing], file: Path) -> None:
 
     suffix = file.suffix.lower()
     if suffix == ".html":
-        from .report.page import render
+        from .report import render
 
         write_text(file, render("plots.html.j2", figures=[drawing.figure for drawing in drawings]))
     elif suffix == ".svg":
@@ -109,7 +109,7 @@ BUSIEST = "Tokens of the busiest expert over the mean expert's of the layer."
 def comparison_drawings(comparison: Comparison, mapped: Sequence[str], pool: str = "") -> list[Drawing]:
     """For each kind of steps: step times of all plans, balance of their layers, and load maps of those named, the first
     of which stands out against the second. pool: goes before the names of its steps."""
-    from .report.figures import distribution_figure, line_kinds
+    from .report import distribution_figure, line_kinds
 
     first, *rest = mapped
     drawings = []
@@ -134,7 +134,7 @@ def _times(evaluations: Mapping[str, Evaluation], kind: str) -> list[str]:
 
     from ..charts.svg import axis_form
     from ..charts.terminal import text_histograms
-    from .report.figures import span_in_words
+    from .report import span_in_words
 
     every = np.concatenate([evaluation.step_seconds for evaluation in evaluations.values()]) * 1e3
     low, high = float(every.min()), float(every.max())
@@ -170,7 +170,7 @@ def _by_layer(
     """A curve a name over MoE layers, from 1.0 on. kinds: class of each curve."""
     from ..charts.svg import Curve, curves, number_axis
     from ..charts.terminal import text_lines
-    from .report.figures import WIDE, Panel, single
+    from .report import WIDE, Panel, single
 
     high = max(1.0 + 1e-3, *(float(values.max()) for values in rows.values()))
     drawn = [
@@ -193,7 +193,7 @@ def _loads(evaluations: Mapping[str, Evaluation], layers: Sequence[int], topolog
     """Load maps of plans on one scale."""
     from ..charts.svg import load_map, load_shades
     from ..charts.terminal import text_map
-    from .report.figures import Panel, relative_load, single
+    from .report import Panel, relative_load, single
 
     loads = {name: relative_load(evaluation) for name, evaluation in evaluations.items()}
     shades = load_shades(list(loads.values()))
@@ -222,7 +222,7 @@ def record_drawings(statistics: RoutingStatistics) -> list[Drawing]:
 
     from ..charts.svg import Shades, Side, heat_map
     from ..charts.terminal import text_map
-    from .report.figures import Panel, line_kinds, single
+    from .report import Panel, line_kinds, single
 
     def relative(load: Any) -> Any:
         mean = load.mean(axis=1, keepdims=True)
@@ -269,7 +269,7 @@ def plan_drawings(plan: Plan, name: str) -> list[Drawing]:
 
     from ..charts.svg import Shades, Side, heat_map
     from ..charts.terminal import text_map
-    from .report.figures import Panel, single
+    from .report import Panel, single
 
     replicas = np.asarray(plan.replicas, dtype=np.float64)
     if replicas.max() <= 1:
@@ -322,7 +322,7 @@ def front_drawings(data: Mapping[str, Any]) -> list[Drawing]:
 def _front(points: Sequence[Mapping[str, Any]], key: str, title: str, x_title: str, at: Sequence[float]) -> Drawing:
     from ..charts.svg import POINT_KINDS, Mark, scatter
     from ..charts.terminal import text_points
-    from .report.figures import WIDE, Panel, single
+    from .report import WIDE, Panel, single
 
     marks, drawn = [], []
     for point, x in zip(points, at, strict=True):
@@ -345,7 +345,7 @@ def slot_front_drawings(front: Mapping[str, Any]) -> list[Drawing]:
     """Step time over the memory of redundant experts, of `solve --slots auto --json`."""
     from ..charts.svg import Mark, scatter
     from ..charts.terminal import text_points
-    from .report.figures import WIDE, Panel, single
+    from .report import WIDE, Panel, single
 
     best = tuple(front["recommended"]["slots"])
     shown = {tuple(point["slots"]): point for point in (*front["even"], *front["points"])}
@@ -368,7 +368,7 @@ def slot_front_drawings(front: Mapping[str, Any]) -> list[Drawing]:
 def judged_drawings(rows: Sequence[Mapping[str, Any]]) -> list[Drawing]:
     """What steps of each kind are spent on, a bar a plan, of `compare --json`, `evaluate --json` or `report --json`."""
     from ..charts.svg import stacked_bars
-    from .report.figures import WIDE, Panel, single
+    from .report import WIDE, Panel, single
 
     drawings = []
     for kind in dict.fromkeys(row["steps"] for row in rows):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, MoeplaceError, UnsupportedError
+from .command_line import refuse_idle
 from .options import PlanFileOptions, StudyOptions
 from .output import Update
 from .parse import SolverChoice, plan_topology
 from .routing_split import RoutingSplit
-from .values import refuse_idle
 
 if TYPE_CHECKING:
     from ..db.records import CountWindow, JobRecord

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..placement.errors import InputError, UnsupportedError
+from .command_line import refuse_idle
 from .options import HeldOutBy, HeldOutOptions, ModelOptions, StudyOptions
 from .output import Column, Table, Update, note, number
 from .parse import reader_defaults
-from .values import refuse_idle
 
 if TYPE_CHECKING:
     from ..placement.objective import Objective

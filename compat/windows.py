@@ -22,7 +22,7 @@ import numpy as np
 from .._types import FloatArray, IntArray
 from ..placement.errors import InputError
 from ..solvers.device_names import renamed_tables
-from ..solvers.step_packing import APART, extrapolated, largest_loads, lower_to, pack_steps
+from ..solvers.table_packing import APART, extrapolated, largest_loads, lower_to, pack_steps
 from .eplb import stacked, table_apart
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
 from ..placement.trace import RoutingTrace, apart
 from .aggregate import aggregate_shards
-from .notes import remarks
 from .readers.arrays import Kind, kind_of
 from .readers.ascend import (
     is_mindie,
@@ -30,6 +29,7 @@ from .readers.ascend import (
     read_omni_placement,
     read_vllm_ascend_log,
 )
+from .readers.engine_counts import remarks
 from .readers.exflow import is_exflow, read_exflow
 from .readers.load_history import is_load_history, read_load_history
 from .readers.megatron import is_megatron, is_token_imbalance, read_megatron, read_token_imbalance

@@ -26,7 +26,6 @@ from .changes import Changes
 from .counts import WindowsIn
 from .crowds import Kept, Reads, Turns
 from .middleware import BodyLimit, Metrics, Observe, PagesCompressed, RateLimit, Unchanged
-from .pages import lists
 from .pages.routes import router as pages
 from .pages.templating import pages as templates
 from .policy import Policy
@@ -185,7 +184,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     app.state.alive, app.state.figures = Reads(lambda _: store.jobs.waiting()), Reads(lambda _: metrics.text())
     app.state.plan_file = Kept(partial(plan_file, store))
     problems.install(app)
-    for router in (*ROUTERS, pages, lists.router):
+    for router in (*ROUTERS, pages):
         app.include_router(router)
 
     _complete_description(app)

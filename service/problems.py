@@ -18,7 +18,7 @@ from ..db.database import ForbiddenError, RefusedDataError
 from ..db.jobs import QuotaError
 from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError, StoreError
 from .fields import FieldsError, fields_of
-from .pages.errors import error_page, wants_page
+from .pages.templating import error_page, wants_page
 
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",

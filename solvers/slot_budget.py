@@ -32,7 +32,7 @@ from ..placement.progress import Listener, Progress
 from ..placement.serving import cache_token_bytes, other_work
 from ..placement.step_mix import problem_steps, step_mix
 from .base import Feature, Solver, SolverOptions
-from .search.move_budget import cheapest_mix
+from .search.annealer import cheapest_mix
 from .solve import check_seconds, solve, solver_named
 
 PARTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)

@@ -9,11 +9,11 @@ import typer
 
 from ...placement.errors import EngineError, InputError
 from .. import completion
+from ..command_line import refuse_idle
 from ..options import AsJson, EngineKey, PlanFileOptions, RecorderFolder, ServerOptions, StoreOptions
 from ..output import Column, Table, emit, working
 from ..parse import whole_numbers
 from ..remote import check_plan_options, is_file, plan_context, read_plan
-from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.model import ModelSpec

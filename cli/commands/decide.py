@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import completion
+from ..command_line import GIVEN, refuse_idle
 from ..options import (
     JUDGING,
     MAX_SEED,
@@ -31,7 +32,6 @@ from ..parse import check_restart, one_pool, read_batches, read_objective, solve
 from ..remote import PLAN_FILE_OPTIONS, check_plan_options, is_engines_own, is_file, plan_context, read_plan, service
 from ..routing_split import holds_counts_only, open_recording, solving_statistics, split_counts, split_routing
 from ..run_comparison import BASELINE, plan_name
-from ..values import GIVEN, refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.decide import Decision

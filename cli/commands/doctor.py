@@ -15,10 +15,10 @@ from ..._lazy import extra_in_words, missing_extra, missing_libraries
 from ..._vllm_plugin import PLAN_VARIABLE
 from ...placement.errors import MoeplaceError
 from .. import completion
+from ..command_line import refuse_idle
 from ..options import AsJson, ServerOptions, StoreOptions
 from ..output import Table, emit, pairs, quantity
 from ..remote import is_engines_own, is_file, read_plan
-from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan

@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..command_line import refuse_idle
 from ..options import (
     AsJson,
     Engine,
@@ -42,7 +43,6 @@ from ..routing_split import (
 from ..run_comparison import PEER, Comparison, compare, plan_name
 from ..save import attempted, check_store, end_unkept, keep_evaluations
 from ..tables import binding_rows, binding_table, comparison_rows, comparison_tables
-from ..values import refuse_idle
 from .compare import comparison_data
 
 if TYPE_CHECKING:

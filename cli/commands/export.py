@@ -10,12 +10,12 @@ import typer
 
 from ...placement.errors import UnsupportedError
 from .. import completion
+from ..command_line import refuse_idle
 from ..options import AsJson, KeepOptions, PlanFileOptions, PlanReference, ServerOptions, output_file
 from ..output import emit, pairs
 from ..parse import whole_numbers
 from ..remote import check_plan_options, plan_context, read_plan, service
 from ..save import attempted, end_unkept, keep_export
-from ..values import refuse_idle
 
 
 def export_command(

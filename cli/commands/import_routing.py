@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from ..._display import span
+from ..command_line import refuse_idle
 from ..options import STORE, AsJson, KeepOptions, ServerOptions, recording_path
 from ..output import Table, count, emit, note, pairs, working
 from ..parse import read_spec, whole_numbers
 from ..remote import send_record
 from ..routing_split import open_recording
 from ..save import attempted, check_store, end_unkept, keep_statistics, save_recording
-from ..values import refuse_idle
 
 
 class Kind(StrEnum):

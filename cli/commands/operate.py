@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .. import completion
-from ..former_names import Command
+from ..command_line import Command
 from ..options import STORE, AsJson, ModelOptions, TopologyOptions, grouped
 from ..output import Column, Format, Table, emit, figure, note, pairs, to_the_minute
 from ..remote import send_record, service

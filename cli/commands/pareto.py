@@ -11,6 +11,7 @@ import typer
 
 from ...placement.errors import SolveError
 from .. import completion
+from ..command_line import refuse_idle
 from ..options import (
     SOLVING,
     AsJson,
@@ -50,7 +51,6 @@ from ..routing_split import (
 from ..run_comparison import warn_of_idle_devices
 from ..save import attempted, check_store, end_unkept, end_unwritten, keep_judged_plans
 from ..tables import pareto_table
-from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.degraded import Kind
@@ -269,7 +269,7 @@ def fetch_front(server: str, data: Mapping[str, Any], folder: Path) -> list[Path
 
 def save_front(front: Front, problem: Problem, steps: str, held_out: str, folder: Path) -> list[Path]:
     """Writes each point's plan, numbered in their order, and the page of plots; returns the plans' files."""
-    from ..report.front import build_front_page, write_front_page
+    from ..report import build_front_page, write_front_page
 
     files = []
     for number, point in enumerate(front.points):

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import completion
-from ..former_names import Command
+from ..command_line import Command, refuse_idle
 from ..options import AsJson, ServerOptions, StoreOptions, grouped
 from ..output import Column, Table, emit, figure, milliseconds, note, number, percent, to_the_second
 from ..remote import service
-from ..values import refuse_idle
 from .solve import plan_summary, summary_table
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typer import Argument, BadParameter, Option
 
 from ...placement.errors import FileFormatError, InputError
 from .. import completion
+from ..command_line import GIVEN, refuse_idle
 from ..options import (
     Engine,
     HeldOutOptions,
@@ -37,7 +38,6 @@ from ..plots import (
 from ..remote import PLAN_FILE_OPTIONS, check_plan_options, is_engines_own, plan_context, read_plan
 from ..routing_split import counted, open_recording
 from ..run_comparison import plan_name
-from ..values import GIVEN, refuse_idle
 from .evaluate import judge_plans
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...placement.errors import InputError
+from ..command_line import refuse_idle
 from ..options import AsJson, EngineKey, RecorderFolder, recording_path
 from ..output import count, emit, note, pairs, working
 from ..parse import read_spec, reader_defaults
 from ..save import save_recording
-from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics

@@ -59,7 +59,7 @@ def report_command(
       moeplace report trace --topology h100-hgx --nodes 2 --devices-per-node 4 -o report.html
     """
     from ...placement.verdict import read_other_ms
-    from ..report.page import build_report, write_page
+    from ..report import build_report, write_page
 
     other = None if options.other_ms is None else read_other_ms(options.other_ms)
     restart = options.restart_seconds

@@ -11,6 +11,7 @@ import typer
 
 from ..._display import plural
 from .. import completion
+from ..command_line import refuse_idle
 from ..options import (
     SOLVING,
     STORE,
@@ -66,7 +67,6 @@ from ..routing_split import TrainingRouting, count_row, count_table, training_ro
 from ..run_comparison import BASELINE, PEER, Comparison, Entry, judge, solve_entry, warn_of_idle_devices
 from ..save import attempted, check_store, end_unkept, end_unwritten, keep_plan
 from ..tables import binding_rows, binding_table, slot_table
-from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..._display import plural
+from ..command_line import refuse_idle
 from ..options import AsJson, Plot, PlotFile, RoutingPath, output_file
 from ..output import Column, Table, count, emit, number, pairs, percent, working, wrote
 from ..plots import record_drawings, show
 from ..routing_split import counted, open_recording
 from ..save import attempted, end_unwritten
-from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.statistics import RoutingStatistics

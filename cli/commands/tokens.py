@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..former_names import Command
+from ..command_line import Command
 from ..options import AsJson, StoreOptions, grouped
 from ..output import Column, Table, emit, note, to_the_minute
 

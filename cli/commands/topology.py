@@ -11,7 +11,7 @@ import typer
 from ..._display import plural
 from ...placement.errors import InputError, nearest
 from .. import completion
-from ..former_names import Command
+from ..command_line import Command
 from ..options import AsJson, TopologyOptions, grouped, topology_file
 from ..output import Column, Table, emit, quantity, wrote
 from ..parse import read_topology

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import completion
+from ..command_line import refuse_idle
 from ..options import (
     CLUSTER,
     SOLVING,
@@ -47,7 +48,6 @@ from ..routing_split import (
 )
 from ..save import attempted, end_unwritten
 from ..tables import what_if_table
-from ..values import refuse_idle
 
 if TYPE_CHECKING:
     from ...placement.plan import Plan

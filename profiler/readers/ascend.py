@@ -27,8 +27,8 @@ from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.files import parse_json, read_text
 from ...placement.statistics import RoutingStatistics
-from ..notes import remark
-from .engine_counts import MOST_EXPERTS, statistics_of, whole_number
+from .arrays import MOST_EXPERTS
+from .engine_counts import remark, statistics_of, whole_number
 
 TEXT_LIMIT = 1 << 30
 MOST_COUNTS = 1 << 28

@@ -1,10 +1,14 @@
-"""What readers of engines' records share: layers that never counted are dropped, statistics come from what is left."""
+"""What readers of engines' records share: layers that never counted are dropped, statistics come from what is left; and
+what a caller should hear of: ranks summed, tokens left out, experts set apart."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,29 @@ import numpy.typing as npt
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from ...placement.trace import RoutingTrace
-from ..notes import remark
-from .arrays import MOST_EXPERTS as MOST_EXPERTS
+
+_HEARD: ContextVar[list[str] | None] = ContextVar("heard", default=None)
+
+
+def remark(message: str) -> None:
+    """Says it to whoever listens by `remarks`, or as a warning."""
+    heard = _HEARD.get()
+    if heard is None:
+        warnings.warn(message, UserWarning, stacklevel=3)
+    elif message not in heard:
+        heard.append(message)
+
+
+@contextlib.contextmanager
+def remarks() -> Iterator[list[str]]:
+    """The remarks made inside the block."""
+    heard: list[str] = []
+    token = _HEARD.set(heard)
+    try:
+        yield heard
+    finally:
+        _HEARD.reset(token)
+
 
 LEAST_SHARED_TOKENS = 64
 """In each layer of each window, before an expert that counts all of them is taken for a shared one."""

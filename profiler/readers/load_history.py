@@ -11,7 +11,8 @@ from ..._types import FloatArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from ..files import json_items
-from .engine_counts import MOST_EXPERTS, statistics_of
+from .arrays import MOST_EXPERTS
+from .engine_counts import statistics_of
 from .tables import check_order, nested_numbers
 
 START = 4096

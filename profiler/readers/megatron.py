@@ -28,8 +28,8 @@ from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.files import parse_json
 from ...placement.trace import RoutingTrace, id_dtype
-from ..notes import remark
-from .engine_counts import MOST_EXPERTS, left_out, trace_of, whole_number
+from .arrays import MOST_EXPERTS
+from .engine_counts import left_out, remark, trace_of, whole_number
 
 START = 4096
 BLOCKS = ("decoder", "mtp")

@@ -20,9 +20,19 @@ import numpy.typing as npt
 from ...placement.errors import FileFormatError
 from ...placement.trace import RoutingTrace, id_dtype
 from ..files import NPY_MAGIC, Source, json_items, name_of, path_or_file, reading
-from ..notes import remark
-from .arrays import ROUTED, Ids, check_axes, fused_shared, holds_arrays, is_filled, npy_array, npy_file, npz_arrays
-from .engine_counts import MOST_EXPERTS, left_out, set_apart, trace_of, without_shared
+from .arrays import (
+    MOST_EXPERTS,
+    ROUTED,
+    Ids,
+    check_axes,
+    fused_shared,
+    holds_arrays,
+    is_filled,
+    npy_array,
+    npy_file,
+    npz_arrays,
+)
+from .engine_counts import left_out, remark, set_apart, trace_of, without_shared
 
 PROMPT = f"prompt_{ROUTED}"
 ROLLOUT = f"rollout_{ROUTED}"

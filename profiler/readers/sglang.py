@@ -21,11 +21,11 @@ from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.statistics import RoutingStatistics
 from ...placement.trace import RoutingTrace, id_dtype
-from ..notes import remark
+from .arrays import MOST_EXPERTS
 from .engine_counts import (
-    MOST_EXPERTS,
     RankCounts,
     left_out,
+    remark,
     set_apart,
     statistics_of,
     sum_ranks,

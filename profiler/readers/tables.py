@@ -23,8 +23,8 @@ from ...placement.errors import FileFormatError, InputError
 from ...placement.model_config import differing_layers
 from ...placement.statistics import RoutingStatistics
 from ..files import BOM, ITEM_LIMIT, NPY_MAGIC, json_items
-from ..notes import remark
 from .arrays import (
+    MOST_EXPERTS,
     ROWS_LOOKED_AT,
     Numbers,
     exchanged_axes,
@@ -34,7 +34,7 @@ from .arrays import (
     npz_numbers,
     reading_of,
 )
-from .engine_counts import MOST_EXPERTS, RankCounts, statistics_of, sum_ranks
+from .engine_counts import RankCounts, remark, statistics_of, sum_ranks
 from .sglang import start_of
 
 MOST_LAYERS = 1 << 12

@@ -17,7 +17,8 @@ from ..._types import IntArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.files import parse_json
 from ...placement.statistics import RoutingStatistics
-from .engine_counts import MOST_EXPERTS, statistics_of, whole_number
+from .arrays import MOST_EXPERTS
+from .engine_counts import statistics_of, whole_number
 
 META = "meta_info.json"
 META_LIMIT = 1 << 20

@@ -17,8 +17,7 @@ from ..._types import FloatArray
 from ...placement.errors import FileFormatError, InputError
 from ...placement.files import parse_json
 from ...placement.statistics import RoutingStatistics
-from ..notes import remark
-from .engine_counts import statistics_of
+from .engine_counts import remark, statistics_of
 from .tables import nested_numbers
 
 START = 4096

@@ -1,5 +1,5 @@
-"""The pages and their forms, and what they show: of plans on routing, loads and traffic by device, what a change of
-plan moves, and a deployment over time.
+"""The pages, their forms and lists, and what they show: of plans on routing, loads and traffic by device, what a change
+of plan moves, and a deployment over time.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, get_args
-from urllib.parse import quote, urlencode
+from typing import Annotated, Any, TypeVar, get_args
+from urllib.parse import parse_qs, quote, urlencode
 
 import numpy as np
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
@@ -37,7 +37,17 @@ from ...charts.svg import (
 )
 from ...charts.svg import STATIC as CHARTS
 from ...db.jobs import ENDED
-from ...db.records import Actor, CheckRecord, DecisionRecord, DeploymentRecord, EngineRecord, JobRecord
+from ...db.records import (
+    Actor,
+    AuditRecord,
+    CheckRecord,
+    DecisionRecord,
+    DeploymentRecord,
+    EngineRecord,
+    JobRecord,
+    PlanSummary,
+    WebhookRecord,
+)
 from ...db.store import Store
 from ...placement.bounds import device_loads
 from ...placement.cost import dispatch_bytes, slot_shares
@@ -50,21 +60,18 @@ from ...placement.step_mix import step_mix
 from ...placement.topology import Topology
 from ...runtime.exporters import check_export
 from ...runtime.exporters.export import engine_usage
-from ..access import COOKIE, Gate, check_role, check_scope, still_may
+from ..access import COOKIE, Gate, actor_of, check_role, check_scope, check_unscoped, still_may
 from ..changes import Changes, Kind
 from ..middleware import SMALL_BODY
 from ..policy import Policy
-from ..routes.common import KeyPath, NamePath, RefPath, Stored
+from ..routes.common import Before, KeyPath, NamePath, RefPath, Stored
 from ..routes.deployments import set_policy, tag_of
 from ..routes.jobs import submit_pareto, submit_what_if
 from ..routes.plans import Engine, file_name
 from ..routing import from_windows
 from ..schemas import ParetoRequest, WhatIfRequest
 from ..tasks.decide import default_plan, problem_of
-from . import routes
-from .lists import SHOWN, Behind, Cell, listing
-from .templating import page, words
-from .visitors import Visitor, at, form_of, whole_number
+from .templating import minute, page, words
 
 SHOWN_MOVES = 200
 MOST_COUNTS = 1 << 22
@@ -283,7 +290,7 @@ def charts_over_time(checks: list[CheckRecord], policy: Any, span: Span) -> dict
     return {title: Markup(chart) for title, chart in charts.items() if chart}
 
 
-def maps_of(comparison: routes.LoadComparison) -> dict[str, Any]:
+def maps_of(comparison: LoadComparison) -> dict[str, Any]:
     """Heat maps of device loads under two plans, and of the traffic under the second."""
     topology = comparison.plan.topology
     shades = load_shades([comparison.before, comparison.after])
@@ -301,6 +308,56 @@ def maps_of(comparison: routes.LoadComparison) -> dict[str, Any]:
 def _device_map(title: str, values: FloatArray, topology: Topology, form: str) -> Markup:
     shades = Shades(0.0, float(values.max()) or 1.0, form.format)
     return Markup(device_map(title, values, topology.node_size, shades))
+
+
+# Whose visit a page is, and what its forms send.
+
+
+async def visitor(request: Request) -> Actor:
+    """Whose visit it is; without a valid token, the way to the sign-in page."""
+    try:
+        actor = await actor_of(request, request.cookies.get(COOKIE))
+    except HTTPException as error:
+        if error.status_code == 401:
+            raise HTTPException(303, "sign in", headers={"Location": at(request, "/sign-in")}) from None
+        raise
+    request.state.visitor = actor
+    check_scope(actor, request.path_params.get("name"))
+    return actor
+
+
+def at(request: Request, path: str) -> str:
+    """An address of this service, wherever a proxy has put it."""
+    return str(request.scope.get("root_path", "")) + path
+
+
+Visitor = Annotated[Actor, Depends(visitor)]
+
+
+MOST_BYTES = 20_000
+
+
+async def form_of(request: Request, most: int = MOST_BYTES) -> dict[str, str]:
+    """The fields of a form. Raises HTTPException 413 where it is of more bytes."""
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "expected a form")
+    body = await request.body()
+    if len(body) > most:
+        raise HTTPException(413, f"a form of {len(body):,} bytes; at most {most:,} are taken")
+    text = body.decode(errors="replace")
+    try:
+        return {key: values[0] for key, values in parse_qs(text, keep_blank_values=True, max_num_fields=20).items()}
+    except ValueError:
+        raise HTTPException(422, "more fields than any form here has") from None
+
+
+def whole_number(form: Mapping[str, str], field: str) -> int:
+    """Raises HTTPException 422 where the field holds anything else."""
+    text = form.get(field, "")
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise HTTPException(422, f"{field}: expected a whole number")
+    return int(text)
 
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -355,9 +412,9 @@ def diff_page(
     first = before or (list(choices)[1] if len(choices) > 2 else INDEX)
     second = after or next(iter(choices))
     plans = [_plan(store, deployment, ref) for ref in (first, second)]
-    moved = routes.moves(*plans)
+    moved = moves(*plans)
     named = [choices.get(ref, f"plan {ref}") for ref in (first, second)]
-    comparison = routes.compared(store, deployment, (plans[0], named[0]), (plans[1], named[1]))
+    comparison = compared(store, deployment, (plans[0], named[0]), (plans[1], named[1]))
     return page(
         "diff.html",
         actor,
@@ -373,7 +430,7 @@ def diff_page(
     )
 
 
-def _moved_map(moved: routes.ExpertMoves, topology: Topology) -> Markup | None:
+def _moved_map(moved: ExpertMoves, topology: Topology) -> Markup | None:
     title = "Experts moved between devices"
     return _device_map(title, moved.matrix, topology, "{:.0f} experts") if moved.count else None
 
@@ -461,7 +518,7 @@ def _choices(store: Store, deployment: DeploymentRecord) -> dict[str, str]:
 
 
 def _plan(store: Store, deployment: DeploymentRecord, ref: str) -> Plan:
-    return routes.index_order(store, deployment) if ref == INDEX else store.plan(ref).plan
+    return index_order(store, deployment) if ref == INDEX else store.plan(ref).plan
 
 
 HERE = Path(__file__).parent
@@ -546,7 +603,7 @@ def deployment_page(
     decisions = store.decisions.page(name, limit=50)
     waiting = next((entry for entry in decisions if entry.state == "waiting"), None)
     front = latest_front(store, name)
-    comparison = routes.compare(store, deployment, waiting.candidate_id if waiting else None)
+    comparison = compare(store, deployment, waiting.candidate_id if waiting else None)
     return page(
         "deployment.html",
         actor,
@@ -578,8 +635,8 @@ def decision_page(key: KeyPath, store: Stored, actor: Visitor) -> HTMLResponse:
     deployment = store.deployments.get(decision.deployment)
     candidate = store.plan(decision.candidate_id).plan
     current = _current(store, decision, candidate)
-    moved = routes.moves(current, candidate)
-    loads = routes.compared(store, deployment, (current, "now"), (candidate, "candidate"))
+    moved = moves(current, candidate)
+    loads = compared(store, deployment, (current, "now"), (candidate, "candidate"))
     publications = store.deployments.publications(deployment.name, limit=200)
     return page(
         "decision.html",
@@ -836,3 +893,212 @@ async def change(name: NamePath, request: Request, actor: Visitor) -> Response:
     body = Policy.model_validate_json(form.get("policy", ""))
     await run_in_threadpool(set_policy, name, body, request, store, actor, form.get("tag") or '""')
     return RedirectResponse(at(request, f"/deployments/{quote(name, safe='')}/policy"), 303)
+
+
+# Everything of a kind as a table, a page at a time.
+
+T = TypeVar("T")
+
+SHOWN = 100
+"""Rows of one page."""
+Behind = Annotated[str | None, Query(max_length=200, pattern=r"^[ -~]*$")]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text: None where there is none. path: of the page it leads to. wide: sentences, which may break."""
+
+    text: object
+    path: str | None = None
+    number: bool = False
+    wide: bool = False
+
+
+def listing(
+    request: Request,
+    actor: Actor,
+    section: str,
+    caption: str,
+    columns: Sequence[str],
+    records: Sequence[T],
+    row: Callable[[T], Sequence[Cell]],
+    cursor: tuple[str, Callable[[T], object]],
+) -> HTMLResponse:
+    """The page. records: one more than `SHOWN` where others follow. cursor: the field of the address that says where
+    the next page begins, and its value behind a record."""
+    field, value = cursor
+    following = urlencode({field: value(records[SHOWN - 1])}) if len(records) > SHOWN else None
+    return page(
+        "list.html",
+        actor,
+        live=None if field in request.query_params else "/live",
+        section=section,
+        caption=caption,
+        columns=columns,
+        rows=[row(record) for record in records[:SHOWN]],
+        here=at(request, f"/{section}"),
+        following=following,
+        begun=field in request.query_params,
+    )
+
+
+def _minute(moment: datetime | None) -> str | None:
+    return None if moment is None else minute(moment)
+
+
+def _deployment_cell(name: str | None) -> Cell:
+    return Cell(name, None if name is None else f"/deployments/{quote(name, safe='')}")
+
+
+def _plan_cell(plan_id: str | None, otherwise: str | None = None) -> Cell:
+    return Cell(plan_id or otherwise, None if plan_id is None else f"/plans/{plan_id}")
+
+
+@router.get("/decisions")
+def decisions(request: Request, store: Stored, actor: Visitor, before: Before = None) -> HTMLResponse:
+    """What was decided, and what waits."""
+
+    def row(entry: DecisionRecord) -> list[Cell]:
+        closed = None if entry.closed_by is None else f"{entry.closed_by}, {_minute(entry.closed)}"
+        return [
+            Cell(entry.key, f"/decisions/{entry.key}"),
+            _deployment_cell(entry.deployment),
+            Cell(_minute(entry.created)),
+            Cell(entry.action),
+            Cell(entry.state),
+            _plan_cell(entry.current_id, "index order"),
+            _plan_cell(entry.candidate_id),
+            Cell(entry.reason, wide=True),
+            Cell(closed),
+        ]
+
+    columns = ("decision", "deployment", "at (UTC)", "answer", "state", "in force", "candidate", "reason", "closed by")
+    records = store.decisions.page(limit=SHOWN + 1, before=before, among=actor.deployments)
+    return listing(request, actor, "decisions", "Newest first", columns, records, row, ("before", lambda r: r.key))
+
+
+@router.get("/jobs")
+def jobs(request: Request, store: Stored, actor: Visitor, before: Before = None) -> HTMLResponse:
+    """What was asked for, and how far it is."""
+
+    def row(job: JobRecord) -> list[Cell]:
+        return [
+            Cell(job.key, f"/jobs/{job.key}"),
+            Cell(job.kind),
+            _deployment_cell(job.deployment),
+            Cell(job.state),
+            Cell(job.actor),
+            Cell(_minute(job.created)),
+            Cell(_minute(job.finished)),
+            Cell(job.error, wide=True),
+        ]
+
+    columns = ("job", "kind", "deployment", "state", "asked for by", "at (UTC)", "ended (UTC)", "note")
+    records = store.jobs.page(limit=SHOWN + 1, before=before, among=actor.deployments)
+    return listing(request, actor, "jobs", "Newest first", columns, records, row, ("before", lambda r: r.key))
+
+
+@router.get("/plans")
+def plans(request: Request, store: Stored, actor: Visitor, before: Behind = None) -> HTMLResponse:
+    """Stored plans."""
+
+    def row(plan: PlanSummary) -> list[Cell]:
+        gap = None if plan.certificate is None else plan.certificate.gap
+        return [
+            _plan_cell(plan.id),
+            Cell(plan.name),
+            Cell(plan.model),
+            Cell(plan.topology),
+            Cell(plan.solver),
+            Cell(f"{plan.devices:,}", number=True),
+            Cell(f"{plan.slots:,}", number=True),
+            Cell(None if gap is None else f"{gap:.2%}", number=True),
+            Cell(_minute(plan.created)),
+        ]
+
+    columns = (
+        "plan",
+        "name",
+        "model",
+        "topology",
+        "solver",
+        "devices",
+        "slots a layer",
+        "gap when solved",
+        "stored (UTC)",
+    )
+    records = store.plans(limit=SHOWN + 1, before=before)
+    return listing(request, actor, "plans", "Newest first", columns, records, row, ("before", lambda r: r.id))
+
+
+@router.get("/engines")
+def engines(request: Request, store: Stored, actor: Visitor, after: Behind = None) -> HTMLResponse:
+    """Engines that are asked for their routing."""
+
+    def row(engine: EngineRecord) -> list[Cell]:
+        return [
+            _deployment_cell(engine.deployment),
+            Cell(engine.url),
+            Cell(f"{engine.every:,.4g}", number=True),
+            Cell(_minute(engine.polled)),
+            Cell(f"{engine.windows:,}", number=True),
+            Cell(f"{engine.failures:,}", number=True),
+            Cell(engine.error, wide=True),
+        ]
+
+    columns = (
+        "deployment",
+        "address",
+        "asked every, s",
+        "last windows (UTC)",
+        "windows",
+        "failures in a row",
+        "last failure",
+    )
+    records = store.engines.page(limit=SHOWN + 1, after=after or "", among=actor.deployments)
+    caption = "Asked for their routing, by deployment"
+    return listing(request, actor, "engines", caption, columns, records, row, ("after", lambda r: r.deployment))
+
+
+@router.get("/webhooks")
+def webhooks(request: Request, store: Stored, actor: Visitor, before: Before = None) -> HTMLResponse:
+    """Who is told of events."""
+    check_role(actor, "approve")
+
+    def row(entry: tuple[str, WebhookRecord]) -> list[Cell]:
+        deployment, hook = entry
+        return [
+            Cell(hook.key),
+            _deployment_cell(deployment),
+            Cell(hook.url),
+            Cell("all" if hook.events is None else ", ".join(hook.events), wide=True),
+            Cell(_minute(hook.created)),
+        ]
+
+    columns = ("webhook", "deployment", "address", "events", "since (UTC)")
+    records = store.webhooks.page(limit=SHOWN + 1, before=before, among=actor.deployments)
+    return listing(request, actor, "webhooks", "Newest first", columns, records, row, ("before", lambda r: r[1].key))
+
+
+@router.get("/audit")
+def audit(request: Request, store: Stored, actor: Visitor, before: Before = None) -> HTMLResponse:
+    """Who did what."""
+    check_role(actor, "approve")
+    check_unscoped(actor)
+
+    def row(entry: AuditRecord) -> list[Cell]:
+        detail = ", ".join(f"{name}: {words(value)}" for name, value in entry.detail.items())
+        return [
+            Cell(entry.key),
+            Cell(_minute(entry.created)),
+            Cell(entry.actor),
+            Cell(entry.role),
+            Cell(entry.action),
+            Cell(entry.subject),
+            Cell(detail[:500], wide=True),
+            Cell(entry.client),
+        ]
+
+    columns = ("entry", "at (UTC)", "who", "role", "did", "to", "detail", "from")
+    records = store.audit.entries(limit=SHOWN + 1, before=before)
+    return listing(request, actor, "audit", "Newest first", columns, records, row, ("before", lambda r: r.key))

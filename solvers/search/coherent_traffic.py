@@ -15,8 +15,7 @@ import numpy as np
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.jit import kernel
 from .device_work import compute_seconds, first_work, post, post_node, shift_work, transfer_seconds
-from .kernel_types import Change, CoherentTokens, Counts, Ids, LayerTokens, Neighbours, Placement, Rates
-from .moves import copy, copy_all
+from .moves import Change, CoherentTokens, Counts, Ids, LayerTokens, Neighbours, Placement, Rates, copy, copy_all
 
 
 class Supports(NamedTuple):

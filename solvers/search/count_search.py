@@ -17,14 +17,13 @@ from ...placement.objective import tail_weight, weighted_mean
 from ...placement.plan import Stop
 from ...placement.problem import Problem
 from ..base import Budget, Solution
-from ..step_packing import pack_steps
+from ..table_packing import pack_steps
 from .annealer import CoolingSchedule
+from .device_work import begin_division, divide_steps, keep_division
 from .evaluator import Answer, Evaluator, better, with_noise
-from .kernel_types import Change, MoveRules, Placement
-from .moves import accepted, carry_out, copy, copy_all, propose, slot_tables, survives
+from .moves import Change, MoveRules, Placement, accepted, carry_out, copy, copy_all, propose, slot_tables, survives
 from .scenario import Scenario, with_drawn_windows
 from .starts import GroupHomes, balanced_layer, even_layer_share, even_shares
-from .step_division import begin_division, divide_steps, keep_division
 
 # Which recorded windows count how much beside their tokens, so that balancing their weighted mean serves the
 # objective's risk.

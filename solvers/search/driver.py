@@ -17,11 +17,10 @@ from ..base import Budget, Solution
 from ..certify.step_time import risk_bound
 from ..chain import Chain, fastest_step
 from ..shares import layer_shares, towards
-from .annealer import CALIBRATION, Annealer, CoolingSchedule, Start, multistart
+from .annealer import CALIBRATION, Annealer, CoolingSchedule, MoveBudget, Start, multistart
 from .count_search import balance_windows, search_counts, tables_by_steps
 from .evaluator import Answer, Evaluator, better
-from .kernel_types import MoveRules, RiskWeights
-from .move_budget import MoveBudget
+from .moves import MoveRules, RiskWeights
 from .online_homes import check_online, search_homes
 from .scenario import Scenario, mean_risks, rates_for, scenario_from, weighted_risks, with_sources, worst_risks
 from .starts import (

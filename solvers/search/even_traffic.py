@@ -14,8 +14,7 @@ import numpy as np
 from ..._types import FloatArray, IntArray
 from ...placement.jit import kernel
 from .device_work import compute_seconds, first_work, shift_work
-from .kernel_types import Change, Counts, LayerTokens, Placement, Rates
-from .moves import copy, copy_all
+from .moves import Change, Counts, LayerTokens, Placement, Rates, copy, copy_all
 
 
 class EvenState(NamedTuple):

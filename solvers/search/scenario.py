@@ -12,11 +12,10 @@ from ...placement.cost import ExpertCost, Transfers
 from ...placement.memory import check_memory
 from ...placement.problem import Problem
 from ...placement.statistics import window_weights, with_tokens
-from ...placement.step_mix import batch_steps, mixed_steps, named_batch, step_mix
+from ...placement.step_mix import batch_steps, mixed_steps, named_batch, sample_tokens, step_mix
 from ...placement.steps import Batch, Phase, Steps
-from ...placement.synthetic import sample_tokens
 from ...placement.validation import generator
-from .kernel_types import LayerTokens, Rates, RiskWeights, SourceTokens
+from .moves import LayerTokens, Rates, RiskWeights, SourceTokens
 
 SCENARIO_TOKENS, MOST_SCENARIO_TOKENS = 65_536, 262_144
 """Tokens of a scenario when the number of steps is not given, at most: whole plans are judged on all of them. More

@@ -13,11 +13,19 @@ import numpy as np
 
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.jit import kernel
-from .device_work import compute_seconds, idle_chance, post, post_node, transfer_seconds
+from .device_work import (
+    DivisionState,
+    begin_division,
+    compute_seconds,
+    divide_steps,
+    idle_chance,
+    keep_division,
+    post,
+    post_node,
+    transfer_seconds,
+)
 from .even_traffic import coverage_change
-from .kernel_types import Change, Counts, Placement, Rates, SourceTokens
-from .moves import copy, copy_all
-from .step_division import DivisionState, begin_division, divide_steps, keep_division
+from .moves import Change, Counts, Placement, Rates, SourceTokens, copy, copy_all
 
 
 class SourceState(NamedTuple):

@@ -19,7 +19,7 @@ from ..exflow import assignment_sweeps
 from ..mip import Program, ProgramBuilder, solve_program
 from ..moetuner import pair_cost
 from .annealer import Start
-from .kernel_types import MoveRules
+from .moves import MoveRules
 from .scenario import Scenario
 
 

@@ -15,7 +15,7 @@ from cli_runs import CLUSTER, JUDGED, run, toy_model, toy_trace_folder
 
 from moeplace.charts import terminal
 from moeplace.charts.svg import number_axis
-from moeplace.cli.report.figures import distribution_figure
+from moeplace.cli.report import distribution_figure
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ import pytest
 import typer
 from cli_runs import run
 
+from moeplace.cli.command_line import Command
 from moeplace.cli.document import commands
-from moeplace.cli.former_names import Command
 
 COMMANDS = dict(commands())
 WHOLE, NUMBER, PATH, TEXT = int, float, Path, str

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moeplace as mp
-from moeplace.placement.step_mix import mixed_window_bound, mixed_window_times
-from moeplace.placement.synthetic import sample_steps
+from moeplace.placement.step_mix import mixed_window_bound, mixed_window_times, sample_steps
 
 
 @given(

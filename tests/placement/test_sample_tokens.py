@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.placement.synthetic import sample_tokens
+from moeplace.placement.step_mix import sample_tokens
 
 
 def from_transitions(transitions: np.ndarray, top_k: int = 1) -> mp.RoutingStatistics:

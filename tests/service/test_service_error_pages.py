@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the service is an extra")
 from service_runs import prepared, send, serving
 
-from moeplace.service.pages.errors import wants_page
+from moeplace.service.pages.templating import wants_page
 from moeplace.service.problems import problem
 
 CHROME = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"

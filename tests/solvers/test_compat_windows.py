@@ -10,8 +10,7 @@ import pytest
 from moeplace.compat.eplb import largest_load, published_placement, rebalance_experts
 from moeplace.compat.windows import AscendPolicy, VllmPolicy, deepinfers_rule, rebalance_experts_global
 from moeplace.placement.errors import InputError
-from moeplace.solvers.step_packing import largest_loads, layer_value, pack_steps, part_layer
-from moeplace.solvers.table_packing import packed_tables
+from moeplace.solvers.table_packing import largest_loads, layer_value, pack_steps, packed_tables, part_layer
 
 torch = pytest.importorskip("torch")
 

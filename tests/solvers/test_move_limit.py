@@ -15,7 +15,7 @@ from traces import make_trace
 import moeplace as mp
 from moeplace.placement.migration import migration
 from moeplace.solvers.base import Feature
-from moeplace.solvers.search.move_budget import cheapest_mix
+from moeplace.solvers.search.annealer import cheapest_mix
 from moeplace.solvers.solve import SOLVERS
 
 pytestmark = pytest.mark.slow

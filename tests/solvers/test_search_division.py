@@ -11,9 +11,8 @@ import moeplace as mp
 from moeplace.placement.bounds import window_balance
 from moeplace.placement.division import set_tokens
 from moeplace.placement.jit import kernel
-from moeplace.solvers.search import step_division
-from moeplace.solvers.search.kernel_types import MoveRules, Placement
-from moeplace.solvers.search.moves import carry_out, propose, slot_tables
+from moeplace.solvers.search import device_work
+from moeplace.solvers.search.moves import MoveRules, Placement, carry_out, propose, slot_tables
 from moeplace.solvers.search.scenario import Scenario, with_drawn_windows
 
 pytestmark = pytest.mark.slow
@@ -44,7 +43,7 @@ def test_loads_of_proposals_are_those_of_the_placement_divided_anew(devices: int
     share[table, slot_device] = 1.0
     share /= share.sum(axis=1, keepdims=True)
     placement = Placement(table.copy(), slot_device, share, *slot_tables(table, slot_device, experts, devices))
-    state = step_division.begin_division(counts.astype(np.float64), placement)
+    state = device_work.begin_division(counts.astype(np.float64), placement)
     rules = MoveRules(np.ones((experts, devices), dtype=bool), False)
     load, new = np.empty((5, devices)), np.zeros((2, devices))
     kept = 0
@@ -53,7 +52,7 @@ def test_loads_of_proposals_are_those_of_the_placement_divided_anew(devices: int
         change = propose(placement, rules, new)
         if change.kind == 0:
             continue
-        step_division.divide_steps(state, placement, change, load)
+        device_work.divide_steps(state, placement, change, load)
         after = placement.slot_expert.copy()
         if change.kind == 1:
             after[[change.p, change.q]] = change.b, change.a
@@ -63,13 +62,13 @@ def test_loads_of_proposals_are_those_of_the_placement_divided_anew(devices: int
         hosts[after, slot_device] = True
         least = exact(counts.T, hosts)
         np.testing.assert_allclose(load.sum(axis=1), counts.sum(axis=0))
-        if devices <= step_division.SETS_UP_TO:
+        if devices <= device_work.SETS_UP_TO:
             np.testing.assert_allclose(load.max(axis=1), least)
         else:
             assert (load.max(axis=1) >= least * (1 - 1e-9)).all()
             assert (load.max(axis=1) <= least * 1.02).all()
         if rng.random() < 0.5:
-            step_division.keep_division(state, change)
+            device_work.keep_division(state, change)
             carry_out(change, new, placement)
             kept += 1
     assert kept > 50

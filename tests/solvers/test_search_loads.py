@@ -15,7 +15,7 @@ import moeplace as mp
 from moeplace.placement.bounds import device_loads
 from moeplace.solvers.eplb import rebalance
 from moeplace.solvers.search.count_search import level_layer
-from moeplace.solvers.search.kernel_types import MoveRules
+from moeplace.solvers.search.moves import MoveRules
 
 RATES = {"compute": 1e12, "memory": 1e12, "memory_bandwidth": 1e11, "intra_bandwidth": 1e9}
 

@@ -17,7 +17,7 @@ import moeplace as mp
 from moeplace.solvers.base import Budget
 from moeplace.solvers.search.annealer import Annealer, multistart
 from moeplace.solvers.search.evaluator import Evaluator
-from moeplace.solvers.search.kernel_types import MoveRules
+from moeplace.solvers.search.moves import MoveRules
 from moeplace.solvers.search.scenario import mean_risks, rates_for, scenario_from
 from moeplace.solvers.search.starts import aligned, allowed_devices, can_align, even_shares, groups_on_nodes
 

@@ -9,7 +9,7 @@ import numpy as np
 import moeplace as mp
 from moeplace._types import FloatArray
 from moeplace.solvers.search.annealer import Annealer
-from moeplace.solvers.search.kernel_types import MoveRules
+from moeplace.solvers.search.moves import MoveRules
 from moeplace.solvers.search.scenario import Scenario, mean_risks, rates_for
 
 

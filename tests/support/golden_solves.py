@@ -28,7 +28,7 @@ from moeplace.compat.eplb import rebalance_experts
 from moeplace.placement.decide import decide_on_counts
 from moeplace.placement.drift import drift
 from moeplace.placement.migration import migration
-from moeplace.placement.synthetic import sample_steps
+from moeplace.placement.step_mix import sample_steps
 
 ANSWERS = Path(__file__).with_name("golden_solves.json")
 TOLERANCE = 1e-9

@@ -1,1 +1,0 @@
-"""One self-contained HTML page about a comparison: figures from evaluations, then a renderer."""
