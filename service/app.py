@@ -32,8 +32,8 @@ from .policy import Policy
 from .polling import Poller
 from .readers import Readers
 from .routes import ROUTERS
+from .routes.catalogue import plan_file
 from .routes.common import ProblemDetails
-from .routes.plans import plan_file
 from .schemas import PlanIn, TopologyIn
 from .settings import Settings
 from .shards import Shards, remove

@@ -26,10 +26,7 @@ from ..placement.errors import InputError, MoeplaceError, StoreError, nearest
 from ..placement.memory import bound_memory
 from ..solvers.base import Progress
 from .settings import configure
-from .tasks import Task
-from .tasks.decide import DecideTask
-from .tasks.studies import ParetoTask, SolveTask, WhatIfTask
-from .tasks.watch import WatchTask
+from .tasks import DecideTask, ParetoTask, SolveTask, Task, WatchTask, WhatIfTask
 
 log = logging.getLogger("moeplace.service.worker")
 

@@ -64,13 +64,13 @@ from ..access import COOKIE, Gate, actor_of, check_role, check_scope, check_unsc
 from ..changes import Changes, Kind
 from ..middleware import SMALL_BODY
 from ..policy import Policy
+from ..routes.catalogue import Engine, file_name
 from ..routes.common import Before, KeyPath, NamePath, RefPath, Stored
 from ..routes.deployments import set_policy, tag_of
 from ..routes.jobs import submit_pareto, submit_what_if
-from ..routes.plans import Engine, file_name
 from ..routing import from_windows
 from ..schemas import ParetoRequest, WhatIfRequest
-from ..tasks.decide import default_plan, problem_of
+from ..tasks import default_plan, problem_of
 from .templating import minute, page, words
 
 SHOWN_MOVES = 200

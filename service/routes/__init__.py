@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from . import catalogue, deployments, jobs, operations, plans, uploads
+from . import catalogue, deployments, jobs, operations
 
 ROUTERS: tuple[APIRouter, ...] = (
     operations.router,
     catalogue.router,
-    plans.router,
+    catalogue.plans_router,
     deployments.router,
-    uploads.router,
+    catalogue.uploads_router,
     jobs.router,
 )

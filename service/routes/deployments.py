@@ -49,8 +49,8 @@ from ..schemas import (
 )
 from ..settings import Settings
 from ..shards import remove
+from .catalogue import Engine, download
 from .common import ERRORS, OCTETS, Before, KeyPath, Limit, NamePath, Page, Stored, etag_of, matches, page_of, unchanged
-from .plans import Engine, download
 
 router = APIRouter(prefix="/v1", tags=["deployments"], responses=ERRORS)
 WAIT_AT_LEAST = 0.8

@@ -34,8 +34,7 @@ from ..schemas import (
     WhatIfRequest,
 )
 from ..settings import Settings
-from ..tasks.decide import default_plan
-from ..tasks.studies import changes_of
+from ..tasks import changes_of, default_plan
 from .common import ERRORS, Before, KeyPath, Limit, Page, Stored, page_of
 
 router = APIRouter(prefix="/v1", tags=["jobs"], responses=ERRORS)

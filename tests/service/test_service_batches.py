@@ -9,7 +9,7 @@ pytest.importorskip("fastapi", reason="the service is an extra")
 import moeplace as mp
 from moeplace.service.policy import Policy
 from moeplace.service.schemas import StepsRequest
-from moeplace.service.tasks.decide import default_plan, on_counts
+from moeplace.service.tasks import default_plan, on_counts
 
 
 def test_a_policy_names_batches_and_keeps_them() -> None:

@@ -19,7 +19,7 @@ import moeplace as mp
 from moeplace.db.records import Actor
 from moeplace.db.store import Store
 from moeplace.service.policy import Policy
-from moeplace.service.routes.plans import Engine
+from moeplace.service.routes.catalogue import Engine
 
 pytestmark = pytest.mark.slow
 HTML = "text/html"
