@@ -84,6 +84,11 @@ def topology_file(path: Path | None) -> Path | None:
     return output_file(path)
 
 
+def output_option(metavar: str, text: str, check: Callable[[Path], Path | None]) -> Any:
+    """Where a command writes. metavar: FILE or DIR. text: its help. check: one of the above."""
+    return Option("--output", "-o", metavar=metavar, help=text, show_default=False, callback=check)
+
+
 CHARTS = (".svg", ".png", ".html")
 """How files of charts may end."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..._display import plural
-from ..options import MODEL, AsJson, topology_file
+from ..options import MODEL, AsJson, output_option, topology_file
 from ..output import Column, Table, emit, figure, milliseconds, note, pairs, percent, quantity, wrote
 from ..parse import read_spec
 
@@ -29,15 +29,7 @@ class Dtype(StrEnum):
 
 def calibrate_command(
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Topology file to write: .yaml, .yml or .json.",
-            show_default=False,
-            callback=topology_file,
-        ),
+        Path | None, output_option("FILE", "Topology file to write: .yaml, .yml or .json.", topology_file)
     ] = None,
     model: Annotated[
         Path | None,

@@ -11,7 +11,7 @@ import typer
 from ...placement.errors import UnsupportedError
 from .. import completion
 from ..command_line import refuse_idle
-from ..options import AsJson, KeepOptions, PlanFileOptions, PlanReference, ServerOptions, output_file
+from ..options import AsJson, KeepOptions, PlanFileOptions, PlanReference, ServerOptions, output_file, output_option
 from ..output import emit, pairs
 from ..parse import whole_numbers
 from ..remote import check_plan_options, plan_context, read_plan, service
@@ -32,15 +32,7 @@ def export_command(
         ),
     ],
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            callback=output_file,
-            help="File to write; sglang tells .json and .pt by the name.",
-            show_default=False,
-        ),
+        Path, output_option("FILE", "File to write; sglang tells .json and .pt by the name.", output_file)
     ],
     storage: KeepOptions,
     remote: ServerOptions,

@@ -11,7 +11,7 @@ import typer
 
 from ..._display import span
 from ..command_line import refuse_idle
-from ..options import STORE, AsJson, KeepOptions, ServerOptions, recording_path
+from ..options import STORE, AsJson, KeepOptions, ServerOptions, output_option, recording_path
 from ..output import Table, count, emit, note, pairs, working
 from ..parse import read_spec, whole_numbers
 from ..remote import send_record
@@ -123,14 +123,11 @@ def import_command(
     remote: ServerOptions,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="Folder for the trace, which is made; for a record of counts, the statistics file (.npz). Needed "
+        output_option(
+            "PATH",
+            "Folder for the trace, which is made; for a record of counts, the statistics file (.npz). Needed "
             "without --server.",
-            show_default=False,
-            callback=recording_path,
+            recording_path,
         ),
     ] = None,
     deployment: Annotated[

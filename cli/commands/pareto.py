@@ -24,6 +24,7 @@ from ..options import (
     StudyOptions,
     TopologyOptions,
     output_folder,
+    output_option,
 )
 from ..output import emit, interrupted, working, wrote
 from ..parse import (
@@ -122,14 +123,10 @@ def pareto_command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help=f"Write every point's plan and the plots ({PAGE}) into this folder, which is made where it is not "
-            "there.",
-            show_default=False,
-            callback=output_folder,
+        output_option(
+            "DIR",
+            f"Write every point's plan and the plots ({PAGE}) into this folder, which is made where it is not there.",
+            output_folder,
         ),
     ] = None,
     plot: Plot = False,

@@ -10,7 +10,7 @@ import typer
 
 from ..._display import plural
 from .. import completion
-from ..options import AsJson, KeepOptions, PlanFileOptions, new_folder
+from ..options import AsJson, KeepOptions, PlanFileOptions, new_folder, output_option
 from ..output import emit, pairs, working
 from ..remote import check_plan_options, plan_context, read_plan
 from ..save import attempted, check_store, end_unkept, keep_export
@@ -34,17 +34,7 @@ def permute_command(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Folder to write; must not be there.",
-            show_default=False,
-            callback=new_folder,
-        ),
-    ],
+    output: Annotated[Path, output_option("DIR", "Folder to write; must not be there.", new_folder)],
     storage: KeepOptions,
     files: PlanFileOptions,
     invert: Annotated[

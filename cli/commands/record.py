@@ -11,7 +11,7 @@ import typer
 
 from ...placement.errors import InputError
 from ..command_line import refuse_idle
-from ..options import AsJson, EngineKey, RecorderFolder, recording_path
+from ..options import AsJson, EngineKey, RecorderFolder, output_option, recording_path
 from ..output import count, emit, note, pairs, working
 from ..parse import read_spec, reader_defaults
 from ..save import save_recording
@@ -32,17 +32,7 @@ def profile_command(
         list[str],
         typer.Argument(metavar="COMMAND...", help="The script to run: python train.py ...", show_default=False),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="Folder for the trace, or statistics .npz.",
-            show_default=False,
-            callback=recording_path,
-        ),
-    ],
+    output: Annotated[Path, output_option("PATH", "Folder for the trace, or statistics .npz.", recording_path)],
     mode: Annotated[
         Mode, typer.Option("--mode", help="Every token's experts, or counts by expert and window only.")
     ] = Mode.tokens,
@@ -76,13 +66,8 @@ class RecordMode(StrEnum):
 def record_command(
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="PATH",
-            help="Folder for the trace, which is made; for counts, the statistics file (.npz).",
-            show_default=False,
-            callback=recording_path,
+        output_option(
+            "PATH", "Folder for the trace, which is made; for counts, the statistics file (.npz).", recording_path
         ),
     ],
     sglang: Annotated[

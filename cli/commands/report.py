@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ...placement.errors import InputError
-from ..options import AsJson, ComparisonOptions, RoutingPath, output_file
+from ..options import AsJson, ComparisonOptions, RoutingPath, output_file, output_option
 from ..output import wrote
 from ..run_comparison import Comparison, run_comparison
 from ..save import attempted, end_unwritten
@@ -22,17 +22,7 @@ from .compare import routing_tokens, show_comparisons
 
 def report_command(
     routing: RoutingPath,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="HTML file to write.",
-            show_default=False,
-            callback=output_file,
-        ),
-    ],
+    output: Annotated[Path, output_option("FILE", "HTML file to write.", output_file)],
     options: ComparisonOptions,
     before: Annotated[
         str | None,

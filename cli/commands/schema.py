@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...placement.errors import InputError, nearest
-from ..options import output_folder
+from ..options import output_folder, output_option
 from ..output import SCHEMA, note, wrote
 
 
@@ -24,13 +24,8 @@ def schema_command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Write every schema into this folder, which is made where it is not there.",
-            show_default=False,
-            callback=output_folder,
+        output_option(
+            "DIR", "Write every schema into this folder, which is made where it is not there.", output_folder
         ),
     ] = None,
 ) -> None:

@@ -32,6 +32,7 @@ from ..options import (
     SolveOptions,
     TopologyOptions,
     output_file,
+    output_option,
 )
 from ..output import (
     Table,
@@ -170,17 +171,7 @@ def solve_command(
         ),
     ] = None,
     seed: Seed = 0,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="File to write the plan to (JSON).",
-            show_default=False,
-            callback=output_file,
-        ),
-    ] = None,
+    output: Annotated[Path | None, output_option("FILE", "File to write the plan to (JSON).", output_file)] = None,
     name: Annotated[
         str | None,
         typer.Option("--name", help="Name to keep the plan under.", show_default=False, rich_help_panel=STORE),

@@ -9,7 +9,7 @@ import typer
 
 from ..._display import plural
 from ..command_line import refuse_idle
-from ..options import AsJson, Plot, PlotFile, RoutingPath, output_file
+from ..options import AsJson, Plot, PlotFile, RoutingPath, output_file, output_option
 from ..output import Column, Table, count, emit, number, pairs, percent, working, wrote
 from ..plots import record_drawings, show
 from ..routing_split import counted, open_recording
@@ -23,17 +23,7 @@ TOP_SUCCESSORS = 4
 
 def stats_command(
     routing: RoutingPath,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write the statistics (.npz).",
-            show_default=False,
-            callback=output_file,
-        ),
-    ] = None,
+    output: Annotated[Path | None, output_option("FILE", "Write the statistics (.npz).", output_file)] = None,
     sample_tokens: Annotated[
         int, typer.Option("--sample-tokens", min=0, help="Tokens kept in the statistics to judge plans on.")
     ] = 200_000,

@@ -12,7 +12,7 @@ from ..._display import plural
 from ...placement.errors import InputError, nearest
 from .. import completion
 from ..command_line import Command
-from ..options import AsJson, TopologyOptions, grouped, topology_file
+from ..options import AsJson, TopologyOptions, grouped, output_option, topology_file
 from ..output import Column, Table, emit, quantity, wrote
 from ..parse import read_topology
 
@@ -175,17 +175,7 @@ def show_command(
 @grouped
 def write_command(
     name: NameOrFile,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="File to write: .yaml, .yml or .json.",
-            show_default=False,
-            callback=topology_file,
-        ),
-    ],
+    output: Annotated[Path, output_option("FILE", "File to write: .yaml, .yml or .json.", topology_file)],
     nodes: Nodes = None,
     devices_per_node: DevicesPerNode = None,
 ) -> None:

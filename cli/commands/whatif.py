@@ -23,6 +23,7 @@ from ..options import (
     StudyOptions,
     TopologyOptions,
     output_folder,
+    output_option,
 )
 from ..output import emit, interrupted, working, wrote
 from ..parse import (
@@ -160,14 +161,7 @@ def whatif_command(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Write the plans into this folder, which is made where it is not there.",
-            show_default=False,
-            callback=output_folder,
-        ),
+        output_option("DIR", "Write the plans into this folder, which is made where it is not there.", output_folder),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
