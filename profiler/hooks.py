@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -303,12 +303,6 @@ class Step:
     expert_ids: Tensor
     gate_weights: Tensor | None
     routed: tuple[bool, ...]
-
-
-class Sink(Protocol):
-    """Where steps go."""
-
-    def take(self, step: Step) -> None: ...
 
 
 def narrow_dtype(num_experts: int) -> dtype:

@@ -31,11 +31,10 @@ from .readers.ascend import (
 )
 from .readers.engine_counts import remarks
 from .readers.exflow import is_exflow, read_exflow
-from .readers.load_history import is_load_history, read_load_history
 from .readers.megatron import is_megatron, is_token_imbalance, read_megatron, read_token_imbalance
 from .readers.routed_experts import is_routed_experts, read_routed_experts
 from .readers.sglang import is_sglang, read_sglang
-from .readers.tables import check_loads, is_loads, read_loads
+from .readers.tables import check_loads, is_load_history, is_loads, read_load_history, read_loads
 from .readers.trtllm import is_trtllm, read_trtllm
 from .readers.vllm_loads import is_vllm_loads, read_vllm_loads
 from .statistics_file import is_statistics, read_statistics

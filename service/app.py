@@ -44,7 +44,6 @@ from .workers import Pool, Reaper, backend_for
 log = logging.getLogger("moeplace.service.app")
 
 STALE_UPLOAD = timedelta(hours=24)
-JOIN_AT_ONCE = 200
 
 
 class Loop:

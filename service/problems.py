@@ -17,8 +17,8 @@ from starlette.types import Receive, Scope, Send
 from ..db.database import ForbiddenError, RefusedDataError
 from ..db.jobs import QuotaError
 from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoundError, StoreError
-from .fields import FieldsError, fields_of
 from .pages.templating import error_page, wants_page
+from .schemas import FieldsError, fields_of
 
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",

@@ -31,8 +31,7 @@ from ..placement.memory import bound_memory
 from ..placement.plan import Plan, plan_from_dict
 from ..placement.topology import Topology
 from .counts import JSON, MOST_WINDOWS, read_windows
-from .fields import fields_of
-from .schemas import MOST_DEVICES, PlanIn, PlanView, TopologyFull, TopologyIn
+from .schemas import MOST_DEVICES, PlanIn, PlanView, TopologyFull, TopologyIn, fields_of
 from .settings import configure
 from .shards import Shards
 

@@ -27,9 +27,9 @@ from ..db.store import Store
 from ..placement import errors
 from ..placement.errors import InputError, StoreError
 from .crowds import Line
-from .fields import FieldsError
 from .middleware import SMALL_BODY
 from .reader import Frame, Operations, read_frame, write_frame
+from .schemas import FieldsError
 from .shards import Shards
 
 log = logging.getLogger("moeplace.service.readers")

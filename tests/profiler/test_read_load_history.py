@@ -18,7 +18,7 @@ import moeplace as mp
 from moeplace.profiler import files
 from moeplace.profiler.files import DEPTH_LIMIT, json_items
 from moeplace.profiler.read import read_any
-from moeplace.profiler.readers.load_history import is_load_history, read_load_history
+from moeplace.profiler.readers.tables import is_load_history, read_load_history
 
 pytestmark = pytest.mark.slow
 
