@@ -40,11 +40,11 @@ from .routing_split import (
 )
 
 if TYPE_CHECKING:
+    from ..placement.decide import Saving
     from ..placement.evaluate import Evaluation
     from ..placement.plan import Plan
     from ..placement.problem import Problem
     from ..placement.steps import Steps
-    from ..placement.verdict import Saving
 
 BASELINE = "contiguous"
 OTHER_BATCHES = (*USUAL_BATCHES, Batch("decode", tokens_per_device=512))
@@ -142,7 +142,7 @@ class Comparison:
     def saved(self) -> Saving | None:
         """What the best saves against the reference; None of a plan alone."""
         from ..placement.bounds import with_room
-        from ..placement.verdict import saving
+        from ..placement.decide import saving
 
         best, reference = self.best.evaluation, self.reference.evaluation
         if self.best is self.reference or best is None or reference is None:
@@ -182,9 +182,9 @@ class Comparison:
         self, other_ms: Mapping[str, float] | None = None, restart_seconds: float | None = None
     ) -> dict[str, Any] | None:
         """What the best plan saves, as JSON has it; None of a plan alone. The arguments are those of `verdict`."""
+        from ..placement.decide import applied_text, whole_step_text
         from ..placement.serving import other_work
         from ..placement.step_mix import step_mix
-        from ..placement.verdict import applied_text, whole_step_text
 
         if self.saved is None:
             return None

@@ -53,18 +53,6 @@ def set_tokens(counts: IntArray, hosts: BoolArray) -> IntArray:
     return np.ascontiguousarray(tokens.T)
 
 
-def least_largest_load(counts: IntArray, hosts: BoolArray) -> IntArray:
-    """[S] a lower bound of the largest device load, however tokens are divided; reached up to `SETS_UP_TO` devices.
-
-    Args:
-        counts: [S, E] tokens that chose each expert.
-        hosts: [E, G] devices with a replica.
-    """
-    if hosts.shape[1] <= SETS_UP_TO:
-        return _largest_of_sets(set_tokens(counts, hosts), hosts.shape[1])
-    return _proven(counts, hosts, _filled(counts, hosts).sum(axis=1))
-
-
 def divide(
     counts: IntArray, hosts: BoolArray, division: Division = "local", by_source: IntArray | None = None
 ) -> IntArray:

@@ -21,14 +21,13 @@ from dataclasses import dataclass, fields
 from functools import cache
 from math import comb
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._types import BoolArray, FloatArray
 from .kernels import installed_root, read, tables
 from .model import DTYPE_BYTES
-from .objective import DispatchKind
 
 TERMS = {
     "normal": ("launch", "row", "token", "link"),
@@ -254,8 +253,6 @@ def form(kind: str, nodes: int, library: str) -> tuple[str, ...]:
     """The terms that explain such rows."""
     return TERMS["between nodes" if nodes > 1 else "one-sided" if "one-sided" in library else kind]
 
-
-DISPATCH_KINDS: tuple[DispatchKind, ...] = get_args(DispatchKind)
 
 MOST_DECODE_TOKENS = 256
 """Of a device: a larger step is prefill, where its batch does not say. Low-latency buffers are made for 128 (SGLang,

@@ -41,8 +41,8 @@ def advise_command(routing: RoutingPath, options: ComparisonOptions, as_json: As
 
       moeplace advise trace --topology h100-hgx --nodes 2 --for sglang --redundant 32
     """
+    from ...placement.decide import read_other_ms
     from ...placement.step_mix import step_mix
-    from ...placement.verdict import read_other_ms
 
     other = None if options.other_ms is None else read_other_ms(options.other_ms)
     asked = options if options.solvers is not None else replace(options, solvers=ASKED)

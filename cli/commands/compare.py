@@ -49,7 +49,7 @@ def compare_command(
 
       moeplace compare trace --topology h100-hgx --nodes 2 --devices-per-node 4 --solvers eplb,exflow,search
     """
-    from ...placement.verdict import read_other_ms
+    from ...placement.decide import read_other_ms
 
     other = None if options.other_ms is None else read_other_ms(options.other_ms)
     comparisons = run_comparison(routing, options)

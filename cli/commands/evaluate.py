@@ -78,8 +78,8 @@ def evaluate_command(
       moeplace evaluate plan.json trace --decode 128 --prefill 4096
       moeplace evaluate init_expert_location.json trace --plan-topology h100-hgx:2x8
     """
+    from ...placement.decide import read_other_ms
     from ...placement.step_mix import step_mix
-    from ...placement.verdict import read_other_ms
 
     other = None if other_ms is None else read_other_ms(other_ms)
     stores = storage.store and remote.server is None

@@ -48,7 +48,7 @@ def report_command(
 
       moeplace report trace --topology h100-hgx --nodes 2 --devices-per-node 4 -o report.html
     """
-    from ...placement.verdict import read_other_ms
+    from ...placement.decide import read_other_ms
     from ..report import build_report, write_page
 
     other = None if options.other_ms is None else read_other_ms(options.other_ms)

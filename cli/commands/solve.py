@@ -196,10 +196,10 @@ def solve_command(
       moeplace solve trace --topology h100-hgx --memory-reserve 30GB --slots auto --memory-budget 4GB -o plan.json
       moeplace solve trace --topology h100-hgx --solver search --server http://solver:8311
     """
+    from ...placement.decide import read_other_ms
     from ...placement.degraded import single_failures
     from ...placement.problem import Problem
     from ...placement.step_mix import step_mix
-    from ...placement.verdict import read_other_ms
     from ...solvers import slot_front, solve
 
     if remote.server is not None and solver is None:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from least_loads import least_largest_load
 from scipy.optimize import linprog
 
 import moeplace as mp
 from moeplace.placement import division
 from moeplace.placement.bounds import device_load_certificate, window_balance
 from moeplace.placement.cost import slot_shares, window_seconds
-from moeplace.placement.division import divide, least_largest_load, source_division
+from moeplace.placement.division import divide, source_division
 
 
 def drawn(seed: int, devices: int, experts: int, steps: int = 3, most: int = 40) -> tuple:

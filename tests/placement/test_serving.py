@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import moeplace as mp
+from moeplace.placement.decide import Saving, whole_step_text
 from moeplace.placement.serving import OTHER, TERMS, known_architecture, other_work, serving_data
 from moeplace.placement.topology import PRESETS
-from moeplace.placement.verdict import Saving, whole_step_text
 
 DEEPSEEK = mp.ModelSpec(layers=58, experts=256, top_k=8, hidden_size=7168, ffn_size=2048, expert_dtype="fp8")
 GPT_OSS = mp.ModelSpec(layers=24, experts=32, top_k=4, hidden_size=2880, ffn_size=2880, expert_dtype="mxfp4")

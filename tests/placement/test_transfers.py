@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,16 +12,17 @@ import pytest
 import moeplace as mp
 from moeplace.placement.cost import TransferCost, Transfers
 from moeplace.placement.engines import engine_profile, target_names
+from moeplace.placement.objective import DispatchKind
 from moeplace.placement.replay import device_traffic
 from moeplace.placement.topology import PRESETS
-from moeplace.placement.transfers import DISPATCH_KINDS, known_transfers, transfer_fit
+from moeplace.placement.transfers import known_transfers, transfer_fit
 
 DEEPEP = {"h100-sxm", "h200-sxm", "b200-sxm", "b300-sxm", "gb200", "gb300"}
 
 
 def test_all_that_is_known_of_transfers_is_sane() -> None:
     fits = known_transfers()
-    assert {fit.kind for fit in fits} == set(DISPATCH_KINDS)
+    assert {fit.kind for fit in fits} == set(get_args(DispatchKind))
     assert {fit.gpu for fit in fits} <= {box.gpu for box in PRESETS.values()}
     for fit in fits:
         for leg in (fit.dispatch, fit.combine):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import moeplace as mp
+from moeplace.placement.decide import Saving, applied_text, read_other_ms, saving, sentence, whole_step_text
 from moeplace.placement.engines import engine_profile
-from moeplace.placement.verdict import Saving, applied_text, read_other_ms, saving, sentence, whole_step_text
 from tests.support.traces import make_trace
 
 MODEL = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=256, ffn_size=512)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from least_loads import least_largest_load
 
 torch = pytest.importorskip("torch")
 
-from moeplace.placement.division import divide, least_largest_load, source_division  # noqa: E402
+from moeplace.placement.division import divide, source_division  # noqa: E402
 from moeplace.runtime.moe.layer_placement import DeviceDivision  # noqa: E402
 
 CPU = torch.device("cpu")

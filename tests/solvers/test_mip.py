@@ -20,8 +20,7 @@ from moeplace.solvers.base import Budget
 from moeplace.solvers.mip import BACKENDS, Feature, Program, ProgramBuilder, solve_program
 from moeplace.solvers.mip.cbc import lower_bound, run_limited
 from moeplace.solvers.mip.cpsat import UNBOUNDED, whole_program
-from moeplace.solvers.mip.program import FEASIBLE, Request
-from moeplace.solvers.mip.solve import backend_named
+from moeplace.solvers.mip.program import FEASIBLE, Request, backend_named
 
 pytestmark = pytest.mark.slow
 
