@@ -12,6 +12,8 @@ left out.
 compare: contiguous, eplb, exflow, moetuner and search, also with slots for replicas, forward and forward with backward.
 predict: these and plans that nobody would choose, each with flat and node-aware dispatch, against `mp.evaluate`.
 chunks: contiguous and search, with batches whole and cut in two, in both dispatches.
+delay: the same forward and backward, with the gradients of experts' weights delayed (`delay_weight_gradients`), with
+batches whole and cut in two.
 decode: steps of one token of each of many sequences, in both modes and dispatches; context-coherent rows end with every
 rank being told where tokens are, and have rows with the keys and values that all ranks must be sent in every layer.
 """
@@ -64,10 +66,10 @@ class Work:
         dispatch: str = "node_aware",
         passes: str = "forward",
         coherent: dict[str, int] | None = None,
-        chunks: dict[str, int] | None = None,
+        settings: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """coherent: plans that run in context-coherent execution, and the values of context that a token has in a
-        layer. chunks: what those that cut batches cut them into."""
+        layer. settings: of the layers, where they are others than the defaults."""
         coherent = coherent or {}
         number, files = len(self.runs), {}
         self._save(f"routing{number}.npz", steps)
@@ -80,7 +82,7 @@ class Work:
             self.predicted[name][label] = self.predictions.of(plan, steps, dispatch, execution, choice)
         run = {"name": name, "dispatch": dispatch, "pass": passes, "plans": files, "routing": f"routing{number}.npz"}
         balanced = [label for label in named if label.startswith(plans.BALANCED)]
-        self.runs.append(run | {"coherent": coherent, "balanced": balanced, "chunks": chunks or {}})
+        self.runs.append(run | {"coherent": coherent, "balanced": balanced, "settings": settings or {}})
 
     def _save(self, file: str, steps: mp.Steps) -> None:
         tokens = int(steps.tokens[0])
@@ -144,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="a step, over all ranks")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of each solve")
-    parser.add_argument("--show", default="compare,predict", help="of compare, predict, chunks, decode")
+    parser.add_argument("--show", default="compare,predict", help="of compare, predict, chunks, delay, decode")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -180,8 +182,15 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                         steps,
                         dispatch,
                         passes,
-                        chunks=dict.fromkeys(cut, 2),
+                        settings={label: {"chunks": 2} for label in cut},
                     )
+        if "delay" in arguments.show:
+            named, settings = {}, {}
+            for label in ("contiguous", "search"):
+                for more, given in DELAY.items():
+                    named[f"{label}{more}"], settings[f"{label}{more}"] = every[label], given
+            for dispatch in ("flat", "node_aware"):
+                work.add(f"delay, {dispatch}", named, steps, dispatch, passes="forward and backward", settings=settings)
         if "decode" in arguments.show:
             decode = plans.decode_steps(held, tokens, arguments.steps, devices)
             named, coherent = plans.decoding(topology, train, tokens, seconds)
@@ -223,6 +232,15 @@ PREDICTED = {
     "model_ms": "mp.evaluate alone ms",
     "load_max_mean": "load max/mean",
 }
+
+
+DELAY: dict[str, dict[str, Any]] = {
+    "": {},
+    ", delayed": {"delay_weight_gradients": True},
+    ", 2 chunks": {"chunks": 2},
+    ", 2 chunks, delayed": {"chunks": 2, "delay_weight_gradients": True},
+}
+"""What is compared of each plan, and the layers' settings."""
 
 
 FORMATS = dict.fromkeys(("speedup", "load_max_mean"), ".2f") | dict.fromkeys(("faster_steps", "in_collectives"), ".0%")

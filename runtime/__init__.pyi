@@ -26,6 +26,7 @@ from .moe.data_parallel import no_sync as no_sync
 from .moe.decoder import ContextCoherentDecoder as ContextCoherentDecoder
 from .moe.decoder import Decoder as Decoder
 from .moe.decoder import DispatchCombineDecoder as DispatchCombineDecoder
+from .moe.deep_ep import DeepEPLowLatency as DeepEPLowLatency
 from .moe.experts import PlacedExperts as PlacedExperts
 from .moe.layer import ExpertParallelMoE as ExpertParallelMoE
 from .moe.managers import allow_optimizer as allow_optimizer

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moeplace.placement.model import ModelSpec
-from moeplace.runtime.moe.expert_mlps import SwiGLU
+from moeplace.runtime.moe.expert_mlps import DelayedGradients, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Slowed:
     """SwiGLU experts of an emulated device, forward and backward.
 
     pair: seconds of a token in an expert, forward. expert: seconds of an expert that has any token. Backward takes
-    twice as long.
+    twice as long: as long for the gradients of rows as for those of weights, which may be delayed.
     """
 
     pair: float = 25e-6
@@ -35,13 +35,31 @@ class Slowed:
 
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         seconds = self.pair * len(row_ND) + self.expert * int((count_S > 0).sum())
-        backward = Stopwatch(2 * seconds)
+        delayed = DelayedGradients.under_way()
+        backward = Stopwatch(seconds if delayed is not None else 2 * seconds)
+        if delayed is not None:
+            delayed.gradients = _Taking(seconds, delayed.gradients)  # type: ignore[method-assign]
         row_ND = _OnTheWayBack.apply(row_ND, backward.fill)  # type: ignore[no-untyped-call]
         watch = Stopwatch(seconds)
         watch.start()
         y_ND = SwiGLU().forward(row_ND, count_S, weights)
         watch.fill()
         result: Tensor = _OnTheWayBack.apply(y_ND, backward.start)  # type: ignore[no-untyped-call]
+        return result
+
+
+@dataclass(frozen=True)
+class _Taking:
+    """A function that takes so many seconds."""
+
+    seconds: float
+    function: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        watch = Stopwatch(self.seconds)
+        watch.start()
+        result = self.function()
+        watch.fill()
         return result
 
 

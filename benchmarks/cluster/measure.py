@@ -65,9 +65,9 @@ class RecordedRouter(nn.Module):
 class Layers(nn.Module):
     """The MoE layers of the model under one plan, each with a norm before it and a residual around it."""
 
-    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, replica_choice: Any, chunks: int) -> None:
+    def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, replica_choice: Any, **settings: Any) -> None:
         super().__init__()
-        settings = {"kind": Slowed(), "dispatch": dispatch, "replica_choice": replica_choice, "chunks": chunks}
+        settings |= {"kind": Slowed(), "dispatch": dispatch, "replica_choice": replica_choice}
         self.layers = nn.ModuleList(
             mp.ExpertParallelMoE(plan.model, plan, mesh, layer, router=RecordedRouter(), **settings)
             for layer in plan.moe_layers
@@ -82,7 +82,8 @@ class Layers(nn.Module):
 
 class Passes:
     """Steps of one plan on this rank's tokens. `coherent`: values a token of context to share, None for
-    dispatch_combine. `replica_choice`: "share" or "balanced". `chunks`: that the layers cut a batch into."""
+    dispatch_combine. `replica_choice`: "share" or "balanced". `settings`: more of the layers' (chunks,
+    delay_weight_gradients)."""
 
     def __init__(
         self,
@@ -91,12 +92,12 @@ class Passes:
         run: dict[str, Any],
         coherent: int | None,
         replica_choice: str,
-        chunks: int,
+        settings: dict[str, Any],
     ) -> None:
         self.backward, self.coherent = run["pass"] == "forward and backward", coherent
         self.layers: Any
         if coherent is None:
-            self.layers = Layers(plan, mesh, run["dispatch"], replica_choice, chunks)
+            self.layers = Layers(plan, mesh, run["dispatch"], replica_choice, **settings)
         else:
             from coherent import CoherentLayers
 
@@ -155,7 +156,7 @@ def run_plans(folder: Path) -> None:
                 run,
                 run["coherent"].get(name),
                 "balanced" if name in run["balanced"] else "share",
-                run["chunks"].get(name, 1),
+                run["settings"].get(name, {}),
             )
             for name, file in run["plans"].items()
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -195,6 +196,17 @@ class Groups:
 
     def product(self, row_NI: Tensor, weight_SIO: Tensor) -> Tensor:
         """[N, O] each row times its group's matrix [I, O]."""
+        delayed = DelayedGradients.under_way()
+        where = None if delayed is None else delayed.place_of(weight_SIO)
+        if delayed is None or where is None:
+            return self.product_at_once(row_NI, weight_SIO)
+        result: Tensor = _DelayedProduct.apply(  # type: ignore[no-untyped-call]
+            self, delayed, delayed.next_product(), where, row_NI, weight_SIO
+        )
+        return result
+
+    def product_at_once(self, row_NI: Tensor, weight_SIO: Tensor) -> Tensor:
+        """The same, whose backward gives the gradients of rows and matrices together."""
         if len(row_NI) and len(weight_SIO) and _groupable(row_NI.device, row_NI.dtype, *weight_SIO.shape[1:]):
             return F.grouped_mm(row_NI.contiguous(), weight_SIO, offs=self._end_S)
         return self.product_one_by_one(row_NI, weight_SIO)
@@ -208,6 +220,22 @@ class Groups:
             self._sizes = self._count_S.tolist()
         parts = zip(torch.split(row_NI, self._sizes), weight_SIO, strict=True)
         return torch.cat([rows @ weight for rows, weight in parts])
+
+    def outer(self, row_NI: Tensor, grad_NO: Tensor, like_SIO: Tensor) -> Tensor:
+        """[S, I, O] the gradients of matrices, strided as these are: the same bits as the product's own backward."""
+        _, inputs, outputs = like_SIO.shape
+        columns = like_SIO.stride(1) == 1 and like_SIO.stride(2) >= inputs
+        first, second = (grad_NO, row_NI) if columns else (row_NI, grad_NO)
+        if len(row_NI) and len(like_SIO) and _groupable(row_NI.device, row_NI.dtype, inputs, outputs):
+            result_S = F.grouped_mm(first.contiguous().t(), second.contiguous(), offs=self._end_S)
+        elif not len(like_SIO):
+            return torch.zeros_like(like_SIO)
+        else:
+            if self._sizes is None:
+                self._sizes = self._count_S.tolist()
+            parts = zip(torch.split(first, self._sizes), torch.split(second, self._sizes), strict=True)
+            result_S = torch.stack([one.t() @ other for one, other in parts])
+        return result_S.transpose(1, 2) if columns else result_S
 
     def spread(self, value_SO: Tensor) -> Tensor:
         """[N, O] each group's value, for each of its rows."""
@@ -236,3 +264,131 @@ def _groupable(device: torch.device, dtype: torch.dtype, inputs: int, outputs: i
 
 def _as_is(value: Tensor) -> Tensor:
     return value
+
+
+class DelayedGradients:
+    """Gradients of the weights of one pass through experts, computed behind those of its inputs.
+
+    `weights` makes a node of autograd at the point where it is called. Products with these weights give backward the
+    gradients of their rows alone, and note what the others are made of; autograd comes to the node once it has nothing
+    left to do that was begun later. What stands before the call in forward, such as the sending of rows, therefore
+    waits for its gradients after the weights' have been computed, and what stands behind it has sent them before.
+    Nothing is left over when backward returns. Gradients of weights that an expert uses in another way than by
+    `Groups.product` are computed where they always were.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._weights: dict[str, Tensor] = {}
+        self._node: Any = None
+        self._products = 0
+        self._noted: dict[int, tuple[Groups, str, bool, Tensor, Tensor]] = {}
+
+    def weights(self, weights: Weights) -> Weights:
+        """The same weights, whose gradients come back to this point of the pass."""
+        gated = dict(zip(weights, _Delay.apply(self, *weights.values()), strict=True))  # type: ignore[no-untyped-call]
+        self._names = tuple(weights)
+        self._weights = {name: value.detach().as_subclass(Tensor) for name, value in weights.items()}
+        self._node = next((value.grad_fn for value in gated.values()), None)
+        return gated
+
+    def run(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` makes of these weights."""
+        token = _delayed.set(self)
+        try:
+            return compute()
+        finally:
+            _delayed.reset(token)
+            # The graph refers to this object, which must not refer to the graph.
+            self._node = None
+
+    @staticmethod
+    def under_way() -> DelayedGradients | None:
+        """Of the pass that is being run; None where gradients are not delayed."""
+        return _delayed.get()
+
+    def place_of(self, weight_SIO: Tensor) -> tuple[str, bool] | None:
+        """(which of the weights this is, whether transposed); None where its gradient does not come back as a whole,
+        and unchanged."""
+        node = weight_SIO.grad_fn
+        if self._node is None or node is None:
+            return None
+        number = weight_SIO.output_nr if node is self._node else None
+        for before, output in node.next_functions:
+            number = output if before is self._node and len(node.next_functions) == 1 else number
+        if number is None or not weight_SIO.numel():
+            return None
+        name = self._names[number]
+        value = self._weights[name]
+        for transposed, same in ((False, value), (True, value.mT)):
+            if (same.data_ptr(), same.shape, same.stride()) == (
+                weight_SIO.data_ptr(), weight_SIO.shape, weight_SIO.stride(),
+            ):  # fmt: skip
+                return name, transposed
+        return None
+
+    def next_product(self) -> int:
+        """A number of its own for each product of the pass."""
+        self._products += 1
+        return self._products
+
+    def note(self, number: int, group: Groups, place: tuple[str, bool], row_NI: Tensor, grad_NO: Tensor) -> None:
+        """What a weight's gradient is made of. Backward that comes to a product again brings the same anew."""
+        self._noted[number] = group, *place, row_NI, grad_NO
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of each weight, from all that was noted since they were last asked for."""
+        noted, self._noted = self._noted, {}
+        result: dict[str, Tensor] = {}
+        for _, (group, name, transposed, row_NI, grad_NO) in sorted(noted.items()):
+            value = self._weights[name]
+            grad_SIO = group.outer(row_NI, grad_NO, value.mT if transposed else value)
+            grad_S = grad_SIO.mT if transposed else grad_SIO
+            result[name] = result[name] + grad_S if name in result else grad_S
+        return [result.get(name) for name in self._names]
+
+
+_delayed: ContextVar[DelayedGradients | None] = ContextVar("_delayed", default=None)
+"""Of the pass that is under way."""
+
+
+class _Delay(Function):
+    """The identity; backward adds the gradients that products have left to be computed."""
+
+    @staticmethod
+    def forward(ctx: Any, delayed: DelayedGradients, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.delayed = delayed
+        ctx.set_materialize_grads(False)
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        both = zip(grads, ctx.delayed.gradients(), strict=True)
+        return None, *(later if grad is None else grad if later is None else grad + later for grad, later in both)
+
+
+class _DelayedProduct(Function):
+    """`Groups.product`, whose backward gives the gradient of the rows and leaves that of the matrices for later."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        group: Groups,
+        delayed: DelayedGradients,
+        number: int,
+        place: tuple[str, bool],
+        row_NI: Tensor,
+        weight_SIO: Tensor,
+    ) -> Tensor:
+        ctx.group, ctx.delayed, ctx.number, ctx.place = group, delayed, number, place
+        ctx.save_for_backward(row_NI, weight_SIO)
+        return group.product_at_once(row_NI, weight_SIO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        row_NI, weight_SIO = ctx.saved_tensors
+        ctx.delayed.note(ctx.number, ctx.group, ctx.place, row_NI.detach(), grad_NO)
+        row = ctx.group.product_at_once(grad_NO, weight_SIO.transpose(1, 2)) if ctx.needs_input_grad[4] else None
+        return None, None, None, None, row, None

@@ -33,9 +33,9 @@ from ...placement.objective import SLACK
 from ...placement.plan import Plan
 from .compression import Compression, LSHCompression, QuantizedRows, quantized_rows
 from .coordination import check_consistent, gather, naming_unresponsive_ranks
-from .deep_ep import DeepEPDispatcher
+from .deep_ep import DeepEPDispatcher, LowLatencyDispatcher
 from .dispatcher import AllToAllDispatcher, Dispatcher, PaddedDispatcher, expert_capacity, flat, node_aware
-from .expert_mlps import ExpertMLP, SwiGLU
+from .expert_mlps import DelayedGradients, ExpertMLP, SwiGLU
 from .layer_placement import BalancedReplicas, LayerPlacement, in_queues
 from .lsh import CompressedDispatcher
 from .managers import ExpertParameter, ExpertRows, OptimizerSteps, RowsOf, check_join, refuse_parametrisation
@@ -46,7 +46,25 @@ Gradients = Literal["mean", "sum"]
 Replicas = Literal["share", "balanced"]
 MakeDispatcher = Callable[[ExpertMesh], Dispatcher]
 
-DISPATCHERS: dict[str, MakeDispatcher] = {"flat": flat, "node_aware": node_aware, "deep_ep": DeepEPDispatcher}
+
+def symmetric(mesh: ExpertMesh) -> Dispatcher:
+    """Dispatch through torch's symmetric memory (torch.ops.symm_mem.all_to_all_vdev_2d), which is not there.
+
+    Raises:
+        UnsupportedError: always. Its arithmetic could be held to one process on a stand-in, but not what is hard about
+            it: with one-sided writes nothing but barriers of ours would keep a rank from overwriting rows that another
+            still reads, where DeepEP's Buffer sees to that itself.
+    """
+    raise UnsupportedError(
+        "dispatch 'symmetric' is not built: torch's all_to_all_vdev_2d writes into other ranks' memory, and that no rows "
+        "are overwritten while they are read can be shown on GPUs with NVSHMEM alone. 'flat' and 'node_aware' send by "
+        "NCCL, 'deep_ep' by one-sided writes, and padded_tokens sends without the host waiting for the device"
+    )
+
+
+DISPATCHERS: dict[str, MakeDispatcher] = {
+    "flat": flat, "node_aware": node_aware, "deep_ep": DeepEPDispatcher, "symmetric": symmetric,
+}  # fmt: skip
 
 
 class PlacedExperts(nn.Module):
@@ -66,7 +84,7 @@ class PlacedExperts(nn.Module):
         layer: the model's absolute index of the layer.
         kind: what an expert computes; SwiGLU by default.
         dispatch: "flat", "node_aware" (the default on a mesh of two dimensions), "deep_ep" (DeepEP's kernels; never run
-            on a GPU yet), or a function of the mesh.
+            on a GPU yet), `DeepEPLowLatency` (the same for decoding), or a function of the mesh.
         compression: on top of flat or node-aware dispatch, one row for tokens that look alike (`LSHCompression`), few
             bits a row (`QuantizedRows`), or both; None sends every token as it is.
         replica_choice: "share" divides an expert's tokens among its replicas by the plan's shares, near ones first,
@@ -90,6 +108,9 @@ class PlacedExperts(nn.Module):
         chunks: a batch goes through in so many parts, one behind another: while one is computed, rows of the next are
             on their way to experts and those of the one before on their way back; in backward likewise. Every part has
             an exchange of its own, so it pays where links are slow and batches large.
+        delay_weight_gradients: backward computes the gradients of experts' weights behind those of their inputs, while
+            these travel to the tokens' ranks. The same gradients, all there when backward returns; rows and the
+            gradients of outputs are kept until then.
         seed: weights are drawn from (seed, layer, expert), the same under every plan; None leaves them to
             `load_logical`.
 
@@ -120,6 +141,7 @@ class PlacedExperts(nn.Module):
         padded_tokens: int | None = None,
         shard_experts: bool = False,
         chunks: int = 1,
+        delay_weight_gradients: bool = False,
         seed: int | None = 0,
     ) -> None:
         super().__init__()
@@ -129,7 +151,7 @@ class PlacedExperts(nn.Module):
         self.gradients, self.compression, self.replicas = gradients, compression, replica_choice
         self.online_slots, self.online_slack = online_slots, online_slack
         self.capacity_factor, self.padded_tokens = capacity_factor, padded_tokens
-        self.chunks = chunks
+        self.chunks, self.delay_weight_gradients = chunks, delay_weight_gradients
         self.shapes = self.kind.shapes(spec)
         """Of one expert's whole tensors, by name."""
         self.shards = ExpertShards(self.mesh) if shard_experts and self.mesh.copies > 1 else None
@@ -194,13 +216,17 @@ class PlacedExperts(nn.Module):
                 dispatcher = PaddedDispatcher(self.mesh, self._capacity(self.padded_tokens, self.spec.top_k))
             if self.chunks > 1:
                 self._check_chunks(dispatcher)
+            if self.delay_weight_gradients:
+                self._check_delay(dispatcher)
         except MoeplaceError as error:
             failure = error
         settings = f"{self.kind!r} {self.gradients} {self.replicas} {type(dispatcher).__name__}"
         settings += f" {self.capacity_factor} {self.padded_tokens} {self.chunks}"
         settings += " shards" if self.shards is not None else ""
+        settings += " delayed" if self.delay_weight_gradients else ""
         settings += f" {self.online_slots} {self.online_slack}" if self.online_slots else ""
         settings += f" {quantized_rows(self.compression)}"
+        settings += f" {dispatcher.settings}" if isinstance(dispatcher, LowLatencyDispatcher) else ""
         content = f"{plan.fingerprint} {self.layer} {dtype} {settings}"
         check_consistent(self.mesh, f"plan and settings of MoE layer {self.layer}", content, failure)
         assert dispatcher is not None
@@ -230,6 +256,18 @@ class PlacedExperts(nn.Module):
             raise UnsupportedError(
                 f"shard_experts and chunks ({self.chunks}) do not go together: every chunk would join the experts' "
                 "parts anew; leave one out"
+            )
+
+    def _check_delay(self, dispatcher: Dispatcher) -> None:
+        if not isinstance(dispatcher, AllToAllDispatcher | CompressedDispatcher | PaddedDispatcher):
+            raise UnsupportedError(
+                f"delay_weight_gradients is for rows that travel beside other work, as flat and node_aware dispatch "
+                f"send them; with {type(dispatcher).__name__} it would do nothing: leave it out"
+            )
+        if self.shards is not None:
+            raise UnsupportedError(
+                "shard_experts and delay_weight_gradients do not go together: gradients of experts cut over copies "
+                "are summed where their parts are joined, before others are sent; leave one out"
             )
 
     def _capacity(self, tokens: int, top_k: int) -> int:
@@ -430,9 +468,11 @@ class PlacedExperts(nn.Module):
         if others:
             out_TD = self._in_chunks(metadata, others, weights)
         else:
+            # Made before rows are waited for, so that in backward it comes after their gradients have been sent.
+            compute = self._computing(weights)
             row_ND, count_S = self.dispatcher.receive(metadata)
             if self.shards is None:
-                y_ND = self.kind.forward(row_ND, count_S, weights)
+                y_ND = compute(row_ND, count_S)
             else:
                 y_ND = JoinedWeights.run(self.shards, weights, x_TD.dtype, partial(self.kind.forward, row_ND, count_S))
             out_TD = self.dispatcher.combine(y_ND, metadata)
@@ -447,14 +487,22 @@ class PlacedExperts(nn.Module):
         results and tokens change places: gradients travel behind experts' backward as rows do behind their forward."""
         dispatcher = self.dispatcher
         assert isinstance(dispatcher, AllToAllDispatcher)
-        batches = [first]
+        batches, computing = [first], [self._computing(weights)]
         for following in (*others, None):
-            current = batches[-1]
+            current, compute = batches[-1], computing[-1]
             if following is not None:
                 batches.append(dispatcher.dispatch(*following))
-            row_ND, count_S = dispatcher.receive(current)
-            dispatcher.start_combine(self.kind.forward(row_ND, count_S, weights), current)
+                computing.append(self._computing(weights))
+            dispatcher.start_combine(compute(*dispatcher.receive(current)), current)
         return dispatcher.finish_combine(batches)
+
+    def _computing(self, weights: Mapping[str, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """(rows [N, D], rows of each expert [S]) -> [N, D] what the experts here make of them."""
+        if not self.delay_weight_gradients or not torch.is_grad_enabled():
+            return lambda row_ND, count_S: self.kind.forward(row_ND, count_S, weights)
+        delayed = DelayedGradients()
+        later = delayed.weights(weights)
+        return lambda row_ND, count_S: delayed.run(partial(self.kind.forward, row_ND, count_S, later))
 
     def _check_dtype(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
         """Raises InputError unless `value` is of the tokens' type, or of a wider one that is used in theirs, as

@@ -35,7 +35,8 @@ class ExpertParallelMoE(nn.Module):
 
     Args:
         spec, plan, mesh, layer, kind, dispatch, compression, replica_choice, gradients, dtype, online_slots,
-            online_slack, capacity_factor, padded_tokens, shard_experts, chunks, seed: as for `PlacedExperts`.
+            online_slack, capacity_factor, padded_tokens, shard_experts, chunks, delay_weight_gradients, seed: as for
+            `PlacedExperts`.
         router: "softmax", "sigmoid", or a module that gives (anything, weights [T, K], ids [T, K]) for [T, D].
         shared_experts: a module [..., D] -> [..., D] that every token goes through, computed while tokens travel.
 
@@ -65,6 +66,7 @@ class ExpertParallelMoE(nn.Module):
         padded_tokens: int | None = None,
         shard_experts: bool = False,
         chunks: int = 1,
+        delay_weight_gradients: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -85,6 +87,7 @@ class ExpertParallelMoE(nn.Module):
             padded_tokens=padded_tokens,
             shard_experts=shard_experts,
             chunks=chunks,
+            delay_weight_gradients=delay_weight_gradients,
             seed=seed,
         )
         if isinstance(router, str):

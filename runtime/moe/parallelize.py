@@ -67,6 +67,7 @@ def parallelize(
     gradients: Gradients = "mean",
     shard_experts: bool = False,
     chunks: int = 1,
+    delay_weight_gradients: bool = False,
     weights: str | Path | None = None,
 ) -> nn.Module:
     """Spreads the experts of `model` over the mesh as `plan` says, in place.
@@ -87,8 +88,8 @@ def parallelize(
             the same weights on every rank.
         plan: which experts stand where.
         mesh: all ranks; device g of the plan is its g-th.
-        dispatch, compression, replica_choice, capacity_factor, padded_tokens, gradients, shard_experts, chunks: as for
-            `PlacedExperts`.
+        dispatch, compression, replica_choice, capacity_factor, padded_tokens, gradients, shard_experts, chunks,
+            delay_weight_gradients: as for `PlacedExperts`.
         weights: a folder of safetensors to read them from, each rank its own experts' alone; they need not be in the
             model, which may be on the meta device (`with torch.device("meta"): AutoModelForCausalLM.from_config(...)`).
 
@@ -140,6 +141,7 @@ def parallelize(
             gradients=gradients,
             shard_experts=shard_experts,
             chunks=chunks,
+            delay_weight_gradients=delay_weight_gradients,
             dtype=example.dtype,
             seed=None,
         )

@@ -93,7 +93,9 @@ def is_level(experts: PlacedExperts, batch: dict[str, list[torch.Tensor]], rank:
     return int(load.max()) == int(least_largest_load(counts.numpy()[None], hosts)[0])
 
 
-def tokens(rng: np.random.Generator, world: int, most: int = 13) -> dict[str, list[torch.Tensor]]:
+def tokens(
+    rng: np.random.Generator, world: int, most: int = 13, width: int = SPEC.hidden_size
+) -> dict[str, list[torch.Tensor]]:
     """Every rank's batch, known to all: some ranks without tokens, sometimes all tokens to few experts."""
     counts = rng.integers(0, most + 1, size=world) * (rng.random(world) > 0.2)
     popular = SPEC.experts if rng.random() < 0.7 else SPEC.top_k
@@ -106,9 +108,9 @@ def tokens(rng: np.random.Generator, world: int, most: int = 13) -> dict[str, li
 
     return {
         "ids": [torch.from_numpy(value) for value in ids],
-        "x": [drawn(n, SPEC.hidden_size) for n in counts],
+        "x": [drawn(n, width) for n in counts],
         "gate": [drawn(n, SPEC.top_k).sigmoid() for n in counts],
-        "up": [drawn(n, SPEC.hidden_size) for n in counts],
+        "up": [drawn(n, width) for n in counts],
     }
 
 
@@ -431,6 +433,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
         "different": lambda: PlacedExperts(SPEC, plan_of(1, world) if rank == 2 else good, flat, 4),
         "one_refuses": lambda: PlacedExperts(SPEC, good, flat, 2 if rank == 3 else 4),
         "dispatch": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="flatt"),
+        "symmetric": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="symmetric"),
         "two_stage": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="node_aware"),
         "gradients": lambda: PlacedExperts(SPEC, good, flat, 4, gradients="average"),
         "replica_choice": lambda: PlacedExperts(SPEC, good, flat, 4, replica_choice="nearest"),
@@ -448,7 +451,7 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
     for name, build in cases.items():
         try:
             build()
-        except mp.InputError as refusal:
+        except (mp.InputError, mp.UnsupportedError) as refusal:
             said[name] = str(refusal)
     return said
 
