@@ -56,8 +56,8 @@ def symmetric(mesh: ExpertMesh) -> Dispatcher:
             still reads, where DeepEP's Buffer sees to that itself.
     """
     raise UnsupportedError(
-        "dispatch 'symmetric' is not built: torch's all_to_all_vdev_2d writes into other ranks' memory, and that no rows "
-        "are overwritten while they are read can be shown on GPUs with NVSHMEM alone. 'flat' and 'node_aware' send by "
+        "dispatch 'symmetric' is not built: torch's all_to_all_vdev_2d writes into other ranks' memory, and that no "
+        "rows are overwritten while they are read can be shown on GPUs with NVSHMEM alone. 'flat' and 'node_aware' send by "
         "NCCL, 'deep_ep' by one-sided writes, and padded_tokens sends without the host waiting for the device"
     )
 
