@@ -14,6 +14,6 @@ def install() -> None:
         FileFormatError, InputError: no plan there. UnsupportedError: vLLM cannot express it.
     """
     if os.environ.get(PLAN_VARIABLE):
-        from .runtime.exporters.vllm_policy import install as serve
+        from .runtime.exporters.vllm import install as serve
 
         serve()

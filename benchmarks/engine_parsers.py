@@ -147,7 +147,7 @@ def check_vllm(folder: Path, plans: list[mp.Plan], scratch: Path) -> str:
 
     import torch
 
-    from moeplace.runtime.exporters import vllm_policy
+    from moeplace.runtime.exporters.vllm import PLAN_VARIABLE, install
 
     stand_in("vllm.config.parallel", EPLBPolicyOption=typing.Literal["default"])
     for package in ("vllm", "vllm.distributed", "vllm.distributed.eplb"):
@@ -164,8 +164,8 @@ def check_vllm(folder: Path, plans: list[mp.Plan], scratch: Path) -> str:
             plan.save(scratch / "plan.json")
         else:
             export_plan(plan, "vllm", scratch / "plan.json", form=form)
-        os.environ[vllm_policy.PLAN_VARIABLE] = str(scratch / "plan.json")
-        vllm_policy.install()
+        os.environ[PLAN_VARIABLE] = str(scratch / "plan.json")
+        install()
         policy = policies.EPLB_POLICIES["default"]
         assert issubclass(policy, policies.AbstractEplbPolicy)
         layers, experts, devices = plan.model.layers, plan.model.experts, plan.topology.num_devices

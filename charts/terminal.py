@@ -201,9 +201,7 @@ def text_lines(rows: Mapping[str, FloatArray], low: float, high: float) -> list[
     return text_map(list(drawn), np.stack(list(drawn.values())), low, high)
 
 
-def text_points(
-    points: Sequence[tuple[float, float, bool]], x_title: str, y_form: str, x_form: str = "{:.6g}"
-) -> list[str]:
+def text_points(points: Sequence[tuple[float, float, bool]], x_title: str, y_form: str) -> list[str]:
     """(x, y, best): the best as *, others as o."""
     if not points:
         return []
@@ -219,7 +217,7 @@ def text_points(
     labels = [y_form.format(write(high)), *[""] * (ROWS - 2), y_form.format(write(low))]
     wide = max(10, *map(len, labels))
     lines = [f"{label:>{wide}} │{''.join(cells)}".rstrip() for label, cells in zip(labels, grid, strict=True)]
-    first, last = x_form.format(left), "" if right == left else x_form.format(right)
+    first, last = f"{left:.6g}", "" if right == left else f"{right:.6g}"
     return [
         *lines,
         f"{'':>{wide}} └{'─' * WIDTH}",

@@ -92,7 +92,6 @@ def layer_shares(
     slot_device: IntArray,
     problem: Problem,
     weight: FloatArray | None = None,
-    backend: str = "highs",
 ) -> LayerShares:
     """One layer's program.
 
@@ -101,10 +100,9 @@ def layer_shares(
         table, shares, slot_device: [P], with empty slots or without; their shares stay 0.
         problem: Model and cluster.
         weight: [S] what steps count; None: alike.
-        backend: A name of `mip.BACKENDS`.
 
     Raises:
-        SolveError: the backend ended without an optimum.
+        SolveError: HiGHS ended without an optimum.
     """
     model, topology = problem.model, problem.topology
     steps, devices = len(loads), problem.num_devices
@@ -144,7 +142,7 @@ def layer_shares(
     _, expert = np.unique(table, return_inverse=True)
     builder.add_sparse_rows(int(expert.max()) + 1, expert, share, 1.0, 1.0, 1.0)
     program = builder.build()
-    outcome = solve_program(program, Budget(), backend=backend)
+    outcome = solve_program(program, Budget(), backend="highs")
     if outcome.stop == "interrupted":
         raise KeyboardInterrupt
     if outcome.values is None or outcome.prices is None:

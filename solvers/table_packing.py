@@ -48,29 +48,25 @@ def pack_steps(
     return _greedy_and_exchanges(by_layer, slots, devices, proposals, seed, as_published)
 
 
-def lower_to(
-    load: FloatArray, table: IntArray, published: IntArray, devices: int, proposals: int, seed: int = 0
-) -> None:
+def lower_to(load: FloatArray, table: IntArray, published: IntArray, devices: int, proposals: int) -> None:
     """Lowers layers of a table, in place, to where another ends that is lower: from that one with no expert twice on a
     device, and from their own, with more exchanges each time.
 
     Args:
         load: [S, L, E]. table, published: [L, P]. devices: G.
         proposals: exchanges tried a layer at first.
-        seed: of the exchanges.
     """
     by_layer = np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64)
-    _lower_to(by_layer, table, published, devices, proposals, seed)
+    _lower_to(by_layer, table, published, devices, proposals, 0)
 
 
-def extrapolated(load: FloatArray, seed: int = 0) -> FloatArray:
+def extrapolated(load: FloatArray) -> FloatArray:
     """[W + MIXES, L, E] workloads of one size, and mixes of them drawn at random and taken further from their mean.
 
     A table that is level for those is level for what changes as the workloads do, only more so.
 
     Args:
         load: [W, L, E] tokens of each workload.
-        seed: of the mixes.
     """
     workloads, _, experts = load.shape
     total = load.sum(axis=2, keepdims=True)
@@ -78,7 +74,7 @@ def extrapolated(load: FloatArray, seed: int = 0) -> FloatArray:
     mean = scaled.mean(axis=0)
     if workloads == 1:
         return np.asarray(scaled)
-    weights = np.random.default_rng(seed).dirichlet(np.ones(workloads), size=MIXES) - 1.0 / workloads
+    weights = np.random.default_rng(0).dirichlet(np.ones(workloads), size=MIXES) - 1.0 / workloads
     beyond = mean + FURTHER * np.tensordot(weights, scaled, axes=1)
     return np.concatenate([scaled, np.maximum(beyond, LEAST * mean)])
 

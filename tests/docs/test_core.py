@@ -93,7 +93,7 @@ def test_the_plug_in_loads_nothing_without_a_plan_and_the_core_with_one(plan: Pa
 
 
 def test_the_plug_in_starts_without_what_only_solving_and_other_engines_need() -> None:
-    done = bare("import moeplace.runtime.exporters.vllm_policy\nprint(*(m for m in sys.modules if 'moeplace' in m))")
+    done = bare("import moeplace.runtime.exporters.vllm\nprint(*(m for m in sys.modules if 'moeplace' in m))")
     modules = set(done.stdout.split())
     assert "moeplace.placement.plan" in modules, done.stderr
     heavy = ("kernels", "transfers", "model_config", "model_families")

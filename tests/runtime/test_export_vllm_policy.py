@@ -19,7 +19,7 @@ import moeplace as mp
 
 torch = pytest.importorskip("torch")
 
-from moeplace.runtime.exporters.vllm_policy import (  # noqa: E402
+from moeplace.runtime.exporters.vllm import (  # noqa: E402
     PLAN_VARIABLE,
     install,
     install_policy,
