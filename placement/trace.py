@@ -444,9 +444,11 @@ class RoutingTrace(Displayed):
         chosen: list[IntArray] = []
         have = 0
         while have < count * tokens:
-            for i in rng.permutation(len(starts)):
-                chosen.append(order[starts[i] : starts[i] + lengths[i]])
-                have += int(lengths[i])
+            drawn = rng.permutation(len(starts))
+            # Tokens of the sequences one after the other: how far a token is into what was drawn, from there on.
+            ends = np.cumsum(lengths[drawn])
+            chosen.append(order[np.repeat(starts[drawn] - ends + lengths[drawn], lengths[drawn]) + np.arange(ends[-1])])
+            have += int(ends[-1])
         made = self._steps(np.concatenate(chosen)[: count * tokens], np.arange(count + 1) * tokens)
         return replace(made, worth=np.full(count, min(1.0, self.num_tokens / tokens / count)))
 

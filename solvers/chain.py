@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import coo_array, csr_array
 
 from .._types import BoolArray, FloatArray, IntArray
 from ..placement.cost import Flows, TransferCost, Transfers, compute_seconds, flows_between, flows_from_even_sources
@@ -604,16 +605,18 @@ class StepCosts:
 
         ids: [T, k]; sets: [M, E].
         """
-        chosen = np.zeros((len(ids), sets.shape[1]), dtype=np.float32)
-        np.put_along_axis(chosen, ids.astype(np.int64), np.float32(1), axis=1)
-        keyed = np.ones((len(ids), 1), np.float32) if key is None else np.eye(keys, dtype=np.float32)[key]
-        members = sets.T.astype(np.float32)
-        result = np.empty((self._steps.num_steps, keys, len(sets)))
-        for s, (start, end) in enumerate(zip(self._steps.offsets[:-1], self._steps.offsets[1:], strict=True)):
-            counted = chosen[start:end] @ members
-            hit = counted if pairs else (counted > 0).astype(np.float32)
-            result[s] = keyed[start:end].T @ hit
-        return result
+        # Where experts are few many tokens choose alike: they are counted once a choice, and choices once a set.
+        chosen, which = _distinct_choices(ids, sets.shape[1])
+        steps, row = self._steps.num_steps, self._steps.step_of * keys
+        cells = np.ones(len(which)), (row if key is None else row + key, which)
+        tokens = csr_array(coo_array(cells, shape=(steps * keys, len(chosen))))
+        members, result = sets.T.astype(np.float32), np.empty((steps * keys, len(sets)))
+        width = max(1, BLOCK_VALUES // max(1, len(chosen)))
+        for first in range(0, len(sets), width):
+            some = slice(first, first + width)
+            counted = chosen @ members[:, some]
+            result[:, some] = tokens @ (counted if pairs else counted > 0).astype(np.float64)
+        return result.reshape(steps, keys, len(sets))
 
     def _blocks(self) -> Iterator[slice]:
         devices = self._on_device.shape[1]
@@ -627,3 +630,21 @@ def _distinct(sets: BoolArray) -> tuple[BoolArray, IntArray]:
     flat = sets.reshape(-1, sets.shape[2])
     _, first, inverse = np.unique(np.packbits(flat, axis=1), axis=0, return_index=True, return_inverse=True)
     return flat[first], inverse.reshape(sets.shape[:2]).astype(np.int64)
+
+
+def _distinct_choices(ids: npt.NDArray[Any], experts: int) -> tuple[npt.NDArray[np.float32], IntArray]:
+    """The sets of experts [U, E] that tokens chose, 1 where one is in it, and which of them each token's is [T].
+
+    ids: [T, k].
+    """
+    chosen = np.zeros((len(ids), experts), dtype=np.uint8)
+    np.put_along_axis(chosen, ids.astype(np.int64), np.uint8(1), axis=1)
+    packed = np.zeros((len(ids), -(-experts // 64) * 8), dtype=np.uint8)
+    packed[:, : -(-experts // 8)] = np.packbits(chosen, axis=1)
+    # A few whole numbers a token: one sorts some fifty times faster than rows do.
+    keys = packed.view(np.uint64)
+    if keys.shape[1] == 1:
+        _, first, which = np.unique(keys[:, 0], return_index=True, return_inverse=True)
+    else:
+        _, first, which = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return chosen[first].astype(np.float32), which.reshape(-1).astype(np.int64)

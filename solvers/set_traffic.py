@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from .._types import BoolArray, FloatArray, IntArray
 from ..placement.jit import kernel
@@ -45,7 +46,8 @@ class SetTraffic:
     ) -> None:
         self._links = links
         # A last row counts every owner.
-        self._owners = np.concatenate([sets, np.ones((1, sets.shape[1]), dtype=bool)]).astype(np.float64)
+        # So narrow a product is the slower for threads: sparse ones take none.
+        self._owners = csr_array(np.concatenate([sets, np.ones((1, sets.shape[1]), dtype=bool)]).astype(np.float64))
         self._left, self._node_left = (np.ascontiguousarray(of) for of in (device_sets, node_sets))
         self._right = np.ascontiguousarray(device_sets[:, np.argsort(renamings, axis=1)].transpose(1, 0, 2))
         # Renamings stay inside nodes.
@@ -122,7 +124,7 @@ class SetTraffic:
         """[U, M, S] tokens by sets of owners; steps last, so that additions run over them."""
         steps, experts, sets = owned.shape
         by_owner = np.ascontiguousarray(owned.transpose(1, 2, 0)).reshape(experts, sets * steps)
-        return (self._owners @ by_owner).reshape(len(self._owners), sets, steps)
+        return np.asarray(self._owners @ by_owner).reshape(-1, sets, steps)
 
 
 def _numbered(values: IntArray) -> IntArray:
