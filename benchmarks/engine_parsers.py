@@ -42,7 +42,7 @@ import numpy as np
 from runner import Report, child
 
 import moeplace as mp
-from moeplace.runtime.exporters import export_plan
+from moeplace.runtime.exporters.export import export_plan
 
 PLANS = 40
 

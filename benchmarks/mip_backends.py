@@ -28,7 +28,7 @@ from runner import Report, child, data_argument
 import moeplace as mp
 from moeplace.solvers.base import Budget
 from moeplace.solvers.exflow import assignment_sweeps, divide, exflow_program, local_weight
-from moeplace.solvers.mip import BACKENDS
+from moeplace.solvers.mip.program import BACKENDS
 from moeplace.solvers.moetuner import MappingTask, cluster_layer, map_clusters, pair_cost
 
 FloatArray = npt.NDArray[np.float64]

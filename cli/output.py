@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
+    from ..placement.progress import Progress as SolveProgress
     from ..placement.step_mix import StepMix
-    from ..solvers.base import Progress as SolveProgress
 
 # Progress of long work, on stderr: a bar where a person watches, a line now and then in a pipe or a log.
 

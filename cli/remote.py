@@ -60,7 +60,7 @@ def read_plan(
     Raises:
         InputError: none of them has it; both are named. FileFormatError: no plan's file.
     """
-    from ..runtime.exporters import read_plan_file
+    from ..runtime.exporters.export import read_plan_file
 
     if is_file(reference):
         return read_plan_file(reference, model, topology)

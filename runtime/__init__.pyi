@@ -1,10 +1,10 @@
 from .calibration import Calibration as Calibration
 from .calibration import calibrate as calibrate
-from .exporters import check_export as check_export
-from .exporters import engine_names as engine_names
-from .exporters import export_plan as export_plan
-from .exporters import read_exported as read_exported
-from .exporters import read_plan_file as read_plan_file
+from .exporters.export import check_export as check_export
+from .exporters.export import engine_names as engine_names
+from .exporters.export import export_plan as export_plan
+from .exporters.export import read_exported as read_exported
+from .exporters.export import read_plan_file as read_plan_file
 from .exporters.running import write_expert_fingerprints as write_expert_fingerprints
 from .moe.balance import BalanceLoss as BalanceLoss
 from .moe.balance import BiasBalancing as BiasBalancing

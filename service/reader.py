@@ -126,7 +126,7 @@ class Operations:
         return self._claimed(plan, asked.name, request)
 
     def _plan_file(self, request: Mapping[str, Any], body: bytes) -> Frame:
-        from ..runtime.exporters import read_plan_file
+        from ..runtime.exporters.export import read_plan_file
 
         model, topology = request["model"], request["topology"]
         if request["deployment"] is not None:

@@ -22,13 +22,13 @@ from ..placement.model import ModelSpec
 from ..placement.objective import Objective, weighted_mean
 from ..placement.plan import Plan
 from ..placement.problem import Problem
+from ..placement.progress import Progress
 from ..placement.statistics import RoutingStatistics, window_weights, with_tokens
 from ..placement.step_mix import mixed_window_seconds, problem_steps, step_mix
 from ..placement.steps import Batch, Steps
 from ..placement.topology import Topology
 from ..placement.trace import RoutingTrace
 from ..solvers import solve
-from ..solvers.base import Progress
 from ..solvers.pareto import pareto
 from ..solvers.what_if import Change, parse_changes, what_if
 from ..solvers.what_if import Outcome as Changed

@@ -24,7 +24,7 @@ from ..db.records import ClaimedJob, JobOutcome
 from ..db.store import Store
 from ..placement.errors import InputError, MoeplaceError, StoreError, nearest
 from ..placement.memory import bound_memory
-from ..solvers.base import Progress
+from ..placement.progress import Progress
 from .settings import configure
 from .tasks import DecideTask, ParetoTask, SolveTask, Task, WatchTask, WhatIfTask
 

@@ -19,21 +19,8 @@ import numpy as np
 
 from .._types import FloatArray, IntArray
 from ..placement.plan import Certificate, Stop
-from ..placement.progress import COMPILE_TIME, CompileTime, Listener, Progress
+from ..placement.progress import COMPILE_TIME, Listener, Progress
 from ..placement.steps import Phase
-
-__all__ = [
-    "COMPILE_TIME",
-    "Budget",
-    "CompileTime",
-    "Feature",
-    "Needs",
-    "Progress",
-    "Solution",
-    "Solver",
-    "fill_slots",
-    "working_seconds",
-]
 
 
 def working_seconds() -> float:

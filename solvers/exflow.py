@@ -40,8 +40,7 @@ from .certify.sdp import (
     Triangles,
 )
 from .chain import TRANSITIONS_OBJECTIVE
-from .mip import Program, ProgramBuilder, Result, check_backend, solve_program
-from .mip.program import forbidden_names, renaming
+from .mip.program import Program, ProgramBuilder, Result, check_backend, forbidden_names, renaming, solve_program
 
 SCALE = 1e6
 """Objective of a program whose every transition crosses: tolerances of 1e-6 then are a part in 1e12."""

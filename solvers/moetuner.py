@@ -21,8 +21,7 @@ from ..placement.problem import Problem
 from ..placement.topology import Topology
 from .base import Budget, Feature, Needs, Solution, fill_slots
 from .chain import cheapest_path
-from .mip import Program, ProgramBuilder, check_backend, solve_program
-from .mip.program import forbidden_names, renaming
+from .mip.program import Program, ProgramBuilder, check_backend, forbidden_names, renaming, solve_program
 
 SCALE = 1e6
 """Size of both programs' objectives, so that solver tolerances are small beside them: a layer's load in the first,

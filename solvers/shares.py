@@ -22,7 +22,7 @@ from ..placement.plan import EMPTY, Plan
 from ..placement.problem import Problem
 from ..placement.steps import Steps
 from .base import Budget
-from .mip import ProgramBuilder, solve_program
+from .mip.program import ProgramBuilder, solve_program
 
 STRIDES = (1.0, 0.5, 0.25)
 """How far to go towards the program's shares; transfers and reading may turn on the way."""

@@ -13,10 +13,10 @@ import numpy as np
 from ..placement.model import ModelSpec
 from ..placement.objective import Objective
 from ..placement.problem import Problem
+from ..placement.progress import COMPILE_TIME
 from ..placement.statistics import RoutingStatistics
 from ..placement.topology import Topology
 from ..placement.trace import RoutingTrace
-from .base import COMPILE_TIME
 from .solve import solve
 
 

@@ -134,8 +134,7 @@ def _wrong_with(file: Path, meant: Plan | None) -> list[str]:
     """What is wrong with the file that an engine here reads."""
     import numpy as np
 
-    from ...runtime.exporters import read_plan_file
-    from ...runtime.exporters.export import recognised
+    from ...runtime.exporters.export import read_plan_file, recognised
 
     try:
         if meant is None:

@@ -95,7 +95,7 @@ def export_command(
       moeplace export plan.json --for trtllm --extra-layers 61 -o load_balancer.yaml
       moeplace export 3f2a91c0 --server http://plans:8311 --for sglang -o init_expert_location.json
     """
-    from ...runtime.exporters import engine_usage, export_plan
+    from ...runtime.exporters.export import engine_usage, export_plan
 
     if engine == "permute":
         raise UnsupportedError(

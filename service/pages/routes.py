@@ -58,8 +58,7 @@ from ...placement.plan import Plan
 from ...placement.replay import traffic_from_counts
 from ...placement.step_mix import step_mix
 from ...placement.topology import Topology
-from ...runtime.exporters import check_export
-from ...runtime.exporters.export import engine_usage
+from ...runtime.exporters.export import check_export, engine_usage
 from ..access import COOKIE, Gate, actor_of, check_role, check_scope, check_unscoped, still_may
 from ..changes import Changes, Kind
 from ..middleware import SMALL_BODY

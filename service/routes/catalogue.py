@@ -13,8 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from ...db.records import Actor, ModelRecord, StatisticsRecord, UploadRecord
 from ...db.store import Store
 from ...db.uploads import PIECE_LIMIT
-from ...runtime.exporters import export_bytes
-from ...runtime.exporters.export import engine_usage
+from ...runtime.exporters.export import engine_usage, export_bytes
 from ..access import Operator, Reader, Submitter, check_scope
 from ..readers import Readers
 from ..schemas import ModelIn, PlanFull, PlanView, Ref, TopologyFull, TopologyView, UploadIn

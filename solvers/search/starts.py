@@ -16,7 +16,7 @@ from ...placement.plan import Plan
 from ...placement.problem import Problem
 from ..base import Budget, fill_slots
 from ..exflow import assignment_sweeps
-from ..mip import Program, ProgramBuilder, solve_program
+from ..mip.program import Program, ProgramBuilder, solve_program
 from ..moetuner import pair_cost
 from .annealer import Start
 from .moves import MoveRules

@@ -285,7 +285,7 @@ def test_no_plan_is_lost_for_lack_of_a_place(trace: Path) -> None:
 
 
 def test_export_writes_what_the_engine_reads_and_notes_it(plan: Path, tmp_path: Path) -> None:
-    from moeplace.runtime.exporters import read_exported
+    from moeplace.runtime.exporters.export import read_exported
 
     path = tmp_path / "location.json"
     done = run("export", plan, "--for", "sglang", "-o", path, "--json").data

@@ -212,7 +212,7 @@ def test_dumps_of_other_engines_are_read(form: str, tmp_path: Path) -> None:
     contents: dict[str, tuple[str, Any]] = {
         "rows": ("d.json", rows),
         "p2l_map": ("d.jsonl", {"record_type": "eplb_load_stats", "version": 1, "step": 3, "p2l_map": rows}),
-        "record": ("d.json", json.loads(mp.runtime.exporters.export_bytes(plan, "vllm", form="41141"))),
+        "record": ("d.json", json.loads(mp.runtime.exporters.export.export_bytes(plan, "vllm", form="41141"))),
         "ascend": ("d.json", {"moe_layer_count": 3, "layer_list": [{"device_list": each} for each in devices]}),
         "trtllm": (
             "d.json",

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import moeplace as mp
+from moeplace.placement.engines import Constraint
 from moeplace.placement.plan import EMPTY
-from moeplace.runtime.exporters import (
-    Constraint,
+from moeplace.runtime.exporters.export import (
     check_export,
     engine_constraints,
     engine_names,

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from moeplace.solvers.base import COMPILE_TIME, Budget, CompileTime
+from moeplace.placement.progress import COMPILE_TIME, CompileTime
+from moeplace.solvers.base import Budget
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FRESH = """
 import numpy as np
 import moeplace as mp
-from moeplace.solvers.base import COMPILE_TIME
+from moeplace.placement.progress import COMPILE_TIME
 
 model = mp.ModelSpec(layers=4, experts=16, top_k=2, hidden_size=64, ffn_size=64)
 topology = mp.Topology.preset("h100-hgx", nodes=1, devices_per_node=4)
@@ -57,7 +58,7 @@ def test_a_fresh_installation_searches_as_long_as_one_that_has_compiled(tmp_path
 
 
 KERNEL = """
-from moeplace.solvers.base import COMPILE_TIME
+from moeplace.placement.progress import COMPILE_TIME
 from moeplace.placement.jit import kernel
 from {types} import Pair
 

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 import moeplace as mp
 from moeplace.placement.layer_slots import even_slots
 from moeplace.placement.plan import RELATIVE_TOLERANCE
-from moeplace.solvers.base import Budget, Progress, Solution
+from moeplace.placement.progress import Progress
+from moeplace.solvers.base import Budget, Solution
 from moeplace.solvers.exflow import (
     Exflow,
     assignment_sweeps,
@@ -33,8 +34,7 @@ from moeplace.solvers.exflow import (
     local_weight_bound,
     together_program,
 )
-from moeplace.solvers.mip import BACKENDS, solve_program
-from moeplace.solvers.mip.program import forbidden_names, renaming
+from moeplace.solvers.mip.program import BACKENDS, forbidden_names, renaming, solve_program
 
 pytestmark = pytest.mark.slow
 

@@ -17,10 +17,18 @@ from hypothesis import strategies as st
 
 import moeplace as mp
 from moeplace.solvers.base import Budget
-from moeplace.solvers.mip import BACKENDS, Feature, Program, ProgramBuilder, solve_program
 from moeplace.solvers.mip.cbc import lower_bound, run_limited
 from moeplace.solvers.mip.cpsat import UNBOUNDED, whole_program
-from moeplace.solvers.mip.program import FEASIBLE, Request, backend_named
+from moeplace.solvers.mip.program import (
+    BACKENDS,
+    FEASIBLE,
+    Feature,
+    Program,
+    ProgramBuilder,
+    Request,
+    backend_named,
+    solve_program,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -368,7 +376,7 @@ def test_both_libraries_work_in_one_process_in_either_order(order: tuple[str, st
         f"import {order[0]}, {order[1]}\n"
         "import numpy as np\n"
         "from moeplace.solvers.base import Budget\n"
-        "from moeplace.solvers.mip import ProgramBuilder, solve_program\n"
+        "from moeplace.solvers.mip.program import ProgramBuilder, solve_program\n"
         "builder = ProgramBuilder('one')\n"
         "builder.add_rows(builder.add_variables((1, 2), cost=1.0, integral=True), 1.0, lower=0.5)\n"
         "for backend in ('highs', 'cpsat'):\n"

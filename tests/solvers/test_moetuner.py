@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import moeplace as mp
 from moeplace.solvers.base import Budget, Solution
-from moeplace.solvers.mip import BACKENDS
+from moeplace.solvers.mip.program import BACKENDS
 from moeplace.solvers.moetuner import (
     ClusterMap,
     MappingTask,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import moeplace as mp
-from moeplace.solvers.base import Feature, Needs, Progress, Solver, SolverOptions
+from moeplace.placement.progress import Progress
+from moeplace.solvers.base import Feature, Needs, Solver, SolverOptions
 from moeplace.solvers.solve import SOLVERS, read_options, required_features, solver_named
 
 EXPERTS, LAYERS = 6, 3
