@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from ranks import join_group, wait_for
+from ranks import join_group
+from rebalanced_runs import losses_until_rebalanced
 from torch import Tensor, nn
 
 import moeplace as mp
@@ -233,24 +233,18 @@ def rebalanced(rank: int, world: int, folder: Path) -> dict[str, Any]:
             placed, None, folder / name, every=every, record_steps=3, solver="search", seconds=1.0, horizon_steps=1e9,
             bytes_per_step=1,
         )  # fmt: skip
-        curve: list[float] = []
-        for last in range(200):
-            curve += trained(engine, rank, range(last, last + 1))
+
+        def train(last: int, engine: Any = engine, rebalancer: Any = rebalancer) -> list[float]:
+            losses = trained(engine, rank, range(last - 1, last))
             rebalancer.step()
-            enough = torch.tensor(int(last >= 12 and (name == "steady" or rebalancer.applied > 0)))
-            dist.all_reduce(enough, dist.ReduceOp.MIN)
-            if enough:
-                break
-            if last > 8 and name == "rebalanced":
-                for request in (folder / name).glob("*/current.json"):
-                    wait_for(request.parent / "answer.json")
-                time.sleep(0.3)  # the solver's process ends some time after its answer
-        curves[name] = curve
+            return losses
+
+        applied = (lambda rebalancer=rebalancer: rebalancer.applied) if name == "rebalanced" else None
+        curves[name] = losses_until_rebalanced(train, applied, folder / name)
     changed = placed.plan.fingerprint != plan.fingerprint
-    applied = rebalancer.applied
     rebalancer.close()
     dist.destroy_process_group()
-    return {"curves": curves, "applied": applied, "changed": changed}
+    return {"curves": curves, "applied": rebalancer.applied, "changed": changed}
 
 
 def refused(rank: int, world: int, folder: Path) -> dict[str, str]:

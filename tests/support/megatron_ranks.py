@@ -12,7 +12,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pages import code
 from ranks import join_group, wait_for
+from rebalanced_runs import losses_until_rebalanced
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -293,19 +293,14 @@ def rebalanced(rank: int, world: int, folder: Path) -> Any:
             run.placed, None, folder / name, every=4 if name == "rebalanced" else 10_000, record_steps=3,
             solver="search", seconds=1.0, horizon_steps=1e9, bytes_per_step=1,
         )  # fmt: skip
-        curve: list[float] = []
-        for last in range(1, 200):
-            curve += run.train(last)["curve"]
+
+        def train(last: int, run: Any = run, rebalancer: Any = rebalancer) -> list[float]:
+            losses: list[float] = run.train(last)["curve"]
             rebalancer.step()
-            enough = torch.tensor(int(last >= 12 and (name == "kept" or rebalancer.applied > 0)))
-            dist.all_reduce(enough, dist.ReduceOp.MIN)
-            if enough:
-                break
-            if last > 8 and name == "rebalanced":
-                for request in (folder / name).glob("*/current.json"):
-                    wait_for(request.parent / "answer.json")
-                time.sleep(0.3)  # the solver's process ends some time after its answer
-        curves[name] = curve
+            return losses
+
+        applied = (lambda rebalancer=rebalancer: rebalancer.applied) if name == "rebalanced" else None
+        curves[name] = losses_until_rebalanced(train, applied, folder / name)
     found = {
         "curves": curves,
         "applied": rebalancer.applied,

@@ -13,7 +13,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pages import code
-from ranks import join_group
+from ranks import join_group, wait_for
+from rebalanced_runs import losses_until_rebalanced
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -229,13 +229,6 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return result
 
 
-def wait_for(path: Path, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.05)
-
-
 def join(rank: int, world: int, folder: Path, name: str = "rendezvous") -> None:
     logging.getLogger("torchtitan").setLevel(logging.ERROR)
     os.environ.update(LOCAL_RANK="0", RANK=str(rank), WORLD_SIZE=str(world))
@@ -362,25 +355,14 @@ def rebalanced(rank: int, world: int, folder: Path) -> Any:
     curves = {}
     for name, rebalance in (("kept", None), ("rebalanced", settings)):
         trainer = planned(base, path, rebalance=rebalance).build()
-        curve: list[float] = []
-        for last in range(1, 200):
-            curve += run(trainer, last)["curve"]
-            rebalancer = trainer.rebalancer
-            enough = torch.tensor(int(last >= 12 and (rebalancer is None or rebalancer.applied > 0)))
-            dist.all_reduce(enough, dist.ReduceOp.MIN)
-            if enough:
-                break
-            if last > 8:
-                while any(
-                    not (request.parent / "answer.json").is_file()
-                    for request in (folder / "run" / "rebalance").glob("*/current.json")
-                ):
-                    time.sleep(0.02)
-                time.sleep(0.3)  # the solver's process ends some time after its answer
-        curves[name] = curve
+        curves[name] = losses_until_rebalanced(
+            lambda last, trainer=trainer: run(trainer, last)["curve"],
+            None if rebalance is None else lambda trainer=trainer: trainer.rebalancer.applied,
+            folder / "run" / "rebalance",
+        )
     found = {
         "curves": curves,
-        "applied": rebalancer.applied,
+        "applied": trainer.rebalancer.applied,
         "changed": trainer.plan.fingerprint != plan.fingerprint,
         "saved": (folder / "run" / "rebalance" / "plan.json").is_file()
         and mp.Plan.load(folder / "run" / "rebalance" / "plan.json").fingerprint == trainer.plan.fingerprint,
