@@ -11,7 +11,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from forked_ranks import on_ranks
 from runner import Report
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -63,7 +63,7 @@ class Block(mp.ExpertParallelMoE):
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max()) if len(a) else 0.0
+    return float((a - b).detach().abs().max()) if len(a) else 0.0
 
 
 def plan_of(devices: int, seed: int = 0) -> mp.Plan:
@@ -117,12 +117,12 @@ def reference(
     return before, model
 
 
-def spread(mesh: Any, plan: mp.Plan, cut: bool) -> nn.Sequential:
-    return nn.Sequential(*(spread_block(mesh, plan, layer, cut) for layer in range(2)))
+def spread(mesh: Any, plan: mp.Plan, **settings: Any) -> nn.Sequential:
+    return nn.Sequential(*(spread_block(mesh, plan, layer, **settings) for layer in range(2)))
 
 
-def spread_block(mesh: Any, plan: mp.Plan, layer: int, cut: bool = False) -> Block:
-    block, whole = Block(plan.model, plan, mesh, layer, seed=None, shard_experts=cut), Whole(layer)
+def spread_block(mesh: Any, plan: mp.Plan, layer: int, **settings: Any) -> Block:
+    block, whole = Block(plan.model, plan, mesh, layer, seed=None, **settings), Whole(layer)
     block.gate.load_state_dict(whole.gate.state_dict())
     block.experts.load_logical(dict(whole.experts))
     return block
@@ -130,19 +130,19 @@ def spread_block(mesh: Any, plan: mp.Plan, layer: int, cut: bool = False) -> Blo
 
 @dataclass
 class Run:
-    """A recipe under way. cut: experts over copies. calls: the model as it is called. loss, clip, batches: as for
+    """A recipe under way. settings: of the layers. calls: the model as it is called. loss, clip, batches: as for
     `reference`."""
 
     rank: int
     mesh: Any
     plan: mp.Plan
-    cut: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
     loss: Callable[[Any, Tensor], Tensor] = loss_of
     clip: float | None = 0.1
     batches: Callable[[int, int], Tensor] = batch
 
     def __post_init__(self) -> None:
-        self.model = spread(self.mesh, self.plan, self.cut)
+        self.model = spread(self.mesh, self.plan, **self.settings)
         self.calls: Any = self.model
         self.optimizer: Any = None
 
@@ -208,8 +208,8 @@ def beside_copies() -> DeviceMesh:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))["ep"]
 
 
-def run_of(rank: int) -> Run:
-    return Run(rank, flat(), plan_of(RANKS))
+def run_of(rank: int, **settings: Any) -> Run:
+    return Run(rank, flat(), plan_of(RANKS), settings)
 
 
 @recipe("DistributedDataParallel, experts over all ranks")
@@ -232,12 +232,12 @@ def _(rank: int, folder: Path) -> float:
 
 @recipe("experts cut over copies (shard_experts), dp 2 x ep 2")
 def _(rank: int, folder: Path) -> float:
-    return Run(rank, beside_copies(), plan_of(2), cut=True).ddp().steps().error()
+    return Run(rank, beside_copies(), plan_of(2), settings={"shard_experts": True}).ddp().steps().error()
 
 
 @recipe("experts cut over copies, fully_shard, activation checkpointing")
 def _(rank: int, folder: Path) -> float:
-    run = Run(rank, beside_copies(), plan_of(2), cut=True)
+    run = Run(rank, beside_copies(), plan_of(2), settings={"shard_experts": True})
     for block in run.model:
         fully_shard(block, ignored_params=mp.expert_parameters(run.model))
     run.calls = lambda x: checkpoint(run.model, x, use_reentrant=False)
@@ -1087,6 +1087,343 @@ def _(rank: int, folder: Path) -> float:
         model=run.model, model_parameters=run.model.parameters(), config=config, dist_init_required=False
     )[0]
     return run.steps().error()
+
+
+# Sharding, saving and switches of torch that came with its later versions.
+
+
+@recipe("activation checkpointing, batches in chunks")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank, chunks=2).ddp()
+    calls = run.calls
+    run.calls = lambda x: checkpoint(calls, x, use_reentrant=False)
+    return run.steps().error()
+
+
+@recipe("delay_weight_gradients, activation checkpointing, batches in chunks")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank, chunks=2, delay_weight_gradients=True).ddp()
+    calls = run.calls
+    run.calls = lambda x: checkpoint(calls, x, use_reentrant=False)
+    return run.steps().error()
+
+
+@recipe("delay_weight_gradients, optimizers of experts stepping in backward")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank, delay_weight_gradients=True).ddp()
+    run.clip = None
+    experts = mp.expert_parameters(run.model)
+    own = {value: sgd([value]) for value in experts}
+
+    def take(value: Tensor) -> None:
+        own[value].step()
+        own[value].zero_grad()
+
+    for value in experts:
+        value.register_post_accumulate_grad_hook(take)
+    run.optimizer = sgd([value for value in run.model.parameters() if value not in experts])
+    return run.steps().error(reference(clip=None))
+
+
+@recipe("fully_shard over copies and shards (HSDP)")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for block in run.model:
+        fully_shard(block, mesh=both, ignored_params=mp.expert_parameters(run.model))
+    return run.steps().error()
+
+
+@recipe("fully_shard, CPUOffloadPolicy")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    policy = CPUOffloadPolicy(pin_memory=False)
+    fully_shard(run.model, ignored_params=mp.expert_parameters(run.model), offload_policy=policy)
+    return run.steps().error()
+
+
+@recipe("fully_shard, micro-batches by set_requires_gradient_sync")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    fully_shard(run.model, ignored_params=mp.expert_parameters(run.model))
+
+    def halves(loss: Tensor) -> None:
+        del loss
+        x = batch(run.taken, rank)
+        run.model.set_requires_gradient_sync(False)
+        with mp.no_sync(run.model):
+            (loss_of(run.calls, x[: TOKENS // 2]) / 2).backward()
+        run.model.set_requires_gradient_sync(True)
+        (loss_of(run.calls, x[TOKENS // 2 :]) / 2).backward()
+
+    for step in range(STEPS):
+        run.taken = step  # type: ignore[attr-defined]
+        run.step(step, halves)
+    return run.error()
+
+
+@recipe("torch's replicate, experts ignored")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    run = run_of(rank)
+    replicate(run.model, mesh=flat(), ignored_params=mp.expert_parameters(run.model))
+    return run.steps().error()
+
+
+@recipe("torch's replicate over experts")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    run = run_of(rank)
+    replicate(run.model, mesh=flat())
+    return run.steps().error()
+
+
+@recipe("torch's earlier replicate over experts")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed._composable import replicate
+
+    run = run_of(rank)
+    replicate(run.model)
+    return run.steps().error()
+
+
+@recipe("torch.compile of routers, one graph each")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    for block in run.model:
+        block.gate.compile(fullgraph=True, backend="aot_eager")
+    return run.ddp().steps().error()
+
+
+@recipe("torch.compile of blocks, one by one")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    for block in run.model:
+        block.compile(backend="aot_eager")
+    return run.ddp().steps().error()
+
+
+@recipe("torch.use_deterministic_algorithms")
+def _(rank: int, folder: Path) -> float:
+    torch.use_deterministic_algorithms(True)
+    return run_of(rank).ddp().steps().error()
+
+
+@recipe("gradients set to zero and kept, zero_grad(set_to_none=False)")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.optimizer = sgd(run.model.parameters())
+    clear = run.optimizer.zero_grad
+    run.optimizer.zero_grad = lambda: clear(set_to_none=False)
+    return run.steps().error()
+
+
+@recipe("the same with micro-batches under no_sync")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.optimizer = sgd(run.model.parameters())
+    clear = run.optimizer.zero_grad
+    run.optimizer.zero_grad = lambda: clear(set_to_none=False)
+
+    def halves(loss: Tensor) -> None:
+        del loss
+        x = batch(run.taken, rank)
+        with run.calls.no_sync(), mp.no_sync(run.model):
+            (loss_of(run.calls, x[: TOKENS // 2]) / 2).backward()
+        (loss_of(run.calls, x[TOKENS // 2 :]) / 2).backward()
+
+    for step in range(STEPS):
+        run.taken = step  # type: ignore[attr-defined]
+        run.step(step, halves)
+    return run.error()
+
+
+@recipe("a schedule of rates, OneCycleLR")
+def _(rank: int, folder: Path) -> float:
+    def scheduled(optimizer: Any) -> Any:
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=STEPS + 1)
+        optimizer.register_step_post_hook(lambda *_: rates.step())
+        return optimizer
+
+    run = run_of(rank).ddp()
+    run.optimizer = scheduled(sgd(run.model.parameters()))
+    return run.steps().error(reference(make=lambda model: scheduled(sgd(model.parameters()))))
+
+
+@recipe("schedule-free AdamW")
+def _(rank: int, folder: Path) -> float:
+    from schedulefree import AdamWScheduleFree
+
+    def made(values: Any) -> Any:
+        optimizer = AdamWScheduleFree(values, lr=0.01, eps=1e-3, warmup_steps=2)
+        optimizer.train()
+        return optimizer
+
+    run = run_of(rank).ddp()
+    run.optimizer = made(run.model.parameters())
+    run.steps()
+    run.optimizer.eval()
+    optimizers: list[Any] = []
+
+    def kept(model: nn.Sequential) -> Any:
+        optimizers.append(made(model.parameters()))
+        return optimizers[0]
+
+    trained = reference(make=kept)
+    optimizers[0].eval()
+    return run.error(trained)
+
+
+@recipe("Lion (lion_pytorch)")
+def _(rank: int, folder: Path) -> float:
+    from lion_pytorch import Lion
+
+    run = run_of(rank).ddp()
+    run.optimizer = Lion(run.model.parameters(), lr=0.01)
+    return run.steps().error(reference(make=lambda model: Lion(model.parameters(), lr=0.01)))
+
+
+@recipe("Muon of experts (in bfloat16, as it computes), SGD of the rest", torch.bfloat16)
+def _(rank: int, folder: Path) -> float:
+    from moeplace.runtime import Muon
+
+    run = run_of(rank).ddp()
+    experts = mp.expert_parameters(run.model)
+    muon = Muon(experts, lr=0.02)
+    rest = sgd([value for value in run.model.parameters() if value not in experts])
+    run.optimizer = Both(muon, rest)
+    trained = reference(
+        make=lambda model: Both(
+            Muon([value for block in model for value in block.experts.values()], lr=0.02),
+            sgd([block.gate.weight for block in model]),
+        )
+    )
+    return run.steps().error(trained)
+
+
+class Both:
+    """Two optimizers that step together."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self._optimizers = optimizers
+
+    def step(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+
+@recipe("async_save_checkpoint, load_checkpoint while it trains on")
+def _(rank: int, folder: Path) -> float:
+    from moeplace.runtime import async_save_checkpoint
+
+    run = run_of(rank).ddp()
+    run.step(0)
+    saved = async_save_checkpoint(folder / "saved", run.model, run.optimizer)
+    run.step(1)
+    saved.result()
+    later = Run(rank, flat(), plan_of(RANKS, 2)).ddp()
+    later.optimizer = sgd(later.model.parameters())
+    mp.load_checkpoint(folder / "saved", later.model, later.optimizer)
+    return later.steps(1).error()
+
+
+@recipe("get_state_dict, dcp.save")
+def _(rank: int, folder: Path) -> float:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    run = run_of(rank).ddp()
+    run.step(0)
+    model, optimizer = get_state_dict(run.model, run.optimizer)
+    try:
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "dcp")
+    except dcp.api.CheckpointException as several:
+        raise next(iter(several.failures.values()))[0] from several
+    return run.steps(1).error()
+
+
+@recipe("get_model_state_dict, set_model_state_dict")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    run = run_of(rank).ddp()
+    run.step(0)
+    kept = {name: value.clone() for name, value in get_model_state_dict(run.model).items()}
+    set_model_state_dict(run.model, kept)
+    return run.steps(1).error()
+
+
+@recipe("set_model_state_dict of the first rank's, broadcast_from_rank0")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    run = run_of(rank)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    kept = {name: value.clone() for name, value in get_model_state_dict(run.model).items()} if rank == 0 else {}
+    set_model_state_dict(run.model, kept, options=options)
+    return run.ddp().steps().error()
+
+
+@recipe("set_optimizer_state_dict of the first rank's, broadcast_from_rank0")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    run = run_of(rank).ddp()
+    run.step(0)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    kept = copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer)) if rank == 0 else {}
+    set_optimizer_state_dict(run.model, run.optimizer, kept, options=options)
+    return run.steps(1).error()
+
+
+@recipe("torch.save of get_model_state_dict, full_state_dict")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    run = run_of(rank).ddp().steps()
+    whole = get_model_state_dict(run.model, options=StateDictOptions(full_state_dict=True))
+    torch.save(whole, folder / f"{rank}.pt")
+    return run.error()
+
+
+@recipe("averages of parameters over ranks (torch's PeriodicModelAverager)")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    run = run_of(rank).ddp()
+    run.optimizer = sgd(run.model.parameters())
+    averager = PeriodicModelAverager(period=1)
+    run.optimizer.register_step_post_hook(lambda *_: averager.average_parameters(run.model.parameters()))
+    return run.steps().error()
+
+
+@recipe("float8 of linear layers (torchao)")
+def _(rank: int, folder: Path) -> float:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    run = run_of(rank)
+    convert_to_float8_training(run.model, config=Float8LinearConfig(emulate=True))
+    return run.ddp().steps().error()
+
+
+@recipe("float8 of experts (torchao)")
+def _(rank: int, folder: Path) -> float:
+    from torchao.prototype.moe_training.config import Float8TrainingOpConfig
+    from torchao.quantization.quant_api import quantize_
+
+    run = run_of(rank)
+    quantize_(run.model, Float8TrainingOpConfig(), filter_fn=lambda module, name: name.endswith("experts"))
+    return run.ddp().steps().error()
 
 
 def attempt(rank: int, ranks: int, name: str, folder: str) -> tuple[str, float, str]:

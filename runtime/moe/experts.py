@@ -38,7 +38,15 @@ from .dispatcher import AllToAllDispatcher, Dispatcher, PaddedDispatcher, expert
 from .expert_mlps import DelayedGradients, ExpertMLP, SwiGLU
 from .layer_placement import BalancedReplicas, LayerPlacement, in_queues
 from .lsh import CompressedDispatcher
-from .managers import ExpertParameter, ExpertRows, OptimizerSteps, RowsOf, check_join, refuse_parametrisation
+from .managers import (
+    ExpertParameter,
+    ExpertRows,
+    OptimizerSteps,
+    RowsOf,
+    check_join,
+    check_loading,
+    refuse_parametrisation,
+)
 from .mesh import ExpertMesh
 from .online import OnlineCopies, check_homes
 
@@ -57,8 +65,8 @@ def symmetric(mesh: ExpertMesh) -> Dispatcher:
     """
     raise UnsupportedError(
         "dispatch 'symmetric' is not built: torch's all_to_all_vdev_2d writes into other ranks' memory, and that no "
-        "rows are overwritten while they are read can be shown on GPUs with NVSHMEM alone. 'flat' and 'node_aware' send by "
-        "NCCL, 'deep_ep' by one-sided writes, and padded_tokens sends without the host waiting for the device"
+        "rows are overwritten while they are read can be shown on GPUs with NVSHMEM alone. 'flat' and 'node_aware' "
+        "send by NCCL, 'deep_ep' by one-sided writes, and padded_tokens sends without the host waiting for the device"
     )
 
 
@@ -367,6 +375,8 @@ class PlacedExperts(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
+        if not self._in_order:
+            check_loading()
         for name in self._parameters:
             value = state_dict.get(prefix + name)
             if isinstance(value, ExpertRows):
@@ -385,6 +395,9 @@ class PlacedExperts(nn.Module):
         # fully_shard puts its own parameters in place by setattr, unsharded ones during forward: these no longer tell.
         if isinstance(value, DTensor):
             raise self._managed(name, "fully_shard")
+        held = name in vars(self).get("_parameters", {})
+        if held and isinstance(value, nn.Parameter) and not isinstance(value, ExpertParameter):
+            refuse_parametrisation()
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:

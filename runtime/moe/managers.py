@@ -97,8 +97,9 @@ def refuse_parametrisation() -> NoReturn:
     """Raises UnsupportedError: something else would stand in the place of an expert parameter."""
     raise UnsupportedError(
         "an expert parameter would become a plain one, that looks the same on every rank: parametrisations "
-        "(weight_norm, spectral_norm) and adapters of experts (LoRA) that put their own parameters in an expert's "
-        "place are unknown here; leave the experts out"
+        "(weight_norm, spectral_norm), adapters of experts (LoRA) and conversions (torchao's float8 training) that put "
+        "their own parameters in an expert's place are unknown here; leave the experts out. For values of your own, "
+        "load_logical, or value.data.copy_(rows)"
     )
 
 
@@ -195,6 +196,8 @@ class ExpertParameter(_Unwritten, nn.Parameter):
             frame = sys._getframe(1)
             if frame.f_globals is vars(clip_grad):
                 _check_clipping(frame)
+            elif frame.f_globals.get("__name__") == "torch.distributed.algorithms.model_averaging.utils":
+                _refuse_averaging("PeriodicModelAverager (or another of torch's averagers)")
         value: Tensor | None = GRAD.__get__(self)
         return value
 
@@ -214,6 +217,28 @@ class ExpertParameter(_Unwritten, nn.Parameter):
             "experts, of which every rank has its own. Use DistributedDataParallel or fully_shard(model, "
             "ignored_params=expert_parameters(model)), or DeepSpeed's own expert layers"
         )
+
+
+def _refuse_averaging(by: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{by} averages every parameter over ranks, but every rank has its own experts. Give it the other parameters "
+        "only, and the experts (expert_parameters(model)) to an optimizer of their own"
+    )
+
+
+def check_loading() -> None:
+    """Raises UnsupportedError inside torch.distributed.checkpoint's functions that set states, where they have sent the
+    first rank's to all others."""
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    frame = sys._getframe(1) if module is not None else None
+    while frame is not None:
+        if frame.f_globals is vars(module) and getattr(frame.f_locals.get("info"), "broadcast_from_rank0", False):
+            raise UnsupportedError(
+                "broadcast_from_rank0 gives the first rank's experts, and an optimizer's state for them, to every "
+                "rank, but each has its own. On every rank, moeplace.load_checkpoint(path, model, optimizer) reads "
+                "them under any plan, and parallelize(..., weights=folder) each rank's own of a whole model"
+            )
+        frame = frame.f_back
 
 
 def _check_clipping(frame: Any) -> None:
@@ -236,7 +261,8 @@ ELSEWHERE = {
     ("apex", "FusedAdam"), ("apex", "FusedSGD"), ("apex", "FusedAdagrad"), ("transformer_engine", "FusedAdam"),
     ("transformer_engine", "FusedSGD"), ("deepspeed", "FusedAdam"), ("deepspeed", "DeepSpeedCPUAdam"),
     ("deepspeed", "FusedLion"), ("deepspeed", "DeepSpeedCPULion"), ("bitsandbytes", "Lion"), ("bitsandbytes", "Adam"),
-    ("bitsandbytes", "AdamW"),
+    ("bitsandbytes", "AdamW"), ("schedulefree", "AdamWScheduleFree"), ("schedulefree", "SGDScheduleFree"),
+    ("schedulefree", "RAdamScheduleFree"), ("lion_pytorch", "Lion"),
 }  # fmt: skip
 """(package, class) of the same in packages that need not be there."""
 
@@ -414,6 +440,7 @@ def _unmark_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         return None  # torch says what is wrong
     state = dict(state_dict["state"])
     for number, rows, _ in _expert_entries(optimizer, state_dict):
+        check_loading()
         state[number] = {
             key: part.in_order_of(rows) if isinstance(part, ExpertRows) else part
             for key, part in state.get(number, {}).items()
@@ -452,10 +479,7 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if isinstance(owner, torch.amp.GradScaler) and owner.is_enabled():
             _check_scaler(owner, modules)
         if type(owner).__name__ == "PostLocalSGDOptimizer":
-            raise UnsupportedError(
-                "PostLocalSGDOptimizer averages every parameter over ranks, but every rank has its own experts. Give "
-                "it the other parameters only, and the experts (expert_parameters(model)) to an optimizer of their own"
-            )
+            _refuse_averaging("PostLocalSGDOptimizer")
         if frame.f_back is None:
             return
         frame = frame.f_back
