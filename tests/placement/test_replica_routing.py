@@ -11,6 +11,7 @@ import pytest
 from annealed import annealed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from least_loads import least_largest_load
 from naive_cost import replicated_step_seconds
 from small_clusters import topology
 from traces import make_trace
@@ -19,7 +20,7 @@ import moeplace as mp
 from moeplace.placement import replay
 from moeplace.placement.bounds import least_leaving, step_seconds_bound
 from moeplace.placement.cost import Transfers, all_to_all_latency
-from moeplace.placement.division import Division, least_largest_load
+from moeplace.placement.division import Division
 from moeplace.placement.replay import device_traffic, routed_share
 from moeplace.solvers.search.scenario import deal_sources, scenario_from
 from moeplace.solvers.search.starts import near_layer

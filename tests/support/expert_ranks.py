@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from least_loads import least_largest_load
 from random_plans import SPEC, logical_weights, random_plan
 from ranks import join_group
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -20,7 +21,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 import moeplace as mp
-from moeplace.placement.division import least_largest_load
 from moeplace.runtime.moe.all_to_all import AsyncAllToAll
 from moeplace.runtime.moe.data_parallel import clip_grad_norm_, exclude_from_ddp, expert_parameters
 from moeplace.runtime.moe.expert_mlps import GELU, GptOss, SwiGLU
