@@ -31,8 +31,7 @@ from .pages.templating import pages as templates
 from .policy import Policy
 from .polling import Poller
 from .readers import Readers
-from .routes import ROUTERS
-from .routes.catalogue import plan_file
+from .routes import catalogue, deployments, jobs, operations
 from .routes.common import ProblemDetails
 from .schemas import PlanIn, TopologyIn
 from .settings import Settings
@@ -181,9 +180,17 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     metrics: Metrics = app.state.metrics
     # Asked by whoever can reach them, as often as they like.
     app.state.alive, app.state.figures = Reads(lambda _: store.jobs.waiting()), Reads(lambda _: metrics.text())
-    app.state.plan_file = Kept(partial(plan_file, store))
+    app.state.plan_file = Kept(partial(catalogue.plan_file, store))
     problems.install(app)
-    for router in (*ROUTERS, pages):
+    for router in (
+        operations.router,
+        catalogue.router,
+        catalogue.plans_router,
+        deployments.router,
+        catalogue.uploads_router,
+        jobs.router,
+        pages,
+    ):
         app.include_router(router)
 
     _complete_description(app)
