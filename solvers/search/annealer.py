@@ -373,7 +373,7 @@ def multistart(
 # do, limits that never exceed the budget together are dealt anew after each round from what layers left unused.
 
 HEADROOM = 4
-"""MoveRules beyond its part of the budget that a layer may at least try."""
+"""Moves beyond its part of the budget that a layer may at least try."""
 
 
 class MoveBudget:
@@ -388,7 +388,7 @@ class MoveBudget:
         """
         assert problem.current is not None
         assert problem.max_moves is not None
-        self._problem, self._engine, self.coupled = problem, annealer, coupled
+        self._problem, self._annealer, self.coupled = problem, annealer, coupled
         self._most, self.price = problem.max_moves, price
         # Copies: arrays that may not be written are another type to compiled code.
         self._held = [held.copy() for held in problem.current.holds]
@@ -418,12 +418,12 @@ class MoveBudget:
 
     def forget(self) -> None:
         """Values remembered so far no longer compare."""
-        self._limit(np.array([limit.most for limit in self._engine.limits]), keep=False)
+        self._limit(np.array([limit.most for limit in self._annealer.limits]), keep=False)
 
     def _limit(self, most: IntArray, keep: bool = True) -> None:
-        known = self._engine.limits
+        known = self._annealer.limits
         kept = np.zeros(len(most), np.int64) if self.coupled else most + 1
-        self._engine.limits = [
+        self._annealer.limits = [
             MoveLimit(held, int(cap), self.price, *_memory(limit if keep else no_move_limit(), int(count), int(slots)))
             for held, cap, count, limit, slots in zip(
                 self._held, most, kept, known, self._problem.layer_slots.sum(axis=1), strict=True
@@ -435,19 +435,19 @@ class MoveBudget:
         return np.array(
             [
                 (~held[state.now.slot_expert, self._problem.layer_slot_device(layer)]).sum()
-                for layer, (held, state) in enumerate(zip(self._held, self._engine.states, strict=True))
+                for layer, (held, state) in enumerate(zip(self._held, self._annealer.states, strict=True))
             ]
         )
 
     def answer(self) -> list[Placed]:
         """The best placements within the budget."""
         if self.coupled:
-            return [state.now for state in self._engine.states]
-        limits = self._engine.limits
+            return [state.now for state in self._annealer.states]
+        limits = self._annealer.limits
         chosen, worth = cheapest_mix([limit.value for limit in limits], self._most)
         self.price = worth
         placed = []
-        for layer, (count, limit, state) in enumerate(zip(chosen, limits, self._engine.states, strict=True)):
+        for layer, (count, limit, state) in enumerate(zip(chosen, limits, self._annealer.states, strict=True)):
             share = np.zeros(state.now.share.shape)
             share[limit.slot_expert[count], self._problem.layer_slot_device(layer)] = limit.slot_share[count]
             placed.append(Placed(limit.slot_expert[count].copy(), share, state.now.cost))
