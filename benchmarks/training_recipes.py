@@ -1252,28 +1252,34 @@ def _(rank: int, folder: Path) -> float:
     return run.steps().error(reference(make=lambda model: scheduled(sgd(model.parameters()))))
 
 
-@recipe("schedule-free AdamW")
-def _(rank: int, folder: Path) -> float:
+def schedule_free(rank: int, changes: bool) -> float:
     from schedulefree import AdamWScheduleFree
 
-    def made(values: Any) -> Any:
-        optimizer = AdamWScheduleFree(values, lr=0.01, eps=1e-3, warmup_steps=2)
-        optimizer.train()
-        return optimizer
+    made: list[Any] = []
+
+    def make(values: Any) -> Any:
+        made.append(AdamWScheduleFree(values, lr=0.01, eps=1e-3, warmup_steps=2))
+        made[-1].train()
+        return made[-1]
 
     run = run_of(rank).ddp()
-    run.optimizer = made(run.model.parameters())
-    run.steps()
-    run.optimizer.eval()
-    optimizers: list[Any] = []
-
-    def kept(model: nn.Sequential) -> Any:
-        optimizers.append(made(model.parameters()))
-        return optimizers[0]
-
-    trained = reference(make=kept)
-    optimizers[0].eval()
+    run.optimizer = make(run.model.parameters())
+    run.step(0)
+    if changes:
+        mp.apply(run.model, plan_of(RANKS, 1), run.optimizer)
+    run.steps(1)
+    trained = reference(make=lambda model: make(model.parameters()))
+    for optimizer in made:
+        optimizer.eval()
     return run.error(trained)
+
+
+RECIPES |= {
+    "schedule-free AdamW": (lambda rank, folder: schedule_free(rank, False), torch.float32),
+    "schedule-free AdamW, change of plan between steps": (
+        lambda rank, folder: schedule_free(rank, True), torch.float32,
+    ),
+}  # fmt: skip
 
 
 @recipe("Lion (lion_pytorch)")
