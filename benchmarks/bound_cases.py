@@ -25,8 +25,10 @@ def gpt_oss(data: Path) -> mp.RoutingStatistics:
 
 def of_recorded_transitions(data: Path, model: mp.ModelSpec, recorded: str, seed: int = 0) -> mp.RoutingStatistics:
     """Statistics of a model of OLMoE's or Mixtral's size: its layers' transitions mixed from the two recorded pairs of
-    layers of three domains (as mixtral_ilp.py says), and tokens drawn from these."""
-    transitions = transitions_of_a_whole_model(recorded_transitions(data, recorded), seed, model.layers)
+    layers of three domains (as mixtral_ilp.py says), and tokens drawn from these. Of one expert a token, transitions
+    are those of the highest-weight experts."""
+    of_tokens = recorded_transitions(data, recorded, top1=model.top_k == 1)
+    transitions = transitions_of_a_whole_model(of_tokens, seed, model.layers)
     known = mp.RoutingStatistics(
         experts=model.experts,
         moe_layers=model.moe_layers,

@@ -22,8 +22,16 @@ from recordings import GPT_OSS
 from runner import Report, data_argument
 
 import moeplace as mp
+from moeplace._types import FloatArray
+from moeplace.placement.cost import ExpertCost, Transfers
+from moeplace.placement.replay import replay
 from moeplace.solvers.base import Budget
+from moeplace.solvers.certify.device_sets import DeviceSets, least_over_partitions
+from moeplace.solvers.certify.sdp import CHUNK, MAX_ITERATIONS
+from moeplace.solvers.certify.set_pairs import least_over_pairs
+from moeplace.solvers.certify.step_time import PAIR_GROUPS, Relaxation, Relaxations, levels
 from moeplace.solvers.exflow import assignment_sweeps, kept_at_most, local_weight, spectral_kept
+from moeplace.solvers.search.scenario import scenario_from
 
 DECODE, PREFILL = ("decode", 128), ("prefill", 4096)
 MODES = ("dispatch_combine", "context_coherent")
@@ -47,6 +55,28 @@ TRANSITION_COLUMNS = {
     "spectral ms": ".0f",
     "semidefinite s": ".1f",
 }
+EXACT_COLUMNS = {
+    "devices": "",
+    "solver": "",
+    "found ms": ".3f",
+    "gap": ".1%",
+    "CPU s": ".2f",
+    "s": ".2f",
+    "loop CPU s": ".2f",
+}
+LAYER_COLUMNS = {
+    "nodes x devices": "",
+    "layers": "",
+    "found ms": ".4f",
+    "at least ms before": ".4f",
+    "at least ms": ".4f",
+    "gap before": ".1%",
+    "gap": ".1%",
+    "CPU s": ".0f",
+}
+PROPOSALS = 20_000
+"""A layer, of the search for layers' plan."""
+COLUMNS = {"transitions": TRANSITION_COLUMNS, "layers": LAYER_COLUMNS, "exact": EXACT_COLUMNS}
 Row = tuple[object, ...]
 
 
@@ -60,9 +90,11 @@ class Effort:
 
 EFFORT = {
     "mixtral": Effort(0.0, 0.0),
+    "exact": Effort(0.0, 0.0),
     "few": Effort(6.0, 8.0),
     "gpt-oss": Effort(15.0, 30.0),
     "olmoe": Effort(15.0, 25.0),
+    "layers": Effort(1.0, 600.0),
     "deepseek": Effort(30.0, 30.0),
     "transitions": Effort(3.0, 10.0),
 }
@@ -111,6 +143,33 @@ def mixtral_rows(data: Path, effort: Effort) -> Iterator[Row]:
     yield from rows(MIXTRAL, statistics, ((1, 2), (1, 4)), effort, solver=None, preset="h200-hgx")
 
 
+def exact_rows(data: Path, effort: Effort) -> Iterator[Row]:
+    """Lines of Mixtral's size with one expert a token, context-coherent, solved as by default after a first solve; and
+    how long this machine takes for five million steps of a loop."""
+    model = MIXTRAL.replace(top_k=1)
+    statistics = of_recorded_transitions(data, model, "mixtral_8x7b")
+    for devices in (2, 4):
+        problem = mp.Problem(
+            model=model,
+            topology=mp.Topology.preset("h200-hgx", devices_per_node=devices),
+            statistics=statistics,
+            objective=mp.Objective(execution="context_coherent"),
+        )
+        mp.solve(problem)
+        spent = []
+        for _ in range(5):
+            wall, processor = time.perf_counter(), time.process_time()
+            plan = mp.solve(problem)
+            spent.append((time.perf_counter() - wall, time.process_time() - processor))
+        began, total = time.process_time(), 0
+        for step in range(5_000_000):
+            total += step * step
+        loop = time.process_time() - began
+        assert plan.certificate is not None
+        wall, processor = np.median(spent, axis=0)
+        yield devices, plan.provenance.solver, 1e3 * plan.certificate.value, plan.gap, processor, wall, loop
+
+
 def few_rows(data: Path, effort: Effort) -> Iterator[Row]:
     """Lines of one and two experts a device and layer."""
     olmoe = of_recorded_transitions(data, OLMOE, "olmoe_1b_7b")
@@ -123,6 +182,70 @@ def few_rows(data: Path, effort: Effort) -> Iterator[Row]:
 def gpt_oss_rows(data: Path, effort: Effort) -> Iterator[Row]:
     """Lines of gpt-oss-20b on 8 devices."""
     yield from rows(GPT_OSS, gpt_oss(data), ((1, 8), (2, 4)), effort)
+
+
+def layer_rows(data: Path, effort: Effort) -> Iterator[Row]:
+    """Lines of some layers of gpt-oss-20b's prefill steps, context-coherent: the same plan's time and bounds without
+    and with what leaders' devices send (one node), and without and with the balance of nodes (two nodes)."""
+    for nodes, devices, some in ((1, 8, (5, 11, 17, 23)), (2, 4, (5, 11, 17))):
+        problem = mp.Problem(
+            model=GPT_OSS,
+            topology=mp.Topology.preset("h100-hgx", nodes=nodes, devices_per_node=devices),
+            statistics=gpt_oss(data),
+            objective=mp.Objective(execution="context_coherent"),
+        )
+        scenario = scenario_from(problem, "prefill", 4096, None, 0)
+        steps, weight = scenario.steps, scenario.step_weight
+        assert steps is not None
+        plan = mp.solve(
+            problem, "search", batch="prefill", step_tokens=4096, proposals=round(PROPOSALS * effort.search)
+        )
+        arriving, own = layer_seconds(plan, problem, steps)
+        sets, pairs = DeviceSets(problem, steps, weight), DeviceSets(problem, steps, weight, PAIR_GROUPS)
+        work = np.zeros(GPT_OSS.layers)
+        for layer in some:
+            began = time.process_time()
+            label, names = f"{nodes} x {devices}", f"{layer}"
+            if nodes == 1:
+                found = float(weight @ (arriving + own)[:, layer])
+                figures = np.concatenate([sets.work(layer), sets.transfers(layer)])
+                before = least_over_partitions(sets.members, figures, sets.devices, effort.bound)
+                costs, waits = pairs.pairs(layer)
+                after = max(before, waits + least_over_pairs(costs, sets.devices, effort.bound))
+            else:
+                span, names = (layer, layer + 1), f"{layer}, {layer + 1}"
+                found = float(weight @ (arriving[:, layer + 1] + 0.5 * own[:, list(span)].sum(axis=1)))
+                for each in span:
+                    work[each] = least_over_partitions(sets.members, sets.work(each), sets.devices, effort.bound)
+                level = levels(problem, steps)[0]
+                before, after = (
+                    solved(Relaxations(problem, steps, weight, level, known).make(span)) for known in (work, None)
+                )
+                after = max(before, after)
+            spent = time.process_time() - began
+            yield label, names, 1e3 * found, 1e3 * before, 1e3 * after, 1.0 - before / found, 1.0 - after / found, spent
+
+
+def layer_seconds(plan: mp.Plan, problem: mp.Problem, steps: mp.Steps) -> tuple[FloatArray, FloatArray]:
+    """[S, L] seconds of the dispatch into each layer, and of its work and combine."""
+    topology, arriving, own = problem.topology, [], []
+    cost, waits = ExpertCost.of(problem.model, topology), Transfers.of(problem.model, topology, problem.objective)
+    for demand in replay(plan, steps, topology, problem.objective):
+        out, back = demand.travelling
+        transfer = demand.transfer
+        arriving.append(transfer.links(out.flows(topology, transfer.dedup)).max(axis=-1))
+        own.append(cost.seconds(demand.tokens, demand.experts_hit).max(axis=-1))
+        if back is not None:
+            own[-1] = own[-1] + transfer.back * transfer.links(back.flows(topology, transfer.dedup)).max(axis=-1)
+    wait_out, wait_back = waits.waits(steps)
+    return np.concatenate(arriving) + wait_out[:, None], np.concatenate(own) + wait_back[:, None]
+
+
+def solved(relaxation: Relaxation) -> float:
+    """Its bound when nothing is left to gain."""
+    while not relaxation.solver.solved(MAX_ITERATIONS, relaxation.constant):
+        relaxation.solver.run(CHUNK)
+    return relaxation.bound
 
 
 def olmoe_rows(data: Path, effort: Effort) -> Iterator[Row]:
@@ -166,8 +289,10 @@ def transition_rows(data: Path, effort: Effort) -> Iterator[Row]:
 
 TABLES: dict[str, tuple[str, Callable[[Path, Effort], Iterator[Row]]]] = {
     "mixtral": ("Mixtral's size: 32 layers, 8 experts, top-2", mixtral_rows),
+    "exact": ("Mixtral's size with one expert a token, context_coherent", exact_rows),
     "few": ("One and two experts a device and layer", few_rows),
     "gpt-oss": ("gpt-oss-20b on 8 devices: 24 layers, 32 experts, top-4", gpt_oss_rows),
+    "layers": ("gpt-oss-20b on 8 devices, prefill 4096, context_coherent: some layers", layer_rows),
     "olmoe": ("OLMoE's size on 8 devices: 16 layers, 64 experts, top-8", olmoe_rows),
     "deepseek": ("DeepSeek-V3's shape: 58 layers, 256 experts, top-8, 288 slots", deepseek_rows),
     "transitions": ("Transitions kept on a device, share of all", transition_rows),
@@ -199,10 +324,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, report: Report) -> None:
-    warm_up()
+    if options.tables != ["exact"]:
+        warm_up()
     for name in options.tables:
         title, rows_of = TABLES[name]
-        columns = TRANSITION_COLUMNS if name == "transitions" else STEP_COLUMNS
+        columns = {"transitions": TRANSITION_COLUMNS, "layers": LAYER_COLUMNS, "exact": EXACT_COLUMNS}.get(
+            name, STEP_COLUMNS
+        )
         table = report.table(title, columns, columns)
         effort = Effort(EFFORT[name].search * options.scale, EFFORT[name].bound * options.scale)
         for row in rows_of(options.data, effort):

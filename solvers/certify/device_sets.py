@@ -24,6 +24,7 @@ from ...placement.topology import Topology
 from ..base import working_seconds
 from ..mip.highs import QuietHighs
 from .sdp import ROUNDING
+from .set_pairs import PairCosts
 
 MOST_SETS = 60_000
 """Sets gone through: 32 experts on 8 devices have 35,960, 128 on 64 have 8,128."""
@@ -46,10 +47,11 @@ def sets_fit(problem: Problem) -> bool:
 class DeviceSets:
     """Prices all sets of a problem on steps whose times count by `weight` [S] (summing to one).
 
-    members: [A, c] experts of each set.
+    groups: of steps that are added up, about so many at most; by default as many as `ROWS` allow. members: [A, c]
+    experts of each set.
     """
 
-    def __init__(self, problem: Problem, steps: Steps, weight: FloatArray) -> None:
+    def __init__(self, problem: Problem, steps: Steps, weight: FloatArray, groups: int | None = None) -> None:
         self._problem, self._steps, self._weight = problem, steps, weight
         self.devices, experts = problem.num_devices, problem.model.experts
         slots = int(problem.slots_per_device[0])
@@ -62,7 +64,7 @@ class DeviceSets:
         self._waits, self._kinds = transfers.waits(steps), transfers.of_steps(steps)
         # What a returning copy costs beside one going out.
         self._back = min(transfer.back for transfer, _ in self._kinds)
-        self._groups = _groups(weight, max(1, ROWS // (experts * (3 if self._coherent else 2))))
+        self._groups = _groups(weight, groups or max(1, ROWS // (experts * (3 if self._coherent else 2))))
 
     @property
     def _coherent(self) -> bool:
@@ -115,6 +117,32 @@ class DeviceSets:
         copies = self._reached(ids, owner=ids[:, 0]) * self._rate(from_device=True)
         return np.concatenate([out, self._all_to_all(copies * self._back, combine * self._back, wait_back)])
 
+    def pairs(self, layer: int) -> tuple[PairCosts, float]:
+        """What the layer's sets cost with those of the layer before (`set_pairs`), and the seconds beside.
+
+        Holds on one node, for layers after the first in context_coherent.
+        """
+        steps = self._steps
+        ids, before = (steps.expert_ids[:, at].astype(np.int64) for at in (layer, layer - 1))
+        led, owned = self._by_owner(ids, before[:, 0]), self._by_owner(ids[:, 1:], ids[:, 0])
+        out = self._one_weight * self._rate(from_device=True)
+        dispatch, combine = (self._grouped(floor[:, layer] * self._weight) for floor in self._link_floors)
+        wait_out, wait_back = (float(self._weight @ wait) for wait in self._waits)
+        # A token of one expert has nothing to send back.
+        waits = wait_out + (wait_back if ids.shape[1] > 1 else 0.0)
+        floors = np.stack([dispatch, combine * self._back])
+        return PairCosts(self.members, self.work(layer), led, owned, out, out * self._back, floors), waits
+
+    def _by_owner(self, ids: IntArray, owner: IntArray) -> npt.NDArray[Any]:
+        """[R, A, E] tokens of each group of steps that chose an expert of each set, by the one that owns them."""
+        experts, groups = self._problem.model.experts, self._groups
+        most = max(int(self._steps.tokens[group].sum()) for group in groups)
+        result = np.zeros((len(groups), len(self.members), experts), np.min_scalar_type(most))
+        if ids.shape[1]:
+            for number, group in enumerate(groups):
+                result[number] = self._count_group(ids, owner, experts, None, group)
+        return result
+
     def _rate(self, from_device: bool) -> float:
         """Seconds of a copy that a device receives inside its node, in no step less.
 
@@ -155,17 +183,22 @@ class DeviceSets:
         return by_leader.sum(axis=2) - _largest(by_leader, size)
 
     def _counted(self, ids: IntArray, segment: IntArray, segments: int, owner: IntArray | None) -> IntArray:
+        return np.stack([self._count_group(ids, segment, segments, owner, group) for group in self._groups])
+
+    def _count_group(
+        self, ids: IntArray, segment: IntArray, segments: int, owner: IntArray | None, group: IntArray
+    ) -> IntArray:
+        """[A, Q] tokens of some steps, by their segment, that chose an expert of each set and are led by none of it."""
         experts = self._problem.model.experts
-        result = np.zeros((len(self._groups), len(self.members), segments), np.int64)
-        for number, group in enumerate(self._groups):
-            tokens = np.flatnonzero(np.isin(self._steps.step_of, group))
-            tokens = tokens[np.argsort(segment[tokens], kind="stable")]
-            place, word_segment = _word_places(np.bincount(segment[tokens], minlength=segments))
-            chose, led = (np.zeros((experts, 64 * len(word_segment)), np.uint8) for _ in range(2))
-            chose[ids[tokens], place[:, None]] = 1
-            if owner is not None:
-                led[owner[tokens], place] = 1
-            count_reached(_words(chose), _words(led), word_segment, self.members, result[number])
+        result = np.zeros((len(self.members), segments), np.int64)
+        tokens = np.flatnonzero(np.isin(self._steps.step_of, group))
+        tokens = tokens[np.argsort(segment[tokens], kind="stable")]
+        place, word_segment = _word_places(np.bincount(segment[tokens], minlength=segments))
+        chose, led = (np.zeros((experts, 64 * len(word_segment)), np.uint8) for _ in range(2))
+        chose[ids[tokens], place[:, None]] = 1
+        if owner is not None:
+            led[owner[tokens], place] = 1
+        count_reached(_words(chose), _words(led), word_segment, self.members, result)
         return result
 
 

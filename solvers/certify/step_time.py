@@ -7,6 +7,7 @@ where there are few enough, then into semidefinite relaxations of single layers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from .sdp import (
     Triangles,
     split_between_two,
 )
+from .set_pairs import least_over_pairs
 
 QUICK_ITERATIONS = 50
 """Iterations that bring most of what there is to gain."""
@@ -49,6 +51,15 @@ FEW_SETS = 3_000
 """Sets that cost next to nothing, so that on several nodes copies inside them are looked at, too."""
 SET_PART = 0.7
 """Of the time, what may go into sets."""
+HALF = 0.5
+"""Of what is left, for the first of two ways to relax the same."""
+PAIR_PART = 0.95
+"""Of the time, what may have gone by when pairs of sets are done."""
+PAIR_GROUPS = 32
+"""Groups of steps that pairs of sets are priced in."""
+PAIR_SECONDS, MOST_PAIR_COSTS = 1e-6, 80_000_000
+"""A layer's bound by pairs of sets, for each set, group of steps and expert, on one core of 2020; and how many of these
+are held at a time."""
 
 
 def risk_bound(
@@ -97,7 +108,7 @@ class StepCertificate:
         # matrices would have it be.
         chosen = problem.objective.replica_choice != "share" and problem.has_replicas
         self._levels: list[Level] = [] if chosen else levels(problem, steps)
-        self._bounds: list[_LevelBound] = []
+        self._bounds: dict[tuple[int, bool], _LevelBound] = {}
         # Where tokens return home a relaxation is of one layer, and the better bound of each layer counts.
         self._by_layer = problem.objective.execution == "dispatch_combine" or problem.model.layers == 1
 
@@ -108,7 +119,7 @@ class StepCertificate:
         if not self._bounds:
             return whole
         # The relaxations share out the step time alike on all levels, so that each may be bounded on the better one.
-        best = np.max([level.bounds() for level in self._bounds], axis=0)
+        best = np.max([level.bounds() for level in self._bounds.values()], axis=0)
         if self._by_layer:
             best = np.maximum(best, self._layer)
         return max(whole, float(best.sum()))
@@ -129,17 +140,33 @@ class StepCertificate:
             if self._work is None and sets_fit(self._problem) and np.isfinite(seconds):
                 self._go_through_sets(pool, begin + SET_PART * seconds)
                 report(self.bound)
-            for number, level in enumerate(self._levels):
-                if working_seconds() >= end:
+                self._go_through_pairs(pool, begin + PAIR_PART * seconds)
+                report(self.bound)
+            for last, tried in self._to_relax():
+                now = working_seconds()
+                if now >= end:
                     break
-                if number == len(self._bounds):
-                    self._bounds.append(self._relaxed(level, pool, end))
-                for unsolved in self._bounds[number].rounds(iterations):
-                    if working_seconds() >= end:
+                until = end if last else now + HALF * (end - now)
+                if tried not in self._bounds:
+                    self._bounds[tried] = self._relaxed(*tried, pool, until)
+                for unsolved in self._bounds[tried].rounds(iterations):
+                    if working_seconds() >= until:
                         break
-                    list(pool.map(lambda relaxation: _iterate(relaxation, end), unsolved))
+                    list(pool.map(lambda relaxation, until=until: _iterate(relaxation, until), unsolved))
                     report(self.bound)
         return self.bound
+
+    def _to_relax(self) -> Iterator[tuple[bool, tuple[int, bool]]]:
+        """(whether it may take all the time, (level, whether with work by sets)) in the order of their promise.
+
+        Holders of several devices tell of their balance beside traffic, sets of devices more of work by itself: both
+        are tried, in half of the time each.
+        """
+        for number, level in enumerate(self._levels):
+            both = self._work is not None and level.holders < self._problem.num_devices
+            if both:
+                yield False, (number, False)
+            yield True, (number, both)
 
     def _go_through_sets(self, pool: ThreadPoolExecutor, end: float) -> None:
         """Bounds every layer by the sets that a device can hold, as far as the time goes."""
@@ -165,10 +192,36 @@ class StepCertificate:
         list(pool.map(lambda layer: one(layer) if working_seconds() < end else None, range(layers)))
         self._work = work
 
-    def _relaxed(self, level: Level, pool: ThreadPoolExecutor, end: float) -> _LevelBound:
-        """The relaxations of a level, as many as there is time to make."""
-        known_work = self._work is not None and level.holders < self._problem.num_devices
-        relaxations = Relaxations(self._problem, self._steps, self._weight, level, self._work if known_work else None)
+    def _go_through_pairs(self, pool: ThreadPoolExecutor, end: float) -> None:
+        """Bounds layers by the sets that a device can hold in them and in the layer before, if there is time for all
+        of them; a node's sets are not looked at."""
+        problem, layers = self._problem, self._problem.model.layers
+        groups = min(PAIR_GROUPS, len(self._weight))
+        costs = math.comb(problem.model.experts, int(problem.slots_per_device[0])) * groups * problem.model.experts
+        coherent = problem.objective.execution == "context_coherent" and problem.topology.num_nodes == 1
+        if not coherent or layers == 1 or costs > MOST_PAIR_COSTS:
+            return
+        if (layers - 1) * costs * PAIR_SECONDS > THREADS * (end - working_seconds()):
+            return
+        sets = DeviceSets(problem, self._steps, self._weight, groups)
+
+        def one(layer: int) -> None:
+            # Time that a layer leaves over is the others'.
+            left = end - working_seconds()
+            if left > 0.0:
+                costs, waits = sets.pairs(layer)
+                least = least_over_pairs(costs, sets.devices, left * min(1.0, THREADS / (layers - layer)))
+                self._layer[layer] = max(self._layer[layer], least + waits)
+
+        list(pool.map(one, range(1, layers)))
+
+    def _relaxed(self, number: int, known_work: bool, pool: ThreadPoolExecutor, end: float) -> _LevelBound:
+        """The relaxations of a level, as many as there is time to make.
+
+        known_work: with work as sets of devices have it.
+        """
+        level, work = self._levels[number], self._work if known_work else None
+        relaxations = Relaxations(self._problem, self._steps, self._weight, level, work)
 
         def make(span: tuple[int, ...]) -> Relaxation | None:
             return relaxations.make(span) if working_seconds() < end else None

@@ -16,9 +16,12 @@ from moeplace.placement.bounds import step_seconds_bound
 from moeplace.placement.cost import combine_bytes, dispatch_bytes
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.objective import risk_value, risk_weights
+from moeplace.solvers.base import Budget
 from moeplace.solvers.certify.device_sets import DeviceSets, least_over_partitions, link_floors, sets_fit
 from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
+from moeplace.solvers.certify.set_pairs import least_over_pairs, price_pairs
 from moeplace.solvers.certify.step_time import StepCertificate
+from moeplace.solvers.chain import fastest_step
 from moeplace.solvers.exflow import kept_at_most, spectral_kept
 
 pytestmark = pytest.mark.slow
@@ -198,6 +201,75 @@ def test_no_partition_costs_less_than_the_least_over_partitions(
     bound = least_over_partitions(members, cost, count, 5.0)
     assert 0.0 <= bound <= best * (1 + 1e-12)
     assert least_over_partitions(members, cost, count, 0.0) in (-np.inf, bound)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([([2], 4), ([3], 6), ([4], 4), ([2], 6)]),
+    uneven=st.booleans(),
+    top_k=st.integers(1, 3),
+    groups=st.integers(1, 3),
+)
+def test_no_path_through_neighbouring_layers_is_below_the_bound_by_pairs_of_sets(
+    seed: int, shape: tuple[list[int], int], uneven: bool, top_k: int, groups: int
+) -> None:
+    nodes, experts = shape
+    problem, steps = problem_and_steps(
+        seed,
+        cluster(nodes, uneven),
+        layers=2,
+        experts=experts,
+        top_k=top_k,
+        objective=mp.Objective(execution="context_coherent"),
+    )
+    weight = np.full(steps.num_steps, 1.0 / steps.num_steps)
+    sets = DeviceSets(problem, steps, weight, groups)
+    costs, waits = sets.pairs(1)
+    first = least_over_partitions(sets.members, np.concatenate([sets.work(0), sets.transfers(0)]), sets.devices, 60.0)
+    bound = first + waits + least_over_pairs(costs, sets.devices, 60.0)
+    least = fastest_step(problem, Budget(), steps, "steps").certificate
+    assert least is not None
+    assert bound <= least.value * (1 + 1e-12)
+
+
+def test_leaders_that_stand_in_one_place_only_bound_dispatch_more_closely_than_the_best_for_every_set() -> None:
+    problem, steps = problem_and_steps(
+        3, cluster([4]), layers=2, experts=8, top_k=2, objective=mp.Objective(execution="context_coherent")
+    )
+    weight = np.full(steps.num_steps, 1.0 / steps.num_steps)
+    sets = DeviceSets(problem, steps, weight)
+    costs, waits = sets.pairs(1)
+    apart = least_over_partitions(sets.members, np.concatenate([sets.work(1), sets.transfers(1)]), sets.devices, 60.0)
+    assert waits + least_over_pairs(costs, sets.devices, 60.0) > 1.05 * apart
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_cheapest_pair_of_sets_is_that_of_all_pairs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    experts, groups = 5, 2
+    members = np.array(list(itertools.combinations(range(experts), 2)))
+    inside = np.zeros((len(members), experts), dtype=bool)
+    np.put_along_axis(inside, members, True, axis=1)
+    work = rng.random((groups, len(members)))
+    led, owned = rng.integers(0, 9, size=(2, groups, len(members), experts)).astype(np.uint8)
+    price, here, before = rng.random((5, groups, experts)), rng.normal(size=experts), rng.normal(size=experts)
+    cheapest, best = np.empty(len(members)), np.empty(members.shape, np.int64)
+    price_pairs(members, inside, work, led, owned, price, here, before, cheapest, best)
+
+    def cost(a: int, b: np.ndarray) -> float:
+        total = -here[members[a]].sum() - before[b].sum()
+        for r in range(groups):
+            away = ~np.isin(np.arange(experts), b)
+            mine = price[:, r][:, members[a]].sum(axis=1)
+            total += mine[0] * work[r, a] + ((mine[1] + price[2, r]) * led[r, a])[away].sum()
+            total += ((mine[3] + price[4, r]) * owned[r, a])[~inside[a]].sum()
+        return float(total)
+
+    for a in range(len(members)):
+        assert cheapest[a] == pytest.approx(min(cost(a, b) for b in members))
+        assert cheapest[a] == pytest.approx(cost(a, best[a]))
 
 
 def test_sets_are_added_until_many_are_bounded_as_closely_as_all_at_once() -> None:
