@@ -36,7 +36,7 @@ many more as keep exchanges x steps x slots at that."""
 FOLLOWED = 600_000
 """Steps x slots x ranks up to which DeepInfer's rule is also followed in its own precision, at its own cost: small
 windows have ties, which rounding breaks."""
-FOR_WORKLOADS = 20_000
+FOR_WORKLOADS = 60_000
 """Exchanges tried a layer for a table of several workloads."""
 
 
