@@ -237,12 +237,12 @@ def copies(report: Report, options: argparse.Namespace) -> None:
     columns = ("steps", "homes", "planner", "experts copied", "load max/mean", "ms a layer")
     formats = {"experts copied": ".2f", "load max/mean": ".3f", "ms a layer": ".3f"}
     table = report.table("Copies for one microbatch, gpt-oss-20b, 8 ranks, 2 spare slots", columns, formats)
-    statistics_of = mp.RoutingStatistics.from_trace(train)
+    routing = mp.RoutingStatistics.from_trace(train), mp.RoutingStatistics.from_trace(held)
     cluster = mp.Topology.preset("h100-hgx")
     for phase, tokens in (("decode", 128), ("decode", 512), ("prefill", 4096)):
         steps = held.decode_steps(tokens, 10) if phase == "decode" else held.prefill_steps(tokens)
         counts = by_source(steps)
-        for name, homes in homes_for(model, cluster, statistics_of, phase, tokens).items():
+        for name, homes in homes_for(model, cluster, *routing, phase, tokens).items():
             placed = np.stack([counts[:, layer][:, :, row] for layer, row in enumerate(homes)], axis=1)
             batches = placed.reshape(-1, DEVICES, experts)
             for planner, plan in planners.items():
@@ -271,17 +271,24 @@ def ours(experts: int, slack: float) -> online_planners.Planner:
 
 
 def homes_for(
-    model: mp.ModelSpec, cluster: mp.Topology, routing: mp.RoutingStatistics, phase: str, tokens: int
+    model: mp.ModelSpec,
+    cluster: mp.Topology,
+    routing: mp.RoutingStatistics,
+    unseen: mp.RoutingStatistics,
+    phase: str,
+    tokens: int,
 ) -> dict[str, IntArray]:
-    """[L, E] experts in the order of slots, by name."""
+    """[L, E] experts in the order of slots, by name. unseen: of the steps that homes are judged on."""
     plain = mp.Problem(model, cluster, routing)
-    asked = mp.Problem(model, cluster, routing, mp.Objective(online=SPARE, online_slack=0.1))
+    online = mp.Objective(online=SPARE, online_slack=0.1)
+    asked, told = (mp.Problem(model, cluster, each, online) for each in (routing, unseen))
     arguments: dict[str, Any] = {"batch": phase, "step_tokens": tokens, "proposals": 4000}
     return {
         "index order": np.tile(np.arange(model.experts), (model.layers, 1)),
         "EPLB": mp.solve(plain, "eplb").physical_to_logical,
         "search": mp.solve(plain, "search", **arguments).physical_to_logical,
         "search, online": mp.solve(asked, "search", **arguments).physical_to_logical,
+        "search, online, told what comes": mp.solve(told, "search", **arguments).physical_to_logical,
     }
 
 

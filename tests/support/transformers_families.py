@@ -72,6 +72,9 @@ class Built(NamedTuple):
         return fields if self.top_k is None else fields | {"top_k": self.top_k}
 
 
+EXPORTED = frozenset(dir(tf))
+
+
 def moe_types() -> dict[str, tuple[str, str]]:
     """(config class, model class) of each model type whose module names experts, found by reading its source."""
     folder = Path(tf.__file__).parent / "models"
@@ -99,7 +102,8 @@ def _model_class(model_type: str, config: str) -> str:
     )
     names = [names[model_type] for names in maps if model_type in names]
     stem = config.removesuffix("Config")
-    guesses = [name for name in (f"{stem}ForConditionalGeneration", f"{stem}Model") if hasattr(tf, name)]
+    # By name: getting the class would import the model's module.
+    guesses = [name for name in (f"{stem}ForConditionalGeneration", f"{stem}Model") if name in EXPORTED]
     return str((names or guesses or [""])[0])
 
 
