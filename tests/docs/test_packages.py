@@ -128,7 +128,7 @@ def test_no_module_waits_for_one_that_waits_for_it() -> None:
     """So each module can be the first that is imported: a circle of imports shows in some orders only."""
     modules = {dotted(path): path for package in (*MAY_IMPORT, ".") for path in modules_of(package)}
     graph = {name: modules.keys() & set(imported_at_once(path, modules)) - {name} for name, path in modules.items()}
-    assert len(graph) > 250
+    assert len(graph) > 200
     assert any(graph.values())
     graphlib.TopologicalSorter(graph).prepare()
 
