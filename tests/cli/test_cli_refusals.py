@@ -684,6 +684,7 @@ def test_what_variables_name_for_many_commands_is_refused_by_none(
     assert ended(inputs, tmp_path, "check", "PLAN", "--running", exported).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["solve", "compare", "evaluate", "report", "advise"])
 def test_the_time_of_restarts_and_of_all_else_is_heeded_wherever_it_is_taken(
     command: str, inputs: dict[str, str], tmp_path: Path

@@ -37,6 +37,7 @@ def _built(model_type: str) -> Built:
     return build(config, model_class)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(TYPES))
 def test_a_config_is_read_as_transformers_builds_it(model_type: str) -> None:
     built = _built(model_type)

@@ -23,6 +23,7 @@ def problem_of(experts: int = 8, devices: int = 2, layers: int = 3, **fields: An
     return mp.Problem(model, topology, mp.RoutingStatistics.from_trace(trace), **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", ["dispatch_combine", "context_coherent"])
 @pytest.mark.parametrize("devices", [2, 4])
 def test_few_placements_a_layer_are_proven_optimal_on_the_step_time(execution: str, devices: int) -> None:

@@ -13,6 +13,7 @@ from moeplace.placement.errors import InputError
 from moeplace.solvers.table_packing import largest_loads, layer_value, pack_steps, packed_tables, part_layer
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.slow
 
 
 def window(seed: int, steps: int = 12, layers: int = 2, experts: int = 24) -> np.ndarray:

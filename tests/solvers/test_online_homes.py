@@ -12,6 +12,8 @@ from moeplace.placement.bounds import step_seconds_bound
 from moeplace.placement.online import plan_online
 from moeplace.placement.steps import Steps
 
+pytestmark = pytest.mark.slow
+
 MODEL = mp.ModelSpec(layers=2, experts=12, top_k=2, hidden_size=256, ffn_size=128)
 CLUSTER = mp.Topology.preset("h100-hgx", devices_per_node=4)
 
