@@ -55,7 +55,13 @@ def test_types_of_rows_both_ways_reach_the_objective() -> None:
 # solve --for
 
 
-@pytest.mark.parametrize("engine", target_names())
+OFTEN = ("vllm", "sglang")
+"""Engines solved for in every run of the tests; the others before a release."""
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.long) for name in target_names()]
+)
 def test_a_solved_problem_of_an_engine_needs_no_repair(engine: str) -> None:
     narrowed = problem(slots=8 if engine == "permute" else 12, engine=engine)
     mp.check_export(mp.solve(narrowed, "search", seconds=5, steps=10, proposals=200), engine)
@@ -113,7 +119,14 @@ def test_a_permuted_model_has_no_replicas_and_even_devices() -> None:
         problem(engine="sglan")
 
 
-@pytest.mark.parametrize(("experts", "groups", "devices"), [(16, 4, 4), (16, 8, 4), (16, 2, 8), (12, 4, 6), (24, 3, 4)])
+@pytest.mark.parametrize(
+    ("experts", "groups", "devices"),
+    [
+        (12, 4, 6),
+        (16, 2, 8),
+        *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in ((16, 4, 4), (16, 8, 4), (24, 3, 4))),
+    ],
+)
 def test_experts_keep_to_the_rows_of_their_group(experts: int, groups: int, devices: int) -> None:
     asked = problem(devices, experts=experts, groups=groups, forbidden={(0, 0): [devices - 1]}, engine="permute")
     assert devices - 1 in asked.forbidden_devices[0, 0]
