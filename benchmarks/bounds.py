@@ -328,9 +328,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         warm_up()
     for name in options.tables:
         title, rows_of = TABLES[name]
-        columns = {"transitions": TRANSITION_COLUMNS, "layers": LAYER_COLUMNS, "exact": EXACT_COLUMNS}.get(
-            name, STEP_COLUMNS
-        )
+        columns = COLUMNS.get(name, STEP_COLUMNS)
         table = report.table(title, columns, columns)
         effort = Effort(EFFORT[name].search * options.scale, EFFORT[name].bound * options.scale)
         for row in rows_of(options.data, effort):

@@ -10,7 +10,8 @@ import argparse
 import copy
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,19 +247,27 @@ def _(rank: int, folder: Path) -> float:
 
 @recipe("micro-batches, summed once a step by no_sync")
 def _(rank: int, folder: Path) -> float:
-    run = run_of(rank).ddp()
+    return in_halves(run_of(rank).ddp(), no_sync).error()
 
-    def halves(loss: Tensor) -> None:
-        del loss
-        x = batch(run.taken, rank)
-        with run.calls.no_sync(), mp.no_sync(run.model):
+
+@contextmanager
+def no_sync(run: Run) -> Iterator[None]:
+    with run.calls.no_sync(), mp.no_sync(run.model):
+        yield
+
+
+def in_halves(run: Run, summed_later: Callable[[Run], AbstractContextManager[None]]) -> Run:
+    """Takes all steps in two micro-batches each; gradients of the first are summed over ranks with the second's."""
+
+    def halves(step: int) -> None:
+        x = batch(step, run.rank)
+        with summed_later(run):
             (loss_of(run.calls, x[: TOKENS // 2]) / 2).backward()
         (loss_of(run.calls, x[TOKENS // 2 :]) / 2).backward()
 
     for step in range(STEPS):
-        run.taken = step  # type: ignore[attr-defined]
-        run.step(step, halves)
-    return run.error()
+        run.step(step, lambda _, step=step: halves(step))  # type: ignore[misc]
+    return run
 
 
 @recipe("fully_shard with ignored_params")
@@ -361,10 +370,13 @@ def _(rank: int, folder: Path) -> float:
 
 @recipe("activation checkpointing, use_reentrant=False, from the first forward")
 def _(rank: int, folder: Path) -> float:
-    run = run_of(rank).ddp()
+    return checkpointed(run_of(rank).ddp()).steps().error()
+
+
+def checkpointed(run: Run) -> Run:
     calls = run.calls
     run.calls = lambda x: checkpoint(calls, x, use_reentrant=False)
-    return run.steps().error()
+    return run
 
 
 @recipe("activation checkpointing, use_reentrant=True")
@@ -1094,18 +1106,12 @@ def _(rank: int, folder: Path) -> float:
 
 @recipe("activation checkpointing, batches in chunks")
 def _(rank: int, folder: Path) -> float:
-    run = run_of(rank, chunks=2).ddp()
-    calls = run.calls
-    run.calls = lambda x: checkpoint(calls, x, use_reentrant=False)
-    return run.steps().error()
+    return checkpointed(run_of(rank, chunks=2).ddp()).steps().error()
 
 
 @recipe("delay_weight_gradients, activation checkpointing, batches in chunks")
 def _(rank: int, folder: Path) -> float:
-    run = run_of(rank, chunks=2, delay_weight_gradients=True).ddp()
-    calls = run.calls
-    run.calls = lambda x: checkpoint(calls, x, use_reentrant=False)
-    return run.steps().error()
+    return checkpointed(run_of(rank, chunks=2, delay_weight_gradients=True).ddp()).steps().error()
 
 
 @recipe("delay_weight_gradients, optimizers of experts stepping in backward")
@@ -1144,22 +1150,16 @@ def _(rank: int, folder: Path) -> float:
 
 @recipe("fully_shard, micro-batches by set_requires_gradient_sync")
 def _(rank: int, folder: Path) -> float:
-    run = run_of(rank)
-    fully_shard(run.model, ignored_params=mp.expert_parameters(run.model))
-
-    def halves(loss: Tensor) -> None:
-        del loss
-        x = batch(run.taken, rank)
+    @contextmanager
+    def without_sync(run: Run) -> Iterator[None]:
         run.model.set_requires_gradient_sync(False)
         with mp.no_sync(run.model):
-            (loss_of(run.calls, x[: TOKENS // 2]) / 2).backward()
+            yield
         run.model.set_requires_gradient_sync(True)
-        (loss_of(run.calls, x[TOKENS // 2 :]) / 2).backward()
 
-    for step in range(STEPS):
-        run.taken = step  # type: ignore[attr-defined]
-        run.step(step, halves)
-    return run.error()
+    run = run_of(rank)
+    fully_shard(run.model, ignored_params=mp.expert_parameters(run.model))
+    return in_halves(run, without_sync).error()
 
 
 @recipe("torch's replicate, experts ignored")
@@ -1213,31 +1213,20 @@ def _(rank: int, folder: Path) -> float:
 
 @recipe("gradients set to zero and kept, zero_grad(set_to_none=False)")
 def _(rank: int, folder: Path) -> float:
-    run = run_of(rank).ddp()
+    return zeroing(run_of(rank).ddp()).steps().error()
+
+
+def zeroing(run: Run) -> Run:
+    """With gradients that are set to zero after a step, not to None."""
     run.optimizer = sgd(run.model.parameters())
     clear = run.optimizer.zero_grad
     run.optimizer.zero_grad = lambda: clear(set_to_none=False)
-    return run.steps().error()
+    return run
 
 
 @recipe("the same with micro-batches under no_sync")
 def _(rank: int, folder: Path) -> float:
-    run = run_of(rank).ddp()
-    run.optimizer = sgd(run.model.parameters())
-    clear = run.optimizer.zero_grad
-    run.optimizer.zero_grad = lambda: clear(set_to_none=False)
-
-    def halves(loss: Tensor) -> None:
-        del loss
-        x = batch(run.taken, rank)
-        with run.calls.no_sync(), mp.no_sync(run.model):
-            (loss_of(run.calls, x[: TOKENS // 2]) / 2).backward()
-        (loss_of(run.calls, x[TOKENS // 2 :]) / 2).backward()
-
-    for step in range(STEPS):
-        run.taken = step  # type: ignore[attr-defined]
-        run.step(step, halves)
-    return run.error()
+    return in_halves(zeroing(run_of(rank).ddp()), no_sync).error()
 
 
 @recipe("a schedule of rates, OneCycleLR")

@@ -19,15 +19,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import highspy
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csc_array, hstack, vstack
+from scipy.sparse import csc_array, csr_array, hstack, vstack
 
 from ..._types import BoolArray, FloatArray, IntArray
 from ...placement.jit import kernel
 from ..base import working_seconds
-from ..mip.highs import QuietHighs
+from ..mip.highs import QuietHighs, hand_over
+from ..mip.program import Program
 from .sdp import ROUNDING
 
 CLOSE = 1e-2
@@ -182,18 +182,23 @@ class _PairProgram:
         count, pairs, figures = len(rows), rows.shape[1], 3 * len(self._costs.work)
         choice = csc_array((np.ones(count), (np.arange(count), figure)), shape=(count, figures))
         top = hstack([choice, csc_array(-self._scale * rows)])
-        matrix = csc_array(vstack([top, hstack([csc_array((len(cover), figures)), csc_array(cover)])]))
-        program = highspy.HighsLp()
-        program.num_col_, program.num_row_ = figures + pairs, count + len(cover)
-        program.col_cost_ = np.concatenate([np.ones(figures), np.zeros(pairs)])
+        matrix = csr_array(vstack([top, hstack([csc_array((len(cover), figures)), csc_array(cover)])]))
         least = np.concatenate([np.zeros(len(self._costs.work)), self._scale * self._costs.floors.ravel()])
-        program.col_lower_ = np.concatenate([least, np.zeros(pairs)])
-        program.col_upper_ = np.full(figures + pairs, np.inf)
-        program.row_lower_ = np.concatenate([np.zeros(count), np.ones(len(cover))])
-        program.row_upper_ = np.concatenate([np.full(count, np.inf), np.ones(len(cover))])
-        program.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-        program.a_matrix_.start_, program.a_matrix_.index_ = matrix.indptr, matrix.indices
-        program.a_matrix_.value_ = matrix.data
+        whole = np.zeros(figures + pairs, dtype=bool)
+        program = Program(
+            name="pairs of sets",
+            cost=np.concatenate([np.ones(figures), np.zeros(pairs)]),
+            constant=0.0,
+            lower=np.concatenate([least, np.zeros(pairs)]),
+            upper=np.full(figures + pairs, np.inf),
+            integral=whole,
+            implied=whole,
+            row_start=matrix.indptr.astype(np.int64),
+            column=matrix.indices.astype(np.int64),
+            coefficient=matrix.data,
+            row_lower=np.concatenate([np.zeros(count), np.ones(len(cover))]),
+            row_upper=np.concatenate([np.full(count, np.inf), np.ones(len(cover))]),
+        )
         solver = QuietHighs()
         options: dict[str, bool | float | str] = {
             "output_flag": False,
@@ -204,7 +209,7 @@ class _PairProgram:
         }
         for name, value in options.items():
             solver.setOptionValue(name, value)
-        solver.passModel(program)
+        hand_over(solver, program)
         solver.run()
         solution = solver.getSolution()
         duals, values = np.asarray(solution.row_dual), np.asarray(solution.col_value)
