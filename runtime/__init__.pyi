@@ -34,6 +34,7 @@ from .moe.migrate import Migration as Migration
 from .moe.migrate import apply as apply
 from .moe.muon import Muon as Muon
 from .moe.parallelize import parallelize as parallelize
+from .moe.symmetric import SymmetricMemory as SymmetricMemory
 from .moe.weights import export_hf as export_hf
 from .permute.checkpoint import PermutedCheckpoint as PermutedCheckpoint
 from .permute.checkpoint import permute_checkpoint as permute_checkpoint

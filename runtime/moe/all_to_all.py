@@ -116,13 +116,13 @@ class _Start(Function):
         ctx: Any, exchange: AsyncAllToAll, row_CD: Tensor, weight_CK: Tensor | None, slot_CK: Tensor | None
     ) -> Tensor:
         ctx.exchange, ctx.form = exchange, exchange._form._replace(slots=False, rows=exchange.gradients)
-        exchange._launch(_pack(row_CD, weight_CK, slot_CK, exchange.rows), exchange.sent, exchange.received)
+        exchange._launch(pack(row_CD, weight_CK, slot_CK, exchange.rows), exchange.sent, exchange.received)
         return row_CD.new_zeros(())
 
     @staticmethod
     @first_order
     def backward(ctx: Any, started: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
-        row_CD, weight_CK, _ = _unpack(ctx.exchange._land(), ctx.form)
+        row_CD, weight_CK, _ = unpack(ctx.exchange._land(), ctx.form)
         return None, row_CD, weight_CK if weight_CK.shape[1] else None, None
 
 
@@ -130,19 +130,19 @@ class _Wait(Function):
     @staticmethod
     def forward(ctx: Any, exchange: AsyncAllToAll, started: Tensor, form: MessageForm) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        row_RD, weight_RK, exchange._slots = _unpack(exchange._land(), form)
+        row_RD, weight_RK, exchange._slots = unpack(exchange._land(), form)
         return row_RD, weight_RK
 
     @staticmethod
     @first_order
     def backward(ctx: Any, row_RD: Tensor, weight_RK: Tensor) -> tuple[None, Tensor, None]:
         weights = weight_RK if weight_RK.shape[1] else None
-        message = _pack(row_RD, weights, None, ctx.exchange.gradients)
+        message = pack(row_RD, weights, None, ctx.exchange.gradients)
         ctx.exchange._launch(message, ctx.exchange.received, ctx.exchange.sent)
         return None, row_RD.new_zeros(()), None
 
 
-def _pack(row_CD: Tensor, weight_CK: Tensor | None, slot_CK: Tensor | None, rows: RowFormat | None) -> Tensor:
+def pack(row_CD: Tensor, weight_CK: Tensor | None, slot_CK: Tensor | None, rows: RowFormat | None) -> Tensor:
     """[C, W] in the rows' dtype, or bytes of a format: the bytes of weights and slots stand behind the row, filled up
     to whole columns."""
     written_CW = row_CD if rows is None else rows.encode(row_CD)
@@ -157,7 +157,7 @@ def _pack(row_CD: Tensor, weight_CK: Tensor | None, slot_CK: Tensor | None, rows
     return torch.cat([written_CW, bytes_as(written_CW.dtype, torch.cat(parts, dim=1))], dim=1)
 
 
-def _unpack(message: Tensor, form: MessageForm) -> tuple[Tensor, Tensor, Tensor | None]:
+def unpack(message: Tensor, form: MessageForm) -> tuple[Tensor, Tensor, Tensor | None]:
     columns = form.width if form.rows is None else form.rows.row_bytes(form.width)
     row = message[:, :columns]
     if form.rows is not None:

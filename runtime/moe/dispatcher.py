@@ -185,6 +185,16 @@ class DispatchMetadata:
     result: Tensor | None = None
 
 
+def one_copy_a_peer(peer_TK: Tensor, peers: int) -> tuple[Tensor, Tensor]:
+    """([T * K] the peer that a token's copy goes to, `peers` where another of its places stands for that already or
+    there is none; [T * K] places in order of these, the earlier first)."""
+    sorted_TK = peer_TK.sort(dim=1).values
+    first_TK = torch.ones_like(sorted_TK, dtype=torch.bool)
+    first_TK[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
+    key_N = torch.where(first_TK, sorted_TK, peers).flatten()
+    return key_N, key_N.argsort(stable=True)
+
+
 class AllToAllStage:
     """Copies of rows to the ranks of a group, and sums of what was made of them back.
 
@@ -208,11 +218,7 @@ class AllToAllStage:
         not there). The host waits for the device once, for the numbers of rows."""
         top_k = slot_TK.shape[1]
         peer_TK = self._peer_P[slot_TK.long()]
-        sorted_TK = peer_TK.sort(dim=1).values
-        first_TK = torch.ones_like(sorted_TK, dtype=torch.bool)
-        first_TK[:, 1:] = sorted_TK[:, 1:] != sorted_TK[:, :-1]
-        key_N = torch.where(first_TK, sorted_TK, self.peers).flatten()
-        order_N = key_N.argsort(stable=True)
+        key_N, order_N = one_copy_a_peer(peer_TK, self.peers)
         sent, received, pairs = self._sizes(key_N, peer_TK)
         chosen_C = order_N[: sum(sent)]
         row_C = chosen_C.div(max(top_k, 1), rounding_mode="floor")

@@ -29,7 +29,11 @@ class ExpertMLP(Protocol):
         """Shape of each parameter of one expert, by name."""
 
     def forward(self, row_ND: Tensor, count_S: Tensor, weights: Weights) -> Tensor:
-        """[N, D] outputs. count_S: [S] inputs of each expert. weights: [S, ...] each."""
+        """[N, D] outputs. count_S: [S] inputs of each expert. weights: [S, ...] each.
+
+        Where the host does not know how many inputs there are, zeros stand behind them, and what comes of these is not
+        looked at.
+        """
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,8 @@ class _Recomputed(Function):
 
 
 class Groups:
-    """Products of a batch's groups of rows with a matrix each."""
+    """Products of a batch's groups of rows with a matrix each. What products give for rows behind the last group may be
+    anything."""
 
     def __init__(self, row_ND: Tensor, count_S: Tensor) -> None:
         self._count_S = count_S
@@ -216,10 +221,9 @@ class Groups:
         if not len(weight_SIO):
             # No expert here: an empty result that backward still passes through, since other ranks wait for it there.
             return row_NI @ weight_SIO.sum(dim=0)
-        if self._sizes is None:
-            self._sizes = self._count_S.tolist()
-        parts = zip(torch.split(row_NI, self._sizes), weight_SIO, strict=True)
-        return torch.cat([rows @ weight for rows, weight in parts])
+        *groups, rest = torch.split(row_NI, self._all_sizes())
+        parts = [rows @ weight for rows, weight in zip(groups, weight_SIO, strict=True)]
+        return torch.cat([*parts, rest.new_zeros(len(rest), weight_SIO.shape[2])])
 
     def outer(self, row_NI: Tensor, grad_NO: Tensor, like_SIO: Tensor) -> Tensor:
         """[S, I, O] the gradients of matrices, strided as these are: the same bits as the product's own backward."""
@@ -231,16 +235,23 @@ class Groups:
         elif not len(like_SIO):
             return torch.zeros_like(like_SIO)
         else:
-            if self._sizes is None:
-                self._sizes = self._count_S.tolist()
-            parts = zip(torch.split(first, self._sizes), torch.split(second, self._sizes), strict=True)
+            sizes = self._all_sizes()
+            parts = zip(torch.split(first, sizes)[:-1], torch.split(second, sizes)[:-1], strict=True)
             result_S = torch.stack([one.t() @ other for one, other in parts])
         return result_S.transpose(1, 2) if columns else result_S
 
     def spread(self, value_SO: Tensor) -> Tensor:
-        """[N, O] each group's value, for each of its rows."""
-        row = torch.arange(len(value_SO), device=value_SO.device)
-        return value_SO[torch.repeat_interleave(row, self._count_S, output_size=self._rows)]
+        """[N, O] each group's value, for each of its rows; zeros behind them."""
+        row_N = torch.arange(self._rows, dtype=torch.int32, device=value_SO.device)
+        group_N = torch.searchsorted(self._end_S, row_N, right=True, out_int32=True)
+        return torch.cat([value_SO, value_SO.new_zeros(1, *value_SO.shape[1:])])[group_N]
+
+    def _all_sizes(self) -> list[int]:
+        """Rows of each group, and those behind the last."""
+        if self._sizes is None:
+            sizes = self._count_S.tolist()
+            self._sizes = [*sizes, self._rows - sum(sizes)]
+        return self._sizes
 
 
 @functools.cache

@@ -49,29 +49,15 @@ from .managers import (
 )
 from .mesh import ExpertMesh
 from .online import OnlineCopies, check_homes
+from .symmetric import SymmetricDispatcher
 
 Gradients = Literal["mean", "sum"]
 Replicas = Literal["share", "balanced"]
 MakeDispatcher = Callable[[ExpertMesh], Dispatcher]
 
 
-def symmetric(mesh: ExpertMesh) -> Dispatcher:
-    """Dispatch through torch's symmetric memory (torch.ops.symm_mem.all_to_all_vdev_2d), which is not there.
-
-    Raises:
-        UnsupportedError: always. Its arithmetic could be held to one process on a stand-in, but not what is hard about
-            it: with one-sided writes nothing but barriers of ours would keep a rank from overwriting rows that another
-            still reads, where DeepEP's Buffer sees to that itself.
-    """
-    raise UnsupportedError(
-        "dispatch 'symmetric' is not built: torch's all_to_all_vdev_2d writes into other ranks' memory, and that no "
-        "rows are overwritten while they are read can be shown on GPUs with NVSHMEM alone. 'flat' and 'node_aware' "
-        "send by NCCL, 'deep_ep' by one-sided writes, and padded_tokens sends without the host waiting for the device"
-    )
-
-
 DISPATCHERS: dict[str, MakeDispatcher] = {
-    "flat": flat, "node_aware": node_aware, "deep_ep": DeepEPDispatcher, "symmetric": symmetric,
+    "flat": flat, "node_aware": node_aware, "deep_ep": DeepEPDispatcher,
 }  # fmt: skip
 
 
@@ -92,7 +78,8 @@ class PlacedExperts(nn.Module):
         layer: the model's absolute index of the layer.
         kind: what an expert computes; SwiGLU by default.
         dispatch: "flat", "node_aware" (the default on a mesh of two dimensions), "deep_ep" (DeepEP's kernels; never run
-            on a GPU yet), `DeepEPLowLatency` (the same for decoding), or a function of the mesh.
+            on a GPU yet), `DeepEPLowLatency` (the same for decoding), `SymmetricMemory` (torch's symmetric memory,
+            never run on a GPU either), or a function of the mesh.
         compression: on top of flat or node-aware dispatch, one row for tokens that look alike (`LSHCompression`), few
             bits a row (`QuantizedRows`), or both; None sends every token as it is.
         replica_choice: "share" divides an expert's tokens among its replicas by the plan's shares, near ones first,
@@ -234,7 +221,9 @@ class PlacedExperts(nn.Module):
         settings += " delayed" if self.delay_weight_gradients else ""
         settings += f" {self.online_slots} {self.online_slack}" if self.online_slots else ""
         settings += f" {quantized_rows(self.compression)}"
-        settings += f" {dispatcher.settings}" if isinstance(dispatcher, LowLatencyDispatcher) else ""
+        settings += (
+            f" {dispatcher.settings}" if isinstance(dispatcher, LowLatencyDispatcher | SymmetricDispatcher) else ""
+        )
         content = f"{plan.fingerprint} {self.layer} {dtype} {settings}"
         check_consistent(self.mesh, f"plan and settings of MoE layer {self.layer}", content, failure)
         assert dispatcher is not None

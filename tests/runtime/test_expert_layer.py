@@ -152,11 +152,6 @@ def test_wrong_settings_are_refused_on_every_rank(behaviours: list[Any], case: s
             raise mp.InputError(found["refusals"].get(case, "nothing was refused"))
 
 
-def test_symmetric_memory_is_refused_by_name(behaviours: list[Any]) -> None:
-    for found in behaviours:
-        assert "writes into other ranks' memory" in found["refusals"]["symmetric"]
-
-
 def test_ranks_with_different_plans_are_told_whose_differ(behaviours: list[Any]) -> None:
     for rank, found in enumerate(behaviours):
         named = "rank 0, 1, 3 has another one than rank 2" if rank == 2 else f"rank 2 has another one than rank {rank}"

@@ -433,7 +433,6 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, str]:
         "different": lambda: PlacedExperts(SPEC, plan_of(1, world) if rank == 2 else good, flat, 4),
         "one_refuses": lambda: PlacedExperts(SPEC, good, flat, 2 if rank == 3 else 4),
         "dispatch": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="flatt"),
-        "symmetric": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="symmetric"),
         "two_stage": lambda: PlacedExperts(SPEC, good, flat, 4, dispatch="node_aware"),
         "gradients": lambda: PlacedExperts(SPEC, good, flat, 4, gradients="average"),
         "replica_choice": lambda: PlacedExperts(SPEC, good, flat, 4, replica_choice="nearest"),
