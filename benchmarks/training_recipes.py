@@ -1402,6 +1402,308 @@ def _(rank: int, folder: Path) -> float:
     return run.steps().error()
 
 
+# Optimizers that treat more than an element at a time, norms that are given, what autograd goes through in parts, and
+# wrappers of torch and of others.
+
+
+@recipe("torch.optim.Muon")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.optimizer = Both(torch.optim.Muon(mp.expert_parameters(run.model)), sgd(b.gate.weight for b in run.model))
+    return run.steps().error()
+
+
+def low_bits(name: str) -> Recipe:
+    def train(rank: int, folder: Path) -> float:
+        import torchao
+
+        return with_optimizer(getattr(torchao.optim, name))(rank, folder)
+
+    return train
+
+
+RECIPES |= {
+    "AdamW8bit (torchao)": (low_bits("AdamW8bit"), torch.float32),
+    "AdamW4bit (torchao)": (low_bits("AdamW4bit"), torch.float32),
+}
+
+
+def bits(**settings: Any) -> Recipe:
+    def train(rank: int, folder: Path) -> float:
+        import bitsandbytes
+
+        def make(values: Any) -> Any:
+            return bitsandbytes.optim.AdamW(values, lr=0.01, eps=1e-3, **settings)
+
+        return beside_one_process(make)(rank, folder)
+
+    return train
+
+
+RECIPES |= {
+    "AdamW (bitsandbytes)": (bits(), torch.float32),
+    "AdamW (bitsandbytes), optim_bits=8": (bits(optim_bits=8), torch.float32),
+    "AdamW, foreach=False, maximize": (
+        beside_one_process(lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-3, foreach=False, maximize=True)),
+        torch.float32,
+    ),
+    "AdamW, rate as a tensor, fused": (
+        beside_one_process(lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), eps=1e-3, fused=True)), torch.float32,
+    ),
+}  # fmt: skip
+
+
+@recipe("a compiled optimizer step, rate as a tensor")
+def _(rank: int, folder: Path) -> float:
+    def make(values: Any) -> Any:
+        return torch.optim.AdamW(values, lr=torch.tensor(0.01), eps=1e-3, foreach=False)
+
+    run = run_of(rank).ddp()
+    run.optimizer = make(run.model.parameters())
+    run.optimizer.step = torch.compile(run.optimizer.step, backend="aot_eager")
+    return run.steps().error(reference(make=lambda model: make(model.parameters())))
+
+
+@recipe("clip_grads_with_norm_ by get_total_norm")
+def _(rank: int, folder: Path) -> float:
+    def clip(loss: Tensor) -> None:
+        loss.backward()
+        values = list(run.model.parameters())
+        norm = nn.utils.get_total_norm([value.grad for value in values])
+        nn.utils.clip_grads_with_norm_(values, 0.1, norm)
+
+    run = run_of(rank).ddp()
+    run.clip = None
+    for step in range(STEPS):
+        run.step(step, clip)
+    return run.error()
+
+
+@recipe("clip_grads_with_norm_ by moeplace's norm")
+def _(rank: int, folder: Path) -> float:
+    def clip(loss: Tensor) -> None:
+        loss.backward()
+        values = list(run.model.parameters())
+        nn.utils.clip_grads_with_norm_(values, 0.1, mp.clip_grad_norm_(run.model, float("inf")))
+
+    run = run_of(rank).ddp()
+    run.clip = None
+    for step in range(STEPS):
+        run.step(step, clip)
+    return run.error()
+
+
+@recipe("clip_grad_value_")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.clip = None
+    for step in range(STEPS):
+        run.step(step, lambda loss: (loss.backward(), nn.utils.clip_grad_value_(run.model.parameters(), 0.01)))
+
+    def make(model: nn.Sequential) -> Any:
+        optimizer = sgd(model.parameters())
+        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_(model.parameters(), 0.01))
+        return optimizer
+
+    return run.error(reference(make=make, clip=None))
+
+
+@recipe("two passes a step, sharpness-aware (SAM)")
+def _(rank: int, folder: Path) -> float:
+    def aware(model: Any, norm: Callable[[], Tensor], first: Callable[[], Any], second: Callable[[], Any]) -> None:
+        values = list(model.parameters())
+        kept = [value.detach().clone() for value in values]
+        first()
+        with torch.no_grad():
+            factor = 0.05 / norm()
+            for value in values:
+                value.add_(value.grad * factor)
+        model.zero_grad()
+        second()
+        with torch.no_grad():
+            for value, before in zip(values, kept, strict=True):
+                value.copy_(before)
+
+    run = run_of(rank).ddp()
+    for step in range(STEPS):
+
+        def again(step: int = step) -> None:
+            loss_of(run.calls, batch(step, rank)).backward()
+
+        def both(loss: Tensor, again: Any = again) -> None:
+            aware(run.model, lambda: mp.clip_grad_norm_(run.model, float("inf")), loss.backward, again)
+
+        run.step(step, both)
+
+    model, before = (nn.Sequential(Whole(0), Whole(1)) for _ in range(2))
+    optimizer = sgd(model.parameters())
+    for step in range(STEPS):
+
+        def whole(step: int = step) -> None:
+            for r in range(RANKS):
+                (loss_of(model, batch(step, r)) / RANKS).backward()
+
+        aware(model, lambda: nn.utils.get_total_norm([v.grad for v in model.parameters()]), whole, whole)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return run.error((before, model))
+
+
+@recipe("backward into experts, then into the rest (inputs=)")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    experts = mp.expert_parameters(run.model)
+    rest = [value for value in run.model.parameters() if value not in experts]
+
+    def parts(loss: Tensor) -> None:
+        loss.backward(inputs=list(experts), retain_graph=True)
+        loss.backward(inputs=rest)
+        for value in rest:
+            averaged(value.grad)
+
+    for step in range(STEPS):
+        run.step(step, parts)
+    return run.error()
+
+
+@recipe("selective checkpointing, products kept")
+def _(rank: int, folder: Path) -> float:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+        kept = operator in (torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    run = run_of(rank).ddp()
+    calls = run.calls
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
+    run.calls = lambda x: checkpoint(calls, x, use_reentrant=False, context_fn=contexts)
+    return run.steps().error()
+
+
+@recipe("selective checkpointing, what came from other ranks kept")
+def _(rank: int, folder: Path) -> float:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+        kept = str(operator).startswith("c10d.alltoall")
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    run = run_of(rank).ddp()
+    calls = run.calls
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy, allow_cache_entry_mutation=True)
+
+    run.calls = lambda x: checkpoint(calls, x, use_reentrant=False, context_fn=contexts)
+    return run.steps().error()
+
+
+@recipe("checkpoint_wrapper and offload_wrapper around blocks")
+def _(rank: int, folder: Path) -> float:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+
+    run = run_of(rank)
+    blocks = list(run.model)
+    run.model = nn.Sequential(checkpoint_wrapper(blocks[0]), offload_wrapper(blocks[1]))
+    run.ddp().step(0)
+    mp.apply(run.model, plan_of(RANKS, 1), run.optimizer)
+    run.steps(1)
+    return error_of(blocks, reference())
+
+
+@recipe("frozen experts, thawed after a step")
+def _(rank: int, folder: Path) -> float:
+    def thawing(model: Any, optimizer: Any) -> Any:
+        experts = [value for block in model for value in block.experts.parameters()]
+        for value in experts:
+            value.requires_grad_(False)
+
+        def thaw(*_: Any) -> None:
+            for value in experts:
+                value.requires_grad_(True)
+
+        optimizer.register_step_post_hook(thaw)
+        return optimizer
+
+    run = run_of(rank)
+    run.optimizer = thawing(run.model, sgd(run.model.parameters()))
+    return run.ddp().steps().error(reference(make=lambda model: thawing(model, sgd(model.parameters()))))
+
+
+@recipe("evaluation between forward and backward, no_grad")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+
+    def loss(model: Any, x: Tensor) -> Tensor:
+        value = loss_of(model, x)
+        with torch.no_grad():
+            run.model.eval()(batch(9, rank)[: 3 + rank])
+        run.model.train()
+        return value
+
+    run.loss = loss
+    return run.steps().error()
+
+
+@recipe("two batches under way, the earlier's backward first")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+
+    def both(model: Any, x: Tensor) -> Tensor:
+        first, second = loss_of(model, x[:3]) * 3 / TOKENS, loss_of(model, x[3:]) * 5 / TOKENS
+        first.backward()
+        return second
+
+    def whole(model: Any, x: Tensor) -> Tensor:
+        return loss_of(model, x[:3]) * 3 / TOKENS + loss_of(model, x[3:]) * 5 / TOKENS
+
+    run.loss = both
+    for step in range(STEPS):
+        run.step(step, lambda loss: (loss.backward(), [averaged(block.gate.weight.grad) for block in run.model]))
+    return run.error(reference(loss=whole))
+
+
+@recipe("torch.vmap over batches")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    run.loss = lambda model, x: torch.vmap(run.model)(x.view(2, -1, SPEC.hidden_size)).square().mean()
+    return run.steps().error()
+
+
+@recipe("DistributedDataParallel, gradients as views of buckets")
+def _(rank: int, folder: Path) -> float:
+    return ddp_with(gradient_as_bucket_view=True)(rank, folder)
+
+
+@recipe("parameters_to_vector, vector_to_parameters")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.step(0)
+    kept = nn.utils.parameters_to_vector(run.model.parameters()).detach().clone()
+    with torch.no_grad():
+        for value in run.model.parameters():
+            value.zero_()
+    nn.utils.vector_to_parameters(kept, run.model.parameters())
+    return run.steps(1).error()
+
+
+@recipe("torch.set_default_dtype(bfloat16), weights in float32")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    torch.set_default_dtype(torch.bfloat16)
+    run.batches = lambda step, rank: torch.randn(
+        TOKENS, SPEC.hidden_size, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float32
+    )
+    run.steps()
+    torch.set_default_dtype(torch.float32)
+    return run.error()
+
+
 @recipe("float8 of linear layers (torchao)")
 def _(rank: int, folder: Path) -> float:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...placement.errors import InputError, RankError
 from .mesh import ExpertMesh
@@ -153,11 +154,15 @@ def naming_unresponsive_ranks(group: dist.ProcessGroup) -> Iterator[None]:
     A backend says which socket broke, not which rank; and ranks that only waited for a survivor break as well. So each
     survivor signs in the store, and those who do not sign are the ones that are gone.
 
+    What watches torch's operations (selective checkpointing) does not see the block: a collective that it repeats from
+    what it keeps would leave a new buffer as it is.
+
     Raises:
         RankError: a collective in the block failed or ran past the group's timeout.
     """
     try:
-        yield
+        with _disable_current_modes():
+            yield
     except RankError:
         raise
     except (dist.DistError, RuntimeError) as error:

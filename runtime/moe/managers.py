@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import clip_grad
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
@@ -195,7 +196,7 @@ class ExpertParameter(_Unwritten, nn.Parameter):
         if not self.once:
             frame = sys._getframe(1)
             if frame.f_globals is vars(clip_grad):
-                _check_clipping(frame)
+                _check_clipping(self, frame)
             elif frame.f_globals.get("__name__") == "torch.distributed.algorithms.model_averaging.utils":
                 _refuse_averaging("PeriodicModelAverager (or another of torch's averagers)")
         value: Tensor | None = GRAD.__get__(self)
@@ -208,6 +209,12 @@ class ExpertParameter(_Unwritten, nn.Parameter):
     @grad.deleter
     def grad(self) -> None:
         GRAD.__delete__(self)
+
+    def size(self, *arguments: Any) -> Any:
+        """As torch has it; torch.optim.Muon asks it for the words in which it refuses three dimensions."""
+        if sys._getframe(1).f_globals.get("__name__") == "torch.optim._muon":
+            _refuse_optimizer("torch.optim.Muon", WHOLE_TENSORS["Muon"])
+        return super().size(*arguments)
 
     @property
     def group_name(self) -> str:
@@ -241,17 +248,38 @@ def check_loading() -> None:
         frame = frame.f_back
 
 
-def _check_clipping(frame: Any) -> None:
-    # A comprehension has a frame of its own up to Python 3.11. Clipping by value, or by a norm that is given, is right;
-    # by infinity nothing is scaled: so Transformers' Trainer looks at a norm to log it.
+def _check_clipping(asked: ExpertParameter, frame: Any) -> None:
+    # A comprehension has a frame of its own up to Python 3.11. Clipping by value, or by the norm of all ranks, is
+    # right; by infinity nothing is scaled: so Transformers' Trainer looks at a norm to log it.
     if frame.f_code.co_name == "<listcomp>":
         frame = frame.f_back
-    if frame.f_code.co_name == "clip_grad_norm_" and float(frame.f_locals.get("max_norm", 0.0)) != float("inf"):
+    name = frame.f_code.co_name.strip("_")
+    if float(frame.f_locals.get("max_norm", 0.0)) == float("inf"):
+        return
+    if name == "clip_grad_norm" or (name == "clip_grads_with_norm" and _is_of_this_rank(asked, **frame.f_locals)):
         raise UnsupportedError(
-            "torch.nn.utils.clip_grad_norm_ would take the norm of this rank's experts for that of all: ranks would "
+            f"torch.nn.utils.{name}_ would take the norm of this rank's experts for that of all: ranks would "
             "scale by different factors. Call moeplace.clip_grad_norm_(model, max_norm) on every rank, which "
             "counts all ranks' experts once"
         )
+
+
+def _is_of_this_rank(asked: ExpertParameter, parameters: Any, total_norm: Any, **others: Any) -> bool:
+    """Whether a norm that is given is that of the very gradients that this rank would scale by it."""
+    if isinstance(parameters, Iterator):
+        raise InputError(
+            "clip_grads_with_norm_ was given an iterator, of which nobody can see whether total_norm is the norm of "
+            "this rank's experts or of all; give it list(model.parameters()), or call "
+            "moeplace.clip_grad_norm_(model, max_norm)"
+        )
+    values = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [grad for value in values if (grad := GRAD.__get__(value)) is not None]
+    # Once a call: all of them are asked.
+    first = next(value for value in values if isinstance(value, ExpertParameter))
+    if asked is not first or not grads or any(isinstance(grad, DTensor) for grad in grads):
+        return False
+    given = float(total_norm)
+    return given > 0 and abs(float(nn.utils.get_total_norm(grads)) - given) <= 1e-6 * given
 
 
 BY_ELEMENT: set[type] = {SGD, Adam, AdamW, Adamax, NAdam, RAdam, Adagrad, Adadelta, ASGD, RMSprop, Rprop}
@@ -266,6 +294,9 @@ ELSEWHERE = {
 }  # fmt: skip
 """(package, class) of the same in packages that need not be there."""
 
+SMALL_STATES = ("8bit", "4bit", "Fp8")
+"""Ends of names of optimizers (torchao's, bitsandbytes') with states of few bits, a scale for a block of values."""
+
 WHOLE_TENSORS = {
     "Adafactor": "divides by the root mean square of the whole tensor",
     "LBFGS": "takes one step for all parameters together",
@@ -277,6 +308,7 @@ WHOLE_TENSORS = {
     "FusedNovoGrad": "scales by the norm of the whole tensor",
     "Shampoo": "multiplies by factors of the whole tensor",
     "SOAP": "multiplies by factors of the whole tensor",
+    "Muon": "takes one matrix at a time, and an expert parameter has one for each expert",
 }
 
 
@@ -502,19 +534,26 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
     kind = type(optimizer)
     lineage = {(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__}
-    for _, name in lineage:
-        if name in WHOLE_TENSORS:
-            raise UnsupportedError(
-                f"{kind.__name__} {WHOLE_TENSORS[name]}; a rank's parameters are the experts that it happens to have, "
-                "so each plan would train differently. Give the experts (expert_parameters(model)) to an optimizer "
-                "that works element by element, as AdamW does, or to moeplace.runtime.Muon"
-            )
+    for package, name in lineage:
+        if package != "moeplace" and name in WHOLE_TENSORS:
+            _refuse_optimizer(kind.__name__, WHOLE_TENSORS[name])
+        few = name.endswith(SMALL_STATES) and name != "Optimizer8bit"  # bitsandbytes' base of all
+        if few or getattr(getattr(optimizer, "args", None), "optim_bits", 32) < 32:
+            _refuse_optimizer(kind.__name__, "keeps its state in blocks of values, which reach from expert to expert")
     if isinstance(optimizer, tuple(BY_ELEMENT)) or lineage & ELSEWHERE:
         return
     raise UnsupportedError(
         f"whether {kind.__module__}.{kind.__qualname__} treats every expert for itself is not known. If it does, and "
         f"keeps its state in tensors with a row for each expert, say moeplace.runtime.allow_optimizer({kind.__name__});"
         " else give the experts (expert_parameters(model)) to an optimizer that does, as AdamW"
+    )
+
+
+def _refuse_optimizer(name: str, why: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{name} {why}; a rank's parameters are the experts that it happens to have, so each plan would train "
+        "differently. Give the experts (expert_parameters(model)) to an optimizer that works element by element, as "
+        "AdamW does, or to moeplace.runtime.Muon"
     )
 
 

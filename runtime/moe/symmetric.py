@@ -257,7 +257,7 @@ class SymmetricBuffers:
             # The first batch may be an evaluation's, and later ones train.
             with torch.inference_mode(False):
                 value: Tensor = symmetric.empty(*size, dtype=dtype, device=device)
-            symmetric.rendezvous(value, group)
+                symmetric.rendezvous(value, group)
             return value
 
         self._sets = [
@@ -276,7 +276,8 @@ class SymmetricBuffers:
         buffer, came_2G = self._sets[self._turn]
         buffer[: len(sent), : sent.shape[1]] = sent
         self._sent_G.copy_(sent_G)
-        torch.ops.symm_mem.all_to_all_vdev(buffer, self._out, self._sent_G, came_2G, self._group.group_name)
+        with naming_unresponsive_ranks(self._group):
+            torch.ops.symm_mem.all_to_all_vdev(buffer, self._out, self._sent_G, came_2G, self._group.group_name)
         received_G = came_2G[0].clone()
         valid = torch.arange(rows, device=sent.device) < received_G.sum()
         arrived = torch.where(valid[:, None], self._out[:rows, : sent.shape[1]], 0)

@@ -30,6 +30,8 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         ("Adafactor", "divides by the root mean square of the whole tensor"),
         ("transformers", "divides by the root mean square of the whole tensor"),
         ("LBFGS", "takes one step for all parameters together"),
+        ("AdamW8bit", "keeps its state in blocks of values, which reach from expert to expert"),
+        ("Muon", "as AdamW does, or to moeplace.runtime.Muon"),
         ("Unknown", "say moeplace.runtime.allow_optimizer(Unknown)"),
     ],
 )
@@ -70,12 +72,12 @@ def test_tokens_wider_than_weights_are_refused(recipes: list[Any]) -> None:
     assert all("tokens are torch.float32" in found["mixed"]["narrow"] for found in recipes)
 
 
-@pytest.mark.parametrize("name", ["no gradients", "experts", "copy", "bfloat16"])
+@pytest.mark.parametrize("name", ["no gradients", "experts", "copy", "bfloat16", "given", "given an iterator"])
 def test_a_norm_of_this_ranks_experts_is_refused(recipes: list[Any], name: str) -> None:
     assert all("moeplace.clip_grad_norm_(model, max_norm)" in found["norms"][name] for found in recipes)
 
 
-@pytest.mark.parametrize("name", ["value", "infinity", "rest", "ours", "compiled step"])
+@pytest.mark.parametrize("name", ["value", "infinity", "rest", "ours", "given ours", "compiled step"])
 def test_what_asks_no_norm_of_experts_goes_on(recipes: list[Any], name: str) -> None:
     assert all(found["norms"][name] == "" for found in recipes)
 
@@ -130,12 +132,15 @@ def test_deepspeed_is_refused_before_it_sends_anything(recipes: list[Any]) -> No
 
 
 def test_recipes_of_the_matrix_are_equal_or_refused() -> None:
-    names = ("AveragedModel", "GPipe", "Adafactor", "broadcast_from_rank0", "PeriodicModelAverager", "delay_weight")
+    names = (
+        "AveragedModel", "GPipe", "Adafactor", "broadcast_from_rank0", "PeriodicModelAverager", "delay_weight",
+        "what came from other ranks kept",
+    )  # fmt: skip
     command = [sys.executable, "-m", "benchmarks", "training_recipes", "--only", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [line.split("|")[2].strip() for line in done.stdout.splitlines() if line.startswith("| ")][2:]
-    assert sorted(results) == ["equal"] * 4 + ["refused"] * 4
+    assert sorted(results) == ["equal"] * 5 + ["refused"] * 4
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "into one that is new", "average", "by hand", "together"])

@@ -51,6 +51,10 @@ class Known(Unknown):
     pass
 
 
+class AdamW8bit(torch.optim.AdamW):
+    """Named as those of torchao and bitsandbytes that keep blocks of values in few bits."""
+
+
 def recipes(rank: int, world: int, folder: Path) -> dict[str, Any]:
     join_group(rank, world, folder)
     mesh = init_device_mesh("cpu", (world,))
@@ -82,6 +86,7 @@ def optimizers(rank: int, world: int, mesh: Any) -> dict[str, str]:
         "Known": Known,
         "SGD": lambda values: torch.optim.SGD(values, lr=1e-3, momentum=0.9),
         "RMSprop": torch.optim.RMSprop,
+        "AdamW8bit": AdamW8bit,
     }
     result = {}
     for name, make in kinds.items():
@@ -91,6 +96,7 @@ def optimizers(rank: int, world: int, mesh: Any) -> dict[str, str]:
         result[name] = said(lambda optimizer=optimizer: optimizer.step(lambda: 0.0))
     layer = layer_of(mesh, world)
     losses_of(layer, rank)
+    result["Muon"] = said(lambda: torch.optim.Muon(layer.experts.parameters()))
     rest = torch.optim.Adafactor(layer.gate.parameters())
     result["Adafactor of the rest"] = said(rest.step)
     return result
@@ -171,6 +177,12 @@ def norms(rank: int, world: int, mesh: Any) -> dict[str, str]:
     result["copy"] = said(lambda: nn.utils.clip_grad_norm_(twin.parameters(), 1.0))
     half = layer_of(mesh, world).to(torch.bfloat16)
     result["bfloat16"] = said(lambda: nn.utils.clip_grad_norm_(half.parameters(), 1.0))
+    values = list(layer.parameters())
+    local = nn.utils.get_total_norm([value.grad for value in values])
+    result["given"] = said(lambda: nn.utils.clip_grads_with_norm_(values, 1.0, local))
+    result["given an iterator"] = said(lambda: nn.utils.clip_grads_with_norm_(layer.parameters(), 1.0, local))
+    ours = mp.clip_grad_norm_(layer, float("inf"))
+    result["given ours"] = said(lambda: nn.utils.clip_grads_with_norm_(values, 1.0, ours))
     result["value"] = said(lambda: nn.utils.clip_grad_value_(layer.parameters(), 1.0))
     result["infinity"] = said(lambda: nn.utils.clip_grad_norm_(layer.parameters(), float("inf")))
     result["rest"] = said(lambda: nn.utils.clip_grad_norm_(layer.gate.parameters(), 1.0))
