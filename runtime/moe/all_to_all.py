@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ...placement.errors import UnsupportedError
+from ...placement.errors import InputError, UnsupportedError
 from .compression import RowFormat, bytes_as
 from .coordination import naming_unresponsive_ranks
 
@@ -93,6 +93,15 @@ class AsyncAllToAll:
                 work.wait()
         self._pending = None
         return buffer
+
+
+def require(condition: Tensor, words: str) -> None:
+    """Raises InputError unless the condition holds; on a GPU an error of the device later on, since the host does not
+    wait for it."""
+    try:
+        torch._assert_async(condition, words)
+    except RuntimeError as error:
+        raise InputError(words) from error
 
 
 def first_order(backward: Callable[..., Any]) -> Any:

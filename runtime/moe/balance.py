@@ -89,6 +89,8 @@ def balance_loss(
     Raises:
         InputError: both, or tokens that are no whole sequences.
     """
+    # Numbers of tokens are no numbers of half precision.
+    score_TE = score_TE.float()
     tokens, experts = score_TE.shape
     part_TE = score_TE / score_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     chosen_TE = torch.zeros_like(score_TE).scatter_(1, expert_TK, 1.0)

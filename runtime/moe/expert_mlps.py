@@ -175,7 +175,8 @@ def recomputed(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
 class _Recomputed(Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-        ctx.function = function
+        kind = value.device.type
+        ctx.function, ctx.cast = function, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(value)
         return function(value)
 
@@ -183,7 +184,9 @@ class _Recomputed(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (value,) = ctx.saved_tensors
-        with torch.enable_grad():
+        kind, dtype, enabled = ctx.cast
+        # As in forward, whatever backward is called under.
+        with torch.enable_grad(), torch.autocast(kind, dtype, enabled=enabled):
             value = value.detach().requires_grad_()
             (result,) = torch.autograd.grad(ctx.function(value), value, grad)
         return None, result

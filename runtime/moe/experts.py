@@ -31,6 +31,7 @@ from ...placement.errors import InputError, MoeplaceError, UnsupportedError, nea
 from ...placement.model import ModelSpec
 from ...placement.objective import SLACK
 from ...placement.plan import Plan
+from .all_to_all import require
 from .compression import Compression, LSHCompression, QuantizedRows, quantized_rows
 from .coordination import check_consistent, gather, naming_unresponsive_ranks
 from .deep_ep import DeepEPDispatcher, LowLatencyDispatcher
@@ -435,6 +436,7 @@ class PlacedExperts(nn.Module):
             weights = {name: value.to(x_TD.dtype) for name, value in parameters.items()}
         expert_TK = top_k_index.reshape(len(x_TD), top_k_index.shape[-1])
         weight_TK = top_k_weights.reshape(expert_TK.shape).float()
+        self._check_experts(expert_TK)
         identity_TK = absent_TK = (expert_TK >= self.num_experts) if self.spec.zero_experts else None
         if self.capacity_factor is not None:
             tokens = self.padded_tokens or len(x_TD)
@@ -515,6 +517,17 @@ class PlacedExperts(nn.Module):
                 f"layer {self.layer}: tokens are {dtype}, {name} is {value.dtype}; give tokens of that type, or run "
                 "under torch.autocast"
             )
+
+    def _check_experts(self, expert_TK: Tensor) -> None:
+        """Raises InputError for experts that do not exist; on a GPU an error of the device, since the host does not
+        wait."""
+        most = self.num_experts + self.spec.zero_experts
+        known = ((expert_TK >= 0) & (expert_TK < most)).all()
+        require(
+            known,
+            f"layer {self.layer}: top_k_index has experts outside 0 to {most - 1}; give a token that goes to fewer "
+            "experts any of these with a weight of 0",
+        )
 
     def _check_managers(self) -> None:
         """Raises UnsupportedError if something treats these parameters as the same on every rank, or replaced them."""
@@ -899,6 +912,7 @@ class JoinedWeights:
     def __init__(self, shards: ExpertShards, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._shards, self._dtype = shards, dtype
         self._parts = {name: part.detach().as_subclass(Tensor) for name, part in parts.items()}
+        self._versions = [part._version for part in self._parts.values()] if torch.is_grad_enabled() else []
         self._again: dict[str, Tensor] = {}
         self._name_at: dict[int, str] = {}
 
@@ -924,7 +938,16 @@ class JoinedWeights:
         return {name: self._shards.join(part.to(self._dtype)) for name, part in self._parts.items()}
 
     def join_again(self) -> None:
-        """For backward: every copy at the same point of it, whichever weights its tokens went through."""
+        """For backward: every copy at the same point of it, whichever weights its tokens went through.
+
+        Raises:
+            InputError: they are not those of forward any more.
+        """
+        if [part._version for part in self._parts.values()] != self._versions:
+            raise InputError(
+                "experts that are cut over copies (shard_experts) were changed between forward and backward, which "
+                "joins them again: gradients would be of other weights. Step optimizers behind the last backward"
+            )
         self._again = self.join()
 
     def sum_parts(self, grads: Sequence[Tensor]) -> list[Tensor]:

@@ -178,7 +178,9 @@ class SigmoidRouter(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(logits [T, E], weights [T, K], expert ids [T, K]), all in float32."""
-        logit_TE = F.linear(x_TD.float(), self.weight.float())
+        # Under autocast too.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logit_TE = F.linear(x_TD.float(), self.weight.float())
         score_TE = logit_TE.sigmoid()
         choice_TE = score_TE.detach() + self.bias
         if self.groups > 1:

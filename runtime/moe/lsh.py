@@ -364,7 +364,8 @@ class CompressedDispatcher:
             self.counts = self._counted(slot_TK)
             return self._plain.dispatch(x_TD, slot_TK, weight_TK)
         x_TD_float = x_TD.float()
-        with torch.no_grad():
+        # Distances are small beside what they are differences of.
+        with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):
             square_T = x_TD_float.square().sum(dim=1)
             # What is not finite would spoil its cluster.
             scope_TK = self._scope_P[slot_TK] & square_T.isfinite()[:, None] & weight_TK.isfinite()

@@ -335,14 +335,22 @@ class OptimizerSteps:
     Forward passes would not do: gradient accumulation makes several a step, activation checkpointing repeats them.
     Refuses optimizers and scalers that would make experts differ from what they are in one process.
 
-    done: steps since this was made.
+    done: steps since this was made, of the parameter that has taken the most.
     """
 
     def __init__(self, module: Layer) -> None:
         self._module = weakref.ref(module)
+        self._taken: Counter[int] = Counter()
         self.done = 0
         _watch()
         _counts.add(self)
+
+    def count(self, module: Layer, optimizer: Optimizer) -> None:
+        """The optimizer has taken a step; one for each parameter may be behind another."""
+        stepped = _parameters_of(optimizer)
+        for place, value in enumerate(module.parameters(recurse=False)):
+            self._taken[place] += id(value) in stepped
+        self.done = max(self._taken.values())
 
     def of(self, parameters: set[int]) -> Layer | None:
         """The module, if any of its own parameters is among these, by id."""
@@ -402,8 +410,12 @@ def _check_wrapper(wrapper: nn.Module, name: str, module: nn.Module | None) -> N
             )
 
 
+def _parameters_of(optimizer: Optimizer) -> set[int]:
+    return {id(value) for group in optimizer.param_groups for value in group["params"]}
+
+
 def _among(optimizer: Optimizer) -> Iterator[tuple[OptimizerSteps, Layer]]:
-    parameters = {id(value) for group in optimizer.param_groups for value in group["params"]}
+    parameters = _parameters_of(optimizer)
     for count in list(_counts):
         module = count.of(parameters)
         if module is not None:
@@ -518,8 +530,8 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for count, _ in _among(optimizer):
-        count.done += 1
+    for count, module in _among(optimizer):
+        count.count(module, optimizer)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

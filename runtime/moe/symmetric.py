@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...placement.errors import InputError, UnsupportedError
-from .all_to_all import MessageForm, first_order, pack, unpack
+from .all_to_all import MessageForm, first_order, pack, require, unpack
 from .compression import bytes_as
 from .coordination import naming_unresponsive_ranks
 from .dispatcher import gathered_sum, one_copy_a_peer, permute
@@ -187,7 +187,7 @@ class SymmetricDispatcher:
         with naming_unresponsive_ranks(self.mesh.group):
             dist.all_reduce(pairs_G, group=self.mesh.group)
         fits = pairs_G.max() <= most
-        torch._assert_async(
+        require(
             fits,
             f"SymmetricMemory: a rank would get more than the {most} token-expert pairs that rank_capacity_factor "
             f"({self.settings.rank_capacity_factor}) has place for; give a larger one, or None",

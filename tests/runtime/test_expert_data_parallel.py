@@ -64,6 +64,7 @@ def test_what_needs_whole_experts_is_refused_where_they_are_cut(cut: list[Any]) 
     for found in cut:
         assert found["narrow"]
         said = found["said"]
+        assert "were changed between forward and backward, which joins them again" in said["changed"]
         assert "Muon makes whole matrices orthogonal" in said["muon"]
         assert "shard_experts and online_slots do not go together" in said["online"]
         assert "shard_experts and chunks (2) do not go together" in said["chunks"]

@@ -61,6 +61,8 @@ def test_odd_inputs_give_what_the_reference_gives(behaviours: list[Any]) -> None
         odd = found["odd_inputs"]
         assert max(odd["strided"], odd["one"]) < ROUNDING
         assert odd["none"] == [[0, 16], [0, 16]]
+        assert all("layer 4: top_k_index has experts outside 0 to 5" in said for said in odd["outside"])
+        assert len(odd["outside"]) == 2
 
 
 def test_nan_stays_with_its_token(behaviours: list[Any]) -> None:

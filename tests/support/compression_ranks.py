@@ -278,7 +278,8 @@ def following(rank: int, world: int, flat: Any, deep: Any) -> dict[str, list[flo
 
 
 def half_precision(rank: int, world: int, flat: Any, deep: Any) -> float:
-    """bfloat16 against float32 on the same values and clusters, by the root of the mean square."""
+    """bfloat16 against float32 on the same values and clusters, by the root of the mean square. Autocast makes the same
+    clusters: hashes and distances stay in float32."""
     x, ids, gate = batch_of(rank)
     x = x.bfloat16()
     plan = random_plan(np.random.default_rng([5, 1]), 2, world // 2)
@@ -289,6 +290,9 @@ def half_precision(rank: int, world: int, flat: Any, deep: Any) -> float:
         experts.load_logical({name: value.to(dtype) for name, value in weights.items()})
         found.append(passed(experts, x.to(dtype), ids, gate))
     half, whole = found
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = experts(x.float(), ids, gate)
+    assert torch.equal(cast, half[0])
     assert half[0].dtype == half[1].dtype == torch.bfloat16
     pairs = zip(half[:3], whole[:3], strict=True)
     return max(float((a.float() - b).square().mean().sqrt() / b.square().mean().sqrt()) for a, b in pairs)
@@ -328,6 +332,11 @@ def schedule(rank: int, world: int, flat: Any, deep: Any) -> list[bool]:
             passed(experts, *batch_of(rank))
             compressed.append(experts.dispatcher.statistics is not None)
         optimizer.step()
+    # An optimizer for each parameter, as those that step in backward: one step together.
+    done = experts.optimizer_steps.done
+    for value in experts.parameters():
+        torch.optim.SGD([value], lr=0.1).step()
+    assert experts.optimizer_steps.done == done + 1
     return compressed
 
 

@@ -212,12 +212,21 @@ def cut(rank: int, world: int, folder: Path) -> dict[str, Any]:
     none = loss_of(model, x if rank < world // 2 else x[:0])
     none.nan_to_num().backward()
     model.zero_grad()
+    stale = loss_of(model, x)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        next(value for _, layer in expert_layers(model) for value in layer.parameters()).add_(0.0)
+    said = {}
+    try:
+        stale.backward()
+    except mp.InputError as refusal:
+        said["changed"] = str(refusal)
+    model.zero_grad()
     half = model.bfloat16()
     with torch.no_grad():
         narrow = half(x.bfloat16()).float()
     odd = SPEC.replace(hidden_size=15)
     odd_plan = random_plan(np.random.default_rng(0), 1, world // 2, odd)
-    said = {}
     for name, make in {
         "muon": lambda: Muon([value for _, layer in expert_layers(model) for value in layer.parameters()]),
         "online": lambda: Block(SPEC, plan_of(0, world // 2), mesh, 1, shard_experts=True, online_slots=1),

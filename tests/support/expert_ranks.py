@@ -252,6 +252,12 @@ def odd_inputs(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
     result["none"] = [list(out.shape), list(none.grad.shape)]
     one = torch.zeros_like(ids[:, :1])
     result["one"] = error(experts(x, one, gate[:, :1]), reference_experts(x, one, gate[:, :1], weights, SwiGLU()))
+    result["outside"] = []
+    for expert in (-1, SPEC.experts):
+        try:
+            experts(x, torch.full_like(ids, expert), gate)
+        except mp.InputError as refusal:
+            result["outside"].append(str(refusal))
     if rank == 1:
         x = x.clone()
         x[2] = float("nan")

@@ -274,7 +274,7 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, Any]:
     ids = torch.tensor([[0, 1, 2]]).expand(8, 3)
     try:
         build(SymmetricMemory(8, rank_capacity_factor=1.0))(x[:8], ids, gate[:8])
-    except RuntimeError as beyond:
+    except mp.InputError as beyond:
         found["place"] = str(beyond)
     found["calls"] = stand_in.calls
     whole, narrow = build(kind=GptOss()), build(kind=GptOss(), capacity_factor=0.5)
