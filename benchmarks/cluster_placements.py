@@ -12,8 +12,10 @@ left out.
 compare: contiguous, eplb, exflow, moetuner and search, also with slots for replicas, forward and forward with backward.
 predict: these and plans that nobody would choose, each with flat and node-aware dispatch, against `mp.evaluate`.
 chunks: contiguous and search, with batches whole and cut in two, in both dispatches.
-delay: the same forward and backward, with the gradients of experts' weights delayed (`delay_weight_gradients`), with
-batches whole and cut in two.
+real: the same in flat dispatch, on no emulated device: the experts' products take as long as they take here. For
+`--ranks 1`, with a core for each host.
+delay: chunks' steps forward and backward, with the gradients of experts' weights delayed (`delay_weight_gradients`),
+with batches whole and cut in two.
 decode: steps of one token of each of many sequences, in both modes and dispatches; context-coherent rows end with every
 rank being told where tokens are, and have rows with the keys and values that all ranks must be sent in every layer.
 """
@@ -146,7 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="a step, over all ranks")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of each solve")
-    parser.add_argument("--show", default="compare,predict", help="of compare, predict, chunks, delay, decode")
+    parser.add_argument("--show", default="compare,predict", help="of compare, predict, chunks, real, delay, decode")
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -171,19 +173,14 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             wide = every | dict(plans.spread(plans.problem_for(topology, train), every["search"]))
             for dispatch in ("node_aware", "flat"):
                 work.add(f"predict, {dispatch}", wide, steps.select(range(max(1, arguments.steps // 2))), dispatch)
-        if "chunks" in arguments.show:
+        for shown, dispatches, given in CHUNKS:
             whole = {label: every[label] for label in ("contiguous", "search")}
             cut = {f"{label}, 2 chunks": plan for label, plan in whole.items()}
-            for dispatch in ("flat", "node_aware"):
+            settings = dict.fromkeys(whole, given) | {label: given | {"chunks": 2} for label in cut}
+            for dispatch in dispatches if shown in arguments.show else ():
                 for passes in ("forward", "forward and backward"):
-                    work.add(
-                        f"chunks, {dispatch}, {passes}",
-                        whole | cut,
-                        steps,
-                        dispatch,
-                        passes,
-                        settings={label: {"chunks": 2} for label in cut},
-                    )
+                    name = f"{shown}, {dispatch}, {passes}"
+                    work.add(name, whole | cut, steps, dispatch, passes, settings=settings)
         if "delay" in arguments.show:
             named, settings = {}, {}
             for label in ("contiguous", "search"):
@@ -232,6 +229,13 @@ PREDICTED = {
     "model_ms": "mp.evaluate alone ms",
     "load_max_mean": "load max/mean",
 }
+
+
+CHUNKS: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    ("chunks", ("flat", "node_aware"), {}),
+    ("real", ("flat",), {"real": True}),
+]
+"""What cuts batches: its name, dispatches, and settings of all layers in it."""
 
 
 DELAY: dict[str, dict[str, Any]] = {

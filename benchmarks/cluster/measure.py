@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import moeplace as mp
 from moeplace.runtime import calibrate
+from moeplace.runtime.moe.expert_mlps import SwiGLU
 
 
 class Blocked:
@@ -67,7 +68,8 @@ class Layers(nn.Module):
 
     def __init__(self, plan: mp.Plan, mesh: DeviceMesh, dispatch: str, replica_choice: Any, **settings: Any) -> None:
         super().__init__()
-        settings |= {"kind": Slowed(), "dispatch": dispatch, "replica_choice": replica_choice}
+        kind = SwiGLU() if settings.pop("real", False) else Slowed()
+        settings |= {"kind": kind, "dispatch": dispatch, "replica_choice": replica_choice}
         self.layers = nn.ModuleList(
             mp.ExpertParallelMoE(plan.model, plan, mesh, layer, router=RecordedRouter(), **settings)
             for layer in plan.moe_layers
@@ -83,7 +85,7 @@ class Layers(nn.Module):
 class Passes:
     """Steps of one plan on this rank's tokens. `coherent`: values a token of context to share, None for
     dispatch_combine. `replica_choice`: "share" or "balanced". `settings`: more of the layers' (chunks,
-    delay_weight_gradients)."""
+    delay_weight_gradients), "real" for experts of no emulated device."""
 
     def __init__(
         self,
