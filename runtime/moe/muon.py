@@ -74,11 +74,14 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for value in group["params"]:
-                if value.grad is None or not value.numel():
+                if value.grad is None:
                     continue
                 state = self.state[value]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(value)
+                # A rank without experts has a state too, of no rows, as the others have: it moves with them.
+                if not value.numel():
+                    continue
                 moment = state["momentum_buffer"]
                 moment.lerp_(value.grad, 1 - group["momentum"])
                 update = value.grad.lerp(moment, group["momentum"]) if group["nesterov"] else moment

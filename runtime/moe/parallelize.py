@@ -149,7 +149,9 @@ def parallelize(
         placed.unused_rows = {name: more for name, more in rows.items() if more}
         if example.device.type != "meta" and weights is None:
             placed.load_logical(values)
-        placed.requires_grad_(example.requires_grad).train(module.training)
+        placed.train(module.training)
+        for name, value in module.named_parameters(recurse=False):
+            placed.get_parameter(name).requires_grad_(value.requires_grad)
         if kind.post_norm:
             # Every rank has it, as all that is no expert.
             placed.add_module("post_expert_norm", module.get_submodule("post_expert_norm"))

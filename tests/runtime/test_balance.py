@@ -41,6 +41,10 @@ def test_muon_moves_each_expert_as_torchs_does_alone_through_a_change_of_plan(ba
     assert all(found["muon"]["worst"] < 1e-3 for found in balance)
 
 
+def test_muons_state_moves_from_a_plan_that_leaves_a_rank_without_experts(balance: list[Any]) -> None:
+    assert all(found["muon"]["rows"] == 0 for found in balance)
+
+
 @pytest.mark.parametrize("kind", ["capacity", "padded"])
 def test_an_expert_takes_no_more_than_its_capacity_those_with_the_largest_weights(
     balance: list[Any], kind: str

@@ -30,6 +30,11 @@ def test_logits_and_gradients_are_those_of_the_whole_model(families: list[Any], 
         assert found[family]["gradients"] < 1e-4
 
 
+def test_what_was_frozen_stays_so_and_nothing_else_is(families: list[Any]) -> None:
+    both = [("gate_up_proj", True), ("down_proj", False), ("gate_up_proj", True), ("down_proj", True)]
+    assert all([tuple(entry) for entry in found["frozen"]] == both for found in families)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameter_names_and_modes_stay(families: list[Any], family: str) -> None:
     for found in families:

@@ -140,7 +140,17 @@ def muon(rank: int, world: int, mesh: Any) -> dict[str, float]:
     for name, value in layer.experts.named_parameters():
         for row, expert in enumerate(layer.experts.row_expert.tolist()):
             worst = max(worst, float((value[row] - matrices[name][expert]).abs().max()))
-    return {"worst": worst}
+    # From a plan under which the second rank has no expert.
+    plan = plan_of(2, world // 2).select([1])
+    alone = mp.Plan(plan.model, plan.topology, np.arange(SPEC.experts)[None], np.zeros(SPEC.experts, dtype=np.int64))
+    one = ExpertParallelMoE(SPEC.replace(layers=1, moe_layers=(1,)), alone, mesh, 1, router="softmax")
+    stepping = Muon(one.experts.parameters())
+    one(batch(rank)).square().mean().backward()
+    stepping.step()
+    stepping.zero_grad()
+    mp.apply(one, plan, stepping)
+    moment = stepping.state[one.experts.down_proj]["momentum_buffer"]
+    return {"worst": worst, "rows": len(moment) - len(one.experts.row_expert)}
 
 
 def capacity(rank: int, world: int, mesh: Any, padded: int | None) -> dict[str, float]:

@@ -30,6 +30,7 @@ def families(rank: int, world: int, folder: Path) -> dict[str, Any]:
     for number, (name, (build, layers)) in enumerate(FAMILIES.items()):
         found[name] = one_family(rank, mesh, build(use_cache=False), layers, number, folder / name)
     found["refused"] = refused(mesh)
+    found["frozen"] = frozen(mesh)
     dist.destroy_process_group()
     return found
 
@@ -71,6 +72,15 @@ def one_family(rank: int, mesh: Any, model: Any, layers: tuple[int, ...], number
         "names": sorted(set(dict(whole.named_parameters())) ^ set(dict(model.named_parameters()))),
         "training": [model.training, *(part.training for _, part in placed(model))],
     }  # fmt: skip
+
+
+def frozen(mesh: Any) -> list[tuple[str, bool]]:
+    """Which parameters are trained where some were frozen before, and nothing recorded gradients meanwhile."""
+    model = olmoe(use_cache=False)
+    placed(model)[0][1].down_proj.requires_grad_(False)
+    with torch.no_grad():
+        mp.parallelize(model, random_plan(np.random.default_rng(0), *mesh.mesh.shape, spec_of(model, (0, 1))), mesh)
+    return [(name, value.requires_grad) for _, part in placed(model) for name, value in part.named_parameters()]
 
 
 def placed(model: Any) -> list[tuple[str, Any]]:
