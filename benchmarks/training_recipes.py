@@ -918,6 +918,14 @@ def _(rank: int, folder: Path) -> float:
     return run.steps(1).error()
 
 
+@recipe("load_state_dict of a whole model's state")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank)
+    whole = {f"{n}.experts.{name}": value for n in range(2) for name, value in Whole(n).experts.items()}
+    run.model.load_state_dict(whole, strict=False)
+    return run.ddp().steps().error()
+
+
 @recipe("torch.save of the model")
 def _(rank: int, folder: Path) -> float:
     run = run_of(rank).ddp().steps()

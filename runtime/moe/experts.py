@@ -372,6 +372,8 @@ class PlacedExperts(nn.Module):
             if isinstance(value, ExpertRows):
                 # The dictionary is a copy of what was given.
                 state_dict[prefix + name] = value.in_order_of(self.rows)
+            elif isinstance(value, Tensor) and not self._in_order:
+                self._check_whole(name, value)
         if local_metadata.get("assign_to_params_buffers"):
             # Torch makes plain parameters of them.
             for name in self._parameters:
@@ -380,6 +382,16 @@ class PlacedExperts(nn.Module):
                     state_dict[prefix + name] = ExpertParameter(value)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         self._mark()
+
+    def _check_whole(self, name: str, value: Tensor) -> None:
+        """Raises InputError for experts of a whole model: rows in another order than this rank's, or more of them."""
+        if tuple(value.shape) == (self.num_experts + self.unused_rows.get(name, 0), *self.shapes[name]):
+            raise InputError(
+                f"layer {self.layer}: {name} has a row for each of {self.num_experts} experts, as a whole model's "
+                f"state has, and this rank has the rows {self.row_expert.tolist()}. On every rank, "
+                "parallelize(model, plan, mesh, weights=folder) reads its own of a checkpoint, and "
+                "experts.load_logical(weights) takes them from tensors of all experts"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         # fully_shard puts its own parameters in place by setattr, unsharded ones during forward: these no longer tell.

@@ -271,6 +271,11 @@ class SymmetricBuffers:
 
         message: [C, W] rows sorted by rank, of which the first `sent_G.sum()` are sent.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "SymmetricMemory is not for CUDA graphs: one of an odd number of exchanges would fill the same buffers "
+                "twice in a row when it is played again; capture other parts of the model, or give padded_tokens"
+            )
         sent = bytes_as(torch.uint8, message)
         self._turn = (self._turn + 1) % self.SETS
         buffer, came_2G = self._sets[self._turn]

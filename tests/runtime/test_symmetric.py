@@ -54,6 +54,7 @@ def test_what_does_not_go_with_it_is_refused_by_name(refused: list[Any]) -> None
         assert "with SymmetricDispatcher it would do nothing" in found["delayed"]
         assert "tokens is 0; expected a whole number of at least 1" in found["none"]
         assert "rank_capacity_factor is 0.5; expected a number of at least 1" in found["factor"]
+        assert "is not for CUDA graphs" in found["graph"]
         assert "9 tokens, SymmetricMemory was told of at most 8" in found["tokens"]
 
 

@@ -124,7 +124,8 @@ def test_one_rank_has_the_norm_and_writes_experts_that_are_in_order(tmp_path: Pa
     (found,) = launch("recipe_ranks:in_one_process", 1, tmp_path)
     refused = {name for name, words in found.items() if words}
     assert refused == {name for name in found if "reversed" in name and "norm" not in name}
-    assert len(refused) == 6
+    assert len(refused) == 7
+    assert "a row for each of 6 experts, as a whole model's state has" in found["whole reversed"]
 
 
 def test_deepspeed_is_refused_before_it_sends_anything(recipes: list[Any]) -> None:

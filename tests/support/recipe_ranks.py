@@ -337,6 +337,8 @@ def in_one_process(rank: int, world: int, folder: Path) -> dict[str, str]:
         losses_of(layer, rank)
         twin = copy.deepcopy(layer)
         result[f"norm {name}"] = said(lambda layer=layer: nn.utils.clip_grad_norm_(layer.parameters(), 1.0))
+        whole = {key: value.detach().clone().as_subclass(torch.Tensor) for key, value in layer.named_parameters()}
+        result[f"whole {name}"] = said(lambda layer=layer, whole=whole: layer.load_state_dict(whole, strict=False))
         for kind, values in (("state", twin.state_dict()), ("parameters", dict(twin.named_parameters()))):
             result[f"{kind} {name}"] = said(lambda values=values: torch.save(values, folder / "weights"))
             result[f"{kind} {name} dcp"] = said(lambda v=values: dcp.save(v, checkpoint_id=folder / "dcp"))

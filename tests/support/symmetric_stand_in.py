@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -270,6 +271,8 @@ def refused(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found["factor"] = attempt(lambda: SymmetricMemory(8, rank_capacity_factor=0.5))
     x, ids, gate = torch.ones(9, SPEC.hidden_size), torch.zeros(9, 3, dtype=torch.int64), torch.ones(9, 3)
     found["tokens"] = attempt(lambda: build()(x, ids, gate))
+    with mock.patch.multiple(torch.cuda, is_available=lambda: True, is_current_stream_capturing=lambda: True):
+        found["graph"] = attempt(lambda: build()(x[:8], ids[:8], gate[:8]))
     # All tokens for three experts, on few ranks.
     ids = torch.tensor([[0, 1, 2]]).expand(8, 3)
     try:
