@@ -89,7 +89,7 @@ class OnlineCopies:
     def finish(self, prefetch: Prefetch, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """[S + spare, ...] weights with the copies behind; waits for them."""
         arrived_CN, _, _ = prefetch.exchange.wait()
-        parts = torch.split(arrived_CN, [value[0].numel() for value in weights.values()], dim=1)
+        parts = torch.split(arrived_CN, [value.shape[1:].numel() for value in weights.values()], dim=1)
         result = {}
         for (name, value), part in zip(weights.items(), parts, strict=True):
             spare = value.new_zeros(self._slots, *value.shape[1:])

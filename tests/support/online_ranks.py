@@ -21,11 +21,11 @@ KINDS = (SwiGLU(), GELU(), GptOss())
 
 
 def homes_plan(rng: np.random.Generator, nodes: int, per_node: int) -> mp.Plan:
-    """A slot an expert, at random, ranks with different numbers of them."""
+    """A slot an expert, at random, ranks with different numbers of them, some with none."""
     cluster = mp.Topology.preset("h100-hgx", nodes=nodes, devices_per_node=per_node)
     devices = nodes * per_node
     table = np.stack([rng.permutation(SPEC.experts) for _ in range(SPEC.layers)])
-    owners = np.sort(np.concatenate([np.arange(devices), rng.integers(devices, size=SPEC.experts - devices)]))
+    owners = np.sort(rng.integers(devices, size=SPEC.experts))
     return mp.Plan(SPEC, cluster, table, owners)
 
 
