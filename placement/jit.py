@@ -27,8 +27,8 @@ def kernel(function: F) -> F:
     What was compiled is kept beside the sources, in the user's cache folder where these are read-only, or in
     NUMBA_CACHE_DIR.
     """
-    compiled = njit(nogil=True)(function)
-    compiled._cache = _Cache(function)  # type: ignore[attr-defined]
+    compiled = njit(nogil=True, no_cfunc_wrapper=True)(function)  # type: ignore[call-overload]  # not in the stubs
+    compiled._cache = _Cache(function)
     return cast(F, compiled)
 
 

@@ -45,7 +45,14 @@ def pack_steps(
         as_published: layers in which DeepInfer's rule ends lower begin anew from where it ends, with more exchanges.
     """
     by_layer = np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64)
-    return _greedy_and_exchanges(by_layer, slots, devices, proposals, seed, as_published)
+    table = np.empty((len(by_layer), slots), dtype=np.int64)
+    for layer, (steps, row) in enumerate(zip(by_layer, table, strict=True)):
+        row[:] = pack_layer(steps, replicate_layer(steps, slots, devices, 0.0), devices, False)
+        exchange_layer(steps, row, devices, proposals, seed + layer)
+        if as_published:
+            rule = pack_layer(steps, replicate_layer(steps, slots, slots, APART), devices, True)
+            _reach_published(steps, row, rule, devices, proposals, seed + layer)
+    return table
 
 
 def lower_to(load: FloatArray, table: IntArray, published: IntArray, devices: int, proposals: int) -> None:
@@ -57,7 +64,8 @@ def lower_to(load: FloatArray, table: IntArray, published: IntArray, devices: in
         proposals: exchanges tried a layer at first.
     """
     by_layer = np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64)
-    _lower_to(by_layer, table, published, devices, proposals, 0)
+    for layer, (steps, row, other) in enumerate(zip(by_layer, table, published, strict=True)):
+        _reach_published(steps, row, other.copy(), devices, proposals, layer)
 
 
 def extrapolated(load: FloatArray) -> FloatArray:
@@ -81,32 +89,10 @@ def extrapolated(load: FloatArray) -> FloatArray:
 
 def largest_loads(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
     """[S, L] largest device load of each step and layer, from loads [S, L, E] and a table [L, P]."""
-    return np.asarray(_largest(np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64), table, devices).T)
+    by_layer = np.ascontiguousarray(load.transpose(1, 2, 0), dtype=np.float64)
+    return np.stack([_peak(steps, row, devices) for steps, row in zip(by_layer, table, strict=True)], axis=1)
 
 
-@kernel
-def _greedy_and_exchanges(
-    load: FloatArray, slots: int, devices: int, proposals: int, seed: int, as_published: bool
-) -> IntArray:
-    """`pack_steps` of loads [L, E, S]."""
-    table = np.empty((load.shape[0], slots), dtype=np.int64)
-    for layer in range(load.shape[0]):
-        table[layer] = pack_layer(load[layer], replicate_layer(load[layer], slots, devices, 0.0), devices, False)
-        exchange_layer(load[layer], table[layer], devices, proposals, seed + layer)
-        if as_published:
-            rule = pack_layer(load[layer], replicate_layer(load[layer], slots, slots, APART), devices, True)
-            _reach_published(load[layer], table[layer], rule, devices, proposals, seed + layer)
-    return table
-
-
-@kernel
-def _lower_to(load: FloatArray, table: IntArray, published: IntArray, devices: int, proposals: int, seed: int) -> None:
-    """`lower_to` of loads [L, E, S]."""
-    for layer in range(len(table)):
-        _reach_published(load[layer], table[layer], published[layer].copy(), devices, proposals, seed + layer)
-
-
-@kernel
 def _reach_published(
     load: FloatArray, table: IntArray, other: IntArray, devices: int, proposals: int, seed: int
 ) -> None:
@@ -123,7 +109,6 @@ def _reach_published(
     reach(load, table, other, goal, devices, proposals, seed)
 
 
-@kernel
 def reach(
     load: FloatArray, table: IntArray, other: IntArray, goal: float, devices: int, proposals: int, seed: int
 ) -> None:
@@ -236,15 +221,6 @@ def _peak(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
             carried += load[table[slot]] / counts[table[slot]]
         peak = np.maximum(peak, carried)
     return peak
-
-
-@kernel
-def _largest(load: FloatArray, table: IntArray, devices: int) -> FloatArray:
-    """[L, S] from [L, E, S]."""
-    result = np.empty((load.shape[0], load.shape[2]))
-    for layer in range(load.shape[0]):
-        result[layer] = _peak(load[layer], table[layer], devices)
-    return result
 
 
 @kernel
@@ -537,7 +513,6 @@ def packed_tables(load: npt.NDArray[np.floating[Any]], slots: int, devices: int)
     return table
 
 
-@kernel
 def level_tables(load: FloatArray, table: IntArray, nodes: int, devices: int) -> None:
     """Lightens each layer's heaviest device, in place, for as long as that goes.
 
@@ -549,25 +524,29 @@ def level_tables(load: FloatArray, table: IntArray, nodes: int, devices: int) ->
     Args:
         load: [L, E]. table: [L, P]. nodes: of as many devices. devices: G.
     """
-    layers, experts = load.shape
-    slots = table.shape[1]
-    width, per_node = slots // devices, devices // nodes
-    part, carried = np.empty(slots), np.empty(devices)
-    for layer in range(layers):
-        counts = np.zeros(experts, dtype=np.int64)
-        for slot in range(slots):
-            counts[table[layer, slot]] += 1
-        enough = load[layer].sum() / devices * (1.0 + ENOUGH)
-        for _ in range(MOST_EXCHANGES * slots):
-            carried[:] = 0.0
-            for slot in range(slots):
-                part[slot] = load[layer, table[layer, slot]] / counts[table[layer, slot]]
-                carried[slot // width] += part[slot]
-            if not _lighten(load[layer], table[layer], counts, part, carried, enough, per_node):
-                break
+    for loads, row in zip(load, table, strict=True):
+        _level_layer(loads, row, devices // nodes, devices)
 
 
 @kernel
+def _level_layer(load: FloatArray, table: IntArray, per_node: int, devices: int) -> None:
+    """`level_tables` of one layer: load [E], table [P]."""
+    slots = len(table)
+    width = slots // devices
+    part, carried = np.empty(slots), np.empty(devices)
+    counts = np.zeros(len(load), dtype=np.int64)
+    for slot in range(slots):
+        counts[table[slot]] += 1
+    enough = load.sum() / devices * (1.0 + ENOUGH)
+    for _ in range(MOST_EXCHANGES * slots):
+        carried[:] = 0.0
+        for slot in range(slots):
+            part[slot] = load[table[slot]] / counts[table[slot]]
+            carried[slot // width] += part[slot]
+        if not _lighten(load, table, counts, part, carried, enough, per_node):
+            break
+
+
 def part_tables(load: FloatArray, table: IntArray, goal: FloatArray, nodes: int, devices: int, proposals: int) -> None:
     """Makes layers anew, in place, that have an expert twice on a device: without one, and with a largest load of at
     most `goal`, if that can be found.
