@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,16 @@ settings.register_profile("moeplace", deadline=None)
 settings.load_profile("moeplace")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+SLOW_FILE = re.compile(r"^pytestmark = .*\bmark\.slow\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where slow tests are left out, files with no other are not imported: that takes as long as many tests."""
+    if collection_path.suffix != ".py" or "not slow" not in config.option.markexpr.split(" and "):
+        return None
+    return True if SLOW_FILE.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
