@@ -27,9 +27,8 @@ from moeplace.placement.cost import ExpertCost, Transfers
 from moeplace.placement.replay import replay
 from moeplace.solvers.base import Budget
 from moeplace.solvers.certify.device_sets import DeviceSets, least_over_partitions
-from moeplace.solvers.certify.sdp import CHUNK, MAX_ITERATIONS
 from moeplace.solvers.certify.set_pairs import least_over_pairs
-from moeplace.solvers.certify.step_time import PAIR_GROUPS, Relaxation, Relaxations, levels
+from moeplace.solvers.certify.step_time import PAIR_GROUPS
 from moeplace.solvers.exflow import assignment_sweeps, kept_at_most, local_weight, spectral_kept
 from moeplace.solvers.search.scenario import scenario_from
 
@@ -75,7 +74,7 @@ LAYER_COLUMNS = {
     "CPU s": ".0f",
 }
 PROPOSALS = 20_000
-"""A layer, of the search for layers' plan."""
+"""A layer, of search where it has long and for layers' plan; its own default."""
 COLUMNS = {"transitions": TRANSITION_COLUMNS, "layers": LAYER_COLUMNS, "exact": EXACT_COLUMNS}
 Row = tuple[object, ...]
 
@@ -93,6 +92,7 @@ EFFORT = {
     "exact": Effort(0.0, 0.0),
     "few": Effort(6.0, 8.0),
     "gpt-oss": Effort(15.0, 30.0),
+    "long": Effort(1.0, 900.0),
     "olmoe": Effort(15.0, 25.0),
     "layers": Effort(1.0, 600.0),
     "deepseek": Effort(30.0, 30.0),
@@ -101,10 +101,20 @@ EFFORT = {
 
 
 def step_row(
-    label: str, problem: mp.Problem, effort: Effort, batch: str, tokens: int, solver: str | None = "search"
+    label: str,
+    problem: mp.Problem,
+    effort: Effort,
+    batch: str,
+    tokens: int,
+    solver: str | None = "search",
+    proposals: int | None = None,
 ) -> Row:
-    """A line of a table: the plan's step time, what none is below, and the gap by single terms and in the end."""
-    options = {} if solver is None else {"seconds": effort.search, "certify": effort.bound}
+    """A line of a table: the plan's step time, what none is below, and the gap by single terms and in the end.
+
+    proposals: of search in place of seconds.
+    """
+    budget = {"seconds": effort.search} if proposals is None else {"proposals": proposals}
+    options = {} if solver is None else {**budget, "certify": effort.bound}
     began = time.perf_counter()
     plan = mp.solve(problem, solver, batch=batch, step_tokens=tokens, **options)
     took = time.perf_counter() - began
@@ -184,68 +194,62 @@ def gpt_oss_rows(data: Path, effort: Effort) -> Iterator[Row]:
     yield from rows(GPT_OSS, gpt_oss(data), ((1, 8), (2, 4)), effort)
 
 
-def layer_rows(data: Path, effort: Effort) -> Iterator[Row]:
-    """Lines of some layers of gpt-oss-20b's prefill steps, context-coherent: the same plan's time and bounds without
-    and with what leaders' devices send (one node), and without and with the balance of nodes (two nodes)."""
-    for nodes, devices, some in ((1, 8, (5, 11, 17, 23)), (2, 4, (5, 11, 17))):
+def long_rows(data: Path, effort: Effort) -> Iterator[Row]:
+    """Lines of gpt-oss-20b's prefill steps with time for pairs of sets in every layer on one node, and for relaxed
+    nodes on two; search makes as many proposals as it does where no limit is given."""
+    for nodes, devices, mode in ((1, 8, "context_coherent"), (2, 4, "dispatch_combine"), (2, 4, "context_coherent")):
         problem = mp.Problem(
             model=GPT_OSS,
             topology=mp.Topology.preset("h100-hgx", nodes=nodes, devices_per_node=devices),
             statistics=gpt_oss(data),
-            objective=mp.Objective(execution="context_coherent"),
+            objective=mp.Objective(execution=mode),  # type: ignore[arg-type]
         )
-        scenario = scenario_from(problem, "prefill", 4096, None, 0)
-        steps, weight = scenario.steps, scenario.step_weight
-        assert steps is not None
-        plan = mp.solve(
-            problem, "search", batch="prefill", step_tokens=4096, proposals=round(PROPOSALS * effort.search)
-        )
-        arriving, own = layer_seconds(plan, problem, steps)
-        sets, pairs = DeviceSets(problem, steps, weight), DeviceSets(problem, steps, weight, PAIR_GROUPS)
-        work = np.zeros(GPT_OSS.layers)
-        for layer in some:
-            began = time.process_time()
-            label, names = f"{nodes} x {devices}", f"{layer}"
-            if nodes == 1:
-                found = float(weight @ (arriving + own)[:, layer])
-                figures = np.concatenate([sets.work(layer), sets.transfers(layer)])
-                before = least_over_partitions(sets.members, figures, sets.devices, effort.bound)
-                costs, waits = pairs.pairs(layer)
-                after = max(before, waits + least_over_pairs(costs, sets.devices, effort.bound))
-            else:
-                span, names = (layer, layer + 1), f"{layer}, {layer + 1}"
-                found = float(weight @ (arriving[:, layer + 1] + 0.5 * own[:, list(span)].sum(axis=1)))
-                for each in span:
-                    work[each] = least_over_partitions(sets.members, sets.work(each), sets.devices, effort.bound)
-                level = levels(problem, steps)[0]
-                before, after = (
-                    solved(Relaxations(problem, steps, weight, level, known).make(span)) for known in (work, None)
-                )
-                after = max(before, after)
-            spent = time.process_time() - began
-            yield label, names, 1e3 * found, 1e3 * before, 1e3 * after, 1.0 - before / found, 1.0 - after / found, spent
+        label, proposals = f"{nodes} x {devices}, {mode}", round(PROPOSALS * effort.search)
+        yield step_row(label, problem, effort, *PREFILL, proposals=proposals)
 
 
-def layer_seconds(plan: mp.Plan, problem: mp.Problem, steps: mp.Steps) -> tuple[FloatArray, FloatArray]:
-    """[S, L] seconds of the dispatch into each layer, and of its work and combine."""
-    topology, arriving, own = problem.topology, [], []
+def layer_rows(data: Path, effort: Effort) -> Iterator[Row]:
+    """Lines of some layers of gpt-oss-20b's prefill steps, context-coherent, on one node: the same plan's time and
+    bounds without and with what leaders' devices send."""
+    problem = mp.Problem(
+        model=GPT_OSS,
+        topology=mp.Topology.preset("h100-hgx"),
+        statistics=gpt_oss(data),
+        objective=mp.Objective(execution="context_coherent"),
+    )
+    scenario = scenario_from(problem, "prefill", 4096, None, 0)
+    steps, weight = scenario.steps, scenario.step_weight
+    assert steps is not None
+    plan = mp.solve(problem, "search", batch="prefill", step_tokens=4096, proposals=round(PROPOSALS * effort.search))
+    seconds = layer_seconds(plan, problem, steps)
+    sets, pairs = DeviceSets(problem, steps, weight), DeviceSets(problem, steps, weight, PAIR_GROUPS)
+    for layer in (5, 11, 17, 23):
+        began = time.process_time()
+        found = float(weight @ seconds[:, layer])
+        figures = np.concatenate([sets.work(layer), sets.transfers(layer)])
+        before = least_over_partitions(sets.members, figures, sets.devices, effort.bound)
+        costs, waits = pairs.pairs(layer)
+        after = max(before, waits + least_over_pairs(costs, sets.devices, effort.bound))
+        spent = time.process_time() - began
+        gaps = 1.0 - before / found, 1.0 - after / found
+        yield "1 x 8", f"{layer}", 1e3 * found, 1e3 * before, 1e3 * after, *gaps, spent
+
+
+def layer_seconds(plan: mp.Plan, problem: mp.Problem, steps: mp.Steps) -> FloatArray:
+    """[S, L] seconds of each layer: the dispatch into it, its work and its combine."""
+    topology, seconds = problem.topology, []
     cost, waits = ExpertCost.of(problem.model, topology), Transfers.of(problem.model, topology, problem.objective)
     for demand in replay(plan, steps, topology, problem.objective):
         out, back = demand.travelling
         transfer = demand.transfer
-        arriving.append(transfer.links(out.flows(topology, transfer.dedup)).max(axis=-1))
-        own.append(cost.seconds(demand.tokens, demand.experts_hit).max(axis=-1))
+        seconds.append(transfer.links(out.flows(topology, transfer.dedup)).max(axis=-1))
+        seconds[-1] = seconds[-1] + cost.seconds(demand.tokens, demand.experts_hit).max(axis=-1)
         if back is not None:
-            own[-1] = own[-1] + transfer.back * transfer.links(back.flows(topology, transfer.dedup)).max(axis=-1)
+            seconds[-1] = seconds[-1] + transfer.back * transfer.links(back.flows(topology, transfer.dedup)).max(
+                axis=-1
+            )
     wait_out, wait_back = waits.waits(steps)
-    return np.concatenate(arriving) + wait_out[:, None], np.concatenate(own) + wait_back[:, None]
-
-
-def solved(relaxation: Relaxation) -> float:
-    """Its bound when nothing is left to gain."""
-    while not relaxation.solver.solved(MAX_ITERATIONS, relaxation.constant):
-        relaxation.solver.run(CHUNK)
-    return relaxation.bound
+    return np.concatenate(seconds) + (wait_out + wait_back)[:, None]
 
 
 def olmoe_rows(data: Path, effort: Effort) -> Iterator[Row]:
@@ -292,6 +296,7 @@ TABLES: dict[str, tuple[str, Callable[[Path, Effort], Iterator[Row]]]] = {
     "exact": ("Mixtral's size with one expert a token, context_coherent", exact_rows),
     "few": ("One and two experts a device and layer", few_rows),
     "gpt-oss": ("gpt-oss-20b on 8 devices: 24 layers, 32 experts, top-4", gpt_oss_rows),
+    "long": ("gpt-oss-20b's prefill steps on 8 devices, up to 15 minutes for the bound", long_rows),
     "layers": ("gpt-oss-20b on 8 devices, prefill 4096, context_coherent: some layers", layer_rows),
     "olmoe": ("OLMoE's size on 8 devices: 16 layers, 64 experts, top-8", olmoe_rows),
     "deepseek": ("DeepSeek-V3's shape: 58 layers, 256 experts, top-8, 288 slots", deepseek_rows),

@@ -14,6 +14,8 @@ predict: these and plans that nobody would choose, each with flat and node-aware
 chunks: contiguous and search, with batches whole and cut in two, in both dispatches.
 real: the same in flat dispatch, on no emulated device: the experts' products take as long as they take here. For
 `--ranks 1`, with a core for each host.
+replicas: contiguous, and search's plans with slots for replicas, made for fixed shares, for replicas near the token and
+for batches divided anew, forward and forward with backward.
 delay: chunks' steps forward and backward, with the gradients of experts' weights delayed (`delay_weight_gradients`),
 with batches whole and cut in two.
 decode: steps of one token of each of many sequences, in both modes and dispatches; context-coherent rows end with every
@@ -148,7 +150,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="a step, over all ranks")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of each solve")
-    parser.add_argument("--show", default="compare,predict", help="of compare, predict, chunks, real, delay, decode")
+    parser.add_argument(
+        "--show", default="compare,predict", help="of compare, predict, chunks, real, replicas, delay, decode"
+    )
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
@@ -181,6 +185,10 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                 for passes in ("forward", "forward and backward"):
                     name = f"{shown}, {dispatch}, {passes}"
                     work.add(name, whole | cut, steps, dispatch, passes, settings=settings)
+        if "replicas" in arguments.show:
+            named = {"contiguous": every["contiguous"], **plans.divided(topology, train, tokens, seconds, extra=2)}
+            for passes in ("forward", "forward and backward"):
+                work.add(f"replicas, {passes}", named, steps, passes=passes)
         if "delay" in arguments.show:
             named, settings = {}, {}
             for label in ("contiguous", "search"):

@@ -85,6 +85,18 @@ def solved(
     return found
 
 
+def divided(
+    topology: mp.Topology, train: mp.RoutingTrace, tokens: int, seconds: float, extra: int
+) -> dict[str, mp.Plan]:
+    """Search's plans with the same slots for each way of taking replicas."""
+    options: dict[str, Any] = {"seconds": seconds, "seed": 0, "batch": "prefill", "step_tokens": tokens}
+    ways = {"search, shares": "share", "search, nearest": "nearest", BALANCED: "balanced"}
+    return {
+        label: mp.solve(problem_for(topology, train, extra, replica_choice=way), "search", **options)
+        for label, way in ways.items()
+    }
+
+
 def decoding(
     topology: mp.Topology, train: mp.RoutingTrace, tokens: int, seconds: float
 ) -> tuple[dict[str, mp.Plan], dict[str, int]]:

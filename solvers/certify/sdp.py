@@ -14,15 +14,17 @@ algorithm (Chambolle and Pock, J. Math. Imaging Vis. 40, 2011) only makes it goo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..._types import FloatArray, IntArray
 from ...placement.jit import kernel
+from .blas import one_blas_thread
 
 STEP_LENGTH = 0.5
 """Length of a step in X, in experts over the cost: what served best from one layer on nodes to two on devices."""
@@ -36,6 +38,11 @@ MAX_ITERATIONS = 2_000
 """Iterations of a program past which nothing is gained."""
 ROUNDING = 1e-12
 """Relative error of an eigenvalue, taken off every bound; LAPACK's is some hundred times smaller."""
+MOST_TRIPLED = 5
+"""Experts of a token, of which triples are looked at; their number rises with its cube."""
+WAY_SPEED, WAY_STEP = 2.0, 0.15
+"""Of the busier way: how far odds of functions move beside those of splits; references and parts, by shares of
+tokens."""
 TRIANGLE_HOLDERS, TRIANGLE_ITEMS = 4, 128
 """Triangle inequalities are priced for few holders, where they bind, and few experts, as there are n choose 3."""
 
@@ -51,21 +58,23 @@ class PrimalDual:
         self._dual_matrix = self._sum_of_duals()
         scale = max(abs(sum(term.cost(self._gram) for term in terms)), 1e-300)
         self._step = STEP_LENGTH * space.items / scale
-        self._steps = self._dual_steps()
+        with one_blas_thread():
+            self._steps = self._dual_steps()
+            self.bound = self._line_bound()
         self.iterations = 0
-        self.bound = self._line_bound()
 
     def run(self, iterations: int) -> float:
         """Iterates so often and returns the best bound so far."""
-        for _ in range(iterations):
-            moved = self._space.project(self._gram - self._step * self._dual_matrix)
-            ahead = 2.0 * moved - self._gram
-            self._gram = moved
-            for term, step in zip(self._terms, self._steps, strict=True):
-                term.dual_step(ahead, step)
-            self._dual_matrix = self._sum_of_duals()
+        with one_blas_thread():
+            for _ in range(iterations):
+                moved = self._space.project(self._gram - self._step * self._dual_matrix)
+                ahead = 2.0 * moved - self._gram
+                self._gram = moved
+                for term, step in zip(self._terms, self._steps, strict=True):
+                    term.dual_step(ahead, step)
+                self._dual_matrix = self._sum_of_duals()
+            self.bound = max(self.bound, self._line_bound())
         self.iterations += iterations
-        self.bound = max(self.bound, self._line_bound())
         return self.bound
 
     @property
@@ -307,34 +316,43 @@ class RowSums:
 
 
 class SlowestDevice:
-    """Sum over rounds of weight times the longest time of any holder, where expert i's holder takes (X @ work)[i].
+    """Sum over rounds of weight times the longest time of any holder, where expert i's holder takes (X @ work)[i]; or
+    what is known of all rounds together, if that is more.
 
     work: [R, Q, n] seconds in each of R rounds by each of Q rooflines. weight: [R]. floor: [R] seconds known otherwise.
+    least: weighted seconds of all rounds known otherwise.
     """
 
-    def __init__(self, work: FloatArray, weight: FloatArray, floor: FloatArray) -> None:
+    def __init__(self, work: FloatArray, weight: FloatArray, floor: FloatArray, least: float = 0.0) -> None:
         self._rounds, self._kinds, self._items = work.shape
         self._work = (work * weight[:, None, None]).reshape(-1, self._items)
         self._floor = floor * weight
+        self._least = max(least, float(self._floor.sum()))
+        # Of holders and of the floor in each round; each row sums to what is not laid on `least`.
         self._odds = np.zeros((self._rounds, self._kinds * self._items + 1))
         self._odds[:, -1] = 1.0
+        self._rest = 0.0
 
     def start(self, gram: FloatArray) -> None:
         pass
 
     def dual_step(self, gram: FloatArray, step: float) -> None:
         times = (self._work @ gram).reshape(self._rounds, -1)
-        self._odds = simplex_rows(self._odds + step * np.column_stack([times, self._floor]))
+        moved = self._odds + step * np.column_stack([times, self._floor])
+        if self._least > float(self._floor.sum()):
+            self._odds, self._rest = shared_simplex(moved, self._rest + step * self._least)
+        else:
+            self._odds = simplex_rows(moved)
 
     def dual_matrix(self) -> FloatArray:
         return _symmetric(self._odds[:, :-1].reshape(-1, self._items).T @ self._work)
 
     def constant(self) -> float:
-        return float(self._odds[:, -1] @ self._floor)
+        return float(self._odds[:, -1] @ self._floor) + self._rest * self._least
 
     def cost(self, gram: FloatArray) -> float:
         times = (self._work @ gram).reshape(self._rounds, -1)
-        return float(np.maximum(times.max(axis=1), self._floor).sum())
+        return max(float(np.maximum(times.max(axis=1), self._floor).sum()), self._least)
 
     def operator(self, gram: FloatArray) -> FloatArray:
         return _symmetric((gram @ self._work.T) @ self._work)
@@ -483,20 +501,365 @@ class Linear:
         return np.zeros_like(gram)
 
 
-def split_between_two(ids: IntArray, weight: FloatArray, items: int) -> Linear:
-    """`HoldersNeeded` where there are two holders only: a token split between them cuts at most k^2 / 4 of its pairs.
+class SplitBetweenTwo:
+    """Sum over tokens of weight times the holders its experts need, of two: `HoldersNeeded`, and sharper.
 
-    One linear function a token, 1 + (pairs apart) / floor(k^2 / 4): sharper than any of phi's, which do not know of the
-    two.
+    A token whose experts are apart has at least two of the three pairs of some triple apart, and at most floor(k^2 / 4)
+    of all its pairs. So it needs 1 + max(pairs apart of a triple / 2 over all triples, pairs apart of all /
+    floor(k^2 / 4)) holders at least, and exactly so many where X is a placement's. Of four experts no linear functions
+    of pairs say more (they are the facets of the envelope over all 8 ways to part four); of more than `MOST_TRIPLED`
+    only all pairs count. Which function is taken is chosen by odds of each token.
+
+    ids: [T, k] items, distinct within a token. weight: [T].
     """
-    k = ids.shape[1]
-    split = max(1, k * k // 4)
-    cost = np.zeros((items, items))
-    for i in range(k):
-        for j in range(k):
-            if i != j:
-                np.add.at(cost, (ids[:, i], ids[:, j]), -0.5 * weight / split)
-    return Linear(cost, float(weight.sum()) * (1.0 + k * (k - 1) / 2.0 / split))
+
+    def __init__(self, ids: IntArray, weight: FloatArray, items: int) -> None:
+        # Tokens of the same experts are one of more weight.
+        chosen, which = _distinct_rows(np.sort(ids, axis=1), items)
+        self._ids = np.ascontiguousarray(chosen)
+        self._weight = np.bincount(which, weights=weight)
+        k = chosen.shape[1]
+        pair = {both: place for place, both in enumerate(itertools.combinations(range(k), 2))}
+        self._pairs = np.array(list(pair), np.int64).reshape(-1, 2)
+        triples = list(itertools.combinations(range(k), 3)) if 4 <= k <= MOST_TRIPLED else []
+        self._triples = np.array([[pair[a, b], pair[a, c], pair[b, c]] for a, b, c in triples], np.int64).reshape(-1, 3)
+        # All pairs of a token, in the last place.
+        self._odds = np.zeros((len(chosen), len(triples) + 1))
+        self._odds[:, -1] = 1.0
+        self._all = 1.0 / max(1, k * k // 4)
+        self._dual, self._constant = np.zeros((items, items)), 0.0
+        self._move(np.zeros((items, items)), 0.0)
+
+    def _move(self, gram: FloatArray, step: float) -> None:
+        self._dual = np.zeros_like(self._dual)
+        self._constant = float(
+            step_splits(
+                self._ids, self._weight, self._pairs, self._triples, self._all, self._odds, gram, step, self._dual
+            )
+        )
+
+    def start(self, gram: FloatArray) -> None:
+        pass
+
+    def dual_step(self, gram: FloatArray, step: float) -> None:
+        self._move(gram, step)
+
+    def dual_matrix(self) -> FloatArray:
+        return _symmetric(self._dual)
+
+    def constant(self) -> float:
+        return self._constant
+
+    def cost(self, gram: FloatArray) -> float:
+        apart = 1.0 - gram[self._ids[:, self._pairs[:, 0]], self._ids[:, self._pairs[:, 1]]]
+        split = self._all * apart.sum(axis=1)
+        for triple in self._triples:
+            split = np.maximum(split, 0.5 * apart[:, triple].sum(axis=1))
+        return float(self._weight @ (1.0 + split))
+
+    def operator(self, gram: FloatArray) -> FloatArray:
+        result = np.zeros_like(gram)
+        add_splits(self._ids, self._weight, self._pairs, self._triples, self._all, gram, result)
+        return _symmetric(result)
+
+
+@kernel
+def step_splits(
+    ids: Any, weight: Any, pairs: Any, triples: Any, all_pairs: float, odds: Any, gram: Any, step: float, dual: Any
+) -> float:
+    """One projected step of each token's odds towards the functions that `gram` [n, n] makes dearest; adds weight *
+    coefficients to dual [n, n], upper triangle, and returns the constant.
+
+    pairs: [P, 2] places in a token. triples: [F, 3] of pairs. odds: [T, F + 1].
+    """
+    tokens = len(ids)
+    count, functions = len(pairs), odds.shape[1]
+    apart, charge = np.empty(count), np.empty(count)
+    moved, falling = np.empty(functions), np.empty(functions)
+    total = 0.0
+    for t in range(tokens):
+        if step > 0.0 and functions > 1:
+            whole = 0.0
+            for p in range(count):
+                apart[p] = 1.0 - gram[ids[t, pairs[p, 0]], ids[t, pairs[p, 1]]]
+                whole += apart[p]
+            for f in range(functions - 1):
+                moved[f] = odds[t, f] + step * 0.5 * (
+                    apart[triples[f, 0]] + apart[triples[f, 1]] + apart[triples[f, 2]]
+                )
+            moved[functions - 1] = odds[t, functions - 1] + step * all_pairs * whole
+            # The nearest point of the simplex.
+            for f in range(functions):
+                place = f
+                while place > 0 and falling[place - 1] < moved[f]:
+                    falling[place] = falling[place - 1]
+                    place -= 1
+                falling[place] = moved[f]
+            over, shift = -1.0, 0.0
+            for f in range(functions):
+                over += falling[f]
+                if falling[f] * (f + 1) <= over:
+                    break
+                shift = over / (f + 1)
+            for f in range(functions):
+                odds[t, f] = max(0.0, moved[f] - shift)
+        for p in range(count):
+            charge[p] = all_pairs * odds[t, functions - 1]
+        for f in range(functions - 1):
+            half = 0.5 * odds[t, f]
+            if half > 0.0:
+                for place in range(3):
+                    charge[triples[f, place]] += half
+        w = weight[t]
+        total += w
+        for p in range(count):
+            total += w * charge[p]
+            dual[ids[t, pairs[p, 0]], ids[t, pairs[p, 1]]] -= w * charge[p]
+    return total
+
+
+@kernel
+def add_splits(ids: Any, weight: Any, pairs: Any, triples: Any, all_pairs: float, gram: Any, result: Any) -> None:
+    """Adds K^T K X to result, K X being sqrt(weight) * every function of every token: odds move alike in all tokens."""
+    count = len(pairs)
+    beside, charge = np.empty(count), np.empty(count)
+    for t in range(len(ids)):
+        whole = 0.0
+        for p in range(count):
+            beside[p] = gram[ids[t, pairs[p, 0]], ids[t, pairs[p, 1]]]
+            whole += beside[p]
+        for p in range(count):
+            charge[p] = all_pairs * all_pairs * whole
+        for f in range(len(triples)):
+            of = 0.25 * (beside[triples[f, 0]] + beside[triples[f, 1]] + beside[triples[f, 2]])
+            for place in range(3):
+                charge[triples[f, place]] += of
+        for p in range(count):
+            result[ids[t, pairs[p, 0]], ids[t, pairs[p, 1]]] += weight[t] * charge[p]
+
+
+class BusierWay:
+    """Sum over tokens of weight, plus what is sent between two holders the busier way: `SplitBetweenTwo`, and sharper.
+
+    Of tokens that stand on one holder, an expert's, those that the other holder's experts need go one way or the other:
+    with weight a copy's time on both ways together, twice the weight on its own. The busier way takes at least
+
+    - half of both, which is the split's cost;
+    - whatever goes to the holder of any reference item, or leaves it, which is seen from where tokens stand beside the
+      reference. With references mixed by any weights that sum to one it is an average of such ways.
+
+    Items o (where the token stands), e (one it needs) and r (the reference) are parted between two, so that a copy goes
+    to r's holder, o apart from r and some e beside it, at least as often as each of these functions of pairs apart, d,
+    says, for every e and every two of them: (d_or + d_oe - d_er) / 2, d_or - (d_er + d_fr - d_ef) / 2,
+    d_or + (d_oe + d_of + d_ef) / 2 - 1, and 0. All others being exact, they are the facets of the lower envelope over
+    the eight ways to part o, e, f and r. What leaves is the same with 1 - d_xr for d_xr.
+
+    ids: [T, k] items, where a token stands and then what it needs, distinct. weight: [T]. Bounds hold whatever odds,
+    references and parts of the two ways are chosen; they are moved by steps of their own towards what costs most.
+    """
+
+    def __init__(self, ids: IntArray, weight: FloatArray, items: int) -> None:
+        rows = np.column_stack([ids[:, 0], np.sort(ids[:, 1:], axis=1)])
+        chosen, which = _distinct_rows(rows, items)
+        self._ids = np.ascontiguousarray(chosen)
+        self._weight = 2.0 * np.bincount(which, weights=weight)
+        self._split, self._total = SplitBetweenTwo(ids, weight, items), float(weight.sum())
+        self._pairs, *self._ways = _way_functions(ids.shape[1])
+        self._odds = [np.zeros((len(chosen), len(way.constant))) for way in self._ways]
+        for odds in self._odds:
+            odds[:, -1] = 1.0
+        led = np.bincount(ids[:, 0], weights=weight, minlength=items)
+        owners = np.argsort(led)[-np.count_nonzero(led) :]
+        some = max(1, len(owners) // 4)
+        # More comes to where few tokens stand, more leaves where many do.
+        self._references = np.zeros((2, items))
+        self._references[0, owners[:some]] = self._references[1, owners[-some:]] = 1.0 / some
+        self._parts = np.array([1.0, 0.0, 0.0])
+        self._dual, self._constant = [np.zeros((items, items))] * 2, [0.0, 0.0]
+
+    def start(self, gram: FloatArray) -> None:
+        pass
+
+    def dual_step(self, gram: FloatArray, step: float) -> None:
+        self._split.dual_step(gram, step)
+        sent = [self._split.cost(gram) - self._total]
+        for number, (way, odds) in enumerate(zip(self._ways, self._odds, strict=True)):
+            reference = self._references[number]
+            inside, beside = np.zeros_like(gram), np.zeros(len(gram))
+            self._constant[number] = constant = float(
+                step_ways(
+                    self._ids,
+                    self._weight,
+                    self._pairs,
+                    way.pair,
+                    way.times,
+                    way.constant,
+                    odds,
+                    gram,
+                    gram @ reference,
+                    WAY_SPEED * step,
+                    inside,
+                    beside,
+                )
+            )
+            self._dual[number] = _symmetric(inside + np.outer(beside, reference))
+            by_reference = constant + float((inside * gram).sum()) + gram @ beside
+            sent.append(float(by_reference @ reference))
+            ahead = reference + WAY_STEP * (by_reference - by_reference.mean()) / self._total
+            self._references[number] = simplex_rows(ahead[None])[0]
+        self._parts = simplex_rows((self._parts + WAY_STEP * np.array(sent) / self._total)[None])[0]
+
+    def dual_matrix(self) -> FloatArray:
+        both = zip(self._parts[1:], self._dual, strict=True)
+        return np.asarray(self._parts[0] * self._split.dual_matrix() + sum(part * dual for part, dual in both))
+
+    def constant(self) -> float:
+        split = self._split.constant() - self._total
+        return self._total + float(self._parts @ np.array([split, *self._constant]))
+
+    def cost(self, gram: FloatArray) -> float:
+        sent = [self._split.cost(gram) - self._total]
+        for way, reference in zip(self._ways, self._references, strict=True):
+            sent.append(
+                float(
+                    sent_one_way(
+                        self._ids, self._weight, self._pairs, way.pair, way.times, way.constant, gram, gram @ reference
+                    )
+                )
+            )
+        return self._total + max(sent)
+
+    def operator(self, gram: FloatArray) -> FloatArray:
+        return 2.0 * self._split.operator(gram)
+
+
+class _WayFunctions(NamedTuple):
+    """F linear functions of pairs apart: constant + the sum of times * each pair, the last of them 0.
+
+    pair: [F, 4] places of pairs. times: [F, 4]. constant: [F].
+    """
+
+    pair: IntArray
+    times: FloatArray
+    constant: FloatArray
+
+
+def _way_functions(k: int) -> tuple[IntArray, _WayFunctions, _WayFunctions]:
+    """Pairs [P, 2] of the k items of a token and a reference, the last; functions of what comes to the reference's
+    holder, and of what leaves it."""
+    pairs = list(itertools.combinations(range(k + 1), 2))
+    place = {frozenset(pair): number for number, pair in enumerate(pairs)}
+    owner, others, reference = 0, range(1, k), k
+    coming: list[tuple[float, dict[tuple[int, int], float]]] = [
+        (0.0, {(owner, reference): 0.5, (owner, e): 0.5, (e, reference): -0.5}) for e in others
+    ]
+    if k <= MOST_TRIPLED:
+        for e, f in itertools.combinations(others, 2):
+            coming.append((0.0, {(owner, reference): 1.0, (e, reference): -0.5, (f, reference): -0.5, (e, f): 0.5}))
+            coming.append((-1.0, {(owner, reference): 1.0, (owner, e): 0.5, (owner, f): 0.5, (e, f): 0.5}))
+    coming.append((0.0, {}))
+    # Beside the reference is apart from it on the other holder.
+    leaving = [
+        (
+            constant + sum(times for pair, times in of.items() if reference in pair),
+            {pair: -times if reference in pair else times for pair, times in of.items()},
+        )
+        for constant, of in coming
+    ]
+    ways = []
+    for functions in (coming, leaving):
+        pair, times = np.zeros((len(functions), 4), np.int64), np.zeros((len(functions), 4))
+        for row, (_, of) in enumerate(functions):
+            for column, (both, value) in enumerate(of.items()):
+                pair[row, column], times[row, column] = place[frozenset(both)], value
+        ways.append(_WayFunctions(pair, times, np.array([constant for constant, _ in functions])))
+    return np.array(pairs, np.int64), ways[0], ways[1]
+
+
+@kernel
+def step_ways(
+    ids: Any,
+    weight: Any,
+    pairs: Any,
+    function: Any,
+    times: Any,
+    constant: Any,
+    odds: Any,
+    gram: Any,
+    beside: Any,
+    step: float,
+    inside: Any,
+    charged: Any,
+) -> float:
+    """One projected step of each token's odds towards the functions that `gram` [n, n] makes dearest; adds weight *
+    coefficients of pairs of items to inside [n, n], of those with the reference to charged [n], and returns the
+    constant.
+
+    beside: [n] of each item with the reference. function, times, constant: see `_WayFunctions`. odds: [T, F].
+    """
+    k, count, functions = ids.shape[1], len(pairs), len(constant)
+    apart, charge = np.empty(count), np.empty(count)
+    moved, falling = np.empty(functions), np.empty(functions)
+    total = 0.0
+    for t in range(len(ids)):
+        for p in range(count):
+            a, b = pairs[p, 0], pairs[p, 1]
+            apart[p] = 1.0 - (beside[ids[t, a]] if b == k else gram[ids[t, a], ids[t, b]])
+            charge[p] = 0.0
+        for f in range(functions):
+            value = constant[f]
+            for q in range(4):
+                value += times[f, q] * apart[function[f, q]]
+            moved[f] = odds[t, f] + step * value
+            place = f
+            while place > 0 and falling[place - 1] < moved[f]:
+                falling[place] = falling[place - 1]
+                place -= 1
+            falling[place] = moved[f]
+        # The nearest point of the simplex.
+        over, shift = -1.0, 0.0
+        for f in range(functions):
+            over += falling[f]
+            if falling[f] * (f + 1) <= over:
+                break
+            shift = over / (f + 1)
+        w = weight[t]
+        for f in range(functions):
+            odds[t, f] = max(0.0, moved[f] - shift)
+            if odds[t, f] > 0.0:
+                total += w * odds[t, f] * constant[f]
+                for q in range(4):
+                    charge[function[f, q]] += odds[t, f] * times[f, q]
+        for p in range(count):
+            a, b = pairs[p, 0], pairs[p, 1]
+            total += w * charge[p]
+            if b == k:
+                charged[ids[t, a]] -= w * charge[p]
+            else:
+                inside[ids[t, a], ids[t, b]] -= w * charge[p]
+    return total
+
+
+@kernel
+def sent_one_way(
+    ids: Any, weight: Any, pairs: Any, function: Any, times: Any, constant: Any, gram: Any, beside: Any
+) -> float:
+    """Sum of weight times the largest function of each token."""
+    k, count = ids.shape[1], len(pairs)
+    apart = np.empty(count)
+    total = 0.0
+    for t in range(len(ids)):
+        for p in range(count):
+            a, b = pairs[p, 0], pairs[p, 1]
+            apart[p] = 1.0 - (beside[ids[t, a]] if b == k else gram[ids[t, a], ids[t, b]])
+        most = 0.0
+        for f in range(len(constant)):
+            value = constant[f]
+            for q in range(4):
+                value += times[f, q] * apart[function[f, q]]
+            most = max(most, value)
+        total += weight[t] * most
+    return total
 
 
 class Triangles:
@@ -577,6 +940,29 @@ def simplex_rows(points: FloatArray) -> FloatArray:
     support = (falling * count > over).sum(axis=1)
     shift = over[np.arange(len(points)), support - 1] / support
     return np.asarray(np.maximum(points - shift[:, None], 0.0))
+
+
+def shared_simplex(points: FloatArray, rest: float) -> tuple[FloatArray, float]:
+    """The nearest rows [R, n] and number, none negative, where each row sums to one less the number.
+
+    A row that sums to s is the point less a shift, clipped at zero; the further s rises the less the shift, which is
+    how fast the distance grows. So s is where all shifts together and the number's come to nothing.
+    """
+    falling = -np.sort(-points, axis=1)
+    above = np.cumsum(falling, axis=1)
+    count = np.arange(1, points.shape[1] + 1)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        size = 0.5 * (low + high)
+        if ((above - size) / count).max(axis=1).sum() > rest - (1.0 - size):
+            low = size
+        else:
+            high = size
+    shift = ((above - high) / count).max(axis=1)
+    rows = np.maximum(points - shift[:, None], 0.0)
+    # What bounds must not rely on a root: rows are made to sum to what they should.
+    rows *= (high / np.maximum(rows.sum(axis=1), 1e-300))[:, None]
+    return np.asarray(rows), 1.0 - high
 
 
 def _distinct_rows(rows: IntArray, items: int) -> tuple[IntArray, IntArray]:

@@ -26,18 +26,20 @@ from .device_sets import DeviceSets, least_over_partitions, link_floors, sets_fi
 from .sdp import (
     CHUNK,
     MAX_ITERATIONS,
+    ROUNDING,
     THREADS,
     TRIANGLE_HOLDERS,
     TRIANGLE_ITEMS,
+    BusierWay,
     Entries,
     GramSpace,
     HoldersNeeded,
     PrimalDual,
     RowSums,
     SlowestDevice,
+    SplitBetweenTwo,
     Term,
     Triangles,
-    split_between_two,
 )
 from .set_pairs import least_over_pairs
 
@@ -47,12 +49,12 @@ QUICK_SECONDS = 0.7
 """What a bound may cost that nobody asked for, on one core of 2020."""
 SET_SECONDS = 3e-5
 """A layer's bound by sets, for each set, on one core of 2020."""
+GROUP_SECONDS, WORK_PART = 3e-6, 0.3
+"""The same of compute alone, for each set and group of steps; and how much of the time for sets may go into it."""
 FEW_SETS = 3_000
 """Sets that cost next to nothing, so that on several nodes copies inside them are looked at, too."""
 SET_PART = 0.7
 """Of the time, what may go into sets."""
-HALF = 0.5
-"""Of what is left, for the first of two ways to relax the same."""
 PAIR_PART = 0.95
 """Of the time, what may have gone by when pairs of sets are done."""
 PAIR_GROUPS = 32
@@ -108,7 +110,7 @@ class StepCertificate:
         # matrices would have it be.
         chosen = problem.objective.replica_choice != "share" and problem.has_replicas
         self._levels: list[Level] = [] if chosen else levels(problem, steps)
-        self._bounds: dict[tuple[int, bool], _LevelBound] = {}
+        self._bounds: dict[int, _LevelBound] = {}
         # Where tokens return home a relaxation is of one layer, and the better bound of each layer counts.
         self._by_layer = problem.objective.execution == "dispatch_combine" or problem.model.layers == 1
 
@@ -142,40 +144,29 @@ class StepCertificate:
                 report(self.bound)
                 self._go_through_pairs(pool, begin + PAIR_PART * seconds)
                 report(self.bound)
-            for last, tried in self._to_relax():
-                now = working_seconds()
-                if now >= end:
+            for number in range(len(self._levels)):
+                if working_seconds() >= end:
                     break
-                until = end if last else now + HALF * (end - now)
-                if tried not in self._bounds:
-                    self._bounds[tried] = self._relaxed(*tried, pool, until)
-                for unsolved in self._bounds[tried].rounds(iterations):
-                    if working_seconds() >= until:
+                if number not in self._bounds:
+                    self._bounds[number] = self._relaxed(number, pool, end)
+                for unsolved in self._bounds[number].rounds(iterations):
+                    if working_seconds() >= end:
                         break
-                    list(pool.map(lambda relaxation, until=until: _iterate(relaxation, until), unsolved))
+                    list(pool.map(lambda relaxation: _iterate(relaxation, end), unsolved))
                     report(self.bound)
         return self.bound
-
-    def _to_relax(self) -> Iterator[tuple[bool, tuple[int, bool]]]:
-        """(whether it may take all the time, (level, whether with work by sets)) in the order of their promise.
-
-        Holders of several devices tell of their balance beside traffic, sets of devices more of work by itself: both
-        are tried, in half of the time each.
-        """
-        for number, level in enumerate(self._levels):
-            both = self._work is not None and level.holders < self._problem.num_devices
-            if both:
-                yield False, (number, False)
-            yield True, (number, both)
 
     def _go_through_sets(self, pool: ThreadPoolExecutor, end: float) -> None:
         """Bounds every layer by the sets that a device can hold, as far as the time goes."""
         problem, layers = self._problem, self._problem.model.layers
-        sets = DeviceSets(problem, self._steps, self._weight)
-        if layers * len(sets.members) * SET_SECONDS > THREADS * (end - working_seconds()):
-            return
         # Where copies between nodes decide, they are not of a device's set, and compute is bounded by itself.
         several = problem.topology.num_nodes > 1
+        count = math.comb(problem.model.experts, int(problem.slots_per_device[0]))
+        left = THREADS * (end - working_seconds())
+        if layers * count * SET_SECONDS > left:
+            return
+        groups = int(min(PAIR_GROUPS, WORK_PART * left / (layers * count * GROUP_SECONDS))) if several else None
+        sets = DeviceSets(problem, self._steps, self._weight, groups or None)
         work = self._weight @ compute_bound(self._steps.loads().astype(np.float64), problem)
 
         def one(layer: int) -> None:
@@ -215,13 +206,9 @@ class StepCertificate:
 
         list(pool.map(one, range(1, layers)))
 
-    def _relaxed(self, number: int, known_work: bool, pool: ThreadPoolExecutor, end: float) -> _LevelBound:
-        """The relaxations of a level, as many as there is time to make.
-
-        known_work: with work as sets of devices have it.
-        """
-        level, work = self._levels[number], self._work if known_work else None
-        relaxations = Relaxations(self._problem, self._steps, self._weight, level, work)
+    def _relaxed(self, number: int, pool: ThreadPoolExecutor, end: float) -> _LevelBound:
+        """The relaxations of a level, as many as there is time to make."""
+        relaxations = Relaxations(self._problem, self._steps, self._weight, self._levels[number], self._work)
 
         def make(span: tuple[int, ...]) -> Relaxation | None:
             return relaxations.make(span) if working_seconds() < end else None
@@ -356,7 +343,7 @@ class Relaxation:
 class Relaxations:
     """Makes the relaxations of a problem on steps whose times count by `weight` [S] (summing to one).
 
-    work: [L] weighted seconds of compute below which no placement is, to take the place of what holders tell of it.
+    work: [L] weighted seconds of compute below which no placement is, beside what holders tell of it.
     """
 
     def __init__(
@@ -395,12 +382,9 @@ class Relaxations:
         constant = 0.0
         for place, layer in enumerate(span):
             share = self._share(layer)
-            if self._work is None:
-                slowest, base = self._compute(layer, place, space, share)
-                terms.append(slowest)
-                constant += base
-            else:
-                constant += share * float(self._work[layer])
+            slowest, base = self._compute(layer, place, space, share)
+            terms.append(slowest)
+            constant += base
             for term, offset in self._transfers(layer, place, span, share):
                 terms.extend(term)
                 constant += offset
@@ -428,7 +412,9 @@ class Relaxations:
         work[:, :, own] = fastest.lines(loads[..., None], hit[..., None])[..., 0].transpose(1, 0, 2)
         base = fastest.base(loads.sum(axis=1))[:, 0]
         weight = share * self._weight
-        return SlowestDevice(work, weight, self._floor[:, layer] - base), float(weight @ base)
+        constant = float(weight @ base)
+        least = 0.0 if self._work is None else share * float(self._work[layer]) - constant
+        return SlowestDevice(work, weight, self._floor[:, layer] - base, least), constant
 
     def _transfers(
         self, layer: int, place: int, span: tuple[int, ...], share: float
@@ -474,8 +460,11 @@ class Relaxations:
         level = self._level
         random = _holders_at_random(level, ids.shape[1]) - from_holder
         rate = np.full(len(ids), level.copy if from_holder else level.evenly)
-        if owner is not None and level.leaving > 0.0 and not self._problem.has_replicas:
+        one_link = owner is not None and level.leaving > 0.0 and not self._problem.has_replicas
+        if owner is not None and one_link:
             rate = self._rates(owner)
+            # Each way by itself, where links are alike and no step counts what one expert sends alone.
+            one_link = bool((rate == level.copy).all()) and 2.0 * level.copy <= level.leaving * (1.0 + ROUNDING)
         rate = rate * times
         per_step = np.bincount(self._steps.step_of, weights=rate)
         known = floor * times > per_step * random
@@ -486,8 +475,10 @@ class Relaxations:
             return [], constant
         items = len(span) * self._problem.model.experts
         chosen = ids[counted > 0]
+        if level.holders == 2 and one_link:
+            return [BusierWay(chosen, counted[counted > 0], items)], constant
         if level.holders == 2:
-            return [split_between_two(chosen, counted[counted > 0], items)], constant
+            return [SplitBetweenTwo(chosen, counted[counted > 0], items)], constant
         return [HoldersNeeded(chosen, counted[counted > 0], items)], constant
 
     def _rates(self, owner: IntArray) -> FloatArray:

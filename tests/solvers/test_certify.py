@@ -10,6 +10,7 @@ import pytest
 from every_table import all_tables, bound_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 import moeplace as mp
 from moeplace.placement.bounds import step_seconds_bound
@@ -17,8 +18,19 @@ from moeplace.placement.cost import combine_bytes, dispatch_bytes
 from moeplace.placement.evaluate import evaluate_on
 from moeplace.placement.objective import risk_value, risk_weights
 from moeplace.solvers.base import Budget
+from moeplace.solvers.certify.blas import blas_threads, one_blas_thread
 from moeplace.solvers.certify.device_sets import DeviceSets, least_over_partitions, link_floors, sets_fit
-from moeplace.solvers.certify.sdp import GramSpace, HoldersNeeded, Triangles, simplex_rows, split_between_two
+from moeplace.solvers.certify.sdp import (
+    BusierWay,
+    GramSpace,
+    HoldersNeeded,
+    SlowestDevice,
+    SplitBetweenTwo,
+    Triangles,
+    _way_functions,
+    shared_simplex,
+    simplex_rows,
+)
 from moeplace.solvers.certify.set_pairs import least_over_pairs, price_pairs
 from moeplace.solvers.certify.step_time import StepCertificate
 from moeplace.solvers.chain import fastest_step
@@ -138,6 +150,30 @@ def test_no_context_coherent_plan_is_below_the_bound(
         sources=sources,
         slots=4 + (spare if sum(nodes) < 4 else 0),
         objective=mp.Objective(execution="context_coherent", node_dedup=dedup),
+    )
+    assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(1, [1, 1], 8), (1, [2, 1], 6), (2, [1, 1], 6)]),
+    top_k=st.integers(4, 6),
+    execution=st.sampled_from(["dispatch_combine", "context_coherent"]),
+    sources=st.booleans(),
+)
+def test_no_plan_on_two_nodes_is_below_the_bound_for_many_experts_a_token(
+    seed: int, shape: tuple[int, list[int], int], top_k: int, execution: str, sources: bool
+) -> None:
+    layers, nodes, experts = shape
+    problem, steps = problem_and_steps(
+        seed,
+        cluster(nodes),
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        sources=sources,
+        objective=mp.Objective(execution=execution),  # type: ignore[arg-type]
     )
     assert bound_of(problem, steps) <= least_risk(problem, steps) * (1 + 1e-12)
 
@@ -412,14 +448,91 @@ def test_holders_needed_are_counted_exactly_and_bounded_by_every_line(seed: int,
     ids = np.stack([rng.choice(9, size=top_k, replace=False) for _ in range(20)])
     weight = rng.random(20) + 0.1
     exact = float(weight @ [len(set(device_of[row])) for row in ids])
-    terms = [HoldersNeeded(ids, weight, 9)] + ([split_between_two(ids, weight, 9)] if holders == 2 else [])
+    terms = [HoldersNeeded(ids, weight, 9)] + ([SplitBetweenTwo(ids, weight, 9)] if holders == 2 else [])
     gram, elsewhere = gram_of(device_of), gram_of(rng.integers(holders, size=9))
-    assert terms[0].cost(gram) == pytest.approx(exact)
     for term in terms:
+        assert term.cost(gram) == pytest.approx(exact)
         term.start(elsewhere)
         for _ in range(3):
             assert (term.dual_matrix() * gram).sum() + term.constant() <= exact + 1e-9
             term.dual_step(rng.random((9, 9)), float(rng.random()))
+
+
+def test_four_experts_between_two_holders_cost_what_the_cheapest_mixture_of_ways_to_part_them_does() -> None:
+    """No function of pairs that bounds every way to part four experts is above the term's."""
+    rng = np.random.default_rng(0)
+    ways = np.array(list(itertools.product((0, 1), repeat=4)))[:8]
+    apart = np.array([[way[i] != way[j] for i, j in itertools.combinations(range(4), 2)] for way in ways], float)
+    needed = np.array([float(way.any()) for way in ways])
+    for _ in range(20):
+        mixture = rng.dirichlet(np.full(8, 0.3))
+        gram = np.eye(4)
+        for (i, j), share in zip(itertools.combinations(range(4), 2), mixture @ apart, strict=True):
+            gram[i, j] = gram[j, i] = 1.0 - share
+        rows = np.column_stack([apart, np.ones(8)]).T
+        least = linprog(needed, A_eq=rows, b_eq=rows @ mixture).fun
+        term = SplitBetweenTwo(np.arange(4)[None], np.ones(1), 4)
+        assert term.cost(gram) == pytest.approx(1.0 + least)
+        for _ in range(20):
+            term.dual_step(gram, 1e6)
+        assert (term.dual_matrix() * gram).sum() + term.constant() == pytest.approx(1.0 + least)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 7))
+def test_the_busier_of_two_ways_is_never_exceeded_and_met_in_the_end(seed: int, members: int) -> None:
+    rng = np.random.default_rng(seed)
+    device_of = rng.integers(2, size=9)
+    ids = np.stack([rng.choice(9, size=members, replace=False) for _ in range(30)])
+    weight = rng.random(30) + 0.1
+    start, apart = device_of[ids[:, 0]], (device_of[ids] != device_of[ids[:, :1]]).any(axis=1)
+    exact = weight.sum() + 2.0 * max(float(weight @ (apart & (start == holder))) for holder in (0, 1))
+    gram, term = gram_of(device_of), BusierWay(ids, weight, 9)
+    assert (term.dual_matrix() * gram).sum() + term.constant() <= exact + 1e-9
+    for _ in range(5):
+        noise = rng.random((9, 9))
+        term.dual_step(noise + noise.T, 3.0 * float(rng.random()))
+        assert (term.dual_matrix() * gram).sum() + term.constant() <= exact + 1e-9
+        assert term.cost(gram) <= exact + 1e-9
+    for _ in range(400):
+        term.dual_step(gram, 1.0)
+    assert (term.dual_matrix() * gram).sum() + term.constant() == pytest.approx(exact, rel=1e-2)
+
+
+def test_what_goes_one_way_costs_what_the_cheapest_mixture_of_ways_to_part_four_items_does() -> None:
+    rng = np.random.default_rng(0)
+    # The reference is on the first holder; a token's start, two experts that it needs, the reference.
+    ways = np.array([(*way, 0) for way in itertools.product((0, 1), repeat=3)])
+    pairs, coming, leaving = _way_functions(3)
+    apart = (ways[:, pairs[:, 0]] != ways[:, pairs[:, 1]]).astype(float)
+    comes, goes = (
+        np.array([(way[1:3] == holder).any() and way[0] != holder for way in ways], float) for holder in (0, 1)
+    )
+    rows = np.column_stack([apart, np.ones(8)]).T
+    for functions, needed in ((coming, comes), (leaving, goes)):
+        values = functions.constant + (apart[:, functions.pair] * functions.times).sum(axis=2)
+        assert (values <= needed[:, None] + 1e-12).all()
+        np.testing.assert_allclose(values.max(axis=1), needed)
+        for _ in range(20):
+            mixture = rng.dirichlet(np.full(8, 0.3))
+            least = linprog(needed, A_eq=rows, b_eq=rows @ mixture).fun
+            assert (mixture @ values).max() == pytest.approx(least, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_work_of_the_slowest_holder_is_bounded_by_what_is_known_of_all_rounds_together(seed: int, much: bool) -> None:
+    rng = np.random.default_rng(seed)
+    work, weight, floor = rng.random((3, 1, 6)), rng.random(3), rng.random(3)
+    gram = gram_of(rng.integers(3, size=6))
+    by_rounds = weight @ np.maximum((work[:, 0] @ gram).max(axis=1), floor)
+    least = float(rng.random() * by_rounds) * (3.0 if much else 1.0)
+    term, exact = SlowestDevice(work, weight, floor, least), max(by_rounds, least)
+    assert term.cost(gram) == pytest.approx(exact)
+    for _ in range(300):
+        assert (term.dual_matrix() * gram).sum() + term.constant() <= exact * (1 + 1e-9)
+        term.dual_step(gram, 1.0)
+    assert (term.dual_matrix() * gram).sum() + term.constant() == pytest.approx(exact, rel=1e-3)
 
 
 @settings(max_examples=30, deadline=None)
@@ -432,6 +545,42 @@ def test_triangle_prices_charge_no_placement(seed: int, holders: int) -> None:
         noise = rng.standard_normal((7, 7))
         term.dual_step(noise + noise.T, 0.3)
         assert (term.dual_matrix() * gram).sum() + term.constant() <= 1e-9
+
+
+def test_rows_that_share_what_is_left_are_the_nearest_ones() -> None:
+    rng = np.random.default_rng(0)
+    for rest in (-np.inf, -2.0, 0.3, 1.5, 9.0):
+        points = rng.standard_normal((5, 4))
+        rows, left = shared_simplex(points, rest)
+        assert 0.0 <= left <= 1.0
+        np.testing.assert_allclose(rows.sum(axis=1), 1.0 - left)
+        assert (rows >= 0).all()
+        if np.isinf(rest):
+            np.testing.assert_allclose(rows, simplex_rows(points), atol=1e-9)
+            continue
+        for _ in range(200):
+            other = rng.random()
+            elsewhere = rng.dirichlet(np.ones(4), size=5) * (1.0 - other)
+            # The nearest point: no other one lies further along the way to where projection came from.
+            assert ((points - rows) * (elsewhere - rows)).sum() + (rest - left) * (other - left) <= 1e-6
+
+
+def test_linear_algebra_of_a_relaxation_takes_one_thread_and_gives_the_others_back() -> None:
+    calls = blas_threads()
+    if calls is None:
+        pytest.skip("NumPy's linear algebra has no calls to set its threads here")
+    get, put = calls
+    before = get()
+    put(2)
+    try:
+        with one_blas_thread():
+            assert get() == 1
+            with one_blas_thread():
+                assert get() == 1
+            assert get() == 1
+        assert get() == 2
+    finally:
+        put(before)
 
 
 def test_simplex_projection_is_the_nearest_point() -> None:
