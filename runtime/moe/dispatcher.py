@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from ...placement.errors import InputError
 from .all_to_all import AsyncAllToAll, first_order
 from .compression import QuantizedRows, TrafficStatistics
 from .coordination import naming_unresponsive_ranks
@@ -157,15 +158,20 @@ class RowSum(Function):
         return y_TD.index_select(0, row_C), None, None
 
 
+NONE, ALL, SOME = range(3)
+
+
 @dataclass(eq=False)
 class SentCopies:
     """Copies sent in one stage. row_C: [C] the row here that each is of. rows: here before the stage. pairs:
-    token-expert pairs that arrive. back: the exchange by which results returned."""
+    token-expert pairs that arrive. gradients: whether the ranks need those of the batch: NONE, ALL, or SOME of those
+    that this one knows of. back: the exchange by which results returned."""
 
     exchange: AsyncAllToAll
     row_C: Tensor
     rows: int
     pairs: int
+    gradients: int
     back: AsyncAllToAll | None = None
 
 
@@ -213,13 +219,16 @@ class AllToAllStage:
         # Slot -1, a place in the table of K that belongs to another rank, reads the last entry: no peer.
         self._peer_P = torch.cat([self.peer_G[device_P], self.peer_G.new_tensor([self.peers])])
 
-    def send(self, x_TD: Tensor, weight_TK: Tensor, slot_TK: Tensor) -> SentCopies:
+    def send(self, x_TD: Tensor, weight_TK: Tensor, slot_TK: Tensor, gradients: int = NONE) -> SentCopies:
         """Starts sending every row once to each peer that has one of its slots, with its weights and slots there (-1:
-        not there). The host waits for the device once, for the numbers of rows."""
+        not there). gradients: SOME if an earlier stage found that. The host waits for the device once, for the numbers
+        of rows."""
         top_k = slot_TK.shape[1]
         peer_TK = self._peer_P[slot_TK.long()]
         key_N, order_N = one_copy_a_peer(peer_TK, self.peers)
-        sent, received, pairs = self._sizes(key_N, peer_TK)
+        if gradients != SOME and torch.is_grad_enabled() and (x_TD.requires_grad or weight_TK.requires_grad):
+            gradients = ALL
+        sent, received, pairs, gradients = self._sizes(key_N, peer_TK, gradients)
         chosen_C = order_N[: sum(sent)]
         row_C = chosen_C.div(max(top_k, 1), rounding_mode="floor")
         here_CK = peer_TK[row_C] == key_N[chosen_C][:, None]
@@ -229,7 +238,7 @@ class AllToAllStage:
             torch.where(here_CK, weight_TK[row_C], 0.0),
             torch.where(here_CK, slot_TK[row_C], -1).int(),
         )
-        return SentCopies(exchange, row_C, len(x_TD), pairs)
+        return SentCopies(exchange, row_C, len(x_TD), pairs, gradients)
 
     def start_combine(self, y_RD: Tensor, copies: SentCopies) -> None:
         """Starts returning what was made of each copy, y_RD: [R, D]."""
@@ -247,9 +256,10 @@ class AllToAllStage:
         self.start_combine(y_RD, copies)
         return self.finish_combine(copies)
 
-    def _sizes(self, key_N: Tensor, peer_TK: Tensor) -> tuple[list[int], list[int], int]:
-        """(rows to each peer, rows from each peer, token-expert pairs from all peers)."""
-        mine = torch.zeros(self.peers + 1, 2, dtype=torch.int64, device=key_N.device)
+    def _sizes(self, key_N: Tensor, peer_TK: Tensor, gradients: int) -> tuple[list[int], list[int], int, int]:
+        """(rows to each peer, rows from each peer, token-expert pairs from all peers, who needs gradients)."""
+        mine = torch.zeros(self.peers + 1, 3, dtype=torch.int64, device=key_N.device)
+        mine[:, 2] = gradients
         mine[:, 0].scatter_add_(0, key_N, torch.ones_like(key_N))
         mine[:, 1].scatter_add_(0, peer_TK.flatten(), torch.ones_like(key_N))
         mine = mine[:-1].contiguous()
@@ -258,7 +268,8 @@ class AllToAllStage:
             dist.all_to_all_single(theirs, mine, group=self.group)
         table = torch.stack([mine, theirs]).tolist()
         sent, received = ([row[0] for row in side] for side in table)
-        return sent, received, sum(row[1] for row in table[1])
+        same = {row[2] for row in table[1]} == {gradients}
+        return sent, received, sum(row[1] for row in table[1]), gradients if same else SOME
 
 
 class StagedDispatcher:
@@ -316,16 +327,26 @@ class AllToAllDispatcher(StagedDispatcher):
         return DispatchMetadata(copies=[self.stages[0].send(x_TD, weight_TK, slot_TK)])
 
     def receive(self, metadata: DispatchMetadata) -> tuple[Tensor, Tensor]:
-        """See `Dispatcher.receive`: waits for the first stage, and goes through the others."""
+        """See `Dispatcher.receive`: waits for the first stage, and goes through the others.
+
+        Raises:
+            InputError: gradients are needed on some ranks alone; all raise.
+        """
         if metadata.batch is not None:
             (x_RD, weight_RK, slot_RK), metadata.batch = metadata.batch, None
             pairs = int((slot_RK >= 0).sum())
         else:
             x_RD, weight_RK, slot_RK = metadata.copies[0].exchange.wait()
             for stage in self.stages[1:]:
-                metadata.copies.append(stage.send(x_RD, weight_RK, slot_RK))
+                metadata.copies.append(stage.send(x_RD, weight_RK, slot_RK, metadata.copies[-1].gradients))
                 x_RD, weight_RK, slot_RK = metadata.copies[-1].exchange.wait()
             pairs = metadata.copies[-1].pairs
+            if metadata.copies[-1].gradients == SOME:
+                raise InputError(
+                    "some ranks need gradients of this batch and others do not: backward would wait for ranks that "
+                    "never come to it. Give tokens or gate weights that require gradients on all ranks, or on none, "
+                    "and torch.no_grad() to all or none"
+                )
         self.copies = tuple(tuple(copies.exchange.sent) for copies in metadata.copies)
         metadata.rows = len(x_RD)
         row_ND, count_S, metadata.token_N, metadata.weight_N = permute(

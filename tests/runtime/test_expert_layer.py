@@ -65,6 +65,11 @@ def test_odd_inputs_give_what_the_reference_gives(behaviours: list[Any]) -> None
         assert len(odd["outside"]) == 2
 
 
+def test_ranks_of_which_some_need_gradients_are_told_before_backward_waits(behaviours: list[Any]) -> None:
+    words = "some ranks need gradients of this batch and others do not"
+    assert all(words in found["odd_inputs"]["gradients"] for found in behaviours)
+
+
 def test_nan_stays_with_its_token(behaviours: list[Any]) -> None:
     for rank, found in enumerate(behaviours):
         expected = [rank == 1 and token == 2 for token in range(6)]

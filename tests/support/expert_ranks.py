@@ -252,6 +252,11 @@ def odd_inputs(rank: int, world: int, flat: Any, deep: Any) -> dict[str, Any]:
     result["none"] = [list(out.shape), list(none.grad.shape)]
     one = torch.zeros_like(ids[:, :1])
     result["one"] = error(experts(x, one, gate[:, :1]), reference_experts(x, one, gate[:, :1], weights, SwiGLU()))
+    try:
+        experts(x.clone().requires_grad_(rank == 1), ids, gate)
+        result["gradients"] = ""
+    except mp.InputError as refusal:
+        result["gradients"] = str(refusal)
     result["outside"] = []
     for expert in (-1, SPEC.experts):
         try:
