@@ -24,7 +24,7 @@ from .plan import Certificate, Plan, equal_shares, replica_counts
 from .problem import Problem
 from .statistics import window_weights
 from .steps import Steps
-from .validation import generator
+from .validation import check_range, check_shape, generator
 
 NOISE_WINDOWS, NOISE_LAYERS = 64, 1024
 """Windows drawn to tell what chance alone costs, at most; and layers of windows that tell it as well."""
@@ -34,6 +34,7 @@ LOAD_OBJECTIVE = "device load max/mean on average loads, mean over layers"
 # How evenly a placement spreads average load, and how evenly any placement could.
 
 
+@check_types
 def device_loads(
     load: FloatArray, table: IntArray, shares: FloatArray, slot_device: IntArray, devices: int
 ) -> FloatArray:
@@ -41,11 +42,23 @@ def device_loads(
 
     Args:
         load: [L, E] of each expert.
-        table: [L, P] expert of each slot.
+        table: [L, P] expert of each slot, -1 in an empty one.
         shares: [L, P] fraction of its expert's load that each slot takes, 0 in empty slots.
         slot_device: [P] device of each slot.
         devices: how many there are.
+
+    Raises:
+        InputError: shapes that do not go together, or an expert or device out of range.
     """
+    load = check_shape("load", load, ("L", "E"))
+    table = check_shape("table", table, (len(load), "P"))
+    shares = check_shape("shares", shares, table.shape)
+    slot_device = check_shape("slot_device", slot_device, table.shape[1:])
+    check_range("devices", devices, 1, 1 << 20)
+    check_range("the largest expert of table", table.max(initial=0), 0, load.shape[1] - 1)
+    check_range("the least expert of table", table.min(initial=0), -1)
+    check_range("the largest device of slot_device", slot_device.max(initial=0), 0, devices - 1)
+    check_range("the least device of slot_device", slot_device.min(initial=0), 0)
     slot_load = np.take_along_axis(load, table, axis=1) * shares
     cell = np.arange(len(load))[:, None] * devices + slot_device
     sums = np.bincount(cell.ravel(), weights=slot_load.ravel(), minlength=len(load) * devices)
@@ -128,8 +141,15 @@ def least_layer_load(load: FloatArray, layer_slots: IntArray) -> FloatArray:
     return result
 
 
+@check_types
 def least_device_load(load: FloatArray, slots: IntArray) -> FloatArray:
-    """[L] a lower bound of the largest device load, for loads [L, E] in slots [G], however placed and shared."""
+    """[L] a lower bound of the largest device load, for loads [L, E] in slots [G], however placed and shared.
+
+    Raises:
+        InputError: another shape, or fewer slots than experts.
+    """
+    load, slots = check_shape("load", load, ("L", "E")), check_shape("slots", slots, ("G",))
+    check_range("the sum of slots", slots.sum(), load.shape[1])
     heaviest_first = -np.sort(-load, axis=1)
     arguments = (_fill_by_capacity, _split_heavy, _crowd_heavy)
     return np.asarray(np.maximum.reduce([argument(heaviest_first, slots) for argument in arguments]))
@@ -185,7 +205,21 @@ def _crowd_heavy(load: FloatArray, slots: IntArray) -> FloatArray:
 
 @check_types
 def device_load_certificate(problem: Problem, table: IntArray, shares: FloatArray | None = None) -> Certificate:
-    """The placement's average-load imbalance, mean over layers, with a bound that holds for every placement."""
+    """The placement's average-load imbalance, mean over layers, with a bound that holds for every placement.
+
+    Args:
+        problem: whose statistics are placed. table: [L, P] expert of each slot, -1 in an empty one. shares: [L, P] of
+            each slot in its expert's load; default equal.
+
+    Raises:
+        InputError: another shape, or an expert out of range.
+    """
+    layers, experts = problem.model.layers, problem.model.experts
+    table = check_shape("table", table, (layers, len(problem.slot_device)))
+    check_range("the largest expert of table", table.max(), 0, experts - 1)
+    check_range("the least expert of table", table.min(), -1)
+    if shares is not None:
+        shares = check_shape("shares", shares, table.shape)
     load, used = problem.statistics.total_load, equal_shares(table, problem.model.experts) if shares is None else shares
     if problem.objective.replica_choice == "balanced":
         plan = Plan(problem.model, problem.topology, table, problem.slot_device, used)

@@ -402,6 +402,7 @@ class PredictionBasis(NamedTuple):
     text: str
 
 
+@check_types
 def prediction_basis(model: ModelSpec, topology: Topology, objective: Objective | None = None) -> PredictionBasis:
     """What the times predicted for a model on a cluster rest on, in a line to print beside them.
 

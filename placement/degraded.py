@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from .._arguments import check_types
+from .._arguments import check_fields, check_methods, check_types
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
 from .layer_slots import in_table, own_slots
@@ -24,6 +24,8 @@ Kind = Literal["device", "node"]
 KINDS: tuple[Kind, ...] = ("device", "node")
 
 
+@check_methods
+@check_fields
 @dataclass(frozen=True)
 class Failure:
     """Devices lost together."""
@@ -31,6 +33,10 @@ class Failure:
     name: str
     """`device:3`, `node:1`, or several joined by `+`."""
     devices: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.devices) or any(device < 0 for device in self.devices):
+            raise InputError(f"Failure {self.name!r}: devices {tuple(self.devices)} must be one or more, from 0 on")
 
     @classmethod
     def named(cls, name: str, topology: Topology) -> Failure:

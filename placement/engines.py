@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .._arguments import check_types
 from .._plugins import Registry
 from .._types import IntArray
 from .division import Division
@@ -197,6 +198,7 @@ def target_names() -> tuple[str, ...]:
     return PROFILES.names
 
 
+@check_types
 def engine_profile(engine: str) -> EngineProfile:
     """The profile of that engine, built in or an exporter's that is plugged in.
 

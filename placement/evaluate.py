@@ -32,6 +32,7 @@ from .step_mix import problem_steps
 from .steps import Steps
 from .topology import Topology
 from .trace import RoutingTrace
+from .validation import check_choice
 
 CodeArray = npt.NDArray[np.int16]
 """Which term of the cost model a phase waits for. Compute: device g doing arithmetic is g, reading weights G + g.
@@ -160,7 +161,8 @@ class Evaluation(Displayed):
 
     def select(self, steps: npt.ArrayLike) -> Evaluation:
         """Of some of the steps, in the order given."""
-        chosen = np.arange(len(self.tokens))[np.asarray(steps)]
+        count = len(self.tokens)
+        chosen = np.arange(count)[check_choice("Evaluation.select: steps", steps, count)]
         columns = {
             field.name: value[chosen]
             for field in fields(self)

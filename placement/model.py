@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from .._arguments import check_methods
 from .._display import data_size
 from .errors import InputError
 from .validation import Record
@@ -58,6 +59,7 @@ MOST_LAYERS, MOST_EXPERTS = 4096, 65_536
 """Far beyond any model: larger numbers come from mistakes, or from those who want memory used up."""
 
 
+@check_methods
 class ModelSpec(Record):
     """Shape of a model's MoE layers.
 

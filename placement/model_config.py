@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._arguments import check_types
 from . import model_families as table
 from .errors import InputError
 from .expert_storage import Storage, expert_storage
@@ -40,6 +41,7 @@ class ConfigReading(NamedTuple):
     expert_sets: int
 
 
+@check_types
 def read_config(config: str | Path | Mapping[str, Any] | Any, expert_dtype: str | None = None) -> ConfigReading:
     """What a Transformers config says of its experts.
 

@@ -12,11 +12,13 @@ Shapes: L layers, R ranks, E experts, S spare slots a rank, H source ranks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
 from .._types import BoolArray, IntArray
 from .errors import InputError
 from .jit import kernel
@@ -24,6 +26,7 @@ from .objective import SLACK
 
 Int32Array = npt.NDArray[np.int32]
 
+MOST_SLOTS = 65_536
 TRIES = 7
 """Targets tried, at most, where the first cannot be kept with the spare slots there are."""
 
@@ -107,6 +110,7 @@ class OnlinePlan:
         return np.asarray(np.moveaxis(result, 2, 1))
 
 
+@check_types
 def plan_online(
     counts: npt.ArrayLike,
     homes: npt.ArrayLike,
@@ -147,10 +151,10 @@ def plan_online(
         raise InputError(
             f"plan_online: domains {domain.dtype} {list(domain.shape)}; expected a number a rank [{ranks}]"
         )
-    if isinstance(slots, bool) or not isinstance(slots, (int, np.integer)) or slots < 0:
-        raise InputError(f"plan_online: slots is {slots!r}; expected a whole number of at least 0")
-    if not (np.isfinite(slack) and slack >= 0):
-        raise InputError(f"plan_online: slack is {slack!r}; expected at least 0")
+    if not 0 <= slots <= MOST_SLOTS:
+        raise InputError(f"plan_online: slots is {slots}; expected 0 to {MOST_SLOTS}")
+    if not 0 <= slack < math.inf:
+        raise InputError(f"plan_online: slack is {slack}; expected at least 0")
     if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max):
         raise InputError(f"plan_online: counts run from {tokens.min()} to {tokens.max()}; expected 0 to 2^31 - 1")
     if home.size and (home.min() < 0 or home.max() >= ranks):

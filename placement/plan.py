@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
-from .._arguments import wrong_type
+from .._arguments import check_fields, check_methods, wrong_type
 from .._display import Displayed, data_size
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import FileFormatError, InputError
@@ -34,6 +34,7 @@ RELATIVE_TOLERANCE = 1e-6
 """A gap below this is rounding of floating-point sums and of ILP tolerances, not a gap."""
 
 
+@check_fields
 @dataclass(frozen=True)
 class Certificate:
     """What the solver minimised, the value of its plan, and a value proven to be a lower bound of any plan's.
@@ -90,6 +91,7 @@ class Provenance:
         object.__setattr__(self, "batches", tuple(self.batches))
 
 
+@check_methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan(Displayed):
     """An immutable placement of `model` on `topology`.

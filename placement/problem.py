@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arguments import wrong_type
+from .._arguments import check_fields, check_methods, wrong_type
 from .._display import Displayed, plural
 from .._types import BoolArray, FloatArray, IntArray
 from .degraded import Failure, failure_mask
@@ -25,6 +25,8 @@ from .topology import Topology
 from .trace import RoutingTrace
 
 
+@check_fields
+@check_methods
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Problem(Displayed):
     """Place the experts of `model` on the devices of `topology`, given `statistics`, to minimise `objective`.
@@ -99,9 +101,6 @@ class Problem(Displayed):
         if not isinstance(topology, Topology):
             raise wrong_type("Problem", "topology", topology, Topology)
         model, statistics = _model_and_statistics(routing, statistics, model)
-        for name, value, kind in (("objective", objective, Objective), ("current", current, Plan)):
-            if value is not None and not isinstance(value, kind):
-                raise wrong_type("Problem", name, value, kind)
         values: dict[str, Any] = {
             "model": (spec := model.of_routing(statistics.experts, statistics.moe_layers, statistics.top_k)),
             "topology": topology if engine is None else topology.with_kernels_of(engine),

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import check_types
+from .._arguments import check_methods, check_types
 from .._display import Displayed, names, plural, span
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError, UnsupportedError
@@ -215,6 +215,7 @@ def _mix(values: HashArray) -> HashArray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
+@check_methods
 @dataclass(frozen=True, eq=False, repr=False)
 class RoutingStatistics(Displayed):
     """Counts over S windows of routing, W workloads, L MoE layers and E experts.
@@ -493,7 +494,12 @@ class RoutingStatistics(Displayed):
         windows: list[FloatArray] = []
         codes: list[int] = []
         for code, (name, loads) in enumerate(named.items()):
-            array = np.asarray(loads, dtype=np.float64)
+            try:
+                array = np.asarray(loads, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"from_counts: workload {name!r} is {loads!r:.60}; expected numbers [T, L, E]"
+                ) from None
             array = array[None] if array.ndim == 2 else array
             if array.ndim != 3 or 0 in array.shape or (windows and array.shape[1:] != windows[0].shape[1:]):
                 expected_shape = f"[{windows[0].shape[1]}, {windows[0].shape[2]}]" if windows else "[layers, experts]"

@@ -18,9 +18,9 @@ from .model import ModelSpec
 from .plan import Plan
 from .problem import Problem
 from .statistics import RoutingStatistics, with_tokens
-from .steps import USUAL_BATCHES, Batch, Phase, Steps
+from .steps import MOST_TOKENS, USUAL_BATCHES, Batch, Phase, Steps
 from .trace import RoutingTrace, id_dtype
-from .validation import generator
+from .validation import check_range, check_seed, check_shape, generator
 
 JUDGED_TOKENS = 131_072
 """Of the steps of one batch that a plan is judged on, as far as `FEWEST_STEPS` go."""
@@ -82,6 +82,7 @@ class StepMix:
         return tuple(batch.name(self.devices) for batch in self.batches)
 
 
+@check_types
 def step_mix(problem: Problem) -> StepMix:
     """The problem's batches; else the recording's own forward calls; else usual sizes, weighed so that each takes the
     same part of the time with the plan in force (contiguous where there is none): a plan is then good at all of them.
@@ -143,6 +144,7 @@ def mixed_steps(parts: Sequence[Steps], mix: StepMix) -> Steps:
     return Steps.join(parts, [batch.weight for batch in mix.batches], mix.names())
 
 
+@check_types
 def problem_steps(
     routing: RoutingTrace | RoutingStatistics | Steps,
     problem: Problem,
@@ -162,8 +164,13 @@ def problem_steps(
         seed: of the draws.
 
     Raises:
+        InputError: `count` or `most_tokens` below 1.
         UnsupportedError: counts alone and context-coherent execution, which depends on transitions.
     """
+    check_range("most_tokens", most_tokens, 1)
+    if count is not None:
+        check_range("count", count, 1)
+    check_seed(seed)
     if isinstance(routing, Steps):
         return routing
     mix = step_mix(problem)
@@ -288,10 +295,10 @@ def sample_steps(
             gets as many as they do.
 
     Raises:
-        InputError: a size below 1, fewer experts than `top_k`, groups that do not hold them, or more to sample than
-            fits.
+        InputError: load of another shape, a size below 1, fewer experts than `top_k`, groups that do not hold them, or
+            more to sample than fits.
     """
-    windows, layers, experts = load.shape
+    windows, layers, experts = check_shape("load", load, ("S", len(moe_layers), "E")).shape
     if step_tokens < 1 or steps < 1 or not 1 <= top_k <= experts:
         raise InputError(f"cannot sample {steps} steps of {step_tokens} tokens with {top_k} of {experts} experts each")
     if not 1 <= groups[1] <= groups[0] or experts % groups[0] or top_k > groups[1] * experts // groups[0]:
@@ -387,8 +394,9 @@ def sample_tokens(statistics: RoutingStatistics, top_k: int, tokens: int, seed: 
 
     Raises:
         UnsupportedError: the statistics hold no transitions.
-        InputError: fewer experts than `top_k`.
+        InputError: fewer experts than `top_k`; tokens below 1 or above ten million.
     """
+    check_range("tokens", tokens, 1, MOST_TOKENS)
     _ = statistics.total_transitions
     if not 1 <= top_k <= statistics.experts:
         raise InputError(f"top_k ({top_k}) must be from 1 to the number of experts ({statistics.experts})")

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict
 
+from .._arguments import check_fields, check_methods
 from .._display import Displayed, names, plural, span
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
+from .validation import check_choice, check_range
 
 Phase = Literal["decode", "prefill"]
 """Steps of one token of each of many sequences, or of whole prompts cut into batches."""
@@ -26,6 +28,8 @@ MOST_TOKENS = 10_000_000
 WRITTEN = re.compile(r"(decode|prefill):(\d{1,40})(/step)?(?:@(\d*\.?\d+(?:[eE]-?\d+)?))?")
 
 
+@check_methods
+@check_fields
 @dataclass(frozen=True)
 class Batch:
     """One kind of steps that a deployment runs.
@@ -54,8 +58,6 @@ class Batch:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.phase not in PHASES:
-            raise InputError(f"Batch.phase is {self.phase!r}; use decode or prefill")
         sizes = {"tokens_per_device": self.tokens_per_device, "tokens": self.tokens}
         named = {name: size for name, size in sizes.items() if size is not None}
         if len(named) != 1:
@@ -64,13 +66,11 @@ class Batch:
                 + (" and ".join(f"{name}={size}" for name, size in named.items()) or "neither")
             )
         ((name, size),) = named.items()
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size <= MOST_TOKENS:
-            raise InputError(f"Batch.{name} is {size!r}; a whole number from 1 to {MOST_TOKENS:,} is wanted")
+        check_range(f"Batch.{name}", size, 1, MOST_TOKENS)
         object.__setattr__(self, name, int(size))
-        weight = self.weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float | np.number) or not 0 < weight < np.inf:
-            raise InputError(f"Batch.weight is {weight!r}; a number above 0 is wanted")
-        object.__setattr__(self, "weight", float(weight))
+        if not 0 < self.weight < np.inf:
+            raise InputError(f"Batch.weight ({self.weight}) must be above 0 and finite")
+        object.__setattr__(self, "weight", float(self.weight))
 
     @classmethod
     def parse(cls, text: str) -> Batch:
@@ -124,15 +124,9 @@ def as_batches(batches: Iterable[Batch] | Batch | None) -> tuple[Batch, ...]:
     """The batches of an argument.
 
     Raises:
-        InputError: something else than batches, or two of one phase and size.
+        InputError: two of one phase and size.
     """
-    listed = () if batches is None else (batches,) if isinstance(batches, Batch) else batches
-    if not isinstance(listed, Iterable):
-        raise InputError(f"batches is {batches!r}; a list is wanted, as [Batch('decode', tokens_per_device=64)]")
-    result = tuple(listed)
-    for entry in result:
-        if not isinstance(entry, Batch):
-            raise InputError(f"batches holds {entry!r}; Batch('decode', tokens_per_device=64) is wanted")
+    result = () if batches is None else (batches,) if isinstance(batches, Batch) else tuple(batches)
     kinds = [replace(batch, weight=1.0) for batch in result]
     for kind in kinds:
         if kinds.count(kind) > 1:
@@ -169,6 +163,7 @@ def batches_of_steps(tokens: IntArray, is_decode: BoolArray) -> tuple[Batch, ...
 IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
 
+@check_methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Steps(Displayed):
     """S steps of tokens, one after the other; step s holds tokens offsets[s] to offsets[s+1].
@@ -323,7 +318,7 @@ class Steps(Displayed):
 
     def select(self, steps: npt.ArrayLike) -> Steps:
         """Some of the steps, in the order given (repeats allowed, as a bootstrap draws them)."""
-        chosen = np.arange(self.num_steps)[np.asarray(steps)]
+        chosen = np.arange(self.num_steps)[check_choice("Steps.select: steps", steps, self.num_steps)]
         if not len(chosen):
             raise InputError("Steps.select: no step chosen")
         weight = None if self.weight is None else self.weight[chosen]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
 
+from .._arguments import check_methods
 from .._display import Displayed, plural
 from .._lazy import names_extra
 from .._types import FloatArray, IntArray
@@ -150,6 +151,7 @@ class Node(Record):
         return _not_empty(devices, "devices")
 
 
+@check_methods
 class Topology(Displayed, Record):
     """A cluster. Devices are ranked node by node, so a node owns a run of ranks; nodes may differ.
 

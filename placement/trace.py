@@ -11,13 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_methods
 from .._display import Displayed, names, plural, span
 from .._types import IntArray
 from .errors import InputError
 from .memory import check_memory, free_memory
 from .model import ModelSpec
 from .steps import Batch, Steps, batches_of_steps
-from .validation import generator
+from .validation import check_choice, generator
 
 IdArray = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -96,7 +97,7 @@ def layer_index(recorded: Sequence[int], layers: Sequence[int]) -> list[int]:
         InputError: a layer that was not recorded, or none.
     """
     unknown = sorted(set(layers) - set(recorded))
-    if unknown or not layers:
+    if unknown or not len(layers):
         raise InputError(f"layers {unknown or 'none'} were asked for; recorded are {span(tuple(recorded))}")
     return [i for i, layer in enumerate(recorded) if layer in set(layers)]
 
@@ -113,6 +114,7 @@ def id_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
     return np.uint8 if num_experts <= 256 else np.uint16
 
 
+@check_methods
 @dataclass(frozen=True, eq=False, repr=False)
 class RoutingTrace(Displayed):
     """Routing of T tokens through L MoE layers, k experts each. Build it with `from_arrays`, which validates, or read
@@ -318,8 +320,14 @@ class RoutingTrace(Displayed):
             whole_batches=first.whole_batches if len({trace.whole_batches for trace in traces}) == 1 else (),
         )
 
-    def select(self, tokens: npt.NDArray[Any]) -> RoutingTrace:
-        """The trace of some tokens only: a boolean mask [T], or token indices in the order wanted."""
+    def select(self, tokens: npt.NDArray[Any] | slice) -> RoutingTrace:
+        """The trace of some tokens only: a boolean mask [T], or token indices in the order wanted.
+
+        Raises:
+            InputError: neither of these, or an index that is not there.
+        """
+        if not isinstance(tokens, slice):
+            tokens = check_choice("RoutingTrace.select: tokens", tokens, self.num_tokens)
 
         def pick(column: Any) -> Any:
             return None if column is None else frozen(column[tokens])

@@ -1,11 +1,14 @@
-"""What users give, checked: pydantic's findings as one-line errors that name the field and the value, and seeds."""
+"""What users give, checked: pydantic's findings as one-line errors that name the field and the value; ranges, shapes
+of arrays, and seeds."""
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -77,6 +80,60 @@ def check_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise InputError(f"seed ({seed!r}) must be a whole number, 0 or more")
     return int(seed)
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Refuses numbers outside [least, most].
+
+    Raises:
+        InputError: it is outside.
+    """
+    if not least <= value <= most:
+        expected = f"at least {least:,}" if most == math.inf else f"from {least:,} to {most:,}"
+        raise InputError(f"{name} ({value}) must be {expected}")
+
+
+def check_shape(name: str, array: npt.ArrayLike, expected: tuple[int | str, ...]) -> npt.NDArray[Any]:
+    """The array, which has as many axes as are expected, of these lengths where they are numbers.
+
+    Args:
+        name: for the message. array: or nested sequences. expected: a length, or a letter where any will do.
+
+    Raises:
+        InputError: another shape, or entries that are not finite numbers.
+    """
+    try:
+        result = np.asarray(array)
+    except ValueError:
+        raise InputError(f"{name}: rows differ in length") from None
+    if result.dtype.kind not in "biuf" and result.size:
+        raise InputError(f"{name} holds {result.dtype}, expected numbers")
+    lengths = zip(result.shape, expected, strict=False)
+    if result.ndim != len(expected) or any(length != size for length, size in lengths if isinstance(size, int)):
+        shape = ", ".join(map(str, expected))
+        raise InputError(f"{name} has shape {list(result.shape)}, expected [{shape}]")
+    if result.dtype.kind == "f" and not np.isfinite(result).all():
+        raise InputError(f"{name} holds numbers that are not finite")
+    return result
+
+
+def check_choice(name: str, choice: npt.ArrayLike, count: int) -> npt.NDArray[Any]:
+    """The choice as an array that indexes `count` things: a mask [count], or indices in any order.
+
+    Raises:
+        InputError: neither, or an index that is not there.
+    """
+    result = np.asarray(choice)
+    mask = result.dtype == bool and result.shape == (count,)
+    indices = (result.dtype.kind in "iu" and result.ndim == 1) or result.shape == (0,)
+    if not (mask or indices):
+        given = " ".join(repr(choice).split())
+        raise InputError(f"{name} is {given:.60}; expected a mask of {count:,} or indices")
+    if not len(result):
+        return np.zeros(0, np.int64)
+    if indices and not -count <= result.min() <= result.max() < count:
+        raise InputError(f"{name} holds {result.min()} to {result.max()}; there are {count:,}, from 0")
+    return result
 
 
 def generator(seed: int) -> np.random.Generator:

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from .._arguments import check_types
 from .._lazy import names_extra
 from ..placement.errors import InputError, MoeplaceError
 from ..placement.statistics import RoutingStatistics, StatisticsAccumulator, Stream
@@ -25,6 +26,7 @@ Unit = tuple[TraceShard, int]
 
 
 @names_extra
+@check_types
 def aggregate(
     path: Source | Sequence[Source],
     *,

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
+from .._arguments import check_types
 from ..placement.errors import InputError, UnsupportedError, nearest
 from ..placement.model import ModelSpec
 from ..placement.statistics import RoutingStatistics
@@ -21,6 +22,7 @@ Mode = Literal["tokens", "counts"]
 MODES = ("tokens", "counts")
 
 
+@check_types
 def profile(
     model: Module,
     out: str | Path,

@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from .._arguments import check_types
 from .._display import span
 from .._plugins import Registry
 from .._tensor_files import load_plain
@@ -435,6 +436,7 @@ def _reader_named(read: Callable[..., Any]) -> Reader:
     return next(reader for reader in READERS if reader.read is read)
 
 
+@check_types
 def read_any(path: str | Path, *, kind: Kind | None = None, **options: Any) -> RoutingTrace | RoutingStatistics:
     """Reads a routing record, whatever known format it has. A trace comes whole into memory: for one of many shards,
     `aggregate` gives the statistics in bounded memory, as `open_routing` does.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import check_types
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError, UnsupportedError
 from ..placement.files import replacing
@@ -305,6 +306,7 @@ def partial_path(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.stem}-rank{rank:05d}.npz")
 
 
+@check_types
 def merge_counts(path: str | Path) -> RoutingStatistics:
     """Sums the counts that ranks left beside `path` (a statistics .npz) one by one, writes them to `path`, and removes
     the parts.

@@ -96,6 +96,7 @@ def write_statistics(statistics: RoutingStatistics, path: Source) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+@check_types
 def read_statistics(path: Source, *, limit: int = SIZE_LIMIT) -> RoutingStatistics:
     """Reads what `write_statistics` wrote.
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import check_types
+from .._arguments import check_fields, check_methods, check_types
 from .._lazy import names_extra
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError
@@ -162,6 +162,8 @@ def _list_of(value_type: Any, width: int) -> Any:
 # Writing: blocks of tokens as row groups of shards, each shard whole or absent.
 
 
+@check_methods
+@check_fields
 class TraceWriter:
     """Writes tokens of one rank as shards `rank00000-00000.parquet`, ... in `folder`.
 
@@ -496,6 +498,7 @@ def _narrow(name: str, values: IntArray) -> npt.NDArray[np.int32]:
 
 
 @names_extra
+@check_types
 def read_trace(path: Source) -> RoutingTrace:
     """The whole trace of a folder of shards, or of one shard, in memory.
 
@@ -511,6 +514,7 @@ def read_trace(path: Source) -> RoutingTrace:
     return trace_of_shards(trace_shards(path))
 
 
+@check_types
 def scan_trace(path: Source, tokens: int = 65536) -> Iterator[RoutingTrace]:
     """Blocks of at most `tokens` tokens of a folder of shards or of one shard, in the order of the files' names.
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 from urllib3 import Retry
 
+from .._arguments import check_fields, check_methods
 from .._http import Answer, Connections, UnansweredError, check_address
 from ..db.jobs import ENDED
 from ..db.records import (
@@ -43,7 +44,7 @@ from ..placement.errors import ConflictError, InputError, MoeplaceError, NotFoun
 from ..placement.model import ModelSpec
 from ..placement.plan import Plan, plan_from_dict, plan_to_dict
 from ..placement.topology import Topology
-from ..placement.validation import describe
+from ..placement.validation import check_range, describe
 from .counts import ARROW, to_arrow
 from .policy import Policy
 from .schemas import (
@@ -161,6 +162,8 @@ class PlanFile:
     content: bytes
 
 
+@check_methods
+@check_fields
 class Client:
     """Speaks to a service at `url`. Threads: any number.
 
@@ -171,6 +174,7 @@ class Client:
     """
 
     def __init__(self, url: str, token: str | None = None, *, timeout: float = 60.0) -> None:
+        check_range("timeout", timeout, 1e-3, 1e6)
         self._transport = Transport(url, token, timeout)
         self._timeout = timeout
 

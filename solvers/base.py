@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from .._arguments import check_fields
 from .._types import FloatArray, IntArray
 from ..placement.plan import Certificate, Stop
 from ..placement.progress import COMPILE_TIME, Listener, Progress
@@ -48,6 +49,7 @@ class Needs(Enum):
     SAMPLE = "a token sample"
 
 
+@check_fields
 @dataclass
 class Budget:
     """What a solve may spend, and whom it tells. Only `seconds` depends on the machine; None is no limit. Time in which
@@ -161,6 +163,7 @@ class SolverOptions:
         return {field.name: value for field in fields if (value := getattr(self, field.name)) != field.default}
 
 
+@check_fields
 @dataclass(frozen=True, kw_only=True)
 class EplbOptions(SolverOptions):
     """Of `eplb`: whether to balance groups over nodes first (None: where that is possible)."""
@@ -169,6 +172,7 @@ class EplbOptions(SolverOptions):
     hierarchical: bool | None = None
 
 
+@check_fields
 @dataclass(frozen=True, kw_only=True)
 class ExflowOptions(SolverOptions):
     """Of `exflow`: the program's backend and form, and whether it starts from assignment sweeps."""
@@ -179,6 +183,7 @@ class ExflowOptions(SolverOptions):
     warm_start: bool = True
 
 
+@check_fields
 @dataclass(frozen=True, kw_only=True)
 class MoeTunerOptions(SolverOptions):
     """Of `moetuner`: backend, gap at which each program may stop, and how clusters are put on devices."""
@@ -190,6 +195,7 @@ class MoeTunerOptions(SolverOptions):
     warm_start: bool = True
 
 
+@check_fields
 @dataclass(frozen=True, kw_only=True)
 class ChainOptions(SolverOptions):
     """Of `chain`: what is proven least, and the steps that are priced."""
@@ -201,6 +207,7 @@ class ChainOptions(SolverOptions):
     steps: int | None = None
 
 
+@check_fields
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(SolverOptions):
     """Of `search`: the steps that are priced, proposals a layer, and seconds for a better bound.

@@ -537,16 +537,16 @@ def _best_layer(transitions: FloatArray, device_of: IntArray, layer: int, slot_d
     return np.asarray(slot_device[columns])
 
 
-def local_weight_bound(transitions: FloatArray, slots: IntArray, budget: Budget, share: float = 0.2) -> float:
+def local_weight_bound(transitions: FloatArray, slots: IntArray, budget: Budget) -> float:
     """An upper bound of the weight of transitions [L-1, n, n] that any placement on devices of `slots` [G] keeps local.
 
     An expert shares its device with at most C = max(slots) experts of the next layer, and the other way round: the
     heaviest choice of pairs under that rule is a transportation problem a layer pair. Its optimum equals the root
     relaxation of `exflow_program` for equal slots. Each is solved as a linear program and the bound taken from its
-    dual values by weak duality, so rounding cannot make it invalid. Layer pairs past `share` of what is left of the
+    dual values by weak duality, so rounding cannot make it invalid. Layer pairs past a fifth of what is left of the
     budget get the looser bound of the heaviest C successors of each expert.
     """
-    limit = None if budget.left is None else budget.elapsed + share * budget.left
+    limit = None if budget.left is None else budget.elapsed + 0.2 * budget.left
     largest = int(slots.max())
     total = 0.0
     for weights in transitions:

@@ -216,6 +216,11 @@ def pareto(
         limits = (None,) if current is None else (None, weights / 16, weights / 4)
     if redundant is not None and any(count < 0 for count in redundant):
         raise InputError(f"redundant slots ({list(redundant)}) must not be negative")
+    for name, values in (("redundant", redundant), ("tolerate", tolerate), ("max_moved", limits)):
+        if values is not None and not len(values):
+            raise InputError(
+                f"pareto: {name} is empty, so that nothing would be solved; leave it out for the usual ones"
+            )
     configs = [
         ParetoConfig(count, kind, limit)
         for count in (redundancy_steps(problem) if redundant is None else dict.fromkeys(redundant))

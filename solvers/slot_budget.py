@@ -189,7 +189,7 @@ def slot_front(
     budget = left if memory_budget is None else min(memory_budget, left)
     # Bounds of plans that are not the answer are not asked for.
     asked = {name: value for name, value in (options or {}).items() if name != "certify"}
-    if solver == "search" and seconds is None:
+    if isinstance(solver, str) and solver == "search" and seconds is None:
         asked.setdefault("proposals", PROPOSALS)
     costs = _measured(problem, _redundancies(problem, budget), solver, seconds, seed, asked, progress, other_ms)
     token_bytes = cache_token_bytes(problem.model) if token_bytes is None else token_bytes

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arguments import check_types
+from .._arguments import check_fields, check_methods, check_types
 from .._deprecated import old_listener, renamed_argument
 from .._display import plural
 from .._types import BoolArray, IntArray
@@ -48,6 +48,8 @@ Details = Callable[["Outcome", str, Plan], Mapping[str, Any]]
 """What else to tell of a plan, given the outcome it belongs to and its kind, "ready" or "repaired"."""
 
 
+@check_methods
+@check_fields
 @dataclass(frozen=True, eq=False)
 class Change:
     """Another cluster for a plan.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._arguments import check_fields
 from ..placement.errors import InputError, RankError
 from ..placement.plan import Plan, plan_from_dict, plan_to_dict
 from ..profiler import profile
@@ -107,6 +108,7 @@ class _ExpertLayers:
         return Migration(self._model, plan, self._optimizer)
 
 
+@check_fields
 class Rebalancer:
     """Call `step()` on every rank after each step's optimizer.step() and zero_grad().
 

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..._arguments import check_types
 from ..._tensor_files import array_of
 from ..._types import IntArray
 from ...placement.engines import engine_profile
@@ -275,6 +276,7 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 _NORMS = re.compile(r"norm\.(?:weight|bias)$")
 
 
+@check_types
 def write_expert_fingerprints(model: torch.nn.Module, folder: str | Path, rank: int | None = None) -> Path:
     """Writes what tells the experts' weights in this rank's slots apart, from inside an engine's process.
 

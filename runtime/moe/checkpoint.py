@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+from ..._arguments import check_types
 from ...placement.errors import InputError
 from ...placement.plan import Plan
 from .coordination import naming_unresponsive_ranks
@@ -36,6 +37,7 @@ PLAN = "plan.json"
 """The plan that a checkpoint was written under, beside its tensors."""
 
 
+@check_types
 def save_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Writes the model, and the optimizer's state, with torch.distributed.checkpoint. Every rank calls it.
 
@@ -53,6 +55,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     _write_plan(path, model)
 
 
+@check_types
 def async_save_checkpoint(
     path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> Future[None]:
@@ -74,6 +77,7 @@ def async_save_checkpoint(
     return cast("Future[None]", pending)
 
 
+@check_types
 def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Reads what `save_checkpoint` wrote into a model of the same shapes, whatever its plan. Every rank calls it.
 
@@ -105,6 +109,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}))
 
 
+@check_types
 def checkpoint_plan(path: str | Path) -> Plan:
     """The plan that was in force when a checkpoint was written: to `parallelize` with, on as many ranks.
 

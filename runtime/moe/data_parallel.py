@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..._arguments import check_types
 from ..._types import IntArray
 from ...placement.errors import InputError
 from .coordination import gather, sum_everywhere
@@ -26,11 +27,13 @@ def expert_layers(model: nn.Module) -> list[tuple[str, PlacedExperts]]:
     return sorted(layers, key=lambda pair: pair[1].layer)
 
 
+@check_types
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Parameters that differ from rank to rank: `fully_shard(part, ignored_params=expert_parameters(model))`."""
     return {value for _, module in expert_layers(model) for value in module.parameters(recurse=False)}
 
 
+@check_types
 def exclude_from_ddp(model: nn.Module) -> None:
     """Call before DistributedDataParallel(model): it then leaves the experts' parameters alone."""
     names = [
@@ -43,6 +46,7 @@ def exclude_from_ddp(model: nn.Module) -> None:
 
 
 @contextmanager
+@check_types
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Inside, backward leaves the gradients of experts unsummed: for all micro-batches of a step but the last.
 
@@ -61,6 +65,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+@check_types
 def clip_grad_norm_(
     model: nn.Module, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
 ) -> Tensor:
@@ -139,6 +144,7 @@ def _expert_norms(layers: list[PlacedExperts], power: float) -> Iterator[Tensor]
                 yield torch.linalg.vector_norm(row_S.double() * part_S, power)
 
 
+@check_types
 def expert_rows(model: nn.Module) -> IntArray:
     """[L, E] rows that all ranks sent for each expert in their latest forward pass, a cluster as one. Every rank calls
     it.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..._arguments import check_fields
 from ..._types import IntArray
 from ...placement.errors import InputError, MoeplaceError, UnsupportedError
 from ...placement.plan import Plan
@@ -268,6 +269,7 @@ class Decoder(ABC):
         """Tokens through the experts of one layer. x_TD: what experts read of the residual stream."""
 
 
+@check_fields
 class DispatchCombineDecoder(Decoder):
     """A token lives on the rank of its sequence; its experts' outputs come back to it, two all-to-alls a layer."""
 
@@ -309,6 +311,7 @@ class DispatchCombineDecoder(Decoder):
                 self.statistics.exchanged("combine", stage.devices, others * there.received, back_bytes)
 
 
+@check_fields
 class ContextCoherentDecoder(Decoder):
     """A token moves to the device of its highest-weight expert and stays there (ExFlow): one all-to-all a layer with
     one expert a token, a second for the other experts' outputs with more.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..._arguments import check_fields
 from ...placement.errors import InputError, nearest
 from ...placement.model import ModelSpec
 from ...placement.objective import SLACK
@@ -23,6 +24,7 @@ from .experts import Gradients, MakeDispatcher, PlacedExperts, Replicas
 from .mesh import ExpertMesh
 
 
+@check_fields
 class ExpertParallelMoE(nn.Module):
     """[..., D] -> [..., D]: each token through its top-k experts, wherever the plan has them, plus the shared experts.
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..._arguments import check_types
+from ..._arguments import check_fields, check_methods, check_types
 from ..._types import IntArray
 from ...placement.errors import InputError, MoeplaceError, RankError, UnsupportedError
 from ...placement.migration import migration
@@ -59,6 +59,8 @@ def apply(
     return change
 
 
+@check_methods
+@check_fields
 class Migration:
     """A change from the plan in force to another, all at once or spread over several steps. Every rank makes one and
     calls the same methods.

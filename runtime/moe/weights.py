@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..._arguments import check_types
 from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ..permute.checkpoint import StoredTensor, read_weight_headers
 from .coordination import check_consistent, wait_everywhere
@@ -239,6 +240,7 @@ class _Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@check_types
 def export_hf(model: nn.Module, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Writes the model as `save_pretrained` would in one process: config, and safetensors with all experts in order.
 

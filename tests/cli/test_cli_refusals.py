@@ -102,10 +102,10 @@ def test_seeds_are_checked_in_python_too(inputs: dict[str, str]) -> None:
         ("search:proposals=0", "proposals (0) must be at least 1"),
         ("search:batch=decode,step_tokens=x", "option step_tokens is 'x'"),
         ("search:step_tokens=8,step_tokens=9", "option step_tokens is given twice"),
-        ("search:step_tokens=100000000", "from 1 to 10,000,000 is wanted"),
+        ("search:step_tokens=100000000", "must be from 1 to 10,000,000"),
         ("search:steps=100000000", "GB of memory"),
         ("search:certify=nan", "certify (nan)"),
-        ("chain:step_tokens=100000000000", "from 1 to 10,000,000 is wanted"),
+        ("chain:step_tokens=100000000000", "must be from 1 to 10,000,000"),
         ("chain:steps=1000000000", "GB of memory"),
         ("chain:minimise=x", "'transitions' or 'step'"),
         ("moetuner:tolerance=x", "option tolerance is 'x', it takes a number"),
@@ -186,7 +186,7 @@ def test_too_much_is_refused_before_it_is_begun(
 
 def test_a_refusal_of_memory_says_what_would_fit(inputs: dict[str, str], tmp_path: Path) -> None:
     asked = ("evaluate", "PLAN", "TRACE", "--no-store", "--decode")
-    assert "a whole number from 1 to 10,000,000" in refused(inputs, tmp_path, *asked, HUGE)
+    assert "must be from 1 to 10,000,000" in refused(inputs, tmp_path, *asked, HUGE)
     said = refused(inputs, tmp_path, *asked, 10_000_000, "--steps", 1_000_000)
     assert "1,000,000 steps of" in said
     assert "tokens would fit: " in said

@@ -42,14 +42,14 @@ def test_a_batch_counts_tokens_a_device_or_over_all() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"phase": "train", "tokens": 8}, "use decode or prefill"),
+        ({"phase": "train", "tokens": 8}, "phase 'train' is unknown"),
         ({"phase": "decode"}, "given neither"),
         ({"phase": "decode", "tokens": 8, "tokens_per_device": 2}, "one of them"),
-        ({"phase": "decode", "tokens": 0}, "whole number from 1"),
-        ({"phase": "decode", "tokens": True}, "whole number from 1"),
-        ({"phase": "decode", "tokens": 2.5}, "whole number from 1"),
+        ({"phase": "decode", "tokens": 0}, "from 1 to"),
+        ({"phase": "decode", "tokens": True}, "a whole number"),
+        ({"phase": "decode", "tokens": 2.5}, "a whole number"),
         ({"phase": "decode", "tokens": 8, "weight": 0}, "above 0"),
-        ({"phase": "decode", "tokens": 8, "weight": float("nan")}, "above 0"),
+        ({"phase": "decode", "tokens": 8, "weight": float("nan")}, "a number"),
         ({"phase": "decode", "tokens": 8, "weight": float("inf")}, "above 0"),
     ],
 )
@@ -67,9 +67,9 @@ def test_text_that_names_no_batch_is_refused(text: str) -> None:
 def test_a_problem_takes_a_batch_or_several_and_nothing_else() -> None:
     assert problem(batches=SMALL).batches == (SMALL,)
     assert problem(batches=[SMALL, LARGE]).batches == (SMALL, LARGE)
-    with pytest.raises(mp.InputError, match="batches holds"):
+    with pytest.raises(mp.InputError, match="batches is .*, expected a sequence of Batch or Batch"):
         problem(batches=["decode:64"])
-    with pytest.raises(mp.InputError, match="batches holds"):
+    with pytest.raises(mp.InputError, match="batches is .*, expected a sequence of Batch or Batch"):
         problem(batches="decode:64")
     with pytest.raises(mp.InputError, match="twice"):
         problem(batches=[SMALL, replace(SMALL, weight=1)])

@@ -27,7 +27,7 @@ def test_a_policy_names_batches_and_keeps_them() -> None:
     [
         ({"batches": [{"phase": "train", "tokens": 8}]}, "phase"),
         ({"batches": [{"phase": "decode", "tokens": 8, "wieght": 1}]}, "wieght"),
-        ({"batches": [{"phase": "decode", "tokens": 0}]}, "whole number from 1"),
+        ({"batches": [{"phase": "decode", "tokens": 0}]}, "must be from 1"),
         ({"batches": [{"phase": "decode", "tokens": 8}] * 2}, "twice"),
         ({"batches": [{"phase": "decode", "tokens": 8}], "step_tokens": 8}, "give batches"),
     ],
