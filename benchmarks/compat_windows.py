@@ -7,7 +7,7 @@ experts, each step apart from the others by chance, by drift or not at all) and 
 over steps, of each layer: computed in double precision from the maps, equal being within 1e-12 of it. vLLM's policy has
 the sum of the steps, and groups on nodes in half of the windows. Peers are files of their repositories, fetched by
 whoever runs this; see `peers`. Fails where a layer is worse than a peer's that has no expert twice on a device, or has
-one itself.
+one itself. Windows for which a peer gives no plan (an index past its arrays, or experts left out) are only counted.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def run(options: argparse.Namespace, report: Report) -> None:
     formats = {"better": ".1%", "equal": ".1%", "worse": ".2%", "mean change": "+.2%"}
     excused = {"worse, theirs with an expert twice": "d", "by, mean": ".1%"}
     twice_by = {"theirs with one twice": "d", "ours": "d"}
-    columns = ("policy", "windows", "layers", *formats, *excused, *twice_by)
-    table = report.table("random windows", columns, {**formats, **excused, **twice_by})
+    none = {"windows without a plan of theirs": "d"}
+    columns = ("policy", "windows", *none, "layers", *formats, *excused, *twice_by)
+    table = report.table("random windows", columns, {**none, **formats, **excused, **twice_by})
     begin = time.perf_counter()
     for name in ("deepinfer", "vllm", "flashlb"):
         file = getattr(options, name)
@@ -96,7 +97,13 @@ def run(options: argparse.Namespace, report: Report) -> None:
                 load = load.sum(axis=0, keepdims=True)
                 theirs = policy(load[0], slots, devices, groups, nodes)
             else:
-                theirs = policy(load, slots, devices)
+                try:
+                    theirs = policy(load, slots, devices)
+                except IndexError:
+                    theirs = np.full((load.shape[1], slots), -1)
+            if not all(set(row.tolist()) == set(range(load.shape[2])) for row in theirs):
+                count["no plan"] += 1
+                continue
             ours = stand_in(name, load, slots, devices, groups, nodes)
             mine, other = (largest_loads(load, each, devices).sum(axis=0) for each in (ours, theirs))
             if mine.sum() > 0 and other.sum() > 0:
@@ -118,7 +125,15 @@ def run(options: argparse.Namespace, report: Report) -> None:
         parts = [count[each] / layers for each in ("better", "equal", "worse")]
         worse = [len(above), float(np.mean(above)) if above else None]
         table.row(
-            name, count["windows"], layers, *parts, float(np.mean(change)), *worse, count["theirs"], count["ours"]
+            name,
+            count["windows"],
+            count["no plan"],
+            layers,
+            *parts,
+            float(np.mean(change)),
+            *worse,
+            count["theirs"],
+            count["ours"],
         )
         if count["worse"] > len(above) or count["ours"]:
             report.failure = f"{name}: {count['worse'] - len(above)} layers worse, {count['ours']} hold one twice"

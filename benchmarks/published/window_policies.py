@@ -57,8 +57,9 @@ def flashlb(file: Path) -> WindowPolicy:
         **vars(typing),
         "np": np,
         "math": math,
-        # Compiled code kept on disk names a module that another process has not.
-        "njit": lambda *functions, cache=False, **options: njit(*functions, **options),
+        # Compiled code kept on disk names a module that another process has not. Bounds are checked: on some windows it
+        # writes past the end of its arrays, which ends the process later.
+        "njit": lambda *functions, cache=False, **options: njit(*functions, boundscheck=True, **options),
         "stats": stats,
         "torch": torch,
         "linear_sum_assignment": linear_sum_assignment,
