@@ -120,7 +120,19 @@ def begin(tokens: CoherentTokens, rates: Rates, placement: Placement) -> Coheren
     else:
         for t in range(count):
             s = layer.step_of[t]
-            account(layer, around, t, 1.0, here, before, after, ledgers[s], node_ledgers[s], rates, covered)
+            account(
+                layer.experts[t],
+                around.before[t],
+                around.after[t],
+                1.0,
+                here,
+                before,
+                after,
+                ledgers[s],
+                node_ledgers[s],
+                rates,
+                covered,
+            )
     load, hit = first_work(layer, share, placement.slot_at)
     cost = np.empty(steps)
     for s in range(steps):
@@ -341,9 +353,9 @@ def post_covered(
 
 @kernel
 def account(
-    layer: LayerTokens,
-    around: Neighbours,
-    t: int,
+    experts: Ids,
+    e: int,
+    following: Ids,
     weight: float,
     here: Supports,
     before: Supports,
@@ -353,9 +365,11 @@ def account(
     rates: Rates,
     covered: Covered,
 ) -> None:
-    """Adds (weight 1) or takes out (-1) token t's traffic in its step's ledgers ([3, 3, G] and [3, 2, N])."""
-    experts, e = layer.experts[t], around.before[t]
-    devices, top = rates.node_of.shape[0], layer.experts[t, 0]
+    """Adds (weight 1) or takes out (-1) a token's traffic in its step's ledgers ([3, 3, G] and [3, 2, N]).
+
+    experts: [k] of the token. e: that owned it before, or -1. following: [k] of the next layer, none after the last.
+    """
+    devices, top = rates.node_of.shape[0], experts[0]
     reached, nodes = cover(experts, 0, here, covered)
     if e < 0:
         for h in range(devices):
@@ -369,8 +383,8 @@ def account(
         for i in range(here.number[top]):
             part = weight * here.part[top, i]
             post_covered(ledgers[1], node_ledgers[1], here.where[top, i], part, reached, nodes, covered, rates)
-    if around.after.shape[1] > 0:
-        reached, nodes = cover(around.after[t], 0, after, covered)
+    if following.shape[0] > 0:
+        reached, nodes = cover(following, 0, after, covered)
         for i in range(here.number[top]):
             part = weight * here.part[top, i]
             post_covered(ledgers[2], node_ledgers[2], here.where[top, i], part, reached, nodes, covered, rates)
@@ -409,7 +423,19 @@ def replace_traffic(
                 if not twice:
                     s = layer.step_of[t]
                     weight = -1.0 if phase == 0 else 1.0
-                    account(layer, around, t, weight, here, before, after, ledgers[s], node_ledgers[s], rates, covered)
+                    account(
+                        layer.experts[t],
+                        around.before[t],
+                        around.after[t],
+                        weight,
+                        here,
+                        before,
+                        after,
+                        ledgers[s],
+                        node_ledgers[s],
+                        rates,
+                        covered,
+                    )
 
 
 # The same ledgers for the commonest move, two whole experts changing places: counts instead of probabilities. How

@@ -189,17 +189,22 @@ def rollback(
 @kernel
 def _follow(state: SourceState, tokens: SourceTokens, rates: Rates, change: Change, apply: bool) -> None:
     """Posts what a change does to traffic, or with `apply` updates the tokens' products."""
-    a, b = change.a, change.b
-    ledgers, node_ledgers = state.new_ledgers, state.new_node_ledgers
-    products = (state.zeros, state.soft, state.split)
-    walk_sources(tokens, a, b, state.old_rows, state.new_rows, products, ledgers, node_ledgers, rates, False, apply)
     merged = False
     for kind in range(rates.dedup.shape[0]):
         merged |= rates.dedup[kind]
-    if merged:
-        products = (state.node_zeros, state.node_soft, state.node_split)
-        rows, new_rows = state.old_node_rows, state.new_node_rows
-        walk_sources(tokens, a, b, rows, new_rows, products, ledgers, node_ledgers, rates, True, apply)
+    # In a loop, not in two calls: those would be compiled for each constant.
+    for on_nodes in (False, True):
+        if on_nodes and not merged:
+            continue
+        products = (state.zeros, state.soft, state.split)
+        rows, new_rows = state.old_rows, state.new_rows
+        if on_nodes:
+            products = (state.node_zeros, state.node_soft, state.node_split)
+            rows, new_rows = state.old_node_rows, state.new_node_rows
+        ledgers, node_ledgers = state.new_ledgers, state.new_node_ledgers
+        walk_sources(
+            tokens, change.a, change.b, rows, new_rows, products, ledgers, node_ledgers, rates, on_nodes, apply
+        )
 
 
 @kernel
