@@ -17,6 +17,8 @@ from moeplace.placement.errors import InputError
 from moeplace.solvers.eplb import rebalance
 from moeplace.solvers.table_packing import ENOUGH
 
+pytestmark = pytest.mark.slow
+
 README_LOAD = np.array(
     [
         [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

@@ -239,6 +239,7 @@ def test_level_sums_keep_the_names_they_have() -> None:
     np.testing.assert_array_equal(order, np.tile(np.arange(4), (5, 1)))
 
 
+@pytest.mark.slow
 def test_a_policy_told_the_map_in_force_sends_fewest_experts() -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(2)
