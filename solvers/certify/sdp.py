@@ -655,7 +655,8 @@ class BusierWay:
     the eight ways to part o, e, f and r. What leaves is the same with 1 - d_xr for d_xr.
 
     ids: [T, k] items, where a token stands and then what it needs, distinct. weight: [T]. Bounds hold whatever odds,
-    references and parts of the two ways are chosen; they are moved by steps of their own towards what costs most.
+    references and parts of the two ways are chosen; they are moved by steps of their own towards what costs most. These
+    steps may end below it: where references stand on both holders, no function of their mixture need tell more than 0.
     """
 
     def __init__(self, ids: IntArray, weight: FloatArray, items: int) -> None:
