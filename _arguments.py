@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import NoneType, SimpleNamespace, UnionType
+from types import MappingProxyType, NoneType, SimpleNamespace, UnionType
 from typing import Any, BinaryIO, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -37,6 +37,7 @@ SOURCES = {
 HINTS = {("Problem", "slots"): 'to have them chosen, solve(problem, slots="auto")'}
 """What a user of an argument may have meant."""
 
+PLURAL = {"a whole number": "whole numbers", "a number": "numbers", "text": "texts", "a path": "paths"}
 NUMBERS = {"b": "bool", "i": "whole numbers", "f": "numbers"}
 READABLE = {"b": "b", "i": "iu", "f": "iuf"}
 """Kinds of numpy types that an array of each kind is made of without loss."""
@@ -203,7 +204,7 @@ def _sequence_kind(inner: tuple[Any, ...]) -> _Kind:
     kinds = _kinds_of(inner[0])
     return _Kind(
         lambda value: _is_row(value, kinds) and _all(value, kinds),
-        f"a sequence of {_names(kinds)}" if kinds else "a sequence",
+        f"a sequence of {_names(kinds, PLURAL)}" if kinds else "a sequence",
     )
 
 
@@ -215,7 +216,7 @@ def _iterable_kind(inner: tuple[Any, ...]) -> _Kind:
             (isinstance(value, Iterable) and not isinstance(value, str | bytes | np.ndarray | Mapping | Sequence))
             or (_is_row(value, kinds) and _all(value, kinds))
         ),
-        f"several of {_names(kinds)}" if kinds else "several values",
+        f"several {_names(kinds, PLURAL)}" if kinds else "several values",
     )
 
 
@@ -229,8 +230,8 @@ def _all(values: Iterable[Any], kinds: tuple[_Kind, ...] | None) -> bool:
     return kinds is None or all(any(kind.holds(value) for kind in kinds) for value in values)
 
 
-def _names(kinds: tuple[_Kind, ...] | None) -> str:
-    return " or ".join(kind.name for kind in kinds or () if kind.name)
+def _names(kinds: tuple[_Kind, ...] | None, words: Mapping[str, str] = MappingProxyType({})) -> str:
+    return " or ".join(words.get(kind.name, kind.name) for kind in kinds or () if kind.name)
 
 
 def _array_kind(kind: str) -> _Kind:

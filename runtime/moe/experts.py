@@ -534,7 +534,7 @@ class PlacedExperts(nn.Module):
         """Raises InputError for experts that do not exist; on a GPU an error of the device, since the host does not
         wait."""
         most = self.num_experts + self.spec.zero_experts
-        known = ((expert_TK >= 0) & (expert_TK < most)).all()
+        known = (expert_TK.clamp(0, most - 1) == expert_TK).all()
         require(
             known,
             f"layer {self.layer}: top_k_index has experts outside 0 to {most - 1}; give a token that goes to fewer "

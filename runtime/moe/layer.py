@@ -69,7 +69,7 @@ class ExpertParallelMoE(nn.Module):
         shard_experts: bool = False,
         chunks: int = 1,
         delay_weight_gradients: bool = False,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__()
         self.experts = PlacedExperts(

@@ -90,7 +90,7 @@ def test_each_layer_has_its_own_slots_at_the_front_of_every_device_s_run() -> No
     ("fields", "message"),
     [
         ({"slots": [4, 5]}, r"\[4, 5\].*one for each of the 3 MoE layers \(2, 3, 7\)"),
-        ({"slots": [4, 5, 6.5]}, "one whole number, or one for each"),
+        ({"slots": [4, 5, 6.5]}, r"slots is \[4, 5, 6.5\].*expected a whole number or a sequence of whole numbers"),
         ({"slots": [4, 3, 5]}, r"slots \(3\) must be at least the number of experts \(4\).*layer 3"),
         ({"slots": [4, 5, 13]}, r"slots \(13\) of layer 7 are more than 4 experts on 3 devices fill \(12\)"),
         ({"device_slots": [[2, 1, 1]] * 2}, "one a device, or such a list for each of the 3 MoE layers"),

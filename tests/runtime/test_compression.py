@@ -142,7 +142,7 @@ def test_a_hidden_size_below_the_projection_other_dispatchers_and_chunks_are_ref
         ({"dimension": 0}, "dimension \\(0\\)"),
         ({"warm_up": -1}, "warm_up \\(-1\\)"),
         ({"rotation_steps": 0}, "rotation_steps \\(0\\)"),
-        ({"error_bound": float("nan")}, "error_bound \\(nan\\)"),
+        ({"error_bound": float("nan")}, "error_bound is nan"),
         ({"error_target": 1.0}, "error_target \\(1.0\\) must be between 0 and 1"),
         ({"residual": "scale"}, "did you mean 'scaled'"),
         ({"scope": "off_nodes"}, "did you mean 'off_node'"),

@@ -148,8 +148,8 @@ def test_a_limit_needs_a_plan_of_the_same_model_and_devices() -> None:
     current = mp.solve(given_problem, "contiguous")
     with pytest.raises(mp.InputError, match="needs Problem.current"):
         replace(given_problem, max_moved_bytes=1e9)
-    for limit in (-1.0, float("nan")):
-        with pytest.raises(mp.InputError, match="must be at least 0"):
+    for limit, words in ((-1.0, "must be at least 0"), (float("nan"), "max_moved_bytes is nan")):
+        with pytest.raises(mp.InputError, match=words):
             replace(given_problem, current=current, max_moved_bytes=limit)
     fewer = mp.Topology.from_dict({"nodes": [{"inter_bandwidth": 4e8, "devices": [DEVICE, DEVICE]}]})
     with pytest.raises(mp.InputError, match="for 4 devices, the topology has 2"):
