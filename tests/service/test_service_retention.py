@@ -169,6 +169,7 @@ def test_windows_for_a_removed_deployment_fail_alone(url: str, store: Store) -> 
             batcher.close()
 
 
+@pytest.mark.slow
 def test_the_client_sends_again_what_a_server_failed_at() -> None:
     answers = [500, 503, 502, 200]
 
