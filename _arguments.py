@@ -79,7 +79,7 @@ def _checked(function: F, name: str) -> F:
 
     @functools.cache
     def checks() -> dict[str, tuple[_Kind, ...]]:
-        kinds = {argument: _kinds(function, argument) for argument in signature.parameters}
+        kinds = {argument: _kinds(function, argument, taken.kind) for argument, taken in signature.parameters.items()}
         return {argument: known for argument, known in kinds.items() if known}
 
     @functools.wraps(function)
@@ -120,13 +120,10 @@ def _wrong(function: str, argument: str, value: Any, kinds: Sequence[_Kind]) -> 
     return ArgumentTypeError(f"{function}: {argument} is {shown}, expected {expected}{hint}")
 
 
-def _kinds(function: Callable[..., Any], argument: str) -> tuple[_Kind, ...]:
+def _kinds(function: Callable[..., Any], argument: str, taken: Any) -> tuple[_Kind, ...]:
     """The types that an argument may have; none where its annotation cannot be checked."""
     annotation = function.__annotations__.get(argument)
-    if annotation is None or inspect.signature(function).parameters[argument].kind in (
-        inspect.Parameter.VAR_POSITIONAL,
-        inspect.Parameter.VAR_KEYWORD,
-    ):
+    if annotation is None or taken in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
         return ()
     try:
         hint = get_type_hints(
@@ -154,8 +151,7 @@ def _kinds_of(hint: Any) -> tuple[_Kind, ...] | None:
 def _kind_of(hint: Any) -> _Kind | None:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
-        choices = [choice for choice in inner if choice is not None]
-        known = tuple(choices)
+        known = tuple(choice for choice in inner if choice is not None)
         words = ", ".join(repr(choice) for choice in known)
         return _Kind(lambda value: value.__hash__ is not None and value in inner, f"one of {words}", known)
     if origin is np.ndarray:

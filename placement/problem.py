@@ -98,8 +98,8 @@ class Problem(Displayed):
         """
         if routing is None and statistics is None:
             raise wrong_type("Problem", "routing", None, RoutingTrace, RoutingStatistics)
-        if not isinstance(topology, Topology):
-            raise wrong_type("Problem", "topology", topology, Topology)
+        if topology is None:
+            raise wrong_type("Problem", "topology", None, Topology)
         model, statistics = _model_and_statistics(routing, statistics, model)
         values: dict[str, Any] = {
             "model": (spec := model.of_routing(statistics.experts, statistics.moe_layers, statistics.top_k)),
@@ -333,20 +333,22 @@ def _objective(objective: Objective | None, model: ModelSpec, engine: str | None
     return objective if engine is None else engine_objective(engine_profile(engine), objective, model)
 
 
-def _model_and_statistics(routing: Any, statistics: Any, model: Any) -> tuple[ModelSpec, RoutingStatistics]:
+def _model_and_statistics(
+    routing: RoutingTrace | RoutingStatistics | ModelSpec | None,
+    statistics: RoutingStatistics | RoutingTrace | None,
+    model: ModelSpec | None,
+) -> tuple[ModelSpec, RoutingStatistics]:
     """The model and the statistics of what `Problem` was called with."""
     if isinstance(routing, ModelSpec):
         if model is not None:
             raise InputError("Problem: the model is given twice, as the first argument and as model=")
-        routing, model = None, routing
+        model = routing
     elif routing is not None:
-        if not isinstance(routing, RoutingTrace | RoutingStatistics):
-            raise wrong_type("Problem", "routing", routing, RoutingTrace, RoutingStatistics, ModelSpec)
         if statistics is not None:
             raise InputError("Problem: the routing is given twice, as the first argument and as statistics")
         statistics = routing
-    if not isinstance(statistics, RoutingTrace | RoutingStatistics):
-        raise wrong_type("Problem", "statistics", statistics, RoutingStatistics, RoutingTrace)
+    if statistics is None:
+        raise wrong_type("Problem", "statistics", None, RoutingStatistics, RoutingTrace)
     model = statistics.model if model is None else model
     if model is None:
         raise InputError(
@@ -354,6 +356,4 @@ def _model_and_statistics(routing: Any, statistics: Any, model: Any) -> tuple[Mo
             "Problem(trace, topology, model=ModelSpec.from_config(folder)) or model=ModelSpec(layers=..., experts=..., "
             "top_k=..., hidden_size=..., ffn_size=...)"
         )
-    if not isinstance(model, ModelSpec):
-        raise wrong_type("Problem", "model", model, ModelSpec)
     return model, RoutingStatistics.from_trace(statistics) if isinstance(statistics, RoutingTrace) else statistics

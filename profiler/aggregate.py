@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 
 from .._arguments import check_types
-from .._lazy import names_extra
 from ..placement.errors import InputError, MoeplaceError
 from ..placement.statistics import RoutingStatistics, StatisticsAccumulator, Stream
 from .files import Source
@@ -25,7 +24,6 @@ Unit = tuple[TraceShard, int]
 """A row group: its shard and number."""
 
 
-@names_extra
 @check_types
 def aggregate(
     path: Source | Sequence[Source],

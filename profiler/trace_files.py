@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .._arguments import check_fields, check_methods, check_types
-from .._lazy import names_extra
 from .._types import IntArray
 from ..placement.errors import FileFormatError, InputError
 from ..placement.files import full_disk_told, missing_folders, remove_empty, replacing
@@ -497,7 +496,6 @@ def _narrow(name: str, values: IntArray) -> npt.NDArray[np.int32]:
 # Reading: shards are opened and row groups decoded, and nothing in them is trusted.
 
 
-@names_extra
 @check_types
 def read_trace(path: Source) -> RoutingTrace:
     """The whole trace of a folder of shards, or of one shard, in memory.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..._arguments import check_fields
-from ...placement.errors import InputError, nearest
+from ...placement.errors import InputError
 
 WireDtype = Literal["int8", "int4", "fp8"]
 
@@ -128,10 +128,6 @@ class QuantizedRows:
     group_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("dispatch_dtype", "combine_dtype", "gradient_dtype"):
-            value = getattr(self, name)
-            if value is not None and value not in get_args(WireDtype):
-                raise InputError(f"{name} {value!r} is unknown; {nearest(str(value), get_args(WireDtype))}, or None")
         if self.group_size < 2 or self.group_size % 2:
             raise InputError(f"group_size ({self.group_size}) must be an even number of at least 2")
 

@@ -588,19 +588,7 @@ def step_splits(
                     apart[triples[f, 0]] + apart[triples[f, 1]] + apart[triples[f, 2]]
                 )
             moved[functions - 1] = odds[t, functions - 1] + step * all_pairs * whole
-            # The nearest point of the simplex.
-            for f in range(functions):
-                place = f
-                while place > 0 and falling[place - 1] < moved[f]:
-                    falling[place] = falling[place - 1]
-                    place -= 1
-                falling[place] = moved[f]
-            over, shift = -1.0, 0.0
-            for f in range(functions):
-                over += falling[f]
-                if falling[f] * (f + 1) <= over:
-                    break
-                shift = over / (f + 1)
+            shift = simplex_shift(moved, falling)
             for f in range(functions):
                 odds[t, f] = max(0.0, moved[f] - shift)
         for p in range(count):
@@ -616,6 +604,25 @@ def step_splits(
             total += w * charge[p]
             dual[ids[t, pairs[p, 0]], ids[t, pairs[p, 1]]] -= w * charge[p]
     return total
+
+
+@kernel
+def simplex_shift(moved: Any, falling: Any) -> float:
+    """What is taken off every value, and none below 0, to come to the simplex's nearest point; as `simplex_rows` for
+    one short row, without new memory. falling: as long as moved, written over."""
+    for f in range(len(moved)):
+        place = f
+        while place > 0 and falling[place - 1] < moved[f]:
+            falling[place] = falling[place - 1]
+            place -= 1
+        falling[place] = moved[f]
+    over, shift = -1.0, 0.0
+    for f in range(len(moved)):
+        over += falling[f]
+        if falling[f] * (f + 1) <= over:
+            break
+        shift = over / (f + 1)
+    return shift
 
 
 @kernel
@@ -812,18 +819,7 @@ def step_ways(
             for q in range(4):
                 value += times[f, q] * apart[function[f, q]]
             moved[f] = odds[t, f] + step * value
-            place = f
-            while place > 0 and falling[place - 1] < moved[f]:
-                falling[place] = falling[place - 1]
-                place -= 1
-            falling[place] = moved[f]
-        # The nearest point of the simplex.
-        over, shift = -1.0, 0.0
-        for f in range(functions):
-            over += falling[f]
-            if falling[f] * (f + 1) <= over:
-                break
-            shift = over / (f + 1)
+        shift = simplex_shift(moved, falling)
         w = weight[t]
         for f in range(functions):
             odds[t, f] = max(0.0, moved[f] - shift)
