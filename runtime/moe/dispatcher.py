@@ -259,7 +259,7 @@ class AllToAllStage:
     def _sizes(self, key_N: Tensor, peer_TK: Tensor, gradients: int) -> tuple[list[int], list[int], int, int]:
         """(rows to each peer, rows from each peer, token-expert pairs from all peers, who needs gradients)."""
         mine = torch.zeros(self.peers + 1, 3, dtype=torch.int64, device=key_N.device)
-        mine[:, 2] = gradients
+        mine[:, 2].fill_(gradients)
         mine[:, 0].scatter_add_(0, key_N, torch.ones_like(key_N))
         mine[:, 1].scatter_add_(0, peer_TK.flatten(), torch.ones_like(key_N))
         mine = mine[:-1].contiguous()

@@ -760,14 +760,15 @@ class GradientSum:
         self._mesh = mesh
         self._copies = mesh.data if over_copies else None
         copies = mesh.copies if over_copies else 1
-        self._holders_S = placement.replicas[row_expert] * copies
+        # On the device: a list or an array of the host's would make it wait, in every backward.
+        self._holders_S = torch.from_numpy(placement.replicas[row_expert] * copies).to(mesh.device)
         holders = [np.unique(placement.device[placement.expert == e]) for e in range(placement.experts)]
         self._replicated = bool((placement.replicas > 1).any())
         self.any = self._replicated or copies > 1
         mine = [e for e in np.flatnonzero(placement.replicas > 1) if mesh.rank in holders[e]]
         self._holders = [holders[e].tolist() for e in mine]
         rows = [row_of_slot[(placement.expert == e) & (placement.device == mesh.rank)].tolist() for e in mine]
-        self._first = [row[0] for row in rows]
+        self._first_m = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=mesh.device)
         """The row that stands for an expert; twins on this device are added to it first."""
         self._twins = [(row[0], other) for row in rows for other in row[1:]]
 
@@ -785,13 +786,14 @@ class GradientSum:
         for first, other in self._twins:
             for grad in grads:
                 grad[first] += grad[other]
-        flat_mn = torch.cat([grad[self._first].flatten(1) for grad in grads], dim=1)
+        flat_mn = torch.cat([grad.index_select(0, self._first_m).flatten(1) for grad in grads], dim=1)
         total_mn = self._exchange(flat_mn)
         start = 0
         for grad in grads:
             size = grad[0].numel() if len(grad) else 0
-            if self._first:
-                grad[self._first] = total_mn[:, start : start + size].reshape(-1, *grad.shape[1:])
+            if len(self._first_m):
+                rows = total_mn[:, start : start + size].reshape(-1, *grad.shape[1:])
+                grad.index_copy_(0, self._first_m, rows)
             for first, other in self._twins:
                 grad[other] = grad[first]
             start += size
@@ -799,8 +801,7 @@ class GradientSum:
 
     def divide(self, grad: Tensor) -> None:
         """Divides each row, in place, by the number of those that hold its expert."""
-        holders_S = torch.from_numpy(self._holders_S).to(grad)
-        grad.div_(holders_S.view(-1, *[1] * (grad.ndim - 1)))
+        grad.div_(self._holders_S.view(-1, *[1] * (grad.ndim - 1)).to(grad.dtype))
 
     def _exchange(self, flat_mn: Tensor) -> Tensor:
         size, rank = self._mesh.size, self._mesh.rank

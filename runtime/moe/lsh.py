@@ -164,21 +164,32 @@ def _nearest_means(id_N: Tensor, rows: int, p_NX: Tensor, slot_N: Tensor, weight
     mean_RX = mean_RX / weight_R.clamp(min=torch.finfo(weight_R.dtype).tiny)
     # Places without pairs are of no slot, nor are pairs out of scope: they stay where they are.
     slot_R = torch.where(begin_R[1:] > begin_R[:-1], slot_N[by_id_N[begin_R[:-1].clamp(max=len(id_N) - 1)]], -1)
+    if p_NX.device.type == "cpu":
+        return nearest_in_slots(id_N, p_NX, slot_N, mean_RX, slot_R, slots)
+    return nearest_of_all(id_N, p_NX, slot_N, mean_RX, slot_R, slots)
+
+
+def nearest_in_slots(id_N: Tensor, p_NX: Tensor, slot_N: Tensor, mean_RX: Tensor, slot_R: Tensor, slots: int) -> Tensor:
+    """[N] the nearest mean of each pair's slot, slot by slot: the fewest products, but the host has to know how many
+    pairs each slot has, which only a CPU tells without a wait."""
+    square_R = torch.where(slot_R < 0, torch.inf, mean_RX.square().sum(dim=1))
+    ids, begin = id_N.clone(), 0
+    for count in torch.bincount(slot_N, minlength=slots + 1)[:slots].tolist():
+        if count:
+            place = slice(begin, begin + count)
+            low, high = (int(edge) for edge in id_N[place].aminmax())
+            own = slice(low, high + 1)
+            distance_nR = torch.addmm(square_R[own], p_NX[place], mean_RX[own].T, alpha=-2.0)
+            ids[place] = distance_nR.argmin(dim=1) + low
+        begin += count
+    return ids
+
+
+def nearest_of_all(id_N: Tensor, p_NX: Tensor, slot_N: Tensor, mean_RX: Tensor, slot_R: Tensor, slots: int) -> Tensor:
+    """[N] the same as `nearest_in_slots`, by products with all means, those of other slots left out after: nothing that
+    the host would have to wait for."""
     square_R = mean_RX.square().sum(dim=1)
-    if not p_NX.is_cuda:
-        # Nothing waits there for the numbers of pairs: only a slot's own means are compared.
-        square_R = torch.where(slot_R < 0, torch.inf, square_R)
-        ids, begin = id_N.clone(), 0
-        for count in torch.bincount(slot_N, minlength=slots + 1)[:slots].tolist():
-            if count:
-                place = slice(begin, begin + count)
-                low, high = (int(edge) for edge in id_N[place].aminmax())
-                own = slice(low, high + 1)
-                distance_nR = torch.addmm(square_R[own], p_NX[place], mean_RX[own].T, alpha=-2.0)
-                ids[place] = distance_nR.argmin(dim=1) + low
-            begin += count
-        return ids
-    nearest, part = [], max(1, MOST_DISTANCES // rows)
+    nearest, part = [], max(1, MOST_DISTANCES // len(mean_RX))
     for p_nX, slot_n in zip(torch.split(p_NX, part), torch.split(slot_N, part), strict=True):
         distance_nR = torch.addmm(square_R, p_nX, mean_RX.T, alpha=-2.0)
         nearest.append(distance_nR.masked_fill_(slot_n[:, None] != slot_R, torch.inf).argmin(dim=1))
@@ -390,9 +401,7 @@ class CompressedDispatcher:
         mean_MD = members.mean(x_TD_float)
         with torch.no_grad():
             slot_M, square_M, error_M = self._within_bound(clusters, mean_MD, members.mean(square_T[:, None])[:, 0])
-            row_TK = torch.cat([torch.where(slot_M < 0, most, _range(slot_M)), slot_M.new_tensor([most])])[
-                clusters.row_TK
-            ]
+            row_TK = F.pad(torch.where(slot_M < 0, most, _range(slot_M)), (0, 1), value=most)[clusters.row_TK]
             in_scope = torch.where(scope_TK, square_T[:, None], 0.0).sum()
             self._note(x_TD, slot_TK, unit_TK, scope_TK, clusters, slot_M, row_TK, square_M, error_M, in_scope)
         centroid_MD = mean_MD.to(x_TD.dtype)

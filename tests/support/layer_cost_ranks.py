@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +21,13 @@ def costs(rank: int, world: int, folder: Path) -> Any:
     found = measured(rank, world, torch.bfloat16)
     dist.destroy_process_group()
     return found
+
+
+def waits_of(function: Callable[[], Any]) -> list[str]:
+    """What would make the host wait for a GPU, by name."""
+    from host_waits import host_waits
+
+    names: list[str] = []
+    with host_waits(names.append):
+        function()
+    return names

@@ -9,6 +9,7 @@ meets behind that. Ranks sleep before they read, so that who overwrites what oth
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,6 @@ from ranks import join_group
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moeplace as mp
@@ -35,6 +35,9 @@ from moeplace.runtime import SymmetricMemory
 from moeplace.runtime.moe.expert_mlps import GptOss, SwiGLU
 from moeplace.runtime.moe.experts import PlacedExperts
 from moeplace.runtime.moe.symmetric import SymmetricBuffers
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks")]
+from host_waits import host_waits  # noqa: E402
 
 EIGHT = SymmetricMemory(8)
 LIBRARY = torch.library.Library("symm_mem", "IMPL")
@@ -125,40 +128,14 @@ def install(folder: Path, backend: str = "NVSHMEM") -> StandIn:
 
 @contextmanager
 def no_host_reads(stand_in: StandIn) -> Iterator[None]:
-    """Where Python asks a tensor for its values, outside the operator, an error is raised; and where a size depends on
-    them."""
+    """Whatever makes the host wait, outside the operator, is an error."""
 
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = str(func)
-            masks = [v for v in (args[1] if "index.Tensor" in name else ()) if v is not None and v.dtype == torch.bool]
-            unsized = "repeat_interleave" in name and "output_size" not in (kwargs or {})
-            if (masks or unsized or any(part in name for part in SIZED_BY_VALUES)) and not stand_in.inside:
-                raise AssertionError(f"{name} makes the host wait")
-            return func(*args, **(kwargs or {}))
+    def refuse(name: str) -> None:
+        if not stand_in.inside:
+            raise AssertionError(f"{name} makes the host wait")
 
-    names = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
-    kept = {name: getattr(Tensor, name) for name in names}
-
-    def guarded(name: str) -> Any:
-        def read(value: Tensor, *arguments: Any) -> Any:
-            if not stand_in.inside:
-                raise AssertionError(f"Tensor.{name} makes the host wait")
-            return kept[name](value, *arguments)
-
-        return read
-
-    try:
-        for name in names:
-            setattr(Tensor, name, guarded(name))
-        with Sizes():
-            yield
-    finally:
-        for name, method in kept.items():
-            setattr(Tensor, name, method)
-
-
-SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "_local_scalar_dense", "bincount")
+    with host_waits(refuse):
+        yield
 
 
 def equality(rank: int, world: int, folder: Path) -> dict[str, Any]:
