@@ -18,8 +18,8 @@ READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "
 SIZED_BY_VALUES = ("nonzero", "masked_select", "unique", "bincount")
 COMPARED = ("aten.equal.", "_local_scalar_dense", "is_nonzero")
 HANDED_OVER = "lift_fresh"
-"""What torch calls for torch.tensor(values), value.new_tensor(values), torch.from_numpy and indices that are lists; and,
-on a CPU alone, for `value[index] = number`, which `value[index].fill_(number)` does without."""
+"""What torch calls for torch.tensor(values), value.new_tensor(values), torch.from_numpy and indices that are lists; and
+on a CPU alone for `value[index] = number`, which `value[index].fill_(number)` does without."""
 
 
 @contextmanager
