@@ -926,6 +926,31 @@ def _(rank: int, folder: Path) -> float:
     return run.ddp().steps().error()
 
 
+@recipe("an optimizer's state_dict of a whole model")
+def _(rank: int, folder: Path) -> float:
+    run, whole = run_of(rank), nn.Sequential(Whole(0), Whole(1))
+    names = SwiGLU().shapes(SPEC)
+    optimizer = sgd([v for block in whole for v in (*(block.experts[name] for name in names), block.gate.weight)])
+    loss_of(whole, batch(0, 0)).backward()
+    optimizer.step()
+    run.optimizer = sgd(run.model.parameters())
+    run.optimizer.load_state_dict(optimizer.state_dict())
+    return run.ddp().steps().error()
+
+
+@recipe("an optimizer's state_dict as ordinary tensors, in a file a rank")
+def _(rank: int, folder: Path) -> float:
+    run = run_of(rank).ddp()
+    run.step(0)
+    state = run.optimizer.state_dict()
+    for entries in state["state"].values():
+        entries.update({key: part.as_subclass(Tensor) for key, part in entries.items() if isinstance(part, Tensor)})
+    torch.save(state, folder / f"{rank}.pt")
+    run.optimizer = sgd(run.model.parameters())
+    run.optimizer.load_state_dict(torch.load(folder / f"{rank}.pt", weights_only=True))
+    return run.steps(1).error()
+
+
 @recipe("torch.save of the model")
 def _(rank: int, folder: Path) -> float:
     run = run_of(rank).ddp().steps()

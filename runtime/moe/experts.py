@@ -40,12 +40,14 @@ from .expert_mlps import DelayedGradients, ExpertMLP, SwiGLU
 from .layer_placement import BalancedReplicas, LayerPlacement, in_queues
 from .lsh import CompressedDispatcher
 from .managers import (
+    MARK,
     ExpertParameter,
     ExpertRows,
     OptimizerSteps,
     RowsOf,
     check_join,
     check_loading,
+    own_rows,
     refuse_parametrisation,
 )
 from .mesh import ExpertMesh
@@ -60,6 +62,12 @@ MakeDispatcher = Callable[[ExpertMesh], Dispatcher]
 DISPATCHERS: dict[str, MakeDispatcher] = {
     "flat": flat, "node_aware": node_aware, "deep_ep": DeepEPDispatcher,
 }  # fmt: skip
+
+_WEIGHTS = (
+    "On every rank, parallelize(model, plan, mesh, weights=folder) reads its own of a checkpoint, "
+    "load_checkpoint(path, model) of a distributed one, and experts.load_logical(weights) takes them from tensors of "
+    "all experts"
+)
 
 
 class PlacedExperts(nn.Module):
@@ -312,7 +320,10 @@ class PlacedExperts(nn.Module):
         self.plan, self.placement = plan, placement
         where = np.stack([placement.expert, placement.device]).astype(np.int64)
         experts = tuple(self.row_expert.tolist())
-        self.rows = RowsOf(self.layer, hashlib.sha256(where.tobytes()).hexdigest()[:16], experts)
+        digest = hashlib.sha256(where.tobytes()).hexdigest()[:16]
+        if self.shards is not None:
+            digest += f" part {self.mesh.copy} of {self.mesh.copies}"
+        self.rows = RowsOf(self.layer, digest, experts)
         self._mark()
         self.row_of_slot = rows_of_slots(placement, self.mesh.rank, self.row_expert)
         self.replica_choice = (
@@ -358,6 +369,8 @@ class PlacedExperts(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._in_order and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][MARK] = self.rows.mark
         if not keep_vars and not self._in_order:
             for name in self._parameters:
                 destination[prefix + name] = ExpertRows.of(destination[prefix + name], self.rows)
@@ -367,13 +380,21 @@ class PlacedExperts(nn.Module):
     ) -> None:
         if not self._in_order:
             check_loading()
-        for name in self._parameters:
+        mark = RowsOf.of_mark(local_metadata.get(MARK))
+        for name, parameter in self.named_parameters(recurse=False):
             value = state_dict.get(prefix + name)
-            if isinstance(value, ExpertRows):
-                # The dictionary is a copy of what was given.
-                state_dict[prefix + name] = value.in_order_of(self.rows)
-            elif isinstance(value, Tensor) and not self._in_order:
-                self._check_whole(name, value)
+            if not isinstance(value, Tensor) or (isinstance(value, ExpertParameter) and value.rows == self.rows):
+                continue
+            whole, marked = self.whole_shape(name), isinstance(value, ExpertRows | ExpertParameter)
+            # A state of this model's, updated with a whole model's tensors, keeps its mark.
+            of_whole = not marked and tuple(value.shape) == whole
+            if self._in_order and (of_whole or not (marked or mark)):
+                continue
+            # Torch says what is wrong with other shapes. The dictionary is a copy of what was given.
+            if marked or mark or of_whole or tuple(value.shape) == tuple(parameter.shape):
+                state_dict[prefix + name] = own_rows(
+                    value, None if of_whole else mark, self.rows, name, whole, _WEIGHTS
+                )
         if local_metadata.get("assign_to_params_buffers"):
             # Torch makes plain parameters of them.
             for name in self._parameters:
@@ -383,15 +404,9 @@ class PlacedExperts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
         self._mark()
 
-    def _check_whole(self, name: str, value: Tensor) -> None:
-        """Raises InputError for experts of a whole model: rows in another order than this rank's, or more of them."""
-        if tuple(value.shape) == (self.num_experts + self.unused_rows.get(name, 0), *self.shapes[name]):
-            raise InputError(
-                f"layer {self.layer}: {name} has a row for each of {self.num_experts} experts, as a whole model's "
-                f"state has, and this rank has the rows {self.row_expert.tolist()}. On every rank, "
-                "parallelize(model, plan, mesh, weights=folder) reads its own of a checkpoint, and "
-                "experts.load_logical(weights) takes them from tensors of all experts"
-            )
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter as the whole model has it."""
+        return (self.num_experts + self.unused_rows.get(name, 0), *self.shapes[name])
 
     def __setattr__(self, name: str, value: Any) -> None:
         # fully_shard puts its own parameters in place by setattr, unsharded ones during forward: these no longer tell.

@@ -30,6 +30,7 @@ from .mesh import ExpertMesh
 
 DATA: Any = Tensor.data
 GRAD: Any = nn.Parameter.grad
+LEAF: Any = nn.Parameter.is_leaf
 """Torch's own descriptors."""
 
 COPIES = {
@@ -47,12 +48,27 @@ ARITHMETIC = {
 """Functions by which averages of weights are made: they are of the same experts, and stay marked."""
 
 
+MARK = "expert_rows"
+"""Under it a state_dict says, in plain values, whose rows its tensors have: the model's in its metadata, an optimizer's
+beside its state. So it is known of tensors that were written as ordinary ones too."""
+
+
 class RowsOf(NamedTuple):
     """Whose rows a tensor [S, ...] holds. placement: a digest of where the layer's slots stand. experts: [S]."""
 
     layer: int
     placement: str
     experts: tuple[int, ...]
+
+    @classmethod
+    def of_mark(cls, mark: Any) -> RowsOf | None:
+        """Of what a state_dict has under `MARK`; None for none."""
+        return None if mark is None else cls(int(mark[0]), str(mark[1]), tuple(int(expert) for expert in mark[2]))
+
+    @property
+    def mark(self) -> tuple[int, str, tuple[int, ...]]:
+        """As values that torch.load reads with weights_only."""
+        return self.layer, self.placement, self.experts
 
 
 class _Unwritten:
@@ -89,8 +105,8 @@ def _refuse_writing(by: str) -> NoReturn:
     raise UnsupportedError(
         f"{by} would write this rank's experts as if they were all, in their order. On every rank, "
         "moeplace.save_checkpoint(path, model, optimizer) writes what training resumes from, under any plan, and "
-        "moeplace.export_hf(model, folder) what from_pretrained reads. For a file of this rank's alone, "
-        "value.as_subclass(torch.Tensor) is written as it is"
+        "moeplace.export_hf(model, folder) what from_pretrained reads. For a file of this rank's alone, put "
+        "value.as_subclass(torch.Tensor) in the values' places in the state_dict itself, which says whose rows they are"
     )
 
 
@@ -154,6 +170,41 @@ class ExpertRows(_Unwritten, Tensor):
         return result
 
 
+def own_rows(value: Tensor, mark: RowsOf | None, rows: RowsOf, name: str, whole: tuple[int, ...], by: str) -> Tensor:
+    """What a state has for an expert parameter, in the order in which this rank has its rows.
+
+    Args:
+        value: [S, ...] marked or not.
+        mark: whose rows a state says that its ordinary tensors have; None where it says nothing.
+        rows: this rank's.
+        name: of the parameter.
+        whole: the shape that a whole model's has.
+        by: what this rank's own are read by.
+
+    Raises:
+        InputError: these are of another placement, or nobody knows whose they are.
+    """
+    known = value.rows if isinstance(value, ExpertRows | ExpertParameter) else mark
+    if known is not None and known[:2] == rows[:2]:
+        if len(value) != len(known.experts):
+            raise InputError(
+                f"layer {rows.layer}: {name} has {len(value)} rows, and the state says that they are of the experts "
+                f"{list(known.experts)}"
+            )
+        return ExpertRows.of(value.detach().as_subclass(Tensor), known).in_order_of(rows)
+    if known is not None:
+        what = (
+            f"has rows of experts of layer {known.layer}"
+            if known.layer != rows.layer
+            else "has rows of experts as another plan has them, or another part of them"
+        )
+    elif tuple(value.shape) == whole:
+        what = f"has a row for each of {whole[0]} experts, as a whole model's state has"
+    else:
+        what = "has rows of which the state does not say whose they are: under another plan they would be others'"
+    raise InputError(f"layer {rows.layer}: {name} {what}. This rank has the rows {list(rows.experts)}. {by}")
+
+
 def _check_same(rows: list[RowsOf]) -> None:
     if len(set(rows)) > 1:
         raise InputError(
@@ -215,6 +266,16 @@ class ExpertParameter(_Unwritten, nn.Parameter):
         if sys._getframe(1).f_globals.get("__name__") == "torch.optim._muon":
             _refuse_optimizer("torch.optim.Muon", WHOLE_TENSORS["Muon"])
         return super().size(*arguments)
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        """As torch has it; optimizers ask it of what they are given. From then on their states are watched: one may be
+        loaded before the first step."""
+        frame = sys._getframe(1)
+        optimizer = frame.f_locals.get("self") if frame.f_code.co_name == "add_param_group" else None
+        if isinstance(optimizer, Optimizer):
+            _watch_states(optimizer)
+        return bool(LEAF.__get__(self))
 
     @property
     def group_name(self) -> str:
@@ -328,6 +389,11 @@ class Layer(Protocol):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter as the whole model has it."""
+
 
 class OptimizerSteps:
     """Counts the optimizer steps that a module's own parameters have taken: what a schedule of its own goes by.
@@ -366,7 +432,7 @@ _wrappers: weakref.WeakSet[nn.parallel.DistributedDataParallel] = weakref.WeakSe
 _replaced = WeakIdKeyDictionary()
 """Parameters of modules that layers of placed experts stand in for now."""
 _followed: weakref.WeakKeyDictionary[Optimizer, dict[int, str]] = weakref.WeakKeyDictionary()
-"""Of optimizers that have taken a step: by layer, the placement that their state is of."""
+"""Of optimizers of experts: by layer, the placement that their state is of, once there is one."""
 _hooked = False
 
 
@@ -430,14 +496,20 @@ def follow(optimizer: Optimizer, modules: Iterable[Layer]) -> None:
         _followed[optimizer] |= {module.layer: module.rows.placement for module in modules}
 
 
-def _check_state(optimizer: Optimizer, modules: list[Layer]) -> None:
-    """Raises InputError if the optimizer's state is of other rows than the layers' parameters have now."""
+def _watch_states(optimizer: Optimizer) -> dict[int, str]:
+    """Marks the states that the optimizer gives, and checks those that it is given; by layer, what its own is of."""
     known = _followed.get(optimizer)
     if known is None:
         known = _followed[optimizer] = {}
         optimizer.register_state_dict_post_hook(_mark_state)
         optimizer.register_load_state_dict_pre_hook(_unmark_state)
         optimizer.register_load_state_dict_post_hook(_follow_loaded)
+    return known
+
+
+def _check_state(optimizer: Optimizer, modules: list[Layer]) -> None:
+    """Raises InputError if the optimizer's state is of other rows than the layers' parameters have now."""
+    known = _watch_states(optimizer)
     for module in modules:
         entries = [state for value in module.parameters(recurse=False) if (state := optimizer.state.get(value))]
         moved = known.get(module.layer, module.rows.placement) != module.rows.placement
@@ -448,48 +520,77 @@ def _check_state(optimizer: Optimizer, modules: list[Layer]) -> None:
                 "or make a new one"
             )
         known[module.layer] = module.rows.placement
-        # Loaded before the first step, when nobody watched.
+        # Put there by hand.
         for state in entries:
             for key, part in state.items():
                 if isinstance(part, ExpertRows):
                     state[key] = part.in_order_of(module.rows)
 
 
-def _expert_entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[int, RowsOf, int]]:
-    """(its number in the state_dict, whose rows, how many) of each expert parameter that others have others of."""
+def _expert_entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[int, ExpertParameter, RowsOf]]:
+    """(its number in the state_dict, the parameter, whose rows) of each expert parameter."""
     for group, written in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for value, number in zip(group["params"], written["params"], strict=True):
-            if isinstance(value, ExpertParameter) and value.rows is not None and not value.in_order:
-                yield number, value.rows, len(value)
+            if isinstance(value, ExpertParameter) and value.rows is not None:
+                yield number, value, value.rows
+
+
+def _is_of_rows(part: Any, value: Tensor) -> bool:
+    """Whether an entry of a parameter's state is not one number for the whole of it."""
+    return isinstance(part, Tensor) and part.ndim > 0 and (part.numel() != 1 or value.numel() == 1)
 
 
 def _mark_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer keeps for rows of experts is theirs: it is not written for all, nor loaded under another plan.
     Inner dictionaries are the optimizer's own, and stay."""
-    state = dict(state_dict["state"])
-    for number, rows, count in _expert_entries(optimizer, state_dict):
-        if number in state:
+    state, marks = dict(state_dict["state"]), {}
+    for number, value, rows in _expert_entries(optimizer, state_dict):
+        if number in state and not value.in_order:
+            marks[number] = rows.mark
             state[number] = {
-                key: ExpertRows.of(part, rows)
-                if isinstance(part, Tensor) and part.ndim and len(part) == count
-                else part
+                key: ExpertRows.of(part, rows) if _is_of_rows(part, value) and len(part) == len(value) else part
                 for key, part in state[number].items()
             }
-    return {**state_dict, "state": state}
+    return {**state_dict, "state": state, **({MARK: marks} if marks else {})}
 
 
 def _unmark_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """Raises InputError before anything is loaded, if it is of other rows."""
-    if len(optimizer.param_groups) != len(state_dict["param_groups"]):
+    """Raises InputError before anything is loaded, if it is of other rows, or nobody knows of which."""
+    sizes = [[len(group["params"]) for group in side] for side in (optimizer.param_groups, state_dict["param_groups"])]
+    if sizes[0] != sizes[1]:
         return None  # torch says what is wrong
-    state = dict(state_dict["state"])
-    for number, rows, _ in _expert_entries(optimizer, state_dict):
-        check_loading()
-        state[number] = {
-            key: part.in_order_of(rows) if isinstance(part, ExpertRows) else part
-            for key, part in state.get(number, {}).items()
-        }
+    state, marks = dict(state_dict["state"]), state_dict.get(MARK, {})
+    names = {
+        id(value): (module, name)
+        for _, module in _among(optimizer)
+        for name, value in module.named_parameters(recurse=False)
+    }
+    for number, value, rows in _expert_entries(optimizer, state_dict):
+        entries, mark = state.get(number, {}), RowsOf.of_mark(marks.get(number))
+        if not value.in_order:
+            check_loading()
+        module, name = names.get(id(value), (None, "an expert parameter"))
+        whole = () if module is None else module.whole_shape(name)
+        state[number] = {}
+        for key, part in entries.items():
+            if _is_of_rows(part, value):
+                if not value.in_order or mark is not None or isinstance(part, ExpertRows):
+                    part = own_rows(part, mark, rows, f"{key} of {name}", whole, _OPTIMIZERS)
+                # Torch loads any shape, and then some step broadcasts it, or fails far from here.
+                if part.ndim == value.ndim and part.shape != value.shape:
+                    raise InputError(
+                        f"layer {rows.layer}: {key} of {name} has shape {list(part.shape)}, and the parameter "
+                        f"{list(value.shape)}; expected the same"
+                    )
+            state[number][key] = part
     return {**state_dict, "state": {number: entries for number, entries in state.items() if entries}}
+
+
+_OPTIMIZERS = (
+    "Write the whole model and its optimizer with torch.distributed.checkpoint (get_state_dict, save), or placed ones "
+    "with moeplace.save_checkpoint(path, model, optimizer); on every rank, moeplace.load_checkpoint(path, model, "
+    "optimizer) reads either under any plan"
+)
 
 
 def _follow_loaded(optimizer: Optimizer) -> None:

@@ -124,7 +124,8 @@ def test_one_rank_has_the_norm_and_writes_experts_that_are_in_order(tmp_path: Pa
     (found,) = launch("recipe_ranks:in_one_process", 1, tmp_path)
     refused = {name for name, words in found.items() if words}
     assert refused == {name for name in found if "reversed" in name and "norm" not in name}
-    assert len(refused) == 7
+    assert len(refused) == 8
+    assert "exp_avg of gate_up_proj has a row for each of 6 experts" in found["optimizer reversed"]
     assert "a row for each of 6 experts, as a whole model's state has" in found["whole reversed"]
 
 
@@ -144,9 +145,39 @@ def test_recipes_of_the_matrix_are_equal_or_refused() -> None:
     assert sorted(results) == ["equal"] * 5 + ["refused"] * 4
 
 
-@pytest.mark.parametrize("name", ["model", "optimizer", "into one that is new", "average", "by hand", "together"])
-def test_states_and_averages_from_under_another_plan_are_refused(recipes: list[Any], name: str) -> None:
+@pytest.mark.parametrize("name", ["average", "by hand", "together"])
+def test_averages_from_under_another_plan_are_refused(recipes: list[Any], name: str) -> None:
     assert all("would be mixed with those of another plan" in found["plans"][name] for found in recipes)
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "into one that is new"])
+def test_states_from_under_another_plan_are_refused(recipes: list[Any], name: str) -> None:
+    assert all("as another plan has them" in found["plans"][name] for found in recipes)
+
+
+@pytest.mark.parametrize("place", ["fresh", "stepped"])
+@pytest.mark.parametrize("kind", ["AdamW", "Adagrad"])
+def test_an_optimizers_state_is_loaded_only_where_it_is_known_whose_rows_it_has(
+    recipes: list[Any], kind: str, place: str
+) -> None:
+    key = {"AdamW": "exp_avg", "Adagrad": "sum"}[kind]
+    for words in (found["rows"] for found in recipes):
+        assert f"{key} of gate_up_proj has a row for each of" in words[f"{kind} whole {place}"]
+        assert "load_checkpoint(path, model, optimizer) reads either" in words[f"{kind} whole {place}"]
+        assert "does not say whose they are" in words[f"{kind} bare {place}"]
+        assert "of down_proj has shape" in words[f"{kind} cut {place}"]
+        assert words[f"{kind} read {place}"] == ""
+        assert words[f"{kind} same"]
+        assert "as another plan has them" in words[f"{kind} read {place} moved"]
+        assert "does not say whose they are" in words[f"{kind} bare {place} moved"]
+
+
+def test_a_models_state_is_loaded_only_where_it_is_known_whose_rows_it_has(recipes: list[Any]) -> None:
+    for words in (found["rows"] for found in recipes):
+        assert "as another plan has them" in words["model moved"]
+        assert words["model back"] == ""
+        assert "does not say whose they are" in words["model bare"]
+        assert "as a whole model's state has" in words["model updated"]
 
 
 def test_states_from_under_the_same_plan_are_loaded_row_by_expert(recipes: list[Any]) -> None:

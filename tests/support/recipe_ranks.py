@@ -67,6 +67,7 @@ def recipes(rank: int, world: int, folder: Path) -> dict[str, Any]:
         "files": files(rank, world, mesh, folder),
         "in memory": in_memory(rank, world, mesh),
         "plans": under_plans(rank, world, mesh),
+        "rows": whose_rows(rank, world, mesh, folder),
         "unknown": unknown(rank, world, mesh),
         "deepspeed": said(lambda: next(layer_of(mesh, world).experts.parameters()).group_name),
     }
@@ -219,6 +220,82 @@ def files(rank: int, world: int, mesh: Any, folder: Path) -> dict[str, str]:
     return {name: said(lambda name=name: attempts[name](folder / f"{name} {rank}")) for name in attempts}
 
 
+def as_ordinary(state: dict[str, Any]) -> dict[str, Any]:
+    """The same dictionary with ordinary tensors in the places of marked ones, as the refusal to write them says."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            as_ordinary(value)
+        elif isinstance(value, torch.Tensor):
+            state[name] = value.as_subclass(torch.Tensor)
+    return state
+
+
+def whose_rows(rank: int, world: int, mesh: Any, folder: Path) -> dict[str, Any]:
+    """Ordinary tensors: of a whole model, and of this rank's rows with and without a word of whose they are. Into
+    optimizers that have never stepped, and that have."""
+    result: dict[str, Any] = {}
+
+    def stepped(make: Callable[[Any], torch.optim.Optimizer]) -> tuple[ExpertParallelMoE, torch.optim.Optimizer]:
+        layer = layer_of(mesh, world)
+        optimizer = make(layer.parameters())
+        losses_of(layer, rank)
+        optimizer.step()
+        optimizer.zero_grad()
+        return layer, optimizer
+
+    kinds: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "AdamW": torch.optim.AdamW,
+        # Its state is there before the first step.
+        "Adagrad": torch.optim.Adagrad,
+    }
+    for kind, make in kinds.items():
+        layer, optimizer = stepped(make)
+        # As many experts' rows as the whole model has, in their order.
+        shapes = {name: (layer.experts.num_experts, *shape) for name, shape in layer.experts.shapes.items()}
+        whole = [
+            nn.Parameter(torch.ones(shapes.get(name.rpartition(".")[2], value.shape)))
+            for name, value in layer.named_parameters()
+        ]
+        of_whole = make(whole)
+        for value in whole:
+            value.grad = torch.ones_like(value)
+        of_whole.step()
+        state = as_ordinary(copy.deepcopy(optimizer.state_dict()))
+        bare = {name: value for name, value in state.items() if name != "expert_rows"}
+        torch.save(state, folder / f"{kind} {rank}.pt")
+        read = torch.load(folder / f"{kind} {rank}.pt", weights_only=True)
+        cut = copy.deepcopy(state)
+        number = [name for name, _ in layer.named_parameters()].index("experts.down_proj")
+        key = next(key for key, value in cut["state"][number].items() if value.ndim)
+        cut["state"][number][key] = cut["state"][number][key][..., :1]
+        given = {"whole": of_whole.state_dict(), "bare": bare, "cut": cut, "read": read}
+        fresh = make(layer.parameters())
+        for name, value in given.items():
+            for place, into in (("fresh", fresh), ("stepped", optimizer)):
+                result[f"{kind} {name} {place}"] = said(lambda into=into, value=value: into.load_state_dict(value))
+        result[f"{kind} same"] = all(
+            torch.equal(part, fresh.state[parameter][key])
+            for parameter, entries in optimizer.state.items()
+            for key, part in entries.items()
+        )
+        model = as_ordinary(layer.state_dict())
+        mp.apply(layer, plan_of(1, world), optimizer)
+        for name, value in {"read": read, "bare": bare}.items():
+            for place, into in (("fresh", fresh), ("stepped", optimizer)):
+                attempt = said(lambda into=into, value=value: into.load_state_dict(value))
+                result[f"{kind} {name} {place} moved"] = attempt
+        result["model moved"] = said(lambda layer=layer, model=model: layer.load_state_dict(model))
+        mp.apply(layer, plan_of(0, world), optimizer)
+        result["model back"] = said(lambda layer=layer, model=model: layer.load_state_dict(model))
+        # Without the dictionary's own word, and as people load a part of a model.
+        bare_model = dict(model)
+        result["model bare"] = said(lambda layer=layer, model=bare_model: layer.load_state_dict(model))
+        part = layer.state_dict()
+        part.update({name: torch.zeros(shapes[name.rpartition(".")[2]]) for name in part if "experts" in name})
+        result["model updated"] = said(lambda layer=layer, part=part: layer.load_state_dict(part))
+    return result
+
+
 def in_memory(rank: int, world: int, mesh: Any) -> dict[str, Any]:
     """States go on to be compared, copied and loaded, whether assigned or copied, and parameters keep their marks."""
     layer = layer_of(mesh, world)
@@ -230,7 +307,7 @@ def in_memory(rank: int, world: int, mesh: Any) -> dict[str, Any]:
     equal = all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
     loss = losses_of(layer, rank)[0]
     kinds = []
-    for given in (state, {name: value.as_subclass(torch.Tensor) for name, value in state.items()}):
+    for given in (state, as_ordinary(copy.deepcopy(state))):
         layer.load_state_dict(given, assign=True)
         kinds.append(type(layer.experts.down_proj).__name__)
     averaged = torch.optim.swa_utils.AveragedModel(layer)
@@ -339,6 +416,13 @@ def in_one_process(rank: int, world: int, folder: Path) -> dict[str, str]:
         result[f"norm {name}"] = said(lambda layer=layer: nn.utils.clip_grad_norm_(layer.parameters(), 1.0))
         whole = {key: value.detach().clone().as_subclass(torch.Tensor) for key, value in layer.named_parameters()}
         result[f"whole {name}"] = said(lambda layer=layer, whole=whole: layer.load_state_dict(whole, strict=False))
+        alone = [nn.Parameter(value.clone()) for value in whole.values()]
+        for value in alone:
+            value.grad = torch.ones_like(value)
+        adam = torch.optim.AdamW(alone)
+        adam.step()
+        into, of_whole = torch.optim.AdamW(layer.named_parameters()), adam.state_dict()
+        result[f"optimizer {name}"] = said(lambda into=into, of_whole=of_whole: into.load_state_dict(of_whole))
         for kind, values in (("state", twin.state_dict()), ("parameters", dict(twin.named_parameters()))):
             result[f"{kind} {name}"] = said(lambda values=values: torch.save(values, folder / "weights"))
             result[f"{kind} {name} dcp"] = said(lambda v=values: dcp.save(v, checkpoint_id=folder / "dcp"))
