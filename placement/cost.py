@@ -23,7 +23,6 @@ import numpy as np
 
 from .._arguments import check_types
 from .._types import BoolArray, FloatArray, IntArray
-from .division import window_shares
 from .errors import InputError, UnsupportedError, nearest
 from .kernels import kernel_fit, known_kernels
 from .model import ModelSpec, row_value_bytes
@@ -557,7 +556,10 @@ def slot_shares(plan: Plan, load: FloatArray, objective: Objective) -> FloatArra
     shares, or where replicas are "balanced" those of each load divided like a step."""
     if objective.replica_choice != "balanced":
         return plan.shares
-    served = window_shares(load, plan.holds, objective.division)
+    # Compiled code, which nothing else here needs.
+    from .division import window_shares
+
+    served = window_shares(load, plan.holds, plan.topology.node_of, objective.division)
     layers = np.arange(plan.shares.shape[0])[:, None]
     twins = np.zeros(plan.holds.shape)
     np.add.at(twins, (layers, plan.physical_to_logical, plan.slot_device), plan.filled)

@@ -13,19 +13,12 @@ are the same in all steps.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from .._types import BoolArray, FloatArray, IntArray
 from .errors import InputError
-
-Division = Literal["local", "lp", "waterfill"]
-"""Rules. "local": each device keeps what its own tokens ask of it while it is not above the least possible largest
-load, and the rest goes where there is room. "lp": the least possible largest load, wherever tokens come from
-(DeepSeek's LPLB; SGLang's `--ep-dispatch-algorithm lp`). "waterfill": in proportion to what devices lack of the mean
-beside experts without replicas, a tenth more to the token's own device (the weights by which SGLang's Waterfill deals
-the shared expert, of which every device has a replica; `layers/moe/deepep_waterfill.py`)."""
+from .jit import kernel
+from .objective import Division
 
 SETS_UP_TO = 12
 """Devices of which all sets are gone through."""
@@ -33,52 +26,48 @@ SWEEPS = 64
 """Over the experts with replicas, at most, where devices are more."""
 WINDOW_TOKENS = 1 << 20
 """A window's loads are divided in so many parts."""
+LARGEST = np.iinfo(np.int64).max
 OWN, OTHERS = 11, 10
 """Waterfill's weights of the token's own device and of others."""
 
 
-def set_tokens(counts: IntArray, hosts: BoolArray) -> IntArray:
-    """[S, 2^G] tokens of experts whose replicas all stand on devices of each set; set i has the devices of i's bits.
-
-    Args:
-        counts: [S, E] tokens that chose each expert.
-        hosts: [E, G] devices with a replica.
-    """
-    devices = hosts.shape[1]
-    tokens = np.zeros((1 << devices, len(counts)), dtype=np.int64)
-    np.add.at(tokens, hosts @ (1 << np.arange(devices)), counts.T)
-    for g in range(devices):
-        halves = tokens.reshape(-1, 2, 1 << g, len(counts))
-        halves[:, 1] += halves[:, 0]
-    return np.ascontiguousarray(tokens.T)
-
-
 def divide(
-    counts: IntArray, hosts: BoolArray, division: Division = "local", by_source: IntArray | None = None
+    counts: IntArray,
+    hosts: BoolArray,
+    node_of: IntArray,
+    division: Division = "local",
+    by_source: IntArray | None = None,
 ) -> IntArray:
     """[S, E, G] tokens of each expert that each device computes; they sum to `counts`, and are 0 off its replicas.
 
     Args:
         counts: [S, E] tokens that chose each expert.
         hosts: [E, G] devices with a replica, at least one each.
+        node_of: [G] node of each device.
         division: the rule.
         by_source: [S, H, E] the same tokens by the device they live on; None where they are spread evenly.
 
     Raises:
         InputError: arrays that do not fit, negative counts, or an expert without a replica.
     """
-    _check(counts, hosts, by_source)
+    _check(counts, hosts, node_of, by_source)
     if division == "waterfill":
         return np.asarray(_waterfill(counts, hosts, by_source).sum(axis=1))
-    own = None
-    if division == "local":
-        own = (
-            counts[:, :, None] // hosts.shape[1] * hosts if by_source is None else by_source.transpose(0, 2, 1) * hosts
-        )
-    if hosts.shape[1] <= SETS_UP_TO:
-        return _within_sets(counts, hosts, own)
+    experts, devices = hosts.shape
+    if division == "lp":
+        living = np.zeros((0, experts, devices), dtype=np.int64)
+    elif by_source is None:
+        living = np.repeat(counts[:, :, None] // devices, devices, axis=2)
+    else:
+        living = by_source.transpose(0, 2, 1)
+    counts, living = (np.ascontiguousarray(tokens, dtype=np.int64) for tokens in (counts, living))
+    hosts, node_of = np.ascontiguousarray(hosts), np.ascontiguousarray(node_of, dtype=np.int64)
+    if devices <= SETS_UP_TO:
+        return _within_sets(counts, hosts, node_of, living)
     result = _filled(counts, hosts)
-    return result if own is None else _keep_own(result, own, hosts)
+    if division == "local":
+        _keep_near(result, hosts, node_of, living)
+    return result
 
 
 def source_division(
@@ -111,12 +100,13 @@ def source_division(
     return np.asarray(tokens[..., None] * (divided / np.maximum(counts, 1)[..., None])[:, None])
 
 
-def window_shares(load: FloatArray, hosts: BoolArray, division: Division = "local") -> FloatArray:
+def window_shares(load: FloatArray, hosts: BoolArray, node_of: IntArray, division: Division = "local") -> FloatArray:
     """[..., L, E, G] part of each expert's load that each device computes where a window is divided like one step.
 
     Args:
         load: [..., L, E] tokens that chose each expert, or parts of them.
         hosts: [L, E, G] devices with a replica.
+        node_of: [G] node of each device.
         division: the rule; tokens' sources are spread evenly.
     """
     total = load.sum(axis=-1, keepdims=True)
@@ -125,7 +115,7 @@ def window_shares(load: FloatArray, hosts: BoolArray, division: Division = "loca
     result = np.empty((*load.shape, hosts.shape[2]))
     for layer, hosts_of_expert in enumerate(hosts):
         mine = counts[..., layer, :].reshape(-1, load.shape[-1])
-        divided = divide(mine, hosts_of_expert, division)
+        divided = divide(mine, hosts_of_expert, node_of, division)
         part = np.where(mine[..., None] > 0, divided / np.maximum(mine, 1)[..., None], even[layer])
         result[..., layer, :, :] = part.reshape(*load.shape[:-2], *hosts_of_expert.shape)
     return result
@@ -136,162 +126,266 @@ def near_first(divided: FloatArray, tokens: FloatArray, node_of: IntArray) -> Fl
 
     Within a node, and then among all, sources and devices are gone through in order.
     """
-    left, room = tokens.transpose(0, 2, 1).copy(), divided.copy()
-    own = np.minimum(left, room)
-    left -= own
-    room -= own
-    result = own[..., None] * np.eye(len(node_of))
-    for members in [np.flatnonzero(node_of == n) for n in range(int(node_of.max()) + 1)] + [np.arange(len(node_of))]:
-        moved = _in_order(left[..., members], room[..., members])
-        result[..., members[:, None], members] += moved
-        left[..., members] -= moved.sum(axis=3)
-        room[..., members] -= moved.sum(axis=2)
-    return np.asarray(result.transpose(0, 2, 1, 3))
+    steps, sources, experts = tokens.shape
+    result = np.zeros((steps, sources, experts, divided.shape[2]))
+    _pour_near(tokens.transpose(0, 2, 1).copy(), divided.copy(), node_of.astype(np.int64), result)
+    return result
 
 
-def _in_order(left: FloatArray, room: FloatArray) -> FloatArray:
-    """[..., H, G] sources [..., H] poured into devices [..., G] one after the other, until either is used up."""
-    source_end, device_end = np.cumsum(left, axis=-1), np.cumsum(room, axis=-1)
-    end = np.minimum(source_end[..., :, None], device_end[..., None, :])
-    begin = np.maximum((source_end - left)[..., :, None], (device_end - room)[..., None, :])
-    return np.asarray(np.maximum(end - begin, 0))
+@kernel
+def _pour_near(left: FloatArray, room: FloatArray, node_of: IntArray, result: FloatArray) -> None:
+    """Adds to result [S, H, E, G] what sources' tokens [S, E, H] take of devices' room [S, E, G]; both are used up."""
+    steps, experts, devices = left.shape
+    nodes = node_of.max() + 1
+    for s in range(steps):
+        for e in range(experts):
+            for g in range(devices):
+                taken = min(left[s, e, g], room[s, e, g])
+                result[s, g, e, g] += taken
+                left[s, e, g] -= taken
+                room[s, e, g] -= taken
+            # The last turn is that of all devices.
+            for n in range(nodes + 1):
+                h, g = 0, 0
+                while h < devices and g < devices:
+                    if left[s, e, h] <= 0 or (n < nodes and node_of[h] != n):
+                        h += 1
+                    elif room[s, e, g] <= 0 or (n < nodes and node_of[g] != n):
+                        g += 1
+                    else:
+                        taken = min(left[s, e, h], room[s, e, g])
+                        result[s, h, e, g] += taken
+                        left[s, e, h] -= taken
+                        room[s, e, g] -= taken
 
 
-def _check(counts: IntArray, hosts: BoolArray, by_source: IntArray | None) -> None:
+def _check(counts: IntArray, hosts: BoolArray, node_of: IntArray, by_source: IntArray | None) -> None:
     if counts.ndim != 2 or hosts.shape[:1] != counts.shape[1:] or hosts.ndim != 2:
         raise InputError(f"divide: counts {list(counts.shape)} and hosts {list(hosts.shape)} must be [S, E] and [E, G]")
     if counts.size and counts.min() < 0:
         raise InputError(f"divide: counts must be at least 0, one is {counts.min()}")
     if not hosts.any(axis=1).all():
         raise InputError(f"divide: expert {int(hosts.any(axis=1).argmin())} has no replica")
+    if node_of.shape != hosts.shape[1:]:
+        raise InputError(
+            f"divide: node_of {list(node_of.shape)} must name the node of each of {hosts.shape[1]} devices"
+        )
     if by_source is not None and not np.array_equal(by_source.sum(axis=1), counts):
         raise InputError("divide: by_source [S, H, E] does not sum to counts [S, E] over sources")
 
 
 # Up to `SETS_UP_TO` devices: all sets.
 
-
-def _largest_of_sets(tokens: IntArray, devices: int) -> IntArray:
-    """[S] the largest average of a set, rounded up, from `set_tokens`."""
-    return np.asarray((-(-tokens[:, 1:] // _sizes(devices)[1:])).max(axis=1))
-
-
-def _sizes(devices: int) -> IntArray:
-    """[2^G] devices of each set."""
-    sets = np.arange(1 << devices)
-    return np.asarray(sum((sets >> g) & 1 for g in range(devices)), dtype=np.int64)
+OWN_TURN, NODE_TURN, EVEN_TURN, REST_TURN = range(4)
+TURNS = (OWN_TURN, NODE_TURN, NODE_TURN, EVEN_TURN, REST_TURN)
+"""Of experts and their replicas: what lives on the device, twice what lives on its node (what one device has no room
+for goes to another), equal parts of the others, and what is left."""
 
 
-def _within_sets(counts: IntArray, hosts: BoolArray, own: IntArray | None) -> IntArray:
-    """[S, E, G] a division whose largest load is the least possible, as much of `own` [S, E, G] kept as goes.
+@kernel
+def _within_sets(counts: IntArray, hosts: BoolArray, node_of: IntArray, living: IntArray) -> IntArray:
+    """[S, E, G] a division whose largest load is the least possible; as many as goes of the tokens that live on each
+    device [S, E, G] stay there, then on its node. living: of no steps where it counts for nothing.
 
     Experts and their replicas take tokens one after the other, never more than leaves every set of devices room for the
     tokens that can go nowhere else; so there is room for all of them in the end (as in a greedy algorithm on a
     polymatroid).
     """
-    steps, devices = len(counts), hosts.shape[1]
-    tokens = set_tokens(counts, hosts)
-    slack = (_largest_of_sets(tokens, devices)[:, None] * _sizes(devices) - tokens).T.copy()
-    result = np.zeros((steps, *hosts.shape), dtype=np.int64)
-    alone = hosts.sum(axis=1) == 1
-    result[:, alone, hosts[alone].argmax(axis=1)] = counts[:, alone]
-    left = np.where(alone, 0, counts)
-    sets = np.arange(1 << devices)
-    split = [(e, np.flatnonzero(hosts[e])) for e in np.flatnonzero(~alone)]
-    # A set that has the device, but not all of the expert's, loses room that others' tokens may need.
-    narrow = {
-        (e, g): np.flatnonzero(((sets >> g) & 1 == 1) & (sets & (mask := int((1 << of).sum())) != mask))
-        for e, of in split
-        for g in of.tolist()
-    }
-    for turn in ("own", "even", "rest"):
-        if turn == "own" and own is None:
-            continue
-        for e, of in split:
-            even = -(-left[:, e] // len(of))
-            for g in of.tolist():
-                target = even if turn == "even" else left[:, e]
-                if turn == "own" and own is not None:
-                    target = own[:, e, g]
-                taken = np.minimum(np.minimum(target, left[:, e]), slack[narrow[e, g]].min(axis=0))
-                slack[narrow[e, g]] -= taken
-                result[:, e, g] += taken
-                left[:, e] -= taken
+    steps, (experts, devices) = len(counts), hosts.shape
+    sets = 1 << devices
+    mask, size = np.zeros(experts, np.int64), np.zeros(sets, np.int64)
+    for g in range(devices):
+        size[1 << g : 2 << g] = size[: 1 << g] + 1
+        mask += hosts[:, g] * (1 << g)
+    result, slack = np.zeros((steps, experts, devices), np.int64), np.empty(sets, np.int64)
+    for s in range(steps):
+        left, divided = counts[s].copy(), result[s]
+        # Tokens of experts whose replicas all stand in a set.
+        slack[:] = 0
+        for e in range(experts):
+            slack[mask[e]] += left[e]
+        for g in range(devices):
+            for i in range(sets):
+                if i >> g & 1:
+                    slack[i] += slack[i ^ (1 << g)]
+        least = 0
+        for i in range(1, sets):
+            least = max(least, -(-slack[i] // size[i]))
+        for i in range(sets):
+            slack[i] = least * size[i] - slack[i]
+        for e in range(experts):
+            if size[mask[e]] == 1:
+                for g in range(devices):
+                    divided[e, g] = left[e] * hosts[e, g]
+                left[e] = 0
+        for turn in TURNS:
+            if turn in (EVEN_TURN, REST_TURN):
+                for e in range(experts):
+                    even, replicas = -(-left[e] // size[mask[e]]), size[mask[e]]
+                    for g in range(devices):
+                        if hosts[e, g] and replicas > 1:
+                            target = min(even, left[e]) if turn == EVEN_TURN else left[e]
+                            taken = _taken(target, g, mask[e], slack)
+                            divided[e, g] += taken
+                            left[e] -= taken
+            elif len(living) and turn == OWN_TURN:
+                for e in range(experts):
+                    for g in range(devices):
+                        if hosts[e, g] and size[mask[e]] > 1:
+                            taken = _taken(min(living[s, e, g], left[e]), g, mask[e], slack)
+                            divided[e, g] += taken
+                            left[e] -= taken
+            elif len(living) and node_of.max() > 0:
+                for n in range(node_of.max() + 1):
+                    for e in range(experts):
+                        if size[mask[e]] == 1:
+                            continue
+                        away, replicas = 0, 0
+                        for g in range(devices):
+                            if node_of[g] == n:
+                                away += living[s, e, g] - divided[e, g]
+                                replicas += hosts[e, g]
+                        for g in range(devices):
+                            if node_of[g] == n and hosts[e, g]:
+                                target = min(-(-max(away, 0) // replicas), left[e])
+                                taken = _taken(target, g, mask[e], slack)
+                                divided[e, g] += taken
+                                left[e] -= taken
+                                away -= taken
+                                replicas -= 1
     return result
+
+
+@kernel
+def _taken(target: int, g: int, mask: int, slack: IntArray) -> int:
+    """As much of a target as device g may take of an expert on the devices of `mask`; off the slack [2^G] of sets that
+    have the device, but not all of the expert's: they lose room that others' tokens may need."""
+    if target <= 0:
+        return 0
+    for i in range(len(slack)):
+        if i >> g & 1 and i & mask != mask:
+            target = min(target, slack[i])
+    for i in range(len(slack)):
+        if i >> g & 1 and i & mask != mask:
+            slack[i] -= target
+    return target
 
 
 # More devices.
 
 
+@kernel
 def _filled(counts: IntArray, hosts: BoolArray) -> IntArray:
     """[S, E, G] a division that no expert can level further alone: each in turn fills its devices from the lowest up.
 
     That lowers the sum of squared loads step by step towards its least, whose largest load is the least possible.
     """
-    number = hosts.sum(axis=1)
-    result: IntArray = (counts // number)[..., None] * hosts
-    spread = np.cumsum(hosts, axis=1) * hosts
-    result += (spread > 0) & (spread <= (counts % number)[..., None])
-    load = result.sum(axis=1)
-    split = [(e, np.flatnonzero(hosts[e])) for e in np.flatnonzero(number > 1)]
-    for _ in range(SWEEPS):
-        before = load.copy()
-        for e, of in split:
-            base = load[:, of] - result[:, e, of]
-            filled = _fill(base, counts[:, e])
-            result[:, e, of] = filled
-            load[:, of] = base + filled
-        # Single tokens may go round for ever.
-        if np.abs(load - before).max(initial=0) <= 1 or (load.max(axis=1) <= _proven(counts, hosts, load)).all():
-            break
+    steps, (experts, devices) = len(counts), hosts.shape
+    result = np.zeros((steps, experts, devices), np.int64)
+    order = np.empty(devices, np.int64)
+    for s in range(steps):
+        divided, load = result[s], np.zeros(devices, np.int64)
+        for e in range(experts):
+            replicas, place = hosts[e].sum(), 0
+            for g in range(devices):
+                if hosts[e, g]:
+                    divided[e, g] = counts[s, e] // replicas + (place < counts[s, e] % replicas)
+                    load[g] += divided[e, g]
+                    place += 1
+        for _ in range(SWEEPS):
+            before = load.copy()
+            for e in range(experts):
+                if hosts[e].sum() > 1:
+                    load -= divided[e]
+                    _fill(load, hosts[e], counts[s, e], order, divided[e])
+                    load += divided[e]
+            # Single tokens may go round for ever.
+            if np.abs(load - before).max() <= 1 or load.max() <= _proven(counts[s], hosts, load):
+                break
     return result
 
 
-def _fill(base: IntArray, tokens: IntArray) -> IntArray:
-    """[S, n] tokens [S] poured onto loads [S, n], the lowest first, so that they end as level as can be."""
-    order = np.argsort(base, axis=1, kind="stable")
-    rising = np.take_along_axis(base, order, axis=1)
-    level = ((tokens[:, None] + np.cumsum(rising, axis=1)) // np.arange(1, base.shape[1] + 1)).min(
-        axis=1, keepdims=True
-    )
-    filled = np.maximum(level - rising, 0)
-    rest = tokens - filled.sum(axis=1)
-    reached = rising <= level
-    filled += reached & (np.cumsum(reached, axis=1) <= rest[:, None])
-    result: IntArray = np.empty_like(filled)
-    np.put_along_axis(result, order, filled, axis=1)
-    return result
+@kernel
+def _fill(base: IntArray, hosts: BoolArray, tokens: int, order: IntArray, filled: IntArray) -> None:
+    """Fills `filled` [G] with tokens poured onto the loads [G] of hosts, the lowest first, so that they end as level as
+    can be."""
+    number = 0
+    for g in range(len(base)):
+        if hosts[g]:
+            i = number
+            while i > 0 and base[order[i - 1]] > base[g]:
+                order[i] = order[i - 1]
+                i -= 1
+            order[i] = g
+            number += 1
+    total, level = tokens, LARGEST
+    for i in range(number):
+        total += base[order[i]]
+        level = min(level, total // (i + 1))
+    rest = tokens
+    for i in range(number):
+        filled[order[i]] = max(level - base[order[i]], 0)
+        rest -= filled[order[i]]
+    for i in range(min(number, rest)):
+        if base[order[i]] <= level:
+            filled[order[i]] += 1
 
 
-def _proven(counts: IntArray, hosts: BoolArray, load: IntArray) -> IntArray:
-    """[S] a lower bound of the largest load: of the sets of the most loaded devices under `load` [S, G], and of all."""
-    best = np.zeros(len(counts), dtype=np.int64)
-    order = np.argsort(-load, axis=1, kind="stable")
-    place = np.empty_like(order)
-    np.put_along_axis(place, order, np.broadcast_to(np.arange(load.shape[1]), order.shape), axis=1)
+@kernel
+def _proven(counts: IntArray, hosts: BoolArray, load: IntArray) -> int:
+    """A lower bound of a step's largest load: of the sets of the most loaded devices under `load` [G], and of all."""
+    order = np.argsort(-load, kind="mergesort")
+    place = np.empty(len(load), np.int64)
+    for i in range(len(load)):
+        place[order[i]] = i
     # An expert is inside the first n devices once its last replica is.
-    last = np.where(hosts, place[:, None, :], -1).max(axis=2)
-    for s in range(len(counts)):
-        inside = np.cumsum(np.bincount(last[s], weights=counts[s], minlength=load.shape[1])).astype(np.int64)
-        best[s] = (-(-inside // np.arange(1, load.shape[1] + 1))).max()
+    inside = np.zeros(len(load), np.int64)
+    for e in range(len(counts)):
+        last = 0
+        for g in range(len(load)):
+            if hosts[e, g]:
+                last = max(last, place[g])
+        inside[last] += counts[e]
+    best, tokens = 0, 0
+    for i in range(len(load)):
+        tokens += inside[i]
+        best = max(best, -(-tokens // (i + 1)))
     return best
 
 
-def _keep_own(divided: IntArray, own: IntArray, hosts: BoolArray) -> IntArray:
-    """The division with more of `own` [S, E, G] kept, no device above the largest load."""
-    load = divided.sum(axis=1)
-    most = load.max(axis=1)
-    for e in np.flatnonzero(hosts.sum(axis=1) > 1):
-        of = np.flatnonzero(hosts[e])
-        for g in of.tolist():
-            for h in of.tolist():
-                lack, spare = own[:, e, g] - divided[:, e, g], divided[:, e, h] - own[:, e, h]
-                moved = np.maximum(np.minimum(np.minimum(lack, spare), most - load[:, g]), 0)
-                divided[:, e, g] += moved
-                divided[:, e, h] -= moved
-                load[:, g] += moved
-                load[:, h] -= moved
-    return divided
+@kernel
+def _keep_near(result: IntArray, hosts: BoolArray, node_of: IntArray, living: IntArray) -> None:
+    """Changes divisions [S, E, G] so that more of the tokens that live on each device [S, E, G] stay there, and then
+    more of a node's on the node; no device goes above the largest load."""
+    devices = hosts.shape[1]
+    here = np.empty(devices, np.int64)
+    for s in range(len(result)):
+        divided, load = result[s], result[s].sum(axis=0)
+        most = load.max()
+        for by_node in range(2 if node_of.max() > 0 else 1):
+            for e in range(len(hosts)):
+                if hosts[e].sum() == 1:
+                    continue
+                here[:] = 0
+                for g in range(devices):
+                    here[node_of[g]] += living[s, e, g] - divided[e, g]
+                for g in range(devices):
+                    for h in range(devices):
+                        if not (hosts[e, g] and hosts[e, h]) or g == h:
+                            continue
+                        spare = divided[e, h] - living[s, e, h]
+                        lack = living[s, e, g] - divided[e, g]
+                        if by_node:
+                            if node_of[g] == node_of[h]:
+                                continue
+                            lack, spare = here[node_of[g]], min(max(spare, 0), -here[node_of[h]])
+                        moved = max(min(lack, spare, most - load[g]), 0)
+                        divided[e, g] += moved
+                        divided[e, h] -= moved
+                        load[g] += moved
+                        load[h] -= moved
+                        here[node_of[g]] -= moved
+                        here[node_of[h]] += moved
 
 
 # SGLang's Waterfill.

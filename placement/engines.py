@@ -17,11 +17,10 @@ import numpy as np
 from .._arguments import check_types
 from .._plugins import Registry
 from .._types import IntArray
-from .division import Division
 from .errors import InputError, UnsupportedError, nearest
 from .layer_slots import spanned
 from .model import ModelSpec
-from .objective import DispatchKind, Objective, ReplicaChoice
+from .objective import DispatchKind, Division, Objective, ReplicaChoice
 from .plan import EMPTY, Plan, equal_shares
 
 if TYPE_CHECKING:

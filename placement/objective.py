@@ -17,7 +17,6 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from .._types import FloatArray, IntArray
-from .division import Division
 from .errors import InputError
 from .model import row_value_bytes
 from .validation import Record
@@ -25,6 +24,15 @@ from .validation import Record
 SLACK = 0.015
 """Of the mean load, by default: what a rank may have above it before a copy is worth its bytes."""
 ReplicaChoice = Literal["share", "nearest", "balanced"]
+Division = Literal["local", "lp", "waterfill"]
+"""How a step's tokens are divided among replicas, anew for every step.
+
+local: each device keeps what its own tokens ask of it, and then its node's, while it is not above the least possible
+largest load; the rest goes where there is room (`ExpertParallelMoE`). lp: the least possible largest load, wherever
+tokens come from (DeepSeek's LPLB; SGLang's `--ep-dispatch-algorithm lp`). waterfill: in proportion to what devices lack
+of the mean beside experts without replicas, a tenth more to the token's own device (the weights by which SGLang's
+Waterfill deals the shared expert, of which every device has a replica; `layers/moe/deepep_waterfill.py`).
+"""
 DispatchKind = Literal["normal", "low_latency", "all_to_all", "all_gather"]
 """How tokens travel to experts and results back.
 
@@ -47,9 +55,10 @@ class Objective(Record):
     rank, else in its node, else any, each by share: SGLang's static and dynamic dispatch), or "balanced" (each step's
     tokens divided anew so that the largest device load is the least possible; shares count for nothing). Set it to what
     the engine does; but for "share" dispatch_combine only, since a token keeps no rank otherwise.
-    division: how "balanced" divides: "local" (own tokens stay while the device is under the target, the rest is
-    spilled; `ExpertParallelMoE`), "lp" (wherever tokens come from; SGLang's `--ep-dispatch-algorithm lp`, LPLB) or
-    "waterfill" (in proportion to what devices lack of the mean; SGLang's Waterfill); see `placement/division.py`.
+    division: how "balanced" divides: "local" (own tokens stay while the device is under the target, then the node's,
+    the rest is spilled; `ExpertParallelMoE`), "lp" (wherever tokens come from; SGLang's `--ep-dispatch-algorithm lp`,
+    LPLB) or "waterfill" (in proportion to what devices lack of the mean; SGLang's Waterfill); see
+    `placement/division.py`.
     online: spare slots of each device into which experts are copied anew for every step, from devices of its node; the
     step's tokens are then divided among homes and copies (see `placement/online.py`). Every expert has one slot, its
     home, beside them. online_slack: what a device may have above the mean load before it is worth a copy, as a part of

@@ -427,7 +427,7 @@ class _DividedBatch:
         if self._objective.online:
             divided = self._with_copies(counts, hosts, by_source)
         else:
-            divided = divide(counts, hosts, division, by_source)
+            divided = divide(counts, hosts, node_of, division, by_source)
         return divided, source_division(divided, counts, hosts, node_of, division, by_source)
 
     def _with_copies(self, counts: IntArray, homes: BoolArray, by_source: IntArray | None) -> IntArray:

@@ -3,8 +3,8 @@ same for every batch, or divided among replicas anew (`replica_choice="balanced"
 
 Then ranks exchange how many of their tokens chose each expert, once a layer, and every rank computes the same division
 of all of them from it without further talk: whole numbers only, so that no rounding tells ranks apart. Devices keep
-their own tokens while they stay at or under the least possible largest load. On CPUs it is NumPy's; on GPUs torch's,
-whose operations the host never waits for.
+their own tokens, and nodes theirs, while devices stay at or under the least possible largest load. On CPUs it is that
+of `placement/division.py`; on GPUs torch's operations, which the host never waits for.
 
 P slots, E experts, G devices (ranks), R most replicas of an expert, T tokens of this rank, K experts a token, N = T * K
 pairs.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..._types import BoolArray, FloatArray, IntArray
-from ...placement.division import SETS_UP_TO, divide, source_division
+from ...placement.division import EVEN_TURN, NODE_TURN, OWN_TURN, SETS_UP_TO, TURNS, divide, source_division
 from ...placement.errors import InputError
 from ...placement.plan import Plan
 
@@ -158,6 +158,9 @@ class BalancedReplicas:
         )
         self._here_ER = torch.from_numpy(device_ER >= 0).to(device)
         self._on_device = None if device.type == "cpu" else DeviceDivision(self._hosts, self._node_of, device)
+        if self._replicated:
+            # Compiled here, not in a step.
+            self._served_here(torch.zeros(self._hosts.T.shape, dtype=torch.int64, device=device))
 
     def slots(self, expert_TK: Tensor) -> Tensor:
         """[T, K] slot of each chosen expert; every rank calls it, with any number of tokens."""
@@ -179,7 +182,7 @@ class BalancedReplicas:
             return self._on_device(count_GE)[self._rank]
         by_source = count_GE.numpy()[None]
         counts = by_source.sum(axis=1)
-        divided = divide(counts, self._hosts, "local", by_source)
+        divided = divide(counts, self._hosts, self._node_of, "local", by_source)
         parts = source_division(divided, counts, self._hosts, self._node_of, "local", by_source)
         return torch.from_numpy(parts[0, self._rank].astype(np.int64))
 
@@ -213,6 +216,8 @@ class DeviceDivision:
         self._alone_E = torch.from_numpy(hosts.sum(axis=1) == 1).to(device)
         regions = [np.flatnonzero(node_of == n) for n in range(int(node_of.max()) + 1)] + [np.arange(devices)]
         self._regions = [torch.from_numpy(members).to(device) for members in regions]
+        self._nodes = [members.tolist() for members in regions[:-1]] if node_of.max() > 0 else []
+        self._node = {g: members for members in self._nodes for g in members}
         self._few = devices <= SETS_UP_TO
         if self._few:
             sets = np.arange(1 << devices)
@@ -229,12 +234,12 @@ class DeviceDivision:
 
     def __call__(self, count_GE: Tensor) -> Tensor:
         """[G, E, G] tokens of each rank that each rank serves, from [G, E] tokens of each that chose each expert."""
-        count_E, own_EG = count_GE.sum(0), count_GE.t() * self._hosts_EG
-        divided_EG = self._within_sets(count_E, own_EG) if self._few else self._filled(count_E, own_EG)
+        count_E, living_EG = count_GE.sum(0), count_GE.t()
+        divided_EG = self._within_sets(count_E, living_EG) if self._few else self._filled(count_E, living_EG)
         return self._near_first(divided_EG, count_GE)
 
-    def _within_sets(self, count_E: Tensor, own_EG: Tensor) -> Tensor:
-        devices = own_EG.shape[1]
+    def _within_sets(self, count_E: Tensor, living_EG: Tensor) -> Tensor:
+        devices = living_EG.shape[1]
         tokens = count_E.new_zeros(1 << devices).index_add_(0, self._mask_E, count_E)
         for g in range(devices):
             halves = tokens.view(-1, 2, 1 << g)
@@ -244,19 +249,33 @@ class DeviceDivision:
         slack = least * size - tokens
         divided_EG = count_E[:, None] * (self._hosts_EG & self._alone_E[:, None])
         left_E = count_E * ~self._alone_E
-        for turn in ("own", "even", "rest"):
+
+        def take(target: Tensor, e: int, g: int) -> Tensor:
+            narrow = self._narrow[e, g]
+            taken = torch.minimum(torch.minimum(target, left_E[e]), slack[narrow].min())
+            slack[narrow] -= taken
+            divided_EG[e, g] += taken
+            left_E[e] -= taken
+            return taken
+
+        for turn in TURNS:
+            if turn == NODE_TURN:
+                for members in self._nodes:
+                    for e, _, of in self._split:
+                        inside = [g for g in of if g in members]
+                        away = (living_EG[e, members] - divided_EG[e, members]).sum()
+                        for number, g in enumerate(inside):
+                            replicas = len(inside) - number
+                            target = (away.clamp_min(0) + replicas - 1).div(replicas, rounding_mode="floor")
+                            away = away - take(target, e, g)
+                continue
             for e, _, of in self._split:
                 even = (left_E[e] + len(of) - 1).div(len(of), rounding_mode="floor")
                 for g in of:
-                    narrow = self._narrow[e, g]
-                    target = own_EG[e, g] if turn == "own" else even if turn == "even" else left_E[e]
-                    taken = torch.minimum(torch.minimum(target, left_E[e]), slack[narrow].min())
-                    slack[narrow] -= taken
-                    divided_EG[e, g] += taken
-                    left_E[e] -= taken
+                    take(living_EG[e, g] if turn == OWN_TURN else even if turn == EVEN_TURN else left_E[e], e, g)
         return divided_EG
 
-    def _filled(self, count_E: Tensor, own_EG: Tensor) -> Tensor:
+    def _filled(self, count_E: Tensor, living_EG: Tensor) -> Tensor:
         hosts = self._hosts_EG.long()
         number, place = hosts.sum(1, keepdim=True), hosts.cumsum(1) * hosts
         divided_EG = count_E[:, None].div(number, rounding_mode="floor") * hosts
@@ -269,15 +288,22 @@ class DeviceDivision:
                 divided_EG[e, of_devices] = filled
                 load_G[of_devices] = base + filled
         most = load_G.max()
-        for e, _, of in self._split:
-            for g in of:
-                for h in of:
-                    lack, spare = own_EG[e, g] - divided_EG[e, g], divided_EG[e, h] - own_EG[e, h]
-                    moved = torch.minimum(torch.minimum(lack, spare), most - load_G[g]).clamp_min(0)
-                    divided_EG[e, g] += moved
-                    divided_EG[e, h] -= moved
-                    load_G[g] += moved
-                    load_G[h] -= moved
+        for by_node in (False, True)[: 1 + bool(self._nodes)]:
+            for e, _, of in self._split:
+                for g in of:
+                    for h in of:
+                        lack, spare = living_EG[e, g] - divided_EG[e, g], divided_EG[e, h] - living_EG[e, h]
+                        if by_node:
+                            near, far = self._node[g], self._node[h]
+                            if near is far:
+                                continue
+                            lack = (living_EG[e, near] - divided_EG[e, near]).sum()
+                            spare = torch.minimum(spare.clamp_min(0), (divided_EG[e, far] - living_EG[e, far]).sum())
+                        moved = torch.minimum(torch.minimum(lack, spare), most - load_G[g]).clamp_min(0)
+                        divided_EG[e, g] += moved
+                        divided_EG[e, h] -= moved
+                        load_G[g] += moved
+                        load_G[h] -= moved
         return divided_EG
 
     def _near_first(self, divided_EG: Tensor, count_GE: Tensor) -> Tensor:

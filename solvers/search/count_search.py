@@ -855,7 +855,8 @@ class _Balance:
     def _placed(self, layer: int, table: IntArray, share: FloatArray) -> BalancedLayer:
         rows = self._rows[layer]
         if self._divided:
-            served = window_shares(rows[:, None], (share > 0)[None], self.problem.objective.division)
+            node_of = self.problem.topology.node_of
+            served = window_shares(rows[:, None], (share > 0)[None], node_of, self.problem.objective.division)
             peaks = (np.einsum("se,seg->sg", rows, served[:, 0]) * self._slowness).max(axis=1)
         else:
             peaks = window_peaks(rows, share, self._slowness)

@@ -38,7 +38,8 @@ class SourceTokens(NamedTuple):
     experts: [T, k] int32. source, step_of: [T] int32. first, tokens: CSR lists of the tokens of each (expert, source)
     ([E * H + 1], [T * k]). counts: [E, H, S] tokens that chose the expert, those not walked over too. nearest: whether
     a token takes the replica nearest to its source rank, or any by share. divided: whether each step's tokens are
-    divided to level devices; copies are then those of nearest replicas, or of shares.
+    divided to level devices; copies are then those of nearest replicas, or of shares, and of what is spilled. part: of
+    the tokens counted, those walked over.
     """
 
     experts: Ids
@@ -49,6 +50,7 @@ class SourceTokens(NamedTuple):
     counts: FloatArray
     nearest: bool
     divided: bool
+    part: float
 
 
 class Neighbours(NamedTuple):

@@ -389,4 +389,5 @@ def source_tokens(scenario: Scenario, layer: int, problem: Problem) -> SourceTok
         counts.reshape(problem.model.experts, devices, steps.num_steps),
         problem.objective.replica_choice != "share" and problem.objective.division == "local",
         problem.objective.replica_choice == "balanced" and problem.has_replicas,
+        1.0 / scenario.tokens_each,
     )

@@ -34,7 +34,10 @@ class SourceState(NamedTuple):
     rows: [E, H, G], node_rows: [E, H, N] who serves each expert. zeros, soft: [T, G] factors of tokens' products on
     devices, node_zeros, node_soft: [T, N] on nodes. split: [H, G], node_split: [H, N] experts whose rows are neither 0
     nor 1 there. ledgers: [S, 3, G]. node_ledgers: [S, 2, N]. load, hit: [S, G]. cost: [S] seconds.
-    division: where steps are divided, what makes `load`.
+    division: where steps are divided, what makes `load`; asked: [S, G] what devices would compute by `rows` then,
+    movable: [S, G] of it, that of experts with replicas on other devices of the node, and living: [S, G] tokens that
+    live on each, of no steps where nothing is spilled; part: of the tokens, those walked over. spilled, node_spilled:
+    [3, G], [2, N] a step's ledgers with what is spilled.
     """
 
     rows: FloatArray
@@ -51,6 +54,12 @@ class SourceState(NamedTuple):
     hit: FloatArray
     cost: FloatArray
     division: DivisionState
+    asked: FloatArray
+    movable: FloatArray
+    living: FloatArray
+    part: float
+    spilled: FloatArray
+    node_spilled: FloatArray
     old_rows: FloatArray
     new_rows: FloatArray
     old_node_rows: FloatArray
@@ -58,6 +67,8 @@ class SourceState(NamedTuple):
     new_ledgers: FloatArray
     new_node_ledgers: FloatArray
     new_load: FloatArray
+    new_asked: FloatArray
+    new_movable: FloatArray
     new_hit: FloatArray
     new_cost: FloatArray
 
@@ -90,13 +101,22 @@ def begin(tokens: SourceTokens, rates: Rates, placement: Placement) -> SourceSta
             for s in range(counts.shape[1]):
                 counts[e, s] += tokens.counts[e, h, s]
     division = begin_division(counts, placement)
+    # Who takes a replica by chance sends no copies more by how a step is divided.
+    spilling = steps if tokens.divided and tokens.nearest else 0
+    asked, living = np.zeros((spilling, devices)), np.zeros((spilling, devices))
+    copy_all(load[:spilling], asked)
+    movable = np.zeros((spilling, devices))
+    for e in range(experts):
+        shift_movable(tokens, e, rows[e], 1.0, rates, movable)
+    for s in range(spilling):
+        for h in range(devices):
+            for e in range(experts):
+                living[s, h] += tokens.counts[e, h, s] / tokens.experts.shape[1]
     if tokens.divided:
         divide_steps(division, placement, Change(0, 0, 0, 0, 0), load)
         keep_division(division, Change(0, 0, 0, 0, 0))
     cost = np.empty(steps)
-    for s in range(steps):
-        cost[s] = step_seconds(load[s], hit[s], ledgers[s], node_ledgers[s], rates, rates.kind[s])
-    return SourceState(
+    state = SourceState(
         rows,
         node_rows,
         zeros,
@@ -111,6 +131,12 @@ def begin(tokens: SourceTokens, rates: Rates, placement: Placement) -> SourceSta
         hit,
         cost,
         division,
+        asked,
+        movable,
+        living,
+        tokens.part,
+        np.zeros((3, devices)),
+        np.zeros((2, nodes)),
         np.zeros((2, devices, devices)),
         np.zeros((2, devices, devices)),
         np.zeros((2, devices, nodes)),
@@ -118,9 +144,14 @@ def begin(tokens: SourceTokens, rates: Rates, placement: Placement) -> SourceSta
         np.zeros((steps, 3, devices)),
         np.zeros((steps, 2, nodes)),
         np.zeros((steps, devices)),
+        asked.copy(),
+        movable.copy(),
         np.zeros((steps, devices)),
         np.zeros(steps),
     )
+    for s in range(steps):
+        cost[s] = step_seconds(state, s, load[s], hit[s], ledgers[s], node_ledgers[s], asked, movable, rates)
+    return state
 
 
 def delta(
@@ -148,12 +179,29 @@ def delta(
         if e >= 0:
             post_pairs(tokens, e, state.old_rows[turn], -1.0, state.new_ledgers, state.new_node_ledgers, rates)
             post_pairs(tokens, e, state.new_rows[turn], 1.0, state.new_ledgers, state.new_node_ledgers, rates)
-    shift_source_work(tokens, change.a, change.b, state.old_rows, state.new_rows, state.new_load, state.new_hit)
+    copy_all(state.asked, state.new_asked)
+    copy_all(state.movable, state.new_movable)
+    for turn in range(2):
+        e = change.a if turn == 0 else change.b
+        if e >= 0:
+            shift_movable(tokens, e, state.old_rows[turn], -1.0, rates, state.new_movable)
+            shift_movable(tokens, e, state.new_rows[turn], 1.0, rates, state.new_movable)
+    by_rows = state.new_asked if state.asked.shape[0] > 0 else state.new_load
+    shift_source_work(tokens, change.a, change.b, state.old_rows, state.new_rows, by_rows, state.new_hit)
     if tokens.divided:
         divide_steps(state.division, placement, change, state.new_load)
     for s in range(state.cost.shape[0]):
+        ledger, node_ledger = state.new_ledgers[s], state.new_node_ledgers[s]
         state.new_cost[s] = step_seconds(
-            state.new_load[s], state.new_hit[s], state.new_ledgers[s], state.new_node_ledgers[s], rates, rates.kind[s]
+            state,
+            s,
+            state.new_load[s],
+            state.new_hit[s],
+            ledger,
+            node_ledger,
+            state.new_asked,
+            state.new_movable,
+            rates,
         )
 
 
@@ -176,6 +224,8 @@ def commit(
     copy_all(state.new_ledgers, state.ledgers)
     copy_all(state.new_node_ledgers, state.node_ledgers)
     copy_all(state.new_load, state.load)
+    copy_all(state.new_asked, state.asked)
+    copy_all(state.new_movable, state.movable)
     copy_all(state.new_hit, state.hit)
     copy(state.new_cost, state.cost)
 
@@ -209,11 +259,115 @@ def _follow(state: SourceState, tokens: SourceTokens, rates: Rates, change: Chan
 
 @kernel
 def step_seconds(
-    load: FloatArray, hit: FloatArray, ledger: FloatArray, node_ledger: FloatArray, rates: Rates, kind: int
+    state: SourceState,
+    s: int,
+    load: FloatArray,
+    hit: FloatArray,
+    ledger: FloatArray,
+    node_ledger: FloatArray,
+    asked: FloatArray,
+    movable: FloatArray,
+    rates: Rates,
 ) -> float:
-    """Of one step in one layer, what no plan changes left out."""
+    """Of step s in one layer, what no plan changes left out. asked, movable: [S, G], of no steps where nothing is
+    spilled."""
+    kind = rates.kind[s]
+    if asked.shape[0] > 0:
+        copy_all(ledger, state.spilled)
+        copy_all(node_ledger, state.node_spilled)
+        part = 1.0 if rates.pairs[kind] else state.part
+        spill(asked[s], movable[s], load, state.living[s], part, state.spilled, state.node_spilled, rates, kind)
+        ledger, node_ledger = state.spilled, state.node_spilled
     transfer = transfer_seconds(ledger, node_ledger, rates, kind)
     return compute_seconds(load, hit, rates) + (1.0 + rates.back[kind]) * transfer
+
+
+@kernel
+def shift_movable(
+    layer: SourceTokens, e: int, rows: FloatArray, times: float, rates: Rates, movable: FloatArray
+) -> None:
+    """Adds so many times the pairs [S, G] that devices are asked for of an expert with rows [H, G], where other devices
+    of the node have replicas of it."""
+    if movable.shape[0] == 0:
+        return
+    for g in range(rows.shape[1]):
+        # A device that has a replica serves its own tokens.
+        beside = False
+        for h in range(rows.shape[0]):
+            beside |= h != g and rows[h, h] > 0.0 and rates.node_of[h] == rates.node_of[g]
+        if beside and rows[g, g] > 0.0:
+            for h in range(rows.shape[0]):
+                if rows[h, g] != 0.0:
+                    for s in range(movable.shape[0]):
+                        movable[s, g] += times * layer.counts[e, h, s] * rows[h, g]
+
+
+@kernel
+def spill(
+    asked: FloatArray,
+    movable: FloatArray,
+    load: FloatArray,
+    living: FloatArray,
+    part: float,
+    ledger: FloatArray,
+    node_ledger: FloatArray,
+    rates: Rates,
+    kind: int,
+) -> None:
+    """Adds to a step's ledgers what devices are asked for ([G] token-expert pairs) beyond the largest load [G] of its
+    division: what the node's devices have replicas of goes to these as far as they have room, and all else to where
+    room is left, by way of other nodes.
+
+    Where a token's copies are merged, it may have one there already, as often as tokens of its node have. part: of the
+    tokens asked for, those that the ledgers count.
+    """
+    devices, nodes = asked.shape[0], rates.node_size.shape[0]
+    top = 0.0
+    for g in range(devices):
+        top = max(top, load[g])
+    away, room, inside = np.zeros(nodes), np.zeros(nodes), np.zeros(nodes)
+    away_all, room_all, first = 0.0, 0.0, 0
+    for n in range(nodes):
+        last = first + int(rates.node_size[n])
+        tokens, sent, over, near = 0.0, 0.0, 0.0, 0.0
+        for g in range(first, last):
+            over += max(asked[g] - top, 0.0)
+            near += min(max(asked[g] - top, 0.0), movable[g])
+            room[n] += max(top - asked[g], 0.0)
+            tokens += part * living[g]
+            sent += ledger[0, g]
+        if nodes == 1:
+            near = over
+        inside[n] = min(near, room[n])
+        if inside[n] > 0.0:
+            new = part * inside[n]
+            if not rates.pairs[kind] and tokens > 0.0:
+                new *= 1.0 - min(sent / (tokens * (last - first - 1)), 1.0)
+            for g in range(first, last):
+                ledger[0, g] += new * max(asked[g] - top, 0.0) / over
+                ledger[1, g] += new * max(top - asked[g], 0.0) / room[n]
+        if nodes == 1:
+            return
+        away[n] = part * (over - inside[n])
+        if away[n] > 0.0 and rates.dedup[kind] and tokens > 0.0:
+            away[n] *= 1.0 - min(node_ledger[0, n] / (tokens * (nodes - 1)), 1.0)
+        away_all += away[n]
+        room_all += room[n] - inside[n]
+        first = last
+    if away_all == 0.0 or room_all == 0.0:
+        return
+    # What ends on its own node has pushed as much off another.
+    back_all = 0.0
+    for n in range(nodes):
+        back_all += away[n] * (room[n] - inside[n]) / room_all
+    for n in range(nodes):
+        through = (back_all - away[n] * (room[n] - inside[n]) / room_all) / (nodes - 1)
+        node_ledger[0, n] += away[n] + through
+        node_ledger[1, n] += away_all * (room[n] - inside[n]) / room_all + through
+    for g in range(devices):
+        n = rates.node_of[g]
+        if rates.dedup[kind] and room[n] > 0.0:
+            ledger[2, g] += away_all * (room[n] - inside[n]) / room_all * max(top - asked[g], 0.0) / room[n]
 
 
 @kernel

@@ -17,6 +17,8 @@ from moeplace.placement.bounds import device_load_certificate, window_balance
 from moeplace.placement.cost import slot_shares, window_seconds
 from moeplace.placement.division import divide, source_division
 
+ONE_NODE = np.zeros(32, dtype=np.int64)
+
 
 def drawn(seed: int, devices: int, experts: int, steps: int = 3, most: int = 40) -> tuple:
     """(tokens by source [S, H, E], hosts [E, G])"""
@@ -56,12 +58,12 @@ def test_divisions_place_every_token_on_a_replica(
     by_source, hosts = drawn(seed, devices, experts)
     counts = by_source.sum(axis=1)
     sources = by_source if known else None
-    divided = divide(counts, hosts, rule, sources)
+    node_of = np.arange(devices) // 2
+    divided = divide(counts, hosts, node_of, rule, sources)
     assert divided.dtype == np.int64
     assert (divided >= 0).all()
     assert (divided.sum(axis=2) == counts).all()
     assert not divided[:, ~hosts].any()
-    node_of = np.arange(devices) // 2
     parts = source_division(divided, counts, hosts, node_of, rule, sources)
     tokens = by_source if known else np.repeat(counts[:, None] / devices, devices, axis=1)
     assert np.allclose(parts.sum(axis=3), tokens)
@@ -113,8 +115,8 @@ def test_local_keeps_nearly_as_many_tokens_at_home_as_any_division_under_the_tar
     limits = [(0, None)] * count + [(0, by_source[0, g, e]) for e, g in pairs]
     upper = np.concatenate([np.full(4, target), np.zeros(count)])
     best = -linprog(np.r_[np.zeros(count), -np.ones(count)], wide, upper, equal, counts[0], bounds=limits).fun
-    divided = divide(counts, hosts, "local", by_source)
-    parts = source_division(divided, counts, hosts, np.zeros(4, np.int64), "local", by_source)
+    divided = divide(counts, hosts, ONE_NODE[:4], "local", by_source)
+    parts = source_division(divided, counts, hosts, ONE_NODE[:4], "local", by_source)
     home = sum(parts[0, g, e, g] for e, g in pairs)
     assert home <= best + 1e-6
     assert home >= 0.9 * best - 2
@@ -131,13 +133,47 @@ def test_many_devices_are_filled_to_within_a_proven_distance(seed: int, devices:
     load = divided.sum(axis=1)
     assert (divided.sum(axis=2) == counts).all()
     assert not divided[:, ~hosts].any()
-    assert (division._proven(counts, hosts, load) <= least).all()
+    proven = np.array([division._proven(row, hosts, of) for row, of in zip(counts, load, strict=True)])
+    assert (proven <= least).all()
     assert (load.max(axis=1) >= least).all()
     assert (load.max(axis=1) <= least + 2 + 0.01 * least).all()
-    kept = division._keep_own(divided.copy(), by_source.transpose(0, 2, 1) * hosts, hosts)
+    kept, node_of, living = divided.copy(), np.arange(devices) // 2, by_source.transpose(0, 2, 1).copy()
+    division._keep_near(kept, hosts, node_of, living)
     assert (kept.sum(axis=2) == counts).all()
     assert (kept >= 0).all()
+    assert not kept[:, ~hosts].any()
     assert (kept.sum(axis=1).max(axis=1) <= load.max(axis=1)).all()
+    assert (np.minimum(kept, living).sum(axis=(1, 2)) >= np.minimum(divided, living).sum(axis=(1, 2))).all()
+    on_node, at_home = (np.add.reduceat(of, np.arange(0, devices, 2), axis=2) for of in (kept, living))
+    before = np.add.reduceat(divided, np.arange(0, devices, 2), axis=2)
+    assert (np.minimum(on_node, at_home).sum(axis=(1, 2)) >= np.minimum(before, at_home).sum(axis=(1, 2))).all()
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_what_a_device_has_no_room_for_stays_on_the_node_first(seed: int) -> None:
+    """Two nodes of two devices: nearly as many tokens are served on their node as under any division of the same
+    largest load that keeps as many on their device."""
+    by_source, hosts = drawn(seed, 4, 7, steps=1)
+    counts, node_of = by_source.sum(axis=1), np.arange(4) // 2
+    divided = divide(counts, hosts, node_of, "local", by_source)[0]
+    home = np.minimum(divided, by_source[0].T * hosts)
+    near = np.minimum(divided.reshape(7, 2, 2).sum(axis=2), by_source[0].T.reshape(7, 2, 2).sum(axis=2)).sum()
+    pairs = np.argwhere(hosts)
+    # Variables: what pairs compute; and of each expert's tokens on each node, those served on it.
+    count, target = len(pairs), int(least_largest_load(counts, hosts)[0])
+    upper, right = np.zeros((4 + 14, count + 14)), np.r_[np.full(4, target), np.zeros(14)]
+    for number, (e, g) in enumerate(pairs):
+        upper[g, number] = 1
+        upper[4 + 2 * e + g // 2, number] = -1
+    upper[4:, count:] = np.eye(14)
+    equal = np.zeros((7, count + 14))
+    equal[pairs[:, 0], np.arange(count)] = 1
+    limits = [(home[e, g], None) for e, g in pairs]
+    limits += [(0, tokens) for tokens in by_source[0].T.reshape(7, 2, 2).sum(axis=2).ravel()]
+    best = -linprog(np.r_[np.zeros(count), -np.ones(14)], upper, right, equal, counts[0], bounds=limits).fun
+    assert near <= best + 1e-6
+    assert near >= 0.9 * best - 2
 
 
 def test_32_devices_end_within_a_percent_of_the_bound() -> None:
@@ -147,7 +183,7 @@ def test_32_devices_end_within_a_percent_of_the_bound() -> None:
     counts = np.sort(rng.multinomial(32_768, rng.dirichlet(np.full(256, 2.0)), size=4), axis=1)[:, ::-1]
     hosts[np.arange(32), (np.arange(32) * 7 + 3) % 32] = True
     for rule in ("local", "lp"):
-        load = divide(counts, hosts, rule).sum(axis=1)
+        load = divide(counts, hosts, ONE_NODE[:32], rule).sum(axis=1)
         assert (load.max(axis=1) <= 1.01 * least_largest_load(counts, hosts)).all()
 
 
@@ -155,11 +191,11 @@ def test_waterfill_deals_by_what_devices_lack() -> None:
     """One expert of everyone beside fixed loads of 0, 10 and 30 tokens: a mean of 30 lacks 30, 20 and 0."""
     hosts = np.array([[True, False, False], [False, True, False], [False, False, True], [True, True, True]])
     counts = np.array([[0, 10, 30, 50]])
-    assert divide(counts, hosts, "waterfill")[0, 3].tolist() == [30, 20, 0]
+    assert divide(counts, hosts, ONE_NODE[:3], "waterfill")[0, 3].tolist() == [30, 20, 0]
     by_source = np.zeros((1, 3, 4), dtype=np.int64)
     by_source[0, 2] = counts
     parts = source_division(
-        divide(counts, hosts, "waterfill", by_source), counts, hosts, np.zeros(3, int), "waterfill", by_source
+        divide(counts, hosts, ONE_NODE[:3], "waterfill", by_source), counts, hosts, ONE_NODE[:3], "waterfill", by_source
     )
     assert parts[0, 2, 3].tolist() == pytest.approx([50 * 27 / 45, 50 * 18 / 45, 0.0])
 
@@ -185,11 +221,11 @@ def test_windows_of_counts_are_divided_like_steps() -> None:
 def test_what_cannot_be_divided_is_named() -> None:
     hosts = np.array([[True, False], [False, False]])
     with pytest.raises(mp.InputError, match="expert 1 has no replica"):
-        divide(np.array([[1, 2]]), hosts)
+        divide(np.array([[1, 2]]), hosts, ONE_NODE[:2])
     hosts[1] = True
     with pytest.raises(mp.InputError, match="at least 0, one is -2"):
-        divide(np.array([[1, -2]]), hosts)
+        divide(np.array([[1, -2]]), hosts, ONE_NODE[:2])
     with pytest.raises(mp.InputError, match="does not sum"):
-        divide(np.array([[1, 2]]), hosts, by_source=np.ones((1, 2, 2), dtype=np.int64))
+        divide(np.array([[1, 2]]), hosts, ONE_NODE[:2], by_source=np.ones((1, 2, 2), dtype=np.int64))
     with pytest.raises(mp.InputError, match=r"counts \[1, 3\]"):
-        divide(np.array([[1, 2, 3]]), hosts)
+        divide(np.array([[1, 2, 3]]), hosts, ONE_NODE[:2])

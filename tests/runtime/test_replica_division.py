@@ -29,7 +29,7 @@ def test_torch_divides_as_numpy_does(seed: int, devices: int, experts: int, node
     by_source, hosts = drawn(seed, devices, experts)
     node_of = np.arange(devices) // node_size
     counts = by_source.sum(axis=0)[None]
-    divided = divide(counts, hosts, "local", by_source[None])
+    divided = divide(counts, hosts, node_of, "local", by_source[None])
     parts = source_division(divided, counts, hosts, node_of, "local", by_source[None])[0]
     found = DeviceDivision(hosts, node_of, CPU)(torch.from_numpy(by_source))
     assert found.dtype == torch.int64

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from least_loads import set_tokens
 from small_clusters import topology
 from traces import make_trace
 
 import moeplace as mp
 from moeplace.placement.bounds import window_balance
-from moeplace.placement.division import set_tokens
 from moeplace.placement.jit import kernel
 from moeplace.solvers.search import device_work
+from moeplace.solvers.search.annealer import Annealer
+from moeplace.solvers.search.evaluator import Evaluator
 from moeplace.solvers.search.moves import MoveRules, Placement, carry_out, propose, slot_tables
-from moeplace.solvers.search.scenario import Scenario, with_drawn_windows
+from moeplace.solvers.search.scenario import (
+    Scenario,
+    mean_risks,
+    rates_for,
+    scenario_from,
+    with_drawn_windows,
+    with_sources,
+)
+from moeplace.solvers.search.starts import allowed_devices, even_shares
 
 pytestmark = pytest.mark.slow
 BALANCED = mp.Objective(replica_choice="balanced")
@@ -72,6 +84,51 @@ def test_loads_of_proposals_are_those_of_the_placement_divided_anew(devices: int
             carry_out(change, new, placement)
             kept += 1
     assert kept > 50
+
+
+def slow_links() -> mp.Topology:
+    """Two nodes of four devices, on so slow links that copies between them are dearer than experts' work."""
+    gpu = {"compute": 1e12, "memory": 80e9, "memory_bandwidth": 1e11, "intra_bandwidth": 2e9}
+    node = {"devices": [gpu] * 4, "inter_bandwidth": 1e8}
+    return mp.Topology.from_dict({"nodes": [node] * 2})
+
+
+def priced(problem: mp.Problem, tables: list[np.ndarray], proposals: int = 0) -> list[tuple[float, float, float]]:
+    """(as a search prices it while it walks, the same begun anew, as evaluated) seconds of a step of each slot table
+    [L, P], after so many proposals."""
+    scenario = with_sources(scenario_from(problem, "prefill", 512, 8, 0), problem, 0)
+    rules = [MoveRules(mask, False) for mask in allowed_devices(problem)]
+    annealer = Annealer(problem, scenario, rates_for(problem, scenario), rules, 0)
+    evaluator, risks = Evaluator(problem, scenario), mean_risks(scenario)
+
+    def seconds() -> float:
+        return float(np.stack([state.now.cost for state in annealer.states]).sum(axis=0).mean())
+
+    result = []
+    for table in tables:
+        annealer.start(list(table), even_shares(problem, list(table)), risks)
+        if proposals:
+            annealer.run(risks, proposals, 1.0, 0.1)
+        walked, now = seconds(), [state.now.slot_expert for state in annealer.states]
+        annealer.start(now, even_shares(problem, now), risks, 0)
+        result.append((walked, seconds(), evaluator.answer(now, even_shares(problem, now)).value))
+    annealer.close()
+    return result
+
+
+def test_walks_price_what_devices_have_no_room_for_as_the_division_sends_it() -> None:
+    """Nearly, where copies between nodes that follow from it are up to three quarters of a step's time; and after many
+    changes as begun anew."""
+    train, _ = make_trace(seed=3, sequences=80).split()
+    model = mp.ModelSpec(layers=3, experts=8, top_k=2, hidden_size=512, ffn_size=512)
+    problem = mp.Problem(model, slow_links(), mp.RoutingStatistics.from_trace(train), BALANCED, slots=16)
+    nearest = replace(problem, objective=mp.Objective(replica_choice="nearest"))
+    plans = [mp.solve(nearest, "search", step_tokens=512, steps=8, proposals=1000)]
+    plans += [mp.solve(nearest, "random", seed=seed) for seed in range(4)]
+    tables = [plan.physical_to_logical for plan in plans]
+    for walked, anew, evaluated in priced(problem, tables) + priced(problem, tables[1:3], proposals=200):
+        assert walked == pytest.approx(anew, rel=1e-9)
+        assert walked == pytest.approx(evaluated, rel=0.2)
 
 
 @pytest.mark.parametrize("division", ["local", "lp"])

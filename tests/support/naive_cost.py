@@ -137,7 +137,7 @@ def divided_serving(
         for home, chosen in zip(steps.source[mine], steps.expert_ids[mine, layer], strict=True):
             by_source[0, home, chosen] += 1
     hosts = plan.holds[layer]
-    whole = divide(counts, hosts, objective.division, by_source)
+    whole = divide(counts, hosts, plan.topology.node_of, objective.division, by_source)
     part = source_division(whole, counts, hosts, plan.topology.node_of, objective.division, by_source)[0]
 
     def served(expert: int, home: int) -> dict[int, float]:
