@@ -219,6 +219,13 @@ class PlannedMoELayer(AutoEPMoELayer):  # type: ignore[misc]
                 f"layer {self.layer}: the checkpoint was written under plan {bytes(saved.tolist()).decode()[:12]}, in "
                 f"force is {self.plan.fingerprint[:12]}; begin with the plan that it was written under"
             )
+        table = self.plan.physical_to_logical[self.plan.moe_layers.index(self.layer)]
+        given = any(f"{prefix}experts.{name}" in state_dict for name in WEIGHTS)
+        if saved is None and given and not np.array_equal(table, np.arange(self.plan.model.experts)):
+            raise InputError(
+                f"layer {self.layer}: the checkpoint does not say under which plan it was written: its rows would be "
+                "taken for those of this one. Build the engine from the whole model's weights instead"
+            )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     # The layer of a migration.

@@ -66,6 +66,9 @@ except ImportError as error:
 ROUTERS = r"mlp\.router$"
 """The modules that choose experts, by the names that megatron-core's layers have."""
 
+SLOTS = "expert_of_slot"
+"""Under it a state_dict's metadata says whose slots it has, rank by rank."""
+
 MAIN = "main"
 """What the 32-bit copy of a 16-bit parameter is called beside its optimizer's state."""
 
@@ -231,6 +234,24 @@ class PlannedMoELayer(MoELayer):  # type: ignore[misc]
             if name.startswith(f"{prefix}experts.") and isinstance(value, ShardedBase):
                 state[name] = self._in_order(value, len(sharded_offsets), name)
         return state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][SLOTS] = self._table(self.plan).tolist()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        # Distributed checkpoints name experts, and say nothing here: their slots are those in force.
+        written = local_metadata.get(SLOTS, self._table(self.plan).tolist())
+        if written != self._table(self.plan).tolist():
+            raise InputError(
+                f"layer {self.layer}: this state has experts as another plan has them, slot by slot: {written}, in "
+                f"force is {self._table(self.plan).tolist()}. Begin with the plan that it was written under, or use "
+                "megatron-core's distributed checkpoints (--ckpt-format torch_dist), which go by expert"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 
     def start(self, keepers: list[_Keeper]) -> None:
         """Once weights and optimizers are made: replicas get the weights of their expert's first slot."""

@@ -309,11 +309,24 @@ class PlannedRoutedExperts(RoutedExperts):  # type: ignore[misc]
 
 
 def _rearranged(module: PlannedRoutedExperts, value: DTensor, source: Rows, target: Rows) -> DTensor:
-    """The rows of `source` as those of `target`, sharded in the same way."""
+    """The rows of `source` as those of `target`, sharded in the same way.
+
+    Raises:
+        InputError: other rows.
+    """
+    _check_rows(module, value, len(source.expert))
     local = RowExchange(source, target, module.mesh)([value._local_tensor])[0]
     shape = torch.Size([len(target.expert), *value.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, value.device_mesh, value.placements, run_check=False, shape=shape, stride=stride)
+
+
+def _check_rows(module: PlannedRoutedExperts, value: Tensor, rows: int) -> None:
+    if len(value) != rows:
+        raise InputError(
+            f"layers.{module.layer}: a state has {len(value)} rows of experts, expected {rows}: one of each, in order, "
+            "as state_dict and torchtitan's checkpoints have them, and none of replicas"
+        )
 
 
 def _expert_names(module: PlannedRoutedExperts, prefix: str) -> list[str]:
@@ -338,6 +351,7 @@ def _by_plan(module: PlannedRoutedExperts, state: dict[str, Any], prefix: str, *
         if isinstance(value, DTensor):
             state[name] = _rearranged(module, value, module.in_order(), module.rows(module.plan))
         elif value is not None:
+            _check_rows(module, value, module.plan.model.experts)
             table = module.plan.physical_to_logical[module.plan.moe_layers.index(module.layer)]
             state[name] = value[torch.from_numpy(table).to(value.device)]
 

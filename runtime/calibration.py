@@ -27,7 +27,7 @@ from ..placement.cost import ExpertCost, Flows, all_to_all_latency, chance_reach
 from ..placement.errors import InputError
 from ..placement.model import ModelSpec
 from ..placement.topology import Device, Node, Topology
-from .moe.coordination import naming_unresponsive_ranks
+from .moe.coordination import check_consistent_over, naming_unresponsive_ranks
 from .moe.dispatcher import AllToAllStage, SentCopies
 from .moe.expert_mlps import GELU, ExpertMLP, SwiGLU
 from .moe.mesh import Stage, node_stages
@@ -532,7 +532,8 @@ def calibrate(
         The topology, and the timings it was fitted to.
 
     Raises:
-        InputError: `tokens` below one a rank; ranks of a node do not follow each other; timings that no rate fits.
+        InputError: a value out of range, or ranks with different ones; ranks of a node do not follow each other;
+            timings that no rate fits.
         RankError: a rank is lost on the way.
     """
     world = dist.group.WORLD
@@ -540,10 +541,20 @@ def calibrate(
     with naming_unresponsive_ranks(world):
         device = own_device()
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        failure = None
         if tokens is not None and tokens < dist.get_world_size():
-            raise InputError(
+            failure = InputError(
                 f"tokens ({tokens}) of a step: expected one or more for each of {dist.get_world_size()} ranks"
             )
+        elif experts is not None and experts < 1:
+            failure = InputError(
+                f"experts ({experts}) a device must be at least 1, or None for the model's over the ranks"
+            )
+        elif not 0.0 < round_seconds < float("inf"):
+            failure = InputError(f"round_seconds ({round_seconds}) must be above 0 and finite")
+        # Ranks that measure other sizes than the others would wait for them, or fit what nobody measured.
+        settings = f"{spec!r} {kind!r} {dtype} {experts} {tokens} {node_size} {uniform} {round_seconds} {device.type}"
+        check_consistent_over([world], "settings of calibrate", settings, failure)
         ranks = Ranks.of_world(device, node_size)
         here = -(-tokens // ranks.size) if tokens else TOKENS[device.type]
         row_bytes = spec.expert_input_size * dtype.itemsize

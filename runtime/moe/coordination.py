@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,15 +46,47 @@ def check_consistent(mesh: ExpertMesh, what: str, content: str, failure: Excepti
     row_of = dict(zip(mesh.grid.flatten().tolist(), _gather_everywhere(mesh, mine).cpu(), strict=True))
     if failure is not None:
         raise failure
-    refused = sorted(rank for rank, row in row_of.items() if row[0])
+    rows = {rank: (bool(row[0]), bytes(row[1:].tolist())) for rank, row in row_of.items()}
+    _raise_different(what, mesh.members[mesh.rank], rows)
+
+
+def check_consistent_over(
+    groups: Sequence[dist.ProcessGroup], what: str, content: str, failure: Exception | None = None
+) -> None:
+    """As `check_consistent`, of ranks that are no mesh of experts.
+
+    Args:
+        groups: of this rank, one after another, the same on all ranks: one that has all of them, or one for each
+            dimension in which they stand.
+        what, content, failure: see there.
+
+    Raises:
+        InputError: another rank gave other content, or cannot go on; both are named.
+        RankError: a rank did not come.
+    """
+    me = dist.get_rank()
+    rows = {me: (failure is not None, hashlib.sha256(content.encode()).hexdigest())}
+    for group in groups:
+        every: list[dict[int, tuple[bool, str]]] = [{}] * dist.get_world_size(group)
+        with naming_unresponsive_ranks(group):
+            dist.all_gather_object(every, rows, group=group)
+        for part in every:
+            rows |= part
+    if failure is not None:
+        raise failure
+    _raise_different(what, me, rows)
+
+
+def _raise_different(what: str, me: int, rows: Mapping[int, tuple[bool, Any]]) -> None:
+    """rows: of each rank, whether it refused, and a digest of what it has."""
+    refused = sorted(rank for rank, (cannot, _) in rows.items() if cannot)
     if refused:
         raise InputError(f"{what}: rank {_names(refused)} refused it; see the error there")
-    own = row_of[mesh.members[mesh.rank]]
-    differ = sorted(rank for rank, row in row_of.items() if not torch.equal(row[1:], own[1:]))
+    differ = sorted(rank for rank, (_, digest) in rows.items() if digest != rows[me][1])
     if differ:
         raise InputError(
-            f"{what}: rank {_names(differ)} has another one than rank {mesh.members[mesh.rank]}; give every rank the "
-            "same, for instance by reading one file"
+            f"{what}: rank {_names(differ)} has another one than rank {me}; give every rank the same, for instance by "
+            "reading one file"
         )
 
 

@@ -13,7 +13,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -158,10 +158,18 @@ class Decoder(ABC):
             routing: experts to use, for instance recorded ones.
 
         Raises:
-            InputError: more tokens than `start` was told of.
+            InputError: more tokens than `start` was told of; tokens, or a routing, that are not the model's.
         """
         if token_B is not None:
+            if token_B.shape != state.token_B.shape:
+                raise InputError(
+                    f"token_B has shape {list(token_B.shape)}, expected {list(state.token_B.shape)}: one of each "
+                    "sequence of all ranks"
+                )
+            check_tokens("token_B", token_B, self.parts.vocabulary)
             state.token_B = token_B.to(state.token_B)
+        if routing is not None:
+            self._check_routing(routing, len(state.token_B))
         sequence_T, count_G = state.active()
         limit = int(state.position_B.max()) + 1
         if limit > state.context.capacity:
@@ -204,6 +212,25 @@ class Decoder(ABC):
         """Waits for what is still under way; every rank calls this when it is done with a batch."""
         for layer in sorted(state.gathering):
             state.gathering.pop(layer).finish()
+
+    def _check_routing(self, routing: Routing, sequences: int) -> None:
+        """Raises InputError for experts that the layers do not have: -1 would be the last one."""
+        expert_LBK, weight_LBK = routing
+        expected = (len(self.parts.placed), sequences)
+        if expert_LBK.ndim != 3 or tuple(expert_LBK.shape[:2]) != expected or weight_LBK.shape != expert_LBK.shape:
+            raise InputError(
+                f"routing has ids of shape {list(expert_LBK.shape)} and weights of {list(weight_LBK.shape)}, expected "
+                f"[{expected[0]} MoE layers, {expected[1]} sequences, experts a token] twice"
+            )
+        if expert_LBK.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise InputError(f"routing has ids of {expert_LBK.dtype}, expected whole numbers")
+        experts = self.parts.placed[0].num_experts
+        wrong = expert_LBK[(expert_LBK < 0) | (expert_LBK >= experts)]
+        if wrong.numel():
+            raise InputError(
+                f"routing names expert {int(wrong[0])}, the layers have 0 to {experts - 1}; give a token that goes to "
+                "fewer experts any of these with a weight of 0"
+            )
 
     def _attend(
         self,
@@ -479,6 +506,7 @@ def prefill(
     length_b = torch.empty(0, dtype=torch.int64)
     try:
         length_b = _lengths(input_ids, attention_mask, new_tokens)
+        check_tokens("input_ids", input_ids, decoder.parts.vocabulary)
     except InputError as error:
         failure = error
     check_consistent(mesh, "settings of decoding", f"{new_tokens} {settings}", failure)
@@ -524,7 +552,7 @@ def prefill(
 
 def _lengths(input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int) -> Tensor:
     """[b] tokens of each prompt."""
-    if new_tokens < 1:
+    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
         raise InputError(f"new tokens ({new_tokens}) must be at least 1")
     if input_ids.ndim != 2:
         raise InputError(f"input_ids has shape {list(input_ids.shape)}, expected [prompts, tokens]")
@@ -538,6 +566,15 @@ def _lengths(input_ids: Tensor, attention_mask: Tensor | None, new_tokens: int) 
     if not torch.equal(mask.bool(), column >= mask.shape[1] - length_b[:, None]):
         raise InputError("attention_mask has zeros elsewhere than on the left; pad prompts on the left")
     return length_b
+
+
+def check_tokens(name: str, token: Tensor, vocabulary: int) -> None:
+    """Raises InputError for what is no token of the model: the rank alone would fail, and the others wait for it."""
+    if token.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"{name} is {token.dtype}, expected whole numbers (torch.int64 or torch.int32)")
+    wrong = token[(token < 0) | (token >= vocabulary)]
+    if len(wrong):
+        raise InputError(f"{name} has the token {int(wrong[0])}, the model's are 0 to {vocabulary - 1}")
 
 
 def _through_model(decoder: Decoder, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Any, Tensor]:
@@ -608,6 +645,11 @@ class DecoderParts:
     layers: tuple[LayerParts, ...]
     head: Callable[[Tensor], Tensor]
     cache_name: str
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return len(cast(Any, self.embed).weight)
 
     @property
     def placed(self) -> tuple[PlacedExperts, ...]:

@@ -136,7 +136,7 @@ def permute_checkpoint(
     spec = ModelSpec(**reading.fields)
     _check_same_model(spec, plan.model, reading.encoder_layers, source)
     order = expert_order(plan, spec.groups)
-    _check_state(source, order, invert)
+    _check_state(source, dict(zip(plan.moe_layers, order, strict=True)), invert)
 
     headers = read_weight_headers(source)
     tensors = [tensor for header in headers for tensor in header.tensors]
@@ -230,7 +230,7 @@ def _check_same_model(checkpoint: ModelSpec, plan: ModelSpec, encoder_layers: in
             )
 
 
-def _check_state(folder: Path, order: IntArray, invert: bool) -> None:
+def _check_state(folder: Path, order: Mapping[int, IntArray], invert: bool) -> None:
     recorded = read_expert_order(folder)
     if not invert and recorded is not None:
         raise InputError(
@@ -240,8 +240,8 @@ def _check_state(folder: Path, order: IntArray, invert: bool) -> None:
     if invert and recorded is None:
         raise InputError(f"{folder}: no {ORDER_FILE}, so this is not a permuted checkpoint and cannot be restored")
     if invert and recorded is not None:
-        rows = list(recorded.values())
-        if len(rows) != len(order) or any(not np.array_equal(a, b) for a, b in zip(rows, order, strict=True)):
+        same = recorded.keys() == order.keys() and all(np.array_equal(recorded[layer], order[layer]) for layer in order)
+        if not same:
             raise InputError(f"{folder}: permuted to another plan than the one given; use the plan it was made with")
 
 

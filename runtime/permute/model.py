@@ -12,7 +12,7 @@ import numpy as np
 
 from ..._arguments import check_types
 from ..._types import IntArray
-from ...placement.errors import InputError, UnsupportedError
+from ...placement.errors import InputError, MoeplaceError, UnsupportedError
 from ...placement.plan import Plan
 from .checkpoint import expert_order
 
@@ -150,25 +150,54 @@ def permute_model(
 
     Raises:
         UnsupportedError: a name or a tensor that is not known, an optimizer other than torch's own, a plan that no
-            order of experts can follow; see `expert_order`. Nothing has moved then.
-        InputError: a model that is not the plan's. Nothing has moved then.
+            order of experts can follow; see `expert_order`.
+        InputError: a model that is not the plan's, or ranks with different plans, tensors, gradients or state. Where
+            experts are spread over ranks, all of them raise, and nothing has moved on any.
     """
     import torch
 
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise UnsupportedError(
-            f"the state of {type(optimizer).__name__} cannot be permuted: give a torch.optim.Optimizer, or save the "
-            "permuted model and start its optimizer anew"
-        )
-    order = expert_order(plan)
-    rows = dict(zip(plan.moe_layers, np.argsort(order, axis=1) if invert else order.copy(), strict=True))
+    from ..moe.coordination import check_consistent_over
+
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    places = [place for chunk in chunks for place in _places(chunk, optimizer)]
-    ranks = _checked(places, plan, expert_group)
+    groups = _groups(chunks, expert_group)
+    failure: MoeplaceError | None = None
+    places: list[Place] = []
+    order, ranks = np.empty((0, 0), dtype=np.int64), 1
+    try:
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise UnsupportedError(
+                f"the state of {type(optimizer).__name__} cannot be permuted: give a torch.optim.Optimizer, or save "
+                "the permuted model and start its optimizer anew"
+            )
+        order = expert_order(plan)
+        places = [place for chunk in chunks for place in _places(chunk, optimizer)]
+        ranks = _checked(places, plan, expert_group)
+    except MoeplaceError as error:
+        failure = error
+    if groups:
+        moved = [
+            f"{p.role.place} {p.layer} {len(p.tensors)} {p.tensors[0].dtype} {list(p.tensors[0].shape)}" for p in places
+        ]
+        content = "\n".join([str(order.tolist()), str(invert), *moved])
+        check_consistent_over(groups, "plan, model and optimizer state to permute", content, failure)
+    elif failure is not None:
+        raise failure
+    rows = dict(zip(plan.moe_layers, np.argsort(order, axis=1) if invert else order.copy(), strict=True))
     with torch.no_grad():
         for place in places:
             _move(place, rows[place.layer], plan.model.experts, ranks, expert_group)
     return order
+
+
+def _groups(chunks: Sequence[torch.nn.Module], expert_group: ProcessGroup | None) -> list[ProcessGroup]:
+    """Of the ranks that change experts with each other: they go on together, or none does."""
+    from torch.distributed.tensor import DTensor
+
+    if expert_group is not None:
+        return [expert_group]
+    tensors = (t for chunk in chunks for t in (*chunk.parameters(), *chunk.buffers()) if isinstance(t, DTensor))
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors)
+    return list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
 
 
 def _places(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[Place]:

@@ -64,6 +64,7 @@ def test_a_planned_run_equals_one_process_in_each_stage_through_a_change_and_a_c
         assert found["moves"] > 0
         assert all(found["replicas"])
         assert "the checkpoint was written under plan" in found["other plan"]
+        assert "the checkpoint does not say under which plan it was written" in found["no plan"]
         recorded, chosen = found["recorded"]
         assert recorded == chosen
 

@@ -59,6 +59,9 @@ def test_what_plans_do_not_go_with_is_refused_by_name(tmp_path: Path) -> None:
     assert "moe_pad_expert_input_to_capacity=True does not go with a plan" in said["capacity"]
     assert "has no MoELayer" in said["dense"]
     assert "no planned layers" in said["unplanned"]
+    for name in ("slots", "slots, not strictly"):
+        assert "layer 0: this state has experts as another plan has them, slot by slot" in said[name]
+    assert "same slots" not in said
     assert "'dp_reshardable' writes slots as they lie in buffers" in said["flat checkpoint"]
     assert "wrap the model in it" in said["unwrapped"]
 

@@ -27,6 +27,8 @@ def test_a_planned_run_equals_one_process_through_changes_of_plan_and_a_checkpoi
             assert run["moved"] > 10
             assert run["replicas equal"]
             assert run["resumed"]["from"] == 6
+            assert len(run["slots"]) == 2
+            assert all("rows of experts, expected 8: one of each" in words for words in run["slots"])
             assert run["resumed"]["curve"] == pytest.approx(alone["curve"][6:], rel=2e-6)
     for case in ("two by two, uneven rows", "four"):
         assert found[0][case]["names"] == [], "a checkpoint has the names that torchtitan's own has"

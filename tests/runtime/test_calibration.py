@@ -120,6 +120,16 @@ def test_steps_with_less_than_a_token_a_rank_are_refused(found: list[dict[str, A
     assert all("tokens (3) of a step" in one["too_few"] for one in found)
 
 
+def test_ranks_with_other_settings_are_told_and_none_waits(found: list[dict[str, Any]]) -> None:
+    for rank, words in enumerate(one["unlike"] for one in found):
+        assert f"has another one than rank {rank}" in words["tokens"]
+        assert words["one refuses"].startswith(
+            "tokens (3)" if rank == 2 else "settings of calibrate: rank 2 refused it"
+        )
+        assert words["experts"].startswith("experts (0) a device must be at least 1")
+        assert words["round_seconds"].startswith("round_seconds (0.0)")
+
+
 def test_nodes_that_do_not_divide_the_ranks_are_refused_on_every_rank(found: list[dict[str, Any]]) -> None:
     assert all("4 ranks cannot be nodes of 3" in one["refused"] for one in found)
 

@@ -136,6 +136,13 @@ def test_a_plan_applied_between_two_generations_changes_no_token(behaviours: lis
         ("mask", "InputError", "pad prompts on the left"),
         ("empty", "InputError", "prompt 0 of this rank is empty"),
         ("full", "InputError", "the context holds 5 tokens"),
+        ("float", "InputError", "input_ids is torch.float32, expected whole numbers"),
+        ("fraction", "InputError", "new tokens \\(2.5\\) must be"),
+        ("negative token", "InputError", "input_ids has the token -\\d+, the model's are 0 to"),
+        ("step tokens", "InputError", "token_B has the token 1000"),
+        ("step shape", "InputError", "token_B has shape \\[1\\], expected \\[8\\]"),
+        ("step routing", "InputError", "routing names expert -1, the layers have 0 to 7"),
+        ("step routing shape", "InputError", "routing has ids of shape \\[1, 8, 2\\]"),
     ],
 )
 def test_what_would_give_other_tokens_is_refused_on_every_rank(
@@ -158,6 +165,8 @@ def test_ranks_with_different_plans_or_settings_are_told_whose_differ(behaviours
 def test_a_rank_that_refuses_does_not_leave_the_others_waiting(behaviours: list[Any]) -> None:
     for rank, found in enumerate(behaviours):
         assert ("rank 3 refused it" in found["refusals"]["one_refuses"][1]) == (rank != 3)
+        words = "input_ids has the token" if rank == 1 else "rank 1 refused it"
+        assert words in found["refusals"]["unknown token"][1]
 
 
 def test_a_rank_that_dies_is_named_by_the_others_within_the_timeout(tmp_path: Path) -> None:

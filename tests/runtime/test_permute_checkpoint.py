@@ -215,6 +215,13 @@ def test_the_order_is_recorded_and_guards_against_permuting_twice(
         permute_checkpoint(tmp_path / "out", models.random_plan(source, seed=2), tmp_path / "again", invert=True)
     with pytest.raises(mp.InputError, match="not a permuted checkpoint"):
         permute_checkpoint(source, plan, tmp_path / "again", invert=True)
+    # The same rows under other layers are another order.
+    record = json.loads((tmp_path / "out" / ORDER_FILE).read_text())
+    layers = list(record["expert_order"])
+    rows = dict(zip(reversed(layers), record["expert_order"].values(), strict=True))
+    (tmp_path / "out" / ORDER_FILE).write_text(json.dumps({**record, "expert_order": rows}))
+    with pytest.raises(mp.InputError, match="another plan"):
+        permute_checkpoint(tmp_path / "out", plan, tmp_path / "again", invert=True)
     (tmp_path / "out" / ORDER_FILE).write_text(
         json.dumps({"format": "moeplace.expert_order", "version": 1, "expert_order": {"0": [0, 0, 1]}})
     )

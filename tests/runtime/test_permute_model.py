@@ -91,6 +91,15 @@ def test_distributed_tensors_are_permuted_however_they_are_sharded(tmp_path: Pat
             assert rows == wanted(int(name.split("layers.")[1].split(".")[0]), plan(2).physical_to_logical), name
 
 
+def test_ranks_that_would_move_different_experts_are_told_and_none_waits(tmp_path: Path) -> None:
+    for rank, words in enumerate(spawned(2, "unlike", tmp_path)):
+        for name in ("plan", "way", "gradients"):
+            assert f"rank {1 - rank} has another one than rank {rank}" in words[name], name
+        assert ("expert_of_nobody speaks of experts" if rank == 1 else "rank 1 refused it") in words["one refuses"]
+        sharded = "layer 1 has no router" if rank == 1 else "rank 1 refused it"
+        assert sharded in words["one refuses, sharded"]
+
+
 TITAN: dict[str, tuple[str, ...]] = {
     "0.2": ("experts.w1", "experts.w2", "experts.w3", "router.gate.weight", "expert_bias", "tokens_per_expert"),
     "0.3": (

@@ -17,13 +17,26 @@ TINY = mp.ModelSpec(layers=1, experts=8, top_k=2, hidden_size=32, ffn_size=16, e
 def measured(rank: int, world: int, folder: Path) -> dict[str, Any]:
     join_group(rank, world, folder)
     refused, too_few = refusal(node_size=3), refusal(tokens=3)
+    unlike = {
+        "tokens": refusal(tokens=64 + 64 * rank),
+        "one refuses": refusal(tokens=3 if rank == 2 else 64),
+        "experts": refusal(experts=0),
+        "round_seconds": refusal(round_seconds=0.0),
+    }
     heard: list[str] = []
     found = calibrate(TINY, tokens=64, node_size=2, round_seconds=0.005, listen=heard.append)
     dist.destroy_process_group()
-    return {"refused": refused, "too_few": too_few, "heard": heard, "remarks": found.remarks, **found.to_dict()}
+    return {
+        "unlike": unlike,
+        "refused": refused,
+        "too_few": too_few,
+        "heard": heard,
+        "remarks": found.remarks,
+        **found.to_dict(),
+    }
 
 
-def refusal(**given: int) -> str:
+def refusal(**given: Any) -> str:
     try:
         calibrate(TINY, **given)
     except mp.InputError as error:

@@ -306,6 +306,13 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, list[str]
         finally:
             decoder.drain(state)
 
+    def stepped(**arguments: Any) -> None:
+        state = decoder.start(ids, 2)
+        try:
+            decoder.step(state, **arguments)
+        finally:
+            decoder.drain(state)
+
     cases: dict[str, Callable[[], Any]] = {
         "training": lambda: ContextCoherentDecoder(olmoe().train(), good, flat),
         "family": lambda: ContextCoherentDecoder(llama, good, flat),
@@ -332,6 +339,19 @@ def refusals(rank: int, world: int, flat: Any, deep: Any) -> dict[str, list[str]
         "empty": lambda: decoder.generate(ids, 2, attention_mask=torch.zeros(2, 4)),
         "unequal": lambda: decoder.generate(ids, 3 if rank == 2 else 2),
         "full": full,
+        "float": lambda: decoder.generate(ids.float(), 2),
+        "fraction": lambda: decoder.generate(ids, 2.5),  # type: ignore[arg-type]
+        # One rank alone would fail in its embedding, and the others wait.
+        "unknown token": lambda: decoder.generate(ids + (1000 if rank == 1 else 0), 2),
+        "negative token": lambda: decoder.generate(ids - 1000, 2),
+        "step tokens": lambda: stepped(token_B=torch.full((2 * world,), 1000)),
+        "step shape": lambda: stepped(token_B=torch.zeros(1, dtype=torch.int64)),
+        "step routing": lambda: stepped(
+            routing=(torch.full((2, 2 * world, 2), -1), torch.full((2, 2 * world, 2), 0.5))
+        ),
+        "step routing shape": lambda: stepped(
+            routing=(torch.zeros(1, 2 * world, 2, dtype=torch.int64), torch.zeros(1, 2 * world, 2))
+        ),
     }
     said = {}
     for name, attempt in cases.items():

@@ -333,6 +333,12 @@ def refused(rank: int, world: int, folder: Path) -> Any:
     unplanned, run = Run(1), Run(1, plan, distributed=True)
     refusal("unplanned", lambda: PlacedModel([unplanned.model], unplanned.optimizer))
     refusal("unwrapped", lambda: PlacedModel([run.model.module], run.optimizer))
+    # As --ckpt-format torch writes it: slot by slot, under the plan then in force.
+    other = Run(1, plan_of(config, 1, 8, 1), distributed=True)
+    refusal("slots", lambda: other.model.module.load_state_dict(run.model.module.state_dict()))
+    refusal("slots, not strictly", lambda: other.model.load_state_dict(run.model.state_dict(), strict=False))
+    again = Run(1, plan, distributed=True)
+    refusal("same slots", lambda: again.model.module.load_state_dict(run.model.module.state_dict()))
     metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
     refusal("flat checkpoint", lambda: run.optimizer.sharded_state_dict({}, metadata=metadata))
     dist.destroy_process_group()

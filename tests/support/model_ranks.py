@@ -160,4 +160,49 @@ def _titan(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
-JOBS = {"megatron": _megatron, "titan": _titan}
+def _unlike(rank: int, world: int) -> dict[str, Any]:
+    """Ranks that would move different tensors, by different plans, or of which one refuses: all of them say so."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    size, group = EXPERTS // world, dist.group.WORLD
+    found: dict[str, Any] = {}
+
+    def attempt(name: str, model: torch.nn.Module, **arguments: Any) -> None:
+        before = {key: value.clone() for key, value in model.named_parameters()}
+        try:
+            permute_model(model, arguments.pop("plan", plan(world)), **arguments)
+            found[name] = ""
+        except mp.MoeplaceError as refusal:
+            found[name] = str(refusal)
+        assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
+
+    def local() -> Values:
+        return megatron("grouped", range(rank * size, (rank + 1) * size))
+
+    attempt("plan", local(), plan=plan(world, seed=rank), expert_group=group)
+    attempt("way", local(), invert=rank == 1, expert_group=group)
+    gradients = local()
+    if rank == 0:
+        for parameter in gradients.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    attempt("gradients", gradients, expert_group=group)
+    unknown = local()
+    if rank == 1:
+        unknown.register_parameter("expert_of_nobody", torch.nn.Parameter(torch.zeros(1)))
+    attempt("one refuses", unknown, expert_group=group)
+    mesh = init_device_mesh("cpu", (world,))
+    stem = "layers.1.moe."
+    values = {
+        f"{stem}experts.w1": distribute_tensor(marked(range(EXPERTS), WIDTH, FFN, layer=1), mesh, [Shard(0)]),
+        f"{stem}router.gate.weight": distribute_tensor(marked(range(EXPERTS), WIDTH, layer=1), mesh, [Replicate()]),
+    }
+    titan = Values({key: value for key, value in values.items() if rank == 0 or "router" not in key})
+    try:
+        permute_model(titan, plan(world))
+    except mp.MoeplaceError as refusal:
+        found["one refuses, sharded"] = str(refusal)
+    return found
+
+
+JOBS = {"megatron": _megatron, "titan": _titan, "unlike": _unlike}

@@ -279,6 +279,7 @@ def together(rank: int, world: int, folder: Path) -> Any:
         # Another plan goes on from the checkpoint.
         resumed = planned(base, folder / f"{number}-2.json").build()
         found["resumed"] = {**run(resumed, 8), "from": resumed.step - 2, "plan": resumed.plan.fingerprint}
+        found["slots"] = slots_refused(resumed)
         dist.barrier()
         if rank == 0:
             wait_for(folder / "alone" / "checkpoint" / "step-6" / ".metadata")
@@ -289,6 +290,19 @@ def together(rank: int, world: int, folder: Path) -> Any:
         dist.barrier()
     result["refused"] = refusals(rank, world, folder)
     return result
+
+
+def slots_refused(trainer: PlannedTrainer) -> list[str]:
+    """What is said of rows as slots have them, replicas among them, sharded or whole, where a state has experts in
+    order."""
+    layer, said = trainer.expert_layers[0], []
+    sharded = {f"inner_experts.{name}": value.detach() for name, value in layer.inner_experts.named_parameters()}
+    for state in (sharded, {name: torch.zeros(value.shape) for name, value in sharded.items()}):
+        try:
+            layer.load_state_dict(state, strict=False)
+        except mp.InputError as refusal:
+            said.append(str(refusal))
+    return said
 
 
 def replicas_equal(trainer: PlannedTrainer) -> bool:
