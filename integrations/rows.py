@@ -353,13 +353,14 @@ class RowMigration:
 
     def _check(self) -> None:
         failure: MoeplaceError | None = None
-        try:
-            for layer in self._layers:
-                check_slots(self.plan, layer.plan, layer.layer)
-        except MoeplaceError as error:
-            failure = error
         content = [self.plan.fingerprint, str(self._chunk_bytes)]
-        content += [f"{tensor.dtype} {list(tensor.shape[1:])}" for layer in self._layers for tensor in layer.tensors()]
+        # Tensors first, on every rank: a framework may gather them.
+        for layer in self._layers:
+            try:
+                content += [f"{tensor.dtype} {list(tensor.shape[1:])}" for tensor in layer.tensors()]
+                check_slots(self.plan, layer.plan, layer.layer)
+            except MoeplaceError as error:
+                failure = failure or error
         check_consistent(self._mesh, "new plan and optimizer state", "\n".join(content), failure)
 
 

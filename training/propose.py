@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ..placement.decide import decide
-from ..placement.errors import MoeplaceError
-from ..placement.files import write_text
+from ..placement.errors import FileFormatError, MoeplaceError
+from ..placement.files import parse_json, read_text, write_text
 from ..placement.objective import Objective
 from ..placement.plan import Plan
 from ..placement.problem import Problem
@@ -105,14 +105,20 @@ def request(folder: Path, current: Plan, terms: Terms) -> list[str]:
     return ["-P", "-m", __name__, str(folder)]
 
 
+ANSWER_LIMIT = 1 << 20
+"""Bytes that an answer may have."""
+
+
 def answer(folder: Path) -> tuple[Plan | None, str]:
     """(plan to apply or None, why): what the program answered, also where it ended without an answer.
 
     Raises:
-        InputError: its plan cannot be read.
+        InputError, FileFormatError: its answer or its plan cannot be read.
     """
     path = folder / "answer.json"
-    decision = json.loads(path.read_text()) if path.is_file() else {}
+    decision = parse_json(read_text(path, limit_bytes=ANSWER_LIMIT), str(path)) if path.is_file() else {}
+    if not isinstance(decision, dict):
+        raise FileFormatError(f"{path}: expected a JSON object, found {type(decision).__name__}")
     plan = Plan.load(folder / "plan.json") if decision.get("apply") else None
     return plan, str(decision.get("reason", "the solver ended without an answer"))
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._arguments import check_fields
-from ..placement.errors import InputError, RankError
+from ..placement.errors import InputError, MoeplaceError, RankError
 from ..placement.plan import Plan, plan_from_dict, plan_to_dict
 from ..profiler import profile
 from ..profiler.profile import Recorder
@@ -169,6 +169,8 @@ class Rebalancer:
         self._steps = self._round = self.applied = 0
         self._recorder: Recorder | None = None
         self._solving: subprocess.Popen[bytes] | None = None
+        self._unsolved: str | None = None
+        """On the first rank, why there will be no answer."""
         self._waiting = False
         self._change: PlanChange | None = None
 
@@ -210,7 +212,7 @@ class Rebalancer:
             self._solving.wait()
         if self._change is not None:
             self._change.cancel()
-        self._recorder = self._solving = self._change = None
+        self._recorder = self._solving = self._change = self._unsolved = None
         self._waiting = False
 
     def _record(self) -> None:
@@ -235,23 +237,38 @@ class Rebalancer:
             dispatch_dtype=dispatch_dtype,
             combine_dtype=combine_dtype,
         )
-        arguments = request(self._here, self.plan, terms)
-        with (self._here / "solver.log").open("wb") as log:
-            self._solving = subprocess.Popen(
-                [sys.executable, *arguments], stdout=log, stderr=log, preexec_fn=lambda: os.nice(10), env=_environment()
-            )
+        try:
+            arguments = request(self._here, self.plan, terms)
+            with (self._here / "solver.log").open("wb") as log:
+                self._solving = subprocess.Popen(
+                    [sys.executable, *arguments],
+                    stdout=log,
+                    stderr=log,
+                    preexec_fn=lambda: os.nice(10),
+                    env=_environment(),
+                )
+        except (OSError, MoeplaceError) as error:
+            # The others wait for an answer: this is one.
+            self._unsolved = f"the solver cannot be started ({type(error).__name__}: {error})"
+            return
         self._say(f"step {self._steps}: {self._record_steps} steps recorded, solving")
 
     def _listen(self) -> None:
         """The first rank says whether its process has ended, and with what."""
         message = torch.zeros(2, dtype=torch.int64)
         body = b""
-        if self._solving is not None and self._solving.poll() is not None:
-            plan, reason = answer(self._here)
+        ended = self._solving is not None and self._solving.poll() is not None
+        if ended or self._unsolved is not None:
+            plan, reason = None, self._unsolved or ""
+            if ended:
+                try:
+                    plan, reason = answer(self._here)
+                except (OSError, MoeplaceError) as error:
+                    reason = f"the solver's answer cannot be read ({error})"
             self._say(f"step {self._steps}: {'apply' if plan else 'keep'}: {reason}")
             body = b"" if plan is None else json.dumps(plan_to_dict(plan)).encode()
             message = torch.tensor([KEEP if plan is None else APPLY, len(body)])
-            self._solving = None
+            self._solving = self._unsolved = None
         message = self._from_first(message)
         if int(message[0]) == PENDING:
             return

@@ -24,4 +24,8 @@ def test_rows_get_to_where_another_table_has_them_and_replicas_share_their_gradi
         assert "the plan in force stays: rank 1: RuntimeError: a rank without its memory" in rank["failed"]
         assert rank["after"] == [True, True]
         assert "new plan and optimizer state: rank" in rank["different"]
+    assert [rank["one refuses"].partition(";")[0] for rank in found] == [
+        *["new plan and optimizer state: rank 2 refused it"] * 2,
+        "state of another shape",
+    ]
     assert len(found) == 3

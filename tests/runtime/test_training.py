@@ -43,6 +43,14 @@ def test_a_plain_loop_records_solves_beside_training_and_changes_its_plan(tmp_pa
     assert found[1]["news"] == []
 
 
+def test_a_solver_that_cannot_be_started_or_heard_leaves_no_rank_waiting(tmp_path: Path) -> None:
+    found = launch("training_ranks:unanswered", 2, tmp_path)
+    for rank in found:
+        assert all(case["done"] and case["applied"] == 0 for case in rank.values())
+    assert "keep: the solver cannot be started (OSError: [Errno 28] No space" in found[0]["no start"]["news"][-1]
+    assert "keep: the solver's answer cannot be read" in found[0]["no answer"]["news"][-1]
+
+
 def test_the_trainer_calls_back_and_refuses_its_own_clipping_and_saving(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     found = launch("training_ranks:trainer", 2, tmp_path)

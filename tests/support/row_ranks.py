@@ -77,12 +77,12 @@ def summed(target: Rows, mesh: ExpertMesh, draw: np.random.Generator) -> tuple[f
 
 
 class Layer:
-    """A layer whose rows are weights and one moment. fails: raises when asked for them."""
+    """A layer whose rows are weights and one moment. fails: raises when asked for them; refuses: so does this."""
 
     def __init__(self, layer: int, plan: mp.Plan, mesh: ExpertMesh) -> None:
         self.layer, self.plan, self.mesh = layer, plan, mesh
         self.values = [content(self.rows(plan), mesh.rank, 3) + layer, content(self.rows(plan), mesh.rank, 2) - layer]
-        self.fails = False
+        self.fails = self.refuses = False
 
     def rows(self, plan: mp.Plan) -> Rows:
         return Rows(plan.physical_to_logical[plan.moe_layers.index(self.layer)], plan.slot_device)
@@ -90,6 +90,8 @@ class Layer:
     def tensors(self) -> list[Tensor]:
         if self.fails:
             raise RuntimeError("a rank without its memory")
+        if self.refuses:
+            raise mp.UnsupportedError("state of another shape")
         return self.values
 
     def write(self, tensors: Sequence[Tensor], rows: Sequence[int]) -> None:
@@ -142,4 +144,9 @@ def migrated(mesh: ExpertMesh, world: int) -> dict[str, Any]:
         RowMigration(layers, second if mesh.rank else third, mesh)
     except mp.InputError as error:
         result["different"] = str(error)
+    layers[0].refuses = mesh.rank == 2
+    try:
+        RowMigration(layers, second, mesh)
+    except mp.MoeplaceError as error:
+        result["one refuses"] = str(error)
     return result

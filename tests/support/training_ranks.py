@@ -60,6 +60,45 @@ def plain_loop(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return {**curves, "news": news}
 
 
+def unanswered(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    """A first rank that cannot start its solver, and one that cannot read the answer: training goes on, on all."""
+    from moeplace.training import rebalancer as module
+
+    join_group(rank, world, folder)
+    mesh = init_device_mesh("cpu", (world,))
+    result: dict[str, Any] = {}
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    def answered(folder: Path, plan: Any, terms: Any) -> list[str]:
+        (folder / "answer.json").write_text('{"apply": tr')
+        return ["-c", "pass"]
+
+    for name, stand_in in (("no start", full), ("no answer", answered)):
+        model = olmoe(use_cache=False).train()
+        mp.parallelize(model, index_order(world, model), mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        news: list[str] = []
+        module.request = stand_in
+        rebalancer = Rebalancer(model, optimizer, folder / name, every=3, record_steps=2, say=news.append)
+        for step in range(40):
+            ids = tokens(2, 8, seed=step * world + rank)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            rebalancer.step()
+            done = torch.tensor(int(any("keep" in line for line in news)))
+            dist.all_reduce(done, dist.ReduceOp.MAX)
+            if done:
+                break
+            time.sleep(0.02)
+        rebalancer.close()
+        result[name] = {"news": news, "applied": rebalancer.applied, "done": bool(done)}
+    dist.destroy_process_group()
+    return result
+
+
 def _wait_for_answers(folder: Path) -> None:
     """Until every round that was given to the solver is answered, so that a slow machine takes no more steps."""
     while any(not (path.parent / "answer.json").is_file() for path in folder.glob("*/current.json")):
