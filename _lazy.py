@@ -63,14 +63,14 @@ def names_extra(function: F) -> F:
     """Has the error of a library that an extra brings, and that is not installed, say so."""
 
     @functools.wraps(function)
-    def told(*args: Any, **kwargs: Any) -> Any:
+    def telling(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except ModuleNotFoundError as error:
             error.msg = missing_extra(error) or error.msg
             raise
 
-    return cast(F, told)
+    return cast(F, telling)
 
 
 class _Package(ModuleType):

@@ -82,13 +82,13 @@ def check_values(command: Any, ctx: Any, words: list[str]) -> None:
     Raises:
         typer.BadParameter: the first that is wrong, in the order of the command line.
     """
-    given, _, order = command.make_parser(ctx).parse_args(args=list(words))
+    typed, _, order = command.make_parser(ctx).parse_args(args=list(words))
     params = command.get_params(ctx)
-    if any(param.is_eager and param.name in given for param in params):
+    if any(param.is_eager and param.name in typed for param in params):
         return
     signature = inspect.signature(command.callback).parameters
     for param in dict.fromkeys([*order, *params]):
-        value = given.get(param.name)
+        value = typed.get(param.name)
         if value is None:
             value = param.value_from_envvar(ctx)
         if value is None or param.name not in signature:

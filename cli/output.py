@@ -203,10 +203,10 @@ WRITTEN: list[str] = []
 """What the command that runs has written so far: all that is left of it after Ctrl-C."""
 
 
-def wrote(what: object, *, told: bool = True) -> None:
-    """Notes what is on disk from now on, whatever comes. told: at once, where no table will say it."""
+def wrote(what: object, *, show: bool = True) -> None:
+    """Notes what is on disk from now on, whatever comes. show: at once, where no table will say it."""
     WRITTEN.append(str(what))
-    if told:
+    if show:
         note(f"wrote {what}")
 
 

@@ -409,8 +409,8 @@ def check_restart(engine: str | None) -> None:
     from ..placement.engines import engine_profile
 
     if engine is None or not engine_profile(engine).restart:
-        told = "without --for of an engine" if engine is None else f"for {engine}, which is no engine"
-        refuse_idle(f"{told} that restarts to take a plan", "restart_seconds")
+        context = "without --for of an engine" if engine is None else f"for {engine}, which is no engine"
+        refuse_idle(f"{context} that restarts to take a plan", "restart_seconds")
 
 
 def split_list(text: str | None) -> list[str]:

@@ -396,7 +396,7 @@ def _latest(of: Any = None) -> list[Any]:
 
     waiting, open_jobs = DecisionRow.state == "waiting", JobRow.state.in_(("queued", "running"))
     running = JobRow.state == "running"
-    found = [
+    latest = [
         chosen(func.max(CheckRow.key), CheckRow),
         chosen(func.max(DecisionRow.key), DecisionRow),
         chosen(func.count(), DecisionRow, waiting),
@@ -404,7 +404,7 @@ def _latest(of: Any = None) -> list[Any]:
         chosen(func.sum(JobRow.key), JobRow, open_jobs),
         chosen(func.sum(JobRow.key), JobRow, running),
     ]
-    return [*found, select(func.max(AuditRow.key)).scalar_subquery()] if of is None else found
+    return [*latest, select(func.max(AuditRow.key)).scalar_subquery()] if of is None else latest
 
 
 N = TypeVar("N", ModelRow, TopologyRow, StatisticsRow, PlanRow)

@@ -268,14 +268,14 @@ class PlannedMoELayer(AutoEPMoELayer):  # type: ignore[misc]
 
     def _kept(self, weight: nn.Parameter) -> list[Tensor]:
         state = {} if self.optimizer is None else self.optimizer.state.get(weight, {})
-        kept = [state[name] for name in sorted(state) if isinstance(state[name], Tensor) and state[name].ndim]
-        for value in kept:
+        values = [state[name] for name in sorted(state) if isinstance(state[name], Tensor) and state[name].ndim]
+        for value in values:
             if value.shape != weight.shape:
                 raise UnsupportedError(
                     f"{type(self.optimizer).__name__} keeps state of shape {list(value.shape)} for experts of shape "
                     f"{list(weight.shape)}; use an optimizer that works element by element, as Adam does"
                 )
-        return kept
+        return values
 
 
 def _check(plan: Plan, spec: Any, ep_size: int, config: Any) -> int:

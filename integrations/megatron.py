@@ -377,14 +377,16 @@ class PlannedMoELayer(MoELayer):  # type: ignore[misc]
         """A factory builds its tensors only when asked to."""
         if not isinstance(value, ShardedTensorFactory):
             return int(value.global_offset[axis])
-        found: list[int] = []
+        offsets: list[int] = []
         dict_list_map_outplace(
-            lambda tensor: found.append(int(tensor.global_offset[axis])) if isinstance(tensor, ShardedTensor) else None,
+            lambda tensor: (
+                offsets.append(int(tensor.global_offset[axis])) if isinstance(tensor, ShardedTensor) else None
+            ),
             value.build(),
         )
-        if len(set(found)) != 1:
-            raise UnsupportedError(f"{name} is one tensor of the slots {sorted(set(found))}, which plans cannot part")
-        return found[0]
+        if len(set(offsets)) != 1:
+            raise UnsupportedError(f"{name} is one tensor of the slots {sorted(set(offsets))}, which plans cannot part")
+        return offsets[0]
 
 
 def _at(tensor: Any, axis: int, expert: int, experts: int) -> Any:
@@ -477,7 +479,7 @@ class _Keeper:
         """What is kept beside the parameter itself, in one order on all ranks."""
         if self._optimizer is None:
             return []
-        found = {
+        names = {
             key
             for state in self._optimizer.optimizer.state.values()
             for key, value in state.items()
@@ -485,24 +487,24 @@ class _Keeper:
         }
         if self._sharded:
             every: list[Any] = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(every, sorted(found), group=self.group)
-            found = set().union(*every)
-        return [MAIN] * (parameter.dtype != torch.float32) + sorted(found)
+            dist.all_gather_object(every, sorted(names), group=self.group)
+            names = set().union(*every)
+        return [MAIN] * (parameter.dtype != torch.float32) + sorted(names)
 
     def gather(self, parameters: Sequence[nn.Parameter], name: str) -> Tensor:
         """[parameters, elements] of what is kept under a name."""
         result = torch.zeros(len(parameters), parameters[0].numel(), dtype=torch.float32, device=parameters[0].device)
         for row, parameter in zip(result, parameters, strict=True):
-            if (kept := self._kept(parameter, name)) is not None:
-                row[self._run(parameter)] = kept.flatten()
+            if (stored := self._kept(parameter, name)) is not None:
+                row[self._run(parameter)] = stored.flatten()
         if self._sharded:
             dist.all_reduce(result, group=self.group)
         return result
 
     def put(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
         """Keeps `value` [elements], as far as it falls to this rank."""
-        if (kept := self._kept(parameter, name)) is not None:
-            kept.copy_(value[self._run(parameter)].view_as(kept))
+        if (stored := self._kept(parameter, name)) is not None:
+            stored.copy_(value[self._run(parameter)].view_as(stored))
 
     def whole_gradient(self, parameter: nn.Parameter) -> Tensor:
         """As it was reduced; of the distributed optimizer's, a rank has its own run alone."""
@@ -521,13 +523,13 @@ class _Keeper:
         main = self.main(parameter)
         if main is None or name == MAIN:
             return main
-        kept = self._optimizer.optimizer.state[main][name]
-        if not isinstance(kept, Tensor) or kept.shape != main.shape:
+        stored = self._optimizer.optimizer.state[main][name]
+        if not isinstance(stored, Tensor) or stored.shape != main.shape:
             raise UnsupportedError(
                 f"{type(self._optimizer.optimizer).__name__} keeps {name!r} of another shape than its parameter; use "
                 "an optimizer that works element by element, as Adam does"
             )
-        return kept
+        return stored
 
     def _run(self, parameter: nn.Parameter) -> slice:
         if not self._distributed:

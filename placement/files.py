@@ -57,8 +57,8 @@ def full_disk_told(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        told = "the disk is full; free some space, or name a place on another. Nothing was written there"
-        raise OSError(error.errno, told, str(target)) from error
+        message = "the disk is full; free some space, or name a place on another. Nothing was written there"
+        raise OSError(error.errno, message, str(target)) from error
 
 
 @contextlib.contextmanager

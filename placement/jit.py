@@ -61,10 +61,10 @@ def _compiled_once(compiled: Any) -> Callable[[Any], object]:
     def once(signature: Any) -> object:
         if fcntl is None or signature in compiled.overloads:
             return compile_(signature)
-        with global_compiler_lock, contextlib.ExitStack() as held:
+        with global_compiler_lock, contextlib.ExitStack() as locks:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context(path.open("ab"))
+                file = locks.enter_context(path.open("ab"))
                 _wait_for(file.fileno(), zlib.crc32(str(signature).encode()))
             except OSError as error:
                 _log.info("compiled without a lock at %s: %s", path, error)

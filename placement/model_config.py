@@ -387,9 +387,9 @@ def _moe_layers(reader: _Reader) -> tuple[tuple[int, ...], int]:
         ruled &= flags[1]
     if listed:
         name, layers = listed[0]
-        given = any(reader.fields.get(n) is not None for n in (*table.DENSE_HEAD, *table.FLAGS, *table.DENSE_INDICES))
+        stated = any(reader.fields.get(n) is not None for n in (*table.DENSE_HEAD, *table.FLAGS, *table.DENSE_INDICES))
         others = [other for other, chosen in listed[1:] if chosen != layers]
-        if given and ruled != layers and not others:
+        if stated and ruled != layers and not others:
             others = [n for n in (*table.DENSE_HEAD, *table.FLAGS, *table.DENSE_INDICES) if reader.fields.get(n)]
         if others:
             reader.notes.append(f"{name} and {', '.join(others)} name different layers; {name} was taken")

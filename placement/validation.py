@@ -127,8 +127,8 @@ def check_choice(name: str, choice: npt.ArrayLike, count: int) -> npt.NDArray[An
     mask = result.dtype == bool and result.shape == (count,)
     indices = (result.dtype.kind in "iu" and result.ndim == 1) or result.shape == (0,)
     if not (mask or indices):
-        given = " ".join(repr(choice).split())
-        raise InputError(f"{name} is {given:.60}; expected a mask of {count:,} or indices")
+        text = " ".join(repr(choice).split())
+        raise InputError(f"{name} is {text:.60}; expected a mask of {count:,} or indices")
     if not len(result):
         return np.zeros(0, np.int64)
     if indices and not -count <= result.min() <= result.max() < count:

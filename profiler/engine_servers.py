@@ -154,21 +154,21 @@ def record_sglang(
     seconds: float,
     folder: Path,
     *,
-    wanted: str | None = None,
+    expected: str | None = None,
     patience: float = 60.0,
     progress: Callable[[float], None] | None = None,
 ) -> SGLangRecording:
     """Records what a running SGLang serves for so many seconds.
 
-    folder: the server's recorder folder as this machine sees it. wanted: "tokens" or "counts", to refuse a server that
-    records the other. patience: seconds to wait for the files. progress: called with the share of time that is over.
-    An interrupted recording is stopped on the server.
+    folder: the server's recorder folder as this machine sees it. expected: "tokens" or "counts", to refuse a server
+    that records the other. patience: seconds to wait for the files. progress: called with the share of time that is
+    over. An interrupted recording is stopped on the server.
 
     Raises:
         InputError: no such folder. EngineError: unreachable, no SGLang, its recorder is off or in another mode, or no
             file came; says what to do. FileFormatError: the files hold no record, as when nothing was served meanwhile.
     """
-    files, mode, info = dump_sglang(server, seconds, folder, wanted=wanted, patience=patience, progress=progress)
+    files, mode, info = dump_sglang(server, seconds, folder, expected=expected, patience=patience, progress=progress)
     notes = []
     if info.get("enable_eplb"):
         notes.append(
@@ -183,7 +183,7 @@ def dump_sglang(
     seconds: float,
     folder: Path,
     *,
-    wanted: str | None = None,
+    expected: str | None = None,
     patience: float = 60.0,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[list[Path], str, dict[str, Any]]:
@@ -197,7 +197,7 @@ def dump_sglang(
             f"{folder}: no such folder; the server's {FOLDER_VARIABLE} must be a folder that this machine reads too"
         )
     info = server_info(server)
-    mode = _mode(server, info, wanted)
+    mode = _mode(server, info, expected)
     processes = _processes(info) if mode in ("per_pass", "per_token") else 1
     before = set(folder.glob(PATTERN))
     server.call("POST", "/start_expert_distribution_record")
@@ -230,11 +230,11 @@ def server_info(server: EngineServer) -> dict[str, Any]:
         ) from None
 
 
-def _mode(server: EngineServer, info: dict[str, Any], wanted: str | None) -> str:
+def _mode(server: EngineServer, info: dict[str, Any], expected: str | None) -> str:
     if "expert_distribution_recorder_mode" not in info:
         raise EngineError(f"{server.url} does not say expert_distribution_recorder_mode: it is no SGLang server")
     mode = info["expert_distribution_recorder_mode"]
-    choice = "per_token" if wanted == "tokens" else "stat"
+    choice = "per_token" if expected == "tokens" else "stat"
     if mode is None:
         raise EngineError(
             f"{server.url}: SGLang's recorder is off; start the server with --expert-distribution-recorder-mode "
@@ -242,9 +242,9 @@ def _mode(server: EngineServer, info: dict[str, Any], wanted: str | None) -> str
         )
     if mode not in MODES:
         raise EngineError(f"{server.url}: records in mode {mode!r}, known are {', '.join(MODES)}")
-    if wanted is not None and MODES[mode] != wanted:
+    if expected is not None and MODES[mode] != expected:
         raise EngineError(
-            f"{server.url}: records {MODES[mode]} (mode {mode}), {wanted} are wanted; start the server with "
+            f"{server.url}: records {MODES[mode]} (mode {mode}), {expected} are wanted; start the server with "
             f"--expert-distribution-recorder-mode {choice}"
         )
     return str(mode)

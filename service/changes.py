@@ -112,12 +112,12 @@ class Changes:
         self._listener: Listener | None = None
         self.stopping = False
 
-    def listen(self, told: Callable[[], None]) -> None:
-        """Hears of changes from here on, where the database tells of them. told: called then, too, from a thread."""
+    def listen(self, notify: Callable[[], None]) -> None:
+        """Hears of changes from here on, where the database tells of them. notify: called then, too, from a thread."""
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
-            told()
+            notify()
             # The loop may have ended before the listener did.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._told.set)

@@ -140,7 +140,7 @@ def ask(
         if stop.is_set():
             raise InputError("the server is stopping")
 
-    done = record_sglang(server, engine.span, folder, wanted="counts", patience=FILE_SECONDS, progress=watch)
+    done = record_sglang(server, engine.span, folder, expected="counts", patience=FILE_SECONDS, progress=watch)
     assert isinstance(done.record, RoutingStatistics)
     window = window_of(done.record, model, f"engine:{engine.url}"[:100])
     for file in done.files:

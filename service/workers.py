@@ -159,8 +159,8 @@ class WorkerActor:
 class RayWorker:
     """An actor as the pool sees it."""
 
-    def __init__(self, ray: Any, actor: Any, told: Callable[[], None]) -> None:
-        self._ray, self._actor, self._told = ray, actor, told
+    def __init__(self, ray: Any, actor: Any, notify: Callable[[], None]) -> None:
+        self._ray, self._actor, self._notify = ray, actor, notify
         self._end = actor.ended.remote()
         self._where = actor.place.remote()
 
@@ -176,7 +176,7 @@ class RayWorker:
             ready, _ = self._ray.wait([self._end], timeout=0)
             return str(self._ray.get(self._end)) if ready else None
         except Exception as error:  # noqa: BLE001 - any way that a cluster fails ends this worker for us
-            self._told()
+            self._notify()
             return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
     def stop(self) -> None:
@@ -305,8 +305,8 @@ class Pool:
             size = self._backend.size()
             # Besides those that take any job, one that no solve keeps from looking for drift.
             lanes: tuple[tuple[Lane, int], ...] = (("watch", min(size, 1)), ("any", size))
-            for lane, wanted in lanes:
-                for _ in range(wanted - sum(worker.lane == lane for worker in self._workers)):
+            for lane, number in lanes:
+                for _ in range(number - sum(worker.lane == lane for worker in self._workers)):
                     self._workers.append(self._start(lane))
 
     @property

@@ -231,10 +231,10 @@ def pareto_command(
         judged = [(point.plan, point.evaluation.by_batch()) for point in front.points]
         stored, failure = [], None
         if stores:
-            kept, failure = attempted(
+            keys, failure = attempted(
                 lambda: keep_judged_plans(judged, problem.statistics, replayed.by_batch(), storage.db)
             )
-            stored = kept or []
+            stored = keys or []
     if front.interrupted:
         interrupted("interrupted: these are the points finished by then")
     data = front.to_dict(written or [], stored) | {"steps": kinds_of_steps, "held_out": held_out}

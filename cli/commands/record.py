@@ -181,7 +181,7 @@ def _recorder(
             server,
             seconds,
             recorder_folder(folder),
-            wanted=None if mode is None else mode.value,
+            expected=None if mode is None else mode.value,
             patience=min(server.timeout, 60.0),
             progress=lambda share: update(f"recording {server.url}", share),
         )

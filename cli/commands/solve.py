@@ -256,7 +256,7 @@ def solve_command(
         failure: str | None = None
         unwritten: str | None = None
         for pool, asked in pools.items():
-            kept = None if name is None or len(pools) == 1 else f"{name}-{pool}"
+            stored_name = None if name is None or len(pools) == 1 else f"{name}-{pool}"
             stored: str | None = None
             front, limit = None, solving.seconds
             if chosen:
@@ -275,7 +275,14 @@ def solve_command(
                 asked = front.problem_with(front.recommended)
             if remote.server is not None and choice.solver is not None:
                 plan, stored = solve_remotely(
-                    remote.server, asked, choice.solver, solving.seconds, seed, choice.options, kept or name, update
+                    remote.server,
+                    asked,
+                    choice.solver,
+                    solving.seconds,
+                    seed,
+                    choice.options,
+                    stored_name or name,
+                    update,
                 )
             else:
                 plan = solve(
@@ -290,11 +297,11 @@ def solve_command(
             if file is not None:
                 _, failed = attempted(partial(plan.save, file))
                 if failed is None:
-                    wrote(file, told=False)
+                    wrote(file, show=False)
                 else:
                     file, unwritten = None, failed
             if stores:
-                keep = partial(keep_plan, plan, routed.train, storage.db, kept or name)
+                keep = partial(keep_plan, plan, routed.train, storage.db, stored_name or name)
                 stored, failed = attempted(keep)
                 failure = failure or failed
             compared = _compared(plan, asked, routed, seed, pool, update)

@@ -275,7 +275,7 @@ def read_vllm_ascend_log(path: str | Path) -> RoutingStatistics:
 def _logged(source: Path) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
     """(line, layer, window, what each expert has counted) of each line; layers without a number are counted."""
     named: dict[tuple[str, str], int] = {}
-    found = False
+    any_rows = False
     with source.open("rb") as handle:
         for number, raw in enumerate(handle, 1):
             if LINE not in raw:
@@ -291,7 +291,7 @@ def _logged(source: Path) -> Iterator[tuple[int, int, int, list[tuple[int, int]]
                 raise FileFormatError(f"{source}: line {number}: expert_work is {match['work'][:60]!r}")
             said = _LAYER_NUMBER.search(match["layer"])
             layer = int(said[1]) if said else named.setdefault((match["stage"], match["layer"]), len(named))
-            found = True
+            any_rows = True
             yield number, layer, int(match["window"]), work
-    if not found:
+    if not any_rows:
         raise FileFormatError(f"{source}: no [EPLB experts] line in it")

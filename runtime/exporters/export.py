@@ -227,8 +227,8 @@ def _check_options(exporter: Exporter, options: dict[str, Any]) -> None:
     for name in options:
         if name not in known:
             takers = [engine for engine in engine_names() if name in _options(exporter_named(engine))]
-            told = f"it is for {', '.join(takers)}; leave it out" if takers else nearest(name, known or {"none"})
-            raise InputError(f"export to {exporter.name!r} has no option {name!r}; {told}")
+            hint = f"it is for {', '.join(takers)}; leave it out" if takers else nearest(name, known or {"none"})
+            raise InputError(f"export to {exporter.name!r} has no option {name!r}; {hint}")
 
 
 def _options(exporter: Exporter) -> set[str]:

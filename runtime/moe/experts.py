@@ -412,8 +412,8 @@ class PlacedExperts(nn.Module):
         # fully_shard puts its own parameters in place by setattr, unsharded ones during forward: these no longer tell.
         if isinstance(value, DTensor):
             raise self._managed(name, "fully_shard")
-        held = name in vars(self).get("_parameters", {})
-        if held and isinstance(value, nn.Parameter) and not isinstance(value, ExpertParameter):
+        registered = name in vars(self).get("_parameters", {})
+        if registered and isinstance(value, nn.Parameter) and not isinstance(value, ExpertParameter):
             refuse_parametrisation()
         super().__setattr__(name, value)
 

@@ -339,8 +339,8 @@ def _is_of_this_rank(asked: ExpertParameter, parameters: Any, total_norm: Any, *
     first = next(value for value in values if isinstance(value, ExpertParameter))
     if asked is not first or not grads or any(isinstance(grad, DTensor) for grad in grads):
         return False
-    given = float(total_norm)
-    return given > 0 and abs(float(nn.utils.get_total_norm(grads)) - given) <= 1e-6 * given
+    norm = float(total_norm)
+    return norm > 0 and abs(float(nn.utils.get_total_norm(grads)) - norm) <= 1e-6 * norm
 
 
 BY_ELEMENT: set[type] = {SGD, Adam, AdamW, Adamax, NAdam, RAdam, Adagrad, Adadelta, ASGD, RMSprop, Rprop}

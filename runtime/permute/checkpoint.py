@@ -335,18 +335,18 @@ def tensor_roles(
         if layer >= reading.hidden_layers:
             continue
         places[tensor.name] = (layer, match["stem"], rest)
-        found = (
+        layout = (
             None
             if _ATTENTION.search(rest) or _SHARED.search(rest)
             else _EXPERT.fullmatch(rest) or _FUSED.fullmatch(rest)
         )
-        if found is not None:
+        if layout is not None:
             if (other := stems.setdefault(layer, match["stem"])) != match["stem"]:
                 raise UnsupportedError(
                     f"experts of layer {layer} stand under {other} and {match['stem']} ({tensor.name}), as of two "
                     "models in one checkpoint; which of them the plan is of is not known"
                 )
-            blocks[layer].add(match["stem"] + found["block"])
+            blocks[layer].add(match["stem"] + layout["block"])
     if extra := sorted(blocks.keys() - set(spec.moe_layers)):
         raise UnsupportedError(
             f"layer {extra[0]} has tensors of experts, and by the config none; its MoE layers are {spec.moe_layers}"

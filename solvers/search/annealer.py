@@ -391,7 +391,7 @@ class MoveBudget:
         self._problem, self._annealer, self.coupled = problem, annealer, coupled
         self._most, self.price = problem.max_moves, price
         # Copies: arrays that may not be written are another type to compiled code.
-        self._held = [held.copy() for held in problem.current.holds]
+        self._holds = [holds.copy() for holds in problem.current.holds]
         self._turn = 0
         needed = int(self._moved().sum())
         if needed > self._most:
@@ -405,7 +405,7 @@ class MoveBudget:
 
     def deal(self) -> None:
         """New limits around what the layers' present placements have moved."""
-        moved, layers = self._moved(), len(self._held)
+        moved, layers = self._moved(), len(self._holds)
         spare = self._most - int(moved.sum())
         if self.coupled:
             # Whom the remainder goes to changes from round to round.
@@ -422,11 +422,11 @@ class MoveBudget:
 
     def _limit(self, most: IntArray, keep: bool = True) -> None:
         known = self._annealer.limits
-        kept = np.zeros(len(most), np.int64) if self.coupled else most + 1
+        remembered = np.zeros(len(most), np.int64) if self.coupled else most + 1
         self._annealer.limits = [
-            MoveLimit(held, int(cap), self.price, *_memory(limit if keep else no_move_limit(), int(count), int(slots)))
-            for held, cap, count, limit, slots in zip(
-                self._held, most, kept, known, self._problem.layer_slots.sum(axis=1), strict=True
+            MoveLimit(holds, int(cap), self.price, *_memory(limit if keep else no_move_limit(), int(count), int(slots)))
+            for holds, cap, count, limit, slots in zip(
+                self._holds, most, remembered, known, self._problem.layer_slots.sum(axis=1), strict=True
             )
         ]
 
@@ -434,8 +434,8 @@ class MoveBudget:
         """[L] experts each layer's present placement has moved."""
         return np.array(
             [
-                (~held[state.now.slot_expert, self._problem.layer_slot_device(layer)]).sum()
-                for layer, (held, state) in enumerate(zip(self._held, self._annealer.states, strict=True))
+                (~holds[state.now.slot_expert, self._problem.layer_slot_device(layer)]).sum()
+                for layer, (holds, state) in enumerate(zip(self._holds, self._annealer.states, strict=True))
             ]
         )
 

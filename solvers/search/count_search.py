@@ -86,14 +86,14 @@ def level_layer(
     if spare < len(slots) - 1 or len(moves.failures):
         return None
     # One slot is kept free on every device but the one with most, and more on the roomiest while there are any.
-    kept = (np.arange(len(slots)) != int(slots.argmax())).astype(np.int64)
-    for _ in range(spare - int(kept.sum())):
-        kept[int((slots - kept).argmax())] += 1
-    if (slots < kept).any():
+    reserved = (np.arange(len(slots)) != int(slots.argmax())).astype(np.int64)
+    for _ in range(spare - int(reserved.sum())):
+        reserved[int((slots - reserved).argmax())] += 1
+    if (slots < reserved).any():
         return None
-    table = balanced_layer(load, slots - kept, speed / speed.mean(), moves.allowed)
+    table = balanced_layer(load, slots - reserved, speed / speed.mean(), moves.allowed)
     base = np.empty(len(load), dtype=np.int64)
-    base[table] = np.repeat(np.arange(len(slots)), slots - kept)
+    base[table] = np.repeat(np.arange(len(slots)), slots - reserved)
     return level_shares(load, slots, speed, moves.allowed, base)
 
 

@@ -118,13 +118,13 @@ class MoveRules(NamedTuple):
 class MoveLimit(NamedTuple):
     """How far one layer may go from a plan in force, and the best seen at every distance.
 
-    held: [E, G] what devices hold in that plan. most: slots that may hold what their device does not hold yet, -1 for
+    holds: [E, G] what devices hold in that plan. most: slots that may hold what their device does not hold yet, -1 for
     any number (then nothing else here is read). price: seconds such a slot is charged on the walk, not in values.
     value: [K] best value seen with each number of such slots, slot_expert: [K, P] and slot_share: [K, P] of that
     placement; K is 0 where values of other rounds do not compare.
     """
 
-    held: BoolArray
+    holds: BoolArray
     most: int
     price: float
     value: FloatArray
@@ -330,7 +330,7 @@ def count_moved(placement: Placement, limit: MoveLimit) -> int:
     moved = 0
     if limit.most >= 0:
         for p in range(placement.slot_expert.shape[0]):
-            if not limit.held[placement.slot_expert[p], placement.slot_device[p]]:
+            if not limit.holds[placement.slot_expert[p], placement.slot_device[p]]:
                 moved += 1
     return moved
 
@@ -342,10 +342,10 @@ def more_moved(change: Change, slot_device: IntArray, limit: MoveLimit) -> int:
     if limit.most < 0 or b < 0:
         return 0
     g = slot_device[p]
-    more = int(limit.held[a, g]) - int(limit.held[b, g])
+    more = int(limit.holds[a, g]) - int(limit.holds[b, g])
     if kind == 1:
         h = slot_device[q]
-        more += int(limit.held[b, h]) - int(limit.held[a, h])
+        more += int(limit.holds[b, h]) - int(limit.holds[a, h])
     return more
 
 
