@@ -145,6 +145,7 @@ def test_the_share_of_the_ideal_is_one_where_every_device_carries_the_mean() -> 
     assert judged.ideal_share < 0.8
 
 
+@pytest.mark.slow
 def test_solvers_price_the_problems_batches_by_their_weights() -> None:
     """What search certifies is the weighted mean over batches, and moves with the weights."""
     for weights in ((1.0, 9.0), (9.0, 1.0)):

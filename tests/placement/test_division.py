@@ -17,6 +17,8 @@ from moeplace.placement.bounds import device_load_certificate, window_balance
 from moeplace.placement.cost import slot_shares, window_seconds
 from moeplace.placement.division import divide, source_division
 
+pytestmark = pytest.mark.slow
+
 ONE_NODE = np.zeros(32, dtype=np.int64)
 
 

@@ -14,6 +14,8 @@ from moeplace.placement.errors import InputError
 from moeplace.placement.objective import SLACK
 from moeplace.placement.online import OnlinePlan, plan_online
 
+pytestmark = pytest.mark.slow
+
 IntArray = npt.NDArray[np.int64]
 
 

@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 from moeplace.placement.division import divide, source_division  # noqa: E402
 from moeplace.runtime.moe.layer_placement import DeviceDivision  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

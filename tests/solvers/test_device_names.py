@@ -147,6 +147,7 @@ def test_every_step_takes_as_long_and_sums_are_near_the_most_level_of_all_renami
             assert peak(asked, after) - min(sums) <= 0.5 * (max(sums) - min(sums)) + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["devices", "nodes", "one"])
 def test_failures_are_survived_as_before(lost: str) -> None:
     topology = cluster("even")
@@ -212,6 +213,7 @@ def test_with_a_plan_in_force_fewest_experts_move_and_itself_stays() -> None:
             assert moved[layer] == min(sent)
 
 
+@pytest.mark.slow
 def test_names_stay_where_they_matter() -> None:
     sources = replace(TRACE, source=np.arange(TRACE.num_tokens) % 3)
     known = mp.Problem(MODEL, cluster("node"), sources, slots=12)
