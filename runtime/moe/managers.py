@@ -606,7 +606,8 @@ def _check_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                     f"this {type(optimizer).__name__} was made before parallelize: it holds experts that are no part "
                     "of the model any more, and none of those that are. Make optimizers afterwards"
                 )
-    modules = [module for _, module in _among(optimizer)]
+    # In order, so that all ranks name the same layer.
+    modules = sorted((module for _, module in _among(optimizer)), key=lambda module: module.layer)
     if not modules:
         return
     check_optimizer(optimizer)

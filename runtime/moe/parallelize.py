@@ -98,7 +98,7 @@ def parallelize(
 
     Raises:
         InputError: no MoE block found; the plan is for another model or number of ranks, lacks a layer, or differs
-            between ranks. All errors are raised on every rank.
+            between ranks, as may the model's weights. All errors are raised on every rank.
         UnsupportedError: the mesh leaves ranks out; experts with a function that is not known,
             or that differs from the one it was taken for; weights that are quantised.
     """
@@ -121,6 +121,9 @@ def parallelize(
         failure = error
     said = f"{plan.fingerprint} {[(experts.names, experts.layer) for experts in moe_experts]} {kinds}"
     check_consistent(mesh, "model and plan", said, failure)
+    if weights is None:
+        # Else a rank's experts would be of another model than the others', and replicas of an expert never equal.
+        check_consistent(mesh, "weights of the model (one seed, or one checkpoint, on every rank)", _weight_sums(model))
     for experts, kind in zip(moe_experts, kinds, strict=True):
         module = experts.modules[0]
         # Some have rows for experts without weights as well.
@@ -173,6 +176,25 @@ def parallelize(
         if hasattr(type(part), "base_model_prefix"):
             vars(part)["save_pretrained"] = _refuse_saving
     return model
+
+
+SUMMED = 1 << 24
+"""Bytes at once, where they are summed one by one: that takes 8 times as many on the way."""
+
+
+@torch.no_grad()
+def _weight_sums(model: nn.Module) -> str:
+    """Of the bits of every parameter and buffer of floating point that a rank has whole, in whole numbers, which no
+    order of terms changes."""
+    sums: list[Tensor] = []
+    for value in (*model.parameters(), *model.buffers()):
+        if value.is_floating_point() and not value.is_meta and type(value) in (Tensor, nn.Parameter, nn.Buffer):
+            bits = value.detach().flatten().view(torch.uint8)
+            if len(bits) % 8 == 0 and bits.storage_offset() % 8 == 0:
+                sums.append(bits.view(torch.int64).sum())
+            else:
+                sums += [part.sum() for part in torch.split(bits, SUMMED)]
+    return str([int(part) for part in sums])
 
 
 def _refuse_saving(*_: object, **__: object) -> None:

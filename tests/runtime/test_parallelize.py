@@ -65,6 +65,15 @@ def test_models_and_plans_that_do_not_fit_are_refused(families: list[Any], case:
             raise mp.InputError(found["refused"].get(case, "nothing was refused"))
 
 
+@pytest.mark.parametrize("case", ["seeds", "one_bit"])
+def test_ranks_with_other_weights_are_told_whose_differ(families: list[Any], case: str) -> None:
+    for rank, found in enumerate(families):
+        said = found["refused"].get(case, "nothing was refused")
+        assert said.startswith("weights of the model (one seed, or one checkpoint, on every rank): rank")
+        assert f"has another one than rank {rank}" in said
+        assert case == "seeds" or rank == 1 or "rank 1 has" in said
+
+
 @pytest.mark.parametrize("case", ["layout", "meta"])
 def test_experts_that_only_look_like_what_their_flags_declare_are_refused(families: list[Any], case: str) -> None:
     for found in families:

@@ -122,6 +122,18 @@ def refused(mesh: Any) -> dict[str, str]:
         except mp.MoeplaceError as refusal:
             said[name] = f"{type(refusal).__name__}: {refusal}"
         assert torch.equal(before, torch.get_rng_state())
+    for name in ("seeds", "one_bit"):
+        other = olmoe()
+        with torch.no_grad():
+            if name == "seeds":
+                torch.manual_seed(dist.get_rank())
+                other.model.layers[0].mlp.gate.weight.normal_()
+            elif dist.get_rank() == 1:
+                other.model.layers[1].mlp.experts.down_proj[-1, 0, 0].nextafter_(torch.tensor(9.0))
+        try:
+            mp.parallelize(other, random_plan(np.random.default_rng(0), 2, 2, spec_of(other, (0, 1))), mesh)
+        except mp.InputError as refusal:
+            said[name] = str(refusal)
     with torch.device("meta"):
         other = olmoe()
     other.model.layers[0].mlp.experts.__class__ = Halved
