@@ -9,12 +9,13 @@ on logical experts and maps them afterwards, so expert groups of the model do no
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...placement.engines import engine_profile
-from ...placement.errors import FileFormatError, InputError
+from ...placement.errors import FileFormatError, InputError, UnsupportedError
 from ...placement.model import ModelSpec
 from ...placement.plan import Plan
 from ...placement.topology import Topology
@@ -45,14 +46,21 @@ class TensorRTLLM:
         """Reads the entries of the model's MoE layers; others (an MTP layer's) are checked and left.
 
         Raises:
-            FileFormatError: not YAML, aliases or deep nesting, an unknown field, a MoE layer without an entry, an entry
-                not as long as num_slots, an id out of range, a layer that misses an expert; the layer is named.
+            FileFormatError: not YAML, aliases or deep nesting, an unknown field, a wrong number of updates, a MoE layer
+                without an entry, an entry not as long as num_slots, an id out of range, a layer that misses an expert;
+                the layer is named.
         """
         data = load_content(path)
         if not isinstance(data, dict) or not set(data) <= {SLOTS, ASSIGNMENTS, UPDATES}:
             fields = sorted(map(str, data))[:5] if isinstance(data, dict) else type(data).__name__
             raise FileFormatError(f"{path}: expected the fields {SLOTS}, {ASSIGNMENTS} and {UPDATES}, found {fields}")
         slots, entries = data.get(SLOTS), data.get(ASSIGNMENTS)
+        if _updates(data, path):
+            warnings.warn(
+                f"{path}: {UPDATES} is {data[UPDATES]}: TensorRT-LLM moves experts while it runs, and this is where "
+                "they begin",
+                stacklevel=2,
+            )
         if type(slots) is not int or slots < model.experts:
             raise FileFormatError(f"{path}: {SLOTS} is {slots!r}, expected a whole number of at least {model.experts}")
         if not isinstance(entries, dict):
@@ -99,9 +107,15 @@ def read_assignments(path: str | Path) -> dict[int, list[int]]:
 
     Raises:
         InputError: no such file. FileFormatError: not such a file, or entries other than lists of num_slots ids.
+        UnsupportedError: experts move while it runs: slots are not those of the file any more.
     """
     source = Path(path)
     data = load_content(source)
+    if isinstance(data, dict) and (updates := _updates(data, source)):
+        raise UnsupportedError(
+            f"{source}: {UPDATES} is {updates}: experts move while TensorRT-LLM runs, so that the slots it records are "
+            "those of this file at the start alone; record with 0"
+        )
     entries = data.get(ASSIGNMENTS) if isinstance(data, dict) else None
     slots = data.get(SLOTS) if isinstance(data, dict) else None
     if not isinstance(entries, dict) or not entries or type(slots) is not int:
@@ -112,6 +126,18 @@ def read_assignments(path: str | Path) -> dict[int, list[int]]:
         if not whole:
             raise FileFormatError(f"{source}: {ASSIGNMENTS}[{layer}] is not a list of {slots} expert ids")
     return {layer: list(row) for layer, row in rows.items()}
+
+
+def _updates(data: dict[Any, Any], path: Path) -> int:
+    """Layers whose experts move after each iteration; 0 for none.
+
+    Raises:
+        FileFormatError: no such number.
+    """
+    value = data.get(UPDATES, 0)
+    if type(value) is not int or value < 0:
+        raise FileFormatError(f"{path}: {UPDATES} is {str(value)[:40]!r}, expected a whole number of at least 0")
+    return value
 
 
 def assigned_layers(entries: dict[Any, Any], origin: str) -> dict[int, Any]:

@@ -30,6 +30,7 @@ from moeplace.runtime.exporters.export import (
 )
 from moeplace.runtime.exporters.running import read_running
 from moeplace.runtime.exporters.sglang import lost_ranks
+from moeplace.runtime.exporters.trtllm import read_assignments
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,17 @@ def same_placement(a: mp.Plan, b: mp.Plan) -> bool:
 
 def test_the_engines_asked_for_are_registered() -> None:
     assert set(ENGINES) <= set(engine_names())
+
+
+def test_a_trtllm_file_whose_experts_move_is_where_they_begin_and_maps_no_recorded_slots(tmp_path: Path) -> None:
+    plan = make_plan()
+    path = export_plan(plan, "trtllm", tmp_path / "a.yaml")
+    assert list(read_assignments(path)) == [1, 2, 4]
+    path.write_text(path.read_text().replace("layer_updates_per_iter: 0", "layer_updates_per_iter: 2"))
+    with pytest.warns(UserWarning, match="layer_updates_per_iter is 2: TensorRT-LLM moves experts while it runs"):
+        assert same_placement(read_exported(path, "trtllm", plan.model, plan.topology), plan)
+    with pytest.raises(mp.UnsupportedError, match="slots it records are those of this file at the start alone"):
+        read_assignments(path)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -421,6 +433,8 @@ TRTLLM_BAD = {
     "an unknown field": ("num_slots: 8\nepsize: 4\n", "expected the fields"),
     "a list": ("- 1\n", "expected the fields"),
     "no slots": ("initial_global_assignments: {}\n", "num_slots is None"),
+    "updates below zero": ("num_slots: 8\nlayer_updates_per_iter: -1\n", "layer_updates_per_iter is '-1', expected"),
+    "updates in words": ("num_slots: 8\nlayer_updates_per_iter: some\n", "layer_updates_per_iter is 'some', expected"),
     "slots as text": ("num_slots: '8'\n", "num_slots is '8'"),
     "no assignments": ("num_slots: 8\n", "must map layers"),
     "a missing layer": ("num_slots: 8\ninitial_global_assignments:\n  1: [0]\n", "no entry for MoE layer 2"),
