@@ -222,7 +222,7 @@ def _check_same_model(checkpoint: ModelSpec, plan: ModelSpec, encoder_layers: in
         tuple(layer for layer in checkpoint.moe_layers if (layer < encoder_layers) is inside)
         for inside in (True, False)
     ]
-    for name in ("experts", "moe_layers", "top_k"):
+    for name in ("experts", "moe_layers", "top_k", "hidden_size", "ffn_size"):
         stored, expected = getattr(checkpoint, name), getattr(plan, name)
         if stored != expected and not (name == "moe_layers" and encoder_layers and expected in stacks):
             raise InputError(

@@ -199,6 +199,28 @@ def test_other_files_go_along_and_stale_weights_stay_behind(saved: dict[tuple[st
     assert [at for at, _ in seen] == sorted(at for at, _ in seen)
 
 
+@pytest.mark.parametrize("field", ["experts", "top_k", "hidden_size", "ffn_size"])
+def test_a_plan_for_a_model_of_another_size_is_refused(
+    saved: dict[tuple[str, str], Path], tmp_path: Path, field: str
+) -> None:
+    source = saved["qwen3_moe", "one file"]
+    plan = models.random_plan(source, seed=1)
+    value = getattr(plan.model, field)
+    other = plan.model.replace(**{field: 2 * value if field != "top_k" else value - 1})
+    table = plan.physical_to_logical
+    if field == "experts":
+        table = np.concatenate([table, table + value], axis=1)
+    other_plan = mp.Plan(
+        other,
+        plan.topology,
+        table,
+        np.repeat(np.arange(plan.topology.num_devices), table.shape[1] // plan.topology.num_devices),
+    )
+    with pytest.raises(mp.InputError, match=f"for another model: {field} is {value} in the checkpoint"):
+        permute_checkpoint(source, other_plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_order_is_recorded_and_guards_against_permuting_twice(
     saved: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
